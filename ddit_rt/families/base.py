@@ -1,0 +1,242 @@
+"""What a model family must say about itself: the one interface behind which models differ.
+
+A family is a stateless description of one transformer class: how its latents are cut into
+tokens, where those tokens sit, how the conditioning enters, which block classes repeat, and
+which diffusers pipelines wrap it. Everything else in `ddit_rt` is written against this file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+BATCH = "batch"
+IMAGE = "image"
+TEXT = "text"
+JOINT = "image+text"
+
+Runner = Callable[..., tuple[Tensor, ...]]
+"""A block ready to run: flat tensors in the order of `BlockType.inputs`, a tuple of tensors out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """Name and shape of one block input.
+
+    Attributes:
+        name: The block's own argument name.
+        dims: One entry per dimension: a fixed size, or one of the symbols `BATCH`, `IMAGE`
+            (image tokens), `TEXT` (text tokens) and `JOINT` (their sum).
+    """
+
+    name: str
+    dims: tuple[str | int, ...]
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The concrete shape for given symbol sizes."""
+        return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in self.dims)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockType:
+    """One repeated block class of a transformer: the unit that is compiled ahead of time.
+
+    Attributes:
+        name: Class name of the block, e.g. `FluxTransformerBlock`.
+        path: Attribute of the transformer that holds the `nn.ModuleList` of these blocks.
+        inputs: The flat tensor inputs, in order.
+        outputs: Number of tensors returned.
+        forward: Calls a block of this type on the flat inputs.
+        feed_forward: Names of the linear layers, inside the block, that an adapter's LoRA targets.
+    """
+
+    name: str
+    path: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: int
+    forward: Callable[..., tuple[Tensor, ...]]
+    feed_forward: tuple[str, ...]
+
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        """The transformer's own blocks of this type, in order."""
+        return list(transformer.get_submodule(self.path).children())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """Tokens of one patch size over one latent.
+
+    Attributes:
+        height: Token rows.
+        width: Token columns.
+        frames: Latent frames (1 for pictures).
+    """
+
+    height: int
+    width: int
+    frames: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens."""
+        return self.frames * self.height * self.width
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedCall:
+    """A pipeline call up to its denoising loop.
+
+    Attributes:
+        latents: Initial noise, `[B, C, H, W]`, float32.
+        conditioning: The keyword arguments of `Engine.denoise` that carry the prompt.
+        num_inference_steps: Steps that the scheduler was set to; its `sigmas` and `timesteps`
+            hold the schedule.
+        finish: Turns final latents `[B, C, H, W]` into what the pipeline returns.
+    """
+
+    latents: Tensor
+    conditioning: dict[str, Tensor]
+    num_inference_steps: int
+    finish: Callable[[Tensor], Any]
+
+
+class Family(ABC):
+    """The model-specific part of the runtime. Stateless; one instance per class, in `families`."""
+
+    name: ClassVar[str]
+    transformer_class: ClassVar[str]
+    pipeline_classes: ClassVar[tuple[str, ...]]
+    conditioning_names: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def base_patch_size(self, transformer: nn.Module) -> int:
+        """The patch size p of the unmodified model, in latent pixels."""
+
+    @abstractmethod
+    def latent_channels(self, transformer: nn.Module) -> int:
+        """Channels of the latent that the model denoises."""
+
+    @abstractmethod
+    def hidden_size(self, transformer: nn.Module) -> int:
+        """Width d of a token inside the blocks."""
+
+    @abstractmethod
+    def block_types(self, transformer: nn.Module) -> tuple[BlockType, ...]:
+        """The repeated block classes, in the order in which the forward pass runs them."""
+
+    @abstractmethod
+    def check_conditioning(
+        self, transformer: nn.Module, batch: int, conditioning: Mapping[str, Tensor | None]
+    ) -> None:
+        """Raises `ValueError` when a conditioning tensor is missing, unknown or misshapen."""
+
+    @abstractmethod
+    def embed_text(self, transformer: nn.Module, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """Text tokens as the blocks take them, `[B, T, d]`. The same at every step."""
+
+    @abstractmethod
+    def embed_time(
+        self, transformer: nn.Module, timesteps: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Modulation input of every step.
+
+        Args:
+            transformer: The model.
+            timesteps: Noise levels t in [0, 1], `[N]`, float32.
+            conditioning: The run's conditioning.
+
+        Returns:
+            `[N, B, d]`.
+        """
+
+    @abstractmethod
+    def positions(
+        self, transformer: nn.Module, grid: Grid, text_tokens: int, *, stretch: int = 1
+    ) -> tuple[Tensor, ...]:
+        """Position encodings that the blocks take for a grid of tokens.
+
+        Args:
+            transformer: The model.
+            grid: Token rows and columns.
+            text_tokens: Length of the text sequence.
+            stretch: 1 for the natural positions 0, 1, 2, ...; s for tokens that each cover
+                s x s base tokens, placed at the centres of what they cover.
+        """
+
+    @abstractmethod
+    def embed_tokens(self, transformer: nn.Module, tokens: Tensor) -> Tensor:
+        """The model's own patch embedding: `[B, n, C*p*p]` to `[B, n, d]`."""
+
+    @abstractmethod
+    def run_blocks(
+        self,
+        runners: Mapping[str, Sequence[Runner]],
+        hidden: Tensor,
+        text: Tensor,
+        temb: Tensor,
+        positions: tuple[Tensor, ...],
+    ) -> Tensor:
+        """All blocks.
+
+        Args:
+            runners: The blocks of each `BlockType.path`, in order.
+            hidden: Image tokens, `[B, n, d]`.
+            text: Text tokens, `[B, T, d]`.
+            temb: Modulation input of this step, `[B, d]`.
+            positions: As `positions` returned them.
+
+        Returns:
+            Image tokens, `[B, n, d]`.
+        """
+
+    @abstractmethod
+    def modulate_output(self, transformer: nn.Module, hidden: Tensor, temb: Tensor) -> Tensor:
+        """The final modulated norm, before the de-embedding: `[B, n, d]`."""
+
+    @abstractmethod
+    def project_output(self, transformer: nn.Module, hidden: Tensor) -> Tensor:
+        """The model's own de-embedding: `[B, n, d]` to `[B, n, C*p*p]`."""
+
+    @abstractmethod
+    def embedding_layers(self, transformer: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+        """The linear patch embedding and de-embedding, from which adapters are initialised."""
+
+    @abstractmethod
+    def latent_shape(
+        self, pipeline: Any, height: int, width: int, batch: int
+    ) -> tuple[int, int, int, int]:
+        """Latent shape `[B, C, H, W]` of a picture of `height` x `width` pixels."""
+
+    @abstractmethod
+    def prepare(self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]) -> PreparedCall:
+        """The pipeline's own call up to its denoising loop.
+
+        Args:
+            pipeline: A pipeline of one of `pipeline_classes`.
+            scheduler: The copy of the pipeline's scheduler that this run may set.
+            arguments: Keyword arguments of the pipeline's `__call__`.
+        """
+
+    @abstractmethod
+    def set_timesteps(
+        self, scheduler: Any, num_inference_steps: int, sigmas: Sequence[float] | None, grid: Grid
+    ) -> None:
+        """Sets the scheduler as the family's pipeline does (dynamic shifting included)."""
+
+    @abstractmethod
+    def to_callback(self, latents: Tensor) -> Tensor:
+        """Latents `[B, C, H, W]` in the layout that the pipeline's step callback sees."""
+
+    @abstractmethod
+    def from_callback(self, latents: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `to_callback`; `like` gives the shape `[B, C, H, W]`."""
+
+    def linear_timesteps(self, scheduler: Any) -> Tensor:
+        """Noise levels t in [0, 1] that the model is given at each step, `[N]`, float32."""
+        timesteps: Tensor = scheduler.timesteps
+        return timesteps.to(torch.float32) / 1000
