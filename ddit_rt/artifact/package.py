@@ -56,7 +56,7 @@ class PackageInfo:
         """One line of JSON for the package's metadata."""
         inputs = [
             [spec.name, list(spec.dims), dtype_name(dtype)]
-            for spec, dtype in zip(self.inputs, self.input_dtypes)
+            for spec, dtype in zip(self.inputs, self.input_dtypes, strict=True)
         ]
         constants = {
             name: [list(spec.shape), dtype_name(spec.dtype)]
@@ -104,5 +104,5 @@ def parse_dtype(name: str) -> torch.dtype:
     """The inverse of `dtype_name`; raises `ValueError` for any other word."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is not a torch data type")
+        raise ValueError(f"{name!r} is not a torch data type")  # noqa: TRY004 (a value of a file)
     return dtype

@@ -89,7 +89,7 @@ class CompiledRunner:
         constants = {self._fqns[name]: tensor for name, tensor in binding.tensors.items()}
         self._model.load_constants(constants, check_full_update=True, user_managed=True)
         self._binding, self._source = binding, (block, lora)
-        self._run = self._model.loader.run
+        self._run = self._model.loader.run  # type: ignore[assignment] # its stub is wrong
 
     def stale(self) -> bool:
         """Whether the module has moved a bound tensor to other storage since `bind`."""
@@ -109,7 +109,7 @@ class CompiledRunner:
                 "list: compile the block again"
             ) from None
 
-    def _refuse(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def _refuse(self, _: Sequence[Tensor]) -> list[Tensor]:
         raise RuntimeError(f"{self.info.block}: bind the runner to a block before running it")
 
 
@@ -198,11 +198,12 @@ def constant_specs(template: BlockTemplate) -> dict[str, ConstantSpec]:
 def _load(package: Path, device: torch.device) -> AOTICompiledModel:
     if not package.is_file():
         raise ArtifactError(f"no package at {package}")
-    index = -1 if device.index is None else device.index
+    # Imported here: it takes a second.
+    from torch._inductor import aoti_load_package
+
+    index = -1 if device.type == "cpu" else device.index
     try:
-        return torch._inductor.aoti_load_package(
-            str(package), run_single_threaded=True, device_index=index
-        )
+        return aoti_load_package(str(package), run_single_threaded=True, device_index=index)
     except RuntimeError as error:
         raise ArtifactError(f"{package} cannot be loaded ({error}): compile it again") from error
 

@@ -169,7 +169,7 @@ def export_block(
     sizes = _example_sizes(info.ranges)
     example = tuple(
         torch.zeros(spec.shape(sizes), dtype=dtype, device=device)
-        for spec, dtype in zip(info.inputs, info.input_dtypes)
+        for spec, dtype in zip(info.inputs, info.input_dtypes, strict=True)
     )
     shapes = tuple(_open_dims(spec, info.ranges) for spec in info.inputs)
     with torch.no_grad():
@@ -184,11 +184,12 @@ def export_block(
 
 
 def _compile(program: ExportedProgram, info: PackageInfo, target: Path) -> None:
+    # Imported here: it takes a second.
+    from torch._inductor import aoti_compile_and_package
+
     options = {**_OPTIONS, "aot_inductor.metadata": {METADATA_KEY: info.to_json()}}
     with torch.no_grad():
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(target), inductor_configs=options
-        )
+        aoti_compile_and_package(program, package_path=str(target), inductor_configs=options)
 
 
 def _example_sizes(ranges: TokenRanges) -> dict[str, int]:
@@ -233,7 +234,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
