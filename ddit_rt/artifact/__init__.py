@@ -3,6 +3,7 @@
 from ddit_rt.artifact.environment import Environment
 from ddit_rt.artifact.fingerprint import config_hash, weight_fingerprint
 from ddit_rt.artifact.inputs import InputCheck, TokenRanges
+from ddit_rt.artifact.lora import block_lora
 from ddit_rt.artifact.manifest import BucketEntry, FileEntry, Manifest, PackageEntry, mismatches
 from ddit_rt.artifact.package import PackageInfo, package_path
 from ddit_rt.artifact.runner import CompiledRunner, EagerRunner, load_runner
@@ -24,6 +25,7 @@ __all__ = [
     "PackageEntry",
     "PackageInfo",
     "TokenRanges",
+    "block_lora",
     "config_hash",
     "is_trusted",
     "load_runner",

@@ -198,10 +198,8 @@ def mismatches(manifest: Manifest, transformer: nn.Module) -> list[str]:
     """
     name = type(transformer).__name__
     if name != manifest.transformer_class:
-        return [
-            f"model: the artifact was compiled for {manifest.transformer_class}, got {name}; pass "
-            "such a model, or compile this one"
-        ]
+        compiled = manifest.transformer_class
+        return [f"model: compiled for {compiled}, got {name}; pass such a model, or compile this"]
     parameter = next(transformer.parameters())
     problems = _config_mismatches(manifest, public_config(transformer.config))  # type: ignore[arg-type]
     if dtype_name(parameter.dtype) != manifest.dtype:

@@ -8,7 +8,7 @@ types, the sizes it was compiled for, and the constants it expects.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from ddit_rt.artifact.constants import ConstantSpec
 from ddit_rt.artifact.inputs import TokenRanges
 from ddit_rt.errors import ArtifactError
-from ddit_rt.families.base import TensorSpec
+from ddit_rt.families.base import BATCH, TensorSpec
 
 METADATA_KEY = "ddit_rt"
 
@@ -93,6 +93,30 @@ class PackageInfo:
             raise ArtifactError(
                 f"unreadable package metadata ({error!r}): compile the block again"
             ) from error
+
+
+def input_dtypes(
+    inputs: Sequence[TensorSpec],
+    dtype: torch.dtype,
+    given: Mapping[str, torch.dtype] | None = None,
+) -> tuple[torch.dtype, ...]:
+    """Data type of every input of a block.
+
+    Args:
+        inputs: The inputs.
+        dtype: Type of the block's weights. It is that of every input that has a batch dimension;
+            position encodings, which have none, are float32.
+        given: Exceptions, by name.
+    """
+    given = given or {}
+    unknown = sorted(given.keys() - {spec.name for spec in inputs})
+    if unknown:
+        raise ValueError(
+            f"input types given for {unknown}; the inputs are {[spec.name for spec in inputs]}"
+        )
+    return tuple(
+        given.get(spec.name, dtype if BATCH in spec.dims else torch.float32) for spec in inputs
+    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

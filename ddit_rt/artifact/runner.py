@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ddit_rt.artifact.constants import Binding, ConstantSpec
 from ddit_rt.artifact.inputs import InputCheck, TokenRanges
 from ddit_rt.artifact.package import METADATA_KEY, PackageInfo
+from ddit_rt.artifact.package import input_dtypes as resolve_dtypes
 from ddit_rt.artifact.template import BlockTemplate, LoraSpec, canonical_name
 from ddit_rt.errors import ArtifactError, ArtifactMismatchError
 from ddit_rt.families.base import BlockType
@@ -122,7 +123,7 @@ class EagerRunner:
         block: nn.Module,
         *,
         ranges: TokenRanges,
-        input_dtypes: Sequence[torch.dtype],
+        input_dtypes: Mapping[str, torch.dtype] | None = None,
         lora_spec: LoraSpec | None = None,
         lora: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -132,7 +133,7 @@ class EagerRunner:
             block_type: How the block is called.
             block: A block of the user's transformer.
             ranges: Sizes to accept.
-            input_dtypes: Data type of each input.
+            input_dtypes: As for `compile_block`.
             lora_spec: The branch that the variant carries, if any.
             lora: Its factors, by canonical name.
 
@@ -142,8 +143,9 @@ class EagerRunner:
         template = BlockTemplate(block_type, block, lora_spec)
         self._fqns = {canonical_name(fqn): fqn for fqn, _ in template.tensors()}
         self._specs = constant_specs(template)
-        device = next(block.parameters()).device
-        self._check = InputCheck(block_type.name, block_type.inputs, ranges, input_dtypes, device)
+        weight = next(block.parameters())
+        dtypes = resolve_dtypes(block_type.inputs, weight.dtype, input_dtypes)
+        self._check = InputCheck(block_type.name, block_type.inputs, ranges, dtypes, weight.device)
         self._template = template.to("meta")
         self._name = block_type.name
         self._block, self._lora = block, lora

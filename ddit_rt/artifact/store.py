@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -31,37 +30,31 @@ _NATIVE_CODE = {".pt2", ".so"}
 
 @dataclass(frozen=True)
 class Artifact:
-    """A verified artifact.
+    """A sound artifact: verified when it was opened, or just made.
 
     Attributes:
-        root: Folder with its files.
+        directory: Folder with its files; None if nothing was compiled.
         manifest: What it says about itself.
-        workspace: Keeps a temporary `root` alive; None for an artifact that was opened.
     """
 
-    root: Path
+    directory: Path | None
     manifest: Manifest
-    workspace: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
-    def seal(
-        cls,
-        root: Path,
-        manifest: Manifest,
-        workspace: tempfile.TemporaryDirectory[str] | None = None,
-    ) -> Artifact:
-        """An artifact of what was just compiled: every file under `root`, hashed.
+    def unsaved(cls, directory: Path | None, manifest: Manifest) -> Artifact:
+        """An artifact of what was just compiled: every file under `directory`, hashed.
 
         Args:
-            root: Folder of packages, named by `package_path`, and other files.
+            directory: Folder of packages, named by `package_path`, and other files. It has to
+                stay until the artifact is saved. None: an artifact that cannot be saved.
             manifest: The manifest without its files.
-            workspace: The temporary folder that `root` is or lies in, if any: it then lives as
-                long as the artifact.
         """
         packages: dict[str, PackageEntry] = {}
         files: dict[str, FileEntry] = {}
-        for path in sorted(root.rglob("*")):
-            name = path.relative_to(root).as_posix()
+        if directory is None:
+            return cls(None, manifest)
+        for path in sorted(directory.rglob("*")):
+            name = path.relative_to(directory).as_posix()
             if not path.is_file() or name == MANIFEST_NAME:
                 continue
             entry = FileEntry(sha256=_sha256(path), bytes=path.stat().st_size)
@@ -75,7 +68,7 @@ class Artifact:
                 )
             else:
                 files[name] = entry
-        return cls(root, replace(manifest, packages=packages, files=files), workspace)
+        return cls(directory, replace(manifest, packages=packages, files=files))
 
     def package(self, block: str, variant: str | None = None) -> Path:
         """Path of a compiled block.
@@ -88,12 +81,12 @@ class Artifact:
             ArtifactError: The artifact has no such package.
         """
         name = package_path(block, variant)
-        if name not in self.manifest.packages:
+        if self.directory is None or name not in self.manifest.packages:
             raise ArtifactError(
-                f"the artifact has no {name}, only {', '.join(self.manifest.packages)}: compile "
-                "again with that variant"
+                f"the artifact has no {name}, only {sorted(self.manifest.packages)}: compile again "
+                "with that variant"
             )
-        return self.root / name
+        return self.directory / name
 
     def save(self, path: str | Path) -> Path:
         """Writes the artifact to a folder and adds it to the user's trust list.
@@ -108,16 +101,20 @@ class Artifact:
             The path.
 
         Raises:
-            ArtifactError: Something else than an artifact is there.
+            ArtifactError: Something else than an artifact is there, or nothing was compiled.
         """
-        path = Path(path)
+        directory, path = self.directory, Path(path)
+        if directory is None:
+            raise ArtifactError(
+                'nothing was compiled, so there is nothing to save: compile with backend="aot"'
+            )
         _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_folder(path) as staging:
             for name in _all_files(self.manifest):
                 target = staging / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.root / name, target)
+                shutil.copyfile(directory / name, target)
                 sync(target)
             (staging / MANIFEST_NAME).write_text(self.manifest.to_json())
             sync(staging / MANIFEST_NAME)
