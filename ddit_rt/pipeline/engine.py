@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddit_rt.artifact import Artifact
 from ddit_rt.buckets import RunContext
-from ddit_rt.errors import RunCancelled, ShapeError, UnsupportedModelError
+from ddit_rt.errors import ArtifactError, RunCancelled, ShapeError, UnsupportedModelError
 from ddit_rt.executor import CpuExecutor, RunPlan, RunTrace, StepCallback
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, policy_from_dict
 from ddit_rt.pipeline.lora import FusedLora, refuse_unfused_lora
@@ -36,13 +36,15 @@ class Engine:
     """
 
     def __init__(
-        self, compiled: CompiledModel, artifact: Artifact, pipeline: Any, scheduler: Any
+        self,
+        compiled: CompiledModel,
+        artifact: Artifact,
+        pipeline: Any = None,
     ) -> None:
         self.artifact = artifact
         self.pipeline = pipeline
         self.last_trace: RunTrace | None = None
         self._compiled = compiled
-        self._scheduler = scheduler
         self._executor = CpuExecutor()
         self._lock = threading.RLock()
         self._cancelled = threading.Event()
@@ -106,6 +108,7 @@ class Engine:
         self,
         latents: Tensor,
         *,
+        scheduler: Any = None,
         num_inference_steps: int = 50,
         sigmas: Sequence[float] | None = None,
         patch_policy: PatchPolicy | None = None,
@@ -116,6 +119,8 @@ class Engine:
 
         Args:
             latents: Initial noise, `[B, C, H, W]`.
+            scheduler: A diffusers flow scheduler, copied for the run; by default the pipeline's,
+                or `FlowMatchEulerDiscreteScheduler()` for a bare transformer.
             num_inference_steps: Steps N; ignored when `sigmas` is given.
             sigmas: Noise levels of the steps, before the scheduler's own shift.
             patch_policy: As in `__call__`.
@@ -141,7 +146,7 @@ class Engine:
         model.family.check_conditioning(model.transformer, latents.shape[0], conditioning)
         given = {name: value for name, value in conditioning.items() if value is not None}
         with self._lock:
-            scheduler = copy.deepcopy(self._scheduler)
+            scheduler = copy.deepcopy(scheduler or self._default_scheduler())
             steps = num_inference_steps if sigmas is None else len(sigmas)
             grid = model.grid(*latents.shape[-2:])
             model.family.set_timesteps(scheduler, steps, sigmas, grid)
@@ -164,6 +169,11 @@ class Engine:
         Returns:
             The path.
         """
+        if not self.artifact.manifest.packages:
+            raise ArtifactError(
+                'this engine was compiled with backend="eager" and has nothing to save; compile '
+                'with backend="aot"'
+            )
         return self.artifact.save(path)
 
     def fuse_lora(self, lora: Any, scale: float = 1.0, **load_arguments: Any) -> None:
@@ -190,6 +200,13 @@ class Engine:
                 raise ValueError("no LoRA is fused; fuse_lora(...) comes first")
             self._fused.restore()
             self._fused = None
+
+    def _default_scheduler(self) -> Any:
+        if self.pipeline is not None:
+            return self.pipeline.scheduler
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler()
 
     def _plan(
         self,

@@ -62,6 +62,14 @@ class CompiledModel:
             return f"{tokens} image tokens are outside the compiled range {low} to {high}"
         return None
 
+    def rebind(self) -> None:
+        """Binds runners again whose weights the model has moved to other storage."""
+        for runners in (self.steps.base, *self.adapter_runners.values()):
+            for blocks in runners.values():
+                for runner in blocks:
+                    if runner.stale():
+                        runner.rebind()
+
     def check_sizes(self, batch: int, text_tokens: int) -> None:
         """Refuses a batch or a text length that the compiled blocks were not built for."""
         for name, count, (low, high) in (

@@ -1,0 +1,245 @@
+#include "binding/args.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <limits>
+#include <numeric>
+#include <sstream>
+
+#include "ddit_rt/difference.h"
+#include "ddit_rt/solver.h"
+
+namespace ddit_rt {
+namespace {
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::ostringstream text;
+  text << '[';
+  for (size_t i = 0; i < shape.size(); ++i) text << (i == 0 ? "" : ", ") << shape[i];
+  text << ']';
+  return text.str();
+}
+
+std::vector<int64_t> shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+void check_same_device(const Tensor& tensor, const Tensor& other, const char* op,
+                       const char* name) {
+  STD_TORCH_CHECK(
+      tensor.is_cuda() == other.is_cuda() && tensor.get_device_index() == other.get_device_index(),
+      "ddit_rt::", op, ": ", name, " is on another device than the other arguments");
+}
+
+// Spatial sizes of [..., H, W] or [..., F, H, W], where `lead` dimensions come first.
+PatchShape latent_shape(const Tensor& tensor, int64_t lead, const char* op, const char* name) {
+  const int64_t dims = tensor.dim() - lead;
+  STD_TORCH_CHECK(dims == 2 || dims == 3, "ddit_rt::", op, ": ", name, " has shape ",
+                  shape_text(shape_of(tensor)), ", expected ", lead + 2, " or ", lead + 3,
+                  " dimensions");
+  PatchShape shape{};
+  shape.batch = tensor.size(lead - 2);
+  shape.channels = tensor.size(lead - 1);
+  shape.frames = dims == 3 ? tensor.size(lead) : 1;
+  shape.height = tensor.size(tensor.dim() - 2);
+  shape.width = tensor.size(tensor.dim() - 1);
+  return shape;
+}
+
+void check_patch(const PatchShape& shape, int64_t patch, const char* op) {
+  STD_TORCH_CHECK(patch >= 1, "ddit_rt::", op, ": patch size ", patch, ", expected at least 1");
+  STD_TORCH_CHECK(shape.height % patch == 0 && shape.width % patch == 0, "ddit_rt::", op,
+                  ": patch size ", patch, " does not divide the latent size ", shape.height, " x ",
+                  shape.width);
+}
+
+template <typename T>
+T* offset(const Tensor& tensor, int64_t index) {
+  return static_cast<T*>(tensor.data_ptr()) + index;
+}
+
+void check_step(int64_t step, int64_t steps, const char* op) {
+  STD_TORCH_CHECK(step >= 0 && step < steps, "ddit_rt::", op, ": step ", step, ", expected 0 to ",
+                  steps - 1);
+}
+
+}  // namespace
+
+std::string shape_text(const Tensor& tensor) { return shape_text(shape_of(tensor)); }
+
+void check_contiguous(const Tensor& tensor, const char* op, const char* name) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), "ddit_rt::", op, ": ", name, " of shape ",
+                  shape_text(tensor), " is not contiguous");
+}
+
+void check_dtype(const Tensor& tensor, ScalarType dtype, const char* op, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "ddit_rt::", op, ": ", name, " is ",
+                  torch::headeronly::toString(tensor.scalar_type()), ", expected ",
+                  torch::headeronly::toString(dtype));
+}
+
+void check_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const char* op,
+                 const char* name) {
+  STD_TORCH_CHECK(shape_of(tensor) == shape, "ddit_rt::", op, ": ", name, " has shape ",
+                  shape_text(tensor), ", expected ", shape_text(shape));
+}
+
+void check_floating(const Tensor& tensor, const char* op, const char* name) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+      "ddit_rt::", op, ": ", name, " is ", torch::headeronly::toString(dtype),
+      ", expected float32, bfloat16 or float16");
+  check_contiguous(tensor, op, name);
+}
+
+PatchShape pack_shape(const Tensor& latents, int64_t patch_size) {
+  check_floating(latents, "pack", "latents");
+  PatchShape shape = latent_shape(latents, 2, "pack", "latents");
+  check_patch(shape, patch_size, "pack");
+  shape.patch = patch_size;
+  return shape;
+}
+
+PatchShape unpack_shape(const Tensor& tokens, int64_t patch_size, int64_t height, int64_t width,
+                        int64_t frames) {
+  check_floating(tokens, "unpack", "tokens");
+  STD_TORCH_CHECK(tokens.dim() == 3, "ddit_rt::unpack: tokens have shape ", shape_text(tokens),
+                  ", expected 3 dimensions");
+  STD_TORCH_CHECK(height >= 1 && width >= 1 && frames >= 0, "ddit_rt::unpack: height ", height,
+                  ", width ", width, ", frames ", frames, ", expected positive sizes");
+  PatchShape shape{tokens.size(0), 0, frames == 0 ? 1 : frames, height, width, 1};
+  check_patch(shape, patch_size, "unpack");
+  shape.patch = patch_size;
+  shape.channels = tokens.size(2) / (patch_size * patch_size);
+  check_shape(tokens, {shape.batch, shape.tokens(), shape.features()}, "unpack", "tokens");
+  return shape;
+}
+
+ScoreArgs score_args(const Tensor& history, std::vector<int64_t> patch_sizes, double quantile,
+                     int64_t order, int64_t head) {
+  constexpr const char* kOp = "patch_scores";
+  check_dtype(history, ScalarType::Float, kOp, "history");
+  check_contiguous(history, kOp, "history");
+  ScoreArgs args{};
+  args.shape = latent_shape(history, 3, kOp, "history");
+  STD_TORCH_CHECK(history.size(0) == kHistoryLength, "ddit_rt::patch_scores: history has ",
+                  history.size(0), " slots, expected ", kHistoryLength);
+  STD_TORCH_CHECK(quantile >= 0.0 && quantile <= 1.0, "ddit_rt::patch_scores: quantile ", quantile,
+                  ", expected 0 to 1");
+  STD_TORCH_CHECK(order >= 1 && order <= kMaxOrder, "ddit_rt::patch_scores: order ", order,
+                  ", expected 1 to ", kMaxOrder);
+  STD_TORCH_CHECK(head >= 0 && head < kHistoryLength, "ddit_rt::patch_scores: head ", head,
+                  ", expected 0 to ", kHistoryLength - 1);
+  const PatchShape& shape = args.shape;
+  STD_TORCH_CHECK(shape.channels * shape.frames * shape.height * shape.width > 0,
+                  "ddit_rt::patch_scores: history of shape ", shape_text(history), " is empty");
+  for (const int64_t size : patch_sizes) {
+    check_patch(args.shape, size, kOp);
+    STD_TORCH_CHECK(size * size * shape.channels > 1,
+                    "ddit_rt::patch_scores: a patch of a single value has no standard deviation");
+    args.base = std::gcd(args.base, size);
+  }
+  args.shape.patch = args.base;
+  args.sizes = std::move(patch_sizes);
+  args.quantile = static_cast<float>(quantile);
+  args.order = static_cast<int>(order);
+  const int64_t count = history.numel() / kHistoryLength;
+  for (int64_t i = 0; i < kHistoryLength; ++i) {
+    args.newest[i] = offset<const float>(history, (head + i) % kHistoryLength * count);
+  }
+  return args;
+}
+
+SolverArgs solver_args(const Tensor& history, const Tensor& velocities, const Tensor& velocity,
+                       const Tensor& coefficients, int64_t step) {
+  constexpr const char* kOp = "solver_step_";
+  check_floating(velocity, kOp, "velocity");
+  check_dtype(history, ScalarType::Float, kOp, "history");
+  check_dtype(velocities, ScalarType::Float, kOp, "velocities");
+  for (const Tensor* tensor : {&history, &velocities, &coefficients}) {
+    check_contiguous(*tensor, kOp, "a buffer");
+    check_same_device(*tensor, velocity, kOp, "a buffer");
+  }
+  std::vector<int64_t> shape = shape_of(velocity);
+  shape.insert(shape.begin(), kHistoryLength);
+  check_shape(history, shape, kOp, "history");
+  const int64_t slots = velocities.dim() > 0 ? velocities.size(0) : 0;
+  STD_TORCH_CHECK(slots >= 1 && slots <= kTerms, "ddit_rt::solver_step_: velocities have ", slots,
+                  " slots, expected 1 to ", kTerms);
+  shape[0] = slots;
+  check_shape(velocities, shape, kOp, "velocities");
+  const bool is_double = coefficients.scalar_type() == ScalarType::Double;
+  if (!is_double) check_dtype(coefficients, ScalarType::Float, kOp, "coefficients");
+  STD_TORCH_CHECK(coefficients.dim() == 2 && coefficients.size(1) == kCoefficients,
+                  "ddit_rt::solver_step_: coefficients have shape ", shape_text(coefficients),
+                  ", expected [N, ", kCoefficients, "]");
+  check_step(step, coefficients.size(0), kOp);
+
+  SolverArgs args{};
+  args.count = velocity.numel();
+  args.velocity_slots = slots;
+  args.double_coefficients = is_double;
+  args.coefficients = offset<const char>(
+      coefficients, step * kCoefficients * static_cast<int64_t>(coefficients.element_size()));
+  const auto latent = [&](int64_t k) {
+    return offset<float>(history, ring_slot(k, kHistoryLength) * args.count);
+  };
+  // Adding the ring's length keeps the step index of older entries positive.
+  for (int i = 0; i < kTerms; ++i) args.latents[i] = latent(step - i + kHistoryLength);
+  for (int j = 1; j < slots; ++j) {
+    const int slot = ring_slot(step - j + slots, static_cast<int>(slots));
+    args.velocities[j - 1] = offset<float>(velocities, slot * args.count);
+  }
+  args.velocity = velocity.data_ptr();
+  args.velocity_dtype = velocity.scalar_type();
+  args.velocity_out =
+      offset<float>(velocities, ring_slot(step, static_cast<int>(slots)) * args.count);
+  args.latents_out = latent(step + 1);
+  return args;
+}
+
+DecideArgs decide_args(const Tensor& scores, const Tensor& forced, const Tensor& thresholds,
+                       const Tensor& state, const Tensor& record, int64_t step, int64_t dwell,
+                       bool monotone) {
+  constexpr const char* kOp = "decide_";
+  STD_TORCH_CHECK(scores.dim() == 2 && thresholds.dim() == 2,
+                  "ddit_rt::decide_: scores have shape ", shape_text(scores), ", thresholds ",
+                  shape_text(thresholds), ", expected [B, S] and [N, S]");
+  const int64_t steps = thresholds.size(0);
+  const int64_t sizes = thresholds.size(1);
+  const bool scored = scores.size(0) > 0 && (scores.size(1) > 0 || sizes == 0);
+  for (const Tensor* tensor : {&scores, &thresholds, &record}) {
+    check_dtype(*tensor, ScalarType::Float, kOp, "scores, thresholds or record");
+  }
+  for (const Tensor* tensor : {&forced, &state}) {
+    check_dtype(*tensor, ScalarType::Int, kOp, "forced or state");
+  }
+  for (const Tensor* tensor : {&scores, &forced, &thresholds, &state, &record}) {
+    check_contiguous(*tensor, kOp, "an argument");
+    check_same_device(*tensor, state, kOp, "an argument");
+  }
+  if (scored) check_shape(scores, {scores.size(0), sizes}, kOp, "scores");
+  check_shape(forced, {steps}, kOp, "forced");
+  check_shape(state, {kStateSize}, kOp, "state");
+  check_shape(record, {steps, kRecordHeader + sizes}, kOp, "record");
+  check_step(step, steps, kOp);
+  constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(scores.numel() <= kMaxInt && dwell >= 0 && dwell <= kMaxInt,
+                  "ddit_rt::decide_: dwell ", dwell, " or the number of scores ", scores.numel(),
+                  " does not fit 32 bits");
+
+  DecideArgs args{};
+  args.batch = scored ? static_cast<int>(scores.size(0)) : 0;
+  args.sizes = static_cast<int>(sizes);
+  args.scores = offset<const float>(scores, 0);
+  args.forced = offset<const int32_t>(forced, step);
+  args.thresholds = offset<const float>(thresholds, step * sizes);
+  args.state = offset<PolicyState>(state, 0);
+  args.record = offset<float>(record, step * (kRecordHeader + sizes));
+  args.rule = {static_cast<int>(dwell), monotone};
+  return args;
+}
+
+}  // namespace ddit_rt

@@ -1,0 +1,83 @@
+// Checks and unpacks the tensor arguments of the ops, for the CPU and the CUDA kernels alike.
+//
+// The Python functions in `ddit_rt.ops` give callers the friendly messages; these checks are the
+// last line, for ops that are reached through `torch.ops` or an exported program. Each throws
+// std::runtime_error, which torch raises as RuntimeError.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "ddit_rt/patch.h"
+#include "ddit_rt/policy.h"
+
+namespace ddit_rt {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::string shape_text(const Tensor& tensor);
+
+void check_contiguous(const Tensor& tensor, const char* op, const char* name);
+void check_dtype(const Tensor& tensor, ScalarType dtype, const char* op, const char* name);
+void check_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const char* op,
+                 const char* name);
+
+// float32, bfloat16 or float16, contiguous.
+void check_floating(const Tensor& tensor, const char* op, const char* name);
+
+// latents [B, C, H, W] or [B, C, F, H, W].
+PatchShape pack_shape(const Tensor& latents, int64_t patch_size);
+
+// tokens [B, N, C * p * p]; frames = 0 stands for latents without a frame dimension.
+PatchShape unpack_shape(const Tensor& tokens, int64_t patch_size, int64_t height, int64_t width,
+                        int64_t frames);
+
+struct ScoreArgs {
+  PatchShape shape;            // patch = `base`
+  std::vector<int64_t> sizes;  // as the caller ordered them
+  int64_t base;                // greatest common divisor of the sizes
+  float quantile;
+  int order;
+  const float* newest[4];  // z0, z1, z2, z3: [B, C, F, H, W] each
+};
+
+ScoreArgs score_args(const Tensor& history, std::vector<int64_t> patch_sizes, double quantile,
+                     int64_t order, int64_t head);
+
+struct SolverArgs {
+  int64_t count;             // values of one latent
+  int64_t velocity_slots;    // D
+  const void* coefficients;  // row of this step
+  bool double_coefficients;
+  const float* latents[3];     // z[k], z[k-1], z[k-2]
+  const float* velocities[2];  // v[k-1], v[k-2], null where the ring is too short
+  const void* velocity;        // v[k]
+  ScalarType velocity_dtype;
+  float* velocity_out;  // ring slot of v[k]
+  float* latents_out;   // ring slot of z[k+1]
+};
+
+SolverArgs solver_args(const Tensor& history, const Tensor& velocities, const Tensor& velocity,
+                       const Tensor& coefficients, int64_t step);
+
+struct DecideArgs {
+  int batch;  // 0 where no scores were given
+  int sizes;
+  const float* scores;      // [B, S]
+  const int32_t* forced;    // this step's entry
+  const float* thresholds;  // this step's row [S]
+  PolicyState* state;
+  float* record;  // this step's row [3 + S]
+  PolicyRule rule;
+};
+
+DecideArgs decide_args(const Tensor& scores, const Tensor& forced, const Tensor& thresholds,
+                       const Tensor& state, const Tensor& record, int64_t step, int64_t dwell,
+                       bool monotone);
+
+}  // namespace ddit_rt

@@ -1,0 +1,17 @@
+// Schemas of the ops. The CPU kernels are registered beside their code, the CUDA kernels by
+// `_ops_cuda`, the fakes (shapes without data) by Python, in `ddit_rt/ops`.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(ddit_rt, m) {
+  m.def("pack(Tensor latents, int patch_size) -> Tensor");
+  m.def("unpack(Tensor tokens, int patch_size, int height, int width, int frames=0) -> Tensor");
+  m.def(
+      "patch_scores(Tensor history, int[] patch_sizes, float quantile, int order=3, int head=0) "
+      "-> Tensor");
+  m.def(
+      "solver_step_(Tensor(a!) history, Tensor(b!) velocities, Tensor velocity, "
+      "Tensor coefficients, int step) -> ()");
+  m.def(
+      "decide_(Tensor scores, Tensor forced, Tensor thresholds, Tensor(a!) state, "
+      "Tensor(b!) record, int step, int dwell, bool monotone) -> ()");
+}

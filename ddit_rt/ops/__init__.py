@@ -1,0 +1,18 @@
+"""Native ops of the engine: token packing, patch scores, the solver update, the decision.
+
+Each is a torch op in the namespace `ddit_rt` with CPU and CUDA kernels and a fake, so it works in
+eager mode, under `torch.compile`, in `torch.export` and inside a CUDA graph.
+"""
+
+from ddit_rt.ops._library import load as _load
+
+_load()
+
+# The fakes and gradients can only be attached to ops that exist.
+from ddit_rt.ops import _fakes  # noqa: E402, F401
+from ddit_rt.ops.decide import Reason, decide_  # noqa: E402
+from ddit_rt.ops.pack import pack, unpack  # noqa: E402
+from ddit_rt.ops.scores import patch_scores  # noqa: E402
+from ddit_rt.ops.solver import solver_step_  # noqa: E402
+
+__all__ = ["Reason", "decide_", "pack", "patch_scores", "solver_step_", "unpack"]

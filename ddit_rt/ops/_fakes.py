@@ -1,0 +1,85 @@
+"""Shapes of the ops' results without data, for tracing, and the gradients of pack and unpack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _pack(latents: Tensor, patch_size: int) -> Tensor:
+    batch, channels, *frames, height, width = latents.shape
+    tokens = (height // patch_size) * (width // patch_size)
+    if frames:
+        tokens = tokens * frames[0]
+    return latents.new_empty((batch, tokens, channels * patch_size**2))
+
+
+def _unpack(tokens: Tensor, patch_size: int, height: int, width: int, frames: int = 0) -> Tensor:
+    batch, _, features = tokens.shape
+    middle = (frames,) if frames else ()
+    return tokens.new_empty((batch, features // patch_size**2, *middle, height, width))
+
+
+def _patch_scores(
+    history: Tensor,
+    patch_sizes: Sequence[int],
+    quantile: float,
+    order: int = 3,
+    head: int = 0,
+) -> Tensor:
+    del quantile, order, head  # they change values, not shapes
+    return history.new_empty((history.shape[1], len(patch_sizes)))
+
+
+def _solver_step(
+    history: Tensor, velocities: Tensor, velocity: Tensor, coefficients: Tensor, step: int
+) -> None:
+    del history, velocities, velocity, coefficients, step
+
+
+def _decide(
+    scores: Tensor,
+    forced: Tensor,
+    thresholds: Tensor,
+    state: Tensor,
+    record: Tensor,
+    step: int,
+    dwell: int,
+    monotone: bool,
+) -> None:
+    del scores, forced, thresholds, state, record, step, dwell, monotone
+
+
+def _pack_setup(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+    del output
+    latents, ctx.patch_size = inputs
+    ctx.shape = latents.shape
+
+
+def _pack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    *_, height, width = ctx.shape
+    frames = ctx.shape[2] if len(ctx.shape) == 5 else 0
+    unpack = torch.ops.ddit_rt.unpack
+    return unpack(grad.contiguous(), ctx.patch_size, height, width, frames), None
+
+
+def _unpack_setup(ctx: Any, inputs: tuple[Tensor, int, int, int, int], output: Tensor) -> None:
+    del output
+    ctx.patch_size = inputs[1]
+
+
+def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    tokens = torch.ops.ddit_rt.pack(grad.contiguous(), ctx.patch_size)
+    return tokens, None, None, None, None
+
+
+torch.library.register_fake("ddit_rt::pack", _pack)
+torch.library.register_fake("ddit_rt::unpack", _unpack)
+torch.library.register_fake("ddit_rt::patch_scores", _patch_scores)
+torch.library.register_fake("ddit_rt::solver_step_", _solver_step)
+torch.library.register_fake("ddit_rt::decide_", _decide)
+torch.library.register_autograd("ddit_rt::pack", _pack_backward, setup_context=_pack_setup)
+torch.library.register_autograd("ddit_rt::unpack", _unpack_backward, setup_context=_unpack_setup)

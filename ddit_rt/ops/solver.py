@@ -1,0 +1,58 @@
+"""One step of a linear multistep flow solver, fused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddit_rt.errors import ShapeError
+from ddit_rt.ops._checks import FLOATING, check_dtype, check_in_place, check_shape, check_step
+from ddit_rt.ops.scores import HISTORY_LENGTH
+
+TERMS = 3
+"""Latents, and velocities, that one step combines."""
+
+
+def solver_step_(
+    history: Tensor, velocities: Tensor, velocity: Tensor, coefficients: Tensor, step: int
+) -> None:
+    """Takes one solver step in place: stores the velocity, writes the next latent.
+
+    `z[k+1] = a0 z[k] + a1 z[k-1] + a2 z[k-2] + b0 v[k] + b1 v[k-1] + b2 v[k-2]`, summed from left
+    to right in float32. Coefficients are rounded to float32 first and no multiply-add is fused, so
+    an Euler step (`a = (1, 0, 0)`, `b = (dt, 0, 0)`) has the bits of `z + dt * v` in torch. A term
+    whose coefficient is 0 is not read, so a ring need not be initialised.
+
+    Args:
+        history: Ring of latents `[4, B, ...]`, float32; `z[k]` is in slot `-k mod 4`. The slot of
+            `z[k+1]`, which held `z[k-3]`, is written.
+        velocities: Ring of velocities `[D, B, ...]`, D = 1 to 3, float32; `v[k]` is in slot
+            `-k mod D`, which is written.
+        velocity: `v[k]`, `[B, ...]`, float32, bfloat16 or float16.
+        coefficients: `[N, 6]`, float64 or float32: a row (a0, a1, a2, b0, b1, b2) per step. A
+            `b` beyond D must be 0; where it is not, the CPU raises RuntimeError and CUDA, which
+            reads the table on the device, writes NaN.
+        step: k, the row of the table.
+
+    Raises:
+        ShapeError: Rings and velocity whose shapes do not agree.
+        ValueError: Another dtype, a buffer that is not contiguous, a step outside the table.
+    """
+    check_dtype(velocity, FLOATING, "velocity")
+    check_dtype(history, (torch.float32,), "history")
+    check_dtype(velocities, (torch.float32,), "velocities")
+    check_dtype(coefficients, (torch.float64, torch.float32), "coefficients")
+    check_shape(history, (HISTORY_LENGTH, *velocity.shape), "history")
+    if velocities.dim() == 0 or not 1 <= velocities.shape[0] <= TERMS:
+        raise ShapeError(
+            f"velocities have shape {tuple(velocities.shape)}, expected 1 to {TERMS} slots"
+        )
+    check_shape(velocities, (velocities.shape[0], *velocity.shape), "velocities")
+    if coefficients.dim() != 2 or coefficients.shape[1] != 2 * TERMS:
+        raise ShapeError(f"coefficients have shape {tuple(coefficients.shape)}, expected [N, 6]")
+    check_step(step, coefficients.shape[0])
+    check_in_place(history, "history")
+    check_in_place(velocities, "velocities")
+    torch.ops.ddit_rt.solver_step_(
+        history, velocities, velocity.contiguous(), coefficients.contiguous(), step
+    )
