@@ -36,7 +36,7 @@ def live_slots(block: nn.Module) -> dict[str, Slot]:
     """Parameters and buffers of a block by canonical name, adapters' factors left out."""
     slots = {}
     for prefix, module in block.named_modules():
-        for registry in (module._parameters, module._buffers):
+        for registry in (module._parameters, module._buffers):  # noqa: SLF001
             for key, tensor in registry.items():
                 name = canonical_name(f"{prefix}.{key}" if prefix else key)
                 if tensor is not None and not is_lora_name(name):

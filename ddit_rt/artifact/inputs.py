@@ -101,7 +101,7 @@ class InputCheck:
             self._check_shapes(shapes)
             self._accepted.add(shapes)
         device = self._device
-        for tensor, dtype in zip(tensors, self._dtypes):
+        for tensor, dtype in zip(tensors, self._dtypes, strict=True):
             if tensor.dtype is not dtype or tensor.device != device or not tensor.is_contiguous():
                 self._explain(tensors)
 
@@ -112,7 +112,7 @@ class InputCheck:
                 f"({', '.join(spec.name for spec in self._inputs)}), got {len(shapes)}"
             )
         sizes: dict[str, int] = {}
-        for spec, shape in zip(self._inputs, shapes):
+        for spec, shape in zip(self._inputs, shapes, strict=True):
             self._match(spec, shape, sizes)
         if sizes.keys() >= {IMAGE, TEXT}:
             self._agree(sizes.setdefault(JOINT, sizes[IMAGE] + sizes[TEXT]), sizes)
@@ -123,7 +123,7 @@ class InputCheck:
             raise ShapeError(
                 f"{self._block}.{spec.name}: expected {_show(spec)}, got {tuple(shape)}"
             )
-        for dim, size in zip(spec.dims, shape):
+        for dim, size in zip(spec.dims, shape, strict=True):
             expected = dim if isinstance(dim, int) else sizes.setdefault(dim, size)
             if size != expected:
                 raise ShapeError(
@@ -139,7 +139,7 @@ class InputCheck:
             )
 
     def _explain(self, tensors: Sequence[Tensor]) -> None:
-        for spec, tensor, dtype in zip(self._inputs, tensors, self._dtypes):
+        for spec, tensor, dtype in zip(self._inputs, tensors, self._dtypes, strict=True):
             name = f"{self._block}.{spec.name}"
             if tensor.dtype is not dtype:
                 raise ShapeError(f"{name}: the block was compiled for {dtype}, got {tensor.dtype}")

@@ -8,7 +8,7 @@ types, the sizes it was compiled for, and the constants it expects.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from ddit_rt.artifact.constants import ConstantSpec
 from ddit_rt.artifact.inputs import TokenRanges
 from ddit_rt.errors import ArtifactError
-from ddit_rt.families.base import TensorSpec
+from ddit_rt.families.base import BATCH, TensorSpec
 
 METADATA_KEY = "ddit_rt"
 
@@ -56,7 +56,7 @@ class PackageInfo:
         """One line of JSON for the package's metadata."""
         inputs = [
             [spec.name, list(spec.dims), dtype_name(dtype)]
-            for spec, dtype in zip(self.inputs, self.input_dtypes)
+            for spec, dtype in zip(self.inputs, self.input_dtypes, strict=True)
         ]
         constants = {
             name: [list(spec.shape), dtype_name(spec.dtype)]
@@ -95,6 +95,30 @@ class PackageInfo:
             ) from error
 
 
+def input_dtypes(
+    inputs: Sequence[TensorSpec],
+    dtype: torch.dtype,
+    given: Mapping[str, torch.dtype] | None = None,
+) -> tuple[torch.dtype, ...]:
+    """Data type of every input of a block.
+
+    Args:
+        inputs: The inputs.
+        dtype: Type of the block's weights. It is that of every input that has a batch dimension;
+            position encodings, which have none, are float32.
+        given: Exceptions, by name.
+    """
+    given = given or {}
+    unknown = sorted(given.keys() - {spec.name for spec in inputs})
+    if unknown:
+        raise ValueError(
+            f"input types given for {unknown}; the inputs are {[spec.name for spec in inputs]}"
+        )
+    return tuple(
+        given.get(spec.name, dtype if BATCH in spec.dims else torch.float32) for spec in inputs
+    )
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")
@@ -104,5 +128,5 @@ def parse_dtype(name: str) -> torch.dtype:
     """The inverse of `dtype_name`; raises `ValueError` for any other word."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is not a torch data type")
+        raise ValueError(f"{name!r} is not a torch data type")  # noqa: TRY004 (a value of a file)
     return dtype

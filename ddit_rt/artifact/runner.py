@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ddit_rt.artifact.constants import Binding, ConstantSpec
 from ddit_rt.artifact.inputs import InputCheck, TokenRanges
 from ddit_rt.artifact.package import METADATA_KEY, PackageInfo
+from ddit_rt.artifact.package import input_dtypes as resolve_dtypes
 from ddit_rt.artifact.template import BlockTemplate, LoraSpec, canonical_name
 from ddit_rt.errors import ArtifactError, ArtifactMismatchError
 from ddit_rt.families.base import BlockType
@@ -89,7 +90,7 @@ class CompiledRunner:
         constants = {self._fqns[name]: tensor for name, tensor in binding.tensors.items()}
         self._model.load_constants(constants, check_full_update=True, user_managed=True)
         self._binding, self._source = binding, (block, lora)
-        self._run = self._model.loader.run
+        self._run = self._model.loader.run  # type: ignore[assignment] # its stub is wrong
 
     def stale(self) -> bool:
         """Whether the module has moved a bound tensor to other storage since `bind`."""
@@ -109,7 +110,7 @@ class CompiledRunner:
                 "list: compile the block again"
             ) from None
 
-    def _refuse(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def _refuse(self, _: Sequence[Tensor]) -> list[Tensor]:
         raise RuntimeError(f"{self.info.block}: bind the runner to a block before running it")
 
 
@@ -122,7 +123,7 @@ class EagerRunner:
         block: nn.Module,
         *,
         ranges: TokenRanges,
-        input_dtypes: Sequence[torch.dtype],
+        input_dtypes: Mapping[str, torch.dtype] | None = None,
         lora_spec: LoraSpec | None = None,
         lora: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -132,7 +133,7 @@ class EagerRunner:
             block_type: How the block is called.
             block: A block of the user's transformer.
             ranges: Sizes to accept.
-            input_dtypes: Data type of each input.
+            input_dtypes: As for `compile_block`.
             lora_spec: The branch that the variant carries, if any.
             lora: Its factors, by canonical name.
 
@@ -142,8 +143,9 @@ class EagerRunner:
         template = BlockTemplate(block_type, block, lora_spec)
         self._fqns = {canonical_name(fqn): fqn for fqn, _ in template.tensors()}
         self._specs = constant_specs(template)
-        device = next(block.parameters()).device
-        self._check = InputCheck(block_type.name, block_type.inputs, ranges, input_dtypes, device)
+        weight = next(block.parameters())
+        dtypes = resolve_dtypes(block_type.inputs, weight.dtype, input_dtypes)
+        self._check = InputCheck(block_type.name, block_type.inputs, ranges, dtypes, weight.device)
         self._template = template.to("meta")
         self._name = block_type.name
         self._block, self._lora = block, lora
@@ -198,11 +200,12 @@ def constant_specs(template: BlockTemplate) -> dict[str, ConstantSpec]:
 def _load(package: Path, device: torch.device) -> AOTICompiledModel:
     if not package.is_file():
         raise ArtifactError(f"no package at {package}")
-    index = -1 if device.index is None else device.index
+    # Imported here: it takes a second.
+    from torch._inductor import aoti_load_package
+
+    index = -1 if device.type == "cpu" else device.index
     try:
-        return torch._inductor.aoti_load_package(
-            str(package), run_single_threaded=True, device_index=index
-        )
+        return aoti_load_package(str(package), run_single_threaded=True, device_index=index)
     except RuntimeError as error:
         raise ArtifactError(f"{package} cannot be loaded ({error}): compile it again") from error
 

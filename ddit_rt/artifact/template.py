@@ -45,6 +45,11 @@ class LoraSpec:
         if self.rank < 1:
             raise ValueError(f"LoRA rank: got {self.rank}, expected 1 or more")
 
+    @property
+    def variant(self) -> str:
+        """Name of the package variant, e.g. `lora32`, or `lora32x0.5` for another scaling."""
+        return f"lora{self.rank}" if self.scaling == 1 else f"lora{self.rank}x{self.scaling:g}"
+
 
 def canonical_name(name: str) -> str:
     """A tensor's name inside its block, free of wrapper, `base_layer` and adapter name."""
@@ -66,7 +71,9 @@ class BlockTemplate(nn.Module):
         block: The copy, in evaluation mode, with LoRA layers where the variant asks for them.
     """
 
-    def __init__(self, block_type: BlockType, block: nn.Module, lora: LoraSpec | None = None):
+    def __init__(
+        self, block_type: BlockType, block: nn.Module, lora: LoraSpec | None = None
+    ) -> None:
         """Copies the block; see `copy_block` for what is shared.
 
         Args:
@@ -112,7 +119,8 @@ def _check_plain(block_type: BlockType, block: nn.Module) -> None:
                 f"{where} carries an adapter that is not fused ({type(module).__name__}): call "
                 "pipe.fuse_lora() and then pipe.unload_lora_weights(), or only the latter"
             )
-        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        state = vars(module)
+        if "forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"]:
             raise UnsupportedModelError(
                 f"{where} has a hook around its forward (offloading, caching, layerwise casting): "
                 "remove it first, e.g. with transformer.disable_cache() or pipe.remove_all_hooks()"
@@ -125,10 +133,10 @@ def _inject(block: nn.Module, block_type: BlockType, lora: LoraSpec) -> None:
 
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.rank * lora.scaling,  # type: ignore[arg-type]
+        lora_alpha=lora.rank * lora.scaling,
         target_modules=list(block_type.feed_forward),
     )
-    weights = {name: block.get_submodule(name).weight for name in block_type.feed_forward}
+    weights = {name: block.get_parameter(f"{name}.weight") for name in block_type.feed_forward}
     inject_adapter_in_model(config, block, low_cpu_mem_usage=True)
     for name, weight in weights.items():
         layer = block.get_submodule(name)

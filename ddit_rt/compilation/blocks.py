@@ -28,6 +28,7 @@ from torch.export import Dim, ExportedProgram
 
 from ddit_rt.artifact.inputs import SYMBOLS, TokenRanges
 from ddit_rt.artifact.package import METADATA_KEY, PackageInfo, package_path
+from ddit_rt.artifact.package import input_dtypes as resolve_dtypes
 from ddit_rt.artifact.runner import constant_specs
 from ddit_rt.artifact.template import BlockTemplate, LoraSpec
 from ddit_rt.errors import CompileError, UnsupportedModelError
@@ -113,8 +114,7 @@ def compile_block(
         package: The `.pt2` file to write; appears only when complete.
         ranges: Sizes to compile for.
         lora: Branch that the variant carries in its feed-forward layers.
-        input_dtypes: Data types of inputs by name, where they differ from the default: the
-            block's own type for what has a batch dimension, float32 for position encodings.
+        input_dtypes: Data types of inputs, by name, that differ from `package.input_dtypes`.
 
     Raises:
         CompileError: The block cannot be exported or compiled.
@@ -122,11 +122,10 @@ def compile_block(
     """
     template = BlockTemplate(block_type, block, lora)
     weight = next(block.parameters())
-    dtypes = _dtypes(block_type, weight.dtype, input_dtypes or {})
     info = PackageInfo(
         block=block_type.name,
         inputs=block_type.inputs,
-        input_dtypes=dtypes,
+        input_dtypes=resolve_dtypes(block_type.inputs, weight.dtype, input_dtypes),
         device=weight.device.type,
         ranges=ranges,
         constants=constant_specs(template),
@@ -169,7 +168,7 @@ def export_block(
     sizes = _example_sizes(info.ranges)
     example = tuple(
         torch.zeros(spec.shape(sizes), dtype=dtype, device=device)
-        for spec, dtype in zip(info.inputs, info.input_dtypes)
+        for spec, dtype in zip(info.inputs, info.input_dtypes, strict=True)
     )
     shapes = tuple(_open_dims(spec, info.ranges) for spec in info.inputs)
     with torch.no_grad():
@@ -184,11 +183,12 @@ def export_block(
 
 
 def _compile(program: ExportedProgram, info: PackageInfo, target: Path) -> None:
+    # Imported here: it takes a second.
+    from torch._inductor import aoti_compile_and_package
+
     options = {**_OPTIONS, "aot_inductor.metadata": {METADATA_KEY: info.to_json()}}
     with torch.no_grad():
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(target), inductor_configs=options
-        )
+        aoti_compile_and_package(program, package_path=str(target), inductor_configs=options)
 
 
 def _example_sizes(ranges: TokenRanges) -> dict[str, int]:
@@ -209,18 +209,6 @@ def _open_dims(spec: TensorSpec, ranges: TokenRanges) -> dict[int, Any]:
     return dims
 
 
-def _dtypes(
-    block_type: BlockType, dtype: torch.dtype, given: Mapping[str, torch.dtype]
-) -> tuple[torch.dtype, ...]:
-    unknown = given.keys() - {spec.name for spec in block_type.inputs}
-    if unknown:
-        raise ValueError(f"input_dtypes: {block_type.name} has no input {', '.join(unknown)}")
-    return tuple(
-        given.get(spec.name, dtype if BATCH in spec.dims else torch.float32)
-        for spec in block_type.inputs
-    )
-
-
 def _signature(block: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     tensors: dict[str, Tensor] = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
@@ -233,7 +221,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

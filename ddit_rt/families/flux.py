@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from torch import Tensor, nn
 
 from ddit_rt import ops
@@ -212,6 +211,9 @@ class FluxFamily(Family):
         self, scheduler: Any, num_inference_steps: int, sigmas: Sequence[float] | None, grid: Grid
     ) -> None:
         """See `Family.set_timesteps`; follows `FluxPipeline.__call__`, section 5."""
+        # Imported here: it pulls in all of transformers, which takes seconds.
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+
         if num_inference_steps < 1:
             raise ValueError(f"got num_inference_steps={num_inference_steps}; it must be positive")
         if sigmas is None:

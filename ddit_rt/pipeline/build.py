@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +19,9 @@ from ddit_rt.artifact import (
     LoraSpec,
     Manifest,
     TokenRanges,
-    block_lora,
     load_runner,
     mismatches,
     open_artifact,
-    package_path,
 )
 from ddit_rt.buckets import Runners, StepModel
 from ddit_rt.compilation import Progress, compile_blocks
@@ -101,30 +98,39 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     if pipeline is not None:
         _check_size(family, pipeline, height, width, multiples, ranges)
     if backend == "eager":
-        artifact = Artifact.unsaved(None, manifest)
-        return _engine(pipeline, transformer, family, artifact, adapters, multiples, progress)
-    folder = tempfile.TemporaryDirectory(prefix="ddit_rt-")
+        artifact = Artifact(Path(), manifest)
+    else:
+        artifact = _compile_artifact(transformer, family, adapters, manifest, progress)
+    return _engine(pipeline, transformer, family, artifact, adapters, multiples, progress)
+
+
+def _compile_artifact(
+    transformer: nn.Module,
+    family: Family,
+    adapters: AdapterSet,
+    manifest: Manifest,
+    progress: bool,
+) -> Artifact:
+    """Packages and adapters in a temporary folder that lives as long as the artifact."""
+    variants: dict[str | None, LoraSpec | None] = {None: None}
+    variants.update({_variant(a): _lora_spec(a) for a in adapters.adapters.values() if a.lora})
+    workspace = tempfile.TemporaryDirectory(prefix="ddit_rt-")
     try:
-        directory = Path(folder.name)
-        variants: dict[str | None, LoraSpec | None] = {None: None}
-        variants.update({_variant(a): _lora_spec(a) for a in adapters.adapters.values() if a.lora})
+        root = Path(workspace.name)
         with _progress_bar(progress, "compile") as report:
             compile_blocks(
                 transformer,
                 family.block_types(transformer),
-                directory,
-                ranges=ranges,
+                root,
+                ranges=manifest.ranges,
                 variants=variants,
                 progress=report,
             )
-        save_adapters(adapters, directory / _ADAPTER_FOLDER, family, transformer)
-        artifact = Artifact.unsaved(directory, manifest)
-        engine = _engine(pipeline, transformer, family, artifact, adapters, multiples, progress)
+        save_adapters(adapters, root / _ADAPTER_FOLDER, family, transformer)
+        return Artifact.seal(root, manifest, workspace)
     except BaseException:
-        folder.cleanup()
+        workspace.cleanup()
         raise
-    weakref.finalize(engine, folder.cleanup)
-    return engine
 
 
 def load(
@@ -164,7 +170,7 @@ def load(
             f"{path} does not fit:\n" + "\n".join(f"  - {problem}" for problem in problems)
         )
     multiples = _multiples([entry.patch for entry in artifact.manifest.buckets])
-    folder = artifact.directory / _ADAPTER_FOLDER
+    folder = artifact.root / _ADAPTER_FOLDER
     adapters = load_adapters(folder, family, transformer) if folder.exists() else AdapterSet()
     return _engine(pipeline, transformer, family, artifact, adapters, multiples, progress)
 
@@ -224,21 +230,21 @@ def _runners(
     for block_type in types:
         runners[block_type.path] = []
         for index, block in enumerate(block_type.blocks(transformer)):
-            lora = block_lora(adapter.lora, f"{block_type.path}.{index}") if adapter else None
+            lora = adapter.block_lora(f"{block_type.path}.{index}") if adapter else None
             runners[block_type.path].append(make(block_type, block, spec, lora))
             counter.advance()
     return runners
 
 
 def _runner_maker(artifact: Artifact) -> MakeRunner:
-    directory, ranges = artifact.directory, artifact.manifest.ranges
+    ranges = artifact.manifest.ranges
 
     def eager(block_type: BlockType, block: nn.Module, spec: LoraSpec | None, lora: Any) -> Any:
         return EagerRunner(block_type, block, ranges=ranges, lora_spec=spec, lora=lora)
 
     def compiled(block_type: BlockType, block: nn.Module, spec: LoraSpec | None, lora: Any) -> Any:
         variant = _variant_name(spec) if spec else None
-        return load_runner(directory / package_path(block_type.name, variant), block, lora=lora)
+        return load_runner(artifact.package(block_type.name, variant), block, lora=lora)
 
     return compiled if artifact.manifest.packages else eager
 
