@@ -21,7 +21,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--patch-sizes",
         default="p,2p,4p",
         metavar="SIZES",
-        help="patch sizes to offer, comma-separated multiples of the model's p (default: %(default)s)",
+        help="patch sizes to offer, multiples of the model's own p (default: %(default)s)",
     )
     parser.add_argument(
         "--adapter", type=Path, metavar="DIR", help="trained patch adapters (safetensors folder)"

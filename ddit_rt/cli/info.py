@@ -79,6 +79,7 @@ def _model_memory(artifact: Artifact, pipeline: Any) -> dict[str, Any]:
 
 def _text(data: dict[str, Any]) -> str:
     manifest, memory = data["manifest"], data["memory"]
+    built = manifest["environment"]
     buckets = ", ".join(f"{entry['patch']} ({entry['method']})" for entry in manifest["buckets"])
     ranges = ", ".join(
         f"{name} {low} to {high}" for name, (low, high) in manifest["ranges"].items()
@@ -86,15 +87,14 @@ def _text(data: dict[str, Any]) -> str:
     defaults = ", ".join(f"{k}={v}" for k, v in manifest["pipeline_defaults"].items()) or "none"
     lines = [
         f"{data['artifact']}  (digest {data['digest'][:16]})",
-        f"  model        {manifest['transformer_class']}, {manifest['dtype']}, "
-        f"family {manifest['family']}",
+        f"  model        {manifest['transformer_class']}, {manifest['dtype']}",
+        f"  family       {manifest['family']}",
         f"  buckets      {buckets}",
         f"  ranges       {ranges}",
         f"  defaults     {defaults}",
         f"  policy       {_policy_text(data['default_policy'])}",
-        f"  built with   ddit_rt {manifest['project_version']}, "
-        f"torch {manifest['environment']['torch_version']}, "
-        f"{manifest['environment']['device']}",
+        f"  built with   ddit_rt {manifest['project_version']}, torch {built['torch_version']}",
+        f"  built for    {built['device']}, {built['machine']}, {built['cpu_capability']}",
         f"  trusted      {_trust_text(data['trusted'])}",
         *_fit_lines(data),
         f"  packages     {memory['packages_bytes'] / _MIB:.1f} MiB",
@@ -130,14 +130,18 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
         return ["  weights      shared with the model, not in the artifact (--model counts them)"]
     lines = [
         f"  weights      {memory['weights_bytes'] / _MIB:.1f} MiB, shared with the model",
-        f"  state        per run at {memory['height']} x {memory['width']}, batch 1, "
-        f"{memory['text_tokens']} text tokens, {memory['steps']} steps:",
+        f"  state        of one run, {_conditions(memory)}:",
     ]
     lines += [
         f"    {entry['patch']:<4} {entry['tokens']:6d} tokens  {entry['bytes'] / _MIB:.2f} MiB"
         for entry in memory["buckets"]
     ]
     return lines
+
+
+def _conditions(memory: dict[str, Any]) -> str:
+    size = f"{memory['height']} x {memory['width']}"
+    return f"{size}, {memory['text_tokens']} text tokens, {memory['steps']} steps, batch 1"
 
 
 INFO = Command(

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -87,43 +87,34 @@ class Sample:
         return statistics.median(self.end_to_end)
 
 
-class LoopClock:
-    """Times the denoising loops of a pipeline while it is entered; see the module docstring.
+class _Loop:
+    """Seconds of the latest denoising loop."""
 
-    Attributes:
-        seconds: Duration of the latest loop.
-    """
+    seconds = 0.0
 
-    def __init__(self, pipeline: Any) -> None:
-        self._pipeline = pipeline
-        self._started = 0.0
-        self.seconds = 0.0
 
-    def __enter__(self) -> LoopClock:
-        prepare, decode = self._pipeline.prepare_latents, self._pipeline.vae.decode
+@contextmanager
+def loop_clock(pipeline: Any) -> Iterator[_Loop]:
+    """Times the denoising loops of a pipeline; the module docstring says from where to where."""
+    prepare, decode = pipeline.prepare_latents, pipeline.vae.decode
+    loop, started = _Loop(), 0.0
 
-        def timed_prepare(*args: Any, **kwargs: Any) -> Any:
-            result = prepare(*args, **kwargs)
-            self._started = time.perf_counter()
-            return result
+    def timed_prepare(*args: Any, **kwargs: Any) -> Any:
+        nonlocal started
+        result = prepare(*args, **kwargs)
+        started = time.perf_counter()
+        return result
 
-        def timed_decode(*args: Any, **kwargs: Any) -> Any:
-            self.seconds = time.perf_counter() - self._started
-            return decode(*args, **kwargs)
+    def timed_decode(*args: Any, **kwargs: Any) -> Any:
+        loop.seconds = time.perf_counter() - started
+        return decode(*args, **kwargs)
 
-        self._pipeline.prepare_latents = timed_prepare
-        self._pipeline.vae.decode = timed_decode
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    pipeline.prepare_latents, pipeline.vae.decode = timed_prepare, timed_decode
+    try:
+        yield loop
+    finally:
         # The wrappers shadow the methods of the classes: without them the methods are back.
-        del self._pipeline.prepare_latents
-        del self._pipeline.vae.decode
+        del pipeline.prepare_latents, pipeline.vae.decode
 
 
 def measure(
@@ -170,11 +161,11 @@ def measure(
 
 
 def _timed(contender: Contender, batch: Batch) -> tuple[Generation, tuple[float, float]]:
-    with LoopClock(contender.pipeline) as clock:
+    with loop_clock(contender.pipeline) as loop:
         started = time.perf_counter()
         generation = contender.generate(batch)
         total = time.perf_counter() - started
-    return generation, (clock.seconds, total)
+    return generation, (loop.seconds, total)
 
 
 def _sample(batch: Batch, result: Generation, times: list[tuple[float, float]]) -> Sample:
@@ -188,7 +179,7 @@ def _sample(batch: Batch, result: Generation, times: list[tuple[float, float]]) 
 
 
 def pipeline_contender(name: str, label: str, pipeline: Any, **arguments: Any) -> Contender:
-    """diffusers' own call of a pipeline."""
+    """The pipeline's own call, as diffusers wrote it."""
 
     def generate(batch: Batch) -> Generation:
         output = pipeline(list(batch.prompts), generator=generators(batch), **arguments)

@@ -34,11 +34,10 @@ def draw_timeline(report: Mapping[str, Any], path: Path) -> None:
     prompts = sorted(run["prompts"], key=lambda entry: is_textured(entry["prompt"]))
     height = 1.15 * len(prompts) + 1.3
     figure = new_figure((15.0, height))
-    grid = figure.subplots(
-        len(prompts), 3, sharex=True, squeeze=False, width_ratios=(1.25, 1, 1)
-    )
+    grid = figure.subplots(len(prompts), 3, sharex=True, squeeze=False, width_ratios=(1.25, 1, 1))
+    top, bottom = 1 - 0.85 / height, 0.5 / height
     figure.subplots_adjust(
-        left=0.135, right=0.985, top=1 - 0.85 / height, bottom=0.5 / height, hspace=0.22, wspace=0.17
+        left=0.135, right=0.985, top=top, bottom=bottom, hspace=0.22, wspace=0.17
     )
     longest = max(step["latency_ms"] for entry in prompts for step in entry["trace"]["steps"])
     for row, entry in zip(grid, prompts, strict=True):
@@ -63,11 +62,10 @@ def is_textured(prompt: str) -> bool:
 
 def _draw_sizes(axes: Axes, entry: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> None:
     for step in steps:
-        size = step["patch_size"]
-        axes.bar(step["step"], 1, width=0.94, color=COLOURS.get(size, _OTHER))
-        axes.text(
-            step["step"], 0.5, size, ha="center", va="center", color="white", fontsize=8, weight="bold"
-        )
+        size, place = step["patch_size"], step["step"]
+        axes.bar(place, 1, width=0.94, color=COLOURS.get(size, _OTHER))
+        style = {"color": "white", "fontsize": 8, "weight": "bold"}
+        axes.text(place, 0.5, size, ha="center", va="center", **style)
     axes.set_ylim(0, 1)
     axes.set_yticks([])
     for side in ("left", "right", "top"):
