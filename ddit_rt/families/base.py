@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,20 @@ IMAGE = "image"
 TEXT = "text"
 JOINT = "image+text"
 
-Runner = Callable[..., tuple[Tensor, ...]]
-"""A block ready to run: flat tensors in the order of `BlockType.inputs`, a tuple of tensors out."""
+class Runner(Protocol):
+    """A block ready to run."""
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Flat tensors in the order of `BlockType.inputs`, a tuple of tensors out."""
+        ...
+
+    def stale(self) -> bool:
+        """Whether the model has moved the weights that this runner reads."""
+        ...
+
+    def rebind(self) -> None:
+        """Reads the weights from where the model holds them now."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

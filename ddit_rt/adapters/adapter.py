@@ -1,0 +1,141 @@
+"""The paper's patch adapter: what a frozen model needs in order to take larger patches.
+
+For one new patch size (arXiv 2602.16968, section 3.1): a patch embedding and a de-embedding
+initialised from the base model's, a learned identifier added to every token, a residual branch
+from before the embedding to after the de-embedding, and LoRA in the feed-forward layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ddit_rt.adapters.resize import resize_embedding, resize_projection
+from ddit_rt.families.base import Family
+from ddit_rt.patch_scheduler import parse_patch, patch_name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """Shape of an adapter.
+
+    Attributes:
+        patch: Patch size by name, `"2p"` or `"4p"`.
+        rank: LoRA rank r, also the width of the residual branch.
+        lora_alpha: LoRA scale times r, as PEFT has it.
+        variant: `"paper"`; the field leaves room for adapters trained otherwise.
+    """
+
+    patch: str
+    rank: int = 32
+    lora_alpha: int = 32
+    variant: str = "paper"
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        if parse_patch(self.patch) == 1:
+            raise ValueError('got patch="p": an adapter is for a larger patch, such as "2p"')
+        if self.rank < 1 or self.lora_alpha < 1:
+            raise ValueError(
+                f"got rank={self.rank}, lora_alpha={self.lora_alpha}; both must be positive"
+            )
+        if self.variant != "paper":
+            raise ValueError(f'got variant={self.variant!r}; this version knows "paper"')
+
+    @property
+    def multiple(self) -> int:
+        """Patch size as a multiple of p."""
+        return parse_patch(self.patch)
+
+
+class PatchAdapter(nn.Module):
+    """Embedding, de-embedding, identifier and residual of one patch size, and its LoRA tensors.
+
+    The LoRA tensors are plain data here, under PEFT's names; the compiled blocks take them as
+    constants, and the user's transformer is never modified.
+
+    Attributes:
+        config: Shape.
+        lora: PEFT state dict without its `base_model.model.` prefix, e.g.
+            `transformer_blocks.0.ff.net.2.lora_A.weight`. Empty: no LoRA.
+    """
+
+    def __init__(
+        self, config: AdapterConfig, *, channels: int, patch_size: int, hidden_size: int
+    ) -> None:
+        super().__init__()
+        features = channels * (patch_size * config.multiple) ** 2
+        self.config = config
+        self.embed = nn.Linear(features, hidden_size)
+        self.project = nn.Linear(hidden_size, features)
+        self.identifier = nn.Parameter(torch.zeros(hidden_size))
+        # Only the last layer starts at zero: with both at zero no gradient would ever flow.
+        self.residual_in = nn.Linear(features, config.rank)
+        self.residual_out = nn.Linear(config.rank, features)
+        nn.init.zeros_(self.residual_out.weight)
+        nn.init.zeros_(self.residual_out.bias)
+        self.lora: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_base(
+        cls, config: AdapterConfig, family: Family, transformer: nn.Module
+    ) -> PatchAdapter:
+        """An untrained adapter whose embedding and de-embedding come from the base model."""
+        patch = family.base_patch_size(transformer)
+        embed, project = family.embedding_layers(transformer)
+        adapter = cls(
+            config,
+            channels=family.latent_channels(transformer),
+            patch_size=patch,
+            hidden_size=family.hidden_size(transformer),
+        )
+        larger = patch * config.multiple
+        with torch.no_grad():
+            adapter.embed.weight.copy_(resize_embedding(embed.weight, patch, larger))
+            adapter.project.weight.copy_(resize_projection(project.weight, patch, larger))
+            adapter.embed.bias.copy_(_bias(embed))
+            adapter.project.bias.copy_(resize_projection(_bias(project), patch, larger))
+        return adapter.to(embed.weight.device, embed.weight.dtype)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """`[B, n, C*q*q]` to `[B, n, d]`, identifier added."""
+        hidden: Tensor = self.embed(tokens) + self.identifier
+        return hidden
+
+    def block_lora(self, path: str) -> dict[str, Tensor]:
+        """LoRA factors of one block, by their names inside it.
+
+        Args:
+            path: The block's path in the transformer, e.g. `transformer_blocks.0`.
+        """
+        prefix = path + "."
+        return {
+            name.removeprefix(prefix): factor
+            for name, factor in self.lora.items()
+            if name.startswith(prefix)
+        }
+
+    def project_tokens(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """De-embeds and adds the residual of the tokens that went in: `[B, n, C*q*q]`."""
+        residual = self.residual_out(nn.functional.gelu(self.residual_in(tokens)))
+        projected: Tensor = self.project(hidden)
+        return projected + residual
+
+
+def _bias(linear: nn.Linear) -> Tensor:
+    return linear.bias if linear.bias is not None else linear.weight.new_zeros(linear.out_features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSet:
+    """Adapters by multiple of p; at most one per patch size."""
+
+    adapters: Mapping[int, PatchAdapter] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Patch sizes that have an adapter."""
+        return [patch_name(multiple) for multiple in sorted(self.adapters)]

@@ -1,0 +1,190 @@
+"""Adapters on disk: one folder per patch size, in PEFT's own format and names.
+
+    adapter/
+      2p/adapter_config.json          PEFT's configuration of the LoRA part
+      2p/adapter_model.safetensors    its weights, as `PeftModel.save_pretrained` names them
+      2p/patch_adapter.safetensors    embedding, de-embedding, identifier, residual
+      4p/...
+
+The LoRA part of a folder loads in plain PEFT.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ddit_rt.adapters.adapter import AdapterConfig, AdapterSet, PatchAdapter
+from ddit_rt.errors import ArtifactError, ArtifactMismatchError
+from ddit_rt.families.base import Family
+from ddit_rt.patch_scheduler import patch_name
+
+_PATCH_FILE = "patch_adapter.safetensors"
+_LORA_FILE = "adapter_model.safetensors"
+_LORA_CONFIG = "adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
+_METADATA = "ddit_rt_adapter"
+
+
+def lora_config(family: Family, transformer: nn.Module, config: AdapterConfig) -> LoraConfig:
+    """PEFT's configuration of an adapter's LoRA: the feed-forward layers of every block."""
+    targets = [
+        f"{block_type.path}.{index}.{layer}"
+        for block_type in family.block_types(transformer)
+        for index in range(len(block_type.blocks(transformer)))
+        for layer in block_type.feed_forward
+    ]
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=targets,
+        bias="none",
+        inference_mode=True,
+    )
+
+
+def save_adapters(
+    adapters: AdapterSet, folder: str | Path, family: Family, transformer: nn.Module
+) -> None:
+    """Writes every adapter of a set under `folder`, one sub-folder per patch size."""
+    for multiple, adapter in adapters.adapters.items():
+        target = Path(folder) / patch_name(multiple)
+        target.mkdir(parents=True, exist_ok=True)
+        config = adapter.config
+        metadata = {
+            "patch": config.patch,
+            "rank": config.rank,
+            "lora_alpha": config.lora_alpha,
+            "variant": config.variant,
+            "family": family.name,
+            "transformer_class": family.transformer_class,
+        }
+        tensors = {name: value.contiguous() for name, value in adapter.state_dict().items()}
+        save_file(tensors, target / _PATCH_FILE, {_METADATA: json.dumps(metadata)})
+        if adapter.lora:
+            lora_config(family, transformer, config).save_pretrained(str(target))
+            named = {_PEFT_PREFIX + name: value for name, value in adapter.lora.items()}
+            save_file(named, target / _LORA_FILE, {"format": "pt"})
+
+
+def load_adapters(folder: str | Path, family: Family, transformer: nn.Module) -> AdapterSet:
+    """Reads the adapters under `folder` for a transformer.
+
+    Args:
+        folder: What `save_adapters` wrote, or one of its sub-folders.
+        family: The transformer's family.
+        transformer: The base model that they were trained for.
+
+    Raises:
+        ArtifactError: No adapter there, or a broken file.
+        ArtifactMismatchError: Made for another model class, width or rank; both are shown.
+    """
+    root = Path(folder)
+    files = sorted(root.glob(f"*/{_PATCH_FILE}")) or sorted(root.glob(_PATCH_FILE))
+    if not files:
+        raise ArtifactError(
+            f"{root} holds no adapter: expected <patch size>/{_PATCH_FILE}, such as "
+            f"2p/{_PATCH_FILE}"
+        )
+    loaded = [_load_one(file.parent, family, transformer) for file in files]
+    return AdapterSet(adapters={adapter.config.multiple: adapter for adapter in loaded})
+
+
+def _load_one(folder: Path, family: Family, transformer: nn.Module) -> PatchAdapter:
+    tensors, metadata = _read(folder / _PATCH_FILE)
+    if _METADATA not in metadata:
+        raise ArtifactError(f"{folder / _PATCH_FILE} was not written by save_adapters: no metadata")
+    fields = json.loads(metadata[_METADATA])
+    made_for = fields.pop("transformer_class"), fields.pop("family")
+    if made_for[0] != family.transformer_class:
+        raise ArtifactMismatchError(
+            f"the adapter in {folder} was made for {made_for[0]}; this model is a "
+            f"{family.transformer_class}"
+        )
+    adapter = PatchAdapter.from_base(AdapterConfig(**fields), family, transformer)
+    _check_shapes(folder, tensors, adapter.state_dict())
+    adapter.load_state_dict(tensors)
+    if (folder / _LORA_FILE).exists():
+        lora, _ = _read(folder / _LORA_FILE)
+        adapter.lora = _checked_lora(folder, lora, family, transformer, adapter.config)
+    return adapter.requires_grad_(False)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), metadata
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot read {path} ({error}); it is missing or broken") from error
+
+
+def _check_shapes(
+    folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
+    for name, value in expected.items():
+        found = tensors.get(name)
+        if found is None or found.shape != value.shape:
+            came = "missing" if found is None else list(found.shape)
+            raise ArtifactMismatchError(
+                f"the adapter in {folder} does not fit this model: {name} is {came}, the model "
+                f"needs {list(value.shape)}"
+            )
+
+
+def _checked_lora(
+    folder: Path,
+    lora: Mapping[str, Tensor],
+    family: Family,
+    transformer: nn.Module,
+    config: AdapterConfig,
+) -> dict[str, Tensor]:
+    """LoRA tensors without PEFT's prefix, in the model's dtype, complete and of the right shape."""
+    named = {name.removeprefix(_PEFT_PREFIX): value for name, value in lora.items()}
+    weight = family.embedding_layers(transformer)[0].weight
+    checked: dict[str, Tensor] = {}
+    for target in lora_config(family, transformer, config).target_modules or ():
+        linear = transformer.get_submodule(target)
+        assert isinstance(linear, nn.Linear)
+        shapes = {
+            f"{target}.lora_A.weight": (config.rank, linear.in_features),
+            f"{target}.lora_B.weight": (linear.out_features, config.rank),
+        }
+        for name, shape in shapes.items():
+            value = named.pop(name, None)
+            if value is None or tuple(value.shape) != shape:
+                came = "missing" if value is None else list(value.shape)
+                raise ArtifactMismatchError(
+                    f"the adapter in {folder} does not fit this model: {name} is {came}, rank "
+                    f"{config.rank} on this layer needs {list(shape)}"
+                )
+            checked[name] = value.to(weight.device, weight.dtype)
+    if named:
+        raise ArtifactMismatchError(
+            f"the adapter in {folder} holds layers that this model lacks: {sorted(named)[:3]}"
+        )
+    return checked
+
+
+def untrained_lora(
+    family: Family, transformer: nn.Module, config: AdapterConfig, seed: int = 0
+) -> dict[str, Tensor]:
+    """LoRA tensors as PEFT initialises them: A random, B zero, so that they change nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for target in lora_config(family, transformer, config).target_modules or ():
+        linear = transformer.get_submodule(target)
+        assert isinstance(linear, nn.Linear)
+        down = torch.empty(config.rank, linear.in_features)
+        nn.init.kaiming_uniform_(down, a=5**0.5, generator=generator)
+        tensors[f"{target}.lora_A.weight"] = down.to(linear.weight)
+        up = torch.zeros(linear.out_features, config.rank)
+        tensors[f"{target}.lora_B.weight"] = up.to(linear.weight)
+    return tensors

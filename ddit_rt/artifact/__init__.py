@@ -1,0 +1,38 @@
+"""What `compile` writes and `load` reads: compiled blocks, their manifest, and where they live."""
+
+from ddit_rt.artifact.environment import Environment
+from ddit_rt.artifact.fingerprint import config_hash, weight_fingerprint
+from ddit_rt.artifact.inputs import InputCheck, TokenRanges
+from ddit_rt.artifact.lora import block_lora
+from ddit_rt.artifact.manifest import BucketEntry, FileEntry, Manifest, PackageEntry, mismatches
+from ddit_rt.artifact.package import PackageInfo, package_path
+from ddit_rt.artifact.runner import CompiledRunner, EagerRunner, load_runner
+from ddit_rt.artifact.store import Artifact, open_artifact, read_manifest
+from ddit_rt.artifact.template import BlockTemplate, LoraSpec
+from ddit_rt.artifact.trust import is_trusted, trust
+
+__all__ = [
+    "Artifact",
+    "BlockTemplate",
+    "BucketEntry",
+    "CompiledRunner",
+    "EagerRunner",
+    "Environment",
+    "FileEntry",
+    "InputCheck",
+    "LoraSpec",
+    "Manifest",
+    "PackageEntry",
+    "PackageInfo",
+    "TokenRanges",
+    "block_lora",
+    "config_hash",
+    "is_trusted",
+    "load_runner",
+    "mismatches",
+    "open_artifact",
+    "package_path",
+    "read_manifest",
+    "trust",
+    "weight_fingerprint",
+]

@@ -1,0 +1,226 @@
+"""What an artifact says about itself: `manifest.json`.
+
+The manifest names every file with its size and SHA-256, so the digest of the manifest stands for
+the whole artifact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ddit_rt.artifact.environment import Environment
+from ddit_rt.artifact.fingerprint import config_hash, public_config, weight_fingerprint
+from ddit_rt.artifact.inputs import TokenRanges
+from ddit_rt.artifact.package import dtype_name
+from ddit_rt.artifact.schema import from_plain
+from ddit_rt.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BucketEntry:
+    """One patch size of an artifact.
+
+    Attributes:
+        patch: Patch size by name, `p`, `2p`, ...
+        method: How the size is reached: `base`, `adapter` or the name of a training-free method.
+        variant: Variant of the packages that it runs; None for the plain blocks.
+    """
+
+    patch: str
+    method: str
+    variant: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """A file of an artifact.
+
+    Attributes:
+        sha256: Hash sum, in hex.
+        bytes: Size.
+    """
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackageEntry:
+    """A compiled block of an artifact.
+
+    Attributes:
+        sha256: Hash sum, in hex.
+        bytes: Size.
+        block_type: Class name of the block.
+        variant: Which variant of it; None for the plain block.
+    """
+
+    sha256: str
+    bytes: int
+    block_type: str
+    variant: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """Contents of `manifest.json`.
+
+    Attributes:
+        schema_version: Version of this layout.
+        project_version: Version of `ddit_rt` that compiled.
+        family: Name of the model family.
+        transformer_class: Class of the transformer.
+        config: The transformer's configuration.
+        config_hash: `config_hash(config)`.
+        weights: `weight_fingerprint` of the transformer that was compiled.
+        dtype: Data type of its weights, e.g. `bfloat16`.
+        environment: What the packages were built with.
+        ranges: Sizes that they were compiled for.
+        buckets: Patch sizes.
+        policy: The policy of a call that names none; None for the library's default.
+        pipeline_defaults: Arguments of a pipeline call that names none, e.g. `height`.
+        packages: Compiled blocks by path, `/`-separated and relative to the artifact.
+        files: All other files, e.g. adapters, by path.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    project_version: str
+    family: str
+    transformer_class: str
+    config: dict[str, Any]
+    config_hash: str
+    weights: str
+    dtype: str
+    environment: Environment
+    ranges: TokenRanges
+    buckets: tuple[BucketEntry, ...]
+    policy: dict[str, Any] | None = None
+    pipeline_defaults: dict[str, Any] = field(default_factory=dict)
+    packages: dict[str, PackageEntry] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
+
+    @classmethod
+    def describe(
+        cls,
+        transformer: nn.Module,
+        *,
+        project_version: str,
+        family: str,
+        ranges: TokenRanges,
+        buckets: tuple[BucketEntry, ...],
+        policy: Mapping[str, Any] | None = None,
+        pipeline_defaults: Mapping[str, Any] | None = None,
+    ) -> Manifest:
+        """A manifest of a transformer and this machine, as yet without files.
+
+        Args:
+            transformer: The model whose blocks were compiled.
+            project_version: As the attribute.
+            family: As the attribute.
+            ranges: As the attribute.
+            buckets: As the attribute.
+            policy: As the attribute.
+            pipeline_defaults: As the attribute.
+        """
+        parameter = next(transformer.parameters())
+        config = public_config(transformer.config)  # type: ignore[arg-type]
+        return cls(
+            project_version=project_version,
+            family=family,
+            transformer_class=type(transformer).__name__,
+            config=config,
+            config_hash=config_hash(config),
+            weights=weight_fingerprint(transformer),
+            dtype=dtype_name(parameter.dtype),
+            environment=Environment.current(parameter.device),
+            ranges=ranges,
+            buckets=buckets,
+            policy=dict(policy) if policy else None,
+            pipeline_defaults=dict(pipeline_defaults or {}),
+        )
+
+    def to_json(self) -> str:
+        """Stable JSON: equal manifests give equal text."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Reads a manifest.
+
+        Raises:
+            ArtifactError: Not JSON, another schema, or a missing, unknown or mistyped entry.
+        """
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise ArtifactError(
+                f"{MANIFEST_NAME} is not JSON ({error}): copy the artifact again"
+            ) from error
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{MANIFEST_NAME} has schema {version!r}, this version reads {SCHEMA_VERSION}: "
+                "install the ddit_rt that wrote it, or compile again"
+            )
+        manifest = from_plain(cls, raw, MANIFEST_NAME)
+        if config_hash(manifest.config) != manifest.config_hash:
+            raise ArtifactError(
+                f"{MANIFEST_NAME}: config does not match config_hash; the file was edited: copy "
+                "the artifact again"
+            )
+        return manifest
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the JSON, in hex: it stands for the whole artifact."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def mismatches(manifest: Manifest, transformer: nn.Module) -> list[str]:
+    """Why an artifact does not fit a model and this machine.
+
+    Args:
+        manifest: The artifact's.
+        transformer: The model to run it with.
+
+    Returns:
+        One sentence for each reason, with what came, what is needed and what to do; empty when
+        it fits.
+    """
+    name = type(transformer).__name__
+    if name != manifest.transformer_class:
+        compiled = manifest.transformer_class
+        return [f"model: compiled for {compiled}, got {name}; pass such a model, or compile this"]
+    parameter = next(transformer.parameters())
+    problems = _config_mismatches(manifest, public_config(transformer.config))  # type: ignore[arg-type]
+    if dtype_name(parameter.dtype) != manifest.dtype:
+        problems.append(
+            f"data type: the artifact was compiled for {manifest.dtype}, the model is "
+            f"{dtype_name(parameter.dtype)}; load it with torch_dtype=torch.{manifest.dtype}, or "
+            "compile again"
+        )
+    elif not problems and weight_fingerprint(transformer) != manifest.weights:
+        problems.append(
+            "weights: the artifact was compiled for other weights than this model has (another "
+            "checkpoint, or a LoRA fused before or since); load those, unfuse, or compile again"
+        )
+    return problems + manifest.environment.mismatches(Environment.current(parameter.device))
+
+
+def _config_mismatches(manifest: Manifest, config: Mapping[str, Any]) -> list[str]:
+    names = sorted(manifest.config.keys() | config.keys())
+    return [
+        f"configuration: {name} was {manifest.config.get(name)!r} when compiled, the model has "
+        f"{config.get(name)!r}; load that model, or compile this one"
+        for name in names
+        if manifest.config.get(name) != config.get(name)
+    ]

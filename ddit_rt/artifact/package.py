@@ -1,0 +1,132 @@
+"""One compiled block on disk: its path, and what it says about itself.
+
+The layout is the Hugging Face Hub's for such packages, `{BlockName}[.variant]/package.pt2`. Each
+package carries one metadata entry with all that a runner has to check: the inputs with their
+types, the sizes it was compiled for, and the constants it expects.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ddit_rt.artifact.constants import ConstantSpec
+from ddit_rt.artifact.inputs import TokenRanges
+from ddit_rt.errors import ArtifactError
+from ddit_rt.families.base import BATCH, TensorSpec
+
+METADATA_KEY = "ddit_rt"
+
+
+def package_path(block: str, variant: str | None = None) -> str:
+    """Path of a package inside an artifact, `/`-separated.
+
+    Args:
+        block: Class name of the block.
+        variant: What distinguishes it from the plain block, e.g. `lora32`.
+    """
+    return f"{block}.{variant}/package.pt2" if variant else f"{block}/package.pt2"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackageInfo:
+    """What a compiled block expects from its caller.
+
+    Attributes:
+        block: Class name of the block.
+        inputs: Its flat inputs.
+        input_dtypes: Their data types.
+        device: Device type, `cpu` or `cuda`.
+        ranges: Sizes that it was compiled for.
+        constants: Shape and type of every constant, by canonical name.
+    """
+
+    block: str
+    inputs: tuple[TensorSpec, ...]
+    input_dtypes: tuple[torch.dtype, ...]
+    device: str
+    ranges: TokenRanges
+    constants: Mapping[str, ConstantSpec]
+
+    def to_json(self) -> str:
+        """One line of JSON for the package's metadata."""
+        inputs = [
+            [spec.name, list(spec.dims), dtype_name(dtype)]
+            for spec, dtype in zip(self.inputs, self.input_dtypes, strict=True)
+        ]
+        constants = {
+            name: [list(spec.shape), dtype_name(spec.dtype)]
+            for name, spec in self.constants.items()
+        }
+        ranges = {"batch": self.ranges.batch, "image": self.ranges.image, "text": self.ranges.text}
+        return json.dumps(
+            {
+                "block": self.block,
+                "inputs": inputs,
+                "device": self.device,
+                "ranges": ranges,
+                "constants": constants,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> PackageInfo:
+        """The inverse of `to_json`; raises `ArtifactError` on anything else."""
+        try:
+            raw: dict[str, Any] = json.loads(text)
+            return cls(
+                block=raw["block"],
+                inputs=tuple(TensorSpec(name=n, dims=tuple(d)) for n, d, _ in raw["inputs"]),
+                input_dtypes=tuple(parse_dtype(t) for _, _, t in raw["inputs"]),
+                device=raw["device"],
+                ranges=TokenRanges(**{key: tuple(b) for key, b in raw["ranges"].items()}),
+                constants={
+                    name: ConstantSpec(tuple(shape), parse_dtype(dtype))
+                    for name, (shape, dtype) in raw["constants"].items()
+                },
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"unreadable package metadata ({error!r}): compile the block again"
+            ) from error
+
+
+def input_dtypes(
+    inputs: Sequence[TensorSpec],
+    dtype: torch.dtype,
+    given: Mapping[str, torch.dtype] | None = None,
+) -> tuple[torch.dtype, ...]:
+    """Data type of every input of a block.
+
+    Args:
+        inputs: The inputs.
+        dtype: Type of the block's weights. It is that of every input that has a batch dimension;
+            position encodings, which have none, are float32.
+        given: Exceptions, by name.
+    """
+    given = given or {}
+    unknown = sorted(given.keys() - {spec.name for spec in inputs})
+    if unknown:
+        raise ValueError(
+            f"input types given for {unknown}; the inputs are {[spec.name for spec in inputs]}"
+        )
+    return tuple(
+        given.get(spec.name, dtype if BATCH in spec.dims else torch.float32) for spec in inputs
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The inverse of `dtype_name`; raises `ValueError` for any other word."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is not a torch data type")  # noqa: TRY004 (a value of a file)
+    return dtype

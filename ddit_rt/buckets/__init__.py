@@ -1,0 +1,16 @@
+"""Buckets: the base patch size, and coarse patch sizes that need no training."""
+
+from ddit_rt.buckets.base import Bucket, RunContext, Runners, StepModel, token_velocity
+from ddit_rt.buckets.fine import FineBucket
+from ddit_rt.buckets.snr import SnrBucket, matched_level
+
+__all__ = [
+    "Bucket",
+    "FineBucket",
+    "RunContext",
+    "Runners",
+    "SnrBucket",
+    "StepModel",
+    "matched_level",
+    "token_velocity",
+]

@@ -1,0 +1,36 @@
+"""The base bucket: the unmodified model at its own patch size p."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddit_rt import ops
+from ddit_rt.buckets.base import RunContext, StepModel, token_velocity
+
+
+class FineBucket:
+    """v = model(z, t), as the diffusers pipeline computes it."""
+
+    multiple = 1
+
+    def __init__(self, model: StepModel, context: RunContext) -> None:
+        grid = model.grid(context.height, context.width)
+        family, transformer = model.family, model.transformer
+        self.tokens = grid.tokens
+        self._model = model
+        self._context = context
+        self._positions = family.positions(transformer, grid, context.text.shape[1])
+        self._temb = family.embed_time(transformer, context.timesteps, context.conditioning)
+
+    def velocity(self, latents: Tensor, step: int) -> Tensor:
+        """See `Bucket.velocity`."""
+        model, context = self._model, self._context
+        tokens = ops.pack(latents.to(model.dtype), model.patch_size)
+        hidden = model.family.embed_tokens(model.transformer, tokens)
+        tokens = token_velocity(model, hidden, context.text, self._temb[step], self._positions)
+        velocity = ops.unpack(tokens, model.patch_size, context.height, context.width)
+        if context.detail is not None:
+            # x0 = z - t v: what a later coarse step must not lose.
+            torch.addcmul(latents, velocity, context.sigmas[step], value=-1, out=context.detail)
+        return velocity

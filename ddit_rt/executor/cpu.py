@@ -1,0 +1,157 @@
+"""The CPU executor: the reference semantics of the step loop.
+
+Every executor runs these lines, in this order, and must give the same trace. The only thing
+that the host learns inside the loop is which bucket was decided.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddit_rt import ops
+from ddit_rt.buckets import Bucket
+from ddit_rt.executor.trace import RunTrace, build_trace
+from ddit_rt.patch_scheduler import PolicyTable
+from ddit_rt.solver import SolverTable
+
+_RING = 4
+"""Latents kept: the third difference and every solver table need the latest four."""
+
+StepCallback = Callable[[int, Tensor], Tensor | None]
+"""Called after a step with its index and the new latents; may return latents to go on from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """Everything that a run needs, fixed before its first step.
+
+    Attributes:
+        buckets: Bucket i of the policy table, for every i it can reach; None for the others.
+        offered: Patch sizes of the buckets, as multiples of p.
+        policy: The patch policy as a table.
+        solver: The solver as a table.
+        patch_size: p, in latent pixels.
+        notes: Carried into the trace.
+    """
+
+    buckets: Sequence[Bucket | None]
+    offered: tuple[int, ...]
+    policy: PolicyTable
+    solver: SolverTable
+    patch_size: int
+    notes: tuple[str, ...] = ()
+
+
+class CpuExecutor:
+    """Runs the step loop on the host. Holds no state between runs."""
+
+    name = "cpu"
+
+    @torch.no_grad()
+    def run(
+        self,
+        plan: RunPlan,
+        latents: Tensor,
+        *,
+        on_step_end: StepCallback | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> tuple[Tensor, RunTrace]:
+        """Denoises.
+
+        Args:
+            plan: The run.
+            latents: z_0, `[B, C, H, W]`, float32.
+            on_step_end: See `StepCallback`.
+            should_stop: Asked before every step; true ends the run with the latents so far.
+
+        Returns:
+            Final latents `[B, C, H, W]` float32, and the trace.
+        """
+        state = _RunState(plan, latents)
+        seconds: list[float] = []
+        cancelled = False
+        for step in range(plan.policy.steps):
+            if should_stop is not None and should_stop():
+                cancelled = True
+                break
+            started = time.perf_counter()
+            bucket = plan.buckets[state.decide(step)]
+            assert bucket is not None, "the policy table chose a bucket that it cannot reach"
+            velocity = bucket.velocity(state.latents(step), step)
+            state.advance(velocity, step)
+            seconds.append(time.perf_counter() - started)
+            if on_step_end is not None:
+                replacement = on_step_end(step, state.latents(step + 1))
+                if replacement is not None:
+                    state.latents(step + 1).copy_(replacement)
+        final = state.latents(len(seconds)).clone()
+        return final, self._trace(plan, state, seconds, cancelled)
+
+    def _trace(
+        self, plan: RunPlan, state: _RunState, seconds: list[float], cancelled: bool
+    ) -> RunTrace:
+        return build_trace(
+            record=state.record,
+            seconds=seconds,
+            policy=plan.policy,
+            offered=plan.offered,
+            tokens={i: bucket.tokens for i, bucket in enumerate(plan.buckets) if bucket},
+            sigmas=plan.solver.sigmas,
+            executor=self.name,
+            solver=plan.solver.source,
+            batch=state.history.shape[1],
+            nonfinite=bool(state.decision[2]),
+            cancelled=cancelled,
+            notes=plan.notes,
+        )
+
+
+class _RunState:
+    """The tensors that live across the steps of one run, made anew for each."""
+
+    def __init__(self, plan: RunPlan, latents: Tensor) -> None:
+        coarse = len(plan.offered) - 1
+        self._plan = plan
+        self._sizes = [plan.patch_size * multiple for multiple in plan.offered[1:]]
+        self._forced, self._thresholds = plan.policy.tensors()
+        self._no_scores = latents.new_full((latents.shape[0], coarse), float("nan"))
+        self._velocities = latents.new_zeros((plan.solver.velocity_depth, *latents.shape))
+        self._coefficients = plan.solver.coefficients
+        self.history = latents.new_zeros((_RING, *latents.shape))
+        self.history[0] = latents
+        self.decision = torch.tensor([-1, 0, 0, 0], dtype=torch.int32)
+        self.record = torch.zeros(plan.policy.steps, 3 + coarse)
+
+    def latents(self, step: int) -> Tensor:
+        """z_step: slot -step modulo 4, so that older latents follow the newest."""
+        return self.history[-step % _RING]
+
+    def decide(self, step: int) -> int:
+        """Scores the latents and applies the policy; returns the bucket."""
+        policy = self._plan.policy
+        scores = self._no_scores
+        if policy.scored(step) and self._sizes:
+            scores = ops.patch_scores(
+                self.history, self._sizes, policy.quantile, policy.order, -step % _RING
+            )
+        ops.decide_(
+            scores,
+            self._forced,
+            self._thresholds,
+            self.decision,
+            self.record,
+            step,
+            policy.dwell,
+            policy.monotone,
+        )
+        # The one value that the host reads per step; the CUDA executor branches on the device.
+        return int(self.decision[0])
+
+    def advance(self, velocity: Tensor, step: int) -> None:
+        """The solver's step, in place: z_{step+1} into the ring."""
+        ops.solver_step_(self.history, self._velocities, velocity, self._coefficients, step)

@@ -1,0 +1,395 @@
+"""FLUX.1 (dev, schnell and their kin): `FluxTransformer2DModel` behind `FluxPipeline`.
+
+Latents are `[B, 16, H/8, W/8]`; the pipeline packs 2 x 2 latent pixels into a token before it
+calls the model, so the base patch p is 2 although the model's own `patch_size` is 1. The model
+was trained on pictures of several sizes with rotary positions 0, 1, 2, ... in each direction.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddit_rt import ops
+from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.families.base import (
+    BATCH,
+    IMAGE,
+    JOINT,
+    TEXT,
+    BlockType,
+    Family,
+    Grid,
+    PreparedCall,
+    Runner,
+    TensorSpec,
+)
+
+_PATCH = 2
+_REFUSED_ARGUMENTS = {
+    "ip_adapter_image": "IP-Adapter images",
+    "ip_adapter_image_embeds": "IP-Adapter embeddings",
+    "negative_ip_adapter_image": "IP-Adapter images",
+    "negative_ip_adapter_image_embeds": "IP-Adapter embeddings",
+    "joint_attention_kwargs": "joint_attention_kwargs",
+}
+
+
+class FluxFamily(Family):
+    """FLUX.1 text-to-image."""
+
+    name: ClassVar[str] = "flux"
+    transformer_class: ClassVar[str] = "FluxTransformer2DModel"
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
+    conditioning_names: ClassVar[tuple[str, ...]] = (
+        "encoder_hidden_states",
+        "pooled_projections",
+        "guidance",
+    )
+
+    def base_patch_size(self, transformer: nn.Module) -> int:
+        """2: the pipeline packs 2 x 2 latent pixels into one token."""
+        return _PATCH
+
+    def latent_channels(self, transformer: nn.Module) -> int:
+        """`in_channels` of the model counts the packed channels."""
+        return int(transformer.config.in_channels) // _PATCH**2
+
+    def hidden_size(self, transformer: nn.Module) -> int:
+        """Heads times head width."""
+        return int(transformer.inner_dim)
+
+    def block_types(self, transformer: nn.Module) -> tuple[BlockType, ...]:
+        """Double-stream blocks, then single-stream blocks."""
+        width = self.hidden_size(transformer)
+        head = int(transformer.config.attention_head_dim)
+        inputs = (
+            TensorSpec(name="hidden_states", dims=(BATCH, IMAGE, width)),
+            TensorSpec(name="encoder_hidden_states", dims=(BATCH, TEXT, width)),
+            TensorSpec(name="temb", dims=(BATCH, width)),
+            TensorSpec(name="rotary_cos", dims=(JOINT, head)),
+            TensorSpec(name="rotary_sin", dims=(JOINT, head)),
+        )
+        double = BlockType(
+            name="FluxTransformerBlock",
+            path="transformer_blocks",
+            inputs=inputs,
+            outputs=2,
+            forward=_run_block,
+            feed_forward=(
+                "ff.net.0.proj",
+                "ff.net.2",
+                "ff_context.net.0.proj",
+                "ff_context.net.2",
+            ),
+        )
+        single = BlockType(
+            name="FluxSingleTransformerBlock",
+            path="single_transformer_blocks",
+            inputs=inputs,
+            outputs=2,
+            forward=_run_block,
+            feed_forward=("proj_mlp", "proj_out"),
+        )
+        present = (double, single)
+        return tuple(block_type for block_type in present if block_type.blocks(transformer))
+
+    def check_conditioning(
+        self, transformer: nn.Module, batch: int, conditioning: Mapping[str, Tensor | None]
+    ) -> None:
+        """See `Family.check_conditioning`."""
+        config = transformer.config
+        unknown = sorted(set(conditioning) - set(self.conditioning_names))
+        if unknown:
+            raise ValueError(
+                f"unknown conditioning {unknown}; a FLUX model takes "
+                f"{list(self.conditioning_names)}"
+            )
+        expected: dict[str, tuple[int | str, ...]] = {
+            "encoder_hidden_states": (batch, "text tokens", config.joint_attention_dim),
+            "pooled_projections": (batch, config.pooled_projection_dim),
+        }
+        if config.guidance_embeds:
+            expected["guidance"] = (batch,)
+        elif conditioning.get("guidance") is not None:
+            raise ValueError(
+                "this model was made without guidance embeddings (guidance_embeds=False), so it "
+                "takes no guidance; leave `guidance` out"
+            )
+        for name, shape in expected.items():
+            _check_shape(name, conditioning.get(name), shape)
+
+    def embed_text(self, transformer: nn.Module, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """See `Family.embed_text`."""
+        weight = transformer.context_embedder.weight
+        text: Tensor = transformer.context_embedder(
+            conditioning["encoder_hidden_states"].to(weight.device, weight.dtype)
+        )
+        return text
+
+    def embed_time(
+        self, transformer: nn.Module, timesteps: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> Tensor:
+        """See `Family.embed_time`. Rounds t to the model's dtype as the model's forward does."""
+        weight = transformer.x_embedder.weight
+        pooled = conditioning["pooled_projections"].to(weight.device, weight.dtype)
+        steps, batch = timesteps.shape[0], pooled.shape[0]
+        levels = timesteps.to(weight.device, weight.dtype).repeat_interleave(batch) * 1000
+        arguments = [levels]
+        if transformer.config.guidance_embeds:
+            guidance = conditioning["guidance"].to(weight.device, weight.dtype)
+            arguments.append(guidance.repeat(steps) * 1000)
+        temb: Tensor = transformer.time_text_embed(*arguments, pooled.repeat(steps, 1))
+        return temb.unflatten(0, (steps, batch))
+
+    def positions(
+        self, transformer: nn.Module, grid: Grid, text_tokens: int, *, stretch: int = 1
+    ) -> tuple[Tensor, ...]:
+        """Rotary cos and sin, each `[T + n, head width]`; text tokens all sit at (0, 0, 0)."""
+        device = transformer.x_embedder.weight.device
+        centre = (stretch - 1) / 2
+        rows = torch.arange(grid.height, device=device) * stretch + centre
+        columns = torch.arange(grid.width, device=device) * stretch + centre
+        ids = torch.zeros(text_tokens + grid.tokens, 3, device=device)
+        ids[text_tokens:, 1] = rows.repeat_interleave(grid.width)
+        ids[text_tokens:, 2] = columns.repeat(grid.height)
+        cos, sin = transformer.pos_embed(ids)
+        return cos, sin
+
+    def embed_tokens(self, transformer: nn.Module, tokens: Tensor) -> Tensor:
+        """See `Family.embed_tokens`."""
+        hidden: Tensor = transformer.x_embedder(tokens)
+        return hidden
+
+    def run_blocks(
+        self,
+        runners: Mapping[str, Sequence[Runner]],
+        hidden: Tensor,
+        text: Tensor,
+        temb: Tensor,
+        positions: tuple[Tensor, ...],
+    ) -> Tensor:
+        """See `Family.run_blocks`."""
+        for path in ("transformer_blocks", "single_transformer_blocks"):
+            for block in runners.get(path, ()):
+                text, hidden = block(hidden, text, temb, *positions)
+        return hidden
+
+    def modulate_output(self, transformer: nn.Module, hidden: Tensor, temb: Tensor) -> Tensor:
+        """See `Family.modulate_output`."""
+        normed: Tensor = transformer.norm_out(hidden, temb)
+        return normed
+
+    def project_output(self, transformer: nn.Module, hidden: Tensor) -> Tensor:
+        """See `Family.project_output`."""
+        tokens: Tensor = transformer.proj_out(hidden)
+        return tokens
+
+    def embedding_layers(self, transformer: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+        """See `Family.embedding_layers`."""
+        return transformer.x_embedder, transformer.proj_out
+
+    def latent_shape(
+        self, pipeline: Any, height: int, width: int, batch: int
+    ) -> tuple[int, int, int, int]:
+        """See `Family.latent_shape`. Odd sizes round down to whole tokens, as the pipeline does."""
+        unit = pipeline.vae_scale_factor * _PATCH
+        if height < unit or width < unit:
+            raise ShapeError(
+                f"got {height} x {width} pixels; this pipeline's smallest picture is "
+                f"{unit} x {unit}"
+            )
+        channels = self.latent_channels(pipeline.transformer)
+        return batch, channels, _PATCH * (height // unit), _PATCH * (width // unit)
+
+    def set_timesteps(
+        self, scheduler: Any, num_inference_steps: int, sigmas: Sequence[float] | None, grid: Grid
+    ) -> None:
+        """See `Family.set_timesteps`; follows `FluxPipeline.__call__`, section 5."""
+        # Imported here: it pulls in all of transformers, which takes seconds.
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+
+        if num_inference_steps < 1:
+            raise ValueError(f"got num_inference_steps={num_inference_steps}; it must be positive")
+        if sigmas is None:
+            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+        config = scheduler.config
+        shift: dict[str, float] = {}
+        if "mu" in inspect.signature(scheduler.set_timesteps).parameters:
+            shift["mu"] = calculate_shift(
+                grid.tokens,
+                config.get("base_image_seq_len", 256),
+                config.get("max_image_seq_len", 4096),
+                config.get("base_shift", 0.5),
+                config.get("max_shift", 1.15),
+            )
+        own_sigmas = config.get("use_flow_sigmas", False)
+        retrieve_timesteps(
+            scheduler, num_inference_steps, sigmas=None if own_sigmas else sigmas, **shift
+        )
+
+    def prepare(self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]) -> PreparedCall:
+        """See `Family.prepare`; follows `FluxPipeline.__call__` up to its section 6."""
+        call = _bind(pipeline, arguments)
+        _refuse(call)
+        size = pipeline.default_sample_size * pipeline.vae_scale_factor
+        height, width = call["height"] or size, call["width"] or size
+        _check_inputs(pipeline, call, height, width)
+        pipeline._guidance_scale = call["guidance_scale"]
+        pipeline._joint_attention_kwargs = {}
+        pipeline._current_timestep = None
+        pipeline._interrupt = False
+        device = pipeline._execution_device
+        embeds, pooled, _ = pipeline.encode_prompt(
+            prompt=call["prompt"],
+            prompt_2=call["prompt_2"],
+            prompt_embeds=call["prompt_embeds"],
+            pooled_prompt_embeds=call["pooled_prompt_embeds"],
+            device=device,
+            num_images_per_prompt=call["num_images_per_prompt"],
+            max_sequence_length=call["max_sequence_length"],
+        )
+        shape = self.latent_shape(pipeline, height, width, _batch(call))
+        packed, _ = pipeline.prepare_latents(
+            shape[0], shape[1], height, width, embeds.dtype, device, *_noise(call, shape)
+        )
+        latents = ops.unpack(packed.contiguous(), _PATCH, shape[2], shape[3]).float()
+        grid = Grid(height=shape[2] // _PATCH, width=shape[3] // _PATCH)
+        self.set_timesteps(scheduler, call["num_inference_steps"], call["sigmas"], grid)
+        pipeline._num_timesteps = len(scheduler.timesteps)
+        conditioning = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+        if pipeline.transformer.config.guidance_embeds:
+            conditioning["guidance"] = torch.full((shape[0],), float(call["guidance_scale"]))
+        return PreparedCall(
+            latents=latents,
+            conditioning=conditioning,
+            num_inference_steps=len(scheduler.timesteps),
+            finish=lambda final: self._finish(pipeline, final.to(embeds.dtype), call),
+        )
+
+    def _finish(self, pipeline: Any, latents: Tensor, call: Mapping[str, Any]) -> Any:
+        """Decodes as the pipeline does: `[B, C, H, W]` to its output object."""
+        from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
+
+        pipeline._current_timestep = None
+        if call["output_type"] == "latent":
+            images: Any = self.to_callback(latents)
+        else:
+            config = pipeline.vae.config
+            decoded = pipeline.vae.decode(
+                latents.to(pipeline.vae.dtype) / config.scaling_factor + config.shift_factor,
+                return_dict=False,
+            )[0]
+            images = pipeline.image_processor.postprocess(
+                decoded, output_type=call["output_type"]
+            )
+        pipeline.maybe_free_model_hooks()
+        return FluxPipelineOutput(images=images) if call["return_dict"] else (images,)
+
+    def to_callback(self, latents: Tensor) -> Tensor:
+        """Packed tokens `[B, n, 4C]`, the layout inside `FluxPipeline`."""
+        return ops.pack(latents, _PATCH)
+
+    def from_callback(self, latents: Tensor, like: Tensor) -> Tensor:
+        """See `Family.from_callback`."""
+        height, width = like.shape[-2:]
+        expected = (like.shape[0], height * width // _PATCH**2, like.shape[1] * _PATCH**2)
+        _check_shape("latents", latents, expected)
+        return ops.unpack(latents.to(like.dtype).contiguous(), _PATCH, height, width)
+
+
+def _run_block(
+    block: nn.Module, hidden: Tensor, text: Tensor, temb: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, ...]:
+    text, hidden = block(
+        hidden_states=hidden,
+        encoder_hidden_states=text,
+        temb=temb,
+        image_rotary_emb=(cos, sin),
+    )
+    return text, hidden
+
+
+def _check_shape(name: str, value: Tensor | None, expected: Sequence[int | str]) -> None:
+    wanted = "[" + ", ".join(str(dim) for dim in expected) + "]"
+    if value is None:
+        raise ValueError(f"`{name}` is missing; this model needs it as a tensor {wanted}")
+    fits = value.ndim == len(expected) and all(
+        isinstance(dim, str) or dim == size for dim, size in zip(expected, value.shape, strict=True)
+    )
+    if not fits:
+        raise ShapeError(f"`{name}` has shape {list(value.shape)}; expected {wanted}")
+
+
+def _bind(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of the pipeline's call, defaults filled in; an unknown one is an error."""
+    signature = inspect.signature(type(pipeline).__call__)
+    unknown = sorted(set(arguments) - set(signature.parameters))
+    if unknown:
+        raise ValueError(
+            f"unknown arguments {unknown}; {type(pipeline).__name__} takes "
+            f"{[name for name in signature.parameters if name != 'self']}"
+        )
+    bound = signature.bind(pipeline, **arguments)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _refuse(call: Mapping[str, Any]) -> None:
+    """Refuses, by name, the arguments that the compiled model could only ignore."""
+    for name, feature in _REFUSED_ARGUMENTS.items():
+        if call.get(name):
+            raise UnsupportedModelError(
+                f"got `{name}`: {feature} change the blocks that were compiled, and would be "
+                "ignored; leave the argument out, or call the diffusers pipeline itself"
+            )
+    negative = call["negative_prompt"] is not None or call["negative_prompt_embeds"] is not None
+    if call["true_cfg_scale"] > 1 and negative:
+        raise UnsupportedModelError(
+            f"got true_cfg_scale={call['true_cfg_scale']} with a negative prompt: this version "
+            "runs FLUX's distilled guidance (`guidance_scale`) only; leave true_cfg_scale at 1"
+        )
+
+
+def _check_inputs(pipeline: Any, call: Mapping[str, Any], height: int, width: int) -> None:
+    names = (
+        "negative_prompt",
+        "negative_prompt_2",
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+        "callback_on_step_end_tensor_inputs",
+        "max_sequence_length",
+    )
+    pipeline.check_inputs(
+        call["prompt"],
+        call["prompt_2"],
+        height,
+        width,
+        **{name: call[name] for name in names},
+    )
+
+
+def _batch(call: Mapping[str, Any]) -> int:
+    prompt = call["prompt"]
+    if prompt is None:
+        prompts = int(call["prompt_embeds"].shape[0])
+    else:
+        prompts = 1 if isinstance(prompt, str) else len(prompt)
+    return prompts * int(call["num_images_per_prompt"])
+
+
+def _noise(call: Mapping[str, Any], shape: tuple[int, int, int, int]) -> tuple[Any, Tensor | None]:
+    """Generator and initial latents of the call; latents are checked, since they travel packed."""
+    latents = call["latents"]
+    if latents is not None:
+        batch, channels, height, width = shape
+        expected = (batch, height * width // _PATCH**2, channels * _PATCH**2)
+        _check_shape("latents", latents, expected)
+    return call["generator"], latents

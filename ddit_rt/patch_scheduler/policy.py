@@ -1,0 +1,294 @@
+"""Patch policies: which patch size each denoising step takes.
+
+A policy is a frozen description that a user writes down once. `PatchPolicy.resolve` turns it,
+for one noise schedule and the sizes that one latent shape offers, into a `PolicyTable`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ddit_rt.errors import ShapeError
+from ddit_rt.patch_scheduler.sizes import parse_patch, patch_name
+from ddit_rt.patch_scheduler.table import DYNAMIC, PolicyTable
+
+_REFERENCE_STEP = 1 / 50
+"""Mean sigma step of the paper's 50-step runs, at which its tau = 0.001 was chosen."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """What a policy may know of a run before it starts.
+
+    Attributes:
+        sigmas: Noise levels from 1 to 0, `N + 1` of them.
+        offered: Patch sizes that this latent shape offers, as multiples of p, ascending,
+            starting with 1.
+    """
+
+    sigmas: tuple[float, ...]
+    offered: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        """Number of denoising steps N."""
+        return len(self.sigmas) - 1
+
+
+class PatchPolicy(ABC):
+    """Interface of every policy."""
+
+    @abstractmethod
+    def resolve(self, schedule: Schedule) -> PolicyTable:
+        """The policy as plain data for one schedule.
+
+        Raises:
+            ShapeError: The policy needs a patch size that this shape does not offer.
+            ValueError: The policy does not fit the number of steps.
+        """
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready description; `policy_from_dict` is the inverse."""
+        return {"policy": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinePolicy(PatchPolicy):
+    """Every step at the base patch p: the unmodified model, and the baseline of every claim."""
+
+    def resolve(self, schedule: Schedule) -> PolicyTable:
+        """See `PatchPolicy.resolve`."""
+        return _forced_table(schedule, (0,) * schedule.steps, "fine policy")
+
+
+@dataclass(frozen=True, slots=True)
+class StaticPolicy(PatchPolicy):
+    """A plan fixed before the run.
+
+    Attributes:
+        plan: One patch size per step (`["4p", "2p", "p", ...]`, multiples of p allowed), or
+            shares of the steps in order, `"4p:0.2,2p:0.4,p"`; the last entry may leave its
+            share out and takes the rest.
+    """
+
+    plan: str | Sequence[str | int]
+
+    def __post_init__(self) -> None:
+        """Parses the plan once, so that a typing error shows where it was made."""
+        if isinstance(self.plan, str):
+            _parse_shares(self.plan)
+        else:
+            object.__setattr__(self, "plan", tuple(patch_name(parse_patch(p)) for p in self.plan))
+
+    def resolve(self, schedule: Schedule) -> PolicyTable:
+        """See `PatchPolicy.resolve`."""
+        if isinstance(self.plan, str):
+            multiples = _spread(_parse_shares(self.plan), schedule.steps)
+        else:
+            multiples = [parse_patch(patch) for patch in self.plan]
+        if len(multiples) != schedule.steps:
+            raise ValueError(
+                f"the static plan has {len(multiples)} entries and the run {schedule.steps} "
+                'steps; give one entry per step, or shares such as "4p:0.2,2p:0.4,p"'
+            )
+        buckets = tuple(_bucket_of(multiple, schedule.offered) for multiple in multiples)
+        return _forced_table(schedule, buckets, "static plan")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DDiTPolicy(PatchPolicy):
+    """The largest patch whose latent is still smooth, judged at every step (arXiv 2602.16968).
+
+    At step k the `order`-th finite difference of the latest latents is cut into patches of each
+    offered coarse size; the score of a size is the rho-quantile, over patches, of the standard
+    deviation inside a patch (all pixels and channels, ddof = 1). The largest size whose score is
+    below its tau is taken, else p. In a batch the finest need of any sample decides.
+
+    The defaults depart from the paper where its rule is unstable in a closed loop: every change
+    of size disturbs the third difference, and the plain rule then oscillates. `DDiTPolicy.paper()`
+    is the paper's rule, exactly.
+
+    Attributes:
+        tau: Threshold, one for all sizes or one per size (`{"2p": 1e-3, "4p": 5e-4}`; a size
+            that is left out is not offered).
+        rho: Quantile over patches, in [0, 1].
+        order: Order of the finite difference, 1 to 3; n needs n + 1 latents.
+        warmup: Patch size of the first steps, which have no difference yet: `"coarse"`, the
+            coarsest offered size (at high noise a picture is only layout, and a fine start
+            makes the first differences large); `"fine"`, p (safest, what a paper that is silent
+            on the point most likely did); or a size by name, `"2p"`.
+        warmup_steps: Their number; by default `order`, the least possible.
+        dwell: Steps that a size is kept before the scores may change it; 0 or 1 for none.
+        monotone: Whether the scores may only ever go to finer sizes.
+        fine_tail: Last steps that always run at p, where coarse steps err most.
+        criterion: `"raw"`, tau as it is; or `"normalised"`, tau times
+            (mean sigma step / (1/50)) ** step_exponent, so that one tau serves several step
+            counts and spacings.
+        step_exponent: How the difference shrinks with the step size. On trained models between
+            12 and 48 steps 1.2 to 1.6 was measured, far from the 3 of a smooth trajectory.
+    """
+
+    tau: float | Mapping[str, float] = 1e-3
+    rho: float = 0.4
+    order: int = 3
+    warmup: str = "coarse"
+    warmup_steps: int | None = None
+    dwell: int = 3
+    monotone: bool = True
+    fine_tail: int = 2
+    criterion: str = "raw"
+    step_exponent: float = 1.4
+
+    def __post_init__(self) -> None:
+        """Checks every field; a message names the value and the range."""
+        taus = self.tau.values() if isinstance(self.tau, Mapping) else (self.tau,)
+        if isinstance(self.tau, Mapping):
+            object.__setattr__(
+                self, "tau", {patch_name(parse_patch(k)): float(v) for k, v in self.tau.items()}
+            )
+        if not all(math.isfinite(tau) and tau >= 0 for tau in taus):
+            raise ValueError(f"got tau={self.tau}; every threshold must be finite and >= 0")
+        if not 0 <= self.rho <= 1:
+            raise ValueError(f"got rho={self.rho}; a quantile lies in [0, 1]")
+        if self.order not in (1, 2, 3):
+            raise ValueError(f"got order={self.order}; the difference has order 1, 2 or 3")
+        if self.warmup not in ("coarse", "fine"):
+            parse_patch(self.warmup)
+        if self.warmup_steps is not None and self.warmup_steps < self.order:
+            raise ValueError(
+                f"got warmup_steps={self.warmup_steps}; order {self.order} needs at least "
+                f"{self.order}, the steps before {self.order + 1} latents exist"
+            )
+        if self.dwell < 0 or self.fine_tail < 0:
+            raise ValueError(
+                f"got dwell={self.dwell}, fine_tail={self.fine_tail}; both count steps, >= 0"
+            )
+        if self.criterion not in ("raw", "normalised"):
+            raise ValueError(f'got criterion={self.criterion!r}; use "raw" or "normalised"')
+
+    @classmethod
+    def paper(cls, tau: float = 1e-3, rho: float = 0.4) -> DDiTPolicy:
+        """The rule as published: no dwell, free to go coarser again, no forced tail, raw tau.
+
+        The paper is silent on the steps before the third difference exists; they run at p.
+        """
+        return cls(tau=tau, rho=rho, warmup="fine", dwell=0, monotone=False, fine_tail=0)
+
+    def resolve(self, schedule: Schedule) -> PolicyTable:
+        """See `PatchPolicy.resolve`."""
+        steps = schedule.steps
+        warm = min(steps, self.order if self.warmup_steps is None else self.warmup_steps)
+        tail = min(steps, self.fine_tail)
+        warm_bucket = self._warmup_bucket(schedule)
+        forced = [warm_bucket if step < warm else DYNAMIC for step in range(steps)]
+        labels = ["warm-up" if step < warm else "" for step in range(steps)]
+        for step in range(steps - tail, steps):
+            forced[step], labels[step] = 0, "fine tail"
+        return PolicyTable(
+            forced=tuple(forced),
+            labels=tuple(labels),
+            thresholds=tuple(self._thresholds(schedule, step) for step in range(steps)),
+            order=self.order,
+            quantile=self.rho,
+            dwell=self.dwell,
+            monotone=self.monotone,
+        )
+
+    def _warmup_bucket(self, schedule: Schedule) -> int:
+        if self.warmup == "fine":
+            return 0
+        if self.warmup == "coarse":
+            taus = self._taus(schedule)
+            usable = [index for index, tau in enumerate(taus, start=1) if not math.isnan(tau)]
+            return max(usable, default=0)
+        return _bucket_of(parse_patch(self.warmup), schedule.offered)
+
+    def _taus(self, schedule: Schedule) -> tuple[float, ...]:
+        coarse = schedule.offered[1:]
+        if isinstance(self.tau, Mapping):
+            return tuple(self.tau.get(patch_name(multiple), math.nan) for multiple in coarse)
+        return (float(self.tau),) * len(coarse)
+
+    def _thresholds(self, schedule: Schedule, step: int) -> tuple[float, ...]:
+        taus = self._taus(schedule)
+        if self.criterion == "raw" or step < self.order:
+            return taus
+        sigmas = schedule.sigmas
+        mean_step = abs(sigmas[step - self.order] - sigmas[step]) / self.order
+        scale = (mean_step / _REFERENCE_STEP) ** self.step_exponent
+        return tuple(tau * scale for tau in taus)
+
+
+def policy_from_dict(data: Mapping[str, Any]) -> PatchPolicy:
+    """The policy that `PatchPolicy.to_dict` described.
+
+    Raises:
+        ValueError: An unknown policy or an unknown or malformed field.
+    """
+    kinds: dict[str, type[PatchPolicy]] = {
+        cls.__name__: cls for cls in (FinePolicy, StaticPolicy, DDiTPolicy)
+    }
+    fields = dict(data)
+    name = fields.pop("policy", None)
+    if name not in kinds:
+        raise ValueError(f"got policy {name!r}; known policies are {sorted(kinds)}")
+    try:
+        return kinds[name](**fields)
+    except TypeError as error:
+        raise ValueError(f"bad fields for {name}: {sorted(fields)} ({error})") from error
+
+
+def _forced_table(schedule: Schedule, buckets: tuple[int, ...], label: str) -> PolicyTable:
+    coarse = len(schedule.offered) - 1
+    return PolicyTable(
+        forced=buckets,
+        labels=(label,) * schedule.steps,
+        thresholds=((math.nan,) * coarse,) * schedule.steps,
+    )
+
+
+def _bucket_of(multiple: int, offered: tuple[int, ...]) -> int:
+    if multiple not in offered:
+        raise ShapeError(
+            f"the plan asks for {patch_name(multiple)}, but this latent shape and model offer "
+            f"only {[patch_name(size) for size in offered]}; choose a picture size whose latent "
+            f"sides the patch divides, or another plan"
+        )
+    return offered.index(multiple)
+
+
+def _parse_shares(text: str) -> list[tuple[int, float | None]]:
+    """`"4p:0.2,2p:0.4,p"` to `[(4, 0.2), (2, 0.4), (1, None)]`."""
+    entries: list[tuple[int, float | None]] = []
+    for part in text.split(","):
+        name, colon, share = part.strip().partition(":")
+        try:
+            entries.append((parse_patch(name), float(share) if colon else None))
+        except ValueError as error:
+            raise ValueError(
+                f"cannot read {part!r} in the plan {text!r} ({error}); write shares of the steps "
+                'in order, such as "4p:0.2,2p:0.4,p"'
+            ) from error
+    shares = [share for _, share in entries if share is not None]
+    open_entries = [index for index, (_, share) in enumerate(entries) if share is None]
+    total = sum(shares)
+    if any(share < 0 for share in shares) or open_entries not in ([], [len(entries) - 1]):
+        raise ValueError(f"the plan {text!r} needs shares >= 0, and only its last may be left out")
+    if total > 1 + 1e-9 or (not open_entries and abs(total - 1) > 1e-9):
+        raise ValueError(f"the shares of the plan {text!r} add up to {total:g} instead of 1")
+    return entries
+
+
+def _spread(entries: list[tuple[int, float | None]], steps: int) -> list[int]:
+    """Whole steps for every share, by rounding the cumulative shares."""
+    plan: list[int] = []
+    cumulative = 0.0
+    for multiple, share in entries:
+        cumulative = 1.0 if share is None else cumulative + share
+        until = steps if share is None else math.floor(cumulative * steps + 0.5)
+        plan.extend([multiple] * (until - len(plan)))
+    return plan

@@ -1,0 +1,352 @@
+"""`compile` and `load`: from a diffusers pipeline or a bare transformer to an `Engine`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from ddit_rt.adapters import AdapterSet, PatchAdapter, load_adapters, save_adapters
+from ddit_rt.artifact import (
+    Artifact,
+    BucketEntry,
+    EagerRunner,
+    LoraSpec,
+    Manifest,
+    TokenRanges,
+    load_runner,
+    mismatches,
+    open_artifact,
+)
+from ddit_rt.buckets import Runners, StepModel
+from ddit_rt.compilation import Progress, compile_blocks
+from ddit_rt.errors import ArtifactMismatchError, UnsupportedModelError
+from ddit_rt.families import Family, family_of
+from ddit_rt.families.base import BlockType
+from ddit_rt.patch_scheduler import PatchPolicy, parse_patch, patch_name
+from ddit_rt.pipeline.engine import Engine
+from ddit_rt.pipeline.planning import CompiledModel
+from ddit_rt.version import __version__
+
+_ADAPTER_FOLDER = "adapters"
+
+MakeRunner = Callable[[BlockType, nn.Module, LoraSpec | None, "Mapping[str, Any] | None"], Any]
+
+
+def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.compile
+    model: Any,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    patch_sizes: Sequence[str | int] = ("p", "2p", "4p"),
+    adapter: str | Path | AdapterSet | None = None,
+    patch_policy: PatchPolicy | None = None,
+    ranges: TokenRanges | None = None,
+    backend: str = "aot",
+    progress: bool = True,
+) -> Engine:
+    """Compiles a model ahead of time, once.
+
+    One package per block class serves every patch size, picture size, batch and prompt length
+    within `ranges`; the weights stay the model's own and are not copied.
+
+    Args:
+        model: A diffusers pipeline (`FluxPipeline`), or its transformer alone.
+        height: Default picture height of the engine's calls, in pixels; checked here already.
+        width: Default picture width, in pixels.
+        patch_sizes: Patch sizes to offer, `"p"` among them.
+        adapter: Trained patch adapters: a folder, or loaded ones. A coarse size without one runs
+            training-free.
+        patch_policy: Policy of calls that name none; by default `DDiTPolicy()`.
+        ranges: Batch sizes and token counts to compile for.
+        backend: `"aot"`; or `"eager"`, which runs the model's own blocks uncompiled, for
+            debugging. An eager engine cannot be saved.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        An engine that is ready to run, and to `save`.
+
+    Raises:
+        UnsupportedModelError: A model, pipeline or scheduler that no family handles, or one with
+            unfused adapters or hooks.
+        ShapeError: `height` or `width` cannot be run.
+        CompileError: A block cannot be compiled; the message says what is missing.
+    """
+    if backend not in ("aot", "eager"):
+        raise ValueError(f'got backend={backend!r}; use "aot" or "eager"')
+    pipeline, transformer, family = _unwrap(model)
+    multiples = _multiples(patch_sizes)
+    adapters = _adapters(adapter, family, transformer)
+    _check_adapters(adapters, multiples)
+    ranges = ranges or TokenRanges()
+    manifest = Manifest.describe(
+        transformer,
+        project_version=__version__,
+        family=family.name,
+        ranges=ranges,
+        buckets=tuple(_bucket_entry(multiple, adapters) for multiple in multiples),
+        policy=patch_policy.to_dict() if patch_policy else None,
+        pipeline_defaults={
+            name: size for name, size in (("height", height), ("width", width)) if size
+        },
+    )
+    if pipeline is not None:
+        _check_size(family, pipeline, height, width, multiples, ranges)
+    if backend == "eager":
+        artifact = Artifact(Path(), manifest)
+    else:
+        artifact = _compile_artifact(transformer, family, adapters, manifest, progress)
+    return _engine(pipeline, transformer, family, artifact, adapters, multiples, progress)
+
+
+def _compile_artifact(
+    transformer: nn.Module,
+    family: Family,
+    adapters: AdapterSet,
+    manifest: Manifest,
+    progress: bool,
+) -> Artifact:
+    """Packages and adapters in a temporary folder that lives as long as the artifact."""
+    variants: dict[str | None, LoraSpec | None] = {None: None}
+    variants.update({_variant(a): _lora_spec(a) for a in adapters.adapters.values() if a.lora})
+    workspace = tempfile.TemporaryDirectory(prefix="ddit_rt-")
+    try:
+        root = Path(workspace.name)
+        with _progress_bar(progress, "compile") as report:
+            compile_blocks(
+                transformer,
+                family.block_types(transformer),
+                root,
+                ranges=manifest.ranges,
+                variants=variants,
+                progress=report,
+            )
+        save_adapters(adapters, root / _ADAPTER_FOLDER, family, transformer)
+        return Artifact.seal(root, manifest, workspace)
+    except BaseException:
+        workspace.cleanup()
+        raise
+
+
+def load(
+    path: str | Path,
+    model: Any,
+    *,
+    trust_code: bool = False,
+    check_weights: bool = True,
+    progress: bool = True,
+) -> Engine:
+    """Loads an artifact for a model. Seconds: nothing is compiled.
+
+    Args:
+        path: What `Engine.save` wrote.
+        model: The pipeline or transformer that it was compiled from, weights loaded.
+        trust_code: An artifact holds native code, which loading executes. One that this user
+            saved on this machine is trusted; for any other this argument is your say that you
+            trust its source.
+        check_weights: Whether other weights than the compiled ones are an error. The packages
+            hold no weights and would run with any of the same shapes; adapters and calibrated
+            policies would not fit.
+        progress: Whether to show a progress bar on stderr.
+
+    Raises:
+        ArtifactError: Missing, truncated, tampered with, or of another schema.
+        ArtifactMismatchError: It does not fit this model, torch build or machine; each reason
+            comes with its remedy.
+        UntrustedArtifactError: See `trust_code`.
+    """
+    pipeline, transformer, family = _unwrap(model)
+    artifact = open_artifact(path, trust_code=trust_code)
+    problems = mismatches(artifact.manifest, transformer)
+    if not check_weights:
+        problems = [problem for problem in problems if not problem.startswith("weights:")]
+    if problems:
+        raise ArtifactMismatchError(
+            f"{path} does not fit:\n" + "\n".join(f"  - {problem}" for problem in problems)
+        )
+    multiples = _multiples([entry.patch for entry in artifact.manifest.buckets])
+    folder = artifact.root / _ADAPTER_FOLDER
+    adapters = load_adapters(folder, family, transformer) if folder.exists() else AdapterSet()
+    return _engine(pipeline, transformer, family, artifact, adapters, multiples, progress)
+
+
+def _engine(
+    pipeline: Any,
+    transformer: nn.Module,
+    family: Family,
+    artifact: Artifact,
+    adapters: AdapterSet,
+    multiples: tuple[int, ...],
+    progress: bool,
+) -> Engine:
+    """Binds runners to the model's weights and puts the parts together."""
+    make = _runner_maker(artifact)
+    types = family.block_types(transformer)
+    total = sum(len(block_type.blocks(transformer)) for block_type in types)
+    total *= 1 + sum(bool(adapter.lora) for adapter in adapters.adapters.values())
+    with _progress_bar(progress, "load") as report:
+        counter = _Counter(report, total)
+        base = _runners(types, transformer, make, None, counter)
+        adapted = {
+            multiple: _runners(types, transformer, make, adapter, counter) if adapter.lora else base
+            for multiple, adapter in adapters.adapters.items()
+        }
+    compiled = CompiledModel(
+        steps=StepModel(family=family, transformer=transformer, base=base),
+        multiples=multiples,
+        ranges=artifact.manifest.ranges,
+        adapters=adapters,
+        adapter_runners=adapted,
+    )
+    return Engine(compiled, artifact, pipeline)
+
+
+class _Counter:
+    """Counts loaded blocks into a progress bar."""
+
+    def __init__(self, report: Progress, total: int) -> None:
+        self._report, self._total, self._done = report, total, 0
+        report(0, total, "blocks")
+
+    def advance(self) -> None:
+        self._done += 1
+        self._report(self._done, self._total, "blocks")
+
+
+def _runners(
+    types: Sequence[BlockType],
+    transformer: nn.Module,
+    make: MakeRunner,
+    adapter: PatchAdapter | None,
+    counter: _Counter,
+) -> Runners:
+    runners: dict[str, list[Any]] = {}
+    spec = _lora_spec(adapter) if adapter else None
+    for block_type in types:
+        runners[block_type.path] = []
+        for index, block in enumerate(block_type.blocks(transformer)):
+            lora = adapter.block_lora(f"{block_type.path}.{index}") if adapter else None
+            runners[block_type.path].append(make(block_type, block, spec, lora))
+            counter.advance()
+    return runners
+
+
+def _runner_maker(artifact: Artifact) -> MakeRunner:
+    ranges = artifact.manifest.ranges
+
+    def eager(block_type: BlockType, block: nn.Module, spec: LoraSpec | None, lora: Any) -> Any:
+        return EagerRunner(block_type, block, ranges=ranges, lora_spec=spec, lora=lora)
+
+    def compiled(block_type: BlockType, block: nn.Module, spec: LoraSpec | None, lora: Any) -> Any:
+        variant = _variant_name(spec) if spec else None
+        return load_runner(artifact.package(block_type.name, variant), block, lora=lora)
+
+    return compiled if artifact.manifest.packages else eager
+
+
+def _unwrap(model: Any) -> tuple[Any, nn.Module, Family]:
+    """Pipeline (or None), transformer and family of what the user passed."""
+    if isinstance(model, nn.Module):
+        return None, model, family_of(model)
+    transformer = getattr(model, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise UnsupportedModelError(
+            f"got a {type(model).__name__}; pass a diffusers pipeline with a transformer, or the "
+            "transformer itself"
+        )
+    family = family_of(transformer)
+    if type(model).__name__ not in family.pipeline_classes:
+        raise UnsupportedModelError(
+            f"got a {type(model).__name__}; for this transformer the supported pipelines are "
+            f"{list(family.pipeline_classes)}. Compile the bare transformer to run its loop alone"
+        )
+    return model, transformer, family
+
+
+def _multiples(patch_sizes: Sequence[str | int]) -> tuple[int, ...]:
+    multiples = tuple(sorted({parse_patch(patch) for patch in patch_sizes}))
+    if not multiples or multiples[0] != 1:
+        raise ValueError(
+            f'got patch_sizes={list(patch_sizes)}; "p", the model\'s own, must be among them: the '
+            "last steps need it"
+        )
+    return multiples
+
+
+def _adapters(
+    adapter: str | Path | AdapterSet | None, family: Family, transformer: nn.Module
+) -> AdapterSet:
+    if adapter is None:
+        return AdapterSet()
+    if isinstance(adapter, AdapterSet):
+        return adapter
+    return load_adapters(adapter, family, transformer)
+
+
+def _check_adapters(adapters: AdapterSet, multiples: tuple[int, ...]) -> None:
+    unused = sorted(set(adapters.adapters) - set(multiples))
+    if unused:
+        raise ValueError(
+            f"the adapters are for {adapters.names}, but patch_sizes offers only "
+            f"{[patch_name(multiple) for multiple in multiples]}; add the sizes, or leave the "
+            "adapters out"
+        )
+
+
+def _check_size(
+    family: Family,
+    pipeline: Any,
+    height: int | None,
+    width: int | None,
+    multiples: tuple[int, ...],
+    ranges: TokenRanges,
+) -> None:
+    """Refuses a default picture size that could not run, before minutes of compiling."""
+    default = pipeline.default_sample_size * pipeline.vae_scale_factor
+    shape = family.latent_shape(pipeline, height or default, width or default, 1)
+    steps = StepModel(family=family, transformer=pipeline.transformer, base={})
+    CompiledModel(steps=steps, multiples=multiples, ranges=ranges).offered(shape[2], shape[3])
+
+
+def _bucket_entry(multiple: int, adapters: AdapterSet) -> BucketEntry:
+    name = patch_name(multiple)
+    if multiple == 1:
+        return BucketEntry(patch=name, method="base", variant=None)
+    adapter = adapters.adapters.get(multiple)
+    if adapter is None:
+        return BucketEntry(patch=name, method="snr", variant=None)
+    return BucketEntry(
+        patch=name, method="adapter", variant=_variant(adapter) if adapter.lora else None
+    )
+
+
+def _lora_spec(adapter: PatchAdapter) -> LoraSpec:
+    config = adapter.config
+    return LoraSpec(rank=config.rank, scaling=config.lora_alpha / config.rank)
+
+
+def _variant(adapter: PatchAdapter) -> str:
+    return _variant_name(_lora_spec(adapter))
+
+
+def _variant_name(spec: LoraSpec) -> str:
+    """`lora32`, or `lora32x0.5` where the branch is scaled: the scale is part of the graph."""
+    scale = "" if spec.scaling == 1 else f"x{spec.scaling:g}"
+    return f"lora{spec.rank}{scale}"
+
+
+@contextmanager
+def _progress_bar(shown: bool, title: str) -> Iterator[Progress]:
+    with tqdm(desc=title, disable=not shown, leave=False) as bar:
+
+        def report(done: int, total: int, label: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(label)
+            bar.update(done - bar.n)
+
+        yield report

@@ -1,0 +1,329 @@
+"""The engine: what a user calls in place of the diffusers pipeline."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddit_rt.artifact import Artifact
+from ddit_rt.buckets import RunContext
+from ddit_rt.errors import ArtifactError, RunCancelled, ShapeError, UnsupportedModelError
+from ddit_rt.executor import CpuExecutor, RunPlan, RunTrace, StepCallback
+from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, policy_from_dict
+from ddit_rt.pipeline.lora import FusedLora, refuse_unfused_lora
+from ddit_rt.pipeline.planning import CompiledModel, plan_run
+from ddit_rt.solver import SolverTable, probe_scheduler
+
+
+class Engine:
+    """A compiled model, ready to generate.
+
+    Made by `ddit_rt.compile` or `ddit_rt.load`, not directly. Calls from several threads queue.
+    No state passes from one run to the next.
+
+    Attributes:
+        artifact: What was compiled: manifest and files.
+        pipeline: The diffusers pipeline, or None for a bare transformer.
+        last_trace: The trace of the latest run, or None.
+    """
+
+    def __init__(
+        self,
+        compiled: CompiledModel,
+        artifact: Artifact,
+        pipeline: Any = None,
+    ) -> None:
+        self.artifact = artifact
+        self.pipeline = pipeline
+        self.last_trace: RunTrace | None = None
+        self._compiled = compiled
+        self._executor = CpuExecutor()
+        self._lock = threading.RLock()
+        self._cancelled = threading.Event()
+        self._fused: FusedLora | None = None
+        self._solvers: dict[tuple[Any, ...], SolverTable] = {}
+        self._announced: set[str] = set()
+
+    @property
+    def default_policy(self) -> PatchPolicy:
+        """The policy of a call that names none: the artifact's own, else `DDiTPolicy()`."""
+        stored = self.artifact.manifest.policy
+        return policy_from_dict(stored) if stored else DDiTPolicy()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        patch_policy: PatchPolicy | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Generates, as the pipeline's own call does.
+
+        Args:
+            prompt: Prompt or prompts.
+            patch_policy: Which patch size each step takes; by default the artifact's.
+            arguments: Every other argument of the pipeline's `__call__`, with its defaults;
+                `height` and `width` default to those given to `compile`.
+
+        Returns:
+            What the pipeline returns; `last_trace` says what the run did.
+
+        Raises:
+            ShapeError: A size that the compiled blocks or the policy cannot run.
+            UnsupportedModelError: An argument that the compiled model could only ignore.
+            RunCancelled: `cancel` was called.
+        """
+        if self.pipeline is None:
+            raise UnsupportedModelError(
+                "this engine was compiled from a bare transformer; call engine.denoise(latents, "
+                "...), or compile the whole pipeline"
+            )
+        with self._lock:
+            arguments = {**self.artifact.manifest.pipeline_defaults, **arguments}
+            scheduler = copy.deepcopy(self.pipeline.scheduler)
+            family = self._compiled.steps.family
+            call = family.prepare(
+                self.pipeline, scheduler, {"prompt": prompt, **arguments}
+            )
+            plan, context = self._plan(call.latents, call.conditioning, scheduler, patch_policy)
+            final = self._run(
+                plan,
+                call.latents,
+                self._pipeline_callback(scheduler, context, arguments),
+                self.pipeline.progress_bar(total=call.num_inference_steps),
+            )
+            return call.finish(final)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        latents: Tensor,
+        *,
+        scheduler: Any = None,
+        num_inference_steps: int = 50,
+        sigmas: Sequence[float] | None = None,
+        patch_policy: PatchPolicy | None = None,
+        callback: StepCallback | None = None,
+        **conditioning: Tensor | None,
+    ) -> Tensor:
+        """Runs the denoising loop alone.
+
+        Args:
+            latents: Initial noise, `[B, C, H, W]`.
+            scheduler: A diffusers flow scheduler, copied for the run; by default the pipeline's,
+                or `FlowMatchEulerDiscreteScheduler()` for a bare transformer.
+            num_inference_steps: Steps N; ignored when `sigmas` is given.
+            sigmas: Noise levels of the steps, before the scheduler's own shift.
+            patch_policy: As in `__call__`.
+            callback: Called after every step with its index and the latents `[B, C, H, W]`;
+                may return latents to go on from.
+            conditioning: The transformer's own arguments: for FLUX `encoder_hidden_states`
+                `[B, T, D]`, `pooled_projections` `[B, P]`, `guidance` `[B]`.
+
+        Returns:
+            Clean latents, `[B, C, H, W]`, float32.
+
+        Raises:
+            ValueError: Missing, unknown or misshapen conditioning, or latents that are not
+                finite.
+            ShapeError, RunCancelled: As in `__call__`.
+        """
+        model = self._compiled.steps
+        channels = model.family.latent_channels(model.transformer)
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ShapeError(
+                f"latents have shape {list(latents.shape)}; expected [B, {channels}, H, W]"
+            )
+        model.family.check_conditioning(model.transformer, latents.shape[0], conditioning)
+        given = {name: value for name, value in conditioning.items() if value is not None}
+        with self._lock:
+            scheduler = copy.deepcopy(scheduler or self._default_scheduler())
+            steps = num_inference_steps if sigmas is None else len(sigmas)
+            grid = model.grid(*latents.shape[-2:])
+            model.family.set_timesteps(scheduler, steps, sigmas, grid)
+            plan, _ = self._plan(latents, given, scheduler, patch_policy)
+            return self._run(plan, latents.float(), callback, nullcontext())
+
+    def cancel(self) -> None:
+        """Ends the current run between two steps; its caller gets `RunCancelled`.
+
+        Safe to call from another thread. Without a run in progress it does nothing.
+        """
+        self._cancelled.set()
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the artifact to a folder, whole or not at all.
+
+        Args:
+            path: Where to; by custom it ends in `.ddit`. An artifact already there is replaced.
+
+        Returns:
+            The path.
+        """
+        if not self.artifact.manifest.packages:
+            raise ArtifactError(
+                'this engine was compiled with backend="eager" and has nothing to save; compile '
+                'with backend="aot"'
+            )
+        return self.artifact.save(path)
+
+    def fuse_lora(self, lora: Any, scale: float = 1.0, **load_arguments: Any) -> None:
+        """Fuses a style LoRA into the weights. Nothing is compiled again.
+
+        Args:
+            lora: What the pipeline's `load_lora_weights` takes.
+            scale: Strength.
+            load_arguments: Passed on to `load_lora_weights`.
+        """
+        if self.pipeline is None:
+            raise UnsupportedModelError(
+                "fuse_lora loads through the pipeline; this engine has a bare transformer"
+            )
+        with self._lock:
+            if self._fused is not None:
+                raise ValueError("a LoRA is fused already; call unfuse_lora() first")
+            self._fused = FusedLora(self.pipeline, lora, scale, **load_arguments)
+
+    def unfuse_lora(self) -> None:
+        """Restores the weights from before `fuse_lora`, bit for bit."""
+        with self._lock:
+            if self._fused is None:
+                raise ValueError("no LoRA is fused; fuse_lora(...) comes first")
+            self._fused.restore()
+            self._fused = None
+
+    def _default_scheduler(self) -> Any:
+        if self.pipeline is not None:
+            return self.pipeline.scheduler
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler()
+
+    def _plan(
+        self,
+        latents: Tensor,
+        conditioning: dict[str, Tensor],
+        scheduler: Any,
+        policy: PatchPolicy | None,
+    ) -> tuple[RunPlan, RunContext]:
+        """Checks the request and the weights, then fixes the run."""
+        if not bool(torch.isfinite(latents).all()):
+            raise ValueError("the initial latents hold NaN or infinity; give finite noise")
+        model = self._compiled.steps
+        refuse_unfused_lora(model.transformer)
+        self._compiled.rebind()
+        policy = policy or self.default_policy
+        shape = (latents.shape[0], latents.shape[1], latents.shape[2], latents.shape[3])
+        plan, context = plan_run(
+            self._compiled,
+            shape=shape,
+            conditioning=conditioning,
+            timesteps=model.family.linear_timesteps(scheduler),
+            solver=self._solver(scheduler),
+            policy=policy,
+        )
+        if not isinstance(policy, FinePolicy):
+            self._announce(plan.notes)
+        return plan, context
+
+    def _run(
+        self,
+        plan: RunPlan,
+        latents: Tensor,
+        on_step_end: StepCallback | None,
+        progress: AbstractContextManager[Any],
+    ) -> Tensor:
+        self._cancelled.clear()
+        with progress as bar:
+            final, self.last_trace = self._executor.run(
+                plan,
+                latents,
+                on_step_end=_with_progress(on_step_end, bar),
+                should_stop=self._should_stop,
+            )
+        if self._cancelled.is_set():
+            raise RunCancelled(
+                f"cancelled after {len(self.last_trace)} of {plan.policy.steps} steps"
+            )
+        if self.last_trace.nonfinite:
+            warnings.warn(
+                "the latents became NaN or infinite during the run; the patch scheduler fell "
+                "back to p, and the result is not usable (check the model's dtype and weights)",
+                stacklevel=3,
+            )
+        return final
+
+    def _should_stop(self) -> bool:
+        """`cancel`, or diffusers' own way: a callback that sets `pipeline._interrupt`."""
+        interrupted = self.pipeline is not None and bool(
+            getattr(self.pipeline, "_interrupt", False)
+        )
+        return interrupted or self._cancelled.is_set()
+
+    def _pipeline_callback(
+        self, scheduler: Any, context: RunContext, arguments: dict[str, Any]
+    ) -> StepCallback | None:
+        """Wraps `callback_on_step_end` so that it sees what it would see in the pipeline."""
+        user: Callable[..., dict[str, Any]] | None = arguments.get("callback_on_step_end")
+        if user is None:
+            return None
+        names = arguments.get("callback_on_step_end_tensor_inputs", ["latents"])
+        model, family = self._compiled.steps, self._compiled.steps.family
+        embeds = context.conditioning["encoder_hidden_states"]
+
+        def callback(step: int, latents: Tensor) -> Tensor | None:
+            self.pipeline._current_timestep = scheduler.timesteps[step]
+            seen = {"latents": family.to_callback(latents), "prompt_embeds": embeds}
+            given = {name: seen[name] for name in names}
+            changed = user(self.pipeline, step, scheduler.timesteps[step], dict(given)) or {}
+            new_embeds = changed.get("prompt_embeds")
+            if new_embeds is not None and new_embeds is not embeds:
+                conditioning = {**context.conditioning, "encoder_hidden_states": new_embeds}
+                context.text.copy_(family.embed_text(model.transformer, conditioning))
+            new_latents = changed.get("latents")
+            if new_latents is None or new_latents is given.get("latents"):
+                return None
+            return family.from_callback(new_latents, latents)
+
+        return callback
+
+    def _solver(self, scheduler: Any) -> SolverTable:
+        """The scheduler's table; probed once per schedule, since a server repeats few."""
+        key = (
+            type(scheduler).__name__,
+            repr(sorted(scheduler.config.items())),
+            tuple(scheduler.sigmas.tolist()),
+        )
+        if key not in self._solvers:
+            if len(self._solvers) >= 64:
+                self._solvers.clear()
+            self._solvers[key] = probe_scheduler(scheduler)
+        return self._solvers[key]
+
+    def _announce(self, notes: Sequence[str]) -> None:
+        """Says each reason for a slower path once."""
+        for note in notes:
+            if note not in self._announced:
+                self._announced.add(note)
+                warnings.warn(note, stacklevel=5)
+
+
+def _with_progress(callback: StepCallback | None, bar: Any) -> StepCallback | None:
+    if bar is None:
+        return callback
+
+    def advance(step: int, latents: Tensor) -> Tensor | None:
+        replacement = None if callback is None else callback(step, latents)
+        bar.update()
+        return replacement
+
+    return advance

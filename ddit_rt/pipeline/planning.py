@@ -1,0 +1,153 @@
+"""From a compiled model and one request to a `RunPlan`: all that is fixed before the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ddit_rt.adapters import AdapterBucket, AdapterSet
+from ddit_rt.artifact import TokenRanges
+from ddit_rt.buckets import Bucket, FineBucket, RunContext, Runners, SnrBucket, StepModel
+from ddit_rt.errors import ShapeError
+from ddit_rt.executor import RunPlan
+from ddit_rt.patch_scheduler import PatchPolicy, PolicyTable, Schedule, patch_name
+from ddit_rt.solver import SolverTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledModel:
+    """A transformer with its blocks ready to run, for every patch size.
+
+    Attributes:
+        steps: The unmodified model.
+        multiples: Patch sizes that were asked for, as multiples of p, ascending, 1 first.
+        ranges: Batch sizes and token counts that the compiled blocks accept.
+        adapters: Trained adapters; a coarse size without one runs training-free.
+        adapter_runners: Blocks with LoRA, by multiple, for every adapter.
+    """
+
+    steps: StepModel
+    multiples: tuple[int, ...]
+    ranges: TokenRanges
+    adapters: AdapterSet = field(default_factory=AdapterSet)
+    adapter_runners: Mapping[int, Runners] = field(default_factory=dict)
+
+    def offered(self, height: int, width: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Patch sizes that a latent of `height` x `width` offers, and why others are not.
+
+        Raises:
+            ShapeError: Not even p divides the latent, or its tokens are out of range.
+        """
+        offered, notes = [], []
+        for multiple in self.multiples:
+            problem = self._problem(height, width, multiple)
+            if problem is None:
+                offered.append(multiple)
+            elif multiple == 1:
+                raise ShapeError(f"cannot run a latent of {height} x {width}: {problem}")
+            else:
+                notes.append(f"{patch_name(multiple)} is not offered at this size: {problem}")
+        return tuple(offered), tuple(notes)
+
+    def _problem(self, height: int, width: int, multiple: int) -> str | None:
+        patch = self.steps.patch_size * multiple
+        if height % patch or width % patch:
+            return f"patches of {patch} latent pixels do not divide {height} x {width}"
+        tokens = self.steps.grid(height, width, multiple).tokens
+        low, high = self.ranges.image
+        if not low <= tokens <= high:
+            return f"{tokens} image tokens are outside the compiled range {low} to {high}"
+        return None
+
+    def rebind(self) -> None:
+        """Binds runners again whose weights the model has moved to other storage."""
+        for runners in (self.steps.base, *self.adapter_runners.values()):
+            for blocks in runners.values():
+                for runner in blocks:
+                    if runner.stale():
+                        runner.rebind()
+
+    def check_sizes(self, batch: int, text_tokens: int) -> None:
+        """Refuses a batch or a text length that the compiled blocks were not built for."""
+        for name, count, (low, high) in (
+            ("batch size", batch, self.ranges.batch),
+            ("text length", text_tokens, self.ranges.text),
+        ):
+            if not low <= count <= high:
+                raise ShapeError(
+                    f"got a {name} of {count}; the compiled range is {low} to {high}. Compile "
+                    "again with a wider range, or split the request"
+                )
+
+
+def plan_run(
+    compiled: CompiledModel,
+    *,
+    shape: tuple[int, ...],
+    conditioning: Mapping[str, Tensor],
+    timesteps: Tensor,
+    solver: SolverTable,
+    policy: PatchPolicy,
+) -> tuple[RunPlan, RunContext]:
+    """Resolves the policy for this shape and schedule and builds the buckets it can reach.
+
+    Args:
+        compiled: The model.
+        shape: Latent shape `[B, C, H, W]`.
+        conditioning: Checked conditioning tensors.
+        timesteps: t that the model is given at each step, `[N]`.
+        solver: Solver table.
+        policy: Patch policy.
+
+    Raises:
+        ShapeError: The shape, or a size that the policy forces, cannot be run.
+    """
+    batch, _, height, width = shape
+    model = compiled.steps
+    offered, notes = compiled.offered(height, width)
+    table = policy.resolve(Schedule(sigmas=solver.sigmas, offered=offered))
+    text = model.family.embed_text(model.transformer, conditioning)
+    compiled.check_sizes(batch, text.shape[1])
+    context = RunContext(
+        conditioning=conditioning,
+        text=text,
+        height=height,
+        width=width,
+        sigmas=torch.tensor(solver.sigmas[:-1], dtype=torch.float32),
+        timesteps=timesteps,
+        detail=torch.zeros(shape) if _keeps_detail(compiled, table, offered) else None,
+    )
+    reachable = table.reachable()
+    buckets = [
+        _bucket(compiled, context, multiple) if index in reachable else None
+        for index, multiple in enumerate(offered)
+    ]
+    plan = RunPlan(
+        buckets=buckets,
+        offered=offered,
+        policy=table,
+        solver=solver,
+        patch_size=model.patch_size,
+        notes=notes,
+    )
+    return plan, context
+
+
+def _bucket(compiled: CompiledModel, context: RunContext, multiple: int) -> Bucket:
+    if multiple == 1:
+        return FineBucket(compiled.steps, context)
+    adapter = compiled.adapters.adapters.get(multiple)
+    if adapter is None:
+        return SnrBucket(compiled.steps, context, multiple)
+    return AdapterBucket(compiled.steps, context, adapter, compiled.adapter_runners[multiple])
+
+
+def _keeps_detail(
+    compiled: CompiledModel, table: PolicyTable, offered: tuple[int, ...]
+) -> bool:
+    """Whether a training-free coarse step can follow a step at p."""
+    training_free = set(offered[1:]) - set(compiled.adapters.adapters)
+    return bool(training_free) and table.coarse_after_fine()

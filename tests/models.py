@@ -1,0 +1,99 @@
+"""Small random models of the real classes, for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from torch import Tensor, nn
+
+TEXT_WIDTH = 24
+POOLED_WIDTH = 20
+CHANNELS = 4
+
+
+def tiny_transformer(
+    *, guidance_embeds: bool = False, seed: int = 0, **config: Any
+) -> FluxTransformer2DModel:
+    """A FLUX transformer of some 60k parameters, random but with every path alive."""
+    torch.manual_seed(seed)
+    fields: dict[str, Any] = {
+        "in_channels": 4 * CHANNELS,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": TEXT_WIDTH,
+        "pooled_projection_dim": POOLED_WIDTH,
+        "guidance_embeds": guidance_embeds,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    model = FluxTransformer2DModel(**{**fields, **config})
+    for parameter in model.parameters():
+        # diffusers' defaults are near zero in places; a test must see every weight.
+        nn.init.normal_(parameter, std=0.08)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_pipeline(
+    *, guidance_embeds: bool = False, seed: int = 0, dynamic_shifting: bool = True, **config: Any
+) -> FluxPipeline:
+    """A FLUX pipeline without text encoders: call it with `tiny_embeds`."""
+    transformer = tiny_transformer(guidance_embeds=guidance_embeds, seed=seed, **config)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=CHANNELS,
+        norm_num_groups=2,
+        layers_per_block=1,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+    )
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0, use_dynamic_shifting=dynamic_shifting
+        ),
+        vae=vae.eval().requires_grad_(False),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_embeds(batch: int = 1, text_tokens: int = 7, seed: int = 1) -> dict[str, Tensor]:
+    """Prompt embeddings as a pipeline call takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "prompt_embeds": torch.randn(batch, text_tokens, TEXT_WIDTH, generator=generator),
+        "pooled_prompt_embeds": torch.randn(batch, POOLED_WIDTH, generator=generator),
+    }
+
+
+def tiny_conditioning(
+    transformer: FluxTransformer2DModel, batch: int = 1, text_tokens: int = 7, seed: int = 1
+) -> dict[str, Tensor]:
+    """Conditioning as `Engine.denoise` and the transformer take it."""
+    embeds = tiny_embeds(batch, text_tokens, seed)
+    conditioning = {
+        "encoder_hidden_states": embeds["prompt_embeds"],
+        "pooled_projections": embeds["pooled_prompt_embeds"],
+    }
+    if transformer.config.guidance_embeds:
+        conditioning["guidance"] = torch.full((batch,), 3.5)
+    return conditioning
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Gaussian latents from a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
