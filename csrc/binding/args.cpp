@@ -1,5 +1,6 @@
 #include "binding/args.h"
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <limits>
@@ -117,6 +118,18 @@ PatchShape unpack_shape(const Tensor& tokens, int64_t patch_size, int64_t height
   return shape;
 }
 
+Tensor new_tokens(const Tensor& latents, const PatchShape& shape) {
+  const int64_t size[] = {shape.batch, shape.tokens(), shape.features()};
+  return torch::stable::new_empty(latents, {size, 3});
+}
+
+Tensor new_latents(const Tensor& tokens, const PatchShape& shape, bool has_frames) {
+  const int64_t video[] = {shape.batch, shape.channels, shape.frames, shape.height, shape.width};
+  const int64_t image[] = {shape.batch, shape.channels, shape.height, shape.width};
+  return has_frames ? torch::stable::new_empty(tokens, {video, 5})
+                    : torch::stable::new_empty(tokens, {image, 4});
+}
+
 ScoreArgs score_args(const Tensor& history, std::vector<int64_t> patch_sizes, double quantile,
                      int64_t order, int64_t head) {
   constexpr const char* kOp = "patch_scores";
@@ -135,6 +148,8 @@ ScoreArgs score_args(const Tensor& history, std::vector<int64_t> patch_sizes, do
   const PatchShape& shape = args.shape;
   STD_TORCH_CHECK(shape.channels * shape.frames * shape.height * shape.width > 0,
                   "ddit_rt::patch_scores: history of shape ", shape_text(history), " is empty");
+  STD_TORCH_CHECK(patch_sizes.size() <= kMaxSizes, "ddit_rt::patch_scores: ", patch_sizes.size(),
+                  " patch sizes, expected at most ", kMaxSizes);
   for (const int64_t size : patch_sizes) {
     check_patch(args.shape, size, kOp);
     STD_TORCH_CHECK(size * size * shape.channels > 1,

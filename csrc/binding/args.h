@@ -37,6 +37,10 @@ PatchShape pack_shape(const Tensor& latents, int64_t patch_size);
 PatchShape unpack_shape(const Tensor& tokens, int64_t patch_size, int64_t height, int64_t width,
                         int64_t frames);
 
+// Uninitialised results of pack and unpack, on the argument's device and of its dtype.
+Tensor new_tokens(const Tensor& latents, const PatchShape& shape);
+Tensor new_latents(const Tensor& tokens, const PatchShape& shape, bool has_frames);
+
 struct ScoreArgs {
   PatchShape shape;            // patch = `base`
   std::vector<int64_t> sizes;  // as the caller ordered them

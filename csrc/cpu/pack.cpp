@@ -83,8 +83,7 @@ void move(const PatchShape& shape, const Tensor& latents, const Tensor& tokens) 
 
 Tensor pack_cpu(Tensor latents, int64_t patch_size) {
   const PatchShape shape = pack_shape(latents, patch_size);
-  const int64_t size[] = {shape.batch, shape.tokens(), shape.features()};
-  Tensor tokens = torch::stable::new_empty(latents, {size, 3});
+  Tensor tokens = new_tokens(latents, shape);
   move<Direction::kPack>(shape, latents, tokens);
   return tokens;
 }
@@ -92,10 +91,7 @@ Tensor pack_cpu(Tensor latents, int64_t patch_size) {
 Tensor unpack_cpu(Tensor tokens, int64_t patch_size, int64_t height, int64_t width,
                   int64_t frames) {
   const PatchShape shape = unpack_shape(tokens, patch_size, height, width, frames);
-  const int64_t video[] = {shape.batch, shape.channels, shape.frames, height, width};
-  const int64_t image[] = {shape.batch, shape.channels, height, width};
-  Tensor latents = frames == 0 ? torch::stable::new_empty(tokens, {image, 4})
-                               : torch::stable::new_empty(tokens, {video, 5});
+  Tensor latents = new_latents(tokens, shape, frames > 0);
   move<Direction::kUnpack>(shape, latents, tokens);
   return latents;
 }

@@ -105,19 +105,6 @@ class PatchAdapter(nn.Module):
         hidden: Tensor = self.embed(tokens) + self.identifier
         return hidden
 
-    def block_lora(self, path: str) -> dict[str, Tensor]:
-        """LoRA factors of one block, by their names inside it.
-
-        Args:
-            path: The block's path in the transformer, e.g. `transformer_blocks.0`.
-        """
-        prefix = path + "."
-        return {
-            name.removeprefix(prefix): factor
-            for name, factor in self.lora.items()
-            if name.startswith(prefix)
-        }
-
     def project_tokens(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """De-embeds and adds the residual of the tokens that went in: `[B, n, C*q*q]`."""
         residual = self.residual_out(nn.functional.gelu(self.residual_in(tokens)))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,11 @@ def compile_block(
         constants=constant_specs(template),
     )
     try:
-        program = export_block(template, info, weight.device)
-        with _replacing(package) as temporary:
+        with _replacing(package) as temporary, warnings.catch_warnings():
+            # torch warns about its own internals; there is nothing that a caller could do.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            program = export_block(template, info, weight.device)
             _compile(program, info, temporary)
     except Exception as error:
         raise CompileError(_advice(block_type.name, error)) from error

@@ -14,6 +14,7 @@ HISTORY_LENGTH = 4
 """Latents in the history ring: a third difference needs four."""
 
 MAX_ORDER = 3
+MAX_SIZES = 8
 
 
 def patch_scores(
@@ -35,7 +36,7 @@ def patch_scores(
     Args:
         history: Ring of latents `[4, B, C, H, W]` or `[4, B, C, F, H, W]`, float32. Slot `head` is
             the newest; older ones follow upwards, modulo 4. Slots beyond `order` are not read.
-        patch_sizes: Edges in latent pixels, each dividing H and W, in any order.
+        patch_sizes: Edges in latent pixels, each dividing H and W, in any order; 8 at most.
         quantile: Between 0 and 1.
         order: Of the difference, 1 to 3.
         head: Slot of the newest latent, 0 to 3.
@@ -49,6 +50,8 @@ def patch_scores(
         ValueError: Another dtype, or an argument out of range.
     """
     _check_history(history)
+    if len(patch_sizes) > MAX_SIZES:
+        raise ValueError(f"{len(patch_sizes)} patch sizes, expected at most {MAX_SIZES}")
     for patch_size in patch_sizes:
         check_patch_size(patch_size, history.shape[-2], history.shape[-1])
         if patch_size == 1 and history.shape[2] == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from ddit_rt.artifact import (
     LoraSpec,
     Manifest,
     TokenRanges,
+    block_lora,
     load_runner,
     mismatches,
     open_artifact,
@@ -98,7 +100,7 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     if pipeline is not None:
         _check_size(family, pipeline, height, width, multiples, ranges)
     if backend == "eager":
-        artifact = Artifact(Path(), manifest)
+        artifact = Artifact.unsaved(None, manifest)
     else:
         artifact = _compile_artifact(transformer, family, adapters, manifest, progress)
     return _engine(pipeline, transformer, family, artifact, adapters, multiples, progress)
@@ -127,10 +129,12 @@ def _compile_artifact(
                 progress=report,
             )
         save_adapters(adapters, root / _ADAPTER_FOLDER, family, transformer)
-        return Artifact.seal(root, manifest, workspace)
+        artifact = Artifact.unsaved(root, manifest)
     except BaseException:
         workspace.cleanup()
         raise
+    weakref.finalize(artifact, workspace.cleanup)
+    return artifact
 
 
 def load(
@@ -170,7 +174,8 @@ def load(
             f"{path} does not fit:\n" + "\n".join(f"  - {problem}" for problem in problems)
         )
     multiples = _multiples([entry.patch for entry in artifact.manifest.buckets])
-    folder = artifact.root / _ADAPTER_FOLDER
+    assert artifact.directory is not None, "an opened artifact has a folder"
+    folder = artifact.directory / _ADAPTER_FOLDER
     adapters = load_adapters(folder, family, transformer) if folder.exists() else AdapterSet()
     return _engine(pipeline, transformer, family, artifact, adapters, multiples, progress)
 
@@ -230,7 +235,7 @@ def _runners(
     for block_type in types:
         runners[block_type.path] = []
         for index, block in enumerate(block_type.blocks(transformer)):
-            lora = adapter.block_lora(f"{block_type.path}.{index}") if adapter else None
+            lora = block_lora(adapter.lora, f"{block_type.path}.{index}") if adapter else None
             runners[block_type.path].append(make(block_type, block, spec, lora))
             counter.advance()
     return runners

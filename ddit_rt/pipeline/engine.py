@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddit_rt.artifact import Artifact
 from ddit_rt.buckets import RunContext
-from ddit_rt.errors import ArtifactError, RunCancelled, ShapeError, UnsupportedModelError
+from ddit_rt.errors import RunCancelled, ShapeError, UnsupportedModelError
 from ddit_rt.executor import CpuExecutor, RunPlan, RunTrace, StepCallback
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, policy_from_dict
 from ddit_rt.pipeline.lora import FusedLora, refuse_unfused_lora
@@ -169,11 +169,6 @@ class Engine:
         Returns:
             The path.
         """
-        if not self.artifact.manifest.packages:
-            raise ArtifactError(
-                'this engine was compiled with backend="eager" and has nothing to save; compile '
-                'with backend="aot"'
-            )
         return self.artifact.save(path)
 
     def fuse_lora(self, lora: Any, scale: float = 1.0, **load_arguments: Any) -> None:

@@ -64,3 +64,24 @@ def test_missing_library_says_how_to_build_it(tmp_path: Path) -> None:
     broken.write_bytes(b"not a library")
     with pytest.raises(ImportError, match="cannot be loaded by torch"):
         _library._load_one(broken)
+
+
+@pytest.mark.skipif(not _runtime.build_info()["cuda"], reason="built without CUDA")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch itself has libtorch_cuda.so")
+def test_cuda_library_links_and_registers_without_a_gpu(tmp_path: Path) -> None:
+    source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+    stub = tmp_path / "libtorch_cuda.so"
+    subprocess.run(
+        ["g++", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-xc++", "-", "-o", stub],
+        input=source.encode(),
+        check=True,
+    )
+    code = (
+        "import ctypes, torch, ddit_rt.ops; from ddit_rt.ops import _library\n"
+        f"ctypes.CDLL({str(stub)!r}, mode=ctypes.RTLD_GLOBAL)\n"
+        "_library._load_one(_library._directory() / '_ops_cuda.so')\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "names = 'pack', 'unpack', 'patch_scores', 'solver_step_', 'decide_'\n"
+        "print(all(has('ddit_rt::' + name, 'CUDA') for name in names))"
+    )
+    assert run_python(code) == "True\n"

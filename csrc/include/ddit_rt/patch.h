@@ -12,6 +12,8 @@
 
 namespace ddit_rt {
 
+inline constexpr int kMaxSizes = 8;  // candidate patch sizes of one call
+
 struct PatchShape {
   int64_t batch, channels, frames, height, width;  // of the latents
   int64_t patch;                                   // edge of a patch, divides height and width

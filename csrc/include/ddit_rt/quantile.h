@@ -24,6 +24,8 @@ DDIT_RT_HD float from_ordered_key(uint32_t key) {
   return x;
 }
 
+DDIT_RT_HD bool is_number(float x) { return x == x; }
+
 struct Rank {
   int64_t below;  // 0-based index into the sorted values
   float weight;   // of the next value, in [0, 1); 0 means that it is not needed

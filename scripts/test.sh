@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets the environment up if needed, then runs the tests. Arguments go to pytest:
+#   scripts/test.sh -m 'not slow' tests/ops
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+"$root/scripts/setup.sh" "${DDIT_RT_EXTRAS:-test}"
+cd "$root"
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,125 @@
+"""Adapters on disk: PEFT's format, exact round trips, and refusals that show both values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import noise, tiny_transformer
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from ddit_rt.adapters import (
+    AdapterConfig,
+    AdapterSet,
+    PatchAdapter,
+    load_adapters,
+    save_adapters,
+    untrained_lora,
+)
+from ddit_rt.errors import ArtifactError, ArtifactMismatchError
+from ddit_rt.families.flux import FluxFamily
+
+FLUX = FluxFamily()
+
+
+def saved(folder: Path) -> tuple[Path, PatchAdapter]:
+    transformer = tiny_transformer()
+    config = AdapterConfig(patch="2p", rank=4, lora_alpha=8)
+    adapter = PatchAdapter.from_base(config, FLUX, transformer)
+    adapter.lora = untrained_lora(FLUX, transformer, config)
+    save_adapters(AdapterSet(adapters={2: adapter}), folder, FLUX, transformer)
+    return folder, adapter
+
+
+def test_adapter_survives_the_disk(tmp_path: Path) -> None:
+    folder, adapter = saved(tmp_path)
+    loaded = load_adapters(folder, FLUX, tiny_transformer()).adapters[2]
+    assert loaded.config == adapter.config
+    for name, value in adapter.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    assert loaded.lora.keys() == adapter.lora.keys()
+    for name, value in adapter.lora.items():
+        assert torch.equal(loaded.lora[name], value)
+
+
+def test_lora_part_loads_in_plain_peft(tmp_path: Path) -> None:
+    folder, adapter = saved(tmp_path)
+    model = PeftModel.from_pretrained(tiny_transformer(), str(folder / "2p"))
+    state = model.state_dict()
+    for name, value in adapter.lora.items():
+        peft_name = "base_model.model." + name.replace(".weight", ".default.weight")
+        assert torch.equal(state[peft_name], value)
+
+
+def test_untrained_adapter_starts_from_the_base_model() -> None:
+    """A bilinearly enlarged patch embeds as its original, and the residual starts at zero."""
+    transformer = tiny_transformer()
+    adapter = PatchAdapter.from_base(AdapterConfig(patch="2p", rank=4), FLUX, transformer)
+    small = noise(1, 4, 2, 2)
+    large = torch.nn.functional.interpolate(small, size=(4, 4), mode="bilinear")
+    torch.testing.assert_close(
+        adapter.embed_tokens(large.reshape(1, 1, -1)),
+        transformer.x_embedder(small.reshape(1, 1, -1)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    hidden = noise(1, 1, 32)
+    written = adapter.project_tokens(hidden, large.reshape(1, 1, -1)).reshape(1, 4, 4, 4)
+    base = transformer.proj_out(hidden).reshape(1, 4, 2, 2)
+    expected = torch.nn.functional.interpolate(base, size=(4, 4), mode="bilinear")
+    torch.testing.assert_close(written, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_part_of_a_fresh_adapter_can_train() -> None:
+    """With both residual layers at zero, no gradient would ever reach either."""
+    transformer = tiny_transformer()
+    adapter = PatchAdapter.from_base(AdapterConfig(patch="2p", rank=4), FLUX, transformer)
+    tokens = noise(1, 3, 64)
+    for _ in range(2):
+        output = adapter.project_tokens(adapter.embed_tokens(tokens), tokens)
+        (output - 1).square().mean().backward()
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                assert parameter.grad is not None
+                parameter -= 0.1 * parameter.grad
+    assert all(float(p.grad.abs().max()) > 0 for p in adapter.parameters() if p.grad is not None)
+
+
+def test_folder_without_adapters_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="holds no adapter"):
+        load_adapters(tmp_path, FLUX, tiny_transformer())
+
+
+def test_adapter_of_another_width_is_refused_with_both_shapes(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    wider = tiny_transformer(num_attention_heads=3)
+    with pytest.raises(ArtifactMismatchError, match=r"\[32\], the model needs \[48\]"):
+        load_adapters(folder, FLUX, wider)
+
+
+def test_lora_of_another_rank_is_refused_with_both_shapes(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    file = folder / "2p" / "adapter_model.safetensors"
+    tensors = {k: v[:3].contiguous() if "lora_A" in k else v for k, v in load_file(file).items()}
+    save_file(tensors, file)
+    with pytest.raises(ArtifactMismatchError, match=r"\[3, \d+\], rank 4 on this layer needs \[4"):
+        load_adapters(folder, FLUX, tiny_transformer())
+
+
+def test_broken_file_is_named(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    file = folder / "2p" / "patch_adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ArtifactError, match="missing or broken"):
+        load_adapters(folder, FLUX, tiny_transformer())
+
+
+def test_peft_configuration_names_the_feed_forward_layers(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    config = json.loads((folder / "2p" / "adapter_config.json").read_text())
+    assert config["r"] == 4
+    assert "transformer_blocks.0.ff.net.2" in config["target_modules"]
+    assert not any("attn" in target for target in config["target_modules"])
