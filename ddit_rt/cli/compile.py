@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.models import DTYPES, MODEL_HELP, load_pipeline
+from ddit_rt.cli.models import DTYPES, MODEL_HELP, embedded_defaults, load_pipeline
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +36,11 @@ def _run(args: argparse.Namespace) -> Outcome:
     import ddit_rt
 
     default = pipeline.default_sample_size * pipeline.vae_scale_factor
+    size = {"height": default, "width": default, **embedded_defaults(args.model)}
     engine = ddit_rt.compile(
         pipeline,
-        height=args.height or default,
-        width=args.width or default,
+        height=size["height"] if args.height is None else args.height,
+        width=size["width"] if args.width is None else args.width,
         patch_sizes=sizes,
         adapter=args.adapter,
     )

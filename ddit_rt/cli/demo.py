@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ddit_rt.cli.command import Command, Outcome
+from ddit_rt.cli.models import EMBEDDED, load_pipeline
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    pipeline = load_pipeline(EMBEDDED)
     from ddit_rt.demo.report import summary_table
     from ddit_rt.demo.run import DemoConfig, run_demo
 
@@ -37,7 +39,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         repeats=args.repeats,
         keep_artifact=args.keep_artifact,
     )
-    report = run_demo(config)
+    report = run_demo(pipeline, config)
     files = f"wrote {args.out / 'grid.png'}, timeline.png and report.json beside it"
     return Outcome(data=report, text=f"{summary_table(report)}\n{files}")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.models import DTYPES, MODEL_HELP, load_pipeline
+from ddit_rt.cli.models import DTYPES, MODEL_HELP, embedded_defaults, load_pipeline
 from ddit_rt.cli.policies import add_policy_arguments, choose_policy
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="default: as compiled")
     parser.add_argument("--width", type=int, help="default: as compiled")
     parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's")
-    parser.add_argument("--max-sequence-length", type=int, help="text tokens; default: as compiled")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype to load the model in")
+    parser.add_argument("--max-sequence-length", type=int, help="text tokens; default: the pipeline's")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as compiled")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write every step as JSON")
     parser.add_argument(
         "--trust-code",
@@ -55,7 +55,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> Outcome:
     paths = output_paths(args.output, len(args.prompt) * args.num_images)
     seed = random.randrange(2**31) if args.seed is None else args.seed  # noqa: S311 - no secret
-    pipeline = load_pipeline(args.model, args.dtype)
+    from ddit_rt.artifact import read_manifest
+
+    # Before the model: a missing artifact should not cost the minutes of loading one.
+    manifest = read_manifest(args.artifact)
+    pipeline = load_pipeline(args.model, args.dtype or manifest.dtype)
     import ddit_rt
 
     engine = ddit_rt.load(args.artifact, pipeline, trust_code=args.trust_code)
@@ -97,7 +101,9 @@ def _pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "guidance_scale": args.guidance_scale,
         "max_sequence_length": args.max_sequence_length,
     }
-    return {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    text = embedded_defaults(args.model).get("max_sequence_length")
+    return given if text is None else {"max_sequence_length": text, **given}
 
 
 def _generate(

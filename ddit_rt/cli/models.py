@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,16 @@ def load_pipeline(model: str, dtype: str | None = None) -> Any:
 
     Args:
         model: A folder written by `save_pretrained`, a Hub name, or `"demo"`.
-        dtype: One of `DTYPES`; by default diffusers' own, float32.
+        dtype: One of `DTYPES`; by default float32.
 
     Raises:
-        ValueError: A folder that holds no pipeline.
+        ValueError: A folder that holds no pipeline, or a package without the demo model.
         OSError: Neither a folder nor a name that the Hub knows.
     """
+    from transformers.utils import logging
+
+    # At import it reports optional image backends that no text-to-image pipeline needs.
+    logging.set_verbosity_error()
     import torch
     from diffusers import DiffusionPipeline
 
@@ -34,27 +37,32 @@ def load_pipeline(model: str, dtype: str | None = None) -> Any:
             f"{source} is a folder without model_index.json; give the folder of a whole pipeline, "
             "as pipeline.save_pretrained writes it"
         )
-    show_progress = sys.stderr.isatty()
-    _set_loading_bars(show=show_progress)
     torch_dtype = torch.float32 if dtype is None else getattr(torch, dtype)
-    pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=torch_dtype)
-    pipeline.set_progress_bar_config(disable=not show_progress)
-    return pipeline
+    return DiffusionPipeline.from_pretrained(source, torch_dtype=torch_dtype)
+
+
+def embedded_defaults(model: str) -> dict[str, int]:
+    """Call arguments that the embedded model was trained with; empty for any other model."""
+    if model != EMBEDDED:
+        return {}
+    from ddit_rt.demo.pictures import PictureConfig
+    from ddit_rt.demo.prompts import MAX_SEQUENCE_LENGTH
+
+    size = PictureConfig()
+    return {
+        "height": size.height,
+        "width": size.width,
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+    }
 
 
 def _embedded_path() -> str:
-    from ddit_rt.demo.embedded import model_path
+    from ddit_rt.demo import model_path
 
-    return str(model_path())
-
-
-def _set_loading_bars(*, show: bool) -> None:
-    """Loading bars are for terminals; in a log they are noise."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        if show:
-            library.enable_progress_bar()
-        else:
-            library.disable_progress_bar()
+    path = model_path()
+    if not path.is_dir():
+        raise ValueError(
+            f"this installation lacks the demo model ({path}); install ddit_rt from a complete "
+            "source tree or wheel, or name another model"
+        )
+    return str(path)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_CELL, _LABEL, _CAPTION, _GAP = 1.55, 2.0, 0.75, 0.05
+_CELL, _LABEL, _CAPTION, _GAP = 1.55, 2.0, 0.55, 0.05
 """Inches: side of a picture, width of the row labels, height of the captions, white space."""
 
 
@@ -100,8 +100,8 @@ def _facts(entry: Mapping[str, Any]) -> list[str]:
     """What a row's label says below its name."""
     seconds = f"{entry['seconds_denoise']:.3f} s denoising"
     if "speedup_denoise" not in entry:
-        return [seconds, "reference of speed"]
-    speed = f"{entry['speedup_denoise']:.2f}x faster loop"
+        return [seconds, "reference of speed-up"]
+    speed = f"speed-up {entry['speedup_denoise']:.2f}x"
     if entry["policy"] == "fine":
         return [seconds, speed, "reference of SSIM"]
     return [seconds, speed, f"SSIM {entry['ssim']:.3f}"]

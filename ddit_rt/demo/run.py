@@ -14,7 +14,6 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import ddit_rt
-from ddit_rt.demo.embedded import model_path
 from ddit_rt.demo.measure import (
     Batch,
     Contender,
@@ -70,25 +69,26 @@ class DemoConfig:
             )
 
 
-def run_demo(config: DemoConfig) -> dict[str, Any]:
-    """Runs the demo on the embedded model and writes its three files.
+def run_demo(pipeline: Any, config: DemoConfig) -> dict[str, Any]:
+    """Runs the demo and writes its three files.
+
+    Args:
+        pipeline: The embedded pipeline, loaded.
+        config: Settings.
 
     Returns:
         The report, as in `report.json`.
     """
-    from diffusers import FluxPipeline
-
     from ddit_rt.demo.prompts import DEMO_PROMPTS
 
     config.out.mkdir(parents=True, exist_ok=True)
-    pipeline = FluxPipeline.from_pretrained(model_path())
     pipeline.set_progress_bar_config(disable=True)
     with ExitStack() as stack:
         folder = config.out
         if not config.keep_artifact:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ddit_rt-")))
         engine, compiling = prepare_engine(pipeline, folder / "demo.ddit", config)
-        return compare(engine, tuple(DEMO_PROMPTS), demo_plans(), config, compiling)
+        return compare(engine, DEMO_PROMPTS, demo_plans(), config, compiling)
 
 
 def prepare_engine(
@@ -169,7 +169,7 @@ def _measure(
         for index, prompt in enumerate(prompts)
     ]
     total = len(contenders) * (1 + config.repeats * len(batches))
-    with tqdm(total=total, desc="generate", disable=None, leave=False) as bar:
+    with tqdm(total=total, desc="generate", leave=False) as bar:
         return measure(contenders, batches, repeats=config.repeats, advance=bar.update)
 
 

@@ -50,6 +50,7 @@ def draw_timeline(report: Mapping[str, Any], path: Path) -> None:
         axes.set_title(title, fontsize=11, pad=6)
     for axes in grid[-1]:
         axes.set_xlabel("denoising step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     _draw_legend(figure, prompts)
     figure.savefig(path, dpi=130)
 
@@ -64,8 +65,10 @@ def _draw_sizes(axes: Axes, entry: Mapping[str, Any], steps: Sequence[Mapping[st
     for step in steps:
         size, place = step["patch_size"], step["step"]
         axes.bar(place, 1, width=0.94, color=COLOURS.get(size, _OTHER))
-        style = {"color": "white", "fontsize": 8, "weight": "bold"}
+        colour = "white" if size == "p" else "black"
+        style = {"color": colour, "fontsize": 8, "weight": "bold"}
         axes.text(place, 0.5, size, ha="center", va="center", **style)
+    axes.set_xlim(-0.6, len(steps) - 0.4)
     axes.set_ylim(0, 1)
     axes.set_yticks([])
     for side in ("left", "right", "top"):
@@ -88,17 +91,16 @@ def _two_lines(prompt: str) -> str:
 
 def _draw_scores(axes: Axes, steps: Sequence[Mapping[str, Any]]) -> None:
     for name in sorted({name for step in steps for name in step["scores"]}):
-        scored = [step for step in steps if step["scores"].get(name)]
+        # A size without a threshold cannot be chosen; a score of 0 has no place on a log axis.
+        scored = [s for s in steps if s["scores"].get(name) and s["thresholds"].get(name)]
         if not scored:
             continue
         x = [step["step"] for step in scored]
         colour = COLOURS.get(name, _OTHER)
         scores = [step["scores"][name] for step in scored]
         axes.plot(x, scores, color=colour, marker=_MARKERS.get(name, "s"), markersize=3.5, lw=1.4)
-        limits = [(k, step["thresholds"].get(name)) for k, step in zip(x, scored, strict=True)]
-        given = [(k, limit) for k, limit in limits if limit]
-        if given:
-            axes.plot(*zip(*given, strict=True), color=colour, linestyle="--", lw=1.3)
+        limits = [step["thresholds"][name] for step in scored]
+        axes.plot(x, limits, color=colour, linestyle="--", lw=1.3)
     axes.set_yscale("log")
     axes.grid(visible=True, which="major", axis="y", alpha=0.3)
     axes.tick_params(labelsize=8)
@@ -121,7 +123,8 @@ def _draw_legend(figure: Any, prompts: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.patches import Patch
 
     steps = [step for entry in prompts for step in entry["trace"]["steps"]]
-    sizes = {step["patch_size"] for step in steps} | {n for s in steps for n in s["scores"]}
+    sizes = {step["patch_size"] for step in steps}
+    sizes |= {name for step in steps for name, tau in step["thresholds"].items() if tau}
     handles: list[Any] = [
         Patch(color=COLOURS.get(size, _OTHER), label=f"patch size {size}")
         for size in sorted(sizes, key=lambda size: (len(size), size))
