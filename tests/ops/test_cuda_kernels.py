@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,14 +18,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     library = tmp_path_factory.mktemp("kernels") / "kernels.so"
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-unknown-pragmas"]
     flags.append("-fno-extern-tls-init")  # the emulated shared memory needs no constructor
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
     source = ROOT / "tests" / "native" / "kernels.cpp"
     subprocess.run(["g++", *flags, *includes, str(source), "-o", str(library)], check=True)
-    yield ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(library))
 
 
 def address(tensor: Tensor) -> ctypes.c_void_p:
@@ -125,7 +124,15 @@ def test_quantile_has_the_bits_of_torch(kernels: ctypes.CDLL, count: int, levels
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 4])
-@pytest.mark.parametrize("row", [(1, 0, 0, -0.07, 0, 0), (0, 0, 0, 0, 0, 0), (0.9, 0.2, -0.1, 0.5, -0.3, 0.2), (0, 1, 0, 0, 2, 0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "row",
+    [
+        (1, 0, 0, -0.07, 0, 0),
+        (0, 0, 0, 0, 0, 0),
+        (0.9, 0.2, -0.1, 0.5, -0.3, 0.2),
+        (0, 1, 0, 0, 2, 0),
+    ],
+)
 def test_solver_step_has_the_bits_of_the_cpu(
     kernels: ctypes.CDLL, dtype: torch.dtype, width: int, row: tuple[float, ...]
 ) -> None:
