@@ -285,9 +285,7 @@ class FluxFamily(Family):
                 latents.to(pipeline.vae.dtype) / config.scaling_factor + config.shift_factor,
                 return_dict=False,
             )[0]
-            images = pipeline.image_processor.postprocess(
-                decoded, output_type=call["output_type"]
-            )
+            images = pipeline.image_processor.postprocess(decoded, output_type=call["output_type"])
         pipeline.maybe_free_model_hooks()
         return FluxPipelineOutput(images=images) if call["return_dict"] else (images,)
 
