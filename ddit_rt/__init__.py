@@ -9,7 +9,7 @@ image = engine("a zebra in tall grass", patch_policy=ddit_rt.DDiTPolicy(tau=1e-3
 from ddit_rt.artifact import TokenRanges
 from ddit_rt.executor import RunTrace, StepRecord
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
-from ddit_rt.pipeline import Engine, compile, load
+from ddit_rt.pipeline import Engine, compile, load  # noqa: A004
 from ddit_rt.version import __version__
 
 __all__ = [

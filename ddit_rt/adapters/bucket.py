@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ddit_rt import ops
 from ddit_rt.adapters.adapter import PatchAdapter
-from ddit_rt.buckets import Runners, RunContext, StepModel
+from ddit_rt.buckets import RunContext, Runners, StepModel
 
 
 class AdapterBucket:
