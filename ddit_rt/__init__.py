@@ -1,9 +1,9 @@
 """ddit_rt: a low-latency runtime for diffusion transformers with dynamic patch sizes.
 
-    engine = ddit_rt.compile(pipe, height=1024, width=1024)
-    engine.save("model.ddit")
-    engine = ddit_rt.load("model.ddit", pipe)
-    image = engine("a zebra in tall grass", patch_policy=ddit_rt.DDiTPolicy(tau=1e-3)).images[0]
+engine = ddit_rt.compile(pipe, height=1024, width=1024)
+engine.save("model.ddit")
+engine = ddit_rt.load("model.ddit", pipe)
+image = engine("a zebra in tall grass", patch_policy=ddit_rt.DDiTPolicy(tau=1e-3)).images[0]
 
 Names are imported when they are first used: `ddit-rt --help` need not wait for torch.
 """

@@ -57,9 +57,7 @@ def tiny_pipeline(
         shift_factor=0.1,
     )
     pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            shift=3.0, use_dynamic_shifting=dynamic_shifting
-        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shifting),
         vae=vae.eval().requires_grad_(False),
         text_encoder=None,
         tokenizer=None,

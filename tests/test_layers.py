@@ -41,9 +41,11 @@ def test_imports_point_one_way() -> None:
         if package in ("__init__", "__main__"):
             continue
         assert package in LEVEL, f"give {package} a place in LAYERS"
-        for imported in imported_packages(ast.parse(path.read_text())):
-            if imported in LEVEL and LEVEL[imported] > LEVEL[package]:
-                problems.append(f"{path.relative_to(ROOT)} imports {imported}")
+        problems += [
+            f"{path.relative_to(ROOT)} imports {imported}"
+            for imported in imported_packages(ast.parse(path.read_text()))
+            if imported in LEVEL and LEVEL[imported] > LEVEL[package]
+        ]
     assert not problems
 
 

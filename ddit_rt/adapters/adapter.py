@@ -107,13 +107,14 @@ class PatchAdapter(nn.Module):
 
     def project_tokens(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """De-embeds and adds the residual of the tokens that went in: `[B, n, C*q*q]`."""
-        residual = self.residual_out(nn.functional.gelu(self.residual_in(tokens)))
+        residual: Tensor = self.residual_out(nn.functional.gelu(self.residual_in(tokens)))
         projected: Tensor = self.project(hidden)
         return projected + residual
 
 
 def _bias(linear: nn.Linear) -> Tensor:
-    return linear.bias if linear.bias is not None else linear.weight.new_zeros(linear.out_features)
+    bias: Tensor | None = linear.bias
+    return linear.weight.new_zeros(linear.out_features) if bias is None else bias
 
 
 @dataclass(frozen=True, kw_only=True)

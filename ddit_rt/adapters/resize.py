@@ -39,8 +39,9 @@ def resize_embedding(weight: Tensor, patch: int, new_patch: int) -> Tensor:
         `[d, C * new_patch**2]`, in the dtype of `weight`.
     """
     pinv = torch.linalg.pinv(bilinear_matrix(patch, new_patch))
-    per_channel = weight.detach().double().cpu().unflatten(1, (-1, patch * patch))
-    return (per_channel @ pinv).flatten(1).to(weight)
+    per_channel = weight.detach().double().cpu().reshape(len(weight), -1, patch * patch)
+    resized: Tensor = (per_channel @ pinv).flatten(1).to(weight)
+    return resized
 
 
 def resize_projection(tensor: Tensor, patch: int, new_patch: int) -> Tensor:
@@ -55,6 +56,6 @@ def resize_projection(tensor: Tensor, patch: int, new_patch: int) -> Tensor:
         `[C * new_patch**2, d]` or `[C * new_patch**2]`, in the dtype of `tensor`.
     """
     matrix = bilinear_matrix(patch, new_patch)
-    per_channel = tensor.detach().double().cpu().unflatten(0, (-1, patch * patch))
+    per_channel = tensor.detach().double().cpu().reshape(-1, patch * patch, *tensor.shape[1:])
     resized = torch.einsum("qp,cp...->cq...", matrix, per_channel)
     return resized.flatten(0, 1).to(tensor)

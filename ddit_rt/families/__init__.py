@@ -8,6 +8,8 @@ from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.families.base import Family
 from ddit_rt.families.flux import FluxFamily
 
+__all__ = ["FAMILIES", "Family", "family_named", "family_of"]
+
 FAMILIES: tuple[Family, ...] = (FluxFamily(),)
 
 

@@ -20,6 +20,7 @@ IMAGE = "image"
 TEXT = "text"
 JOINT = "image+text"
 
+
 class Runner(Protocol):
     """A block ready to run."""
 

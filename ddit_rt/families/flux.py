@@ -52,19 +52,19 @@ class FluxFamily(Family):
         "guidance",
     )
 
-    def base_patch_size(self, transformer: nn.Module) -> int:
+    def base_patch_size(self, transformer: Any) -> int:
         """2: the pipeline packs 2 x 2 latent pixels into one token."""
         return _PATCH
 
-    def latent_channels(self, transformer: nn.Module) -> int:
+    def latent_channels(self, transformer: Any) -> int:
         """`in_channels` of the model counts the packed channels."""
         return int(transformer.config.in_channels) // _PATCH**2
 
-    def hidden_size(self, transformer: nn.Module) -> int:
+    def hidden_size(self, transformer: Any) -> int:
         """Heads times head width."""
         return int(transformer.inner_dim)
 
-    def block_types(self, transformer: nn.Module) -> tuple[BlockType, ...]:
+    def block_types(self, transformer: Any) -> tuple[BlockType, ...]:
         """Double-stream blocks, then single-stream blocks."""
         width = self.hidden_size(transformer)
         head = int(transformer.config.attention_head_dim)
@@ -100,7 +100,7 @@ class FluxFamily(Family):
         return tuple(block_type for block_type in present if block_type.blocks(transformer))
 
     def check_conditioning(
-        self, transformer: nn.Module, batch: int, conditioning: Mapping[str, Tensor | None]
+        self, transformer: Any, batch: int, conditioning: Mapping[str, Tensor | None]
     ) -> None:
         """See `Family.check_conditioning`."""
         config = transformer.config
@@ -124,7 +124,7 @@ class FluxFamily(Family):
         for name, shape in expected.items():
             _check_shape(name, conditioning.get(name), shape)
 
-    def embed_text(self, transformer: nn.Module, conditioning: Mapping[str, Tensor]) -> Tensor:
+    def embed_text(self, transformer: Any, conditioning: Mapping[str, Tensor]) -> Tensor:
         """See `Family.embed_text`."""
         weight = transformer.context_embedder.weight
         text: Tensor = transformer.context_embedder(
@@ -133,7 +133,7 @@ class FluxFamily(Family):
         return text
 
     def embed_time(
-        self, transformer: nn.Module, timesteps: Tensor, conditioning: Mapping[str, Tensor]
+        self, transformer: Any, timesteps: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
         """See `Family.embed_time`. Rounds t to the model's dtype as the model's forward does."""
         weight = transformer.x_embedder.weight
@@ -145,10 +145,10 @@ class FluxFamily(Family):
             guidance = conditioning["guidance"].to(weight.device, weight.dtype)
             arguments.append(guidance.repeat(steps) * 1000)
         temb: Tensor = transformer.time_text_embed(*arguments, pooled.repeat(steps, 1))
-        return temb.unflatten(0, (steps, batch))
+        return temb.reshape(steps, batch, -1)
 
     def positions(
-        self, transformer: nn.Module, grid: Grid, text_tokens: int, *, stretch: int = 1
+        self, transformer: Any, grid: Grid, text_tokens: int, *, stretch: int = 1
     ) -> tuple[Tensor, ...]:
         """Rotary cos and sin, each `[T + n, head width]`; text tokens all sit at (0, 0, 0)."""
         device = transformer.x_embedder.weight.device
@@ -161,7 +161,7 @@ class FluxFamily(Family):
         cos, sin = transformer.pos_embed(ids)
         return cos, sin
 
-    def embed_tokens(self, transformer: nn.Module, tokens: Tensor) -> Tensor:
+    def embed_tokens(self, transformer: Any, tokens: Tensor) -> Tensor:
         """See `Family.embed_tokens`."""
         hidden: Tensor = transformer.x_embedder(tokens)
         return hidden
@@ -180,17 +180,17 @@ class FluxFamily(Family):
                 text, hidden = block(hidden, text, temb, *positions)
         return hidden
 
-    def modulate_output(self, transformer: nn.Module, hidden: Tensor, temb: Tensor) -> Tensor:
+    def modulate_output(self, transformer: Any, hidden: Tensor, temb: Tensor) -> Tensor:
         """See `Family.modulate_output`."""
         normed: Tensor = transformer.norm_out(hidden, temb)
         return normed
 
-    def project_output(self, transformer: nn.Module, hidden: Tensor) -> Tensor:
+    def project_output(self, transformer: Any, hidden: Tensor) -> Tensor:
         """See `Family.project_output`."""
         tokens: Tensor = transformer.proj_out(hidden)
         return tokens
 
-    def embedding_layers(self, transformer: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+    def embedding_layers(self, transformer: Any) -> tuple[nn.Linear, nn.Linear]:
         """See `Family.embedding_layers`."""
         return transformer.x_embedder, transformer.proj_out
 
@@ -285,9 +285,7 @@ class FluxFamily(Family):
                 latents.to(pipeline.vae.dtype) / config.scaling_factor + config.shift_factor,
                 return_dict=False,
             )[0]
-            images = pipeline.image_processor.postprocess(
-                decoded, output_type=call["output_type"]
-            )
+            images = pipeline.image_processor.postprocess(decoded, output_type=call["output_type"])
         pipeline.maybe_free_model_hooks()
         return FluxPipelineOutput(images=images) if call["return_dict"] else (images,)
 

@@ -91,9 +91,7 @@ class Engine:
             arguments = {**self.artifact.manifest.pipeline_defaults, **arguments}
             scheduler = copy.deepcopy(self.pipeline.scheduler)
             family = self._compiled.steps.family
-            call = family.prepare(
-                self.pipeline, scheduler, {"prompt": prompt, **arguments}
-            )
+            call = family.prepare(self.pipeline, scheduler, {"prompt": prompt, **arguments})
             plan, context = self._plan(call.latents, call.conditioning, scheduler, patch_policy)
             final = self._run(
                 plan,

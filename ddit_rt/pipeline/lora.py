@@ -27,16 +27,21 @@ class FusedLora:
             lora: What its `load_lora_weights` takes: a path, a Hub name or a state dict.
             scale: Strength.
             load_arguments: Passed on, e.g. `weight_name`.
+
+        Raises:
+            UnsupportedModelError: The pipeline has LoRA layers already, or the LoRA has none for
+                the transformer.
         """
         self._transformer: nn.Module = pipeline.transformer
         self._before: dict[str, Tensor] = {}
+        if getattr(self._transformer, "_hf_peft_config_loaded", False):
+            raise UnsupportedModelError(
+                "the pipeline has LoRA layers loaded already, which this would unload; call "
+                "pipeline.unload_lora_weights() first"
+            )
         pipeline.load_lora_weights(lora, adapter_name=_ADAPTER_NAME, **load_arguments)
         try:
             self._before = _snapshot(self._transformer)
-            if not self._before:
-                raise UnsupportedModelError(
-                    "the LoRA has no layer in the transformer; there is nothing to fuse"
-                )
             pipeline.fuse_lora(
                 components=["transformer"], lora_scale=scale, adapter_names=[_ADAPTER_NAME]
             )
@@ -79,13 +84,18 @@ def _snapshot(transformer: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, BaseTunerLayer):
             for parameter, value in module.get_base_layer().named_parameters():
                 copies[f"{name}.{parameter}"] = value.detach().clone()
+    if not copies:
+        raise UnsupportedModelError(
+            "the LoRA has no layer in the transformer; there is nothing to fuse"
+        )
     return copies
 
 
 def _weight(transformer: nn.Module, name: str) -> Tensor:
     path, _, parameter = name.rpartition(".")
     module = transformer.get_submodule(path)
-    layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    # While PEFT's layer is there, the weight lies one level deeper.
+    layer = getattr(module, "base_layer", module)
     value = getattr(layer, parameter)
     assert isinstance(value, Tensor)
     return value.detach()

@@ -145,9 +145,7 @@ def _bucket(compiled: CompiledModel, context: RunContext, multiple: int) -> Buck
     return AdapterBucket(compiled.steps, context, adapter, compiled.adapter_runners[multiple])
 
 
-def _keeps_detail(
-    compiled: CompiledModel, table: PolicyTable, offered: tuple[int, ...]
-) -> bool:
+def _keeps_detail(compiled: CompiledModel, table: PolicyTable, offered: tuple[int, ...]) -> bool:
     """Whether a training-free coarse step can follow a step at p."""
     training_free = set(offered[1:]) - set(compiled.adapters.adapters)
     return bool(training_free) and table.coarse_after_fine()

@@ -98,9 +98,9 @@ def _trajectory(scheduler: Any, basis: Tensor, steps: int) -> Tensor:
     probe.set_begin_index(0)
     latents = [basis[0]]
     for step in range(steps):
-        output = probe.step(
-            basis[step + 1], probe.timesteps[step], latents[-1], return_dict=False
-        )[0]
+        output = probe.step(basis[step + 1], probe.timesteps[step], latents[-1], return_dict=False)[
+            0
+        ]
         latents.append(output.to(torch.float64))
     return torch.stack([latent.flatten() for latent in latents])
 

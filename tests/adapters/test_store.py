@@ -84,7 +84,7 @@ def test_every_part_of_a_fresh_adapter_can_train() -> None:
         with torch.no_grad():
             for parameter in adapter.parameters():
                 assert parameter.grad is not None
-                parameter -= 0.1 * parameter.grad
+                parameter.sub_(0.1 * parameter.grad)
     assert all(float(p.grad.abs().max()) > 0 for p in adapter.parameters() if p.grad is not None)
 
 

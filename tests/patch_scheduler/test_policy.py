@@ -16,7 +16,7 @@ from ddit_rt.patch_scheduler import (
 
 
 def uniform(steps: int, offered: tuple[int, ...] = (1, 2, 4)) -> Schedule:
-    sigmas = tuple(1 - step / steps for step in range(steps)) + (0.0,)
+    sigmas = (*(1 - step / steps for step in range(steps)), 0.0)
     return Schedule(sigmas=sigmas, offered=offered)
 
 

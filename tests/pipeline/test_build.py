@@ -27,7 +27,7 @@ from ddit_rt.errors import (
 )
 from ddit_rt.families.flux import FluxFamily
 
-from .conftest import random_adapters  # noqa: TID252
+from .conftest import random_adapters
 
 
 def picture(engine: ddit_rt.Engine, **call: Any) -> torch.Tensor:
@@ -86,9 +86,7 @@ def test_adapter_step_equals_peft_on_the_whole_model(
             return_dict=False,
             **conditioning,
         )[0]
-        residual = adapter.residual_out(
-            torch.nn.functional.gelu(adapter.residual_in(tokens))
-        )
+        residual = adapter.residual_out(torch.nn.functional.gelu(adapter.residual_in(tokens)))
         velocity = adapter.project(hidden) + residual
     velocity = torch.nn.functional.fold(velocity.transpose(1, 2), 16, 4, stride=4)
     torch.testing.assert_close(actual, latents - velocity, rtol=1e-4, atol=1e-5)

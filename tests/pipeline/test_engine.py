@@ -207,9 +207,7 @@ def test_callback_sees_what_the_pipeline_shows(engine: Engine, pipeline: FluxPip
     theirs: list[Any] = []
     call = {**tiny_embeds(), "num_inference_steps": 4, "height": 64, "width": 64}
     call["output_type"] = "latent"
-    final = engine(
-        **call, generator=seeded(), patch_policy=FINE, callback_on_step_end=record(ours)
-    )
+    final = engine(**call, generator=seeded(), patch_policy=FINE, callback_on_step_end=record(ours))
     expected = pipeline(**call, generator=seeded(), callback_on_step_end=record(theirs))
     assert len(ours) == len(theirs) == 4
     for mine, yours in zip(ours, theirs, strict=True):
