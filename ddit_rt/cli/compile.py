@@ -31,6 +31,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> Outcome:
     _check_output(args.output)
+    if args.adapter is not None and not args.adapter.is_dir():
+        raise ValueError(f"there is no folder {args.adapter}; --adapter names one with adapters")
     sizes = tuple(size.strip() for size in args.patch_sizes.split(","))
     pipeline = load_pipeline(args.model, args.dtype)
     import ddit_rt

@@ -41,7 +41,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="default: as compiled")
     parser.add_argument("--width", type=int, help="default: as compiled")
     parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's")
-    parser.add_argument("--max-sequence-length", type=int, help="text tokens; default: the pipeline's")
+    parser.add_argument(
+        "--max-sequence-length", type=int, help="text tokens; default: the pipeline's"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: as compiled")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write every step as JSON")
     parser.add_argument(

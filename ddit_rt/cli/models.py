@@ -37,8 +37,11 @@ def load_pipeline(model: str, dtype: str | None = None) -> Any:
             f"{source} is a folder without model_index.json; give the folder of a whole pipeline, "
             "as pipeline.save_pretrained writes it"
         )
-    torch_dtype = torch.float32 if dtype is None else getattr(torch, dtype)
-    return DiffusionPipeline.from_pretrained(source, torch_dtype=torch_dtype)
+    wanted = torch.float32 if dtype is None else getattr(torch, dtype)
+    pipeline = DiffusionPipeline.from_pretrained(source, dtype=wanted)
+    if pipeline.dtype is not wanted:  # a release that knows the argument by its older name
+        pipeline.to(wanted)
+    return pipeline
 
 
 def embedded_defaults(model: str) -> dict[str, int]:

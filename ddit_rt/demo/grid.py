@@ -89,11 +89,10 @@ def _row_label(
 ) -> None:
     width, height = size
     middle = (height - _CAPTION - (row + 0.5) * _CELL) / height
-    place = {"ha": "left", "figure": figure}
     left = 0.12 / width
-    figure.text(left, middle + 0.28 / height, entry["label"], fontsize=13, weight="bold", **place)
+    figure.text(left, middle + 0.28 / height, entry["label"], fontsize=13, weight="bold")
     for line, text in enumerate(_facts(entry)):
-        figure.text(left, middle + (0.05 - 0.19 * line) / height, text, fontsize=9.5, **place)
+        figure.text(left, middle + (0.05 - 0.19 * line) / height, text, fontsize=9.5)
 
 
 def _facts(entry: Mapping[str, Any]) -> list[str]:

@@ -66,7 +66,7 @@ def _draw_sizes(axes: Axes, entry: Mapping[str, Any], steps: Sequence[Mapping[st
         size, place = step["patch_size"], step["step"]
         axes.bar(place, 1, width=0.94, color=COLOURS.get(size, _OTHER))
         colour = "white" if size == "p" else "black"
-        style = {"color": colour, "fontsize": 8, "weight": "bold"}
+        style: dict[str, Any] = {"color": colour, "fontsize": 8, "weight": "bold"}
         axes.text(place, 0.5, size, ha="center", va="center", **style)
     axes.set_xlim(-0.6, len(steps) - 0.4)
     axes.set_ylim(0, 1)

@@ -42,7 +42,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Pa
 
 def save_tiny(folder: Path, seed: int) -> Path:
     pipeline = tiny_pipeline(seed=seed)
-    assert CHANNELS * 4 == pipeline.transformer.config.in_channels
+    assert pipeline.transformer.config.in_channels == CHANNELS * 4
     clip_tokenizer, t5_tokenizer = clip_words(), t5_words()
     pipeline.register_modules(
         tokenizer=clip_tokenizer,

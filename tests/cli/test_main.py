@@ -33,9 +33,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("name", [command.name for command in COMMANDS])
-def test_help_shows_examples_and_exit_codes(
-    name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_shows_examples_and_exit_codes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == ExitCode.OK
     text = capsys.readouterr().out
     assert f"ddit-rt {name}" in text.partition("examples:")[2]
