@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import FluxTransformer2DModel
+
+from ddit_rt.artifact import (
+    Artifact,
+    BucketEntry,
+    Manifest,
+    TokenRanges,
+    is_trusted,
+    open_artifact,
+    read_manifest,
+    trust,
+)
+from ddit_rt.errors import ArtifactError, UntrustedArtifactError
+
+PACKAGE = "FluxTransformerBlock/package.pt2"
+VARIANT = "FluxTransformerBlock.lora32x0.5/package.pt2"
+ADAPTER = "adapters/2p/adapter_model.safetensors"
+
+
+def make_artifact(directory: Path, transformer: FluxTransformer2DModel, salt: str = "") -> Artifact:
+    """An artifact whose packages are arbitrary bytes: the store does not look into them."""
+    for name in (PACKAGE, VARIANT, ADAPTER):
+        path = directory / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(f"{name}{salt}".encode() * 100)
+    manifest = Manifest.describe(
+        transformer,
+        project_version="1.2.3",
+        family="flux",
+        ranges=TokenRanges(),
+        buckets=(BucketEntry(patch="p", method="base", variant=None),),
+        policy={"name": "fine"},
+        pipeline_defaults={"height": 256},
+    )
+    return Artifact.unsaved(directory, manifest)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path, transformer: FluxTransformer2DModel) -> Artifact:
+    return make_artifact(tmp_path / "work", transformer)
+
+
+@pytest.fixture
+def saved(artifact: Artifact, tmp_path: Path) -> Path:
+    return artifact.save(tmp_path / "model.ddit")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_open_what_was_saved(artifact: Artifact, saved: Path) -> None:
+    opened = open_artifact(saved)
+    assert opened.manifest == artifact.manifest
+    assert opened.directory == saved
+    assert opened.package("FluxTransformerBlock") == saved / PACKAGE
+    assert opened.package("FluxTransformerBlock", "lora32x0.5") == saved / VARIANT
+    assert sorted(contents(saved)) == sorted([PACKAGE, VARIANT, ADAPTER, "manifest.json"])
+    entry = opened.manifest.packages[VARIANT]
+    assert (entry.block_type, entry.variant) == ("FluxTransformerBlock", "lora32x0.5")
+    assert list(opened.manifest.files) == [ADAPTER]
+
+
+def test_open_moved_artifact_stays_trusted(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "elsewhere")
+    shutil.rmtree(saved)
+    open_artifact(tmp_path / "elsewhere")
+
+
+def test_open_hub_snapshot_of_links(saved: Path, tmp_path: Path) -> None:
+    # The Hub's cache holds links to blobs.
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    shutil.copytree(saved, blobs)
+    for name in contents(blobs):
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blobs / name)
+    open_artifact(snapshot)
+
+
+def test_package_unknown_variant(saved: Path) -> None:
+    with pytest.raises(ArtifactError, match="has no FluxTransformerBlock.lora8/package.pt2"):
+        open_artifact(saved).package("FluxTransformerBlock", "lora8")
+
+
+def test_open_truncated(saved: Path) -> None:
+    path = saved / PACKAGE
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="truncated"):
+        open_artifact(saved)
+
+
+@pytest.mark.parametrize("name", [PACKAGE, ADAPTER])
+def test_open_tampered(saved: Path, name: str) -> None:
+    path = saved / name
+    path.write_bytes(b"\x00" + path.read_bytes()[1:])
+    with pytest.raises(ArtifactError, match=f"{name} does not have the SHA-256"):
+        open_artifact(saved)
+
+
+def test_open_missing_file(saved: Path) -> None:
+    (saved / VARIANT).unlink()
+    with pytest.raises(ArtifactError, match="lora32x0.5/package.pt2 is missing"):
+        open_artifact(saved)
+
+
+@pytest.mark.parametrize("name", ["Other/package.pt2", "adapters/2p/evil.so"])
+def test_open_extra_native_code(saved: Path, name: str) -> None:
+    (saved / name).parent.mkdir(exist_ok=True)
+    (saved / name).write_bytes(b"x")
+    with pytest.raises(ArtifactError, match=f"{name} is not in the manifest"):
+        open_artifact(saved)
+
+
+def test_open_extra_readme_is_fine(saved: Path) -> None:
+    (saved / "README.md").write_text("a model card")
+    open_artifact(saved)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.pt2", "/etc/passwd", "a/../../b", "a//b", "./a", "a\\b", "", "manifest.json"],
+)
+@pytest.mark.parametrize("section", ["packages", "files"])
+def test_open_path_traversal(saved: Path, name: str, section: str) -> None:
+    entry = {"sha256": "0" * 64, "bytes": 1}
+    extra = {"block_type": "B", "variant": None} if section == "packages" else {}
+    edit_manifest(saved, **{section: {name: {**entry, **extra}}})
+    with pytest.raises(ArtifactError, match="do not use this artifact"):
+        open_artifact(saved, trust_code=True)
+
+
+def test_open_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is not an artifact"):
+        open_artifact(tmp_path / "none.ddit")
+
+
+def test_open_untrusted(saved: Path, own_home: Path) -> None:
+    (own_home / "trusted.json").unlink()
+    digest = read_manifest(saved).digest
+    with pytest.raises(UntrustedArtifactError, match=f"{digest}.*trust_code=True.*compile"):
+        open_artifact(saved)
+    assert open_artifact(saved, trust_code=True).manifest.digest == digest
+    with pytest.raises(UntrustedArtifactError):
+        open_artifact(saved)
+
+
+def test_open_edited_manifest_loses_trust(saved: Path) -> None:
+    edit_manifest(saved, project_version="6.6.6")
+    with pytest.raises(UntrustedArtifactError):
+        open_artifact(saved)
+
+
+def test_trust_keeps_earlier_entries(own_home: Path) -> None:
+    trust("a" * 64)
+    trust("b" * 64)
+    assert is_trusted("a" * 64)
+    assert is_trusted("b" * 64)
+    assert not is_trusted("c" * 64)
+    assert (own_home / "trusted.json").stat().st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in own_home.iterdir()) == ["trusted.json", "trusted.lock"]
+
+
+def test_trust_list_open_to_others(own_home: Path) -> None:
+    trust("a" * 64)
+    (own_home / "trusted.json").chmod(0o666)
+    with pytest.raises(UntrustedArtifactError, match="chmod 600"):
+        is_trusted("a" * 64)
+
+
+def test_trust_list_damaged(own_home: Path) -> None:
+    trust("a" * 64)
+    (own_home / "trusted.json").write_text("{")
+    with pytest.raises(ArtifactError, match="damaged"):
+        is_trusted("a" * 64)
+
+
+def test_save_replaces_artifact(
+    saved: Path, tmp_path: Path, transformer: FluxTransformer2DModel
+) -> None:
+    (saved / "stray").write_text("of the old one")
+    make_artifact(tmp_path / "second", transformer, salt="2").save(saved)
+    assert b"package.pt22" in (saved / PACKAGE).read_bytes()
+    assert not (saved / "stray").exists()
+    open_artifact(saved)
+    assert leftovers(tmp_path) == []
+
+
+def test_save_onto_itself(saved: Path) -> None:
+    before = contents(saved)
+    open_artifact(saved).save(saved)
+    assert contents(saved) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_save_refuses_what_is_no_artifact(artifact: Artifact, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "precious"
+    if kind == "file":
+        path.write_text("thesis")
+    elif kind == "folder":
+        path.mkdir()
+        (path / "thesis.tex").write_text("thesis")
+    else:
+        path.symlink_to(tmp_path / "work")
+    with pytest.raises(ArtifactError, match="is not an artifact"):
+        artifact.save(path)
+    assert path.exists()
+
+
+def test_save_nothing_compiled(artifact: Artifact, tmp_path: Path) -> None:
+    eager = Artifact.unsaved(None, artifact.manifest)
+    with pytest.raises(ArtifactError, match="nothing was compiled"):
+        eager.save(tmp_path / "model.ddit")
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt at the n-th call of any of the watched functions."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def wrap(self, function: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return wrapped
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+@pytest.mark.parametrize("at", range(1, 18))
+def test_save_interrupted_leaves_the_old_one(
+    artifact: Artifact,
+    tmp_path: Path,
+    transformer: FluxTransformer2DModel,
+    monkeypatch: pytest.MonkeyPatch,
+    at: int,
+    replacing: bool,
+) -> None:
+    target = tmp_path / "model.ddit"
+    if replacing:
+        make_artifact(tmp_path / "old", transformer, salt="old").save(target)
+    before = contents(target) if replacing else {}
+    interrupter = Interrupter(at)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", interrupter.wrap(shutil.copyfile))
+        patch.setattr(os, "fsync", interrupter.wrap(os.fsync))
+        patch.setattr(os, "rename", interrupter.wrap(os.rename))
+        patch.setattr(Path, "rename", interrupter.wrap(Path.rename))
+        interrupted = True
+        try:
+            artifact.save(target)
+            interrupted = False
+        except KeyboardInterrupt:
+            pass
+    assert leftovers(tmp_path) == []
+    after = contents(target) if target.exists() else {}
+    complete = "manifest.json" in after and after.keys() >= {PACKAGE, VARIANT, ADAPTER}
+    if interrupted and not complete:
+        assert after == before
+    assert after == before or complete
+    assert interrupted == (interrupter.left <= 0)
+
+
+def test_save_where_folders_cannot_be_swapped(
+    artifact: Artifact,
+    saved: Path,
+    tmp_path: Path,
+    transformer: FluxTransformer2DModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ddit_rt.artifact import folder
+
+    monkeypatch.setattr(folder, "_exchange", folder._exchange_in_two_steps)
+    make_artifact(tmp_path / "second", transformer, salt="2").save(saved)
+    open_artifact(saved)
+    assert leftovers(tmp_path) == []
+    before = contents(saved)
+    for at in (1, 2, 3):
+        interrupter = Interrupter(at)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", interrupter.wrap(Path.rename))
+            with pytest.raises(KeyboardInterrupt):
+                artifact.save(saved)
+        if at < 3:
+            assert contents(saved) == before
+        assert leftovers(tmp_path) == []
+
+
+def test_unsaved_ignores_an_old_manifest(artifact: Artifact) -> None:
+    assert artifact.directory is not None
+    (artifact.directory / "manifest.json").write_text("{}")
+    again = Artifact.unsaved(artifact.directory, artifact.manifest)
+    assert "manifest.json" not in again.manifest.files
+    assert dataclasses.replace(again.manifest) == artifact.manifest
