@@ -31,6 +31,9 @@ def export_pipeline(settings: Settings) -> None:
     pipeline.transformer.to(torch.float16)
     pipeline.vae.to(torch.float16, memory_format=torch.contiguous_format)
     pipeline.save_pretrained(model_path())
+    # As FLUX.1-dev names it; transformers 5 knows both names, version 4 loads only this one here.
+    index = model_path() / "model_index.json"
+    index.write_text(index.read_text().replace('"T5Tokenizer"', '"T5TokenizerFast"'))
     size = sum(file.stat().st_size for file in model_path().rglob("*") if file.is_file())
     tqdm.write(
         f"export: {model_path()}, {size / 1e6:.2f} MB, trained {state['spent'] / 60:.0f} min"
