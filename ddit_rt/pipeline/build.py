@@ -257,7 +257,9 @@ def _runner_maker(artifact: Artifact) -> MakeRunner:
 def _unwrap(model: Any) -> tuple[Any, nn.Module, Family]:
     """Pipeline (or None), transformer and family of what the user passed."""
     if isinstance(model, nn.Module):
-        return None, model, family_of(model)
+        family = family_of(model)
+        _check_device(model)
+        return None, model, family
     transformer = getattr(model, "transformer", None)
     if not isinstance(transformer, nn.Module):
         raise UnsupportedModelError(
@@ -265,12 +267,22 @@ def _unwrap(model: Any) -> tuple[Any, nn.Module, Family]:
             "transformer itself"
         )
     family = family_of(transformer)
+    _check_device(transformer)
     if type(model).__name__ not in family.pipeline_classes:
         raise UnsupportedModelError(
             f"got a {type(model).__name__}; for this transformer the supported pipelines are "
             f"{list(family.pipeline_classes)}. Compile the bare transformer to run its loop alone"
         )
     return model, transformer, family
+
+
+def _check_device(transformer: nn.Module) -> None:
+    devices = {parameter.device.type for parameter in transformer.parameters()}
+    if devices != {"cpu"}:
+        raise UnsupportedModelError(
+            f"the transformer is on {sorted(devices)}; this version runs on the CPU only: move "
+            'the pipeline there with pipe.to("cpu")'
+        )
 
 
 def _multiples(patch_sizes: Sequence[str | int]) -> tuple[int, ...]:

@@ -260,6 +260,11 @@ def test_things_that_are_no_model_are_refused() -> None:
         ddit_rt.compile(torch.nn.Linear(1, 1))
 
 
+def test_model_on_another_device_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"on \['meta'\].*CPU only"):
+        ddit_rt.compile(tiny_transformer().to("meta"))
+
+
 def test_other_pipeline_of_the_same_transformer_is_refused(pipeline: FluxPipeline) -> None:
     class FluxControlNetPipeline(FluxPipeline):  # type: ignore[misc]
         pass
