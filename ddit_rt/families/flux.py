@@ -255,6 +255,10 @@ class FluxFamily(Family):
             max_sequence_length=call["max_sequence_length"],
         )
         shape = self.latent_shape(pipeline, height, width, _batch(call))
+        if embeds.shape[0] == 1:
+            # Given embeddings are not repeated for `num_images_per_prompt`; diffusers broadcasts.
+            embeds = embeds.expand(shape[0], -1, -1)
+            pooled = pooled.expand(shape[0], -1)
         packed, _ = pipeline.prepare_latents(
             shape[0], shape[1], height, width, embeds.dtype, device, *_noise(call, shape)
         )
@@ -265,6 +269,7 @@ class FluxFamily(Family):
         conditioning = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
         if pipeline.transformer.config.guidance_embeds:
             conditioning["guidance"] = torch.full((shape[0],), float(call["guidance_scale"]))
+        self.check_conditioning(pipeline.transformer, shape[0], conditioning)
         return PreparedCall(
             latents=latents,
             conditioning=conditioning,

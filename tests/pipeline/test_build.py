@@ -153,7 +153,8 @@ def test_weights_moved_to_new_storage_are_followed(engine: ddit_rt.Engine) -> No
     for parameter in engine.pipeline.transformer.parameters():
         parameter.data = parameter.data.clone()
     assert torch.equal(picture(engine), before)
-    engine.pipeline.transformer.transformer_blocks[0].attn.to_q.weight.data = noise(32, 32)
+    layer = engine.pipeline.transformer.transformer_blocks[0].ff.net[2]
+    layer.weight.data = noise(*layer.weight.shape)
     assert not torch.allclose(picture(engine), before, atol=1e-3)
 
 

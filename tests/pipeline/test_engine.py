@@ -107,8 +107,8 @@ def test_bare_transformer_runs_its_loop_and_says_so() -> None:
     pipeline = tiny_pipeline()
     engine = ddit_rt.compile(pipeline.transformer, backend="eager", progress=False)
     conditioning = tiny_conditioning(pipeline.transformer)
-    latents = engine.denoise(noise(1, 4, 8, 8), num_inference_steps=3, **conditioning)
-    assert latents.shape == (1, 4, 8, 8)
+    latents = engine.denoise(noise(1, 4, 16, 16), num_inference_steps=3, **conditioning)
+    assert latents.shape == (1, 4, 16, 16)
     with pytest.raises(UnsupportedModelError, match=r"engine\.denoise"):
         engine("a cat")
 
@@ -117,7 +117,7 @@ def test_same_generator_gives_the_same_bits_whatever_ran_between(engine: Engine)
     call = {**tiny_embeds(), "num_inference_steps": 9, "output_type": "latent"}
     policy = DDiTPolicy(tau=0.02, monotone=False)
     first = latents_of(engine(**call, generator=seeded(3), patch_policy=policy))
-    engine(**tiny_embeds(2), num_inference_steps=4, height=32, width=48, generator=seeded(9))
+    engine(**tiny_embeds(2), num_inference_steps=4, height=64, width=96, generator=seeded(9))
     again = latents_of(engine(**call, generator=seeded(3), patch_policy=policy))
     assert torch.equal(first, again)
 
