@@ -190,8 +190,8 @@ def export_block(
     lifted = [name for name in program.constants if name not in program.state_dict]
     if lifted:
         raise CompileError(
-            f"{info.block} creates tensors in its forward ({', '.join(lifted)}): make them buffers, "
-            "so that they have a name to be found by"
+            f"{info.block} creates tensors in its forward ({', '.join(lifted)}): make them "
+            "buffers, so that they have a name to be found by"
         )
     return program
 
@@ -218,13 +218,22 @@ def _example_sizes(ranges: TokenRanges) -> dict[str, int]:
     """Sizes in range, none of them 1 and all different: the tracer takes equal sizes for one."""
     choices = []
     for symbol in SYMBOLS:
-        low, high = ranges.of(symbol)
+        low, high = _traced_range(ranges, symbol)
         near = range(max(low, 2), min(high, max(low, _EXAMPLE[symbol]) + 4) + 1)
         choices.append(sorted(near, key=lambda size: abs(size - _EXAMPLE[symbol])))
     for batch, image, text in itertools.product(*choices):
         if len({batch, image, text, image + text}) == 4:
             return {BATCH: batch, IMAGE: image, TEXT: text, JOINT: image + text}
-    raise CompileError(f"{ranges} leaves no three different sizes above 1: widen a range")
+    raise AssertionError(ranges)
+
+
+def _traced_range(ranges: TokenRanges, symbol: str) -> tuple[int, int]:
+    """At least three sizes, whatever is asked for: fewer would be traced as a fixed one."""
+    if symbol == JOINT:
+        image, text = _traced_range(ranges, IMAGE), _traced_range(ranges, TEXT)
+        return image[0] + text[0], image[1] + text[1]
+    low, high = ranges.of(symbol)
+    return low, max(high, low + 2, 4)
 
 
 def _open_dims(spec: TensorSpec, ranges: TokenRanges) -> dict[int, Any]:
@@ -232,7 +241,7 @@ def _open_dims(spec: TensorSpec, ranges: TokenRanges) -> dict[int, Any]:
     dims = {}
     for axis, symbol in enumerate(spec.dims):
         if isinstance(symbol, str):
-            low, high = ranges.of(symbol)
+            low, high = _traced_range(ranges, symbol)
             dims[axis] = Dim.DYNAMIC(min=low, max=high)
     return dims
 
