@@ -2,7 +2,7 @@
 
     python benchmarks/bench_ops.py [--out FILE] [--rounds 8] [--threads 1 2]
 
-Sizes are those of FLUX at 1024 x 1024 (latents 16 x 128 x 128), batch 1 and 4. Contenders take turns
+Sizes are those of FLUX at 1024 x 1024: latents 16 x 128 x 128, batch 1 and 4. Contenders take turns
 within a round, so that a change of the machine's speed meets all of them; every one uses the same
 number of threads. `best_us` is the least time of a call, the figure to compare on a shared
 machine; `median_us` and the quartiles show the spread. The copy moves as many bytes as the op must
