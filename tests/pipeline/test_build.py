@@ -34,8 +34,6 @@ from ddit_rt.errors import (
 )
 from ddit_rt.families.flux import FluxFamily
 
-from .conftest import random_adapters
-
 
 def picture(engine: ddit_rt.Engine, **call: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
