@@ -39,9 +39,9 @@ class TokenRanges:
     def __post_init__(self) -> None:
         for symbol in SYMBOLS:
             low, high = self.of(symbol)
-            if not 1 <= low < high:
+            if not 1 <= low <= high:
                 raise ShapeError(
-                    f"range of {symbol}: got {low}..{high}, expected 1 <= smallest < largest"
+                    f"range of {symbol}: got {low}..{high}, expected 1 <= smallest <= largest"
                 )
 
     def of(self, symbol: str) -> tuple[int, int]:

@@ -206,7 +206,7 @@ def _load(package: Path, device: torch.device) -> AOTICompiledModel:
     index = -1 if device.type == "cpu" else device.index
     try:
         return aoti_load_package(str(package), run_single_threaded=True, device_index=index)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise ArtifactError(f"{package} cannot be loaded ({error}): compile it again") from error
 
 

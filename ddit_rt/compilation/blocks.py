@@ -18,6 +18,7 @@ Inductor options, measured on FluxTransformerBlock (d = 128, fp32, one thread, 2
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,9 +46,12 @@ _OPTIONS: Mapping[str, Any] = {
     "cpp.use_decompose_tanh": True,
 }
 # Left out where this torch does not know them: they change no result.
-_OPTIONAL: Mapping[str, Any] = {"aot_inductor.enable_line_tables": False}
-# Sizes of the example that is traced: inside any usual range, all different, none of them a size
-# of the model, so that the tracer cannot take one dimension for another.
+_OPTIONAL: Mapping[str, Any] = {
+    "aot_inductor.enable_line_tables": False,
+    # The tracer notes every open size as 2 or more; code made from it runs with 1 as well.
+    "aot_inductor.check_lowerbound": False,
+}
+# Preferred sizes of the example that is traced.
 _EXAMPLE = {BATCH: 2, IMAGE: 22, TEXT: 13}
 
 
@@ -142,6 +146,8 @@ def compile_block(
             _require_compiler()
             program = export_block(template, info, weight.device)
             _compile(program, info, temporary)
+    except CompileError:
+        raise
     except Exception as error:
         raise CompileError(_advice(block_type.name, error)) from error
     return info
@@ -184,7 +190,7 @@ def export_block(
     lifted = [name for name in program.constants if name not in program.state_dict]
     if lifted:
         raise CompileError(
-            f"the block creates constant tensors in its forward ({', '.join(lifted)}): make them "
+            f"{info.block} creates tensors in its forward ({', '.join(lifted)}): make them "
             "buffers, so that they have a name to be found by"
         )
     return program
@@ -209,11 +215,25 @@ def _compile(program: ExportedProgram, info: PackageInfo, target: Path) -> None:
 
 
 def _example_sizes(ranges: TokenRanges) -> dict[str, int]:
-    sizes = {}
+    """Sizes in range, none of them 1 and all different: the tracer takes equal sizes for one."""
+    choices = []
     for symbol in SYMBOLS:
-        low, high = ranges.of(symbol)
-        sizes[symbol] = min(max(_EXAMPLE[symbol], low), high)
-    return {**sizes, JOINT: sizes[IMAGE] + sizes[TEXT]}
+        low, high = _traced_range(ranges, symbol)
+        near = range(max(low, 2), min(high, max(low, _EXAMPLE[symbol]) + 4) + 1)
+        choices.append(sorted(near, key=lambda size: abs(size - _EXAMPLE[symbol])))
+    for batch, image, text in itertools.product(*choices):
+        if len({batch, image, text, image + text}) == 4:
+            return {BATCH: batch, IMAGE: image, TEXT: text, JOINT: image + text}
+    raise AssertionError(ranges)
+
+
+def _traced_range(ranges: TokenRanges, symbol: str) -> tuple[int, int]:
+    """At least three sizes, whatever is asked for: fewer would be traced as a fixed one."""
+    if symbol == JOINT:
+        image, text = _traced_range(ranges, IMAGE), _traced_range(ranges, TEXT)
+        return image[0] + text[0], image[1] + text[1]
+    low, high = ranges.of(symbol)
+    return low, max(high, low + 2, 4)
 
 
 def _open_dims(spec: TensorSpec, ranges: TokenRanges) -> dict[int, Any]:
@@ -221,7 +241,7 @@ def _open_dims(spec: TensorSpec, ranges: TokenRanges) -> dict[int, Any]:
     dims = {}
     for axis, symbol in enumerate(spec.dims):
         if isinstance(symbol, str):
-            low, high = ranges.of(symbol)
+            low, high = _traced_range(ranges, symbol)
             dims[axis] = Dim.DYNAMIC(min=low, max=high)
     return dims
 
@@ -244,8 +264,6 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _advice(block: str, error: Exception) -> str:
-    if isinstance(error, CompileError):
-        return f"{block}: {error}"
     text = str(error).strip() or type(error).__name__
     if type(error).__name__ == "InvalidCxxCompiler":
         return (

@@ -115,7 +115,10 @@ def _compile_artifact(
 ) -> Artifact:
     """Packages and adapters in a temporary folder that lives as long as the artifact."""
     variants: dict[str | None, LoraSpec | None] = {None: None}
-    variants.update({_variant(a): _lora_spec(a) for a in adapters.adapters.values() if a.lora})
+    for adapter in adapters.adapters.values():
+        if adapter.lora:
+            spec = _lora_spec(adapter)
+            variants[spec.variant] = spec
     workspace = tempfile.TemporaryDirectory(prefix="ddit_rt-")
     try:
         root = Path(workspace.name)
@@ -248,7 +251,7 @@ def _runner_maker(artifact: Artifact) -> MakeRunner:
         return EagerRunner(block_type, block, ranges=ranges, lora_spec=spec, lora=lora)
 
     def compiled(block_type: BlockType, block: nn.Module, spec: LoraSpec | None, lora: Any) -> Any:
-        variant = _variant_name(spec) if spec else None
+        variant = spec.variant if spec else None
         return load_runner(artifact.package(block_type.name, variant), block, lora=lora)
 
     return compiled if artifact.manifest.packages else eager
@@ -257,7 +260,9 @@ def _runner_maker(artifact: Artifact) -> MakeRunner:
 def _unwrap(model: Any) -> tuple[Any, nn.Module, Family]:
     """Pipeline (or None), transformer and family of what the user passed."""
     if isinstance(model, nn.Module):
-        return None, model, family_of(model)
+        family = family_of(model)
+        _check_device(model)
+        return None, model, family
     transformer = getattr(model, "transformer", None)
     if not isinstance(transformer, nn.Module):
         raise UnsupportedModelError(
@@ -265,12 +270,22 @@ def _unwrap(model: Any) -> tuple[Any, nn.Module, Family]:
             "transformer itself"
         )
     family = family_of(transformer)
+    _check_device(transformer)
     if type(model).__name__ not in family.pipeline_classes:
         raise UnsupportedModelError(
             f"got a {type(model).__name__}; for this transformer the supported pipelines are "
             f"{list(family.pipeline_classes)}. Compile the bare transformer to run its loop alone"
         )
     return model, transformer, family
+
+
+def _check_device(transformer: nn.Module) -> None:
+    devices = {parameter.device.type for parameter in transformer.parameters()}
+    if devices != {"cpu"}:
+        raise UnsupportedModelError(
+            f"the transformer is on {sorted(devices)}; this version runs on the CPU only: move "
+            'the pipeline there with pipe.to("cpu")'
+        )
 
 
 def _multiples(patch_sizes: Sequence[str | int]) -> tuple[int, ...]:
@@ -326,23 +341,13 @@ def _bucket_entry(multiple: int, adapters: AdapterSet) -> BucketEntry:
     if adapter is None:
         return BucketEntry(patch=name, method="snr", variant=None)
     return BucketEntry(
-        patch=name, method="adapter", variant=_variant(adapter) if adapter.lora else None
+        patch=name, method="adapter", variant=_lora_spec(adapter).variant if adapter.lora else None
     )
 
 
 def _lora_spec(adapter: PatchAdapter) -> LoraSpec:
     config = adapter.config
     return LoraSpec(rank=config.rank, scaling=config.lora_alpha / config.rank)
-
-
-def _variant(adapter: PatchAdapter) -> str:
-    return _variant_name(_lora_spec(adapter))
-
-
-def _variant_name(spec: LoraSpec) -> str:
-    """`lora32`, or `lora32x0.5` where the branch is scaled: the scale is part of the graph."""
-    scale = "" if spec.scaling == 1 else f"x{spec.scaling:g}"
-    return f"lora{spec.rank}{scale}"
 
 
 @contextmanager

@@ -19,7 +19,7 @@ _BATCH = 16
 def export_pipeline(settings: Settings) -> None:
     """Write the averaged weights as a pipeline: networks in float16, text encoders in float32.
 
-    Both load as float32 with ``torch_dtype=torch.float32``; rounding to float16 moves a weight by
+    `from_pretrained` loads all of them as float32; rounding to float16 moves a weight by
     at most 1 / 2048 of itself.
     """
     state = load_checkpoint(settings.work / "transformer.pt", "cpu")
@@ -42,7 +42,7 @@ def export_pipeline(settings: Settings) -> None:
 
 def evaluate_pipeline(settings: Settings, count: int, steps: int) -> None:
     """Print the share of samples that show each attribute, per resolution and kind of caption."""
-    pipeline = FluxPipeline.from_pretrained(model_path(), torch_dtype=torch.float32)
+    pipeline = FluxPipeline.from_pretrained(model_path())
     pipeline.to(settings.device).set_progress_bar_config(disable=True)
     trained = [random_attributes(10_001, i) for i in range(count)]
     unseen = [parse_caption(caption) for caption in held_out_prompts(min(count, 49))]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -263,6 +264,27 @@ def test_bind_other_block_is_refused(
 def test_load_missing_package(tmp_path: Path, transformer: FluxTransformer2DModel) -> None:
     with pytest.raises(ArtifactError, match="no package at"):
         load_runner(tmp_path / "package.pt2", transformer.transformer_blocks[0])
+
+
+def test_load_damaged_package(tmp_path: Path, transformer: FluxTransformer2DModel) -> None:
+    path = tmp_path / "package.pt2"
+    path.write_bytes(b"PK not a package")
+    with pytest.raises(ArtifactError, match="cannot be loaded.*compile it again"):
+        load_runner(path, transformer.transformer_blocks[0])
+
+
+def test_load_foreign_package(
+    compiled_blocks: CompiledBlocks, transformer: FluxTransformer2DModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "package.pt2"
+    with (
+        zipfile.ZipFile(compiled_blocks.package("FluxTransformerBlock")) as source,
+        zipfile.ZipFile(path, "w") as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name).replace(b'"ddit_rt"', b'"other__"'))
+    with pytest.raises(ArtifactError, match="was not written by ddit_rt"):
+        load_runner(path, transformer.transformer_blocks[0])
 
 
 def test_load_runners_share_the_weights(

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from blocks import CompiledBlocks, block_inputs, eager
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 
-from ddit_rt.artifact import LoraSpec, TokenRanges, load_runner
+from ddit_rt.artifact import BlockTemplate, LoraSpec, PackageInfo, TokenRanges, load_runner
 from ddit_rt.compilation import check_identical, compile_block, compile_blocks
+from ddit_rt.compilation.blocks import export_block
 from ddit_rt.errors import CompileError, UnsupportedModelError
 from ddit_rt.families import family_of
 from ddit_rt.families.base import BlockType
@@ -21,20 +24,34 @@ def single(transformer: FluxTransformer2DModel) -> BlockType:
     return family_of(transformer).block_types(transformer)[1]
 
 
-def test_compile_blocks_layout_and_progress(compiled_blocks: CompiledBlocks) -> None:
-    found = sorted(
-        path.relative_to(compiled_blocks.directory).as_posix()
-        for path in compiled_blocks.directory.rglob("*")
-        if path.is_file()
-    )
+def test_compile_blocks_layout(compiled_blocks: CompiledBlocks) -> None:
+    directory = compiled_blocks.directory
+    found = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*.pt2"))
     assert found == [
         "FluxSingleTransformerBlock.lora4x2/package.pt2",
         "FluxSingleTransformerBlock/package.pt2",
         "FluxTransformerBlock.lora4x2/package.pt2",
         "FluxTransformerBlock/package.pt2",
     ]
-    assert [done for done, _, _ in compiled_blocks.progress] == [0, 1, 2, 3, 4]
-    assert {total for _, total, _ in compiled_blocks.progress} == {4}
+
+
+def test_compile_blocks_reports_progress(
+    transformer: FluxTransformer2DModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two block types, one variant: told before the first package and after each."""
+    monkeypatch.setattr("ddit_rt.compilation.blocks._compile", lambda *_: None)
+    monkeypatch.setattr("ddit_rt.compilation.blocks.os.replace", lambda *_: None)
+    progress: list[tuple[int, int, str]] = []
+    compile_blocks(
+        transformer,
+        family_of(transformer).block_types(transformer),
+        tmp_path,
+        ranges=TokenRanges(),
+        variants={None: None},
+        progress=lambda done, total, label: progress.append((done, total, label)),
+    )
+    assert [(done, total) for done, total, _ in progress] == [(0, 2), (1, 2), (2, 2)]
+    assert progress[0][2] == "FluxTransformerBlock/package.pt2"
 
 
 def test_compile_block_package_holds_no_weights(compiled_blocks: CompiledBlocks) -> None:
@@ -89,6 +106,39 @@ def test_compile_block_leaves_the_model_alone(
     assert all(parameter.requires_grad for parameter in block.parameters())
 
 
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        TokenRanges(),
+        TokenRanges(batch=(1, 1), image=(1, 1), text=(1, 2)),
+        TokenRanges(batch=(2, 8), image=(64, 4096), text=(64, 512)),
+        TokenRanges(batch=(4, 4), image=(64, 64), text=(4, 64)),
+    ],
+)
+def test_export_block_keeps_dimensions_apart(
+    transformer: FluxTransformer2DModel, single: BlockType, ranges: TokenRanges
+) -> None:
+    template = BlockTemplate(single, transformer.single_transformer_blocks[0])
+    info = PackageInfo(
+        block=single.name,
+        inputs=single.inputs,
+        input_dtypes=(torch.float32,) * 5,
+        device="cpu",
+        ranges=ranges,
+        constants={},
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = export_block(template, info, torch.device("cpu"))
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"][-5:]
+    hidden, text, temb, cosine, sine = (node.meta["val"].shape for node in nodes)
+    symbols = {str(hidden[0]), str(hidden[1]), str(text[1])}
+    assert len(symbols) == 3
+    assert not any(symbol.isdigit() for symbol in symbols)
+    assert text[0] == temb[0] == hidden[0]
+    assert cosine[0] == sine[0] == hidden[1] + text[1]
+
+
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> str:
     def fail(*_: Any, **__: Any) -> None:
@@ -102,10 +152,9 @@ def test_compile_block_without_compiler(
     transformer: FluxTransformer2DModel,
     single: BlockType,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-g++"))
-    with pytest.raises(CompileError, match="install g\\+\\+"):
+    compiler = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-g++")})
+    with compiler, pytest.raises(CompileError, match="install g\\+\\+"):
         compile_block(
             single,
             transformer.single_transformer_blocks[0],

@@ -12,7 +12,7 @@ from ddit_rt.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_prompts
 
 @pytest.fixture(scope="module")
 def pipeline() -> FluxPipeline:
-    loaded = FluxPipeline.from_pretrained(model_path(), torch_dtype=torch.float32)
+    loaded = FluxPipeline.from_pretrained(model_path())
     loaded.set_progress_bar_config(disable=True)
     return loaded
 

@@ -1,10 +1,15 @@
 // The CUDA kernels behind C functions that Python calls with tensors' addresses. Each repeats the
 // launch of its .cu file; the kernels are the shipped ones.
+
+// The emulator defines what the kernels' headers expect of nvcc, so it must come first.
+// clang-format off
+#include "emulator.h"
+// clang-format on
+
 #include "cuda/decide.cuh"
 #include "cuda/pack.cuh"
 #include "cuda/patch_scores.cuh"
 #include "cuda/solver_step.cuh"
-#include "emulator.h"
 
 namespace ddit_rt {
 

@@ -1,0 +1,272 @@
+"""Times the native ops on the CPU against torch eager, torch.compile and a copy of the same bytes.
+
+    python benchmarks/bench_ops.py [--out FILE] [--rounds 8] [--threads 1 2]
+
+Sizes are those of FLUX at 1024 x 1024: latents 16 x 128 x 128, batch 1 and 4. Contenders take turns
+within a round, so that a change of the machine's speed meets all of them; every one uses the same
+number of threads. `best_us` is the least time of a call, the figure to compare on a shared
+machine; `median_us` and the quartiles show the spread. The copy moves as many bytes as the op must
+read and write at least: `Tensor.clone` for pack, whose result is new memory too, else
+`Tensor.copy_`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddit_rt import _runtime, ops
+
+LATENTS = (16, 128, 128)
+WARM_UP_CALLS = 5
+ROUND_SECONDS = 0.02  # of one contender in one round
+COEFFICIENT_ROWS = {
+    "euler": (1.0, 0.0, 0.0, -0.04, 0.0, 0.0),
+    "multistep": (0.9, 0.2, -0.1, -0.05, 0.02, 0.0),
+}
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size, and everything that computes the same.
+
+    Attributes:
+        name: Op and variant.
+        batch: Samples.
+        contenders: What to time, by name: native, eager, compile, copy.
+        copy_bytes: Bytes that the copy reads, and writes.
+    """
+
+    name: str
+    batch: int
+    contenders: dict[str, Call]
+    copy_bytes: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one contender in microseconds, over the calls of all rounds."""
+
+    best_us: float
+    median_us: float
+    lower_quartile_us: float
+    upper_quartile_us: float
+    calls: int
+
+
+def eager_pack(latents: Tensor, p: int) -> Tensor:
+    """Packing as diffusers does it."""
+    b, c, h, w = latents.shape
+    patches = latents.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(b, (h // p) * (w // p), c * p * p)
+
+
+def eager_scores(history: Tensor, sizes: tuple[int, ...], quantile: float) -> Tensor:
+    """Patch scores with torch.std and torch.quantile."""
+    z0, z1, z2, z3 = history.unbind(0)
+    difference = z0 - 3 * z1 + 3 * z2 - z3
+    scores = [torch.quantile(eager_pack(difference, p).std(-1), quantile, dim=-1) for p in sizes]
+    return torch.stack(scores, dim=-1)
+
+
+def eager_solver(
+    history: Tensor, velocities: Tensor, velocity: Tensor, row: tuple[float, ...], step: int
+) -> None:
+    """The solver update with one torch expression, and both ring writes."""
+    velocities[-step % velocities.shape[0]].copy_(velocity)
+    terms = [row[i] * history[(i - step) % 4] for i in range(3) if row[i]]
+    slots = velocities.shape[0]
+    terms += [row[3 + j] * velocities[(j - step) % slots] for j in range(3) if row[3 + j]]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    history[-(step + 1) % 4].copy_(total)
+
+
+def copy_of(size_bytes: int) -> Call:
+    """A copy between two buffers of this size."""
+    source = torch.zeros(size_bytes, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def pack_case(batch: int, dtype: torch.dtype, p: int) -> Case:
+    """`pack` at one dtype and patch size."""
+    latents = torch.randn(batch, *LATENTS).to(dtype)
+    compiled = torch.compile(eager_pack)
+    name = f"pack p={p} {str(dtype).removeprefix('torch.')}"
+    contenders: dict[str, Call] = {
+        "native": lambda: ops.pack(latents, p),
+        "eager": lambda: eager_pack(latents, p),
+        "compile": lambda: compiled(latents, p),
+        "copy": latents.clone,
+    }
+    return Case(name, batch, contenders, latents.nbytes)
+
+
+def scores_case(batch: int, sizes: tuple[int, ...]) -> Case:
+    """`patch_scores`; the copy reads the history's four latents and writes none of them back."""
+    history = torch.randn(4, batch, *LATENTS)
+    compiled = torch.compile(eager_scores)
+    contenders: dict[str, Call] = {
+        "native": lambda: ops.patch_scores(history, sizes, 0.4),
+        "eager": lambda: eager_scores(history, sizes, 0.4),
+        "compile": lambda: compiled(history, sizes, 0.4),
+        "copy": copy_of(history.nbytes // 2),  # reads and writes count alike
+    }
+    return Case(f"patch_scores {list(sizes)}", batch, contenders, history.nbytes // 2)
+
+
+def solver_case(batch: int, solver: str, dtype: torch.dtype) -> Case:
+    """`solver_step_`; the copy moves as many bytes as the terms and the two results have."""
+    row = COEFFICIENT_ROWS[solver]
+    history, velocities = torch.randn(4, batch, *LATENTS), torch.randn(2, batch, *LATENTS)
+    velocity = torch.randn(batch, *LATENTS).to(dtype)
+    table = torch.tensor(row, dtype=torch.float64).repeat(8, 1)
+    compiled = torch.compile(eager_solver)
+    read = (
+        sum(value != 0 for value in row) - 1
+    )  # float32 terms; the newest velocity is counted apart
+    moved = (read + 2) * history[0].nbytes + velocity.nbytes
+    contenders: dict[str, Call] = {
+        "native": lambda: ops.solver_step_(history, velocities, velocity, table, 5),
+        "eager": lambda: eager_solver(history, velocities, velocity, row, 5),
+        "compile": lambda: compiled(history, velocities, velocity, row, 5),
+        "copy": copy_of(moved // 2),
+    }
+    name = f"solver_step_ {solver} {str(dtype).removeprefix('torch.')} velocity"
+    return Case(name, batch, contenders, moved // 2)
+
+
+def overhead_case() -> Case:
+    """`decide_` works on a few numbers: its time is what calling an op costs."""
+    scores, limits = torch.rand(1, 2), torch.rand(8, 2)
+    forced = torch.full((8,), -1, dtype=torch.int32)
+    state, record = torch.tensor([-1, 0, 0, 0], dtype=torch.int32), torch.zeros(8, 5)
+    call: Call = lambda: ops.decide_(scores, forced, limits, state, record, 3, 0, False)  # noqa: E731
+    return Case("decide_", 1, {"native": call}, 0)
+
+
+def cases(batch: int) -> list[Case]:
+    """All ops at one batch size."""
+    return [
+        pack_case(batch, torch.float32, 2),
+        pack_case(batch, torch.bfloat16, 2),
+        pack_case(batch, torch.float32, 4),
+        scores_case(batch, (4, 8)),
+        scores_case(batch, (2, 4, 8)),
+        solver_case(batch, "euler", torch.float32),
+        solver_case(batch, "euler", torch.bfloat16),
+        solver_case(batch, "multistep", torch.bfloat16),
+    ]
+
+
+def time_calls(call: Call, seconds: float) -> list[float]:
+    """Times of single calls, in microseconds, for about this long and at least once."""
+    times: list[float] = []
+    begin = time.perf_counter()
+    while not times or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
+def measure(case: Case, rounds: int) -> dict[str, Timing]:
+    """Warms every contender up, then lets them take turns."""
+    times: dict[str, list[float]] = {name: [] for name in case.contenders}
+    for call in case.contenders.values():
+        for _ in range(WARM_UP_CALLS):
+            call()
+    for _ in range(rounds):
+        for name, call in case.contenders.items():
+            times[name] += time_calls(call, ROUND_SECONDS)
+    return {name: summarise(values) for name, values in times.items()}
+
+
+def summarise(times: list[float]) -> Timing:
+    """Least, median and quartiles."""
+    lower, median, upper = statistics.quantiles(times, n=4)
+    return Timing(
+        best_us=round(min(times), 2),
+        median_us=round(median, 2),
+        lower_quartile_us=round(lower, 2),
+        upper_quartile_us=round(upper, 2),
+        calls=len(times),
+    )
+
+
+def report(case: Case, threads: int, timings: dict[str, Timing]) -> dict[str, Any]:
+    """One entry of the results, printed too."""
+    native = timings["native"]
+    ratios = {
+        f"{other}_over_native": round(timing.best_us / native.best_us, 2)
+        for other, timing in timings.items()
+        if other != "native"
+    }
+    best = ", ".join(f"{name} {timing.best_us:.1f}" for name, timing in timings.items())
+    print(f"{case.name}, batch {case.batch}, {threads} threads: best us {best}", flush=True)
+    return {
+        "op": case.name,
+        "batch": case.batch,
+        "threads": threads,
+        "copy_bytes": case.copy_bytes,
+        "timings": {name: asdict(timing) for name, timing in timings.items()},
+        "ratios_of_best": ratios,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    model = "unknown"
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    return {
+        "cpu": model,
+        "logical_cpus": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "build": _runtime.build_info(),
+    }
+
+
+def main() -> None:
+    """Runs all cases and writes the results."""
+    parser = argparse.ArgumentParser(description="Benchmark of the native CPU ops.")
+    default = Path(__file__).parent / "results" / "ops_cpu.json"
+    parser.add_argument("--out", type=Path, default=default, help="JSON file to write")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of every contender")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts")
+    arguments = parser.parse_args()
+    results = {"machine": machine(), "warm_up_calls": WARM_UP_CALLS, "rounds": arguments.rounds}
+    entries = []
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        torch.compiler.reset()  # compiled code is specialised to the number of threads
+        all_cases = [*cases(1), *cases(4), overhead_case()]
+        entries += [report(case, threads, measure(case, arguments.rounds)) for case in all_cases]
+    results["results"] = entries
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
