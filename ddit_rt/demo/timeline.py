@@ -39,11 +39,12 @@ def draw_timeline(report: Mapping[str, Any], path: Path) -> None:
     figure.subplots_adjust(
         left=0.135, right=0.985, top=top, bottom=bottom, hspace=0.22, wspace=0.17
     )
-    longest = max(step["latency_ms"] for entry in prompts for step in entry["trace"]["steps"])
+    every = [step for entry in prompts for step in entry["trace"]["steps"]]
+    longest, limits = max(step["latency_ms"] for step in every), _score_range(every)
     for row, entry in zip(grid, prompts, strict=True):
         steps = entry["trace"]["steps"]
         _draw_sizes(row[0], entry, steps)
-        _draw_scores(row[1], steps)
+        _draw_scores(row[1], steps, limits)
         _draw_times(row[2], steps, longest)
     titles = ("patch size of each step", "score (line) and threshold (dashed)", "time per step, ms")
     for axes, title in zip(grid[0], titles, strict=True):
@@ -89,7 +90,21 @@ def _two_lines(prompt: str) -> str:
     return f"{subject}\n{on.strip()} {ground}" if on else prompt
 
 
-def _draw_scores(axes: Axes, steps: Sequence[Mapping[str, Any]]) -> None:
+def _score_range(steps: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Limits of the log axis, the same for every prompt so that rows can be compared."""
+    values = [
+        value
+        for step in steps
+        for name, tau in step["thresholds"].items()
+        for value in (tau, step["scores"].get(name))
+        if tau and value
+    ]
+    return (min(values) / 1.5, max(values) * 1.5) if values else (1e-4, 1e-2)
+
+
+def _draw_scores(
+    axes: Axes, steps: Sequence[Mapping[str, Any]], limits: tuple[float, float]
+) -> None:
     for name in sorted({name for step in steps for name in step["scores"]}):
         # A size without a threshold cannot be chosen; a score of 0 has no place on a log axis.
         scored = [s for s in steps if s["scores"].get(name) and s["thresholds"].get(name)]
@@ -99,9 +114,11 @@ def _draw_scores(axes: Axes, steps: Sequence[Mapping[str, Any]]) -> None:
         colour = COLOURS.get(name, _OTHER)
         scores = [step["scores"][name] for step in scored]
         axes.plot(x, scores, color=colour, marker=_MARKERS.get(name, "s"), markersize=3.5, lw=1.4)
-        limits = [step["thresholds"][name] for step in scored]
-        axes.plot(x, limits, color=colour, linestyle="--", lw=1.3)
+        taus = [step["thresholds"][name] for step in scored]
+        axes.plot(x, taus, color=colour, linestyle="--", lw=1.3)
     axes.set_yscale("log")
+    axes.set_ylim(limits)
+    axes.yaxis.set_minor_formatter("")
     axes.grid(visible=True, which="major", axis="y", alpha=0.3)
     axes.tick_params(labelsize=8)
 
