@@ -24,10 +24,19 @@ class Plan:
     policy: PatchPolicy
 
 
+# Tuned on the demo model at 24 steps: fine first steps fix the layout that the other pictures are
+# compared with, and 7e-4 lies between the scores of plain and of textured backgrounds. 4p is left
+# out: the model never saw pictures that small.
+_STATIC = StaticPolicy("p:0.35,2p:0.45,p")
+_DYNAMIC = DDiTPolicy(
+    tau={"2p": 7e-4}, warmup="fine", warmup_steps=4, dwell=3, monotone=False, fine_tail=5
+)
+
+
 def demo_plans() -> tuple[Plan, ...]:
-    """All-fine, a static plan, and the dynamic policy with thresholds for the demo model."""
+    """All-fine, a static plan of about as many tokens as the dynamic one, and the dynamic one."""
     return (
         Plan(name=FINE, label="all fine", policy=FinePolicy()),
-        Plan(name=STATIC, label="static plan", policy=StaticPolicy("2p:0.5,p")),
-        Plan(name=DYNAMIC, label="dynamic", policy=DDiTPolicy(tau={"2p": 1e-3})),
+        Plan(name=STATIC, label="static plan", policy=_STATIC),
+        Plan(name=DYNAMIC, label="dynamic", policy=_DYNAMIC),
     )
