@@ -4,13 +4,20 @@ engine = ddit_rt.compile(pipe, height=1024, width=1024)
 engine.save("model.ddit")
 engine = ddit_rt.load("model.ddit", pipe)
 image = engine("a zebra in tall grass", patch_policy=ddit_rt.DDiTPolicy(tau=1e-3)).images[0]
+
+Names are imported when they are first used: `ddit-rt --help` need not wait for torch.
 """
 
-from ddit_rt.artifact import TokenRanges
-from ddit_rt.executor import RunTrace, StepRecord
-from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
-from ddit_rt.pipeline import Engine, compile, load  # noqa: A004
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ddit_rt.version import __version__
+
+if TYPE_CHECKING:
+    from ddit_rt.artifact import TokenRanges
+    from ddit_rt.executor import RunTrace, StepRecord
+    from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
+    from ddit_rt.pipeline import Engine, compile, load  # noqa: A004 - the field's word
 
 __all__ = [
     "DDiTPolicy",
@@ -25,3 +32,24 @@ __all__ = [
     "compile",
     "load",
 ]
+
+_HOMES = {
+    "DDiTPolicy": "patch_scheduler",
+    "Engine": "pipeline",
+    "FinePolicy": "patch_scheduler",
+    "PatchPolicy": "patch_scheduler",
+    "RunTrace": "executor",
+    "StaticPolicy": "patch_scheduler",
+    "StepRecord": "executor",
+    "TokenRanges": "artifact",
+    "compile": "pipeline",
+    "load": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

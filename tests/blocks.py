@@ -19,7 +19,6 @@ class CompiledBlocks:
 
     directory: Path
     lora: LoraSpec
-    progress: tuple[tuple[int, int, str], ...]
 
     def package(self, block: str, *, lora: bool = False) -> Path:
         return self.directory / package_path(block, self.lora.variant if lora else None)

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from blocks import CompiledBlocks
 from diffusers import FluxTransformer2DModel
-from models import tiny_transformer
+from models import random_adapters, tiny_pipeline, tiny_transformer
 
-from ddit_rt.artifact import LoraSpec, TokenRanges
-from ddit_rt.compilation import compile_blocks
-from ddit_rt.families import family_of
-
-RANK = 4
+import ddit_rt
+from ddit_rt.artifact import LoraSpec
 
 
 @pytest.fixture(scope="session")
-def compiled_blocks(tmp_path_factory: pytest.TempPathFactory) -> CompiledBlocks:
-    directory = tmp_path_factory.mktemp("packages")
-    lora = LoraSpec(rank=RANK, scaling=2.0)
-    transformer = tiny_transformer()
-    progress: list[tuple[int, int, str]] = []
-    compile_blocks(
-        transformer,
-        family_of(transformer).block_types(transformer),
-        directory,
-        ranges=TokenRanges(),
-        variants={None: None, lora.variant: lora},
-        progress=lambda done, total, label: progress.append((done, total, label)),
+def artifact_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The trust list that knows `artifact_path`."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDIT_RT_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def artifact_path(tmp_path_factory: pytest.TempPathFactory, artifact_home: Path) -> Path:
+    """A saved artifact of `tiny_pipeline()` with its random adapters: compiled once for all."""
+    pipeline = tiny_pipeline()
+    engine = ddit_rt.compile(
+        pipeline,
+        height=64,
+        width=64,
+        adapter=random_adapters(pipeline),
+        patch_policy=ddit_rt.StaticPolicy("2p:0.5,p"),
+        progress=False,
     )
-    return CompiledBlocks(directory, lora, tuple(progress))
+    return engine.save(tmp_path_factory.mktemp("artifact") / "tiny.ddit")
+
+
+@pytest.fixture(scope="session")
+def compiled_blocks(artifact_path: Path) -> CompiledBlocks:
+    """The packages of that artifact: plain blocks, and blocks with LoRA."""
+    return CompiledBlocks(artifact_path, LoraSpec(rank=4, scaling=2.0))
 
 
 @pytest.fixture

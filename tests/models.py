@@ -13,6 +13,9 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from ddit_rt.adapters import AdapterConfig, AdapterSet, PatchAdapter, untrained_lora
+from ddit_rt.families.flux import FluxFamily
+
 TEXT_WIDTH = 24
 POOLED_WIDTH = 20
 CHANNELS = 4
@@ -95,3 +98,22 @@ def tiny_conditioning(
 def noise(*shape: int, seed: int = 0) -> Tensor:
     """Gaussian latents from a seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_adapters(pipeline: FluxPipeline) -> AdapterSet:
+    """Adapters in which every part does something."""
+    family, adapters = FluxFamily(), {}
+    for name in ("2p", "4p"):
+        config = AdapterConfig(patch=name, rank=4, lora_alpha=8)
+        torch.manual_seed(0)  # the residual's first layer starts random
+        adapter = PatchAdapter.from_base(config, family, pipeline.transformer)
+        adapter.requires_grad_(False)
+        adapter.identifier.copy_(noise(*adapter.identifier.shape) * 0.1)
+        adapter.residual_out.weight.copy_(noise(*adapter.residual_out.weight.shape) * 0.05)
+        lora = untrained_lora(family, pipeline.transformer, config)
+        adapter.lora = {
+            key: noise(*value.shape, seed=index) * 0.1
+            for index, (key, value) in enumerate(lora.items())
+        }
+        adapters[adapter.config.multiple] = adapter
+    return AdapterSet(adapters=adapters)

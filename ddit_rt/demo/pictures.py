@@ -258,30 +258,31 @@ def _plain(x: Array, _y: Array, rng: np.random.Generator, _config: PictureConfig
 
 def _fade(x: Array, y: Array, rng: np.random.Generator, _config: PictureConfig) -> Array:
     _, along = _rotate(x, y, rng.uniform(-0.4, 0.4))
-    return np.clip(np.float32(0.5) + along * np.float32(1.1), 0, 1)
+    value: Array = np.clip(np.float32(0.5) + along * np.float32(1.1), 0, 1)
+    return value
 
 
 def _stripes(x: Array, y: Array, rng: np.random.Generator, config: PictureConfig) -> Array:
     along, _ = _rotate(x, y, math.pi / 4 + rng.uniform(-0.15, 0.15))
     phase = along / np.float32(rng.uniform(*config.period)) + np.float32(rng.uniform())
-    return ((phase % 1) < 0.5).astype(np.float32)
+    return np.asarray((phase % 1) < 0.5, dtype=np.float32)
 
 
 def _dots(x: Array, y: Array, rng: np.random.Generator, config: PictureConfig) -> Array:
     u, v = _lattice(x, y, rng, config)
-    return (np.hypot(u % 1 - 0.5, v % 1 - 0.5) < 0.33).astype(np.float32)
+    return np.asarray(np.hypot(u % 1 - 0.5, v % 1 - 0.5) < 0.33, dtype=np.float32)
 
 
 def _checkers(x: Array, y: Array, rng: np.random.Generator, config: PictureConfig) -> Array:
     u, v = _lattice(x, y, rng, config)
-    return ((np.floor(u) + np.floor(v)) % 2).astype(np.float32)
+    return np.asarray((np.floor(u) + np.floor(v)) % 2, dtype=np.float32)
 
 
 def _rings(x: Array, y: Array, rng: np.random.Generator, config: PictureConfig) -> Array:
     centre = rng.uniform(-config.jitter, config.jitter, size=2).astype(np.float32)
     length = np.hypot(x - centre[0], y - centre[1])
     phase = length / np.float32(rng.uniform(*config.period)) + np.float32(rng.uniform())
-    return ((phase % 1) < 0.5).astype(np.float32)
+    return np.asarray((phase % 1) < 0.5, dtype=np.float32)
 
 
 def _lattice(

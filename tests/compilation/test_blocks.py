@@ -24,20 +24,34 @@ def single(transformer: FluxTransformer2DModel) -> BlockType:
     return family_of(transformer).block_types(transformer)[1]
 
 
-def test_compile_blocks_layout_and_progress(compiled_blocks: CompiledBlocks) -> None:
-    found = sorted(
-        path.relative_to(compiled_blocks.directory).as_posix()
-        for path in compiled_blocks.directory.rglob("*")
-        if path.is_file()
-    )
+def test_compile_blocks_layout(compiled_blocks: CompiledBlocks) -> None:
+    directory = compiled_blocks.directory
+    found = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*.pt2"))
     assert found == [
         "FluxSingleTransformerBlock.lora4x2/package.pt2",
         "FluxSingleTransformerBlock/package.pt2",
         "FluxTransformerBlock.lora4x2/package.pt2",
         "FluxTransformerBlock/package.pt2",
     ]
-    assert [done for done, _, _ in compiled_blocks.progress] == [0, 1, 2, 3, 4]
-    assert {total for _, total, _ in compiled_blocks.progress} == {4}
+
+
+def test_compile_blocks_reports_progress(
+    transformer: FluxTransformer2DModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two block types, one variant: told before the first package and after each."""
+    monkeypatch.setattr("ddit_rt.compilation.blocks._compile", lambda *_: None)
+    monkeypatch.setattr(Path, "replace", lambda *_: None)
+    progress: list[tuple[int, int, str]] = []
+    compile_blocks(
+        transformer,
+        family_of(transformer).block_types(transformer),
+        tmp_path,
+        ranges=TokenRanges(),
+        variants={None: None},
+        progress=lambda done, total, label: progress.append((done, total, label)),
+    )
+    assert [(done, total) for done, total, _ in progress] == [(0, 2), (1, 2), (2, 2)]
+    assert progress[0][2] == "FluxTransformerBlock/package.pt2"
 
 
 def test_compile_block_package_holds_no_weights(compiled_blocks: CompiledBlocks) -> None:

@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline
-from models import noise, tiny_conditioning, tiny_embeds, tiny_pipeline, tiny_transformer
+from models import (
+    noise,
+    random_adapters,
+    tiny_conditioning,
+    tiny_embeds,
+    tiny_pipeline,
+    tiny_transformer,
+)
 from peft import PeftModel
 
 import ddit_rt
@@ -26,8 +33,6 @@ from ddit_rt.errors import (
     UntrustedArtifactError,
 )
 from ddit_rt.families.flux import FluxFamily
-
-from .conftest import random_adapters
 
 
 def picture(engine: ddit_rt.Engine, **call: Any) -> torch.Tensor:
@@ -93,7 +98,7 @@ def test_adapter_step_equals_peft_on_the_whole_model(
 
 
 def test_loading_in_another_process_gives_the_same_picture(
-    engine: ddit_rt.Engine, artifact_path: Path, tmp_path: Path, home: Path
+    engine: ddit_rt.Engine, artifact_path: Path, tmp_path: Path
 ) -> None:
     script = tmp_path / "run.py"
     script.write_text(

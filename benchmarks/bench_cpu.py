@@ -1,0 +1,177 @@
+"""Compares ddit_rt with diffusers on the embedded demo model, on a CPU, in one run.
+
+    python benchmarks/bench_cpu.py [--quick] [--out benchmarks/results/cpu_demo.json]
+
+All contenders generate the same prompts with the same seeds, threads, dtype and step count, at
+batch 1 and 4, taking turns picture by picture so that machine drift hits all alike; a warm-up of
+each is left out. `ddit_rt.demo.measure` says what the denoising loop and the whole call include.
+Fidelity is against our all-fine pictures at the full step count. Writes the JSON, and the table of
+README.md from it.
+
+Schema, version 1: `machine`, `versions`, `model`, `settings`, `compile` as in the demo's report;
+`batches`: by batch size a list of entries `name`, `label`, `seconds_denoise` and `seconds` (per
+picture: `median`, `min`, `max` over the repeats), `speedup_denoise` and `speedup_end_to_end` over
+the first entry, `tokens` (per picture; null for diffusers), `psnr`, `ssim`, `psnr_per_prompt`,
+`ssim_per_prompt`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from contenders import all_contenders, all_pictures
+from diffusers import FluxPipeline
+from tables import update_readme
+from tqdm.auto import tqdm
+
+from ddit_rt.demo import model_path
+from ddit_rt.demo.measure import Batch, Contender, Sample, measure
+from ddit_rt.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
+from ddit_rt.demo.quality import fidelity
+from ddit_rt.demo.report import machine, model_entry, versions
+from ddit_rt.demo.run import DemoConfig, prepare_engine
+
+RESULT = Path(__file__).parent / "results" / "cpu_demo.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark."""
+    args = parse(argv)
+    config = DemoConfig(out=args.out.parent, steps=args.steps, repeats=args.repeats)
+    pipeline = FluxPipeline.from_pretrained(model_path())
+    pipeline.set_progress_bar_config(disable=True)
+    with tempfile.TemporaryDirectory(prefix="ddit_rt-") as folder:
+        engine, compiling = prepare_engine(pipeline, Path(folder) / "demo.ddit", config)
+        results = {
+            str(size): run_batch_size(engine, size, args.prompts, config) for size in args.batches
+        }
+    report = {
+        "schema_version": 1,
+        "machine": machine(),
+        "versions": versions(),
+        "model": model_entry("demo", pipeline.transformer),
+        "settings": settings(config, args.prompts),
+        "compile": compiling,
+        "batches": results,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if args.out == RESULT:
+        update_readme("cpu_demo", report)
+    print(f"wrote {args.out}", file=sys.stderr)
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Settings; `--quick` is a smoke run whose figures mean nothing."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=len(DEMO_PROMPTS))
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--quick", action="store_true", help="4 steps, 2 prompts, 1 repeat")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.steps, args.repeats, args.prompts, args.batches = 4, 1, 2, [1, 2]
+        if args.out == RESULT:
+            args.out = RESULT.with_name("cpu_demo_quick.json")
+    return args
+
+
+def settings(config: DemoConfig, prompts: int) -> dict[str, Any]:
+    """The entry `settings`."""
+    return {
+        "steps": config.steps,
+        "height": config.height,
+        "width": config.width,
+        "seed": config.seed,
+        "repeats": config.repeats,
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+        "prompts": list(DEMO_PROMPTS[:prompts]),
+    }
+
+
+def batches_of(size: int, prompts: int, seed: int) -> list[Batch]:
+    """The demo's prompts in batches; every prompt has the same seed at any batch size."""
+    numbers = range(prompts)
+    return [
+        Batch(
+            prompts=tuple(DEMO_PROMPTS[i] for i in numbers[start : start + size]),
+            seeds=tuple(seed + i for i in numbers[start : start + size]),
+        )
+        for start in range(0, prompts, size)
+    ]
+
+
+def run_batch_size(
+    engine: Any, size: int, prompts: int, config: DemoConfig
+) -> list[dict[str, Any]]:
+    """Measures every contender at one batch size."""
+    batches = batches_of(size, prompts, config.seed)
+    arguments = {
+        "num_inference_steps": config.steps,
+        "height": config.height,
+        "width": config.width,
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+    }
+    contenders = all_contenders(engine, batches, arguments)
+    total = len(contenders) * (1 + config.repeats * len(batches))
+    with tqdm(total=total, desc=f"batch {size}", leave=False) as bar:
+        samples = measure(contenders, batches, repeats=config.repeats, advance=bar.update)
+    return entries(contenders, samples)
+
+
+def entries(
+    contenders: Sequence[Contender], samples: Mapping[str, Sequence[Sample]]
+) -> list[dict[str, Any]]:
+    """One entry per contender; speed-ups are over the first."""
+    rows = [entry(contender, samples) for contender in contenders]
+    for row in rows:
+        for speedup, seconds in (
+            ("speedup_denoise", "seconds_denoise"),
+            ("speedup_end_to_end", "seconds"),
+        ):
+            row[speedup] = rows[0][seconds]["median"] / row[seconds]["median"]
+    return rows
+
+
+def entry(contender: Contender, samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+    """What was measured of one contender."""
+    own = samples[contender.name]
+    closeness = fidelity(all_pictures(own), all_pictures(samples["fine"]))
+    traces = [(sample.trace, len(sample.pictures)) for sample in own]
+    tokens = sum(trace.tokens * count for trace, count in traces if trace is not None)
+    return {
+        "name": contender.name,
+        "label": contender.label,
+        "seconds_denoise": spread([sample.denoise for sample in own], len(closeness.ssim)),
+        "seconds": spread([sample.end_to_end for sample in own], len(closeness.ssim)),
+        "tokens": tokens / len(closeness.ssim) if tokens else None,
+        "psnr": closeness.mean_psnr,
+        "ssim": closeness.mean_ssim,
+        "psnr_per_prompt": list(closeness.psnr),
+        "ssim_per_prompt": list(closeness.ssim),
+    }
+
+
+def spread(times: Sequence[Sequence[float]], pictures: int) -> dict[str, float]:
+    """Seconds per picture over all batches: median, least and most over the repeats.
+
+    Args:
+        times: Per batch, seconds of every repeat.
+        pictures: Pictures in all batches together.
+    """
+    rounds = [sum(repeat) / pictures for repeat in zip(*times, strict=True)]
+    return {"median": statistics.median(rounds), "min": min(rounds), "max": max(rounds)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""What the runtime itself costs: per step with a model that costs nothing, to load, in memory.
+
+    python benchmarks/bench_overhead.py [--out benchmarks/results/overhead_cpu.json]
+
+The step loop runs with buckets that return a constant velocity, so decision, scores, solver and
+Python are all that is left; diffusers' scheduler in a plain loop stands beside it. Contenders take
+turns; medians over the rounds. Memory is counted on the demo model: bytes of tensors, and growth
+of the process's resident set (RSS), which includes what the allocator keeps.
+
+Schema, version 1: `machine`, `versions`; `steps`: per latent shape, microseconds per step
+(`median`, `min`, `max`) of `dynamic` (scores at every step), `fine` (no scores), `diffusers`, and
+of the ops alone (`scores`, `decide`, `solver`); `loop`: what `dynamic` adds to its ops;
+`artifact`: `load_seconds`; `memory`: bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from torch import Tensor
+
+import ddit_rt
+from ddit_rt import ops
+from ddit_rt.demo import model_path
+from ddit_rt.demo.measure import Batch, engine_contender
+from ddit_rt.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
+from ddit_rt.demo.report import machine, versions
+from ddit_rt.executor import CpuExecutor, RunPlan
+from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, Schedule, StaticPolicy
+from ddit_rt.pipeline.memory import memory_of
+from ddit_rt.solver import probe_scheduler
+
+RESULT = Path(__file__).parent / "results" / "overhead_cpu.json"
+SHAPES = ((1, 16, 32, 32), (1, 16, 128, 128), (4, 16, 128, 128))
+OFFERED = (1, 2, 4)
+PATCH = 2
+
+
+class ConstantBucket:
+    """A model that costs nothing."""
+
+    def __init__(self, multiple: int, velocity: Tensor) -> None:
+        self.multiple = multiple
+        self.tokens = velocity.shape[-1] * velocity.shape[-2] // (PATCH * multiple) ** 2
+        self._velocity = velocity
+
+    def velocity(self, latents: Tensor, step: int) -> Tensor:  # noqa: ARG002 - the interface
+        """The same at every step."""
+        return self._velocity
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the measurements."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--no-model", action="store_true", help="skip artifact and memory")
+    args = parser.parse_args(argv)
+    report: dict[str, Any] = {
+        "schema_version": 1,
+        "machine": machine(),
+        "versions": versions(),
+        "steps": [step_times(shape, args.steps, args.rounds) for shape in SHAPES],
+    }
+    if not args.no_model:
+        report |= model_figures()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    print(f"wrote {args.out}", file=sys.stderr)
+    return 0
+
+
+def step_times(shape: tuple[int, ...], steps: int, rounds: int) -> dict[str, Any]:
+    """Microseconds per step at one latent shape."""
+    torch.manual_seed(0)
+    latents, velocity = torch.randn(shape), torch.randn(shape)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(steps)
+    dynamic = null_plan(scheduler, velocity, DDiTPolicy(warmup="fine", fine_tail=0))
+    fine = null_plan(scheduler, velocity, FinePolicy())
+    executor = CpuExecutor()
+    calls: dict[str, Callable[[], Any]] = {
+        "dynamic": lambda: executor.run(dynamic, latents),
+        "fine": lambda: executor.run(fine, latents),
+        "diffusers": lambda: scheduler_loop(scheduler, latents, velocity),
+        **op_loops(dynamic, latents, velocity),
+    }
+    times = rounds_of(calls, rounds, steps)
+    parts = sum(times[name]["median"] for name in ("scores", "decide", "solver"))
+    return {
+        "latent_shape": list(shape),
+        "steps": steps,
+        "microseconds": times,
+        "loop": times["dynamic"]["median"] - parts,
+    }
+
+
+def null_plan(scheduler: Any, velocity: Tensor, policy: PatchPolicy) -> RunPlan:
+    """A run whose buckets cost nothing."""
+    solver = probe_scheduler(scheduler)
+    return RunPlan(
+        buckets=[ConstantBucket(multiple, velocity) for multiple in OFFERED],
+        offered=OFFERED,
+        policy=policy.resolve(Schedule(sigmas=solver.sigmas, offered=OFFERED)),
+        solver=solver,
+        patch_size=PATCH,
+    )
+
+
+def scheduler_loop(scheduler: Any, latents: Tensor, velocity: Tensor) -> Tensor:
+    """The scheduler of diffusers in a plain Python loop."""
+    scheduler = copy.copy(scheduler)  # its step counter starts anew
+    scheduler.set_begin_index(0)
+    for timestep in scheduler.timesteps:
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    return latents
+
+
+def op_loops(plan: RunPlan, latents: Tensor, velocity: Tensor) -> dict[str, Callable[[], None]]:
+    """Each op alone, as often as the dynamic run calls it."""
+    policy, steps = plan.policy, plan.policy.steps
+    history = torch.stack([latents + 0.01 * k for k in range(4)])
+    sizes = [PATCH * multiple for multiple in OFFERED[1:]]
+    forced, thresholds = policy.tensors()
+    scores = torch.ones(latents.shape[0], len(sizes))
+    decision = torch.tensor([-1, 0, 0, 0], dtype=torch.int32)
+    record = torch.zeros(steps, 3 + len(sizes))
+    past = torch.zeros(plan.solver.velocity_depth, *latents.shape)
+
+    def score() -> None:
+        for step in range(steps):
+            if policy.scored(step):
+                ops.patch_scores(history, sizes, policy.quantile, policy.order, -step % 4)
+
+    def decide() -> None:
+        decision.copy_(torch.tensor([-1, 0, 0, 0], dtype=torch.int32))
+        for step in range(steps):
+            ops.decide_(
+                scores, forced, thresholds, decision, record, step, policy.dwell, policy.monotone
+            )
+
+    def solve() -> None:
+        for step in range(steps):
+            ops.solver_step_(history, past, velocity, plan.solver.coefficients, step)
+
+    return {"scores": score, "decide": decide, "solver": solve}
+
+
+@torch.no_grad()
+def rounds_of(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, steps: int
+) -> dict[str, dict[str, float]]:
+    """Microseconds per step of every call: median, least and most over interleaved rounds."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(rounds + 1):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            elapsed = (time.perf_counter() - started) * 1e6 / steps
+            if index:  # the first round warms up
+                times[name].append(elapsed)
+    return {
+        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        for name, values in times.items()
+    }
+
+
+def model_figures() -> dict[str, Any]:
+    """Load time of the artifact, and the memory of three patch sizes beside the model's own."""
+    pipeline = FluxPipeline.from_pretrained(model_path())
+    pipeline.set_progress_bar_config(disable=True)
+    with tempfile.TemporaryDirectory(prefix="ddit_rt-") as folder:
+        path = Path(folder) / "demo.ddit"
+        ddit_rt.compile(pipeline, height=128, width=128, progress=False).save(path)
+        own = copy.deepcopy(pipeline.transformer)
+        before = resident()
+        started = time.perf_counter()
+        engine = ddit_rt.load(path, pipeline, progress=False)
+        seconds = time.perf_counter() - started
+        loaded = resident()
+        for policy in (FinePolicy(), StaticPolicy("4p:0.3,2p:0.3,p")):
+            generate(engine, policy)
+        counts = memory_of(engine.artifact, pipeline)
+        packages = sum(entry.bytes for entry in engine.artifact.manifest.packages.values())
+    return {
+        "artifact": {"load_seconds": seconds, "package_bytes": packages},
+        "memory": {
+            "weights_bytes": sum(p.numel() * p.element_size() for p in own.parameters()),
+            "bucket_state_bytes": {entry.patch: entry.bytes for entry in counts.buckets},
+            "rss_growth_of_load_bytes": loaded - before,
+            "rss_growth_of_runs_bytes": resident() - loaded,
+        },
+    }
+
+
+def generate(engine: Any, policy: PatchPolicy) -> None:
+    """One picture."""
+    arguments = {"num_inference_steps": 10, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+    batch = Batch(prompts=DEMO_PROMPTS[:1], seeds=(0,))
+    engine_contender("", "", engine, patch_policy=policy, **arguments).generate(batch)
+
+
+def resident() -> int:
+    """Resident set of this process, in bytes."""
+    pages = Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Tables of README.md, generated from the results of the benchmarks.
+
+    python benchmarks/tables.py
+
+rewrites what stands between `<!-- table: NAME -->` and `<!-- /table -->` for every NAME that has a
+file `benchmarks/results/NAME.json` and a function here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+
+def main() -> int:
+    """Updates every table whose results exist."""
+    for name in TABLES:
+        path = ROOT / "benchmarks" / "results" / f"{name}.json"
+        if path.exists():
+            update_readme(name, json.loads(path.read_text(encoding="utf-8")))
+    return 0
+
+
+def update_readme(name: str, report: Mapping[str, Any], readme: Path = README) -> None:
+    """Replaces one table.
+
+    Args:
+        name: Name in the marker.
+        report: The results.
+        readme: File with the marker.
+
+    Raises:
+        ValueError: The file has no such marker.
+    """
+    text = readme.read_text(encoding="utf-8")
+    marker = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- /table -->)", re.DOTALL)
+    if not marker.search(text):
+        raise ValueError(f"{readme} has no '<!-- table: {name} -->' ... '<!-- /table -->'")
+    table = TABLES[name](report)
+    replaced = marker.sub(lambda found: f"{found[1]}{table}{found[2]}", text)
+    readme.write_text(replaced, encoding="utf-8")
+
+
+def cpu_demo(report: Mapping[str, Any]) -> str:
+    """The table of `bench_cpu.py`: batch 1, and the speed-up at the largest batch beside it."""
+    first, *others = report["batches"]
+    last = others[-1] if others else first
+    large = {row["name"]: row for row in report["batches"][last]}
+    columns = "tokens | loop, ms (min to max) | speed-up | whole call"
+    lines = [
+        f"| | {columns} | loop, batch {last} | PSNR, dB | SSIM |",
+        f"|---|{'--:|' * 7}",
+    ]
+    lines += [_cpu_row(row, large[row["name"]]) for row in report["batches"][first]]
+    return "\n".join([*lines, "", _conditions(report), ""])
+
+
+def _conditions(report: Mapping[str, Any]) -> str:
+    machine, versions, settings = report["machine"], report["versions"], report["settings"]
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads; torch {versions['torch']}, diffusers "
+        f"{versions['diffusers']}; {len(settings['prompts'])} prompts, {settings['repeats']} "
+        "interleaved repeats; medians per picture. Speed-ups are over the first row: of the "
+        "denoising loop, of the whole call, and of the loop at the larger batch."
+    )
+
+
+def _cpu_row(row: Mapping[str, Any], large: Mapping[str, Any]) -> str:
+    loop = row["seconds_denoise"]
+    tokens = "" if row["tokens"] is None else f"{row['tokens']:.0f}"
+    psnr = "same" if row["psnr"] is None else f"{row['psnr']:.1f}"
+    cells = (
+        row["label"],
+        tokens,
+        f"{loop['median'] * 1e3:.0f} ({loop['min'] * 1e3:.0f} to {loop['max'] * 1e3:.0f})",
+        f"{row['speedup_denoise']:.2f}x",
+        f"{row['speedup_end_to_end']:.2f}x",
+        f"{large['speedup_denoise']:.2f}x",
+        psnr,
+        f"{row['ssim']:.3f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"cpu_demo": cpu_demo}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

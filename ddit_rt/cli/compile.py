@@ -1,0 +1,79 @@
+"""`ddit-rt compile`: a model into an artifact."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ddit_rt.cli.command import Command, Outcome
+from ddit_rt.cli.models import DTYPES, MODEL_HELP, embedded_defaults, load_pipeline
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="OUT.ddit", help="artifact to write"
+    )
+    parser.add_argument("--height", type=int, help="picture height; default: the model's own")
+    parser.add_argument("--width", type=int, help="picture width; default: the model's own")
+    parser.add_argument(
+        "--patch-sizes",
+        default="p,2p,4p",
+        metavar="SIZES",
+        help="patch sizes to offer, multiples of the model's own p (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="trained patch adapters (safetensors folder)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype to load the model in")
+
+
+def _run(args: argparse.Namespace) -> Outcome:
+    _check_output(args.output)
+    if args.adapter is not None and not args.adapter.is_dir():
+        raise ValueError(f"there is no folder {args.adapter}; --adapter names one with adapters")
+    sizes = tuple(size.strip() for size in args.patch_sizes.split(","))
+    pipeline = load_pipeline(args.model, args.dtype)
+    import ddit_rt
+
+    default = pipeline.default_sample_size * pipeline.vae_scale_factor
+    size = {"height": default, "width": default, **embedded_defaults(args.model)}
+    engine = ddit_rt.compile(
+        pipeline,
+        height=size["height"] if args.height is None else args.height,
+        width=size["width"] if args.width is None else args.width,
+        patch_sizes=sizes,
+        adapter=args.adapter,
+    )
+    path = engine.save(args.output)
+    return _outcome(path)
+
+
+def _check_output(path: Path) -> None:
+    """Refuses, before minutes of work, a path that cannot become an artifact."""
+    if path.is_file():
+        raise ValueError(f"{path} is a file; an artifact is a folder, by custom named NAME.ddit")
+    if path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").is_file():
+        raise ValueError(
+            f"{path} holds other files and is no artifact; name a new folder such as {path}.ddit"
+        )
+
+
+def _outcome(path: Path) -> Outcome:
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    data: dict[str, Any] = {"artifact": str(path), "bytes": size}
+    return Outcome(data=data, text=f"wrote {path} ({size / 2**20:.1f} MiB)")
+
+
+COMPILE = Command(
+    name="compile",
+    summary="Compile a model ahead of time into an artifact.",
+    examples=(
+        "ddit-rt compile demo -o demo.ddit",
+        "ddit-rt compile black-forest-labs/FLUX.1-dev -o flux.ddit --dtype bfloat16",
+        "ddit-rt compile ./my-flux -o my-flux.ddit --height 768 --width 1024 --patch-sizes p,2p",
+    ),
+    add_arguments=_add_arguments,
+    run=_run,
+)

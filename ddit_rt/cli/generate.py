@@ -1,0 +1,186 @@
+"""`ddit-rt generate`: pictures from an artifact and its model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddit_rt.cli.command import Command, Outcome
+from ddit_rt.cli.models import DTYPES, MODEL_HELP, embedded_defaults, load_pipeline
+from ddit_rt.cli.policies import add_policy_arguments, choose_policy
+
+if TYPE_CHECKING:
+    from ddit_rt.patch_scheduler import PatchPolicy
+    from ddit_rt.pipeline import Engine
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="what compile wrote")
+    parser.add_argument("--model", required=True, help=f"the weights: {MODEL_HELP}")
+    parser.add_argument(
+        "--prompt", required=True, nargs="+", metavar="TEXT", help="one or several prompts"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("out.png"),
+        metavar="FILE",
+        help="picture to write (default: %(default)s); several become FILE-1, FILE-2, ...; "
+        "existing files are replaced",
+    )
+    parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt")
+    parser.add_argument("--seed", type=int, help="seed of the first picture, then seed + 1, ...")
+    parser.add_argument("--steps", type=int, help="denoising steps; default: the pipeline's")
+    parser.add_argument("--height", type=int, help="default: as compiled")
+    parser.add_argument("--width", type=int, help="default: as compiled")
+    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's")
+    parser.add_argument(
+        "--max-sequence-length", type=int, help="text tokens; default: the pipeline's"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as compiled")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write every step as JSON")
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="run the compiled code of an artifact that was not built on this machine",
+    )
+    add_policy_arguments(parser)
+
+
+def _run(args: argparse.Namespace) -> Outcome:
+    paths = output_paths(args.output, len(args.prompt) * args.num_images)
+    seed = random.randrange(2**31) if args.seed is None else args.seed  # noqa: S311 - no secret
+    from ddit_rt.artifact import read_manifest
+
+    # Before the model: a missing artifact should not cost the minutes of loading one.
+    manifest = read_manifest(args.artifact)
+    pipeline = load_pipeline(args.model, args.dtype or manifest.dtype)
+    import ddit_rt
+
+    engine = ddit_rt.load(args.artifact, pipeline, trust_code=args.trust_code)
+    policy = choose_policy(args.policy, args.tau, args.rho, engine.default_policy)
+    prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
+    arguments = _pipeline_arguments(args)
+    pictures = [
+        _generate(engine, policy, prompt, seed + index, path, arguments)
+        for index, (prompt, path) in enumerate(zip(prompts, paths, strict=True))
+    ]
+    data = {"artifact": str(args.artifact), "policy": policy.to_dict(), "pictures": pictures}
+    if args.trace is not None:
+        _write_json(args.trace, data)
+    return Outcome(data=_without_traces(data), text=_text(pictures))
+
+
+def output_paths(output: Path, count: int) -> list[Path]:
+    """Where `count` pictures go; the folder is made.
+
+    Raises:
+        ValueError: No pictures, or a file type that cannot be written.
+    """
+    if count < 1:
+        raise ValueError("got --num-images below 1; ask for at least one picture per prompt")
+    if output.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"cannot write {output}: the name must end in {', '.join(_SUFFIXES)}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if count == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{index}") for index in range(1, count + 1)]
+
+
+def _pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the pipeline's call that were given; the others keep its defaults."""
+    given = {
+        "num_inference_steps": args.steps,
+        "height": args.height,
+        "width": args.width,
+        "guidance_scale": args.guidance_scale,
+        "max_sequence_length": args.max_sequence_length,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    text = embedded_defaults(args.model).get("max_sequence_length")
+    return given if text is None else {"max_sequence_length": text, **given}
+
+
+def _generate(
+    engine: Engine,
+    policy: PatchPolicy,
+    prompt: str,
+    seed: int,
+    path: Path,
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
+    """One picture in its own run, so that it can be made again alone, with its seed."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    started = time.perf_counter()
+    image = engine(prompt, patch_policy=policy, generator=generator, **arguments).images[0]
+    seconds = time.perf_counter() - started
+    image.save(path)
+    trace = engine.last_trace
+    assert trace is not None, "a run that returned has a trace"
+    return {
+        "path": str(path),
+        "prompt": prompt,
+        "seed": seed,
+        "height": image.height,
+        "width": image.width,
+        "seconds": seconds,
+        "tokens": trace.tokens,
+        "patch_sizes": trace.patch_sizes(),
+        "trace": trace.to_dict(),
+    }
+
+
+def _without_traces(data: dict[str, Any]) -> dict[str, Any]:
+    pictures = [
+        {key: value for key, value in picture.items() if key != "trace"}
+        for picture in data["pictures"]
+    ]
+    return {**data, "pictures": pictures}
+
+
+def _text(pictures: list[dict[str, Any]]) -> str:
+    return "\n".join(
+        f"{picture['path']}  {picture['seconds']:.2f} s  seed {picture['seed']}  "
+        f"{run_lengths(picture['patch_sizes'])}"
+        for picture in pictures
+    )
+
+
+def run_lengths(patch_sizes: list[str]) -> str:
+    """`["4p", "4p", "p"]` as `"2 x 4p, 1 x p"`."""
+    runs: list[tuple[str, int]] = []
+    for size in patch_sizes:
+        if runs and runs[-1][0] == size:
+            runs[-1] = (size, runs[-1][1] + 1)
+        else:
+            runs.append((size, 1))
+    return ", ".join(f"{count} x {size}" for size, count in runs)
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+GENERATE = Command(
+    name="generate",
+    summary="Generate pictures with a compiled model.",
+    examples=(
+        'ddit-rt generate demo.ddit --model demo --prompt "a red circle on plain blue" -o a.png',
+        "ddit-rt generate flux.ddit --model black-forest-labs/FLUX.1-dev --dtype bfloat16 \\",
+        '    --prompt "a zebra in tall grass" "a blue vase" --seed 7 --policy dynamic --tau 0.001',
+        'ddit-rt generate flux.ddit --model ./flux --prompt "a fox" --policy 4p:0.2,2p:0.4,p \\',
+        "    --trace fox.json -o fox.png",
+    ),
+    add_arguments=_add_arguments,
+    run=_run,
+)

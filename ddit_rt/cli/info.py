@@ -1,0 +1,157 @@
+"""`ddit-rt info`: what an artifact holds. Executes nothing of it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddit_rt.cli.command import Command, Outcome
+from ddit_rt.cli.models import MODEL_HELP, load_pipeline
+
+if TYPE_CHECKING:
+    from ddit_rt.artifact import Artifact, Manifest
+
+_MIB = 2**20
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="what compile wrote")
+    parser.add_argument(
+        "--model",
+        help=f"also check against this model, and count its memory: {MODEL_HELP}",
+    )
+
+
+def _run(args: argparse.Namespace) -> Outcome:
+    from ddit_rt.artifact import is_trusted, mismatches, open_artifact
+
+    # Verifies hash sums; trust matters to loading code, and none is loaded here.
+    artifact = open_artifact(args.artifact, trust_code=True)
+    manifest = artifact.manifest
+    memory: dict[str, Any] = {
+        "packages_bytes": sum(entry.bytes for entry in manifest.packages.values()),
+        "files_bytes": sum(entry.bytes for entry in manifest.files.values()),
+    }
+    if args.model is None:
+        problems = _machine_mismatches(manifest)
+    else:
+        pipeline = load_pipeline(args.model, manifest.dtype)
+        problems = mismatches(manifest, pipeline.transformer)
+        if not problems:
+            memory |= _model_memory(artifact, pipeline)
+    data = {
+        "artifact": str(args.artifact),
+        "digest": manifest.digest,
+        "trusted": is_trusted(manifest.digest),
+        "fits": not problems,
+        "mismatches": problems,
+        "checked_against": "machine" if args.model is None else "machine and model",
+        "default_policy": _default_policy(manifest),
+        "memory": memory,
+        "manifest": asdict(manifest),
+    }
+    return Outcome(data=data, text=_text(data))
+
+
+def _machine_mismatches(manifest: Manifest) -> list[str]:
+    import torch
+
+    from ddit_rt.artifact import Environment
+
+    wants_cuda = manifest.environment.device == "cuda" and torch.cuda.is_available()
+    device = torch.device("cuda" if wants_cuda else "cpu")
+    return manifest.environment.mismatches(Environment.current(device))
+
+
+def _default_policy(manifest: Manifest) -> dict[str, Any]:
+    from ddit_rt.patch_scheduler import DDiTPolicy
+
+    return manifest.policy or DDiTPolicy().to_dict()
+
+
+def _model_memory(artifact: Artifact, pipeline: Any) -> dict[str, Any]:
+    from ddit_rt.pipeline.memory import memory_of
+
+    return asdict(memory_of(artifact, pipeline))
+
+
+def _text(data: dict[str, Any]) -> str:
+    manifest, memory = data["manifest"], data["memory"]
+    built = manifest["environment"]
+    buckets = ", ".join(f"{entry['patch']} ({entry['method']})" for entry in manifest["buckets"])
+    ranges = ", ".join(
+        f"{name} {low} to {high}" for name, (low, high) in manifest["ranges"].items()
+    )
+    defaults = ", ".join(f"{k}={v}" for k, v in manifest["pipeline_defaults"].items()) or "none"
+    lines = [
+        f"{data['artifact']}  (digest {data['digest'][:16]})",
+        f"  model        {manifest['transformer_class']}, {manifest['dtype']}",
+        f"  family       {manifest['family']}",
+        f"  buckets      {buckets}",
+        f"  ranges       {ranges}",
+        f"  defaults     {defaults}",
+        f"  policy       {_policy_text(data['default_policy'])}",
+        f"  built with   ddit_rt {manifest['project_version']}, torch {built['torch_version']}",
+        f"  built for    {built['device']}, {built['machine']}, {built['cpu_capability']}",
+        f"  trusted      {_trust_text(data['trusted'])}",
+        *_fit_lines(data),
+        f"  packages     {memory['packages_bytes'] / _MIB:.1f} MiB",
+        *(
+            f"    {name}  {entry['bytes'] / _MIB:.1f} MiB  sha256 {entry['sha256'][:16]}"
+            for name, entry in manifest["packages"].items()
+        ),
+        *_memory_lines(memory),
+    ]
+    return "\n".join(lines)
+
+
+def _policy_text(policy: dict[str, Any]) -> str:
+    fields = ", ".join(f"{name}={value}" for name, value in policy.items() if name != "policy")
+    return f"{policy['policy']}({fields})"
+
+
+def _trust_text(trusted: bool) -> str:
+    if trusted:
+        return "yes: this user saved it on this machine"
+    return "no: loading it runs its native code, and needs --trust-code"
+
+
+def _fit_lines(data: dict[str, Any]) -> list[str]:
+    checked = data["checked_against"]
+    if data["fits"]:
+        return [f"  fits         yes ({checked})"]
+    return [f"  fits         no ({checked})", *(f"    {text}" for text in data["mismatches"])]
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[str]:
+    if "weights_bytes" not in memory:
+        return ["  weights      shared with the model, not in the artifact (--model counts them)"]
+    lines = [
+        f"  weights      {memory['weights_bytes'] / _MIB:.1f} MiB, shared with the model",
+        f"  state        of one run, {_conditions(memory)}:",
+    ]
+    lines += [
+        f"    {entry['patch']:<4} {entry['tokens']:6d} tokens  {entry['bytes'] / _MIB:.2f} MiB"
+        for entry in memory["buckets"]
+    ]
+    return lines
+
+
+def _conditions(memory: dict[str, Any]) -> str:
+    size = f"{memory['height']} x {memory['width']}"
+    return f"{size}, {memory['text_tokens']} text tokens, {memory['steps']} steps, batch 1"
+
+
+INFO = Command(
+    name="info",
+    summary="Show what an artifact holds and whether it fits, without running its code.",
+    examples=(
+        "ddit-rt info demo.ddit",
+        "ddit-rt info demo.ddit --model demo",
+        "ddit-rt info flux.ddit --json | jq .mismatches",
+    ),
+    add_arguments=_add_arguments,
+    run=_run,
+)

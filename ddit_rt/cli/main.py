@@ -1,0 +1,121 @@
+"""Parses the command line, runs one command, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+from ddit_rt.cli.command import EXIT_CODES, Command, ExitCode
+from ddit_rt.cli.compile import COMPILE
+from ddit_rt.cli.demo import DEMO
+from ddit_rt.cli.generate import GENERATE
+from ddit_rt.cli.info import INFO
+from ddit_rt.errors import ArtifactError, CompileError, RunCancelled
+
+COMMANDS: tuple[Command, ...] = (DEMO, COMPILE, GENERATE, INFO)
+
+_CALLER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
+"""What a user can cause: bad values, unreadable or missing files, a missing extra."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `ddit-rt`.
+
+    Args:
+        argv: Arguments without the program's name; by default those of the process.
+
+    Returns:
+        An `ExitCode`.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        return _execute(args)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last line of defence
+        if args.debug:
+            traceback.print_exc()
+        code, message = explain(error)
+        sys.stderr.write(f"ddit-rt {args.command.name}: {message}\n")
+        return int(code)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `ddit-rt` and its commands."""
+    from ddit_rt.version import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="ddit-rt",
+        description="Low-latency inference for diffusion transformers with dynamic patch sizes.",
+        epilog=f"ddit-rt COMMAND --help shows options and examples.\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ddit-rt {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.summary,
+            epilog=command.epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(subparser)
+        subparser.add_argument("--json", action="store_true", help="print the result as JSON")
+        subparser.add_argument("--debug", action="store_true", help="show tracebacks")
+        subparser.set_defaults(command=command)
+    return parser
+
+
+def explain(error: BaseException) -> tuple[ExitCode, str]:
+    """Exit code and one line for an error."""
+    message = " ".join(str(error).split())
+    if isinstance(error, (KeyboardInterrupt, RunCancelled)):
+        return ExitCode.INTERRUPTED, "interrupted"
+    if isinstance(error, ArtifactError):
+        return ExitCode.ARTIFACT, message
+    if isinstance(error, _CALLER_ERRORS):
+        return ExitCode.USAGE, message
+    if isinstance(error, CompileError):
+        return ExitCode.INTERNAL, message
+    hint = "run again with --debug for the traceback"
+    return ExitCode.INTERNAL, f"internal error: {type(error).__name__}: {message}; {hint}"
+
+
+def _execute(args: argparse.Namespace) -> int:
+    command: Command = args.command
+    with _plain_warnings(), contextlib.redirect_stdout(sys.stderr):
+        outcome = command.run(args)
+    if args.json:
+        sys.stdout.write(json.dumps(outcome.data, indent=2, allow_nan=False) + "\n")
+    else:
+        sys.stdout.write(outcome.text.rstrip("\n") + "\n")
+    return int(ExitCode.OK)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Shows warnings as one line, without the source line that raised them."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        del category, filename, lineno, file, line
+        sys.stderr.write(f"warning: {' '.join(str(message).split())}\n")
+
+    with warnings.catch_warnings():
+        replaced: Any = show
+        warnings.showwarning = replaced
+        yield

@@ -1,0 +1,71 @@
+"""Loading the diffusers pipeline that a command names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+EMBEDDED = "demo"
+"""The model name that stands for the pipeline inside the package."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+MODEL_HELP = "a diffusers folder, a Hub name, or 'demo' for the model inside the package"
+
+
+def load_pipeline(model: str, dtype: str | None = None) -> Any:
+    """A diffusers pipeline, of the class that its own index names.
+
+    Args:
+        model: A folder written by `save_pretrained`, a Hub name, or `"demo"`.
+        dtype: One of `DTYPES`; by default float32.
+
+    Raises:
+        ValueError: A folder that holds no pipeline, or a package without the demo model.
+        OSError: Neither a folder nor a name that the Hub knows.
+    """
+    from transformers.utils import logging
+
+    # At import it reports optional image backends that no text-to-image pipeline needs.
+    logging.set_verbosity_error()
+    import torch
+    from diffusers import DiffusionPipeline
+
+    source = _embedded_path() if model == EMBEDDED else model
+    if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
+        raise ValueError(
+            f"{source} is a folder without model_index.json; give the folder of a whole pipeline, "
+            "as pipeline.save_pretrained writes it"
+        )
+    wanted = torch.float32 if dtype is None else getattr(torch, dtype)
+    pipeline = DiffusionPipeline.from_pretrained(source, dtype=wanted)
+    if pipeline.dtype is not wanted:  # a release that knows the argument by its older name
+        pipeline.to(wanted)
+    return pipeline
+
+
+def embedded_defaults(model: str) -> dict[str, int]:
+    """Call arguments that the embedded model was trained with; empty for any other model."""
+    if model != EMBEDDED:
+        return {}
+    from ddit_rt.demo.pictures import PictureConfig
+    from ddit_rt.demo.prompts import MAX_SEQUENCE_LENGTH
+
+    size = PictureConfig()
+    return {
+        "height": size.height,
+        "width": size.width,
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+    }
+
+
+def _embedded_path() -> str:
+    from ddit_rt.demo import model_path
+
+    path = model_path()
+    if not path.is_dir():
+        raise ValueError(
+            f"this installation lacks the demo model ({path}); install ddit_rt from a complete "
+            "source tree or wheel, or name another model"
+        )
+    return str(path)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ddit_rt.cli import main
+
+
+def test_artifact_records_size_and_patch_sizes(artifact: Path) -> None:
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert manifest["pipeline_defaults"] == {"height": 32, "width": 48}
+    assert [bucket["patch"] for bucket in manifest["buckets"]] == ["p", "2p"]
+
+
+def test_file_in_the_way_is_exit_2_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    assert main(["compile", "no-such-model", "-o", str(path)]) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+
+
+def test_folder_in_the_way_is_exit_2_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(["compile", "no-such-model", "-o", str(tmp_path)]) == 2
+    assert "holds other files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--patch-sizes", "2p,4p"], '"p", the model\'s own, must be among them'),
+        (["--patch-sizes", "p,3p"], "powers of two"),
+        (["--height", "2"], "smallest picture"),
+        (["--adapter", "no-such-folder"], "no-such-folder"),
+    ],
+)
+def test_bad_request_is_exit_2(
+    model_folder: Path,
+    tmp_path: Path,
+    extra: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "a.ddit"
+    assert main(["compile", str(model_folder), "-o", str(out), *extra]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err.splitlines()[-1]
+    assert not out.exists()

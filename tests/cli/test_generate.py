@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ddit_rt.cli import main
+from ddit_rt.cli.generate import output_paths, run_lengths
+
+
+@pytest.fixture
+def generate(artifact: Path, model_folder: Path) -> list[str]:
+    """Arguments of a short run."""
+    model = ["--model", str(model_folder), "--trust-code", "--max-sequence-length", "8"]
+    return ["generate", str(artifact), *model, "--steps", "4", "--prompt", "a zebra"]
+
+
+def test_picture_has_the_compiled_size(generate: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "zebra.png"
+    assert main([*generate, "-o", str(path), "--seed", "3"]) == 0
+    with Image.open(path) as image:
+        assert image.size == (48, 32)
+
+
+def test_several_prompts_are_numbered_and_traced(
+    generate: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.json"
+    out = ["-o", str(tmp_path / "a.jpg"), "--trace", str(trace), "--json"]
+    assert main([*generate, "a fox", "--seed", "5", "--policy", "2p:0.5,p", *out]) == 0
+    result = json.loads(capsys.readouterr().out)
+    pictures = result["pictures"]
+    assert [Path(picture["path"]).name for picture in pictures] == ["a-1.jpg", "a-2.jpg"]
+    assert [picture["prompt"] for picture in pictures] == ["a zebra", "a fox"]
+    assert [picture["seed"] for picture in pictures] == [5, 6]
+    assert pictures[0]["patch_sizes"] == ["2p", "2p", "p", "p"]
+    assert result["policy"]["policy"] == "StaticPolicy"
+    traced = json.loads(trace.read_text())["pictures"][1]["trace"]
+    assert [step["tokens"] for step in traced["steps"]] == [6, 6, 24, 24]
+    assert "trace" not in pictures[0]
+
+
+def test_seed_repeats_a_picture(generate: list[str], tmp_path: Path) -> None:
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    both = ["--num-images", "2", "--seed", "1"]
+    assert main([*generate, "-o", str(first), *both]) == 0
+    assert main([*generate, "-o", str(again), "--seed", "2"]) == 0
+    assert (tmp_path / "first-2.png").read_bytes() == again.read_bytes()
+    assert (tmp_path / "first-1.png").read_bytes() != again.read_bytes()
+
+
+def test_size_can_differ_from_the_compiled_one(generate: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    size = ["--height", "64", "--width", "64", "--policy", "static"]
+    assert main([*generate, "-o", str(path), *size]) == 0
+    with Image.open(path) as image:
+        assert image.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["-o", "picture.txt"], "must end in .png"),
+        (["--num-images", "0"], "at least one picture"),
+        (["--policy", "quick"], "fine, static, dynamic"),
+        (["--policy", "8p:0.5,p"], "offer only"),
+        (["--rho", "1.5"], "rho=1.5"),
+    ],
+)
+def test_bad_request_is_one_line_and_exit_2(
+    generate: list[str],
+    extra: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*generate, "--json", *extra]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("ddit-rt generate: ")
+    assert message in last
+    assert "Traceback" not in captured.err
+
+
+def test_untrusted_artifact_is_exit_3(
+    generate: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate.remove("--trust-code")
+    assert main([*generate, "-o", str(tmp_path / "a.png")]) == 3
+    assert "native code" in capsys.readouterr().err
+
+
+def test_other_weights_are_exit_3(
+    generate: list[str],
+    model_folder: Path,
+    other_model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    generate[generate.index(str(model_folder))] = str(other_model_folder)
+    assert main([*generate, "-o", str(tmp_path / "a.png")]) == 3
+    assert "other weights" in capsys.readouterr().err
+
+
+def test_missing_artifact_is_exit_3(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(model_folder), "--prompt", "a", "-o", str(tmp_path / "a.png")]
+    assert main(["generate", str(tmp_path / "none.ddit"), *arguments]) == 3
+    assert "is not an artifact" in capsys.readouterr().err
+
+
+def test_folder_without_a_pipeline_is_exit_2(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(tmp_path), "--prompt", "a", "-o", str(tmp_path / "a.png")]
+    assert main(["generate", str(artifact), *arguments]) == 2
+    assert "model_index.json" in capsys.readouterr().err
+
+
+def test_output_paths_number_only_several(tmp_path: Path) -> None:
+    assert output_paths(tmp_path / "a.png", 1) == [tmp_path / "a.png"]
+    assert output_paths(tmp_path / "a.png", 2) == [tmp_path / "a-1.png", tmp_path / "a-2.png"]
+
+
+def test_run_lengths() -> None:
+    assert run_lengths(["4p", "4p", "p", "4p"]) == "2 x 4p, 1 x p, 1 x 4p"
+    assert run_lengths([]) == ""

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddit_rt.cli import main
+
+
+def info(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["info", *map(str, arguments), "--json"]) == 0
+    data: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return data
+
+
+def test_json_tells_what_the_artifact_holds(
+    artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = info(capsys, artifact)
+    assert data["fits"] is True
+    assert data["mismatches"] == []
+    assert data["trusted"] is False
+    assert data["manifest"]["family"] == "flux"
+    assert data["default_policy"]["policy"] == "DDiTPolicy"
+    packages = data["manifest"]["packages"]
+    on_disk = sum(path.stat().st_size for path in artifact.rglob("*.pt2"))
+    assert data["memory"]["packages_bytes"] == on_disk
+    assert sum(entry["bytes"] for entry in packages.values()) == on_disk
+
+
+def test_model_adds_memory_counts(
+    artifact: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = info(capsys, artifact, "--model", model_folder)
+    memory = data["memory"]
+    assert data["fits"] is True
+    assert [bucket["tokens"] for bucket in memory["buckets"]] == [24, 6]
+    assert (memory["height"], memory["width"]) == (32, 48)
+    # cos and sin, 16 wide, of 512 text and 24 image tokens, and 50 modulations of width 32.
+    assert memory["buckets"][0]["bytes"] == 4 * (2 * (512 + 24) * 16 + 50 * 32)
+
+
+def test_other_model_is_named_as_mismatch_with_a_remedy(
+    artifact: Path, other_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = info(capsys, artifact, "--model", other_model_folder)
+    assert data["fits"] is False
+    assert "compile again" in data["mismatches"][0]
+
+
+def test_nothing_of_the_artifact_is_executed(
+    artifact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("info loaded a package")
+
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", refuse)
+    assert main(["info", str(artifact)]) == 0
+    text = capsys.readouterr().out
+    assert "--trust-code" in text
+    assert "FluxTransformerBlock" in text
+
+
+def test_altered_package_is_exit_3(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy.ddit"
+    shutil.copytree(artifact, copy)
+    package = next(copy.rglob("*.pt2"))
+    package.write_bytes(package.read_bytes()[:-1] + b"x")
+    assert main(["info", str(copy), "--json"]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "SHA-256" in captured.err
