@@ -4,10 +4,11 @@
 
 Sizes are those of FLUX at 1024 x 1024: latents 16 x 128 x 128, batch 1 and 4. Contenders take turns
 within a round, so that a change of the machine's speed meets all of them; every one uses the same
-number of threads. `best_us` is the least time of a call, the figure to compare on a shared
-machine; `median_us` and the quartiles show the spread. The copy moves as many bytes as the op must
-read and write at least: `Tensor.clone` for pack, whose result is new memory too, else
-`Tensor.copy_`.
+number of threads. With one thread the clock is that thread's CPU time, which other processes do
+not inflate; with more it is wall time, which needs an idle machine. `best_us` is the least time of
+a call, the figure to compare; `median_us` and the quartiles show the spread. The copy moves as many
+bytes as the op must read and write at least: `Tensor.clone` for pack, whose result is new memory
+too, else `Tensor.copy_`.
 """
 
 from __future__ import annotations
@@ -174,18 +175,23 @@ def cases(batch: int) -> list[Case]:
     ]
 
 
-def time_calls(call: Call, seconds: float) -> list[float]:
+def clock_of(threads: int) -> Callable[[], float]:
+    """Seconds of CPU time for one thread, wall seconds for more."""
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def time_calls(call: Call, seconds: float, clock: Callable[[], float]) -> list[float]:
     """Times of single calls, in microseconds, for about this long and at least once."""
     times: list[float] = []
-    begin = time.perf_counter()
-    while not times or time.perf_counter() - begin < seconds:
-        start = time.perf_counter()
+    begin = clock()
+    while not times or clock() - begin < seconds:
+        start = clock()
         call()
-        times.append((time.perf_counter() - start) * 1e6)
+        times.append((clock() - start) * 1e6)
     return times
 
 
-def measure(case: Case, rounds: int) -> dict[str, Timing]:
+def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, Timing]:
     """Warms every contender up, then lets them take turns."""
     times: dict[str, list[float]] = {name: [] for name in case.contenders}
     for call in case.contenders.values():
@@ -193,7 +199,7 @@ def measure(case: Case, rounds: int) -> dict[str, Timing]:
             call()
     for _ in range(rounds):
         for name, call in case.contenders.items():
-            times[name] += time_calls(call, ROUND_SECONDS)
+            times[name] += time_calls(call, ROUND_SECONDS, clock)
     return {name: summarise(values) for name, values in times.items()}
 
 
@@ -262,7 +268,9 @@ def main() -> None:
         torch.set_num_threads(threads)
         torch.compiler.reset()  # compiled code is specialised to the number of threads
         all_cases = [*cases(1), *cases(4), overhead_case()]
-        entries += [report(case, threads, measure(case, arguments.rounds)) for case in all_cases]
+        for case in all_cases:
+            timings = measure(case, arguments.rounds, clock_of(threads))
+            entries.append(report(case, threads, timings))
     results["results"] = entries
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -93,6 +93,21 @@ fingerprint() {
   ) | sha256sum | cut -d' ' -f1
 }
 
+stamp_of() { echo "$venv/ddit_rt-${1//[^a-z]/-}.stamp"; }
+
+# Whether these extras, or ones that include them, were installed from what is here now.
+is_installed() {
+  local wanted=("$extras") current one
+  if [[ "$extras" == demo ]]; then wanted+=(test); fi
+  if [[ "$extras" != *dev* ]]; then wanted+=(test,dev); fi
+  [[ -x "$venv/bin/python" ]] || return 1
+  current="$(fingerprint)"
+  for one in "${wanted[@]}"; do
+    if [[ "$(cat "$(stamp_of "$one")" 2>/dev/null)" == "$current" ]]; then return 0; fi
+  done
+  return 1
+}
+
 install_package() {
   local python="$venv/bin/python" constraints="$venv/ddit_rt-constraints.txt"
   # First and alone: a resolver that sees several packages at once may choose another PyTorch, and
@@ -114,7 +129,7 @@ install_package() {
 }
 
 main() {
-  local python stamp
+  local python
   if is_recent_python "$venv/bin/python"; then
     python="$venv/bin/python"
   else
@@ -122,15 +137,13 @@ main() {
   Remove it and start again."; fi
     python="$(find_python)"
   fi
-  stamp="$venv/ddit_rt-${extras//[^a-z]/-}.stamp"
-  if [[ -f "$stamp" && "$(<"$stamp")" == "$(fingerprint)" ]]; then return; fi
+  if is_installed; then return; fi
   check_compiler
   check_headers "$python"
   check_disk "$python"
   if [[ ! -e "$venv" ]]; then make_venv "$python"; fi
-  rm -f "$venv"/ddit_rt-*.stamp
   install_package
-  fingerprint >"$stamp"
+  fingerprint >"$(stamp_of "$extras")"
   say "ready: $venv"
 }
 
