@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from contenders import all_contenders, all_pictures
-from ddit_rt.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
 from diffusers import FluxPipeline
 from tables import update_readme
 from tqdm.auto import tqdm
 
 from ddit_rt.demo import model_path
 from ddit_rt.demo.measure import Batch, Contender, Sample, measure
+from ddit_rt.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
 from ddit_rt.demo.quality import fidelity
 from ddit_rt.demo.report import machine, model_entry, versions
 from ddit_rt.demo.run import DemoConfig, prepare_engine

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ddit_rt.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor
 
@@ -36,6 +35,7 @@ import ddit_rt
 from ddit_rt import ops
 from ddit_rt.demo import model_path
 from ddit_rt.demo.measure import Batch, engine_contender
+from ddit_rt.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
 from ddit_rt.demo.report import machine, versions
 from ddit_rt.executor import CpuExecutor, RunPlan
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, Schedule, StaticPolicy

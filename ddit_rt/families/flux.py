@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ddit_rt import ops
-from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.errors import ShapeError
 from ddit_rt.families.base import (
     BATCH,
     IMAGE,
@@ -29,15 +29,9 @@ from ddit_rt.families.base import (
     Runner,
     TensorSpec,
 )
+from ddit_rt.families.calls import batch_of, bind_call, check_inputs, check_shape, refuse_ignored
 
 _PATCH = 2
-_REFUSED_ARGUMENTS = {
-    "ip_adapter_image": "IP-Adapter images",
-    "ip_adapter_image_embeds": "IP-Adapter embeddings",
-    "negative_ip_adapter_image": "IP-Adapter images",
-    "negative_ip_adapter_image_embeds": "IP-Adapter embeddings",
-    "joint_attention_kwargs": "joint_attention_kwargs",
-}
 
 
 class FluxFamily(Family):
@@ -122,7 +116,7 @@ class FluxFamily(Family):
                 "takes no guidance; leave `guidance` out"
             )
         for name, shape in expected.items():
-            _check_shape(name, conditioning.get(name), shape)
+            check_shape(name, conditioning.get(name), shape)
 
     def embed_text(self, transformer: Any, conditioning: Mapping[str, Tensor]) -> Tensor:
         """See `Family.embed_text`."""
@@ -235,11 +229,11 @@ class FluxFamily(Family):
 
     def prepare(self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]) -> PreparedCall:
         """See `Family.prepare`; follows `FluxPipeline.__call__` up to its section 6."""
-        call = _bind(pipeline, arguments)
-        _refuse(call)
+        call = bind_call(pipeline, arguments)
+        refuse_ignored(call)
         size = pipeline.default_sample_size * pipeline.vae_scale_factor
         height, width = call["height"] or size, call["width"] or size
-        _check_inputs(pipeline, call, height, width)
+        check_inputs(pipeline, call, height, width)
         pipeline._guidance_scale = call["guidance_scale"]
         pipeline._joint_attention_kwargs = {}
         pipeline._current_timestep = None
@@ -254,13 +248,22 @@ class FluxFamily(Family):
             num_images_per_prompt=call["num_images_per_prompt"],
             max_sequence_length=call["max_sequence_length"],
         )
-        shape = self.latent_shape(pipeline, height, width, _batch(call))
+        shape = self.latent_shape(pipeline, height, width, batch_of(call))
+        if call["latents"] is not None:
+            check_shape("latents", call["latents"], _packed_shape(shape))
         if embeds.shape[0] == 1:
             # Given embeddings are not repeated for `num_images_per_prompt`; diffusers broadcasts.
             embeds = embeds.expand(shape[0], -1, -1)
             pooled = pooled.expand(shape[0], -1)
         packed, _ = pipeline.prepare_latents(
-            shape[0], shape[1], height, width, embeds.dtype, device, *_noise(call, shape)
+            shape[0],
+            shape[1],
+            height,
+            width,
+            embeds.dtype,
+            device,
+            call["generator"],
+            call["latents"],
         )
         latents = ops.unpack(packed.contiguous(), _PATCH, shape[2], shape[3]).float()
         grid = Grid(height=shape[2] // _PATCH, width=shape[3] // _PATCH)
@@ -301,8 +304,7 @@ class FluxFamily(Family):
     def from_callback(self, latents: Tensor, like: Tensor) -> Tensor:
         """See `Family.from_callback`."""
         height, width = like.shape[-2:]
-        expected = (like.shape[0], height * width // _PATCH**2, like.shape[1] * _PATCH**2)
-        _check_shape("latents", latents, expected)
+        check_shape("latents", latents, _packed_shape(like.shape))
         return ops.unpack(latents.to(like.dtype).contiguous(), _PATCH, height, width)
 
 
@@ -318,81 +320,7 @@ def _run_block(
     return text, hidden
 
 
-def _check_shape(name: str, value: Tensor | None, expected: Sequence[int | str]) -> None:
-    wanted = "[" + ", ".join(str(dim) for dim in expected) + "]"
-    if value is None:
-        raise ValueError(f"`{name}` is missing; this model needs it as a tensor {wanted}")
-    fits = value.ndim == len(expected) and all(
-        isinstance(dim, str) or dim == size for dim, size in zip(expected, value.shape, strict=True)
-    )
-    if not fits:
-        raise ShapeError(f"`{name}` has shape {list(value.shape)}; expected {wanted}")
-
-
-def _bind(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of the pipeline's call, defaults filled in; an unknown one is an error."""
-    signature = inspect.signature(type(pipeline).__call__)
-    unknown = sorted(set(arguments) - set(signature.parameters))
-    if unknown:
-        raise ValueError(
-            f"unknown arguments {unknown}; {type(pipeline).__name__} takes "
-            f"{[name for name in signature.parameters if name != 'self']}"
-        )
-    bound = signature.bind(pipeline, **arguments)
-    bound.apply_defaults()
-    return dict(bound.arguments)
-
-
-def _refuse(call: Mapping[str, Any]) -> None:
-    """Refuses, by name, the arguments that the compiled model could only ignore."""
-    for name, feature in _REFUSED_ARGUMENTS.items():
-        if call.get(name):
-            raise UnsupportedModelError(
-                f"got `{name}`: {feature} change the blocks that were compiled, and would be "
-                "ignored; leave the argument out, or call the diffusers pipeline itself"
-            )
-    negative = call["negative_prompt"] is not None or call["negative_prompt_embeds"] is not None
-    if call["true_cfg_scale"] > 1 and negative:
-        raise UnsupportedModelError(
-            f"got true_cfg_scale={call['true_cfg_scale']} with a negative prompt: this version "
-            "runs FLUX's distilled guidance (`guidance_scale`) only; leave true_cfg_scale at 1"
-        )
-
-
-def _check_inputs(pipeline: Any, call: Mapping[str, Any], height: int, width: int) -> None:
-    names = (
-        "negative_prompt",
-        "negative_prompt_2",
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-        "callback_on_step_end_tensor_inputs",
-        "max_sequence_length",
-    )
-    pipeline.check_inputs(
-        call["prompt"],
-        call["prompt_2"],
-        height,
-        width,
-        **{name: call[name] for name in names},
-    )
-
-
-def _batch(call: Mapping[str, Any]) -> int:
-    prompt = call["prompt"]
-    if prompt is None:
-        prompts = int(call["prompt_embeds"].shape[0])
-    else:
-        prompts = 1 if isinstance(prompt, str) else len(prompt)
-    return prompts * int(call["num_images_per_prompt"])
-
-
-def _noise(call: Mapping[str, Any], shape: tuple[int, int, int, int]) -> tuple[Any, Tensor | None]:
-    """Generator and initial latents of the call; latents are checked, since they travel packed."""
-    latents = call["latents"]
-    if latents is not None:
-        batch, channels, height, width = shape
-        expected = (batch, height * width // _PATCH**2, channels * _PATCH**2)
-        _check_shape("latents", latents, expected)
-    return call["generator"], latents
+def _packed_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of latents `[B, C, H, W]` as the pipeline packs them."""
+    batch, channels, height, width = shape
+    return batch, height * width // _PATCH**2, channels * _PATCH**2

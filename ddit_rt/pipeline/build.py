@@ -27,11 +27,18 @@ from ddit_rt.artifact import (
 )
 from ddit_rt.buckets import Runners, StepModel
 from ddit_rt.compilation import Progress, compile_blocks
-from ddit_rt.errors import ArtifactMismatchError, UnsupportedModelError
-from ddit_rt.families import Family, family_of
+from ddit_rt.errors import ArtifactMismatchError
+from ddit_rt.families import Family
 from ddit_rt.families.base import BlockType
-from ddit_rt.patch_scheduler import PatchPolicy, parse_patch, patch_name
+from ddit_rt.patch_scheduler import PatchPolicy, patch_name
 from ddit_rt.pipeline.engine import Engine
+from ddit_rt.pipeline.inputs import (
+    check_adapters,
+    check_size,
+    find_adapters,
+    parse_multiples,
+    unwrap,
+)
 from ddit_rt.pipeline.planning import CompiledModel
 from ddit_rt.version import __version__
 
@@ -81,10 +88,10 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     """
     if backend not in ("aot", "eager"):
         raise ValueError(f'got backend={backend!r}; use "aot" or "eager"')
-    pipeline, transformer, family = _unwrap(model)
-    multiples = _multiples(patch_sizes)
-    adapters = _adapters(adapter, family, transformer)
-    _check_adapters(adapters, multiples)
+    pipeline, transformer, family = unwrap(model)
+    multiples = parse_multiples(patch_sizes)
+    adapters = find_adapters(adapter, family, transformer)
+    check_adapters(adapters, multiples)
     ranges = ranges or TokenRanges()
     manifest = Manifest.describe(
         transformer,
@@ -98,7 +105,7 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         },
     )
     if pipeline is not None:
-        _check_size(family, pipeline, height, width, multiples, ranges)
+        check_size(family, pipeline, height, width, multiples, ranges)
     if backend == "eager":
         artifact = Artifact.unsaved(None, manifest)
     else:
@@ -167,7 +174,7 @@ def load(
             comes with its remedy.
         UntrustedArtifactError: See `trust_code`.
     """
-    pipeline, transformer, family = _unwrap(model)
+    pipeline, transformer, family = unwrap(model)
     artifact = open_artifact(path, trust_code=trust_code)
     problems = mismatches(artifact.manifest, transformer)
     if not check_weights:
@@ -176,7 +183,7 @@ def load(
         raise ArtifactMismatchError(
             f"{path} does not fit:\n" + "\n".join(f"  - {problem}" for problem in problems)
         )
-    multiples = _multiples([entry.patch for entry in artifact.manifest.buckets])
+    multiples = parse_multiples([entry.patch for entry in artifact.manifest.buckets])
     assert artifact.directory is not None, "an opened artifact has a folder"
     folder = artifact.directory / _ADAPTER_FOLDER
     adapters = load_adapters(folder, family, transformer) if folder.exists() else AdapterSet()
@@ -255,82 +262,6 @@ def _runner_maker(artifact: Artifact) -> MakeRunner:
         return load_runner(artifact.package(block_type.name, variant), block, lora=lora)
 
     return compiled if artifact.manifest.packages else eager
-
-
-def _unwrap(model: Any) -> tuple[Any, nn.Module, Family]:
-    """Pipeline (or None), transformer and family of what the user passed."""
-    if isinstance(model, nn.Module):
-        family = family_of(model)
-        _check_device(model)
-        return None, model, family
-    transformer = getattr(model, "transformer", None)
-    if not isinstance(transformer, nn.Module):
-        raise UnsupportedModelError(
-            f"got a {type(model).__name__}; pass a diffusers pipeline with a transformer, or the "
-            "transformer itself"
-        )
-    family = family_of(transformer)
-    _check_device(transformer)
-    if type(model).__name__ not in family.pipeline_classes:
-        raise UnsupportedModelError(
-            f"got a {type(model).__name__}; for this transformer the supported pipelines are "
-            f"{list(family.pipeline_classes)}. Compile the bare transformer to run its loop alone"
-        )
-    return model, transformer, family
-
-
-def _check_device(transformer: nn.Module) -> None:
-    devices = {parameter.device.type for parameter in transformer.parameters()}
-    if devices != {"cpu"}:
-        raise UnsupportedModelError(
-            f"the transformer is on {sorted(devices)}; this version runs on the CPU only: move "
-            'the pipeline there with pipe.to("cpu")'
-        )
-
-
-def _multiples(patch_sizes: Sequence[str | int]) -> tuple[int, ...]:
-    multiples = tuple(sorted({parse_patch(patch) for patch in patch_sizes}))
-    if not multiples or multiples[0] != 1:
-        raise ValueError(
-            f'got patch_sizes={list(patch_sizes)}; "p", the model\'s own, must be among them: the '
-            "last steps need it"
-        )
-    return multiples
-
-
-def _adapters(
-    adapter: str | Path | AdapterSet | None, family: Family, transformer: nn.Module
-) -> AdapterSet:
-    if adapter is None:
-        return AdapterSet()
-    if isinstance(adapter, AdapterSet):
-        return adapter
-    return load_adapters(adapter, family, transformer)
-
-
-def _check_adapters(adapters: AdapterSet, multiples: tuple[int, ...]) -> None:
-    unused = sorted(set(adapters.adapters) - set(multiples))
-    if unused:
-        raise ValueError(
-            f"the adapters are for {adapters.names}, but patch_sizes offers only "
-            f"{[patch_name(multiple) for multiple in multiples]}; add the sizes, or leave the "
-            "adapters out"
-        )
-
-
-def _check_size(
-    family: Family,
-    pipeline: Any,
-    height: int | None,
-    width: int | None,
-    multiples: tuple[int, ...],
-    ranges: TokenRanges,
-) -> None:
-    """Refuses a default picture size that could not run, before minutes of compiling."""
-    default = pipeline.default_sample_size * pipeline.vae_scale_factor
-    shape = family.latent_shape(pipeline, height or default, width or default, 1)
-    steps = StepModel(family=family, transformer=pipeline.transformer, base={})
-    CompiledModel(steps=steps, multiples=multiples, ranges=ranges).offered(shape[2], shape[3])
 
 
 def _bucket_entry(multiple: int, adapters: AdapterSet) -> BucketEntry:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ddit_rt.buckets import RunContext
 from ddit_rt.errors import RunCancelled, ShapeError, UnsupportedModelError
 from ddit_rt.executor import CpuExecutor, RunPlan, RunTrace, StepCallback
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, policy_from_dict
+from ddit_rt.pipeline.callbacks import pipeline_callback, with_progress
 from ddit_rt.pipeline.lora import FusedLora, refuse_unfused_lora
 from ddit_rt.pipeline.planning import CompiledModel, plan_run
 from ddit_rt.solver import SolverTable, probe_scheduler
@@ -96,7 +97,9 @@ class Engine:
             final = self._run(
                 plan,
                 call.latents,
-                self._pipeline_callback(scheduler, context, arguments),
+                pipeline_callback(
+                    self.pipeline, self._compiled.steps, scheduler, context, arguments
+                ),
                 self.pipeline.progress_bar(total=call.num_inference_steps),
             )
             return call.finish(final)
@@ -240,7 +243,7 @@ class Engine:
             final, self.last_trace = self._executor.run(
                 plan,
                 latents,
-                on_step_end=_with_progress(on_step_end, bar),
+                on_step_end=with_progress(on_step_end, bar),
                 should_stop=self._should_stop,
             )
         if self._cancelled.is_set():
@@ -262,33 +265,6 @@ class Engine:
         )
         return interrupted or self._cancelled.is_set()
 
-    def _pipeline_callback(
-        self, scheduler: Any, context: RunContext, arguments: dict[str, Any]
-    ) -> StepCallback | None:
-        """Wraps `callback_on_step_end` so that it sees what it would see in the pipeline."""
-        user: Callable[..., dict[str, Any]] | None = arguments.get("callback_on_step_end")
-        if user is None:
-            return None
-        names = arguments.get("callback_on_step_end_tensor_inputs", ["latents"])
-        model, family = self._compiled.steps, self._compiled.steps.family
-        embeds = context.conditioning["encoder_hidden_states"]
-
-        def callback(step: int, latents: Tensor) -> Tensor | None:
-            self.pipeline._current_timestep = scheduler.timesteps[step]
-            seen = {"latents": family.to_callback(latents), "prompt_embeds": embeds}
-            given = {name: seen[name] for name in names}
-            changed = user(self.pipeline, step, scheduler.timesteps[step], dict(given)) or {}
-            new_embeds = changed.get("prompt_embeds")
-            if new_embeds is not None and new_embeds is not embeds:
-                conditioning = {**context.conditioning, "encoder_hidden_states": new_embeds}
-                context.text.copy_(family.embed_text(model.transformer, conditioning))
-            new_latents = changed.get("latents")
-            if new_latents is None or new_latents is given.get("latents"):
-                return None
-            return family.from_callback(new_latents, latents)
-
-        return callback
-
     def _solver(self, scheduler: Any) -> SolverTable:
         """The scheduler's table; probed once per schedule, since a server repeats few."""
         key = (
@@ -308,15 +284,3 @@ class Engine:
             if note not in self._announced:
                 self._announced.add(note)
                 warnings.warn(note, stacklevel=5)
-
-
-def _with_progress(callback: StepCallback | None, bar: Any) -> StepCallback | None:
-    if bar is None:
-        return callback
-
-    def advance(step: int, latents: Tensor) -> Tensor | None:
-        replacement = None if callback is None else callback(step, latents)
-        bar.update()
-        return replacement
-
-    return advance
