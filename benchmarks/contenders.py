@@ -35,7 +35,7 @@ def with_own_transformer(pipeline: Any) -> Any:
     does not see hooks which are added later.
     """
     original = pipeline.transformer
-    transformer = type(original).from_config(original.config).to(original.dtype).eval()
+    transformer = type(original).from_config(original.config).eval()
     transformer.load_state_dict(original.state_dict())
     copied = type(pipeline)(**{**pipeline.components, "transformer": transformer})
     copied.set_progress_bar_config(disable=True)
