@@ -40,7 +40,7 @@ def test_compile_blocks_reports_progress(
 ) -> None:
     """Two block types, one variant: told before the first package and after each."""
     monkeypatch.setattr("ddit_rt.compilation.blocks._compile", lambda *_: None)
-    monkeypatch.setattr("ddit_rt.compilation.blocks.os.replace", lambda *_: None)
+    monkeypatch.setattr(Path, "replace", lambda *_: None)
     progress: list[tuple[int, int, str]] = []
     compile_blocks(
         transformer,
