@@ -6,7 +6,6 @@ shared, so nothing else differs.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,8 +29,14 @@ PROBE_BATCHES = 2
 
 
 def with_own_transformer(pipeline: Any) -> Any:
-    """The same pipeline around a copy of its transformer."""
-    transformer = copy.deepcopy(pipeline.transformer)
+    """The same pipeline around a copy of its transformer.
+
+    Built anew: a deep copy would take along the hook registry that a run leaves behind, and that
+    does not see hooks which are added later.
+    """
+    original = pipeline.transformer
+    transformer = type(original).from_config(original.config).eval()
+    transformer.load_state_dict(original.state_dict())
     copied = type(pipeline)(**{**pipeline.components, "transformer": transformer})
     copied.set_progress_bar_config(disable=True)
     return copied

@@ -28,7 +28,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    pipeline = load_pipeline(EMBEDDED)
     from ddit_rt.demo.report import summary_table
     from ddit_rt.demo.run import DemoConfig, run_demo
 
@@ -39,7 +38,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         repeats=args.repeats,
         keep_artifact=args.keep_artifact,
     )
-    report = run_demo(pipeline, config)
+    report = run_demo(load_pipeline(EMBEDDED), config)
     files = f"wrote {args.out / 'grid.png'}, timeline.png and report.json beside it"
     return Outcome(data=report, text=f"{summary_table(report)}\n{files}")
 

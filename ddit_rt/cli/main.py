@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -91,6 +92,8 @@ def explain(error: BaseException) -> tuple[ExitCode, str]:
 
 def _execute(args: argparse.Namespace) -> int:
     command: Command = args.command
+    # At import it reports optional image backends that no text-to-image pipeline needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with _plain_warnings(), contextlib.redirect_stdout(sys.stderr):
         outcome = command.run(args)
     if args.json:

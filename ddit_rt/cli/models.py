@@ -24,10 +24,6 @@ def load_pipeline(model: str, dtype: str | None = None) -> Any:
         ValueError: A folder that holds no pipeline, or a package without the demo model.
         OSError: Neither a folder nor a name that the Hub knows.
     """
-    from transformers.utils import logging
-
-    # At import it reports optional image backends that no text-to-image pipeline needs.
-    logging.set_verbosity_error()
     import torch
     from diffusers import DiffusionPipeline
 

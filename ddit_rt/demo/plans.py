@@ -25,8 +25,7 @@ class Plan:
 
 
 # Tuned on the demo model at 24 steps: fine first steps fix the layout that the other pictures are
-# compared with, and 7e-4 lies between the scores of plain and of textured backgrounds. 4p is left
-# out: the model never saw pictures that small.
+# compared with, and 7e-4 lies between the scores of plain and of textured backgrounds.
 _STATIC = StaticPolicy("p:0.35,2p:0.45,p")
 _DYNAMIC = DDiTPolicy(
     tau={"2p": 7e-4}, warmup="fine", warmup_steps=4, dwell=3, monotone=False, fine_tail=5

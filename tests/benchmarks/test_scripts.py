@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def strict(path: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    data: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse)
+    return data
+
+
+def test_overhead_of_a_null_model_is_reported(tmp_path: Path) -> None:
+    bench = import_module("bench_overhead")
+    entry = bench.step_times((1, 4, 16, 16), steps=6, rounds=2)
+    times = entry["microseconds"]
+    assert set(times) == {"dynamic", "fine", "diffusers", "scores", "decide", "solver"}
+    assert all(0 < value["min"] <= value["median"] <= value["max"] for value in times.values())
+    out = tmp_path / "overhead.json"
+    assert bench.main(["--no-model", "--rounds", "1", "--steps", "5", "--out", str(out)]) == 0
+    assert strict(out)["schema_version"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_quick_run_compares_all_contenders(tmp_path: Path) -> None:
+    out = tmp_path / "quick.json"
+    arguments = ["--quick", "--batches", "1", "--out", str(out)]
+    assert import_module("bench_cpu").main(arguments) == 0
+    rows = {row["name"]: row for row in strict(out)["batches"]["1"]}
+    assert list(rows) == [
+        "diffusers",
+        "torch_compile",
+        "first_block_cache",
+        "first_block_cache_best",
+        "fine",
+        "static",
+        "dynamic",
+        "fewer_steps",
+    ]
+    assert rows["diffusers"]["speedup_denoise"] == 1
+    assert rows["fine"]["ssim"] == pytest.approx(1)
+    # Eager and compiled diffusers and ours differ by rounding only.
+    assert rows["diffusers"]["ssim"] > 0.999
+    assert rows["torch_compile"]["ssim"] > 0.999
