@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.models import DTYPES, MODEL_HELP, embedded_defaults, load_pipeline
+from ddit_rt.cli.models import DTYPES, EMBEDDED, MODEL_HELP, embedded_defaults, load_pipeline
+
+if TYPE_CHECKING:
+    from ddit_rt.patch_scheduler import PatchPolicy
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,9 +48,19 @@ def _run(args: argparse.Namespace) -> Outcome:
         width=size["width"] if args.width is None else args.width,
         patch_sizes=sizes,
         adapter=args.adapter,
+        patch_policy=_embedded_policy(args.model),
     )
     path = engine.save(args.output)
     return _outcome(path)
+
+
+def _embedded_policy(model: str) -> PatchPolicy | None:
+    """The policy that was tuned on the embedded model; None, the library's, for any other."""
+    if model != EMBEDDED:
+        return None
+    from ddit_rt.demo.plans import DEMO_POLICY
+
+    return DEMO_POLICY
 
 
 def _check_output(path: Path) -> None:

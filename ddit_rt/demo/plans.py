@@ -27,7 +27,7 @@ class Plan:
 # Tuned on the demo model at 24 steps: fine first steps fix the layout that the other pictures are
 # compared with, and 7e-4 lies between the scores of plain and of textured backgrounds.
 _STATIC = StaticPolicy("p:0.35,2p:0.45,p")
-_DYNAMIC = DDiTPolicy(
+DEMO_POLICY = DDiTPolicy(
     tau={"2p": 7e-4}, warmup="fine", warmup_steps=4, dwell=3, monotone=False, fine_tail=5
 )
 
@@ -37,5 +37,5 @@ def demo_plans() -> tuple[Plan, ...]:
     return (
         Plan(name=FINE, label="all fine", policy=FinePolicy()),
         Plan(name=STATIC, label="static plan", policy=_STATIC),
-        Plan(name=DYNAMIC, label="dynamic", policy=_DYNAMIC),
+        Plan(name=DYNAMIC, label="dynamic", policy=DEMO_POLICY),
     )

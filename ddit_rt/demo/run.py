@@ -22,7 +22,7 @@ from ddit_rt.demo.measure import (
     measure,
     pipeline_contender,
 )
-from ddit_rt.demo.plans import FINE, Plan, demo_plans
+from ddit_rt.demo.plans import DEMO_POLICY, FINE, Plan, demo_plans
 from ddit_rt.demo.quality import Fidelity, fidelity
 from ddit_rt.demo.report import (
     SCHEMA_VERSION,
@@ -100,7 +100,9 @@ def prepare_engine(
         The engine, and the entry `compile` of the report.
     """
     started = time.perf_counter()
-    compiled = ddit_rt.compile(pipeline, height=config.height, width=config.width)
+    compiled = ddit_rt.compile(
+        pipeline, height=config.height, width=config.width, patch_policy=DEMO_POLICY
+    )
     seconds = time.perf_counter() - started
     compiled.save(path)
     started = time.perf_counter()
