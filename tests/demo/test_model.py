@@ -65,6 +65,7 @@ def test_latents_have_mean_zero_and_deviation_one(pipeline: FluxPipeline) -> Non
     assert abs(z.std() - 1) < 0.2
 
 
+@pytest.mark.slow
 def test_samples_show_their_captions(pipeline: FluxPipeline) -> None:
     prompts = held_out_prompts(24)
     pictures = pipeline(
