@@ -1,11 +1,12 @@
 """Buckets: the base patch size, and coarse patch sizes that need no training."""
 
-from ddit_rt.buckets.base import Bucket, RunContext, Runners, StepModel, token_velocity
+from ddit_rt.buckets.base import Bucket, Detail, RunContext, Runners, StepModel, token_velocity
 from ddit_rt.buckets.fine import FineBucket
 from ddit_rt.buckets.snr import SnrBucket, matched_level
 
 __all__ = [
     "Bucket",
+    "Detail",
     "FineBucket",
     "RunContext",
     "Runners",

@@ -74,6 +74,24 @@ class StepModel:
         return Grid(height=height // patch, width=width // patch)
 
 
+class Detail:
+    """What a coarse step must not lose: the clean estimate of the latest step at p.
+
+    Attributes:
+        estimate: `[B, C, H, W]` float32; zeros until there is one.
+        serial: Number of steps at p so far, a tensor, so that no step waits for the host.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.estimate = torch.zeros(shape)
+        self.serial = torch.zeros((), dtype=torch.int64)
+
+    def update(self, latents: Tensor, velocity: Tensor, sigma: Tensor) -> None:
+        """Takes over x0 = z - t v of a step at p."""
+        torch.addcmul(latents, velocity, sigma, value=-1, out=self.estimate)
+        self.serial += 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
     """What one run fixes before its first step.
@@ -85,8 +103,7 @@ class RunContext:
         width: Latent columns.
         sigmas: Noise level of every step, `[N]`, float32, in (0, 1].
         timesteps: t that the model is given at every step, `[N]`, float32, in [0, 1].
-        detail: The latest clean estimate of a step at p, `[B, C, H, W]` float32, zeros until
-            there is one; None when no coarse step can follow a fine one.
+        detail: Memory of the latest step at p; None when no coarse step can follow one.
     """
 
     conditioning: Mapping[str, Tensor]
@@ -95,7 +112,7 @@ class RunContext:
     width: int
     sigmas: Tensor
     timesteps: Tensor
-    detail: Tensor | None
+    detail: Detail | None
 
 
 def token_velocity(

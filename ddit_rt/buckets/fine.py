@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ddit_rt import ops
@@ -31,6 +30,5 @@ class FineBucket:
         tokens = token_velocity(model, hidden, context.text, self._temb[step], self._positions)
         velocity = ops.unpack(tokens, model.patch_size, context.height, context.width)
         if context.detail is not None:
-            # x0 = z - t v: what a later coarse step must not lose.
-            torch.addcmul(latents, velocity, context.sigmas[step], value=-1, out=context.detail)
+            context.detail.update(latents, velocity, context.sigmas[step])
         return velocity

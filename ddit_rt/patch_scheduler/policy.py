@@ -124,6 +124,8 @@ class DDiTPolicy(PatchPolicy):
         warmup_steps: Their number; by default `order`, the least possible.
         dwell: Steps that a size is kept before the scores may change it; 0 or 1 for none.
         monotone: Whether the scores may only ever go to finer sizes.
+        refresh: Largest number of dynamic steps between two forced steps at p, by which the
+            training-free coarse step corrects itself; None for no forced steps in between.
         fine_tail: Last steps that always run at p, where coarse steps err most.
         criterion: `"raw"`, tau as it is; or `"normalised"`, tau times
             (mean sigma step / (1/50)) ** step_exponent, so that one tau serves several step
@@ -139,6 +141,7 @@ class DDiTPolicy(PatchPolicy):
     warmup_steps: int | None = None
     dwell: int = 3
     monotone: bool = True
+    refresh: int | None = None
     fine_tail: int = 2
     criterion: str = "raw"
     step_exponent: float = 1.4
@@ -167,6 +170,11 @@ class DDiTPolicy(PatchPolicy):
             raise ValueError(
                 f"got dwell={self.dwell}, fine_tail={self.fine_tail}; both count steps, >= 0"
             )
+        if self.refresh is not None and (self.refresh < 1 or self.monotone):
+            raise ValueError(
+                f"got refresh={self.refresh}, monotone={self.monotone}; refresh counts steps (>= 1) "
+                "and needs monotone=False: after a fine step no coarser one could follow"
+            )
         if self.criterion not in ("raw", "normalised"):
             raise ValueError(f'got criterion={self.criterion!r}; use "raw" or "normalised"')
 
@@ -186,6 +194,9 @@ class DDiTPolicy(PatchPolicy):
         warm_bucket = self._warmup_bucket(schedule)
         forced = [warm_bucket if step < warm else DYNAMIC for step in range(steps)]
         labels = ["warm-up" if step < warm else "" for step in range(steps)]
+        if self.refresh is not None:
+            for step in range(warm + self.refresh, steps, self.refresh + 1):
+                forced[step], labels[step] = 0, "refresh"
         for step in range(steps - tail, steps):
             forced[step], labels[step] = 0, "fine tail"
         return PolicyTable(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddit_rt.adapters import AdapterBucket, AdapterSet
 from ddit_rt.artifact import TokenRanges
-from ddit_rt.buckets import Bucket, FineBucket, RunContext, Runners, SnrBucket, StepModel
+from ddit_rt.buckets import Bucket, Detail, FineBucket, RunContext, Runners, SnrBucket, StepModel
 from ddit_rt.errors import ShapeError
 from ddit_rt.executor import RunPlan
 from ddit_rt.patch_scheduler import PatchPolicy, PolicyTable, Schedule, patch_name
@@ -118,7 +118,7 @@ def plan_run(
         width=width,
         sigmas=torch.tensor(solver.sigmas[:-1], dtype=torch.float32),
         timesteps=timesteps,
-        detail=torch.zeros(shape) if _keeps_detail(compiled, table, offered) else None,
+        detail=Detail(shape) if _keeps_detail(compiled, table, offered) else None,
     )
     reachable = table.reachable()
     buckets = [

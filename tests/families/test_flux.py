@@ -5,7 +5,7 @@ import torch
 from diffusers import FluxPipeline
 from models import noise, tiny_conditioning, tiny_transformer
 
-from ddit_rt.buckets import FineBucket, RunContext, StepModel
+from ddit_rt.buckets import Detail, FineBucket, RunContext, SnrBucket, StepModel
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.families import family_named, family_of
 from ddit_rt.families.base import Grid
@@ -59,6 +59,34 @@ def test_fine_bucket_equals_the_model(guidance_embeds, height, width, batch):
     # The time embedding of all steps is one matrix product here, so rounding may differ.
     torch.testing.assert_close(bucket.velocity(latents, 1), expected, rtol=1e-5, atol=1e-6)
     assert bucket.tokens == height * width // 4
+
+
+def test_first_coarse_step_after_a_fine_one_agrees_with_it():
+    """Nothing has changed since, so whatever the small picture says is a disagreement."""
+    transformer = tiny_transformer()
+    conditioning = tiny_conditioning(transformer)
+    sigmas = torch.tensor([0.9, 0.8, 0.7])
+    detail = Detail((1, 4, 16, 16))
+    context = RunContext(
+        conditioning=conditioning,
+        text=FLUX.embed_text(transformer, conditioning),
+        height=16,
+        width=16,
+        sigmas=sigmas,
+        timesteps=sigmas,
+        detail=detail,
+    )
+    model = StepModel(family=FLUX, transformer=transformer, base=eager_runners(transformer))
+    coarse, latents = SnrBucket(model, context, 2), noise(1, 4, 16, 16)
+    before = coarse.velocity(latents, 0)
+    detail.update(latents, FineBucket(model, context).velocity(latents, 0), sigmas[0])
+    estimate = detail.estimate.clone()
+    actual = coarse.velocity(latents, 1)
+    torch.testing.assert_close(actual, (latents - estimate) / 0.8, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before, actual, atol=1e-2)
+    # The disagreement fades: the next step moves away from the estimate.
+    later = latents - 0.7 * coarse.velocity(latents, 2)
+    assert not torch.allclose(later, estimate, atol=1e-4)
 
 
 def test_positions_stretch_to_patch_centres():

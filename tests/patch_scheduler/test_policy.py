@@ -74,6 +74,13 @@ def test_ddit_defaults_warm_up_coarse_and_end_fine() -> None:
     assert (table.order, table.quantile, table.dwell, table.monotone) == (3, 0.4, 3, True)
 
 
+def test_ddit_refresh_forces_a_fine_step_after_every_few() -> None:
+    policy = DDiTPolicy(warmup="fine", monotone=False, refresh=2, fine_tail=1)
+    table = policy.resolve(uniform(10))
+    assert table.forced == (0, 0, 0, DYNAMIC, DYNAMIC, 0, DYNAMIC, DYNAMIC, 0, 0)
+    assert (table.labels[5], table.labels[9]) == ("refresh", "fine tail")
+
+
 def test_ddit_paper_rule_has_no_departures() -> None:
     table = DDiTPolicy.paper().resolve(uniform(6))
     assert table.forced == (0, 0, 0, DYNAMIC, DYNAMIC, DYNAMIC)
@@ -127,6 +134,8 @@ def test_monotone_dynamic_steps_may_follow_fine_ones_without_detail() -> None:
         ({"warmup": "hot"}, "'hot'"),
         ({"warmup_steps": 2}, "needs at least 3"),
         ({"dwell": -1}, "count steps"),
+        ({"refresh": 0, "monotone": False}, "refresh=0"),
+        ({"refresh": 2}, "needs monotone=False"),
         ({"criterion": "cooked"}, "cooked"),
         ({"tau": {"3p": 1.0}}, "powers of two"),
     ],
