@@ -24,18 +24,40 @@ class Plan:
     policy: PatchPolicy
 
 
-# Tuned on the demo model at 24 steps: fine first steps fix the layout that the other pictures are
-# compared with, and 7e-4 lies between the scores of plain and of textured backgrounds.
-_STATIC = StaticPolicy("p:0.35,2p:0.45,p")
+# Tuned at 24 steps on 12 held-out prompts with seeds of their own, not on the demo's prompts. The
+# first steps fix the layout that the other pictures are compared with; a step at p after every few
+# corrects the coarse ones.
 DEMO_POLICY = DDiTPolicy(
-    tau={"2p": 7e-4}, warmup="fine", warmup_steps=4, dwell=3, monotone=False, fine_tail=5
+    tau={"2p": 8e-3, "4p": 4e-3},
+    warmup="fine",
+    warmup_steps=3,
+    dwell=1,
+    monotone=False,
+    refresh=4,
+    fine_tail=2,
 )
 
 
-def demo_plans() -> tuple[Plan, ...]:
-    """All-fine, a static plan of about as many tokens as the dynamic one, and the dynamic one."""
+def static_plan(steps: int) -> StaticPolicy:
+    """The best plan of those tried that looks at no picture: (4p, 4p, 4p, p) over and over.
+
+    Args:
+        steps: Denoising steps; the first three and the last two run at p.
+    """
+    plan = [
+        "p" if step < 3 or step >= steps - 2 or step % 4 == 2 else "4p" for step in range(steps)
+    ]
+    return StaticPolicy(plan)
+
+
+def demo_plans(steps: int) -> tuple[Plan, ...]:
+    """All-fine, a static plan of about as many tokens as the dynamic one, and the dynamic one.
+
+    Args:
+        steps: Denoising steps.
+    """
     return (
         Plan(name=FINE, label="all fine", policy=FinePolicy()),
-        Plan(name=STATIC, label="static plan", policy=_STATIC),
+        Plan(name=STATIC, label="static plan", policy=static_plan(steps)),
         Plan(name=DYNAMIC, label="dynamic", policy=DEMO_POLICY),
     )

@@ -88,7 +88,7 @@ def run_demo(pipeline: Any, config: DemoConfig) -> dict[str, Any]:
         if not config.keep_artifact:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ddit_rt-")))
         engine, compiling = prepare_engine(pipeline, folder / "demo.ddit", config)
-        return compare(engine, DEMO_PROMPTS, demo_plans(), config, compiling)
+        return compare(engine, DEMO_PROMPTS, demo_plans(config.steps), config, compiling)
 
 
 def prepare_engine(
