@@ -76,7 +76,7 @@ def all_contenders(
         engine_contender(
             plan.name, f"ddit_rt, {plan.label}", engine, patch_policy=plan.policy, **arguments
         )
-        for plan in demo_plans()
+        for plan in demo_plans(arguments["num_inference_steps"])
     ]
     probed = measure(ours, probe, repeats=2)
     threshold = best_threshold(pipeline, probe, arguments, probed)

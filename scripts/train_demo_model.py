@@ -81,7 +81,10 @@ def run_stage(stage: str, arguments: argparse.Namespace, settings: Settings) -> 
 
 def main() -> None:
     """Entry point."""
-    arguments = build_parser().parse_args()
+    parser = build_parser()
+    arguments = parser.parse_args()
+    if arguments.minutes is not None and arguments.stage not in ("vae", "transformer"):
+        parser.error(f"--minutes is of the stage vae or transformer, not of {arguments.stage}")
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

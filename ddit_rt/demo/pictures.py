@@ -258,8 +258,7 @@ def _plain(x: Array, _y: Array, rng: np.random.Generator, _config: PictureConfig
 
 def _fade(x: Array, y: Array, rng: np.random.Generator, _config: PictureConfig) -> Array:
     _, along = _rotate(x, y, rng.uniform(-0.4, 0.4))
-    value: Array = np.clip(np.float32(0.5) + along * np.float32(1.1), 0, 1)
-    return value
+    return np.asarray(np.clip(along * 1.1 + 0.5, 0, 1), dtype=np.float32)
 
 
 def _stripes(x: Array, y: Array, rng: np.random.Generator, config: PictureConfig) -> Array:

@@ -32,7 +32,7 @@ def train_classifier(settings: Settings, steps: int) -> None:
         x = data.pictures[rows].to(settings.device).float().div(255)
         loss = attribute_loss(classifier(_degrade(x)), data.labels[rows].to(settings.device))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         if step % 100 == 0:

@@ -57,7 +57,7 @@ def encode_latents(settings: Settings, size: tuple[int, int]) -> LatentSet:
         drawn = draw_set(config, PICTURE_COUNTS[size], seed=seed, workers=settings.workers)
         vae, parts = load_vae(settings), []
         with torch.no_grad():
-            for chunk in drawn.pictures.split(64):
+            for chunk in torch.split(drawn.pictures, 64):
                 x = chunk.to(settings.device).float().div(127.5).sub(1)
                 z = vae.encode(x).latent_dist.mean.sub(vae.config.shift_factor)
                 parts.append(z.mul(vae.config.scaling_factor).half().cpu())
@@ -82,13 +82,13 @@ def embed_captions(settings: Settings) -> CaptionTable:
                 embeds, pool, _ = pipeline.encode_prompt(
                     prompts[i : i + 256], None, max_sequence_length=MAX_SEQUENCE_LENGTH
                 )
-                sequences.append(embeds)
-                pooled.append(pool)
+                sequences.append(embeds.cpu())
+                pooled.append(pool.cpu())
         shape = (len(rows), PHRASINGS)
         torch.save(
             {
-                "sequence": torch.cat(sequences).unflatten(0, shape).contiguous(),
-                "pooled": torch.cat(pooled).unflatten(0, shape).contiguous(),
+                "sequence": torch.cat(sequences).reshape(*shape, MAX_SEQUENCE_LENGTH, WIDTH),
+                "pooled": torch.cat(pooled).reshape(*shape, WIDTH),
             },
             path,
         )

@@ -136,7 +136,7 @@ def train_text(settings: Settings, steps: int = 800) -> None:
         scores = [head(output) for head, output in zip(heads, outputs, strict=True)]
         loss = torch.stack([attribute_loss(score, labels) for score in scores]).sum()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         if step % 200 == 0 or step == steps - 1:
@@ -165,6 +165,6 @@ def attribute_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         scores: ``[B, sum of class counts]``, one attribute after another.
         labels: ``[B, 4]`` class indices.
     """
-    parts = scores.split(list(ATTRIBUTE_SIZES.values()), dim=1)
+    parts = torch.split(scores, list(ATTRIBUTE_SIZES.values()), dim=1)
     losses = [F.cross_entropy(part, labels[:, i]) for i, part in enumerate(parts)]
     return torch.stack(losses).sum()

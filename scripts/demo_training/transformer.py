@@ -10,7 +10,9 @@ resumed from a checkpoint continues as the uninterrupted run would have, its clo
 import copy
 import dataclasses
 import math
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -141,7 +143,7 @@ class Trainer:
         with torch.compiler.set_stance(stance):
             loss = self._loss(size, torch.Generator().manual_seed(own))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         self._average_gradients()
         torch.nn.utils.clip_grad_norm_(self.parameters, _CLIP)
         self.optimizer.step()
@@ -189,7 +191,7 @@ class Trainer:
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        parts = flat.split([gradient.numel() for gradient in gradients])
+        parts = torch.split(flat, [gradient.numel() for gradient in gradients])
         torch._foreach_copy_(
             gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)]
         )
@@ -235,7 +237,9 @@ def train_transformer(settings: Settings, minutes: float) -> None:
     embed_captions(settings)
     if settings.device == "cpu" and settings.workers > 1:
         (settings.work / "rendezvous").unlink(missing_ok=True)
-        torch.multiprocessing.spawn(_worker, (settings, minutes), nprocs=settings.workers)
+        count = settings.workers
+        with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as executor:
+            list(executor.map(_worker, range(count), [settings] * count, [minutes] * count))
     else:
         Trainer(settings, minutes, rank=0).run()
 

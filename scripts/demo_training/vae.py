@@ -98,7 +98,7 @@ def train_vae(settings: Settings, minutes: float) -> None:
             + _KL_WEIGHT * terms["kl"]
         )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         step += 1
