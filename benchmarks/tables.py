@@ -89,7 +89,26 @@ def _cpu_row(row: Mapping[str, Any], large: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"cpu_demo": cpu_demo}
+def ops_cpu(report: Mapping[str, Any]) -> str:
+    """The table of `bench_ops.py`: batch 1 on one thread, best times of many calls."""
+    lines = ["| op | native, us | over eager | over torch.compile | of a copy |", f"|---|{'--:|' * 4}"]
+    for row in report["results"]:
+        if row["batch"] == 1 and row["threads"] == 1:
+            best = {name: timing["best_us"] for name, timing in row["timings"].items()}
+            native = best["native"]
+            cells = [row["op"], f"{native:.0f}"]
+            cells += [
+                f"{best[name] / native:.1f}x" if name in best else ""
+                for name in ("eager", "compile")
+            ]
+            cells.append(f"{native / best['copy']:.1f}x" if "copy" in best else "")
+            lines.append(f"| {' | '.join(cells)} |")
+    machine = report["machine"]
+    note = f"{machine['cpu']}, one thread; torch {machine['torch']}; best of many calls, CPU time."
+    return "\n".join([*lines, "", note, ""])
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"cpu_demo": cpu_demo, "ops_cpu": ops_cpu}
 
 
 if __name__ == "__main__":
