@@ -91,7 +91,10 @@ def _cpu_row(row: Mapping[str, Any], large: Mapping[str, Any]) -> str:
 
 def ops_cpu(report: Mapping[str, Any]) -> str:
     """The table of `bench_ops.py`: batch 1 on one thread, best times of many calls."""
-    lines = ["| op | native, us | over eager | over torch.compile | of a copy |", f"|---|{'--:|' * 4}"]
+    lines = [
+        "| op | native, us | over eager | over torch.compile | of a copy |",
+        f"|---|{'--:|' * 4}",
+    ]
     for row in report["results"]:
         if row["batch"] == 1 and row["threads"] == 1:
             best = {name: timing["best_us"] for name, timing in row["timings"].items()}

@@ -28,7 +28,7 @@ class Plan:
 # first steps fix the layout that the other pictures are compared with; a step at p after every few
 # corrects the coarse ones.
 DEMO_POLICY = DDiTPolicy(
-    tau={"2p": 8e-3, "4p": 4e-3},
+    tau={"2p": 4e-3, "4p": 2e-3},
     warmup="fine",
     warmup_steps=3,
     dwell=1,

@@ -172,8 +172,8 @@ class DDiTPolicy(PatchPolicy):
             )
         if self.refresh is not None and (self.refresh < 1 or self.monotone):
             raise ValueError(
-                f"got refresh={self.refresh}, monotone={self.monotone}; refresh counts steps (>= 1) "
-                "and needs monotone=False: after a fine step no coarser one could follow"
+                f"got refresh={self.refresh}, monotone={self.monotone}; refresh counts steps, at "
+                "least 1, and needs monotone=False: else no coarse step could follow a fine one"
             )
         if self.criterion not in ("raw", "normalised"):
             raise ValueError(f'got criterion={self.criterion!r}; use "raw" or "normalised"')
