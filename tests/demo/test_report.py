@@ -75,8 +75,7 @@ def test_speedups_are_ratios_of_the_reported_seconds(report: dict[str, Any]) -> 
 def test_static_plan_spends_the_planned_tokens(report: dict[str, Any]) -> None:
     fine, static, _ = report["runs"]
     tokens = fine["tokens"] / 8
-    # p, p, p, 4p, 4p, 4p, p, p
-    assert static["tokens"] == 5 * tokens + 3 * tokens / 16
+    assert static["tokens"] == 4 * tokens + 4 * tokens / 4
 
 
 def test_summary_has_a_line_per_way(report: dict[str, Any]) -> None:
