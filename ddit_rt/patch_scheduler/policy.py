@@ -108,19 +108,21 @@ class DDiTPolicy(PatchPolicy):
     deviation inside a patch (all pixels and channels, ddof = 1). The largest size whose score is
     below its tau is taken, else p. In a batch the finest need of any sample decides.
 
-    The defaults depart from the paper where its rule is unstable in a closed loop: every change
-    of size disturbs the third difference, and the plain rule then oscillates. `DDiTPolicy.paper()`
-    is the paper's rule, exactly.
+    The defaults depart from the paper by steps at p that are forced: the last ones, where coarse
+    steps err most, and one after every few, against which the training-free coarse step corrects
+    itself. `DDiTPolicy.paper()` is the paper's rule, exactly. With adapters, where nothing needs
+    correcting, `refresh=None, dwell=3, monotone=True` avoids that every change of size disturbs the
+    third difference and so causes the next.
 
     Attributes:
         tau: Threshold, one for all sizes or one per size (`{"2p": 1e-3, "4p": 5e-4}`; a size
             that is left out is not offered).
         rho: Quantile over patches, in [0, 1].
         order: Order of the finite difference, 1 to 3; n needs n + 1 latents.
-        warmup: Patch size of the first steps, which have no difference yet: `"coarse"`, the
-            coarsest offered size (at high noise a picture is only layout, and a fine start
-            makes the first differences large); `"fine"`, p (safest, what a paper that is silent
-            on the point most likely did); or a size by name, `"2p"`.
+        warmup: Patch size of the first steps, which have no difference yet: `"fine"`, p (they fix
+            the layout, and give the coarse steps something to correct themselves against; the
+            paper is silent on the point); `"coarse"`, the coarsest offered size (cheapest, and it
+            keeps the first differences small); or a size by name, `"2p"`.
         warmup_steps: Their number; by default `order`, the least possible.
         dwell: Steps that a size is kept before the scores may change it; 0 or 1 for none.
         monotone: Whether the scores may only ever go to finer sizes.
@@ -137,11 +139,11 @@ class DDiTPolicy(PatchPolicy):
     tau: float | Mapping[str, float] = 1e-3
     rho: float = 0.4
     order: int = 3
-    warmup: str = "coarse"
+    warmup: str = "fine"
     warmup_steps: int | None = None
-    dwell: int = 3
-    monotone: bool = True
-    refresh: int | None = None
+    dwell: int = 0
+    monotone: bool = False
+    refresh: int | None = 4
     fine_tail: int = 2
     criterion: str = "raw"
     step_exponent: float = 1.4
@@ -173,7 +175,8 @@ class DDiTPolicy(PatchPolicy):
         if self.refresh is not None and (self.refresh < 1 or self.monotone):
             raise ValueError(
                 f"got refresh={self.refresh}, monotone={self.monotone}; refresh counts steps, at "
-                "least 1, and needs monotone=False: else no coarse step could follow a fine one"
+                "least 1, and needs monotone=False, since coarse steps follow fine ones; pass "
+                "refresh=None for a monotone policy"
             )
         if self.criterion not in ("raw", "normalised"):
             raise ValueError(f'got criterion={self.criterion!r}; use "raw" or "normalised"')
@@ -184,7 +187,7 @@ class DDiTPolicy(PatchPolicy):
 
         The paper is silent on the steps before the third difference exists; they run at p.
         """
-        return cls(tau=tau, rho=rho, warmup="fine", dwell=0, monotone=False, fine_tail=0)
+        return cls(tau=tau, rho=rho, refresh=None, fine_tail=0)
 
     def resolve(self, schedule: Schedule) -> PolicyTable:
         """See `PatchPolicy.resolve`."""

@@ -122,7 +122,9 @@ def test_straight_trajectory_goes_coarsest() -> None:
     """A constant velocity on a uniform schedule has no third difference at all."""
     steps = 8
     velocity = noise(*SHAPE, seed=5)
-    plan, _ = scripted_plan(DDiTPolicy(tau=1e-4), [velocity] * steps, euler(steps))
+    plan, _ = scripted_plan(
+        DDiTPolicy(tau=1e-4, warmup="coarse", refresh=None), [velocity] * steps, euler(steps)
+    )
     _, trace = CpuExecutor().run(plan, noise(*SHAPE))
     assert trace.patch_sizes() == ["4p"] * 6 + ["p"] * 2
     assert trace[4].reason == "score below threshold"
@@ -142,7 +144,9 @@ def test_nan_falls_back_to_the_base_patch_and_is_reported() -> None:
     steps = 8
     velocities = random_velocities(steps)
     velocities[4] = torch.full(SHAPE, math.nan)
-    plan, _ = scripted_plan(DDiTPolicy(tau=1e9, fine_tail=0), velocities, euler(steps))
+    plan, _ = scripted_plan(
+        DDiTPolicy(tau=1e9, warmup="coarse", refresh=None, fine_tail=0), velocities, euler(steps)
+    )
     _, trace = CpuExecutor().run(plan, noise(*SHAPE))
     assert trace.patch_sizes() == ["4p"] * 5 + ["p"] * 3
     assert trace[5].reason == "score not finite: base patch"

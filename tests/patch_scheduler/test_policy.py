@@ -66,12 +66,24 @@ def test_static_plan_that_cannot_be_read_says_why(plan: str, message: str) -> No
         StaticPolicy(plan)
 
 
-def test_ddit_defaults_warm_up_coarse_and_end_fine() -> None:
-    table = DDiTPolicy().resolve(uniform(8))
-    assert table.forced == (2, 2, 2, DYNAMIC, DYNAMIC, DYNAMIC, 0, 0)
-    assert table.labels == ("warm-up",) * 3 + ("",) * 3 + ("fine tail",) * 2
+def test_ddit_defaults_start_and_end_fine_and_refresh() -> None:
+    table = DDiTPolicy().resolve(uniform(12))
+    dynamic = (DYNAMIC,)
+    assert table.forced == (0, 0, 0, *dynamic * 4, 0, *dynamic * 2, 0, 0)
+    assert table.labels == (
+        *["warm-up"] * 3,
+        *[""] * 4,
+        "refresh",
+        *[""] * 2,
+        *["fine tail"] * 2,
+    )
     assert table.thresholds[3] == (1e-3, 1e-3)
-    assert (table.order, table.quantile, table.dwell, table.monotone) == (3, 0.4, 3, True)
+    assert (table.order, table.quantile, table.dwell, table.monotone) == (3, 0.4, 0, False)
+
+
+def test_ddit_coarse_warm_up_takes_the_coarsest_size() -> None:
+    assert DDiTPolicy(warmup="coarse").resolve(uniform(8)).forced[:4] == (2, 2, 2, DYNAMIC)
+    assert DDiTPolicy(warmup="2p").resolve(uniform(8)).forced[:4] == (1, 1, 1, DYNAMIC)
 
 
 def test_ddit_refresh_forces_a_fine_step_after_every_few() -> None:
@@ -96,11 +108,11 @@ def test_ddit_warm_up_lasts_until_the_difference_exists(order: int) -> None:
 
 def test_ddit_short_run_is_all_forced() -> None:
     assert DDiTPolicy().resolve(uniform(2)).forced == (0, 0)
-    assert DDiTPolicy(fine_tail=1).resolve(uniform(3)).forced == (2, 2, 0)
+    assert DDiTPolicy(warmup="coarse", fine_tail=1).resolve(uniform(3)).forced == (2, 2, 0)
 
 
 def test_ddit_tau_per_size_leaves_out_unnamed_sizes() -> None:
-    table = DDiTPolicy(tau={"2p": 0.5}).resolve(uniform(8))
+    table = DDiTPolicy(tau={"2p": 0.5}, warmup="coarse").resolve(uniform(8))
     two, four = table.thresholds[4]
     assert two == 0.5
     assert math.isnan(four)
@@ -118,8 +130,9 @@ def test_ddit_normalised_scales_with_the_step_size() -> None:
 
 
 def test_monotone_dynamic_steps_may_follow_fine_ones_without_detail() -> None:
-    assert not DDiTPolicy(warmup="fine").resolve(uniform(8)).coarse_after_fine()
-    assert DDiTPolicy(monotone=False).resolve(uniform(8)).coarse_after_fine()
+    monotone = DDiTPolicy(monotone=True, refresh=None)
+    assert not monotone.resolve(uniform(8)).coarse_after_fine()
+    assert DDiTPolicy().resolve(uniform(8)).coarse_after_fine()
     assert StaticPolicy(["p", "2p", "p"]).resolve(uniform(3)).coarse_after_fine()
     assert not StaticPolicy("4p:0.5,p").resolve(uniform(8)).coarse_after_fine()
 
@@ -135,7 +148,7 @@ def test_monotone_dynamic_steps_may_follow_fine_ones_without_detail() -> None:
         ({"warmup_steps": 2}, "needs at least 3"),
         ({"dwell": -1}, "count steps"),
         ({"refresh": 0, "monotone": False}, "refresh=0"),
-        ({"refresh": 2}, "needs monotone=False"),
+        ({"refresh": 2, "monotone": True}, "needs monotone=False"),
         ({"criterion": "cooked"}, "cooked"),
         ({"tau": {"3p": 1.0}}, "powers of two"),
     ],
