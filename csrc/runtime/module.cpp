@@ -1,4 +1,5 @@
-// Python module `ddit_rt._runtime`: what the build contains and what the machine offers.
+// Python module `ddit_rt._runtime`: what the build contains, what the machine offers, and
+// the step loop on CUDA.
 #include <pybind11/pybind11.h>
 
 #include "ddit_rt/policy.h"
@@ -7,6 +8,11 @@
 namespace py = pybind11;
 
 namespace ddit_rt {
+
+#ifdef DDIT_RT_WITH_CUDA
+void bind_step(py::module_& m);  // bind_step.cpp
+#endif
+
 namespace {
 
 py::dict build_info_dict() {
@@ -54,4 +60,7 @@ PYBIND11_MODULE(_runtime, m) {
         "Whether CUDA can be used, and why not. Never raises.");
   m.def("reason_codes", &ddit_rt::reason_codes,
         "Names and values of the C++ enum `Reason` (policy.h).");
+#ifdef DDIT_RT_WITH_CUDA
+  ddit_rt::bind_step(m);
+#endif
 }

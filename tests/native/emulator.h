@@ -5,6 +5,7 @@
 // ordering, speed.
 #pragma once
 
+#include <time.h>
 #include <ucontext.h>
 
 #include <cstddef>
@@ -135,14 +136,32 @@ inline int __shfl_up_sync(unsigned, int value, int offset) {
   return result;
 }
 
-inline int atomicAdd(int* target, int value) {
-  const int before = *target;
+template <typename T>
+inline T atomicAdd(T* target, T value) {
+  const T before = *target;
   *target += value;
   return before;
 }
+
+// One block runs at a time, so memory is always in order.
+inline void __threadfence() {}
+inline void __threadfence_system() {}
 
 inline unsigned atomicMin(unsigned* target, unsigned value) {
   const unsigned before = *target;
   if (value < before) *target = value;
   return before;
 }
+
+// What csrc/cuda/loop_control.cuh takes from the GPU itself.
+namespace ddit_rt {
+
+inline uint64_t device_time_ns() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<uint64_t>(now.tv_sec) * 1000000000u + static_cast<uint64_t>(now.tv_nsec);
+}
+
+void set_conditional(unsigned long long handle, unsigned value);  // whoever links the emulator
+
+}  // namespace ddit_rt

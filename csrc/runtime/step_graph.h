@@ -1,0 +1,74 @@
+// The step loop as one CUDA graph that chooses its buckets on the device.
+//
+// Per step:                                     Whole loop:
+//   decide -> SWITCH(bucket) -> update            begin -> WHILE(more) -> finish
+//               |- child graph of bucket 0                   |- the step on the left
+//               |- child graph of bucket 1
+//
+// A bucket's graph is cloned into its body; its kernels go on using the caller's memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "runtime/step_control.h"
+
+namespace ddit_rt {
+
+// The driver, or the toolkit of this build, has no conditional graph nodes of the kinds needed.
+class SwitchUnavailable : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A bucket's graph holds a node that may not stand in a conditional body.
+class NodeRefused : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Why graphs cannot switch on the device here, with the version that is needed; empty if they can.
+std::string switch_problem();
+
+// Nodes of a graph by type, child graphs included.
+std::map<std::string, int> count_nodes(cudaGraph_t graph);
+
+struct BucketGraph {
+  std::string name;   // for messages: "2p"
+  cudaGraph_t graph;  // null: a bucket that no table may choose
+};
+
+class StepGraph {
+ public:
+  enum class Form { kStep, kLoop };
+
+  // Throws SwitchUnavailable, NodeRefused, or std::runtime_error naming the CUDA call that failed.
+  StepGraph(std::shared_ptr<StepControl> control, const std::vector<BucketGraph>& buckets,
+            Form form);
+  ~StepGraph();
+  StepGraph(const StepGraph&) = delete;
+  StepGraph& operator=(const StepGraph&) = delete;
+
+  // Prepares the device, so that the first launch is as fast as the others.
+  void upload(cudaStream_t stream);
+
+  // Runs one step, or the whole loop with its begin and finish. Never waits.
+  void launch(cudaStream_t stream);
+
+  // Writes the graph in Graphviz' language.
+  void write_dot(const std::string& path) const;
+
+ private:
+  void build(const std::vector<BucketGraph>& buckets);
+  void instantiate();
+
+  const std::shared_ptr<StepControl> control_;
+  const Form form_;
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t executable_ = nullptr;
+};
+
+}  // namespace ddit_rt
