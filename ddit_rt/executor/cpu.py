@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ddit_rt import ops
 from ddit_rt.buckets import Bucket
+from ddit_rt.executor.ranges import Ranges, ranges
 from ddit_rt.executor.trace import RunTrace, build_trace
-from ddit_rt.patch_scheduler import PolicyTable
+from ddit_rt.patch_scheduler import PolicyTable, patch_name
 from ddit_rt.solver import SolverTable
 
 _RING = 4
@@ -60,6 +61,7 @@ class CpuExecutor:
         *,
         on_step_end: StepCallback | None = None,
         should_stop: Callable[[], bool] | None = None,
+        annotate: bool = False,
     ) -> tuple[Tensor, RunTrace]:
         """Denoises.
 
@@ -68,27 +70,28 @@ class CpuExecutor:
             latents: z_0, `[B, C, H, W]`, float32.
             on_step_end: See `StepCallback`.
             should_stop: Asked before every step; true ends the run with the latents so far.
+            annotate: Whether profilers see the ranges of `executor.ranges`.
 
         Returns:
             Final latents `[B, C, H, W]` float32, and the trace.
         """
+        mark = ranges(annotate)
         state = _RunState(plan, latents)
         seconds: list[float] = []
         cancelled = False
-        for step in range(plan.policy.steps):
-            if should_stop is not None and should_stop():
-                cancelled = True
-                break
-            started = time.perf_counter()
-            bucket = plan.buckets[state.decide(step)]
-            assert bucket is not None, "the policy table chose a bucket that it cannot reach"
-            velocity = bucket.velocity(state.latents(step), step)
-            state.advance(velocity, step)
-            seconds.append(time.perf_counter() - started)
-            if on_step_end is not None:
-                replacement = on_step_end(step, state.latents(step + 1))
-                if replacement is not None:
-                    state.latents(step + 1).copy_(replacement)
+        with mark("run"):
+            for step in range(plan.policy.steps):
+                if should_stop is not None and should_stop():
+                    cancelled = True
+                    break
+                started = time.perf_counter()
+                with mark(f"step/{step}"):
+                    _run_step(plan, state, step, mark)
+                seconds.append(time.perf_counter() - started)
+                if on_step_end is not None:
+                    replacement = on_step_end(step, state.latents(step + 1))
+                    if replacement is not None:
+                        state.latents(step + 1).copy_(replacement)
         final = state.latents(len(seconds)).clone()
         return final, self._trace(plan, state, seconds, cancelled)
 
@@ -109,6 +112,17 @@ class CpuExecutor:
             cancelled=cancelled,
             notes=plan.notes,
         )
+
+
+def _run_step(plan: RunPlan, state: _RunState, step: int, mark: Ranges) -> None:
+    with mark("decide"):
+        index = state.decide(step)
+    bucket = plan.buckets[index]
+    assert bucket is not None, "the policy table chose a bucket that it cannot reach"
+    with mark(f"model/{patch_name(plan.offered[index])}"):
+        velocity = bucket.velocity(state.latents(step), step)
+    with mark("solver"):
+        state.advance(velocity, step)
 
 
 class _RunState:

@@ -34,6 +34,7 @@ class Engine:
         artifact: What was compiled: manifest and files.
         pipeline: The diffusers pipeline, or None for a bare transformer.
         last_trace: The trace of the latest run, or None.
+        annotate: Whether profilers see named ranges of a run; see `executor.ranges`. May be set.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Engine:
         self.artifact = artifact
         self.pipeline = pipeline
         self.last_trace: RunTrace | None = None
+        self.annotate = False
         self._compiled = compiled
         self._executor = CpuExecutor()
         self._lock = threading.RLock()
@@ -245,6 +247,7 @@ class Engine:
                 latents,
                 on_step_end=with_progress(on_step_end, bar),
                 should_stop=self._should_stop,
+                annotate=self.annotate,
             )
         if self._cancelled.is_set():
             raise RunCancelled(

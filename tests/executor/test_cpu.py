@@ -11,6 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from models import noise
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddit_rt.executor import CpuExecutor, RunPlan, RunTrace
@@ -189,6 +190,24 @@ def test_input_latents_are_not_written_to() -> None:
     plan, _ = scripted_plan(StaticPolicy("p"), random_velocities(3), euler(3))
     CpuExecutor().run(plan, start)
     assert torch.equal(start, noise(*SHAPE))
+
+
+@pytest.mark.parametrize("annotate", [False, True])
+def test_profilers_see_ranges_only_when_asked(annotate: bool) -> None:
+    plan, _ = scripted_plan(StaticPolicy(["4p", "p"]), random_velocities(2), euler(2))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        CpuExecutor().run(plan, noise(*SHAPE), annotate=annotate)
+    events = [event for event in profiler.events() if event.name.startswith("ddit_rt/")]
+    events.sort(key=lambda event: (event.time_range.start, -event.time_range.end))
+    names = " ".join(event.name.removeprefix("ddit_rt/") for event in events)
+    expected = "run step/0 decide model/4p solver step/1 decide model/p solver"
+    assert names == (expected if annotate else "")
+    parents = {event.name: event.cpu_parent.name for event in events[1:]}
+    assert set(parents.values()) <= {"ddit_rt/run", "ddit_rt/step/0", "ddit_rt/step/1"}
+    if annotate:
+        assert parents["ddit_rt/step/1"] == "ddit_rt/run"
+        assert parents["ddit_rt/model/4p"] == "ddit_rt/step/0"
+        assert parents["ddit_rt/solver"] == "ddit_rt/step/1"
 
 
 class OpCounter(TorchDispatchMode):
