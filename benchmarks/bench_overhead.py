@@ -56,9 +56,13 @@ class ConstantBucket:
         self.tokens = velocity.shape[-1] * velocity.shape[-2] // (PATCH * multiple) ** 2
         self._velocity = velocity
 
-    def velocity(self, latents: Tensor, step: int) -> Tensor:  # noqa: ARG002 - the interface
+    def velocity(self, latents: Tensor, step: Tensor) -> Tensor:  # noqa: ARG002 - the interface
         """The same at every step."""
         return self._velocity
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Nothing that differs between runs."""
+        return ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,6 +121,7 @@ def null_plan(scheduler: Any, velocity: Tensor, policy: PatchPolicy) -> RunPlan:
         policy=policy.resolve(Schedule(sigmas=solver.sigmas, offered=OFFERED)),
         solver=solver,
         patch_size=PATCH,
+        capacity=solver.steps,
     )
 
 

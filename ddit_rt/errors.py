@@ -33,3 +33,7 @@ class CompileError(DditError, RuntimeError):
 
 class RunCancelled(DditError, RuntimeError):
     """A run was cancelled between two steps."""
+
+
+class CaptureError(DditError, RuntimeError):
+    """A step cannot be captured in a CUDA graph."""

@@ -37,7 +37,7 @@ __global__ void begin_kernel(LoopParams p) {
 __global__ void finish_kernel(LoopParams p) {
   volatile Progress* progress = p.progress;
   progress->nonfinite = static_cast<uint32_t>(p.state->policy.nonfinite);
-  progress->stopped = static_cast<uint32_t>(p.state->stopped);
+  progress->stopped = p.state->step + 1 < p.settings->steps ? 1 : 0;
   progress->end_ns = device_time_ns();
   __threadfence_system();
   progress->finished = p.state->generation;

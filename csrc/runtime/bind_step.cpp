@@ -126,6 +126,7 @@ void bind_control(py::module_& m) {
       .def("progress", &StepControl::progress)
       .def("wait", &StepControl::wait, py::arg("decided"), py::arg("seconds"), Release(),
            "Waits until more than `decided` steps are decided or the run is over.")
+      .def("bucket", &StepControl::bucket, py::arg("step"), "The bucket of a decided step.")
       .def("records", &records_of,
            "Per decided step: device time in ns, and [bucket, reason, run length, scores...].")
       .def("end_ns", &StepControl::end_ns);

@@ -210,6 +210,12 @@ RunProgress StepControl::wait(int64_t decided, double seconds) const {
   }
 }
 
+int StepControl::bucket(int64_t step) const {
+  require(step >= 0 && step < progress().decided, "step " + std::to_string(step) +
+                                                      " is not decided yet");
+  return static_cast<int>(progress_->rows()[step].record[0]);
+}
+
 std::vector<StepRecord> StepControl::records() const {
   std::vector<StepRecord> result;
   const int64_t steps = progress().decided;

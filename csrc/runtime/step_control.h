@@ -71,6 +71,7 @@ class StepControl {
   // what the device reports if a kernel failed.
   RunProgress wait(int64_t decided, double seconds) const;
 
+  int bucket(int64_t step) const;           // of a step that is decided
   std::vector<StepRecord> records() const;  // of the steps decided so far
   uint64_t end_ns() const;
 

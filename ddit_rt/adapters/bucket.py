@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ddit_rt import ops
 from ddit_rt.adapters.adapter import PatchAdapter
-from ddit_rt.buckets import RunContext, Runners, StepModel
+from ddit_rt.buckets import RunContext, Runners, StepModel, at_step
 
 
 class AdapterBucket:
@@ -32,12 +32,16 @@ class AdapterBucket:
         )
         self._temb = family.embed_time(transformer, context.timesteps, context.conditioning)
 
-    def velocity(self, latents: Tensor, step: int) -> Tensor:
+    def velocity(self, latents: Tensor, step: Tensor) -> Tensor:
         """See `Bucket.velocity`."""
-        model, context, temb = self._model, self._context, self._temb[step]
+        model, context, temb = self._model, self._context, at_step(self._temb, step)
         tokens = ops.pack(latents.to(model.dtype), self._patch)
         hidden = self._adapter.embed_tokens(tokens)
         hidden = model.family.run_blocks(self._runners, hidden, context.text, temb, self._positions)
         hidden = model.family.modulate_output(model.transformer, hidden, temb)
         velocity = self._adapter.project_tokens(hidden, tokens)
         return ops.unpack(velocity, self._patch, context.height, context.width)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """See `Bucket.tensors`."""
+        return (self._temb, *self._positions)

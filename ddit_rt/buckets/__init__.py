@@ -1,6 +1,14 @@
 """Buckets: the base patch size, and coarse patch sizes that need no training."""
 
-from ddit_rt.buckets.base import Bucket, Detail, RunContext, Runners, StepModel, token_velocity
+from ddit_rt.buckets.base import (
+    Bucket,
+    Detail,
+    RunContext,
+    Runners,
+    StepModel,
+    at_step,
+    token_velocity,
+)
 from ddit_rt.buckets.fine import FineBucket
 from ddit_rt.buckets.snr import SnrBucket, matched_level
 
@@ -12,6 +20,7 @@ __all__ = [
     "Runners",
     "SnrBucket",
     "StepModel",
+    "at_step",
     "matched_level",
     "token_velocity",
 ]

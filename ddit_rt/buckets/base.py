@@ -2,7 +2,8 @@
 
 `StepModel` is what a compiled model offers to every bucket; `RunContext` is what one run fixes
 once (shapes, text tokens, schedule). A bucket is built from the two before the step loop, and
-inside the loop only reads tables by the step's index.
+inside the loop only reads tables by the step's index, a tensor: nothing that changes from step to
+step passes through Python, so that a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -31,15 +32,23 @@ class Bucket(Protocol):
     multiple: int
     tokens: int
 
-    def velocity(self, latents: Tensor, step: int) -> Tensor:
+    def velocity(self, latents: Tensor, step: Tensor) -> Tensor:
         """The model's velocity.
 
         Args:
             latents: z_k, `[B, C, H, W]`, float32.
-            step: k.
+            step: k, `[1]`, int32 or int64, on the latents' device.
 
         Returns:
             `[B, C, H, W]`, in the model's dtype or float32.
+        """
+        ...
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What this run's bucket reads or keeps beside the model's weights and the context.
+
+        Two buckets of one patch size and shape have equally many, of equal shapes, in the same
+        order: a captured graph is given another run by copying that run's tensors into its own.
         """
         ...
 
@@ -68,6 +77,11 @@ class StepModel:
         """Dtype of the embeddings and blocks."""
         return self.family.embedding_layers(self.transformer)[0].weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.family.embedding_layers(self.transformer)[0].weight.device
+
     def grid(self, height: int, width: int, multiple: int = 1) -> Grid:
         """Tokens of a latent of `height` x `width` at `multiple` times p."""
         patch = self.patch_size * multiple
@@ -82,9 +96,9 @@ class Detail:
         serial: Number of steps at p so far, a tensor, so that no step waits for the host.
     """
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.estimate = torch.zeros(shape)
-        self.serial = torch.zeros((), dtype=torch.int64)
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.estimate = torch.zeros(shape, device=device)
+        self.serial = torch.zeros(1, dtype=torch.int32, device=device)
 
     def update(self, latents: Tensor, velocity: Tensor, sigma: Tensor) -> None:
         """Takes over x0 = z - t v of a step at p."""
@@ -101,8 +115,9 @@ class RunContext:
         text: Text tokens as the blocks take them, `[B, T, d]`.
         height: Latent rows.
         width: Latent columns.
-        sigmas: Noise level of every step, `[N]`, float32, in (0, 1].
-        timesteps: t that the model is given at every step, `[N]`, float32, in [0, 1].
+        sigmas: Noise level of every step, `[M]`, float32, in (0, 1]. M is at least the number of
+            steps; rows beyond it are never read.
+        timesteps: t that the model is given at every step, `[M]`, float32, in [0, 1].
         detail: Memory of the latest step at p; None when no coarse step can follow one.
     """
 
@@ -113,6 +128,16 @@ class RunContext:
     sigmas: Tensor
     timesteps: Tensor
     detail: Detail | None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As `Bucket.tensors`, for what all buckets of the run share."""
+        detail = () if self.detail is None else (self.detail.estimate, self.detail.serial)
+        return (self.text, self.sigmas, *detail)
+
+
+def at_step(table: Tensor, step: Tensor) -> Tensor:
+    """A step's row of a table `[M, ...]`, without the leading dimension, read on the device."""
+    return table.index_select(0, step).squeeze(0)
 
 
 def token_velocity(

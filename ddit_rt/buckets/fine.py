@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.buckets.base import RunContext, StepModel, token_velocity
+from ddit_rt.buckets.base import RunContext, StepModel, at_step, token_velocity
 
 
 class FineBucket:
@@ -22,13 +22,18 @@ class FineBucket:
         self._positions = family.positions(transformer, grid, context.text.shape[1])
         self._temb = family.embed_time(transformer, context.timesteps, context.conditioning)
 
-    def velocity(self, latents: Tensor, step: int) -> Tensor:
+    def velocity(self, latents: Tensor, step: Tensor) -> Tensor:
         """See `Bucket.velocity`."""
         model, context = self._model, self._context
         tokens = ops.pack(latents.to(model.dtype), model.patch_size)
         hidden = model.family.embed_tokens(model.transformer, tokens)
-        tokens = token_velocity(model, hidden, context.text, self._temb[step], self._positions)
+        temb = at_step(self._temb, step)
+        tokens = token_velocity(model, hidden, context.text, temb, self._positions)
         velocity = ops.unpack(tokens, model.patch_size, context.height, context.width)
         if context.detail is not None:
-            context.detail.update(latents, velocity, context.sigmas[step])
+            context.detail.update(latents, velocity, at_step(context.sigmas, step))
         return velocity
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """See `Bucket.tensors`."""
+        return (self._temb, *self._positions)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.buckets.base import Detail, RunContext, StepModel, token_velocity
+from ddit_rt.buckets.base import Detail, RunContext, StepModel, at_step, token_velocity
 
 
 def matched_level(sigmas: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
@@ -57,31 +57,53 @@ class SnrBucket:
         self._positions = family.positions(transformer, grid, context.text.shape[1])
         self._scale, self._level = matched_level(context.sigmas, multiple)
         self._temb = family.embed_time(transformer, self._level, context.conditioning)
-        # Before the first step at p both numbers are 0: no disagreement is known.
-        self._serial = torch.zeros((), dtype=torch.int64)
-        self._disagreement = torch.zeros(())
+        self._correction = None if context.detail is None else _Correction(context.detail, multiple)
 
-    def velocity(self, latents: Tensor, step: int) -> Tensor:
+    def velocity(self, latents: Tensor, step: Tensor) -> Tensor:
         """See `Bucket.velocity`."""
         model, context = self._model, self._context
-        low = F.avg_pool2d(latents, self.multiple) * self._scale[step]
+        sigma = at_step(context.sigmas, step)
+        low = F.avg_pool2d(latents, self.multiple) * at_step(self._scale, step)
         tokens = ops.pack(low.to(model.dtype), model.patch_size)
         hidden = model.family.embed_tokens(model.transformer, tokens)
-        tokens = token_velocity(model, hidden, context.text, self._temb[step], self._positions)
+        temb = at_step(self._temb, step)
+        tokens = token_velocity(model, hidden, context.text, temb, self._positions)
         low_velocity = ops.unpack(tokens, model.patch_size, *self._low)
-        clean = torch.addcmul(low, low_velocity.float(), self._level[step], value=-1)
-        if context.detail is None:
+        clean = torch.addcmul(low, low_velocity.float(), at_step(self._level, step), value=-1)
+        if self._correction is None:
             clean = F.interpolate(clean, scale_factor=self.multiple, mode="bicubic")
         else:
-            clean = self._corrected(clean, context.detail, context.sigmas[step])
-        return (latents - clean) / context.sigmas[step]
+            clean = self._correction.enlarge(clean, sigma)
+        return (latents - clean) / sigma
 
-    def _corrected(self, clean: Tensor, detail: Detail, sigma: Tensor) -> Tensor:
-        """Enlarged clean estimate that keeps the detail and the layout of the latest fine step."""
-        change = clean - F.avg_pool2d(detail.estimate, self.multiple)
+    def tensors(self) -> tuple[Tensor, ...]:
+        """See `Bucket.tensors`."""
+        correction = () if self._correction is None else self._correction.tensors()
+        return (self._scale, self._level, self._temb, *self._positions, *correction)
+
+
+class _Correction:
+    """Enlarges a clean estimate so that it keeps the detail and layout of the latest fine step."""
+
+    def __init__(self, detail: Detail, multiple: int) -> None:
+        self._detail = detail
+        self._multiple = multiple
+        # Before the first step at p all is 0: no disagreement is known.
+        self._serial = torch.zeros_like(detail.serial)
+        self._disagreement = F.avg_pool2d(detail.estimate, multiple)
+
+    def enlarge(self, clean: Tensor, sigma: Tensor) -> Tensor:
+        """`[B, C, h, w]` to `[B, C, H, W]`."""
+        detail = self._detail
+        change = clean - F.avg_pool2d(detail.estimate, self._multiple)
         fade = sigma.square()
         is_first = detail.serial != self._serial
-        self._disagreement = torch.where(is_first, change / fade, self._disagreement)
+        # In place: what lives across steps must lie where a captured graph finds it again.
+        self._disagreement.copy_(torch.where(is_first, change / fade, self._disagreement))
         self._serial.copy_(detail.serial)
         change = change - self._disagreement * fade
-        return detail.estimate + F.interpolate(change, scale_factor=self.multiple, mode="bicubic")
+        return detail.estimate + F.interpolate(change, scale_factor=self._multiple, mode="bicubic")
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As `Bucket.tensors`."""
+        return (self._serial, self._disagreement)

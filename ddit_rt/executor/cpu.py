@@ -7,45 +7,19 @@ that the host learns inside the loop is which bucket was decided.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.buckets import Bucket
+from ddit_rt.executor.base import ProgressCallback, RunPlan, StepCallback
 from ddit_rt.executor.ranges import Ranges, ranges
 from ddit_rt.executor.trace import RunTrace, build_trace
-from ddit_rt.patch_scheduler import PolicyTable, patch_name
-from ddit_rt.solver import SolverTable
+from ddit_rt.patch_scheduler import patch_name
 
 _RING = 4
 """Latents kept: the third difference and every solver table need the latest four."""
-
-StepCallback = Callable[[int, Tensor], Tensor | None]
-"""Called after a step with its index and the new latents; may return latents to go on from."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """Everything that a run needs, fixed before its first step.
-
-    Attributes:
-        buckets: Bucket i of the policy table, for every i it can reach; None for the others.
-        offered: Patch sizes of the buckets, as multiples of p.
-        policy: The patch policy as a table.
-        solver: The solver as a table.
-        patch_size: p, in latent pixels.
-        notes: Carried into the trace.
-    """
-
-    buckets: Sequence[Bucket | None]
-    offered: tuple[int, ...]
-    policy: PolicyTable
-    solver: SolverTable
-    patch_size: int
-    notes: tuple[str, ...] = ()
 
 
 class CpuExecutor:
@@ -60,21 +34,11 @@ class CpuExecutor:
         latents: Tensor,
         *,
         on_step_end: StepCallback | None = None,
+        on_progress: ProgressCallback | None = None,
         should_stop: Callable[[], bool] | None = None,
         annotate: bool = False,
     ) -> tuple[Tensor, RunTrace]:
-        """Denoises.
-
-        Args:
-            plan: The run.
-            latents: z_0, `[B, C, H, W]`, float32.
-            on_step_end: See `StepCallback`.
-            should_stop: Asked before every step; true ends the run with the latents so far.
-            annotate: Whether profilers see the ranges of `executor.ranges`.
-
-        Returns:
-            Final latents `[B, C, H, W]` float32, and the trace.
-        """
+        """See `Executor.run`."""
         mark = ranges(annotate)
         state = _RunState(plan, latents)
         seconds: list[float] = []
@@ -92,6 +56,8 @@ class CpuExecutor:
                     replacement = on_step_end(step, state.latents(step + 1))
                     if replacement is not None:
                         state.latents(step + 1).copy_(replacement)
+                if on_progress is not None:
+                    on_progress(step)
         final = state.latents(len(seconds)).clone()
         return final, self._trace(plan, state, seconds, cancelled)
 
@@ -120,7 +86,7 @@ def _run_step(plan: RunPlan, state: _RunState, step: int, mark: Ranges) -> None:
     bucket = plan.buckets[index]
     assert bucket is not None, "the policy table chose a bucket that it cannot reach"
     with mark(f"model/{patch_name(plan.offered[index])}"):
-        velocity = bucket.velocity(state.latents(step), step)
+        velocity = bucket.velocity(state.latents(step), state.index(step))
     with mark("solver"):
         state.advance(velocity, step)
 
@@ -140,10 +106,15 @@ class _RunState:
         self.history[0] = latents
         self.decision = torch.tensor([-1, 0, 0, 0], dtype=torch.int32)
         self.record = torch.zeros(plan.policy.steps, 3 + coarse)
+        self._indices = torch.arange(plan.policy.steps, dtype=torch.int32)
 
     def latents(self, step: int) -> Tensor:
         """z_step: slot -step modulo 4, so that older latents follow the newest."""
         return self.history[-step % _RING]
+
+    def index(self, step: int) -> Tensor:
+        """`step` as the buckets take it."""
+        return self._indices[step : step + 1]
 
     def decide(self, step: int) -> int:
         """Scores the latents and applies the policy; returns the bucket."""

@@ -271,7 +271,9 @@ class FluxFamily(Family):
         pipeline._num_timesteps = len(scheduler.timesteps)
         conditioning = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
         if pipeline.transformer.config.guidance_embeds:
-            conditioning["guidance"] = torch.full((shape[0],), float(call["guidance_scale"]))
+            conditioning["guidance"] = torch.full(
+                (shape[0],), float(call["guidance_scale"]), device=device
+            )
         self.check_conditioning(pipeline.transformer, shape[0], conditioning)
         return PreparedCall(
             latents=latents,

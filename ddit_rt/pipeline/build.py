@@ -34,6 +34,7 @@ from ddit_rt.patch_scheduler import PatchPolicy, patch_name
 from ddit_rt.pipeline.engine import Engine
 from ddit_rt.pipeline.inputs import (
     check_adapters,
+    check_executor,
     check_size,
     find_adapters,
     parse_multiples,
@@ -57,6 +58,7 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     patch_policy: PatchPolicy | None = None,
     ranges: TokenRanges | None = None,
     backend: str = "aot",
+    executor: str = "auto",
     progress: bool = True,
 ) -> Engine:
     """Compiles a model ahead of time, once.
@@ -75,6 +77,7 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         ranges: Batch sizes and token counts to compile for.
         backend: `"aot"`; or `"eager"`, which runs the model's own blocks uncompiled, for
             debugging. An eager engine cannot be saved.
+        executor: How a CUDA run is driven; see `Engine.executor`.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
@@ -106,11 +109,12 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     )
     if pipeline is not None:
         check_size(family, pipeline, height, width, multiples, ranges)
+    check_executor(executor, transformer)
     if backend == "eager":
         artifact = Artifact.unsaved(None, manifest)
     else:
         artifact = _compile_artifact(transformer, family, adapters, manifest, progress)
-    return _engine(pipeline, transformer, family, artifact, adapters, multiples, progress)
+    return _engine(pipeline, transformer, family, artifact, adapters, multiples, executor, progress)
 
 
 def _compile_artifact(
@@ -153,6 +157,7 @@ def load(
     *,
     trust_code: bool = False,
     check_weights: bool = True,
+    executor: str = "auto",
     progress: bool = True,
 ) -> Engine:
     """Loads an artifact for a model. Seconds: nothing is compiled.
@@ -166,6 +171,7 @@ def load(
         check_weights: Whether other weights than the compiled ones are an error. The packages
             hold no weights and would run with any of the same shapes; adapters and calibrated
             policies would not fit.
+        executor: How a CUDA run is driven; see `Engine.executor`.
         progress: Whether to show a progress bar on stderr.
 
     Raises:
@@ -175,6 +181,7 @@ def load(
         UntrustedArtifactError: See `trust_code`.
     """
     pipeline, transformer, family = unwrap(model)
+    check_executor(executor, transformer)
     artifact = open_artifact(path, trust_code=trust_code)
     problems = mismatches(artifact.manifest, transformer)
     if not check_weights:
@@ -187,7 +194,7 @@ def load(
     assert artifact.directory is not None, "an opened artifact has a folder"
     folder = artifact.directory / _ADAPTER_FOLDER
     adapters = load_adapters(folder, family, transformer) if folder.exists() else AdapterSet()
-    return _engine(pipeline, transformer, family, artifact, adapters, multiples, progress)
+    return _engine(pipeline, transformer, family, artifact, adapters, multiples, executor, progress)
 
 
 def _engine(
@@ -197,6 +204,7 @@ def _engine(
     artifact: Artifact,
     adapters: AdapterSet,
     multiples: tuple[int, ...],
+    executor: str,
     progress: bool,
 ) -> Engine:
     """Binds runners to the model's weights and puts the parts together."""
@@ -218,7 +226,7 @@ def _engine(
         adapters=adapters,
         adapter_runners=adapted,
     )
-    return Engine(compiled, artifact, pipeline)
+    return Engine(compiled, artifact, pipeline, executor)
 
 
 class _Counter:

@@ -1,4 +1,4 @@
-"""What runs after each step: the user's callback in diffusers' form, and the progress bar."""
+"""What runs beside the steps: the user's callback in diffusers' form, and the progress bar."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ddit_rt.buckets import RunContext, StepModel
-from ddit_rt.executor import StepCallback
+from ddit_rt.executor import ProgressCallback, StepCallback
 
 
 def pipeline_callback(
@@ -18,7 +18,7 @@ def pipeline_callback(
     context: RunContext,
     arguments: Mapping[str, Any],
 ) -> StepCallback | None:
-    """Wraps `callback_on_step_end` so that it sees what it would see in the pipeline.
+    """Wraps a `callback_on_step_end` that asks for tensors so that it sees what the pipeline shows.
 
     Args:
         pipeline: The pipeline, which the callback gets as its first argument.
@@ -28,9 +28,9 @@ def pipeline_callback(
         arguments: The engine call's arguments.
     """
     user: Callable[..., dict[str, Any]] | None = arguments.get("callback_on_step_end")
-    if user is None:
-        return None
     names = arguments.get("callback_on_step_end_tensor_inputs", ["latents"])
+    if user is None or not names:
+        return None
     family = model.family
     embeds = context.conditioning["encoder_hidden_states"]
 
@@ -52,14 +52,34 @@ def pipeline_callback(
     return callback
 
 
-def with_progress(callback: StepCallback | None, bar: Any) -> StepCallback | None:
-    """The callback, if any, and one tick of the bar, if any."""
-    if bar is None:
-        return callback
+def progress_callback(
+    pipeline: Any, scheduler: Any, arguments: Mapping[str, Any], bar: Any
+) -> ProgressCallback | None:
+    """The progress bar, and a `callback_on_step_end` that asks for no tensors.
 
-    def advance(step: int, latents: Tensor) -> Tensor | None:
-        replacement = None if callback is None else callback(step, latents)
-        bar.update()
-        return replacement
+    Such a callback need not come between two steps: an executor may go on while it runs.
+
+    Args:
+        pipeline: The pipeline, which the callback gets as its first argument.
+        scheduler: The run's own scheduler, for the timesteps.
+        arguments: The engine call's arguments.
+        bar: A tqdm bar, or None.
+    """
+    user: Callable[..., dict[str, Any]] | None = arguments.get("callback_on_step_end")
+    if arguments.get("callback_on_step_end_tensor_inputs", ["latents"]):
+        user = None
+    if user is None and bar is None:
+        return None
+
+    def advance(step: int) -> None:
+        if user is not None:
+            changed = user(pipeline, step, scheduler.timesteps[step], {})
+            if changed:
+                raise ValueError(
+                    f"callback_on_step_end returned {sorted(changed)} but asked for no tensors; "
+                    "name what it changes in callback_on_step_end_tensor_inputs"
+                )
+        if bar is not None:
+            bar.update()
 
     return advance

@@ -6,7 +6,6 @@ import copy
 import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,25 @@ from torch import Tensor
 
 from ddit_rt.artifact import Artifact
 from ddit_rt.buckets import RunContext
-from ddit_rt.errors import RunCancelled, ShapeError, UnsupportedModelError
-from ddit_rt.executor import CpuExecutor, RunPlan, RunTrace, StepCallback
+from ddit_rt.errors import (
+    ArtifactMismatchError,
+    RunCancelled,
+    ShapeError,
+    UnsupportedModelError,
+)
+from ddit_rt.executor import (
+    CaptureReport,
+    CpuExecutor,
+    CudaExecutor,
+    ProgressCallback,
+    RunPlan,
+    RunTrace,
+    StepCallback,
+    TorchGraphs,
+)
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, policy_from_dict
-from ddit_rt.pipeline.callbacks import pipeline_callback, with_progress
+from ddit_rt.pipeline.callbacks import pipeline_callback, progress_callback
+from ddit_rt.pipeline.inputs import check_executor
 from ddit_rt.pipeline.lora import FusedLora, refuse_unfused_lora
 from ddit_rt.pipeline.planning import CompiledModel, plan_run
 from ddit_rt.solver import SolverTable, probe_scheduler
@@ -42,18 +56,47 @@ class Engine:
         compiled: CompiledModel,
         artifact: Artifact,
         pipeline: Any = None,
+        executor: str = "auto",
     ) -> None:
         self.artifact = artifact
         self.pipeline = pipeline
         self.last_trace: RunTrace | None = None
         self.annotate = False
         self._compiled = compiled
-        self._executor = CpuExecutor()
+        self._device = compiled.steps.device
+        self._executor = (
+            CudaExecutor(TorchGraphs(self._device))
+            if self._device.type == "cuda"
+            else CpuExecutor()
+        )
+        self.executor = executor
         self._lock = threading.RLock()
         self._cancelled = threading.Event()
         self._fused: FusedLora | None = None
         self._solvers: dict[tuple[Any, ...], SolverTable] = {}
         self._announced: set[str] = set()
+
+    @property
+    def executor(self) -> str:
+        """How a CUDA run is driven; may be set between runs.
+
+        `"loop"`: one graph launch per image. `"step"`: one per step. `"host"`: the host chooses
+        each step's graph; slowest, for profilers. `"auto"`: `loop`, or `step` where a
+        `callback_on_step_end` asks for tensors; `last_trace` says which. A CPU model has only
+        `"auto"`.
+        """
+        return self._executor.form if isinstance(self._executor, CudaExecutor) else "auto"
+
+    @executor.setter
+    def executor(self, form: str) -> None:
+        check_executor(form, self._compiled.steps.transformer)
+        if isinstance(self._executor, CudaExecutor):
+            self._executor.form = form
+
+    @property
+    def captures(self) -> tuple[CaptureReport, ...]:
+        """What capturing CUDA graphs took, per shape that is captured now; empty on a CPU."""
+        return self._executor.captures if isinstance(self._executor, CudaExecutor) else ()
 
     @property
     def default_policy(self) -> PatchPolicy:
@@ -96,14 +139,12 @@ class Engine:
             family = self._compiled.steps.family
             call = family.prepare(self.pipeline, scheduler, {"prompt": prompt, **arguments})
             plan, context = self._plan(call.latents, call.conditioning, scheduler, patch_policy)
-            final = self._run(
-                plan,
-                call.latents,
-                pipeline_callback(
-                    self.pipeline, self._compiled.steps, scheduler, context, arguments
-                ),
-                self.pipeline.progress_bar(total=call.num_inference_steps),
+            on_step_end = pipeline_callback(
+                self.pipeline, self._compiled.steps, scheduler, context, arguments
             )
+            with self.pipeline.progress_bar(total=call.num_inference_steps) as bar:
+                on_progress = progress_callback(self.pipeline, scheduler, arguments, bar)
+                final = self._run(plan, call.latents, on_step_end, on_progress)
             return call.finish(final)
 
     @torch.no_grad()
@@ -153,8 +194,9 @@ class Engine:
             steps = num_inference_steps if sigmas is None else len(sigmas)
             grid = model.grid(*latents.shape[-2:])
             model.family.set_timesteps(scheduler, steps, sigmas, grid)
+            latents = latents.to(model.device, torch.float32, non_blocking=True)
             plan, _ = self._plan(latents, given, scheduler, patch_policy)
-            return self._run(plan, latents.float(), callback, nullcontext())
+            return self._run(plan, latents, callback, None)
 
     def cancel(self) -> None:
         """Ends the current run between two steps; its caller gets `RunCancelled`.
@@ -214,11 +256,15 @@ class Engine:
         policy: PatchPolicy | None,
     ) -> tuple[RunPlan, RunContext]:
         """Checks the request and the weights, then fixes the run."""
-        if not bool(torch.isfinite(latents).all()):
-            raise ValueError("the initial latents hold NaN or infinity; give finite noise")
         model = self._compiled.steps
+        if model.device != self._device:
+            raise ArtifactMismatchError(
+                f"the model was on {self._device} when this engine was made and is on "
+                f"{model.device} now; move it back, or compile or load again"
+            )
         refuse_unfused_lora(model.transformer)
-        self._compiled.rebind()
+        if self._compiled.rebind() and isinstance(self._executor, CudaExecutor):
+            self._executor.forget()
         policy = policy or self.default_policy
         shape = (latents.shape[0], latents.shape[1], latents.shape[2], latents.shape[3])
         plan, context = plan_run(
@@ -238,17 +284,20 @@ class Engine:
         plan: RunPlan,
         latents: Tensor,
         on_step_end: StepCallback | None,
-        progress: AbstractContextManager[Any],
+        on_progress: ProgressCallback | None,
     ) -> Tensor:
         self._cancelled.clear()
-        with progress as bar:
-            final, self.last_trace = self._executor.run(
-                plan,
-                latents,
-                on_step_end=with_progress(on_step_end, bar),
-                should_stop=self._should_stop,
-                annotate=self.annotate,
-            )
+        finite = _FiniteCheck(latents)
+        final, self.last_trace = self._executor.run(
+            plan,
+            latents,
+            on_step_end=on_step_end,
+            on_progress=on_progress,
+            should_stop=self._should_stop,
+            annotate=self.annotate,
+        )
+        finite.require()
+        self._announce(self.last_trace.notes)
         if self._cancelled.is_set():
             raise RunCancelled(
                 f"cancelled after {len(self.last_trace)} of {plan.policy.steps} steps"
@@ -287,3 +336,24 @@ class Engine:
             if note not in self._announced:
                 self._announced.add(note)
                 warnings.warn(note, stacklevel=5)
+
+
+class _FiniteCheck:
+    """Refuses initial latents that are not finite: before the run, or after it on a device.
+
+    There the answer is on its way while the run goes on, so that the host need not wait for it.
+    """
+
+    def __init__(self, latents: Tensor) -> None:
+        finite = torch.isfinite(latents).all()
+        if finite.is_cuda:
+            self._finite = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._finite.copy_(finite, non_blocking=True)
+        else:
+            self._finite = finite
+            self.require()
+
+    def require(self) -> None:
+        """Raises if they were not finite. On a device: only once the run is over."""
+        if not bool(self._finite):
+            raise ValueError("the initial latents hold NaN or infinity; give finite noise")

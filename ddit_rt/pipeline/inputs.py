@@ -12,6 +12,7 @@ from ddit_rt.adapters import AdapterSet, load_adapters
 from ddit_rt.artifact import TokenRanges
 from ddit_rt.buckets import StepModel
 from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.executor import FORMS
 from ddit_rt.families import Family, family_of
 from ddit_rt.patch_scheduler import parse_patch, patch_name
 from ddit_rt.pipeline.planning import CompiledModel
@@ -40,11 +41,24 @@ def unwrap(model: Any) -> tuple[Any, nn.Module, Family]:
 
 
 def _check_device(transformer: nn.Module) -> None:
-    devices = {parameter.device.type for parameter in transformer.parameters()}
-    if devices != {"cpu"}:
+    devices = {str(parameter.device) for parameter in transformer.parameters()}
+    kinds = {name.partition(":")[0] for name in devices}
+    if len(devices) > 1 or not kinds <= {"cpu", "cuda"}:
         raise UnsupportedModelError(
-            f"the transformer is on {sorted(devices)}; this version runs on the CPU only: move "
-            'the pipeline there with pipe.to("cpu")'
+            f"the transformer is on {sorted(devices)}; it must be whole on the CPU or on one CUDA "
+            'device: move it with pipe.to("cuda"), and do not use CPU offload'
+        )
+
+
+def check_executor(executor: str, transformer: nn.Module) -> None:
+    """Refuses an executor that the model's device does not have."""
+    if executor not in FORMS:
+        raise ValueError(f"got executor={executor!r}; use one of {list(FORMS)}")
+    device = next(transformer.parameters()).device
+    if executor != "auto" and device.type != "cuda":
+        raise ValueError(
+            f"got executor={executor!r} for a model on {device}, which has one executor; leave it "
+            'at "auto", or move the model with pipe.to("cuda") first'
         )
 
 

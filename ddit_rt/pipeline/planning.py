@@ -13,8 +13,11 @@ from ddit_rt.artifact import TokenRanges
 from ddit_rt.buckets import Bucket, Detail, FineBucket, RunContext, Runners, SnrBucket, StepModel
 from ddit_rt.errors import ShapeError
 from ddit_rt.executor import RunPlan
-from ddit_rt.patch_scheduler import PatchPolicy, PolicyTable, Schedule, patch_name
+from ddit_rt.patch_scheduler import PatchPolicy, Schedule, patch_name
 from ddit_rt.solver import SolverTable
+
+_CAPACITY = 64
+"""Rows of the tables of a captured run come in multiples of this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +65,16 @@ class CompiledModel:
             return f"{tokens} image tokens are outside the compiled range {low} to {high}"
         return None
 
-    def rebind(self) -> None:
-        """Binds runners again whose weights the model has moved to other storage."""
+    def rebind(self) -> bool:
+        """Binds runners again whose weights the model has moved; whether there were any."""
+        moved = False
         for runners in (self.steps.base, *self.adapter_runners.values()):
             for blocks in runners.values():
                 for runner in blocks:
                     if runner.stale():
                         runner.rebind()
+                        moved = True
+        return moved
 
     def check_sizes(self, batch: int, text_tokens: int) -> None:
         """Refuses a batch or a text length that the compiled blocks were not built for."""
@@ -107,18 +113,22 @@ def plan_run(
     """
     batch, _, height, width = shape
     model = compiled.steps
+    on_cuda = model.device.type == "cuda"
     offered, notes = compiled.offered(height, width)
     table = policy.resolve(Schedule(sigmas=solver.sigmas, offered=offered))
     text = model.family.embed_text(model.transformer, conditioning)
     compiled.check_sizes(batch, text.shape[1])
+    # One capture serves many step counts, and policies of any order of sizes.
+    capacity = -(-table.steps // _CAPACITY) * _CAPACITY if on_cuda else table.steps
+    keeps_detail = _keeps_detail(compiled, offered) and (on_cuda or table.coarse_after_fine())
     context = RunContext(
         conditioning=conditioning,
         text=text,
         height=height,
         width=width,
-        sigmas=torch.tensor(solver.sigmas[:-1], dtype=torch.float32),
-        timesteps=timesteps,
-        detail=Detail(shape) if _keeps_detail(compiled, table, offered) else None,
+        sigmas=_table(torch.tensor(solver.sigmas[:-1]), capacity, model.device),
+        timesteps=_table(timesteps, capacity, model.device),
+        detail=Detail(shape, model.device) if keeps_detail else None,
     )
     reachable = table.reachable()
     buckets = [
@@ -131,9 +141,29 @@ def plan_run(
         policy=table,
         solver=solver,
         patch_size=model.patch_size,
+        capacity=capacity,
+        shared=context.tensors(),
+        weights=_unwatched_weights(model) if on_cuda else (),
         notes=notes,
     )
     return plan, context
+
+
+def _table(values: Tensor, rows: int, device: torch.device) -> Tensor:
+    """`[N]` to float32 `[rows]` on the device; rows beyond N, never read, repeat the last one."""
+    padded = torch.cat((values, values[-1:].expand(rows - len(values))))
+    return padded.to(device, torch.float32, non_blocking=True)
+
+
+def _unwatched_weights(model: StepModel) -> tuple[int, ...]:
+    """Addresses of the weights outside the blocks: runners watch only what they are bound to."""
+    blocks = {block_type.path for block_type in model.family.block_types(model.transformer)}
+    return tuple(
+        parameter.data_ptr()
+        for name, child in model.transformer.named_children()
+        if name not in blocks
+        for parameter in child.parameters()
+    )
 
 
 def _bucket(compiled: CompiledModel, context: RunContext, multiple: int) -> Bucket:
@@ -145,7 +175,6 @@ def _bucket(compiled: CompiledModel, context: RunContext, multiple: int) -> Buck
     return AdapterBucket(compiled.steps, context, adapter, compiled.adapter_runners[multiple])
 
 
-def _keeps_detail(compiled: CompiledModel, table: PolicyTable, offered: tuple[int, ...]) -> bool:
-    """Whether a training-free coarse step can follow a step at p."""
-    training_free = set(offered[1:]) - set(compiled.adapters.adapters)
-    return bool(training_free) and table.coarse_after_fine()
+def _keeps_detail(compiled: CompiledModel, offered: tuple[int, ...]) -> bool:
+    """Whether a coarse step may be training-free, so that detail is worth keeping."""
+    return bool(set(offered[1:]) - set(compiled.adapters.adapters))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddit_rt.buckets import at_step
 from ddit_rt.executor import CpuExecutor, RunPlan, RunTrace
 from ddit_rt.patch_scheduler import DDiTPolicy, PatchPolicy, Schedule, StaticPolicy
 from ddit_rt.solver import SolverTable, probe_scheduler, replay
@@ -27,12 +28,15 @@ class ScriptedBucket:
     def __init__(self, multiple: int, velocities: list[Tensor], log: list[tuple[int, int]]) -> None:
         self.multiple = multiple
         self.tokens = 64 // multiple**2
-        self._velocities = velocities
+        self._velocities = torch.stack(velocities)
         self._log = log
 
-    def velocity(self, latents: Tensor, step: int) -> Tensor:
-        self._log.append((step, self.multiple))
-        return self._velocities[step]
+    def velocity(self, latents: Tensor, step: Tensor) -> Tensor:
+        self._log.append((len(self._log), self.multiple))
+        return at_step(self._velocities, step)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self._velocities,)
 
 
 def euler(steps: int) -> SolverTable:
@@ -52,6 +56,7 @@ def scripted_plan(
         policy=policy.resolve(Schedule(sigmas=solver.sigmas, offered=offered)),
         solver=solver,
         patch_size=2,
+        capacity=solver.steps,
     )
     return plan, log
 

@@ -57,7 +57,9 @@ def test_fine_bucket_equals_the_model(guidance_embeds, height, width, batch):
     )[0]
     expected = FluxPipeline._unpack_latents(expected, 4 * height, 4 * width, 4)
     # The time embedding of all steps is one matrix product here, so rounding may differ.
-    torch.testing.assert_close(bucket.velocity(latents, 1), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        bucket.velocity(latents, torch.tensor([1])), expected, rtol=1e-5, atol=1e-6
+    )
     assert bucket.tokens == height * width // 4
 
 
@@ -66,7 +68,7 @@ def test_first_coarse_step_after_a_fine_one_agrees_with_it():
     transformer = tiny_transformer()
     conditioning = tiny_conditioning(transformer)
     sigmas = torch.tensor([0.9, 0.8, 0.7])
-    detail = Detail((1, 4, 16, 16))
+    detail = Detail((1, 4, 16, 16), torch.device("cpu"))
     context = RunContext(
         conditioning=conditioning,
         text=FLUX.embed_text(transformer, conditioning),
@@ -78,14 +80,16 @@ def test_first_coarse_step_after_a_fine_one_agrees_with_it():
     )
     model = StepModel(family=FLUX, transformer=transformer, base=eager_runners(transformer))
     coarse, latents = SnrBucket(model, context, 2), noise(1, 4, 16, 16)
-    before = coarse.velocity(latents, 0)
-    detail.update(latents, FineBucket(model, context).velocity(latents, 0), sigmas[0])
+    before = coarse.velocity(latents, torch.tensor([0]))
+    detail.update(
+        latents, FineBucket(model, context).velocity(latents, torch.tensor([0])), sigmas[0]
+    )
     estimate = detail.estimate.clone()
-    actual = coarse.velocity(latents, 1)
+    actual = coarse.velocity(latents, torch.tensor([1]))
     torch.testing.assert_close(actual, (latents - estimate) / 0.8, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(before, actual, atol=1e-2)
     # The disagreement fades: the next step moves away from the estimate.
-    later = latents - 0.7 * coarse.velocity(latents, 2)
+    later = latents - 0.7 * coarse.velocity(latents, torch.tensor([2]))
     assert not torch.allclose(later, estimate, atol=1e-4)
 
 

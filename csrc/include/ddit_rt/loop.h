@@ -53,7 +53,7 @@ struct Progress {
   uint32_t decided;     // steps decided; their rows are complete
   uint32_t finished;    // generation whose run is over
   uint32_t nonfinite;   // 1 once a score was NaN or infinite
-  uint32_t stopped;     // 1 if the run was cancelled
+  uint32_t stopped;     // 1 if the run ended before its last step
   uint64_t end_ns;      // the device's clock when the run was over
 
   DDIT_RT_HD StepRow* rows() { return reinterpret_cast<StepRow*>(this + 1); }

@@ -1,0 +1,80 @@
+"""What every executor takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ddit_rt.buckets import Bucket
+from ddit_rt.executor.trace import RunTrace
+from ddit_rt.patch_scheduler import PolicyTable
+from ddit_rt.solver import SolverTable
+
+StepCallback = Callable[[int, Tensor], Tensor | None]
+"""Called after a step with its index and the new latents; may return latents to go on from.
+
+The latents are the run's own memory, valid until the callback returns.
+"""
+
+ProgressCallback = Callable[[int], None]
+"""Called with a step's index once it is done; an executor that does not wait may call it later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """Everything that a run needs, fixed before its first step.
+
+    Attributes:
+        buckets: Bucket i of the policy table, for every i it can reach; None for the others.
+        offered: Patch sizes of the buckets, as multiples of p.
+        policy: The patch policy as a table.
+        solver: The solver as a table.
+        patch_size: p, in latent pixels.
+        capacity: Rows that the buckets' tables have, at least the number of steps.
+        shared: `RunContext.tensors` of the run.
+        weights: Addresses of weights that no runner watches; a graph that was captured with
+            others is of no use.
+        notes: Carried into the trace.
+    """
+
+    buckets: Sequence[Bucket | None]
+    offered: tuple[int, ...]
+    policy: PolicyTable
+    solver: SolverTable
+    patch_size: int
+    capacity: int
+    shared: tuple[Tensor, ...] = ()
+    weights: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Executor(Protocol):
+    """Runs the step loop. No state passes from one run to the next."""
+
+    def run(
+        self,
+        plan: RunPlan,
+        latents: Tensor,
+        *,
+        on_step_end: StepCallback | None = None,
+        on_progress: ProgressCallback | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        annotate: bool = False,
+    ) -> tuple[Tensor, RunTrace]:
+        """Denoises.
+
+        Args:
+            plan: The run.
+            latents: z_0, `[B, C, H, W]`, float32; left as it is.
+            on_step_end: See `StepCallback`.
+            on_progress: See `ProgressCallback`.
+            should_stop: Asked between steps; true ends the run with the latents so far.
+            annotate: Whether profilers see the ranges of `executor.ranges`.
+
+        Returns:
+            Final latents `[B, C, H, W]` float32, and the trace.
+        """
+        ...
