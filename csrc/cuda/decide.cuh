@@ -125,7 +125,7 @@ __device__ __forceinline__ void score_size(const LoopParams& p, int size, int64_
 
 // Takes the step's decision and sets the graph's switches. One thread.
 __device__ __forceinline__ void take_decision(const LoopParams& p, const Switches& switches,
-                                              int64_t k, bool scored, int batch) {
+                                              int64_t k) {
   LoopState* const state = p.state;
   const uint32_t cancel = static_cast<volatile Progress*>(p.progress)->cancel;
   if (cancel == state->generation || k >= p.settings->steps) state->stopped = 1;
@@ -133,8 +133,8 @@ __device__ __forceinline__ void take_decision(const LoopParams& p, const Switche
   if (state->stopped == 0) {
     StepRow* const row = p.progress->rows() + k;
     row->time_ns = device_time_ns();
-    decide_step(p.scores, p.thresholds + k * p.sizes, scored ? batch : 0, p.sizes, p.forced[k],
-                p.rule(), &state->policy, row->record);
+    decide_step(p.scores, p.thresholds + k * p.sizes, static_cast<int>(p.shape.batch), p.sizes,
+                p.forced[k], p.rule(), &state->policy, row->record);
     state->step = static_cast<int32_t>(k);
     __threadfence_system();  // a host that sees the count sees the row
     static_cast<volatile Progress*>(p.progress)->decided = static_cast<uint32_t>(k) + 1;
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kDecideThreads) decide_kernel(LoopParams p, Sw
   if (atomicAdd(&p.state->ticket, 1u) != blocks - 1) return;
   __threadfence();  // the other blocks' scores after theirs
   p.state->ticket = 0;
-  take_decision(p, switches, k, scored, static_cast<int>(p.shape.batch));
+  take_decision(p, switches, k);
 }
 
 }  // namespace ddit_rt

@@ -143,8 +143,7 @@ void StepControl::launch(const Kernel& kernel, void** arguments, cudaStream_t st
 
 void StepControl::begin(cudaStream_t stream) {
   void* arguments[] = {&params_};
-  launch(kernels_.begin, arguments, stream);
-  note_begin();
+  begin_run([&] { launch(kernels_.begin, arguments, stream); });
 }
 
 void StepControl::decide(cudaStream_t stream) {
@@ -163,7 +162,15 @@ void StepControl::finish(cudaStream_t stream) {
   launch(kernels_.finish, arguments, stream);
 }
 
-void StepControl::note_begin() { ++generation_; }
+void StepControl::begin_run(const std::function<void()>& launch) {
+  ++generation_;  // first: a wish to stop that comes while this launches is meant for this run
+  try {
+    launch();
+  } catch (...) {
+    --generation_;
+    throw;
+  }
+}
 
 void StepControl::note_launch(cudaStream_t stream) {
   DDIT_RT_CUDA(cudaEventRecord(launched_, stream));
@@ -211,8 +218,8 @@ RunProgress StepControl::wait(int64_t decided, double seconds) const {
 }
 
 int StepControl::bucket(int64_t step) const {
-  require(step >= 0 && step < progress().decided, "step " + std::to_string(step) +
-                                                      " is not decided yet");
+  require(step >= 0 && step < progress().decided,
+          "step " + std::to_string(step) + " is not decided yet");
   return static_cast<int>(progress_->rows()[step].record[0]);
 }
 

@@ -264,8 +264,12 @@ void StepGraph::upload(cudaStream_t stream) {
 
 void StepGraph::launch(cudaStream_t stream) {
   const DeviceScope scope(control_->device());
-  DDIT_RT_CUDA(cudaGraphLaunch(executable_, stream));
-  if (form_ == Form::kLoop) control_->note_begin();
+  const auto run = [&] { DDIT_RT_CUDA(cudaGraphLaunch(executable_, stream)); };
+  if (form_ == Form::kLoop) {
+    control_->begin_run(run);
+  } else {
+    run();
+  }
   control_->note_launch(stream);
 }
 
