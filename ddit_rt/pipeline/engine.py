@@ -297,7 +297,6 @@ class Engine:
             annotate=self.annotate,
         )
         finite.require()
-        self._announce(self.last_trace.notes)
         if self._cancelled.is_set():
             raise RunCancelled(
                 f"cancelled after {len(self.last_trace)} of {plan.policy.steps} steps"

@@ -266,7 +266,7 @@ def test_things_that_are_no_model_are_refused() -> None:
 
 
 def test_model_on_another_device_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"on \['meta'\].*CPU only"):
+    with pytest.raises(UnsupportedModelError, match=r"on \['meta'\].*one CUDA device"):
         ddit_rt.compile(tiny_transformer().to("meta"))
 
 
