@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.models import DTYPES, EMBEDDED, MODEL_HELP, embedded_defaults, load_pipeline
+from ddit_rt.cli.models import (
+    DEVICES,
+    DTYPES,
+    EMBEDDED,
+    MODEL_HELP,
+    embedded_defaults,
+    load_pipeline,
+)
 
 if TYPE_CHECKING:
     from ddit_rt.patch_scheduler import PatchPolicy
@@ -30,6 +37,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter", type=Path, metavar="DIR", help="trained patch adapters (safetensors folder)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="dtype to load the model in")
+    parser.add_argument(
+        "--device",
+        choices=("auto", *DEVICES),
+        default="auto",
+        help="device to compile for; auto is cuda where torch can use it (default: %(default)s)",
+    )
 
 
 def _run(args: argparse.Namespace) -> Outcome:
@@ -37,7 +50,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     if args.adapter is not None and not args.adapter.is_dir():
         raise ValueError(f"there is no folder {args.adapter}; --adapter names one with adapters")
     sizes = tuple(size.strip() for size in args.patch_sizes.split(","))
-    pipeline = load_pipeline(args.model, args.dtype)
+    pipeline = load_pipeline(args.model, args.dtype, args.device)
     import ddit_rt
 
     default = pipeline.default_sample_size * pipeline.vae_scale_factor

@@ -51,6 +51,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the compiled code of an artifact that was not built on this machine",
     )
+    parser.add_argument(
+        "--executor",
+        choices=("auto", "loop", "step", "host"),
+        default="auto",
+        help="how a CUDA run is driven: one graph launch per image, one per step, or by the host "
+        "(default: %(default)s)",
+    )
     add_policy_arguments(parser)
 
 
@@ -61,10 +68,13 @@ def _run(args: argparse.Namespace) -> Outcome:
 
     # Before the model: a missing artifact should not cost the minutes of loading one.
     manifest = read_manifest(args.artifact)
-    pipeline = load_pipeline(args.model, args.dtype or manifest.dtype)
+    device = manifest.environment.device
+    pipeline = load_pipeline(args.model, args.dtype or manifest.dtype, device)
     import ddit_rt
 
-    engine = ddit_rt.load(args.artifact, pipeline, trust_code=args.trust_code)
+    engine = ddit_rt.load(
+        args.artifact, pipeline, trust_code=args.trust_code, executor=args.executor
+    )
     policy = choose_policy(args.policy, args.tau, args.rho, engine.default_policy)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
     arguments = _pipeline_arguments(args)

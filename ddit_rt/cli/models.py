@@ -13,20 +13,45 @@ DTYPES = ("float32", "bfloat16", "float16")
 MODEL_HELP = "a diffusers folder, a Hub name, or 'demo' for the model inside the package"
 
 
-def load_pipeline(model: str, dtype: str | None = None) -> Any:
+DEVICES = ("cpu", "cuda")
+
+
+def choose_device(device: str) -> str:
+    """`"cuda"` or `"cpu"`; `"auto"` is CUDA where torch can use it.
+
+    Raises:
+        ValueError: CUDA was asked for and cannot be used.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    if device == "cuda" and not available:
+        from ddit_rt import _runtime
+
+        reason = _runtime.cuda_status()["reason"] or f"torch {torch.__version__} has no CUDA"
+        raise ValueError(f"this needs a CUDA device, and torch can use none here: {reason}")
+    return device
+
+
+def load_pipeline(model: str, dtype: str | None = None, device: str = "cpu") -> Any:
     """A diffusers pipeline, of the class that its own index names.
 
     Args:
         model: A folder written by `save_pretrained`, a Hub name, or `"demo"`.
         dtype: One of `DTYPES`; by default float32.
+        device: One of `DEVICES`, or `"auto"`.
 
     Raises:
-        ValueError: A folder that holds no pipeline, or a package without the demo model.
+        ValueError: A folder that holds no pipeline, a package without the demo model, or no CUDA
+            device.
         OSError: Neither a folder nor a name that the Hub knows.
     """
     import torch
     from diffusers import DiffusionPipeline
 
+    device = choose_device(device)
     source = _embedded_path() if model == EMBEDDED else model
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
         raise ValueError(
@@ -37,7 +62,7 @@ def load_pipeline(model: str, dtype: str | None = None) -> Any:
     pipeline = DiffusionPipeline.from_pretrained(source, dtype=wanted)
     if pipeline.dtype is not wanted:  # a release that knows the argument by its older name
         pipeline.to(wanted)
-    return pipeline
+    return pipeline if device == "cpu" else pipeline.to(device)
 
 
 def embedded_defaults(model: str) -> dict[str, int]:

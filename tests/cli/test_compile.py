@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from ddit_rt.cli import main
 
@@ -54,3 +55,11 @@ def test_bad_request_is_exit_2(
     assert captured.out == ""
     assert message in captured.err.splitlines()[-1]
     assert not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_is_exit_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compile", "demo", "-o", str(tmp_path / "a.ddit"), "--device", "cuda"]) == 2
+    assert "needs a CUDA device, and torch can use none here: " in capsys.readouterr().err

@@ -1,0 +1,280 @@
+"""Whole runs on a CUDA device: against the CPU, without syncs, and the forms among each other."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from models import noise, random_adapters, tiny_conditioning, tiny_embeds, tiny_pipeline
+from torch import Tensor
+
+import ddit_rt
+from ddit_rt import DDiTPolicy, FinePolicy, StaticPolicy
+from ddit_rt.errors import ArtifactMismatchError, RunCancelled
+
+pytestmark = pytest.mark.gpu
+
+MIXED = StaticPolicy(["p", "2p", "4p", "2p", "p", "p"])
+DYNAMIC = DDiTPolicy(tau=0.3, refresh=2)
+FORMS = ["loop", "step", "host"]
+SHAPE = (2, 4, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        patch.setenv("DDIT_RT_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> FluxPipeline:
+    return tiny_pipeline().to("cuda")
+
+
+@pytest.fixture(scope="module")
+def engine(pipeline: FluxPipeline) -> ddit_rt.Engine:
+    return ddit_rt.compile(pipeline, height=64, width=64, progress=False)
+
+
+def conditioning(pipeline: FluxPipeline, seed: int = 1) -> dict[str, Tensor]:
+    given = tiny_conditioning(pipeline.transformer, batch=SHAPE[0], seed=seed)
+    return {name: tensor.cuda() for name, tensor in given.items()}
+
+
+def denoise(
+    engine: ddit_rt.Engine, policy: Any, *, seed: int = 1, steps: int = 6, **arguments: Any
+) -> Tensor:
+    latents = noise(*SHAPE, seed=seed).cuda()
+    given = conditioning(engine.pipeline, seed)
+    return engine.denoise(
+        latents, num_inference_steps=steps, patch_policy=policy, **given, **arguments
+    )
+
+
+@pytest.mark.parametrize("policy", [FinePolicy(), MIXED, DYNAMIC], ids=["fine", "mixed", "ddit"])
+def test_forms_agree_to_the_bit_and_with_the_cpu(engine: ddit_rt.Engine, policy: Any) -> None:
+    results, traces = [], []
+    for form in FORMS:
+        engine.executor = form
+        results.append(denoise(engine, policy))
+        traces.append(engine.last_trace)
+    engine.executor = "auto"
+    assert [trace.executor for trace in traces] == [f"cuda-{form}" for form in FORMS]
+    for result, trace in zip(results[1:], traces[1:], strict=True):
+        assert torch.equal(result, results[0])
+        assert [r.scores for r in trace] == pytest.approx([r.scores for r in traces[0]])
+    cpu = ddit_rt.compile(tiny_pipeline(), backend="eager", progress=False)
+    expected = cpu.denoise(
+        noise(*SHAPE, seed=1),
+        num_inference_steps=6,
+        patch_policy=policy,
+        **tiny_conditioning(cpu.pipeline.transformer, batch=SHAPE[0], seed=1),
+    )
+    assert traces[0].patch_sizes() == cpu.last_trace.patch_sizes()
+    # float32 on both; matrix products sum in another order (and may use TF32 nowhere by default).
+    torch.testing.assert_close(results[0].cpu(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_all_fine_equals_diffusers(engine: ddit_rt.Engine, pipeline: FluxPipeline) -> None:
+    call = {"height": 64, "width": 64, "num_inference_steps": 8, "output_type": "latent"}
+    arguments = {**{k: v.cuda() for k, v in tiny_embeds(1).items()}, **call}
+    expected = pipeline(**arguments, generator=torch.Generator().manual_seed(3)).images
+    actual = engine(
+        **arguments, generator=torch.Generator().manual_seed(3), patch_policy=FinePolicy()
+    ).images
+    # The blocks are compiled, so rounding differs; 8 steps of values of order 1.
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["loop", "step"])
+def test_a_whole_image_never_synchronises(engine: ddit_rt.Engine, form: str) -> None:
+    engine.executor = form
+    denoise(engine, DYNAMIC)  # captures
+    latents, given = noise(*SHAPE).cuda(), conditioning(engine.pipeline)
+    torch.cuda.synchronize()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.denoise(latents, num_inference_steps=6, patch_policy=DYNAMIC, **given)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+        engine.executor = "auto"
+
+
+def runtime_calls(engine: ddit_rt.Engine, steps: int) -> list[str]:
+    """CUDA runtime calls between the first and the last launch of a run, by CUPTI."""
+    latents, given = noise(*SHAPE).cuda(), conditioning(engine.pipeline)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as profile:
+        engine.annotate = True
+        engine.denoise(latents, num_inference_steps=steps, patch_policy=DYNAMIC, **given)
+        engine.annotate = False
+    events = profile.events()
+    (run,) = (event for event in events if event.name == "ddit_rt/run" and event.cpu_children)
+    inside = [
+        event.name
+        for event in events
+        if event.name.startswith("cuda")
+        and run.time_range.start <= event.time_range.start <= run.time_range.end
+    ]
+    return [name for name in inside if not name.startswith("cudaEvent")]
+
+
+def test_loop_form_is_one_launch_per_image(engine: ddit_rt.Engine) -> None:
+    engine.executor = "loop"
+    denoise(engine, DYNAMIC)
+    calls = runtime_calls(engine, 6)
+    engine.executor = "auto"
+    assert calls.count("cudaGraphLaunch") == 1
+    waits = [name for name in calls if "Synchronize" in name or "Memcpy" in name]
+    assert waits == []
+
+
+def test_step_form_is_one_launch_per_step(engine: ddit_rt.Engine) -> None:
+    engine.executor = "step"
+    denoise(engine, DYNAMIC)
+    calls = runtime_calls(engine, 6)
+    engine.executor = "auto"
+    assert calls.count("cudaGraphLaunch") == 6
+    assert not [name for name in calls if "Synchronize" in name or "Memcpy" in name]
+
+
+def test_no_state_passes_between_runs(engine: ddit_rt.Engine) -> None:
+    first = denoise(engine, MIXED, seed=1)
+    denoise(engine, DYNAMIC, seed=5, steps=9)
+    assert torch.equal(denoise(engine, MIXED, seed=1), first)
+
+
+def test_shapes_are_captured_once(engine: ddit_rt.Engine) -> None:
+    before = len(engine.captures)
+    for _ in range(2):
+        engine.denoise(
+            noise(1, 4, 24, 8).cuda(),
+            num_inference_steps=4,
+            patch_policy=FinePolicy(),
+            **{n: t[:1] for n, t in conditioning(engine.pipeline).items()},
+        )
+    assert len(engine.captures) == before + 1
+    report = engine.captures[-1]
+    assert report.buckets == ("p",)
+    assert report.nodes["p"] > 10
+    assert report.capture_ms > 0
+
+
+def test_bfloat16_and_adapters(home: Path, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline().to(torch.bfloat16)
+    adapters = random_adapters(pipeline)
+    pipeline.to("cuda")
+    adapters = type(adapters)(
+        adapters={
+            multiple: adapter.to("cuda", torch.bfloat16)
+            for multiple, adapter in adapters.adapters.items()
+        }
+    )
+    for adapter in adapters.adapters.values():
+        adapter.lora = {k: v.to("cuda", torch.bfloat16) for k, v in adapter.lora.items()}
+    engine = ddit_rt.compile(pipeline, adapter=adapters, progress=False)
+    path = engine.save(tmp_path / "adapters.ddit")
+    loaded = ddit_rt.load(path, pipeline, progress=False)
+    given = {n: t.bfloat16() for n, t in conditioning(pipeline).items()}
+    latents = noise(*SHAPE).cuda()
+    results = [
+        runner.denoise(latents, num_inference_steps=6, patch_policy=MIXED, **given)
+        for runner in (engine, loaded)
+    ]
+    assert torch.equal(*results)
+    assert torch.isfinite(results[0]).all()
+
+
+def test_a_fused_lora_acts_without_another_capture(engine: ddit_rt.Engine) -> None:
+    """In place, so that the captured graphs read the new weights."""
+    before, captures = denoise(engine, MIXED), len(engine.captures)
+    weight = engine.pipeline.transformer.transformer_blocks[0].ff.net[2].weight
+    saved = weight.clone()
+    weight.mul_(1.5)
+    assert not torch.equal(denoise(engine, MIXED), before)
+    weight.copy_(saved)
+    assert torch.equal(denoise(engine, MIXED), before)
+    assert len(engine.captures) == captures
+
+
+def test_callbacks_choose_the_step_form(engine: ddit_rt.Engine) -> None:
+    steps: list[int] = []
+
+    def callback(step: int, latents: Tensor) -> None:
+        steps.append(step)
+
+    denoise(engine, MIXED, callback=callback)
+    assert steps == list(range(6))
+    assert engine.last_trace.executor == "cuda-step"
+    assert "callback" in engine.last_trace.notes[-1]
+
+
+def test_cancel_from_another_thread(engine: ddit_rt.Engine) -> None:
+    import threading
+
+    done = threading.Event()
+
+    def keep_cancelling() -> None:
+        while not done.is_set():
+            engine.cancel()
+
+    def keep_running() -> None:
+        for _ in range(200):
+            denoise(engine, FinePolicy(), steps=60)
+
+    thread = threading.Thread(target=keep_cancelling)
+    thread.start()
+    try:
+        with pytest.raises(RunCancelled):
+            keep_running()
+    finally:
+        done.set()
+        thread.join()
+    reference = denoise(engine, MIXED)
+    assert torch.equal(denoise(engine, MIXED), reference)
+
+
+def test_two_engines_in_two_threads(pipeline: FluxPipeline) -> None:
+    import threading
+
+    engines = [ddit_rt.compile(pipeline, backend="eager", progress=False) for _ in range(2)]
+    expected = [denoise(engine, MIXED, seed=seed) for seed, engine in enumerate(engines)]
+    results: dict[int, Tensor] = {}
+
+    def run(index: int) -> None:
+        for _ in range(3):
+            results[index] = denoise(engines[index], MIXED, seed=index)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(results[index], expected[index]) for index in range(2))
+
+
+def test_a_moved_model_is_refused(home: Path) -> None:
+    pipeline = tiny_pipeline().to("cuda")
+    engine = ddit_rt.compile(pipeline, backend="eager", progress=False)
+    pipeline.to("cpu")
+    with pytest.raises(ArtifactMismatchError, match="was on cuda:0.*is on cpu"):
+        denoise(engine, FinePolicy())
+
+
+def test_switching_needs_no_warning(engine: ddit_rt.Engine) -> None:
+    """On a driver that can switch, nothing falls back."""
+    engine.executor = "auto"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        denoise(engine, DYNAMIC)
+    assert engine.last_trace.executor == "cuda-loop"
