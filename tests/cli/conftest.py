@@ -1,18 +1,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from models import CHANNELS, POOLED_WIDTH, TEXT_WIDTH, tiny_pipeline
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
+from text_encoders import save_tiny
 
 from ddit_rt.cli import main
 
@@ -38,51 +29,3 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Pa
         patch.setenv("DDIT_RT_HOME", str(path.parent / "home"))
         assert main(["compile", str(model_folder), "-o", str(path), *size]) == 0
     return path
-
-
-def save_tiny(folder: Path, seed: int) -> Path:
-    pipeline = tiny_pipeline(seed=seed)
-    assert pipeline.transformer.config.in_channels == CHANNELS * 4
-    clip_tokenizer, t5_tokenizer = clip_words(), t5_words()
-    pipeline.register_modules(
-        tokenizer=clip_tokenizer,
-        tokenizer_2=t5_tokenizer,
-        text_encoder=clip_model(clip_tokenizer),
-        text_encoder_2=t5_model(len(t5_tokenizer)),
-    )
-    pipeline.save_pretrained(folder)
-    return folder
-
-
-def clip_words() -> CLIPTokenizer:
-    letters = [*"abcdefghijklmnopqrstuvwxyz"]
-    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
-
-
-def t5_words() -> T5TokenizerFast:
-    pieces: list[Any] = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
-    pieces += [(letter, -2.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
-
-
-def clip_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=POOLED_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config).eval()
-
-
-def t5_model(words: int) -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=words, d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2
-    )
-    return T5EncoderModel(config).eval()

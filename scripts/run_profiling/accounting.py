@@ -1,0 +1,181 @@
+"""Where the time of a run went: per patch size and phase, from a profile or from the trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ddit_rt.executor import RunTrace
+from ddit_rt.patch_scheduler import parse_patch
+
+PREFIX = "ddit_rt/"
+PHASES = ("decide", "model", "solver")
+STEP, OTHER = "step", "other"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """One range of a profile.
+
+    Attributes:
+        name: Without `ddit_rt/`.
+        start: Microseconds.
+        end: Microseconds.
+    """
+
+    name: str
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return (self.end - self.start) / 1e6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """The least that one call must do.
+
+    Attributes:
+        flops: Operations.
+        bytes: Bytes to read and write.
+    """
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A phase of all steps at one patch size.
+
+    Attributes:
+        patch: Patch size by name; empty for what belongs to none.
+        phase: One of `PHASES`, `STEP` where only whole steps are known, or `OTHER`: loop, host
+            and gaps.
+        calls: Steps.
+        seconds: Time of all calls.
+        flops: Operations of all calls, at least.
+        bytes: Bytes of all calls, at least.
+    """
+
+    patch: str
+    phase: str
+    calls: int
+    seconds: float
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Account:
+    """A run, taken apart.
+
+    Attributes:
+        clock: What measured: `"device"`, `"wall"`, or `"trace"` (the engine's own step times).
+        seconds: The loop, on that clock; the rows add up to it.
+        rows: Coarsest patch size last, phases in order.
+    """
+
+    clock: str
+    seconds: float
+    rows: tuple[Row, ...]
+
+
+WorkOf = Callable[[str, int], Work]
+"""The least work of a phase (`PHASES` or `STEP`) in step k."""
+
+
+def spans_of(events: Iterable[Any], device: str) -> list[Span]:
+    """The engine's ranges among the events of a `torch.profiler.profile`.
+
+    Args:
+        events: What `profile.events()` gave.
+        device: `"CPU"` for the host's ranges, `"CUDA"` for the kernels that ran inside them.
+
+    Returns:
+        In order of their start.
+    """
+    spans = [
+        Span(
+            name=event.name.removeprefix(PREFIX),
+            start=event.time_range.start,
+            end=event.time_range.end,
+        )
+        for event in events
+        if event.name.startswith(PREFIX) and event.device_type.name == device
+    ]
+    return sorted(spans, key=lambda span: span.start)
+
+
+def account_of_spans(
+    spans: Sequence[Span], trace: RunTrace, work_of: WorkOf, clock: str
+) -> Account:
+    """Sums the phases of every step.
+
+    The loop is the range of the run on the host; on a device, from the first phase to the last.
+
+    Raises:
+        ValueError: The ranges are not those of this run.
+    """
+    phases = {phase: [span for span in spans if _phase(span) == phase] for phase in PHASES}
+    counts = {phase: len(found) for phase, found in phases.items()}
+    if set(counts.values()) != {len(trace)}:
+        raise ValueError(f"the profile holds {counts} ranges of a run of {len(trace)} steps")
+    sizes = [span.name.removeprefix("model/") for span in phases["model"]]
+    if sizes != trace.patch_sizes():
+        raise ValueError(f"the profile ran {sizes}, the trace says {trace.patch_sizes()}")
+    seconds = {
+        (phase, step): span.seconds
+        for phase, found in phases.items()
+        for step, span in enumerate(found)
+    }
+    if clock == "wall":
+        (run,) = (span for span in spans if span.name == "run")
+        total = run.seconds
+    else:
+        ends = [span.end for found in phases.values() for span in found]
+        total = (max(ends) - min(span.start for span in phases["decide"])) / 1e6
+    return _account(clock, total, seconds, PHASES, trace, work_of)
+
+
+def account_of_trace(trace: RunTrace, work_of: WorkOf) -> Account:
+    """Whole steps, as the engine itself timed them."""
+    seconds = {(STEP, record.step): record.latency_ms / 1e3 for record in trace}
+    total = trace.latency_ms / 1e3
+    return _account("trace", total, seconds, (STEP,), trace, work_of)
+
+
+def _account(
+    clock: str,
+    total: float,
+    seconds: Mapping[tuple[str, int], float],
+    phases: Sequence[str],
+    trace: RunTrace,
+    work_of: WorkOf,
+) -> Account:
+    rows = []
+    for patch in sorted(set(trace.patch_sizes()), key=parse_patch):
+        steps = [record.step for record in trace if record.patch_size == patch]
+        for phase in phases:
+            work = [work_of(phase, step) for step in steps]
+            rows.append(
+                Row(
+                    patch=patch,
+                    phase=phase,
+                    calls=len(steps),
+                    seconds=sum(seconds[phase, step] for step in steps),
+                    flops=sum(one.flops for one in work),
+                    bytes=sum(one.bytes for one in work),
+                )
+            )
+    rest = total - sum(row.seconds for row in rows)
+    if phases is PHASES:
+        rows.append(Row(patch="", phase=OTHER, calls=0, seconds=rest, flops=0, bytes=0))
+    return Account(clock=clock, seconds=total, rows=tuple(rows))
+
+
+def _phase(span: Span) -> str:
+    return span.name.partition("/")[0]

@@ -1,0 +1,53 @@
+"""The least that each phase of a step must do: operations, and bytes to move."""
+
+from __future__ import annotations
+
+from ddit_rt.executor import RunTrace
+from ddit_rt.patch_scheduler import DDiTPolicy, parse_patch
+from ddit_rt.pipeline.cost import step_cost
+from run_profiling.accounting import STEP, Work, WorkOf
+from run_profiling.subject import Subject
+
+
+def floors(subject: Subject, trace: RunTrace) -> WorkOf:
+    """Counts for one run.
+
+    decide reads the latents of the finite difference where the step was scored; the model reads
+    its weights (activations are not counted); the solver reads latents and velocity and writes
+    both. What sits in a cache between two phases counts as moved all the same.
+
+    Args:
+        subject: What ran.
+        trace: Its trace.
+    """
+    model, latents = subject.model, subject.latents
+    order = subject.policy.order if isinstance(subject.policy, DDiTPolicy) else 0
+    velocity_bytes = latents.numel() * model.dtype.itemsize
+    latents_bytes = latents.numel() * 4
+    costs = {
+        patch: step_cost(
+            model,
+            height=latents.shape[2],
+            width=latents.shape[3],
+            multiple=parse_patch(patch),
+            batch=latents.shape[0],
+            text_tokens=subject.text_tokens,
+        )
+        for patch in set(trace.patch_sizes())
+    }
+
+    def work_of(phase: str, step: int) -> Work:
+        cost = costs[trace[step].patch_size]
+        scored = bool(trace[step].scores)
+        work = {
+            "decide": Work(flops=0, bytes=(order + 1) * latents_bytes if scored else 0),
+            "model": Work(flops=cost.flops, bytes=cost.weight_bytes),
+            "solver": Work(flops=0, bytes=3 * latents_bytes + velocity_bytes),
+        }
+        work[STEP] = Work(
+            flops=sum(one.flops for one in work.values()),
+            bytes=sum(one.bytes for one in work.values()),
+        )
+        return work[phase]
+
+    return work_of

@@ -1,0 +1,69 @@
+"""A run under torch.profiler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ddit_rt.executor import RunTrace
+from run_profiling.accounting import Account, account_of_spans, account_of_trace, spans_of
+from run_profiling.ceilings import Ceilings
+from run_profiling.floors import floors
+from run_profiling.report import run_entry
+from run_profiling.subject import Subject
+
+
+def profile_run(
+    subject: Subject, form: str | None, ceilings: Ceilings, warm_up: int, out: Path
+) -> dict[str, Any]:
+    """Profiles one run and writes its Chrome trace.
+
+    Args:
+        subject: What to run.
+        form: Executor, on CUDA; None on a CPU.
+        ceilings: What the machine can do.
+        warm_up: Runs before it; the latest gives the time without a profiler.
+        out: Folder of the Chrome trace.
+
+    Returns:
+        An entry of `runs` in the report.
+    """
+    if form is not None:
+        subject.engine.executor = form
+    for _ in range(warm_up):
+        unprofiled = subject.run()
+    activities = [ProfilerActivity.CPU]
+    if form is not None:
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        trace = subject.run()
+        if form is not None:
+            torch.cuda.synchronize()
+    path = out / f"trace-{trace.executor}.json.gz"
+    profiler.export_chrome_trace(str(path))
+    account, notes = _account(subject, form, profiler.events(), trace)
+    return run_entry(
+        account,
+        trace,
+        ceilings,
+        unprofiled_ms=unprofiled.latency_ms,
+        chrome_trace=str(path),
+        notes=(*notes, *trace.notes),
+    )
+
+
+def _account(
+    subject: Subject, form: str | None, events: Any, trace: RunTrace
+) -> tuple[Account, list[str]]:
+    work_of = floors(subject, trace)
+    if form is None:
+        return account_of_spans(spans_of(events, "CPU"), trace, work_of, "wall"), []
+    if form != "host":
+        return account_of_trace(trace, work_of), []
+    try:
+        return account_of_spans(spans_of(events, "CUDA"), trace, work_of, "device"), []
+    except ValueError as error:  # kineto may split a range, or lose it
+        return account_of_trace(trace, work_of), [f"whole steps instead of phases: {error}"]

@@ -1,0 +1,306 @@
+"""The profiler of a run: its table against the run's own trace, and the commands it builds."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import noise, tiny_conditioning, tiny_pipeline
+from text_encoders import save_tiny
+
+import ddit_rt
+from ddit_rt.buckets import StepModel
+from ddit_rt.families import family_of
+from ddit_rt.pipeline.cost import step_cost
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "profile_run.py"
+PLAN = ["4p", "4p", "2p", "2p", "2p", "p"]
+
+
+def profile_main(*arguments: str) -> int:
+    code: int = import_module("profile_run").main(list(arguments))
+    return code
+
+
+def tiny_subject(device: str = "cpu", policy: Any = None) -> Any:
+    pipeline = tiny_pipeline().to(device)
+    engine = ddit_rt.compile(pipeline, backend="eager", progress=False)
+    engine.annotate = True
+    transformer = pipeline.transformer
+    conditioning = tiny_conditioning(transformer, batch=2)
+    return import_module("run_profiling.subject").Subject(
+        engine=engine,
+        model=StepModel(family=family_of(transformer), transformer=transformer, base={}),
+        latents=noise(2, 4, 16, 24).to(device),
+        conditioning={name: value.to(device) for name, value in conditioning.items()},
+        steps=len(PLAN),
+        policy=policy or ddit_rt.StaticPolicy(PLAN),
+        prompts=("embedded", "elsewhere"),
+    )
+
+
+def profiled(subject: Any, form: str | None, out: Path) -> dict[str, Any]:
+    ceilings = import_module("run_profiling.ceilings").Ceilings(
+        matmul="", matmul_flops_per_s=1e9, copy="", copy_bytes_per_s=1e8
+    )
+    tool = import_module("run_profiling.torch_tool")
+    entry: dict[str, Any] = tool.profile_run(subject, form, ceilings, 1, out)
+    return entry
+
+
+def rows_of(entry: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["patch"], row["phase"]): row for row in entry["rows"]}
+
+
+def test_table_adds_up_to_the_loop_and_fits_the_trace(tmp_path: Path) -> None:
+    subject = tiny_subject()
+    entry = profiled(subject, None, tmp_path)
+    rows = rows_of(entry)
+    phases = ("decide", "model", "solver")
+    assert list(rows) == [*((p, f) for p in ("p", "2p", "4p") for f in phases), ("", "other")]
+    calls = Counter(PLAN)
+    assert all(row["calls"] == calls[patch] for (patch, _), row in rows.items() if patch)
+    assert entry["clock"] == "wall"
+    total = sum(row["ms"] for row in rows.values())
+    assert total == pytest.approx(entry["loop_ms"], rel=1e-9)
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1, rel=1e-9)
+    # Each step's own clock starts before its phases and stops after them; the two clocks agree to
+    # well below a millisecond over such a run.
+    for patch in calls:
+        steps = [s["latency_ms"] for s in entry["trace"]["steps"] if s["patch_size"] == patch]
+        assert 0 < sum(rows[patch, phase]["ms"] for phase in phases) <= sum(steps) + 1
+    assert entry["trace"]["latency_ms"] <= entry["loop_ms"] + 1
+
+
+def test_rates_are_the_least_work_over_the_time(tmp_path: Path) -> None:
+    policy = ddit_rt.DDiTPolicy(tau=1e-9, refresh=None)
+    subject = tiny_subject(policy=policy)
+    entry = profiled(subject, None, tmp_path)
+    rows, latents = rows_of(entry), subject.latents
+    model, decide, solver = (rows["p", phase] for phase in ("model", "decide", "solver"))
+    cost = step_cost(subject.model, height=16, width=24, multiple=1, batch=2, text_tokens=7)
+    seconds = model["ms"] / 1e3
+    assert model["flops_per_s"] * seconds == pytest.approx(cost.flops * model["calls"])
+    assert model["flops_of_ceiling"] == pytest.approx(model["flops_per_s"] / 1e9)
+    assert model["bytes_per_s"] * seconds == pytest.approx(cost.weight_bytes * model["calls"])
+    scored = [step for step in entry["trace"]["steps"] if step["patch_size"] == "p"]
+    scored = [step for step in scored if step["scores"]]
+    assert scored
+    moved = decide["bytes_per_s"] * decide["ms"] / 1e3
+    assert moved == pytest.approx(4 * latents.numel() * 4 * len(scored))
+    moved = solver["bytes_per_s"] * solver["ms"] / 1e3
+    assert moved == pytest.approx(4 * latents.numel() * 4 * solver["calls"])
+    assert solver["flops_per_s"] is None
+
+
+def test_chrome_trace_holds_the_ranges(tmp_path: Path) -> None:
+    entry = profiled(tiny_subject(), None, tmp_path)
+    with gzip.open(entry["chrome_trace"], "rt") as file:
+        events = json.load(file)["traceEvents"]
+    names = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
+    assert names["ddit_rt/run"] == 1
+    assert names["ddit_rt/decide"] == names["ddit_rt/solver"] == len(PLAN)
+    assert [names[f"ddit_rt/model/{patch}"] for patch in ("p", "2p", "4p")] == [1, 3, 2]
+
+
+def test_ranges_of_another_run_are_refused() -> None:
+    accounting = import_module("run_profiling.accounting")
+    trace = tiny_subject().run()
+    names = [name for p in PLAN for name in ("decide", f"model/{p}", "solver")]
+    spans = [accounting.Span(name=name, start=k, end=k + 0.5) for k, name in enumerate(names)]
+    account = accounting.account_of_spans(
+        spans, trace, lambda *_: accounting.Work(flops=0, bytes=0), "device"
+    )
+    assert account.seconds == pytest.approx((3 * len(PLAN) - 0.5) / 1e6)
+    with pytest.raises(ValueError, match="of a run of 6 steps"):
+        accounting.account_of_spans(spans[:-1], trace, None, "device")
+    spans[1] = accounting.Span(name="model/p", start=1, end=1.5)
+    with pytest.raises(ValueError, match="the trace says"):
+        accounting.account_of_spans(spans, trace, None, "device")
+
+
+def test_whole_steps_where_the_device_decides() -> None:
+    accounting = import_module("run_profiling.accounting")
+    subject = tiny_subject()
+    trace = subject.run()
+    work_of = import_module("run_profiling.floors").floors(subject, trace)
+    account = accounting.account_of_trace(trace, work_of)
+    assert [(row.patch, row.phase, row.calls) for row in account.rows] == [
+        ("p", "step", 1),
+        ("2p", "step", 3),
+        ("4p", "step", 2),
+    ]
+    assert sum(row.seconds for row in account.rows) == pytest.approx(trace.latency_ms / 1e3)
+    model, solver = work_of("model", 0), work_of("solver", 0)
+    assert account.rows[2].bytes == 2 * (model.bytes + solver.bytes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("form", ["host", "loop"])
+def test_table_on_cuda(form: str, tmp_path: Path) -> None:
+    entry = profiled(tiny_subject("cuda"), form, tmp_path)
+    assert entry["executor"] == f"cuda-{form}"
+    assert entry["clock"] == ("device" if form == "host" else "trace")
+    calls = {(row["patch"], row["calls"]) for row in entry["rows"] if row["patch"]}
+    assert calls == set(Counter(PLAN).items())
+
+
+def printed_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    assert profile_main(*arguments, "--print-command") == 0
+    return shlex.split(capsys.readouterr().out)
+
+
+REQUEST = ["a b.ddit", "--model=./my flux", "--steps=12", "--tau=2p=0.002,4p=0.0005", "--seed=3"]
+
+
+def test_nsys_command_captures_the_run_with_graph_nodes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = printed_command(capsys, *REQUEST, "--tool=nsys", "--out=/tmp/x")
+    split = command.index(sys.executable)
+    assert command[1] == "profile"
+    assert {
+        "--cuda-graph-trace=node",
+        "--capture-range=cudaProfilerApi",
+        "--capture-range-end=stop",
+        "--output=/tmp/x/nsys",
+    } < set(command[:split])
+    assert command[split + 1 : split + 4] == [str(SCRIPT), "a b.ddit", "--tool=nvtx"]
+
+
+def test_ncu_command_looks_at_one_patch_size(capsys: pytest.CaptureFixture[str]) -> None:
+    command = printed_command(
+        capsys, *REQUEST, "--tool=ncu", "--patch=2p", "--launches=7", "--out=/tmp/x"
+    )
+    options = set(command[: command.index(sys.executable)])
+    assert {
+        "--nvtx",
+        "--nvtx-include=regex:ddit_rt.model.2p/",
+        "--launch-count=7",
+        "--graph-profiling=node",
+        "--profile-from-start=off",
+        "--export=/tmp/x/ncu-2p",
+    } < options
+
+
+def test_child_gets_the_same_request() -> None:
+    script = import_module("profile_run")
+    parser = script.build_parser()
+    options = ["--executor=loop", "--policy=4p:0.2,p", "--rho=0.3", "--trust-code", "--height=64"]
+    args = parser.parse_args([*REQUEST, *options, "--tool=nsys", "--prompt", "a fox", "a zebra"])
+    child = parser.parse_args(script.child_command(args)[2:])
+    assert child.tool == "nvtx"
+    assert vars(child) | {"tool": "nsys"} == vars(args)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--tool=nsys"], "install Nsight Systems"),
+        (["demo", "--tool=ncu"], "use --tool torch"),
+        (["x.ddit", "--tool=torch"], "without --model"),
+        (["demo", "--model=./flux", "--tool=torch"], "leave --model out"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nsight = import_module("run_profiling.nsight")
+    monkeypatch.setattr(nsight, "_FOLDER", Path("/nowhere"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert profile_main(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("profile: error: ")
+    assert message in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_nvtx_without_a_device_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile_main("demo", "--tool=nvtx") == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--print-command"], ["--warm-up=0"], ["--tool=perf"]])
+def test_bad_options_are_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        profile_main("demo", *arguments)
+    assert stop.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_nsight_runs_and_its_failure_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for nsys, which is not ours to test: it notes how it was called."""
+    tool = tmp_path / "nsys"
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexit "${{NSYS_CODE:-0}}"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    result = tmp_path / "result.json"
+    arguments = ["demo", "--tool=nsys", f"--out={tmp_path / 'out'}", f"--json={result}"]
+    assert profile_main(*arguments) == 0
+    profile, stats = (tmp_path / "calls").read_text().splitlines()
+    assert profile.startswith("profile --trace=cuda")
+    assert stats.endswith(f"{tmp_path / 'out' / 'nsys'}.nsys-rep")
+    monkeypatch.setenv("NSYS_CODE", "9")
+    assert profile_main(*arguments) == 1
+    assert json.loads(result.read_text())["exit_code"] == 9
+
+
+@pytest.mark.slow
+def test_artifact_is_profiled_with_its_model(
+    artifact_path: Path,
+    artifact_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DDIT_RT_HOME", str(artifact_home))
+    model = save_tiny(tmp_path / "model", seed=0)
+    result = tmp_path / "result.json"
+    arguments = [str(artifact_path), f"--model={model}", "--tool=torch", "--steps=4"]
+    arguments += ["--max-sequence-length=8", f"--out={tmp_path}", f"--json={result}"]
+    assert profile_main(*arguments, "--policy=2p:0.5,p", "--prompt", "a zebra") == 0
+    report = json.loads(result.read_text())
+    assert report["settings"]["latents"] == [1, 4, 16, 16]
+    assert report["settings"]["text_tokens"] == 8
+    (run,) = report["runs"]
+    assert run["trace"]["latency_ms"] > 0
+    assert [step["patch_size"] for step in run["trace"]["steps"]] == ["2p", "2p", "p", "p"]
+    text = capsys.readouterr().out
+    assert all(f"{row['ms']:.2f}" in text for row in run["rows"])
+    assert profile_main(*arguments, "--executor=loop") == 2
+    assert "one executor only" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_newcomer_can_try_it(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "demo", "--tool=torch", "--steps=6", "--out", "out"]
+    # One thread: with several, other processes on the machine can stretch a run a hundredfold.
+    done = subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "peak, measured now" in done.stdout
+    assert (tmp_path / "out" / "trace-cpu.json.gz").is_file()
