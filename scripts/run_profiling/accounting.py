@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from ddit_rt.patch_scheduler import parse_patch
 PREFIX = "ddit_rt/"
 PHASES = ("decide", "model", "solver")
 STEP, OTHER = "step", "other"
+_CALLS = ("cuda_runtime", "cuda_driver")
+_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,26 +91,51 @@ WorkOf = Callable[[str, int], Work]
 """The least work of a phase (`PHASES` or `STEP`) in step k."""
 
 
-def spans_of(events: Iterable[Any], device: str) -> list[Span]:
-    """The engine's ranges among the events of a `torch.profiler.profile`.
+def host_spans(events: Iterable[Mapping[str, Any]]) -> list[Span]:
+    """The engine's ranges in a Chrome trace, in order of their start.
 
     Args:
-        events: What `profile.events()` gave.
-        device: `"CPU"` for the host's ranges, `"CUDA"` for the kernels that ran inside them.
-
-    Returns:
-        In order of their start.
+        events: Its `traceEvents`.
     """
     spans = [
         Span(
-            name=event.name.removeprefix(PREFIX),
-            start=event.time_range.start,
-            end=event.time_range.end,
+            name=event["name"].removeprefix(PREFIX),
+            start=event["ts"],
+            end=event["ts"] + event["dur"],
         )
         for event in events
-        if event.name.startswith(PREFIX) and event.device_type.name == device
+        if event.get("cat") == "user_annotation" and event["name"].startswith(PREFIX)
     ]
     return sorted(spans, key=lambda span: span.start)
+
+
+def device_spans(events: Sequence[Mapping[str, Any]]) -> list[Span]:
+    """When the device did what the host asked for inside each of those ranges.
+
+    From the start of the first to the end of the last kernel, copy or fill that a call inside the
+    range launched, a graph's among them; a range that launched nothing has no span.
+    """
+    calls, work = [], dict[int, list[Span]]()
+    for event in events:
+        correlation = event.get("args", {}).get("correlation")
+        if correlation is None or "dur" not in event:
+            continue
+        if event["cat"] in _CALLS:
+            calls.append((event["ts"], correlation))
+        elif event["cat"] in _WORK:
+            start = event["ts"]
+            item = Span(name=event["name"], start=start, end=start + event["dur"])
+            work.setdefault(correlation, []).append(item)
+    calls.sort()
+    starts = [start for start, _ in calls]
+    spans = []
+    for span in host_spans(events):
+        inside = calls[bisect_left(starts, span.start) : bisect_right(starts, span.end)]
+        done = [item for _, correlation in inside for item in work.get(correlation, ())]
+        if done:
+            start, end = min(item.start for item in done), max(item.end for item in done)
+            spans.append(Span(name=span.name, start=start, end=end))
+    return spans
 
 
 def account_of_spans(

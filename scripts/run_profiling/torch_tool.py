@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ddit_rt.executor import RunTrace
-from run_profiling.accounting import Account, account_of_spans, account_of_trace, spans_of
+from run_profiling.accounting import (
+    Account,
+    account_of_spans,
+    account_of_trace,
+    device_spans,
+    host_spans,
+)
 from run_profiling.ceilings import Ceilings
 from run_profiling.floors import floors
 from run_profiling.report import run_entry
@@ -44,7 +52,7 @@ def profile_run(
             torch.cuda.synchronize()
     path = out / f"trace-{trace.executor}.json.gz"
     profiler.export_chrome_trace(str(path))
-    account, notes = _account(subject, form, profiler.events(), trace)
+    account, notes = _account(subject, form, _events(path), trace)
     return run_entry(
         account,
         trace,
@@ -55,15 +63,21 @@ def profile_run(
     )
 
 
+def _events(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        events: list[dict[str, Any]] = json.load(file)["traceEvents"]
+    return events
+
+
 def _account(
-    subject: Subject, form: str | None, events: Any, trace: RunTrace
+    subject: Subject, form: str | None, events: list[dict[str, Any]], trace: RunTrace
 ) -> tuple[Account, list[str]]:
     work_of = floors(subject, trace)
     if form is None:
-        return account_of_spans(spans_of(events, "CPU"), trace, work_of, "wall"), []
+        return account_of_spans(host_spans(events), trace, work_of, "wall"), []
     if form != "host":
         return account_of_trace(trace, work_of), []
     try:
-        return account_of_spans(spans_of(events, "CUDA"), trace, work_of, "device"), []
-    except ValueError as error:  # kineto may split a range, or lose it
+        return account_of_spans(device_spans(events), trace, work_of, "device"), []
+    except ValueError as error:  # a step that launched nothing, or events that were lost
         return account_of_trace(trace, work_of), [f"whole steps instead of phases: {error}"]

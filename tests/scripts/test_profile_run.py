@@ -1,11 +1,10 @@
-"""The profiler of a run: its table against the run's own trace, and the commands it builds."""
+"""The profiler of a run: its table against the run's own trace."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import os
-import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -129,6 +128,33 @@ def test_ranges_of_another_run_are_refused() -> None:
         accounting.account_of_spans(spans, trace, None, "device")
 
 
+def test_device_time_is_that_of_the_work_launched_inside_a_range() -> None:
+    """A trace as kineto writes it: launches and kernels share a correlation number."""
+
+    def event(cat: str, name: str, ts: float, dur: float, number: int | None = None) -> Any:
+        args = {} if number is None else {"correlation": number}
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
+
+    events = [
+        event("user_annotation", "ddit_rt/run", 0, 100),
+        event("user_annotation", "ddit_rt/decide", 1, 9),
+        event("user_annotation", "ddit_rt/model/p", 20, 10),
+        event("user_annotation", "ddit_rt/solver", 40, 5),
+        event("cuda_runtime", "cudaLaunchKernel", 2, 1, 7),
+        event("cuda_driver", "cuLaunchKernelEx", 4, 1, 8),
+        event("cuda_runtime", "cudaGraphLaunch", 21, 1, 9),
+        event("kernel", "scores", 50, 4, 7),
+        event("kernel", "decide", 60, 3, 8),
+        event("kernel", "gemm", 70, 100, 9),
+        event("gpu_memcpy", "copy", 171, 2, 9),
+        event("kernel", "someone else's", 0, 1, 10),
+        {"ph": "M", "name": "process_name"},
+    ]
+    device_spans = import_module("run_profiling.accounting").device_spans
+    spans = [(span.name, span.start, span.end) for span in device_spans(events)]
+    assert spans == [("run", 50, 173), ("decide", 50, 63), ("model/p", 70, 173)]
+
+
 def test_whole_steps_where_the_device_decides() -> None:
     accounting = import_module("run_profiling.accounting")
     subject = tiny_subject()
@@ -154,113 +180,6 @@ def test_table_on_cuda(form: str, tmp_path: Path) -> None:
     assert entry["clock"] == ("device" if form == "host" else "trace")
     calls = {(row["patch"], row["calls"]) for row in entry["rows"] if row["patch"]}
     assert calls == set(Counter(PLAN).items())
-
-
-def printed_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
-    assert profile_main(*arguments, "--print-command") == 0
-    return shlex.split(capsys.readouterr().out)
-
-
-REQUEST = ["a b.ddit", "--model=./my flux", "--steps=12", "--tau=2p=0.002,4p=0.0005", "--seed=3"]
-
-
-def test_nsys_command_captures_the_run_with_graph_nodes(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    command = printed_command(capsys, *REQUEST, "--tool=nsys", "--out=/tmp/x")
-    split = command.index(sys.executable)
-    assert command[1] == "profile"
-    assert {
-        "--cuda-graph-trace=node",
-        "--capture-range=cudaProfilerApi",
-        "--capture-range-end=stop",
-        "--output=/tmp/x/nsys",
-    } < set(command[:split])
-    assert command[split + 1 : split + 4] == [str(SCRIPT), "a b.ddit", "--tool=nvtx"]
-
-
-def test_ncu_command_looks_at_one_patch_size(capsys: pytest.CaptureFixture[str]) -> None:
-    command = printed_command(
-        capsys, *REQUEST, "--tool=ncu", "--patch=2p", "--launches=7", "--out=/tmp/x"
-    )
-    options = set(command[: command.index(sys.executable)])
-    assert {
-        "--nvtx",
-        "--nvtx-include=regex:ddit_rt.model.2p/",
-        "--launch-count=7",
-        "--graph-profiling=node",
-        "--profile-from-start=off",
-        "--export=/tmp/x/ncu-2p",
-    } < options
-
-
-def test_child_gets_the_same_request() -> None:
-    script = import_module("profile_run")
-    parser = script.build_parser()
-    options = ["--executor=loop", "--policy=4p:0.2,p", "--rho=0.3", "--trust-code", "--height=64"]
-    args = parser.parse_args([*REQUEST, *options, "--tool=nsys", "--prompt", "a fox", "a zebra"])
-    child = parser.parse_args(script.child_command(args)[2:])
-    assert child.tool == "nvtx"
-    assert vars(child) | {"tool": "nsys"} == vars(args)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["demo", "--tool=nsys"], "install Nsight Systems"),
-        (["demo", "--tool=ncu"], "use --tool torch"),
-        (["x.ddit", "--tool=torch"], "without --model"),
-        (["demo", "--model=./flux", "--tool=torch"], "leave --model out"),
-    ],
-)
-def test_bad_usage_is_one_line_and_exit_2(
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    nsight = import_module("run_profiling.nsight")
-    monkeypatch.setattr(nsight, "_FOLDER", Path("/nowhere"))
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert profile_main(*arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    assert line.startswith("profile: error: ")
-    assert message in line
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_nvtx_without_a_device_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert profile_main("demo", "--tool=nvtx") == 2
-    assert "needs a CUDA device" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [["--print-command"], ["--warm-up=0"], ["--tool=perf"]])
-def test_bad_options_are_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        profile_main("demo", *arguments)
-    assert stop.value.code == 2
-    assert "usage:" in capsys.readouterr().err
-
-
-def test_nsight_runs_and_its_failure_is_passed_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stand-in for nsys, which is not ours to test: it notes how it was called."""
-    tool = tmp_path / "nsys"
-    tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexit "${{NSYS_CODE:-0}}"\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    result = tmp_path / "result.json"
-    arguments = ["demo", "--tool=nsys", f"--out={tmp_path / 'out'}", f"--json={result}"]
-    assert profile_main(*arguments) == 0
-    profile, stats = (tmp_path / "calls").read_text().splitlines()
-    assert profile.startswith("profile --trace=cuda")
-    assert stats.endswith(f"{tmp_path / 'out' / 'nsys'}.nsys-rep")
-    monkeypatch.setenv("NSYS_CODE", "9")
-    assert profile_main(*arguments) == 1
-    assert json.loads(result.read_text())["exit_code"] == 9
 
 
 @pytest.mark.slow
