@@ -14,47 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import noise, tiny_conditioning, tiny_pipeline
+from profiles import PLAN, profiled, tiny_subject
 from text_encoders import save_tiny
 
 import ddit_rt
-from ddit_rt.buckets import StepModel
-from ddit_rt.families import family_of
 from ddit_rt.pipeline.cost import step_cost
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "profile_run.py"
-PLAN = ["4p", "4p", "2p", "2p", "2p", "p"]
 
 
 def profile_main(*arguments: str) -> int:
     code: int = import_module("profile_run").main(list(arguments))
     return code
-
-
-def tiny_subject(device: str = "cpu", policy: Any = None) -> Any:
-    pipeline = tiny_pipeline().to(device)
-    engine = ddit_rt.compile(pipeline, backend="eager", progress=False)
-    engine.annotate = True
-    transformer = pipeline.transformer
-    conditioning = tiny_conditioning(transformer, batch=2)
-    return import_module("run_profiling.subject").Subject(
-        engine=engine,
-        model=StepModel(family=family_of(transformer), transformer=transformer, base={}),
-        latents=noise(2, 4, 16, 24).to(device),
-        conditioning={name: value.to(device) for name, value in conditioning.items()},
-        steps=len(PLAN),
-        policy=policy or ddit_rt.StaticPolicy(PLAN),
-        prompts=("embedded", "elsewhere"),
-    )
-
-
-def profiled(subject: Any, form: str | None, out: Path) -> dict[str, Any]:
-    ceilings = import_module("run_profiling.ceilings").Ceilings(
-        matmul="", matmul_flops_per_s=1e9, copy="", copy_bytes_per_s=1e8
-    )
-    tool = import_module("run_profiling.torch_tool")
-    entry: dict[str, Any] = tool.profile_run(subject, form, ceilings, 1, out)
-    return entry
 
 
 def rows_of(entry: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
