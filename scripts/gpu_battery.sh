@@ -177,15 +177,17 @@ stage_ops() {
 }
 
 stage_profile() {
-  local status=0 profile=("$PYTHON" "$root/scripts/profile_run.py" demo)
+  local status=0 nsys=1 profile=("$PYTHON" "$root/scripts/profile_run.py" demo)
   use_build || return 1
+  if ! find_tool nsys >/dev/null; then
+    nsys=0
+    say "nsys is not installed: torch.profiler alone"
+  fi
   run "${profile[@]}" --tool torch --executor loop --out "$SCRATCH/bundle" \
     --json "$OUT/profile.json" || status=1
-  if find_tool nsys >/dev/null; then
+  if ((nsys)); then
     run "${profile[@]}" --tool nsys --out "$SCRATCH/bundle" --json "$SCRATCH/bundle/nsys.json" \
       || status=1
-  else
-    say "nsys is not installed: torch.profiler alone"
   fi
   return "$status"
 }

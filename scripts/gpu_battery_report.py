@@ -67,13 +67,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"{error}\n")
             return 1
     else:
-        missing = [str(path) for path in args.files if not path.is_file()]
-        if missing:
-            sys.stderr.write(f"no such file: {', '.join(missing)}\n")
-            return 1
-        record = record_tests if args.command == "tests" else record_sanitizer
-        record(args.out, args.files)
+        return _results(args.command, args.out, args.files)
     return 0
+
+
+def _results(command: str, out: Path, files: Sequence[Path]) -> int:
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        sys.stderr.write(f"no such file: {', '.join(missing)}\n")
+        return 1
+    if command == "sanitize":
+        record_sanitizer(out, files)
+        return 0
+    empty = record_tests(out, files)
+    if empty:
+        sys.stderr.write(f"no test passed in {', '.join(empty)}\n")
+    return 1 if empty else 0
 
 
 def _info(out: Path) -> int:

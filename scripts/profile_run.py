@@ -126,8 +126,11 @@ def _run(args: argparse.Namespace) -> int:
         return _run_nsight(tool, args)
     # At import it reports optional image backends that no text-to-image pipeline needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
     from run_profiling.subject import load_subject
 
+    # Where there is no device at all, this is known before minutes of compiling.
+    _check_executor(args.executor, on_cuda=torch.cuda.is_available())
     subject = load_subject(args)
     forms = _forms(subject, args)
     if tool == "nvtx":
@@ -157,14 +160,19 @@ def _choose_tool(tool: str) -> str:
     return "torch"
 
 
+def _check_executor(executor: str | None, *, on_cuda: bool) -> None:
+    if executor is not None and not on_cuda:
+        raise ValueError(
+            f"got --executor {executor}, and the model is on the CPU, which has one executor only: "
+            "leave the option out"
+        )
+
+
 def _forms(subject: Subject, args: argparse.Namespace) -> list[str | None]:
     """Executors to run; None is the only one that a CPU has."""
-    if subject.device.type == "cpu":
-        if args.executor is not None:
-            raise ValueError(
-                f"got --executor {args.executor}, and the model is on the CPU, which has one "
-                "executor only: leave the option out"
-            )
+    on_cuda = subject.device.type == "cuda"
+    _check_executor(args.executor, on_cuda=on_cuda)
+    if not on_cuda:
         return [None]
     return ["host"] if args.executor in (None, "host") else ["host", args.executor]
 

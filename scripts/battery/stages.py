@@ -66,10 +66,15 @@ def record_outcome(
     update_stage(out, stage, {**entry, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
 
 
-def record_tests(out: Path, reports: Iterable[Path]) -> None:
-    """Notes what JUnit files say."""
+def record_tests(out: Path, reports: Iterable[Path]) -> list[str]:
+    """Notes what JUnit files say.
+
+    Returns:
+        Names of the reports in which no test passed: to skip them all is no success.
+    """
     runs = {path.stem: read_junit(path) for path in reports}
     update_stage(out, "tests", {"runs": runs})
+    return [name for name, run in runs.items() if not run["passed"]]
 
 
 def read_junit(path: Path) -> dict[str, Any]:

@@ -54,6 +54,16 @@ def test_junit_counts_and_names_what_failed(tmp_path: Path) -> None:
     assert run == {"tests": 4, "passed": 1, "skipped": 1, "failed": failed}
 
 
+def test_tests_that_were_all_skipped_are_no_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tests-gpu.xml"
+    case = '<testcase classname="a" name="b"><skipped/></testcase>'
+    path.write_text(f"<testsuites><testsuite>{case}</testsuite></testsuites>")
+    assert report("tests", "--out", tmp_path, path) == 1
+    assert "no test passed in tests-gpu" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("log", "errors"),
     [

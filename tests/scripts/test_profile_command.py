@@ -95,9 +95,15 @@ def test_bad_usage_is_one_line_and_exit_2(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_nvtx_without_a_device_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert profile_main("demo", "--tool=nvtx") == 2
-    assert "needs a CUDA device" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--tool=nvtx", "needs a CUDA device"), ("--executor=loop", "one executor only")],
+)
+def test_what_needs_a_device_is_exit_2_without(
+    option: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert profile_main("demo", option) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--print-command"], ["--warm-up=0"], ["--tool=perf"]])
