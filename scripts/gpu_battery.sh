@@ -8,7 +8,7 @@
 #   build      a wheel beside the PyTorch that is there, installed into a scratch folder; what an
 #              earlier call built from the same sources is used again
 #   tests      pytest -m gpu, then tests/ops, tests/executor and tests/native
-#   sanitize   compute-sanitizer memcheck and racecheck on the GPU tests of the ops
+#   sanitize   compute-sanitizer memcheck and racecheck on the GPU tests of SANITIZE_TESTS
 #   ops        benchmarks/bench_ops.py                                           -> ops.json
 #   profile    scripts/profile_run.py on the demo model, with nsys too where it is -> profile.json
 #   flux       benchmarks/bench_flux.py, all sections; one of them: flux-buckets, flux-loops,
@@ -24,6 +24,7 @@
 #   WHEELS       folder with wheels of missing packages, installed into the scratch folder
 #   LIMIT, LIMIT_BUILD, LIMIT_FLUX_LOOPS, ...   seconds for every stage, or for one
 #   FLUX_ARGS    more arguments for bench_flux.py, e.g. "--height 1024 --batch 1 --steps 28"
+#   SANITIZE_TESTS   files or folders in this checkout (default: tests/ops)
 # Exit code: 0, 1 if a stage failed, 2 for bad usage.
 set -euo pipefail
 
@@ -153,18 +154,19 @@ stage_tests() {
 }
 
 stage_sanitize() {
-  local status=0 tool sanitizer command
+  local status=0 tool sanitizer command folders
   if ! sanitizer="$(find_tool compute-sanitizer)"; then
     reason "compute-sanitizer is not installed (it comes with the CUDA toolkit)"
     return "$skipped_code"
   fi
+  read -ra folders <<<"${SANITIZE_TESTS:-tests/ops}"
   use_build && need_pytest || return 1
   for tool in memcheck racecheck; do
     pytest_command "sanitize-$tool"
     # Without PyTorch's cache every tensor is an allocation of its own, whose bounds are checked.
     run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 86 \
       --log-file "$SCRATCH/bundle/sanitize-$tool.log" \
-      "${command[@]}" -m gpu "$root/tests/ops" || status=1
+      "${command[@]}" -m gpu "${folders[@]/#/$root/}" || status=1
   done
   run report sanitize --out "$OUT" "$SCRATCH"/bundle/sanitize-*.log || status=1
   if ((status)); then reason "errors, or tests that failed; artifacts.tar.gz holds the logs"; fi

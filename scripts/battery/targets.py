@@ -93,7 +93,7 @@ def _overhead(records: Records) -> Values:
 
 def _host_waits(records: Records) -> Values:
     for case, patch, row in _rows(records, "overhead"):
-        calls = row.get("executors", {}).get("loop", {}).get("host_calls_during_work")
+        calls = row.get("executors", {}).get("loop", {}).get("host_calls_in_loop")
         if calls is not None:
             waits = (n for name, n in calls.items() if any(word in name for word in _WAITS))
             yield f"{case} {patch}", sum(waits)

@@ -143,47 +143,48 @@ def account_of_spans(
 ) -> Account:
     """Sums the phases of every step.
 
-    The loop is the range of the run on the host; on a device, from the first phase to the last.
+    A phase that no span shows is left out; its time is in the rest. The loop is the range of the
+    run on the host, and on a device what its own timer says.
 
     Raises:
-        ValueError: The ranges are not those of this run.
+        ValueError: The spans are not those of this run.
     """
-    phases = {phase: [span for span in spans if _phase(span) == phase] for phase in PHASES}
-    counts = {phase: len(found) for phase, found in phases.items()}
-    if set(counts.values()) != {len(trace)}:
+    found = {phase: [span for span in spans if _phase(span) == phase] for phase in PHASES}
+    counts = {phase: len(shown) for phase, shown in found.items()}
+    if counts["model"] != len(trace) or set(counts.values()) - {0, len(trace)}:
         raise ValueError(f"the profile holds {counts} ranges of a run of {len(trace)} steps")
-    sizes = [span.name.removeprefix("model/") for span in phases["model"]]
+    sizes = [span.name.removeprefix("model/") for span in found["model"]]
     if sizes != trace.patch_sizes():
         raise ValueError(f"the profile ran {sizes}, the trace says {trace.patch_sizes()}")
     seconds = {
         (phase, step): span.seconds
-        for phase, found in phases.items()
-        for step, span in enumerate(found)
+        for phase, shown in found.items()
+        for step, span in enumerate(shown)
     }
+    total = trace.latency_ms / 1e3
     if clock == "wall":
         (run,) = (span for span in spans if span.name == "run")
         total = run.seconds
-    else:
-        ends = [span.end for found in phases.values() for span in found]
-        total = (max(ends) - min(span.start for span in phases["decide"])) / 1e6
-    return _account(clock, total, seconds, PHASES, trace, work_of)
+    phases = [phase for phase in PHASES if counts[phase]]
+    rows = _rows(seconds, phases, trace, work_of)
+    rest = total - sum(row.seconds for row in rows)
+    rows.append(Row(patch="", phase=OTHER, calls=0, seconds=rest, flops=0, bytes=0))
+    return Account(clock=clock, seconds=total, rows=tuple(rows))
 
 
 def account_of_trace(trace: RunTrace, work_of: WorkOf) -> Account:
     """Whole steps, as the engine itself timed them."""
     seconds = {(STEP, record.step): record.latency_ms / 1e3 for record in trace}
-    total = trace.latency_ms / 1e3
-    return _account("trace", total, seconds, (STEP,), trace, work_of)
+    rows = _rows(seconds, (STEP,), trace, work_of)
+    return Account(clock="trace", seconds=trace.latency_ms / 1e3, rows=tuple(rows))
 
 
-def _account(
-    clock: str,
-    total: float,
+def _rows(
     seconds: Mapping[tuple[str, int], float],
     phases: Sequence[str],
     trace: RunTrace,
     work_of: WorkOf,
-) -> Account:
+) -> list[Row]:
     rows = []
     for patch in sorted(set(trace.patch_sizes()), key=parse_patch):
         steps = [record.step for record in trace if record.patch_size == patch]
@@ -199,10 +200,7 @@ def _account(
                     bytes=sum(one.bytes for one in work),
                 )
             )
-    rest = total - sum(row.seconds for row in rows)
-    if phases is PHASES:
-        rows.append(Row(patch="", phase=OTHER, calls=0, seconds=rest, flops=0, bytes=0))
-    return Account(clock=clock, seconds=total, rows=tuple(rows))
+    return rows
 
 
 def _phase(span: Span) -> str:

@@ -12,9 +12,10 @@ from run_profiling.subject import Subject
 def floors(subject: Subject, trace: RunTrace) -> WorkOf:
     """Counts for one run.
 
-    decide reads the latents of the finite difference where the step was scored; the model reads
-    its weights (activations are not counted); the solver reads latents and velocity and writes
-    both. What sits in a cache between two phases counts as moved all the same.
+    The model reads its weights (activations are not counted). The solver reads latents and velocity
+    and writes new latents and a history. The latents of the finite difference are read by decide
+    on a CPU, and on CUDA by the solver of the step before, which is at them anyway. What sits in a
+    cache between two phases counts as moved all the same.
 
     Args:
         subject: What ran.
@@ -22,8 +23,10 @@ def floors(subject: Subject, trace: RunTrace) -> WorkOf:
     """
     model, latents = subject.model, subject.latents
     order = subject.policy.order if isinstance(subject.policy, DDiTPolicy) else 0
-    velocity_bytes = latents.numel() * model.dtype.itemsize
+    on_cuda = trace.executor.startswith("cuda")
+    scored = [bool(record.scores) for record in trace] + [False]
     latents_bytes = latents.numel() * 4
+    update_bytes = 3 * latents_bytes + latents.numel() * model.dtype.itemsize
     costs = {
         patch: step_cost(
             model,
@@ -38,11 +41,14 @@ def floors(subject: Subject, trace: RunTrace) -> WorkOf:
 
     def work_of(phase: str, step: int) -> Work:
         cost = costs[trace[step].patch_size]
-        scored = bool(trace[step].scores)
+        decide = 0 if on_cuda or not scored[step] else (order + 1) * latents_bytes
+        solver = update_bytes
+        if on_cuda and scored[step + 1]:
+            solver += (order - 1) * latents_bytes
         work = {
-            "decide": Work(flops=0, bytes=(order + 1) * latents_bytes if scored else 0),
+            "decide": Work(flops=0, bytes=decide),
             "model": Work(flops=cost.flops, bytes=cost.weight_bytes),
-            "solver": Work(flops=0, bytes=3 * latents_bytes + velocity_bytes),
+            "solver": Work(flops=0, bytes=solver),
         }
         work[STEP] = Work(
             flops=sum(one.flops for one in work.values()),

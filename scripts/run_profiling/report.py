@@ -30,7 +30,7 @@ from run_profiling.subject import Subject
 SCHEMA_VERSION = 1
 
 _CLOCKS = {
-    "device": "device time: from the first kernel of a phase to its last",
+    "device": "device time: from the first kernel of a phase to its last; the loop by its timer",
     "wall": "wall time on the host",
     "trace": "the engine's own time of whole steps; the phases are inside the device's graph",
 }

@@ -123,7 +123,7 @@ def test_page_says_what_ran_and_which_targets_are_met(tmp_path: Path) -> None:
         "ddit_rt_host_paper_3.52x": {"speedup": 3.6},
     }
     calls = {"cudaGraphLaunch": 1, "cudaStreamSynchronize": 2}
-    form = {"loop_overhead_share": 0.011, "host_calls_during_work": calls}
+    form = {"loop_overhead_share": 0.011, "host_calls_in_loop": calls}
     overhead = {"4p": {"model_seconds": 0.1, "executors": {"loop": form}}}
     write(
         tmp_path / "flux.json",

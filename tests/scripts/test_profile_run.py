@@ -83,20 +83,37 @@ def test_chrome_trace_holds_the_ranges(tmp_path: Path) -> None:
     assert [names[f"ddit_rt/model/{patch}"] for patch in ("p", "2p", "4p")] == [1, 3, 2]
 
 
+def no_work(*_: Any) -> Any:
+    return import_module("run_profiling.accounting").Work(flops=0, bytes=0)
+
+
 def test_ranges_of_another_run_are_refused() -> None:
     accounting = import_module("run_profiling.accounting")
     trace = tiny_subject().run()
     names = [name for p in PLAN for name in ("decide", f"model/{p}", "solver")]
     spans = [accounting.Span(name=name, start=k, end=k + 0.5) for k, name in enumerate(names)]
-    account = accounting.account_of_spans(
-        spans, trace, lambda *_: accounting.Work(flops=0, bytes=0), "device"
-    )
-    assert account.seconds == pytest.approx((3 * len(PLAN) - 0.5) / 1e6)
+    assert accounting.account_of_spans(spans, trace, no_work, "device")
     with pytest.raises(ValueError, match="of a run of 6 steps"):
-        accounting.account_of_spans(spans[:-1], trace, None, "device")
+        accounting.account_of_spans(spans[:-1], trace, no_work, "device")
     spans[1] = accounting.Span(name="model/p", start=1, end=1.5)
     with pytest.raises(ValueError, match="the trace says"):
-        accounting.account_of_spans(spans, trace, None, "device")
+        accounting.account_of_spans(spans, trace, no_work, "device")
+
+
+def test_phases_that_a_profiler_cannot_see_are_in_the_rest() -> None:
+    accounting = import_module("run_profiling.accounting")
+    trace = tiny_subject().run()
+    names = [f"model/{patch}" for patch in PLAN]
+    spans = [accounting.Span(name=name, start=k, end=k + 0.5) for k, name in enumerate(names)]
+    account = accounting.account_of_spans(spans, trace, no_work, "device")
+    *models, rest = account.rows
+    assert [(row.patch, row.phase, row.calls) for row in models] == [
+        ("p", "model", 1),
+        ("2p", "model", 3),
+        ("4p", "model", 2),
+    ]
+    assert account.seconds == pytest.approx(trace.latency_ms / 1e3)
+    assert rest.seconds == pytest.approx(account.seconds - 6 * 0.5e-6)
 
 
 def test_device_time_is_that_of_the_work_launched_inside_a_range() -> None:
