@@ -46,7 +46,7 @@ from run_profiling.nsight import (
 )
 
 from ddit_rt.cli.main import explain
-from ddit_rt.cli.models import DTYPES, EMBEDDED, MODEL_HELP
+from ddit_rt.cli.models import DEVICES, DTYPES, EMBEDDED, MODEL_HELP
 from ddit_rt.cli.policies import add_policy_arguments
 
 if TYPE_CHECKING:
@@ -86,6 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--warm-up", type=int, default=2, help="runs before it (default: 2)")
     parser.add_argument(
         "--backend", choices=("aot", "eager"), default="aot", help=f"of ARTIFACT {EMBEDDED}"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", *DEVICES), default="auto", help=f"of ARTIFACT {EMBEDDED}"
     )
     parser.add_argument("--trust-code", action="store_true", help="as for ddit-rt generate")
     parser.add_argument(
@@ -253,6 +256,7 @@ def child_command(args: argparse.Namespace) -> list[str]:
         "dtype": args.dtype,
         "warm-up": args.warm_up,
         "backend": args.backend,
+        "device": args.device,
         "policy": args.policy,
         "tau": _tau_text(args.tau),
         "rho": args.rho,

@@ -105,8 +105,7 @@ def _embedded_engine(args: argparse.Namespace) -> ddit_rt.Engine:
             f"got ARTIFACT {EMBEDDED} and --model {args.model}; {EMBEDDED} is the model inside the "
             "package: leave --model out, or name an artifact of your model"
         )
-    pipeline = load_pipeline(EMBEDDED, args.dtype)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = load_pipeline(EMBEDDED, args.dtype, args.device)
     size = embedded_defaults(EMBEDDED)
     return ddit_rt.compile(
         pipeline,
@@ -125,13 +124,8 @@ def _loaded_engine(args: argparse.Namespace) -> ddit_rt.Engine:
         )
     # Before the model: a missing artifact should not cost the minutes of loading one.
     manifest = read_manifest(args.artifact)
-    device = manifest.environment.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"{args.artifact} was compiled for CUDA, and torch {torch.__version__} sees no CUDA "
-            "device: profile it where there is one, or compile again here"
-        )
-    pipeline = load_pipeline(args.model, args.dtype or manifest.dtype).to(device)
+    dtype = args.dtype or manifest.dtype
+    pipeline = load_pipeline(args.model, dtype, manifest.environment.device)
     return ddit_rt.load(args.artifact, pipeline, trust_code=args.trust_code)
 
 
