@@ -10,7 +10,7 @@
 #   tests      pytest -m gpu, then tests/ops, tests/executor and tests/native
 #   sanitize   compute-sanitizer memcheck and racecheck on the GPU tests of SANITIZE_TESTS
 #   ops        benchmarks/bench_ops.py                                           -> ops.json
-#   profile    scripts/profile_run.py on the demo model, with nsys too where it is -> profile.json
+#   profile    scripts/profile.py on the demo model, with nsys too where it is -> profile.json
 #   flux       benchmarks/bench_flux.py, all sections; one of them: flux-buckets, flux-loops,
 #              flux-memory, flux-compile, flux-overhead                          -> flux.json
 #   summary    one page from all that is in OUT, on any machine                  -> summary.md
@@ -179,7 +179,7 @@ stage_ops() {
 }
 
 stage_profile() {
-  local status=0 nsys=1 profile=("$PYTHON" "$root/scripts/profile_run.py" demo)
+  local status=0 nsys=1 profile=("$PYTHON" "$root/scripts/profile.py" demo)
   use_build || return 1
   if ! find_tool nsys >/dev/null; then
     nsys=0

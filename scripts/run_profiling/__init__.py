@@ -1,1 +1,1 @@
-"""Parts of the profiler of a run; `profile_run.py` is its command."""
+"""Parts of the profiler of a run; `profile.py` is its command."""

@@ -66,7 +66,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
     """Loads the artifact, or compiles the embedded model, and encodes the request.
 
     Args:
-        args: The command line of `profile_run.py`.
+        args: The command line of `profile.py`.
 
     Raises:
         ValueError: Options that do not fit together, or a model that cannot be run.

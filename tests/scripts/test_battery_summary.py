@@ -111,9 +111,15 @@ def test_page_says_what_ran_and_which_targets_are_met(tmp_path: Path) -> None:
         outcome = ["--outcome", "failed", "--seconds", 7, "--limit", 60, "--reason", "a | b"]
         report("record", "--out", tmp_path, "--stage", stage, *outcome)
     rows = [
-        {"op": "pack", "size": "FLUX 1024", "moved_bytes": 2**20, "over_floor": 1.2},
-        {"op": "unpack", "size": "FLUX 1024", "moved_bytes": 2**20, "over_floor": 1.9},
-        {"op": "decide", "size": "FLUX 1024", "moved_bytes": 64, "over_floor": 900.0},
+        {"op": "pack p=2", "size": "Wan 720p", "over_floor": 1.2},
+        {"op": "pack p=4", "size": "Wan 720p", "over_floor": 1.9},
+        {"op": "pack p=2", "size": "FLUX 1024", "over_floor": 9.0},
+        {
+            "op": "decide, 2 coarse sizes",
+            "size": "FLUX 1024",
+            "over_floor": 900.0,
+            "microseconds": {"native": {"median": 9.5}},
+        },
         {"op": "pack", "size": "Wan", "moved_bytes": 2**24, "error": "out of memory"},
     ]
     write(tmp_path / "ops.json", {"results": rows})
@@ -140,18 +146,19 @@ def test_page_says_what_ran_and_which_targets_are_met(tmp_path: Path) -> None:
     assert "  - test_fates::test_bad" in text
     assert row_of(text, "failed tests")[2:] == ["2", "tests-gpu", "**no**, 0 of 1"]
     assert row_of(text, "errors of the sanitizer")[2:] == ["3", "memcheck", "**no**, 0 of 1"]
-    ops = row_of(text, "op of 1 MiB or more over its floor")
-    assert ops[1:] == ["at most 1.5x", "1.9x", "unpack, FLUX 1024", "**no**, 1 of 2"]
+    ops = row_of(text, "packing at Wan 720p over its floor")
+    assert ops[1:] == ["at most 1.43x", "1.9x", "pack p=4, Wan 720p", "**no**, 1 of 2"]
+    assert row_of(text, "decide at FLUX 1024")[2:] == ["9.5 us", "decide, 2 coarse sizes", "yes"]
     assert row_of(text, "loop, the paper's 2.18x plan")[2:] == [
         "2.31x",
         "1024x1024/batch1/steps28",
         "yes",
     ]
     assert row_of(text, "loop, the paper's 3.52x plan")[-1] == "not measured"
-    assert row_of(text, "share of the loop beside its model")[-1] == "yes"
+    assert row_of(text, "share of the loop beside its model, 4p")[-1] == "yes"
     assert row_of(text, "waits of the host inside a loop")[2] == "2"
-    assert row_of(text, "memory over diffusers")[-1] == "yes"
-    assert row_of(text, "step over its floor")[-1] == "not measured"
+    assert row_of(text, "memory of all buckets over diffusers")[-1] == "yes"
+    assert row_of(text, "step at p over its floor")[-1] == "not measured"
     assert "- ops pack, Wan: out of memory" in text
     assert "ddit_rt_loop_paper_3.52x: TimeoutError: not ready" in text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -12,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "profile_run.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "profile.py"
 
 
 def profile_main(*arguments: str) -> int:
-    code: int = import_module("profile_run").main(list(arguments))
+    code: int = import_module("run_profiling.main").main(list(arguments))
     return code
 
 
@@ -59,7 +60,7 @@ def test_ncu_command_looks_at_one_patch_size(capsys: pytest.CaptureFixture[str])
 
 
 def test_child_gets_the_same_request() -> None:
-    script = import_module("profile_run")
+    script = import_module("run_profiling.main")
     parser = script.build_parser()
     options = ["--executor=loop", "--policy=4p:0.2,p", "--rho=0.3", "--trust-code", "--height=64"]
     args = parser.parse_args([*REQUEST, *options, "--tool=nsys", "--prompt", "a fox", "a zebra"])
@@ -131,3 +132,13 @@ def test_nsight_runs_and_its_failure_is_passed_on(
     monkeypatch.setenv("NSYS_CODE", "9")
     assert profile_main(*arguments) == 1
     assert json.loads(result.read_text())["exit_code"] == 9
+
+
+def test_the_standard_librarys_profile_stays_importable() -> None:
+    """Torch imports it, and a script's own folder comes first on the path."""
+    code = "import cProfile, profile; print(profile.Profile.__name__)"
+    folder = SCRIPT.parent
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "Profile\n"

@@ -20,11 +20,11 @@ from text_encoders import save_tiny
 import ddit_rt
 from ddit_rt.pipeline.cost import step_cost
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "profile_run.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "profile.py"
 
 
 def profile_main(*arguments: str) -> int:
-    code: int = import_module("profile_run").main(list(arguments))
+    code: int = import_module("run_profiling.main").main(list(arguments))
     return code
 
 

@@ -1,17 +1,16 @@
-#!/usr/bin/env python3
 r"""Profile a real run: where the time of the denoising loop goes, by patch size and phase.
 
 Examples:
   the embedded model, compiled first; a CPU does (--backend eager starts at once):
-    python scripts/profile_run.py demo
+    python scripts/profile.py demo
   an artifact, with the table as JSON too:
-    python scripts/profile_run.py flux-dev.ddit --model black-forest-labs/FLUX.1-dev \
+    python scripts/profile.py flux-dev.ddit --model black-forest-labs/FLUX.1-dev \
         --prompt "a zebra in tall grass" --steps 28 --policy 4p:0.2,2p:0.4,p \
         --out profile_out --json profile_out/profile.json
   under Nsight, or only its command line, for another machine:
-    python scripts/profile_run.py flux-dev.ddit --model ./flux --tool nsys
-    python scripts/profile_run.py flux-dev.ddit --model ./flux --tool ncu --patch 2p --launches 40
-    python scripts/profile_run.py flux-dev.ddit --model ./flux --tool nsys --print-command
+    python scripts/profile.py flux-dev.ddit --model ./flux --tool nsys
+    python scripts/profile.py flux-dev.ddit --model ./flux --tool ncu --patch 2p --launches 40
+    python scripts/profile.py flux-dev.ddit --model ./flux --tool nsys --print-command
 
 --tool torch prints the table and writes a Chrome trace. nsys and ncu run this script again under
 Nsight with --tool nvtx, which profiles nothing itself: it marks the run with NVTX ranges and opens
@@ -36,6 +35,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddit_rt.cli.main import explain
+from ddit_rt.cli.models import DEVICES, DTYPES, EMBEDDED, MODEL_HELP
+from ddit_rt.cli.policies import add_policy_arguments
 from run_profiling.nsight import (
     TOOLS,
     find_tool,
@@ -45,14 +47,11 @@ from run_profiling.nsight import (
     nsys_stats_command,
 )
 
-from ddit_rt.cli.main import explain
-from ddit_rt.cli.models import DEVICES, DTYPES, EMBEDDED, MODEL_HELP
-from ddit_rt.cli.policies import add_policy_arguments
-
 if TYPE_CHECKING:
     from run_profiling.subject import Subject
 
 _PROMPT = "a red circle on plain blue"
+_SCRIPT = Path(__file__).resolve().parents[1] / "profile.py"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -130,6 +129,7 @@ def _run(args: argparse.Namespace) -> int:
     # At import it reports optional image backends that no text-to-image pipeline needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
+
     from run_profiling.subject import load_subject
 
     # Where there is no device at all, this is known before minutes of compiling.
@@ -244,7 +244,7 @@ def _write_stats(nsys: str, out: Path) -> None:
 
 def child_command(args: argparse.Namespace) -> list[str]:
     """This script again, for the process that Nsight starts."""
-    command = [sys.executable, str(Path(__file__).resolve()), args.artifact, "--tool=nvtx"]
+    command = [sys.executable, str(_SCRIPT), args.artifact, "--tool=nvtx"]
     named = {
         "model": args.model,
         "executor": args.executor,
@@ -281,7 +281,3 @@ def _write_json(path: Path | None, data: dict[str, Any]) -> None:
 
 def _say(text: str) -> None:
     sys.stderr.write(f"profile: {text}\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
