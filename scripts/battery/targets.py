@@ -60,9 +60,9 @@ def _op(prefix: str, size: str) -> Callable[[Records], Values]:
 
     def values(records: Records) -> Values:
         for row in records.get("ops", {}).get("results", ()):
-            if row["op"].startswith(prefix) and row["size"].startswith(size):
-                if "over_floor" in row:
-                    yield f"{row['op']}, {row['size']}", row["over_floor"]
+            wanted = row["op"].startswith(prefix) and row["size"].startswith(size)
+            if wanted and "over_floor" in row:
+                yield f"{row['op']}, {row['size']}", row["over_floor"]
 
     return values
 
@@ -143,8 +143,8 @@ def _first_image(records: Records) -> Values:
             yield case, record["load_to_first_image_seconds"]
 
 
-# Floors are what the bytes or the operations take at the rates measured in the same call: 80% of the
-# floor's rate is 1.25 times its time. Speed-ups are over diffusers eager in the same call.
+# Floors are what the bytes or the operations take at the rates measured in the same call: 80% of
+# the floor's rate is 1.25 times its time. Speed-ups are over diffusers eager in the same call.
 TARGETS = (
     Target(name="failed tests", values=_failed_tests, at_most=0),
     Target(name="errors of the sanitizer", values=_sanitizer_errors, at_most=0),
