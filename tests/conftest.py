@@ -4,14 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
+import emulated
 import pytest
+import torch
 from blocks import CompiledBlocks
 from diffusers import FluxTransformer2DModel
 from models import random_adapters, tiny_pipeline, tiny_transformer
 
 import ddit_rt
+from ddit_rt import _runtime
 from ddit_rt.artifact import LoraSpec
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU where there is none."""
+    reason = _no_gpu()
+    if reason:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _no_gpu() -> str:
+    if not torch.cuda.is_available():
+        return f"no CUDA device for torch {torch.__version__}"
+    if not _runtime.build_info()["cuda"]:
+        return "ddit_rt was built without CUDA"
+    return ""
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +63,15 @@ def artifact_path(tmp_path_factory: pytest.TempPathFactory, artifact_home: Path)
 def compiled_blocks(artifact_path: Path) -> CompiledBlocks:
     """The packages of that artifact: plain blocks, and blocks with LoRA."""
     return CompiledBlocks(artifact_path, LoraSpec(rank=4, scaling=2.0))
+
+
+@pytest.fixture(scope="session")
+def emulated_runtime(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """`ddit_rt._runtime` on a mock CUDA runtime with emulated kernels, compiled once for all."""
+    headers = emulated.cuda_headers()
+    if headers is None:
+        pytest.skip("no headers of CUDA 12.8 or newer beside nvcc, in CUDA_HOME or /usr/local")
+    return emulated.build(tmp_path_factory.mktemp("emulated"), headers)
 
 
 @pytest.fixture

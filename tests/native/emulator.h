@@ -1,16 +1,21 @@
 // Runs CUDA kernels on the CPU, one block at a time, every thread of a block as a fiber.
 //
 // Slow and sequential, but it executes the kernel's own source: indexing, barriers, warp shuffles
-// and atomics are those of the shipped code. What it cannot show: races between blocks, memory
-// ordering, speed.
+// and atomics are those of the shipped code. Blocks, and the threads of a block, can be taken in
+// any order, so that a result that depends on it shows. What it cannot show: races between blocks,
+// memory ordering, speed.
 #pragma once
 
+#include <setjmp.h>
 #include <time.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <numeric>
+#include <random>
 #include <stdexcept>
 #include <vector>
 
@@ -38,24 +43,47 @@ struct Barrier {
   unsigned generation = 0;
 };
 
+// A context starts a thread on a stack of its own; from then on it is left and entered by jumps,
+// which unlike swapcontext() make no system call.
+struct Fiber {
+  ucontext_t start;
+  jmp_buf resume;
+  bool started;
+  std::vector<char> stack;
+};
+
 struct Block {
-  std::vector<ucontext_t> fibers;
-  std::vector<std::vector<char>> stacks;
+  std::vector<Fiber> fibers;
   std::vector<bool> finished;
   std::vector<Barrier> warps;
   std::vector<int> exchange;  // one word per thread for shuffles
   Barrier all;
   int live = 0;
   int current = 0;
+  bool moved = false;  // a thread has reached a barrier or its end
 };
 
+inline unsigned order = 0;  // 0: blocks and threads in ascending order; else the seed of another
 inline Block block;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::function<void()> kernel;
 
-inline void yield() { swapcontext(&block.fibers[block.current], &scheduler); }
+// Leaves the current thread until the scheduler comes back to it.
+inline void yield() {
+  if (_setjmp(block.fibers[block.current].resume) == 0) _longjmp(scheduler, 1);
+}
+
+// Runs the current thread until it yields.
+inline void resume() {
+  if (_setjmp(scheduler) != 0) return;
+  Fiber& fiber = block.fibers[block.current];
+  if (fiber.started) _longjmp(fiber.resume, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
 
 inline void wait(Barrier& barrier, int expected) {
+  block.moved = true;
   const unsigned generation = barrier.generation;
   if (++barrier.arrived == expected) {
     barrier.arrived = 0;
@@ -67,6 +95,7 @@ inline void wait(Barrier& barrier, int expected) {
 
 inline void enter() {
   kernel();
+  block.moved = true;
   block.finished[block.current] = true;
   --block.live;
   yield();
@@ -78,28 +107,46 @@ inline void set_thread(int index) {
                index / (blockDim.x * blockDim.y)};
 }
 
-inline void run_block(int threads) {
-  block.fibers.resize(threads);
-  block.stacks.resize(threads);
+// 0 to count - 1, in the order that `order` asks for.
+inline std::vector<int> sequence(int count) {
+  std::vector<int> result(count);
+  std::iota(result.begin(), result.end(), 0);
+  if (order != 0) std::shuffle(result.begin(), result.end(), std::mt19937(order));
+  return result;
+}
+
+inline void prepare_block(int threads) {
+  // Stacks are kept: to make them anew takes longer than most kernels.
+  while (block.fibers.size() < static_cast<size_t>(threads)) {
+    block.fibers.emplace_back().stack.resize(kStackBytes);
+  }
   block.finished.assign(threads, false);
   block.warps.assign((threads + kWarp - 1) / kWarp, {});
   block.exchange.assign(threads, 0);
   block.all = {};
   block.live = threads;
   for (int i = 0; i < threads; ++i) {
-    block.stacks[i].resize(kStackBytes);
-    getcontext(&block.fibers[i]);
-    block.fibers[i].uc_stack.ss_sp = block.stacks[i].data();
-    block.fibers[i].uc_stack.ss_size = kStackBytes;
-    block.fibers[i].uc_link = &scheduler;
-    makecontext(&block.fibers[i], enter, 0);
+    Fiber& fiber = block.fibers[i];
+    fiber.started = false;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.data();
+    fiber.start.uc_stack.ss_size = kStackBytes;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, enter, 0);
   }
+}
+
+inline void run_block(int threads) {
+  prepare_block(threads);
+  const std::vector<int> turns = sequence(threads);
   while (block.live > 0) {
-    for (int i = 0; i < threads; ++i) {
+    block.moved = false;
+    for (const int i : turns) {
       if (block.finished[i]) continue;
       set_thread(i);
-      swapcontext(&scheduler, &block.fibers[i]);
+      resume();
     }
+    if (!block.moved) throw std::logic_error("a barrier that not every thread reaches");
   }
 }
 
@@ -107,13 +154,10 @@ inline void launch(dim3 grid, dim3 threads, std::function<void()> body) {
   gridDim = grid;
   blockDim = threads;
   kernel = std::move(body);
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = {x, y, z};
-        run_block(static_cast<int>(threads.x * threads.y * threads.z));
-      }
-    }
+  for (const int i : sequence(static_cast<int>(grid.x * grid.y * grid.z))) {
+    const auto at = static_cast<unsigned>(i);
+    blockIdx = {at % grid.x, at / grid.x % grid.y, at / (grid.x * grid.y)};
+    run_block(static_cast<int>(threads.x * threads.y * threads.z));
   }
 }
 

@@ -1,0 +1,94 @@
+"""Builds `emulated_runtime`: the step loop of `ddit_rt._runtime` without a GPU.
+
+The shipped sources of `csrc/runtime`, linked against a mock CUDA runtime, and the shipped kernels
+under a block emulator; see `native/`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[1]
+NATIVE = ROOT / "tests" / "native"
+NAME = "emulated_runtime"
+
+SOURCES = [  # those that take longest come first
+    ROOT / "csrc" / "runtime" / "bind_step.cpp",
+    NATIVE / "mock_module.cpp",
+    NATIVE / "step_kernels.cpp",
+    ROOT / "csrc" / "runtime" / "step_control.cpp",
+    ROOT / "csrc" / "runtime" / "step_graph.cpp",
+    NATIVE / "mock_cudart.cpp",
+    NATIVE / "mock_cudart_graph.cpp",
+    NATIVE / "mock_graph.cpp",
+    NATIVE / "mock_queue.cpp",
+]
+
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+
+_NEEDED = 12080  # SWITCH nodes
+
+
+def _toolkits() -> Iterator[Path]:
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        yield Path(nvcc).resolve().parents[1]
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            yield Path(os.environ[variable])
+    yield from sorted(Path("/usr/local").glob("cuda*"), reverse=True)
+
+
+def _version(header: Path) -> int:
+    match = re.search(r"#define CUDART_VERSION\s+(\d+)", header.read_text(errors="replace"))
+    return int(match[1]) if match else 0
+
+
+def cuda_headers() -> Path | None:
+    """The include folder of a CUDA toolkit that knows SWITCH nodes, if there is one."""
+    for toolkit in _toolkits():
+        header = toolkit / "include" / "cuda_runtime_api.h"
+        if header.exists() and _version(header) >= _NEEDED:
+            return header.parent
+    return None
+
+
+def _compile(source: Path, folder: Path, headers: Path) -> Path:
+    import pybind11
+
+    target = folder / f"{source.stem}.o"
+    includes = [f"-I{path}" for path in (ROOT / "csrc", ROOT / "csrc" / "include", NATIVE)]
+    for path in (headers, pybind11.get_include(), sysconfig.get_path("include")):
+        includes += ["-isystem", str(path)]
+    # Only the kernels have to run fast.
+    optimisation = "-O1" if source.stem == "step_kernels" else "-O0"
+    command = [_compiler(), *FLAGS, optimisation, *includes, "-c", str(source), "-o", str(target)]
+    subprocess.run(command, check=True)
+    return target
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX") or "c++"
+
+
+def build(folder: Path, headers: Path) -> ModuleType:
+    """Compiles the module into a folder and imports it: half a minute on two cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: _compile(source, folder, headers), SOURCES))
+    library = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run([_compiler(), "-shared", *map(str, objects), "-o", str(library)], check=True)
+    spec = importlib.util.spec_from_file_location(NAME, library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
