@@ -1,0 +1,239 @@
+"""The step loop on buffers of its own, and the same loop by the CPU ops: for tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddit_rt import ops
+
+PAST = 3
+"""Latents that the loop keeps beside the newest."""
+
+Model = Callable[[int, int, Tensor], Tensor]
+"""Step, bucket and latents to a velocity."""
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopPlan:
+    """What a run's tables hold.
+
+    Attributes:
+        shape: Latent shape `[B, C, F, H, W]`.
+        sizes: Edges of the coarse patches in latent pixels.
+        coefficients: `[N, 6]` of the solver.
+        forced: `[N]`, a bucket or -1.
+        thresholds: `[N, S]`.
+        dtype: Of the velocities.
+    """
+
+    shape: tuple[int, int, int, int, int]
+    sizes: tuple[int, ...]
+    coefficients: Tensor
+    forced: Sequence[int]
+    thresholds: Tensor
+    dtype: torch.dtype = torch.float32
+    order: int = 3
+    quantile: float = 0.4
+    dwell: int = 0
+    monotone: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Number of steps N."""
+        return len(self.coefficients)
+
+    @property
+    def velocity_slots(self) -> int:
+        """Velocities that the solver combines, D."""
+        used = (self.coefficients[:, 3:] != 0).any(dim=0).nonzero()
+        return 1 + int(used.max()) if len(used) else 1
+
+    def settings(self) -> Tensor:
+        """LoopSettings of loop.h, as words."""
+        words = torch.zeros(8, dtype=torch.int32)
+        words[:2] = torch.tensor([self.steps, self.order])
+        words[2:3].view(torch.float32)[0] = self.quantile
+        words[3:5] = torch.tensor([self.dwell, int(self.monotone)])
+        return words
+
+
+def euler(steps: int, dt: float = -0.1) -> Tensor:
+    """Coefficients of Euler's method."""
+    return torch.tensor([[1.0, 0, 0, dt, 0, 0]] * steps)
+
+
+def multistep(steps: int, slots: int) -> Tensor:
+    """Random coefficients of a stable multistep method; early steps use what exists by then."""
+    rows = torch.zeros(steps, 6)
+    rows[:, :3] = torch.tensor([0.7, 0.2, 0.1])
+    rows[:, 3 : 3 + slots] = 0.3 * torch.randn(steps, slots)
+    for step in range(min(2, steps)):
+        rows[step, step + 1 : 3] = 0.0
+        rows[step, 4 + step :] = 0.0
+    return rows
+
+
+class StepLoop:
+    """Buffers and a `StepControl` of a runtime.
+
+    Memory that a run has to write before it reads it is full of NaN.
+    """
+
+    def __init__(
+        self,
+        runtime: ModuleType,
+        plan: LoopPlan,
+        *,
+        capacity: int | None = None,
+        device: torch.device | str = "cpu",
+        index: int = 0,
+        buffers: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.runtime = runtime
+        capacity = plan.steps if capacity is None else capacity
+        self.buffers = make_buffers(runtime, plan, capacity, device) | (buffers or {})
+        self.control: Any = runtime.StepControl(
+            addresses(self.buffers),
+            shape=list(plan.shape),
+            sizes=list(plan.sizes),
+            velocity_type=DTYPES[plan.dtype],
+            velocity_slots=plan.velocity_slots,
+            capacity=capacity,
+            device=index,
+            owner=self.buffers,
+        )
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.buffers[name]
+
+    def load(self, plan: LoopPlan, start: Tensor) -> None:
+        """Writes a run's tables and initial latents."""
+        for name, values in (
+            ("coefficients", plan.coefficients),
+            ("forced", torch.tensor(plan.forced, dtype=torch.int32)),
+            ("thresholds", plan.thresholds),
+        ):
+            self[name][: plan.steps].copy_(values)
+        self["settings"].copy_(plan.settings())
+        self["latents"].copy_(start)
+
+    def run_host(self, steps: int, bucket: Callable[[int], None], stream: int = 0) -> None:
+        """The host-polled form: `bucket(index)` runs a bucket on the device."""
+        self.control.begin(stream)
+        for step in range(steps):
+            self.control.decide(stream)
+            if self.control.wait(step, 10.0).decided <= step:
+                break
+            bucket(int(self.control.records()[step][1][0]))
+            self.control.update(stream)
+        self.control.finish(stream)
+
+    def record(self) -> Tensor:
+        """Rows of the trace, `[N, 3 + S]`."""
+        return torch.tensor([values for _, values in self.control.records()])
+
+    def bits(self) -> dict[str, Tensor]:
+        """Everything that a run has computed, as integers: equal means equal to the bit."""
+        names = ("latents", "past", "past_velocities", "moments", "scores")
+        bits = {name: self[name].cpu().view(torch.int32).clone() for name in names}
+        return bits | {"record": self.record().view(torch.int32)}
+
+
+def make_buffers(
+    runtime: ModuleType, plan: LoopPlan, capacity: int, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """The device memory of one loop."""
+    moments, keys = runtime.scratch_sizes(list(plan.shape), list(plan.sizes))
+    batch, coarse = plan.shape[0], len(plan.sizes)
+
+    def unset(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full(shape, math.nan, dtype=dtype, device=device)
+
+    def integers(size: int, value: int = 0) -> Tensor:
+        return torch.full((size,), value, dtype=torch.int32, device=device)
+
+    return {
+        "latents": unset(*plan.shape),
+        "past": unset(PAST, *plan.shape),
+        "velocity": unset(*plan.shape, dtype=plan.dtype),
+        "past_velocities": unset(plan.velocity_slots - 1, *plan.shape),
+        "coefficients": unset(capacity, 6),
+        "forced": integers(capacity, -7),
+        "thresholds": unset(capacity, coarse),
+        "moments": unset(moments),
+        "keys": integers(keys, -1),
+        "scores": unset(batch, coarse),
+        "state": integers(runtime.STATE_WORDS),
+        "settings": integers(runtime.SETTINGS_WORDS),
+    }
+
+
+def addresses(buffers: dict[str, Tensor]) -> dict[str, int]:
+    """As `StepControl` takes them."""
+    return {name: tensor.data_ptr() for name, tensor in buffers.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuRun:
+    """A run by the CPU ops: z_0 to z_N, v_0 to v_{N-1}, and the trace `[N, 3 + S]`."""
+
+    latents: list[Tensor]
+    velocities: list[Tensor]
+    record: Tensor
+    nonfinite: bool
+
+    @property
+    def buckets(self) -> list[int]:
+        """The bucket of every step."""
+        return [int(bucket) for bucket in self.record[:, 0]]
+
+
+def run_cpu(plan: LoopPlan, start: Tensor, model: Model) -> CpuRun:
+    """The step loop by the ops that `ddit_rt.executor.cpu` calls."""
+    history = torch.zeros(4, *plan.shape)
+    history[0] = start
+    ring = torch.zeros(plan.velocity_slots, *plan.shape)
+    state = torch.tensor([-1, 0, 0, 0], dtype=torch.int32)
+    record = torch.zeros(plan.steps, 3 + len(plan.sizes))
+    forced = torch.tensor(plan.forced, dtype=torch.int32)
+    latents, velocities = [start.clone()], []
+    for k in range(plan.steps):
+        scores = torch.full((plan.shape[0], len(plan.sizes)), math.nan)
+        if plan.forced[k] == -1:
+            scores = ops.patch_scores(history, plan.sizes, plan.quantile, plan.order, -k % 4)
+        ops.decide_(scores, forced, plan.thresholds, state, record, k, plan.dwell, plan.monotone)
+        velocity = model(k, int(state[0]), history[-k % 4]).to(plan.dtype)
+        ops.solver_step_(history, ring, velocity, plan.coefficients, k)
+        velocities.append(velocity)
+        latents.append(history[-(k + 1) % 4].clone())
+    return CpuRun(latents=latents, velocities=velocities, record=record, nonfinite=bool(state[2]))
+
+
+def random_model(plan: LoopPlan) -> Model:
+    """A model whose velocities are now rough, now smooth, and differ between buckets."""
+    noise = torch.randn(plan.steps, *plan.shape)
+    noise *= 10.0 ** torch.randint(-3, 1, (plan.steps, 1, 1, 1, 1, 1))
+
+    def model(step: int, bucket: int, latents: Tensor) -> Tensor:
+        return ((1.0 + 0.25 * bucket) * noise[step] + 0.1 * latents).to(plan.dtype)
+
+    return model
+
+
+def with_mixed_buckets(plan: LoopPlan, start: Tensor, model: Model) -> LoopPlan:
+    """The plan with thresholds that half of its scores are below."""
+    if not plan.sizes:
+        return plan
+    never = replace(plan, thresholds=torch.full_like(plan.thresholds, math.nan))
+    scores = run_cpu(never, start, model).record[:, 3:]
+    middle = scores.nanmedian(dim=0).values * (1 + 1e-3)  # so that none is at its threshold
+    return replace(plan, thresholds=middle.expand_as(plan.thresholds).contiguous())
