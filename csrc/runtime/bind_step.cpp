@@ -144,7 +144,8 @@ void bind_graph(py::module_& m) {
                                                 graph_form(form));
            }),
            py::arg("control"), py::arg("buckets"), py::arg("form"), py::arg("owner"),
-           py::keep_alive<1, 5>())
+           // The control too: its owner holds buffers that the graph goes on using.
+           py::keep_alive<1, 2>(), py::keep_alive<1, 5>())
       .def(
           "upload", [](StepGraph& g, uintptr_t s) { g.upload(stream_of(s)); }, py::arg("stream"),
           Release())

@@ -31,7 +31,7 @@ PatchShape base_shape(const LoopSpec& spec) {
           spec.height, spec.width,    divisor == 0 ? 1 : base_edge(divisor)};
 }
 
-void check_spec(const LoopSpec& spec) {
+void check_sizes(const LoopSpec& spec) {
   require(
       spec.batch > 0 && spec.channels > 0 && spec.frames > 0 && spec.height > 0 && spec.width > 0,
       "a latent of " + std::to_string(spec.batch) + " x " + std::to_string(spec.channels) + " x " +
@@ -44,7 +44,14 @@ void check_spec(const LoopSpec& spec) {
     require(size > 0 && spec.height % size == 0 && spec.width % size == 0,
             "patch size " + std::to_string(size) + " does not divide the latent size " +
                 std::to_string(spec.height) + " x " + std::to_string(spec.width));
+    require(size > 1 || spec.channels > 1,
+            "patch size 1 of one channel holds a single value, which has no standard deviation: "
+            "use a larger patch size");
   }
+}
+
+void check_spec(const LoopSpec& spec) {
+  check_sizes(spec);
   require(
       spec.velocity_slots >= 1 && spec.velocity_slots <= kTerms,
       std::to_string(spec.velocity_slots) + " velocities, expected 1 to " + std::to_string(kTerms));
@@ -95,9 +102,15 @@ LoopParams loop_params(const LoopSpec& spec) {
   return params;
 }
 
+void launch_kernel(const Kernel& kernel, void** arguments, cudaStream_t stream) {
+  DDIT_RT_CUDA(cudaLaunchKernel(kernel.function, dim3(kernel.grid_x, kernel.grid_y),
+                                dim3(kernel.threads), arguments, 0, stream));
+}
+
 }  // namespace
 
 ScratchSizes scratch_sizes(const LoopSpec& spec) {
+  check_sizes(spec);
   if (spec.sizes.empty()) return {};
   const int64_t patches = spec.batch * base_shape(spec).tokens();
   return {2 * patches, static_cast<int64_t>(spec.sizes.size()) * patches};
@@ -136,14 +149,15 @@ StepControl::~StepControl() {
 
 void StepControl::launch(const Kernel& kernel, void** arguments, cudaStream_t stream) {
   const DeviceScope scope(device_);
-  DDIT_RT_CUDA(cudaLaunchKernel(kernel.function, dim3(kernel.grid_x, kernel.grid_y),
-                                dim3(kernel.threads), arguments, 0, stream));
+  launch_kernel(kernel, arguments, stream);
   note_launch(stream);
 }
 
 void StepControl::begin(cudaStream_t stream) {
+  const DeviceScope scope(device_);
   void* arguments[] = {&params_};
-  begin_run([&] { launch(kernels_.begin, arguments, stream); });
+  begin_run([&] { launch_kernel(kernels_.begin, arguments, stream); });
+  note_launch(stream);
 }
 
 void StepControl::decide(cudaStream_t stream) {

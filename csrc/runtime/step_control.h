@@ -76,7 +76,8 @@ class StepControl {
   std::vector<StepRecord> records() const;  // of the steps decided so far
   uint64_t end_ns() const;
 
-  // For graphs: `launch` must queue the begin kernel; note_launch follows every launch.
+  // For graphs: `launch` must queue the begin kernel, or throw if it did not; note_launch follows
+  // every launch.
   void begin_run(const std::function<void()>& launch);
   void note_launch(cudaStream_t stream);
   void wait_idle() noexcept;  // until the last launch is over

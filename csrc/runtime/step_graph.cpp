@@ -86,6 +86,14 @@ void check_bucket(const BucketGraph& bucket) {
   }
 }
 
+// A decision without a body would run nothing, and the update would take an old velocity.
+void check_count(size_t buckets, int sizes) {
+  if (buckets == static_cast<size_t>(sizes) + 1) return;
+  throw std::invalid_argument("ddit_rt: a step graph of " + std::to_string(buckets) +
+                              " buckets, expected " + std::to_string(sizes + 1) +
+                              ": the base patch and " + std::to_string(sizes) + " sizes");
+}
+
 #if CUDART_VERSION >= 12080
 
 cudaGraphNode_t add_node(cudaGraph_t graph, cudaGraphNode_t after, cudaGraphNodeParams* params) {
@@ -211,7 +219,7 @@ StepGraph::StepGraph(std::shared_ptr<StepControl> control, const std::vector<Buc
     : control_(std::move(control)), form_(form) {
   const std::string problem = switch_problem();
   if (!problem.empty()) throw SwitchUnavailable("ddit_rt: " + problem);
-  if (buckets.empty()) throw std::invalid_argument("ddit_rt: a step graph of no buckets");
+  check_count(buckets.size(), control_->params().sizes);
   for (const BucketGraph& bucket : buckets) {
     if (bucket.graph != nullptr) check_bucket(bucket);
   }
