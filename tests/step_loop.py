@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -99,6 +100,7 @@ class StepLoop:
         buffers: dict[str, Tensor] | None = None,
     ) -> None:
         self.runtime = runtime
+        self._patience_s = 0.0 if str(device) == "cpu" else 60.0  # emulated launches return done
         capacity = plan.steps if capacity is None else capacity
         self.buffers = make_buffers(runtime, plan, capacity, device) | (buffers or {})
         self.control: Any = runtime.StepControl(
@@ -131,7 +133,7 @@ class StepLoop:
         self.control.begin(stream)
         for step in range(steps):
             self.control.decide(stream)
-            if self.control.wait(step, 10.0).decided <= step:
+            if self.control.wait(step, self._patience_s).decided <= step:
                 break
             bucket(int(self.control.records()[step][1][0]))
             self.control.update(stream)
@@ -237,3 +239,77 @@ def with_mixed_buckets(plan: LoopPlan, start: Tensor, model: Model) -> LoopPlan:
     scores = run_cpu(never, start, model).record[:, 3:]
     middle = scores.nanmedian(dim=0).values * (1 + 1e-3)  # so that none is at its threshold
     return replace(plan, thresholds=middle.expand_as(plan.thresholds).contiguous())
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedRun:
+    """A plan whose scores choose more than one bucket, its model, and the CPU's run of it."""
+
+    plan: LoopPlan
+    model: Model
+    cpu: CpuRun
+
+
+def mixed_run(
+    shape: tuple[int, int, int, int, int] = (2, 3, 1, 16, 16), steps: int = 7, **changes: Any
+) -> MixedRun:
+    """Three forced steps, then dynamic ones, with a multistep solver; `changes` to the plan."""
+    plan = LoopPlan(
+        shape=shape,
+        sizes=(4, 8),
+        coefficients=multistep(steps, 2),
+        forced=[0, 0, 0] + [-1] * (steps - 3),
+        thresholds=torch.zeros(steps, 2),
+    )
+    plan = replace(plan, **changes)
+    start, model = torch.randn(shape), random_model(plan)
+    plan = with_mixed_buckets(plan, start, model)
+    run = run_cpu(plan, start, model)
+    assert len(set(run.buckets)) > 1
+    return MixedRun(plan=plan, model=model, cpu=run)
+
+
+def run_form(
+    loop: StepLoop,
+    form: str,
+    graphs: Sequence[tuple[str, int]],
+    replay: Callable[[int], None],
+    steps: int,
+    stream: int = 0,
+) -> None:
+    """Runs a loaded loop in a form: `"loop"`, `"step"`, or `"host"`, which replays buckets."""
+    if form == "host":
+        loop.run_host(steps, replay, stream)
+        return
+    master = loop.runtime.StepGraph(loop.control, graphs, form, owner=(loop.buffers, graphs))
+    if form == "loop":
+        master.launch(stream)
+        return
+    loop.control.begin(stream)
+    for _ in range(steps):
+        master.launch(stream)
+    loop.control.finish(stream)
+
+
+class EmulatedBuckets:
+    """Graphs of the emulated runtime that compute a model's buckets on a loop's buffers.
+
+    Attributes:
+        log: (step, bucket) of every call.
+        graphs: Names and addresses, as `StepGraph` takes them.
+    """
+
+    def __init__(self, loop: StepLoop, model: Model, buckets: int) -> None:
+        self._buffers = loop.buffers
+        self._model = model
+        self.log: list[tuple[int, int]] = []
+        self.graphs = [
+            (f"{2**index}p", loop.runtime.call_graph(partial(self.replay, index)))
+            for index in range(buckets)
+        ]
+
+    def replay(self, index: int) -> None:
+        """What the bucket's graph does."""
+        step = int(self._buffers["state"][0])
+        self.log.append((step, index))
+        self._buffers["velocity"].copy_(self._model(step, index, self._buffers["latents"]))

@@ -135,7 +135,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
   Event* const target = event_of(event, "cudaEventRecord");
   if (target == nullptr) return cudaErrorInvalidValue;
   if (target->device != current_device) violate("cudaEventRecord on another device");
-  target->launch = state().launched;
+  target->launch = last_launch;
   return cudaSuccess;
 }
 

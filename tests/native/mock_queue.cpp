@@ -23,11 +23,14 @@ class Finish {
 
 }  // namespace
 
+// An event follows its thread's launches: other threads have streams of their own.
+thread_local uint64_t last_launch = 0;
+
 uint64_t submit(std::function<void()> work) {
   uint64_t number = 0;
   {
     const std::lock_guard<std::mutex> lock(state().books);
-    number = ++state().launched;
+    number = last_launch = ++state().launched;
     if (state().deferred) {
       state().queue.push_back([number, work = std::move(work)] {
         const Finish finish(number);
@@ -43,6 +46,11 @@ uint64_t submit(std::function<void()> work) {
 }
 
 void run_queue(uint64_t until) {
+  {
+    // Not to wait, with Python's lock, for a launch that calls Python.
+    const std::lock_guard<std::mutex> lock(state().books);
+    if (state().finished >= until || state().queue.empty()) return;
+  }
   const std::lock_guard<std::recursive_mutex> device(state().device);
   while (true) {
     std::function<void()> work;

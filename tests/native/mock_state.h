@@ -111,6 +111,7 @@ void run(const Graph& graph);
 std::vector<std::string> describe(const Graph& graph);
 
 // mock_queue.cpp
+extern thread_local uint64_t last_launch;
 uint64_t submit(std::function<void()> work);  // with the books free; returns the launch's number
 void run_queue(uint64_t until);
 

@@ -7,16 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from step_loop import (
-    CpuRun,
-    LoopPlan,
-    StepLoop,
-    euler,
-    multistep,
-    random_model,
-    run_cpu,
-    with_mixed_buckets,
-)
+from step_loop import LoopPlan, MixedRun, StepLoop, euler, mixed_run
 from torch import Tensor
 
 from ddit_rt import ops
@@ -104,44 +95,29 @@ def test_without_candidate_sizes_every_step_is_at_the_base(
     assert not loop.control.progress().nonfinite
 
 
-def mixed_run() -> tuple[LoopPlan, CpuRun]:
-    """A plan whose buckets change, and what the CPU ops make of it."""
-    steps = 7
-    plan = LoopPlan(
-        shape=(2, 4, 2, 16, 40),
-        sizes=(4, 8),
-        coefficients=multistep(steps, 2),
-        forced=[0, 0, 0] + [-1] * (steps - 3),
-        thresholds=torch.zeros(steps, 2),
-    )
-    start, model = torch.randn(plan.shape), random_model(plan)
-    plan = with_mixed_buckets(plan, start, model)
-    run = run_cpu(plan, start, model)
-    assert len(set(run.buckets)) > 1
-    return plan, run
-
-
-def run_like(loop: StepLoop, plan: LoopPlan, run: CpuRun) -> dict[str, Tensor]:
-    """Runs with the same velocities."""
-    loop.load(plan, run.latents[0])
+def run_like(loop: StepLoop, run: MixedRun) -> dict[str, Tensor]:
+    """Runs with the velocities of the CPU's run."""
+    loop.load(run.plan, run.cpu.latents[0])
+    velocities = run.cpu.velocities
     loop.run_host(
-        plan.steps, lambda _: loop["velocity"].copy_(run.velocities[int(loop["state"][0])])
+        run.plan.steps, lambda _: loop["velocity"].copy_(velocities[int(loop["state"][0])])
     )
     return loop.bits()
 
 
 def test_the_same_bits_whatever_the_order_of_blocks_and_threads(runtime: ModuleType) -> None:
-    plan, run = mixed_run()
+    run = mixed_run((2, 4, 2, 16, 40))
     runs = []
     for seed in (0, 0, 1, 2, 3):
         runtime.set_order(seed)
-        runs.append(run_like(StepLoop(runtime, plan), plan, run))
+        runs.append(run_like(StepLoop(runtime, run.plan), run))
     for other in runs[1:]:
         assert all(torch.equal(runs[0][name], other[name]) for name in runs[0])
 
 
 def test_trace_rows_come_one_by_one_and_stay(runtime: ModuleType) -> None:
-    plan, expected = mixed_run()
+    run = mixed_run()
+    plan, expected = run.plan, run.cpu
     loop = StepLoop(runtime, plan, capacity=20)
     control = loop.control
     loop.load(plan, expected.latents[0])
@@ -168,13 +144,13 @@ def test_trace_rows_come_one_by_one_and_stay(runtime: ModuleType) -> None:
 
 
 def test_a_new_run_starts_with_no_rows_and_a_fresh_state(runtime: ModuleType) -> None:
-    plan, run = mixed_run()
-    loop = StepLoop(runtime, plan)
-    first = run_like(loop, plan, run)
+    run = mixed_run()
+    loop = StepLoop(runtime, run.plan)
+    first = run_like(loop, run)
     loop.control.begin(0)
     progress = loop.control.progress()
     assert (progress.decided, progress.finished) == (0, False)
     assert loop.control.records() == []
     loop.control.finish(0)
-    again = run_like(loop, plan, run)
+    again = run_like(loop, run)
     assert all(torch.equal(first[name], again[name]) for name in first)
