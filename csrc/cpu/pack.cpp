@@ -1,10 +1,10 @@
-// pack / unpack: a transpose of short runs of `patch` values.
+// pack / unpack: a transpose of short runs.
 //
-// One task is one row of patches of one frame: [C * p lines] x [W / p tokens] of runs. Runs of 4
-// and 8 bytes, p = 2 in half and single precision, go through 16-byte registers as 4 x 4 and 2 x 2
-// transposes. Lines of different channels lie a power of two apart in usual latents and so share
-// cache sets: sixteen at a time stay in the cache. Bound by bytes: each value is read and written
-// once.
+// One task is one row of patches of one frame patch, a matrix of lines x columns of runs: a token's
+// `patch` values of a line with channels first, one pixel's value with channels last. Runs of 2, 4
+// and 8 bytes go through 16-byte registers as 8 x 8, 4 x 4 and 2 x 2 transposes. Lines of different
+// channels lie a power of two apart in usual latents and so share cache sets: sixteen at a time
+// stay in the cache. Bound by bytes: each value is read and written once.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "binding/args.h"
 
@@ -28,9 +29,9 @@ enum class Direction { kPack, kUnpack };
 // transpose<kRun>: kTile<kRun> runs from each of as many places, one to each of as many others.
 #ifdef __SSE2__
 template <int64_t kRun>
-constexpr int64_t kTile = kRun == 4   ? 4
-                          : kRun == 8 ? 2
-                                      : 1;
+constexpr int64_t kTile = kRun == 2                ? 8
+                          : kRun == 4 || kRun == 8 ? 4
+                                                   : 1;
 
 inline __m128i load(const char* from) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -38,6 +39,25 @@ inline __m128i load(const char* from) {
 
 inline void store(char* to, __m128i value) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), value);
+}
+
+inline void transpose_2(const char* const* from, char* const* to) {
+  __m128i pairs[8];  // [i] and [i + 1]: lines i and i + 1 by turns, the low and the high columns
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm_unpacklo_epi16(load(from[i]), load(from[i + 1]));
+    pairs[i + 1] = _mm_unpackhi_epi16(load(from[i]), load(from[i + 1]));
+  }
+  for (int half = 0; half < 2; ++half) {
+    const __m128i low_03 = _mm_unpacklo_epi32(pairs[half], pairs[half + 2]);
+    const __m128i high_03 = _mm_unpackhi_epi32(pairs[half], pairs[half + 2]);
+    const __m128i low_47 = _mm_unpacklo_epi32(pairs[half + 4], pairs[half + 6]);
+    const __m128i high_47 = _mm_unpackhi_epi32(pairs[half + 4], pairs[half + 6]);
+    char* const* const out = to + 4 * half;
+    store(out[0], _mm_unpacklo_epi64(low_03, low_47));
+    store(out[1], _mm_unpackhi_epi64(low_03, low_47));
+    store(out[2], _mm_unpacklo_epi64(high_03, high_47));
+    store(out[3], _mm_unpackhi_epi64(high_03, high_47));
+  }
 }
 
 inline void transpose_4(const char* const* from, char* const* to) {
@@ -52,10 +72,14 @@ inline void transpose_4(const char* const* from, char* const* to) {
 }
 
 inline void transpose_8(const char* const* from, char* const* to) {
-  const __m128i first = load(from[0]);
-  const __m128i second = load(from[1]);
-  store(to[0], _mm_unpacklo_epi64(first, second));
-  store(to[1], _mm_unpackhi_epi64(first, second));
+  for (int i = 0; i < 4; i += 2) {
+    for (int j = 0; j < 4; j += 2) {
+      const __m128i first = load(from[i] + 8 * j);
+      const __m128i second = load(from[i + 1] + 8 * j);
+      store(to[j] + 8 * i, _mm_unpacklo_epi64(first, second));
+      store(to[j + 1] + 8 * i, _mm_unpackhi_epi64(first, second));
+    }
+  }
 }
 #else
 template <int64_t kRun>
@@ -65,6 +89,7 @@ constexpr int64_t kTile = 1;
 template <int64_t kRun>
 inline void transpose(const char* const* from, char* const* to, int64_t run) {
 #ifdef __SSE2__
+  if constexpr (kRun == 2) return transpose_2(from, to);
   if constexpr (kRun == 4) return transpose_4(from, to);
   if constexpr (kRun == 8) return transpose_8(from, to);
 #endif
@@ -74,31 +99,33 @@ inline void transpose(const char* const* from, char* const* to, int64_t run) {
 // Some lines of one row of patches, and the same features of its tokens.
 struct Block {
   char* line[kLineBlock];
-  char* token;  // the first line's run of the first token
+  char* token;               // the first line's run of the first column
+  const int64_t* column_at;  // from there to each column's, in bytes
   int64_t lines;
   int64_t columns;
-  int64_t run;          // bytes of `patch` values
-  int64_t token_bytes;  // from one token to the next
+  int64_t run;  // bytes
 };
 
-// Lines [first, last) of tokens [column, end), in square tiles of kSide runs.
+// Lines [first, last) of columns [column, end), in square tiles of kSide runs.
 template <Direction kDirection, int64_t kRun, int64_t kSide>
 inline void move_tiles(const Block& block, int64_t first, int64_t last, int64_t column,
                        int64_t end) {
   // Copies, because the compiler must assume that stores through char* change the block.
   const int64_t run = kRun > 0 ? kRun : block.run;
-  const int64_t token_bytes = block.token_bytes;
+  const int64_t* const column_at = block.column_at;
   char* line_of[kLineBlock];
   std::copy_n(block.line, kLineBlock, line_of);
-  char* token = block.token + column * token_bytes;
-  for (; column < end; column += kSide, token += kSide * token_bytes) {
+  char* const token = block.token;
+  for (; column < end; column += kSide) {
     const int64_t at = column * run;
+    char* token_of[kSide];
+    for (int64_t i = 0; i < kSide; ++i) token_of[i] = token + column_at[column + i];
     for (int64_t line = first; line < last; line += kSide) {
       char* lines[kSide];
       char* tokens[kSide];
       for (int64_t i = 0; i < kSide; ++i) {
         lines[i] = line_of[line + i] + at;
-        tokens[i] = token + i * token_bytes + line * run;
+        tokens[i] = token_of[i] + line * run;
       }
       char* const* const from = kDirection == Direction::kPack ? lines : tokens;
       char* const* const to = kDirection == Direction::kPack ? tokens : lines;
@@ -126,66 +153,107 @@ void move_block(const Block& block) {
   }
 }
 
-// kRun is the run's size in bytes where it is known at compile time, else 0.
+// How every row of patches is cut into runs; all in bytes.
+struct Runs {
+  int64_t size;
+  int64_t lines;                    // whose runs of a column are neighbours in a token
+  int64_t columns;                  // runs of a line
+  std::vector<int64_t> line_at;     // latents: from the row's first line to every line
+  std::vector<int64_t> feature_at;  // tokens: from the row's first value to every line's
+  std::vector<int64_t> column_at;   // tokens: from a line's first run to its run of every column
+};
+
+Runs runs_of(const PatchShape& shape, int64_t item) {
+  Runs runs{};
+  const bool pixels = shape.channels_last;
+  runs.size = pixels ? item : shape.patch * item;
+  runs.lines = pixels ? shape.channels : shape.lines();
+  runs.columns = pixels ? shape.width : shape.columns();
+  for (int64_t line = 0; line < shape.lines(); ++line) {
+    runs.line_at.push_back(shape.latent_offset(0, 0, 0, line) * item);
+    runs.feature_at.push_back(shape.feature_offset(line) * item);
+  }
+  const int64_t per_token = pixels ? shape.patch : 1;
+  for (int64_t column = 0; column < runs.columns; ++column) {
+    const int64_t token = column / per_token;
+    const int64_t dx = column - token * per_token;
+    runs.column_at.push_back((token * shape.features() + dx * shape.group()) * item);
+  }
+  return runs;
+}
+
+// latents and tokens: where the row of patches begins. kRun is the run's size in bytes where it is
+// known at compile time, else 0.
 template <Direction kDirection, int64_t kRun>
-void move_row(const PatchShape& shape, int64_t item, char* latents, char* tokens, int64_t index) {
-  const int64_t row = index % shape.rows();
-  const int64_t f = index / shape.rows() % shape.frames;
-  const int64_t b = index / (shape.rows() * shape.frames);
+void move_row(const Runs& runs, char* latents, char* tokens) {
   Block block{};
-  block.columns = shape.columns();
-  block.run = kRun > 0 ? kRun : shape.patch * item;
-  block.token_bytes = shape.features() * item;
-  for (int64_t first = 0; first < shape.lines(); first += kLineBlock) {
-    block.lines = std::min(kLineBlock, shape.lines() - first);
-    for (int64_t i = 0; i < block.lines; ++i) {
-      block.line[i] = latents + shape.latent_offset(b, f, row, first + i) * item;
+  block.column_at = runs.column_at.data();
+  block.columns = runs.columns;
+  block.run = runs.size;
+  const auto lines = static_cast<int64_t>(runs.line_at.size());
+  for (int64_t group = 0; group < lines; group += runs.lines) {
+    for (int64_t first = 0; first < runs.lines; first += kLineBlock) {
+      block.lines = std::min(kLineBlock, runs.lines - first);
+      const int64_t line = group + first;
+      for (int64_t i = 0; i < block.lines; ++i) block.line[i] = latents + runs.line_at[line + i];
+      block.token = tokens + runs.feature_at[line];
+      move_block<kDirection, kRun>(block);
     }
-    block.token = tokens + shape.token_offset(b, f, row, first) * item;
-    move_block<kDirection, kRun>(block);
   }
 }
 
 template <Direction kDirection, int64_t kRun>
-void move_all(const PatchShape& shape, int64_t item, char* latents, char* tokens) {
-  const int64_t rows = shape.batch * shape.frames * shape.rows();
+void move_all(const PatchShape& shape, const Runs& runs, int64_t item, char* latents,
+              char* tokens) {
+  const int64_t frames = shape.frames / shape.frame_patch;
+  const int64_t rows = shape.batch * frames * shape.rows();
   const int64_t row_bytes = std::max<int64_t>(1, shape.lines() * shape.width * item);
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / row_bytes);
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      move_row<kDirection, kRun>(shape, item, latents, tokens, i);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i % shape.rows();
+      const int64_t f = i / shape.rows() % frames;
+      const int64_t b = i / shape.rows() / frames;
+      move_row<kDirection, kRun>(runs, latents + shape.latent_offset(b, f, row, 0) * item,
+                                 tokens + shape.token_offset(b, f, row) * item);
+    }
   });
 }
 
 template <Direction kDirection>
 void move(const PatchShape& shape, const Tensor& latents, const Tensor& tokens) {
+  if (latents.numel() == 0) return;
   const auto item = static_cast<int64_t>(latents.element_size());
   auto* const latent_bytes = static_cast<char*>(latents.data_ptr());
   auto* const token_bytes = static_cast<char*>(tokens.data_ptr());
-  switch (shape.patch * item) {
+  const Runs runs = runs_of(shape, item);
+  switch (runs.size) {
+    case 2:
+      return move_all<kDirection, 2>(shape, runs, item, latent_bytes, token_bytes);
     case 4:
-      return move_all<kDirection, 4>(shape, item, latent_bytes, token_bytes);
+      return move_all<kDirection, 4>(shape, runs, item, latent_bytes, token_bytes);
     case 8:
-      return move_all<kDirection, 8>(shape, item, latent_bytes, token_bytes);
+      return move_all<kDirection, 8>(shape, runs, item, latent_bytes, token_bytes);
     case 16:
-      return move_all<kDirection, 16>(shape, item, latent_bytes, token_bytes);
+      return move_all<kDirection, 16>(shape, runs, item, latent_bytes, token_bytes);
     case 32:
-      return move_all<kDirection, 32>(shape, item, latent_bytes, token_bytes);
+      return move_all<kDirection, 32>(shape, runs, item, latent_bytes, token_bytes);
     default:
-      return move_all<kDirection, 0>(shape, item, latent_bytes, token_bytes);
+      return move_all<kDirection, 0>(shape, runs, item, latent_bytes, token_bytes);
   }
 }
 
-Tensor pack_cpu(Tensor latents, int64_t patch_size) {
-  const PatchShape shape = pack_shape(latents, patch_size);
+Tensor pack_cpu(Tensor latents, int64_t patch_size, int64_t frame_patch, bool channels_last) {
+  const PatchShape shape = pack_shape(latents, patch_size, frame_patch, channels_last);
   Tensor tokens = new_tokens(latents, shape);
   move<Direction::kPack>(shape, latents, tokens);
   return tokens;
 }
 
-Tensor unpack_cpu(Tensor tokens, int64_t patch_size, int64_t height, int64_t width,
-                  int64_t frames) {
-  const PatchShape shape = unpack_shape(tokens, patch_size, height, width, frames);
+Tensor unpack_cpu(Tensor tokens, int64_t patch_size, int64_t height, int64_t width, int64_t frames,
+                  int64_t frame_patch, bool channels_last) {
+  const PatchShape shape =
+      unpack_shape(tokens, patch_size, height, width, frames, frame_patch, channels_last);
   Tensor latents = new_latents(tokens, shape, frames > 0);
   move<Direction::kUnpack>(shape, latents, tokens);
   return latents;

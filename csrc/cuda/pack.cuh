@@ -1,106 +1,165 @@
 // Cutting latents into tokens, and back, on the device.
 #pragma once
 
-#include "ddit_rt/patch.h"
+#include "cuda/pack_plan.h"
 
-namespace ddit_rt {
+namespace ddit_rt::pack {
 
-inline constexpr int kPackColumns = 32;  // threads along a line
-inline constexpr int kPackRows = 8;      // lines at a time
-
-// How a tensor is cut into blocks; made by pack_tiling() on the host.
-struct PackTiling {
-  int columns;         // pixel columns of a tile, a multiple of the patch edge
-  int lines;           // lines (c, dy) of a tile
-  int64_t tiles;       // along the width
-  int64_t line_tiles;  // along the lines
-
-  DDIT_RT_HD int pitch() const { return columns + 1; }  // odd: fewer bank conflicts when transposed
+template <int kBytes>
+struct Unit;
+template <>
+struct Unit<2> {
+  using Type = uint16_t;
+};
+template <>
+struct Unit<4> {
+  using Type = uint32_t;
+};
+template <>
+struct Unit<8> {
+  using Type = uint64_t;
+};
+template <>
+struct Unit<16> {
+  struct alignas(16) Type {
+    uint64_t low, high;
+  };
 };
 
-inline PackTiling pack_tiling(const PatchShape& shape) {
-  // 64 lines of 33 float32 are 8 KiB of shared memory; longer patches get fewer lines.
-  constexpr int64_t kValues = 64 * (kPackColumns + 1);
-  const int64_t patch = shape.patch;
-  PackTiling tiling{};
-  tiling.columns = static_cast<int>(patch >= kPackColumns ? patch : kPackColumns / patch * patch);
-  const int64_t fit = kValues / tiling.pitch();
-  const int64_t lines = fit < shape.lines() ? fit : shape.lines();
-  tiling.lines = static_cast<int>(lines < 1 ? 1 : lines);
-  tiling.tiles = (shape.width + tiling.columns - 1) / tiling.columns;
-  tiling.line_tiles = (shape.lines() + tiling.lines - 1) / tiling.lines;
-  return tiling;
+// What one load or store moves.
+template <int kUnit, int kUnits>
+struct alignas(kUnit* kUnits) Vector {
+  typename Unit<kUnit>::Type unit[kUnits];
+};
+
+// Where a thread begins.
+struct Start {
+  uint64_t latents;  // byte of its first line
+  uint64_t tokens;   // byte of this line's first unit in the first token of the row of patches
+  uint32_t vector;   // its access along the line
+  bool inside;       // whether there are such lines
+};
+
+__device__ __forceinline__ Start start_of(const Params& p, uint32_t warp, uint32_t lane) {
+  uint32_t rest = p.line_tiles.quotient(warp);
+  const uint32_t line_tile = p.line_tiles.remainder(warp, rest);
+  const uint32_t row_number = p.column_tiles.quotient(rest);
+  const uint32_t column_tile = p.column_tiles.remainder(rest, row_number);
+  rest = p.rows.quotient(row_number);
+  const uint32_t row = p.rows.remainder(row_number, rest);
+  const uint32_t b = p.frames.quotient(rest);
+  const uint32_t f = p.frames.remainder(rest, b);
+
+  const uint32_t tile_row = line_tile * (kLanes >> p.lane_bits) + (lane >> p.lane_bits);
+  const uint32_t line = tile_row * p.tile_lines;
+  const uint32_t digits = p.inner.quotient(line);
+  const uint32_t outer = p.middle.quotient(digits);
+  const uint32_t group = p.group.quotient(line);
+  const uint32_t feature = group * p.group.value * p.run.value + p.group.remainder(line, group);
+
+  Start start;
+  start.latents = b * p.latent_batch + f * p.latent_frame + row * p.latent_row +
+                  outer * p.outer_stride + p.middle.remainder(digits, outer) * p.middle_stride +
+                  p.inner.remainder(line, digits) * p.inner_stride;
+  start.tokens = row_number * p.token_row + uint64_t{feature} * p.unit;
+  start.vector = (column_tile * p.repeats << p.lane_bits) + (lane & ((1u << p.lane_bits) - 1));
+  start.inside = tile_row < p.tile_rows;
+  return start;
 }
 
-// tokens <-> latents as in patch.h, without arithmetic.
+// The bytes at which a tile begins, and whether the tensors have it.
+struct Tile {
+  uint64_t latents, tokens;
+  bool inside;
+};
+
+// A thread's tiles lie 2^lane_bits accesses apart along its lines.
+template <int kUnit, int kUnits>
+__device__ __forceinline__ Tile tile_of(const Params& p, const Start& start, uint32_t repeat) {
+  const uint32_t vector = start.vector + (repeat << p.lane_bits);
+  const uint32_t token = p.run.quotient(vector * kUnits);
+  const uint32_t dx = p.run.remainder(vector * kUnits, token);
+  return {start.latents + vector * (kUnit * kUnits),
+          start.tokens + token * p.token + dx * p.group.value * kUnit,
+          start.inside && vector < p.vectors};
+}
+
+// A transpose in registers: kLines accesses of kUnits units to latents hold what kUnits accesses of
+// kLines units to tokens do. All loads are under way before the first store.
+template <int kUnit, int kLines, int kUnits, bool kPack>
+__device__ __forceinline__ void move_tiles(const unsigned char* __restrict__ from,
+                                           unsigned char* __restrict__ to, const Params& p,
+                                           const Start& start) {
+  constexpr int kTiles = kRepeats<kUnit * kLines * kUnits>;
+  constexpr int kLoads = kPack ? kLines : kUnits;
+  constexpr int kStores = kPack ? kUnits : kLines;
+  using Load = Vector<kUnit, kStores>;
+  using Store = Vector<kUnit, kLoads>;
+  Tile tiles[kTiles];
+  Load loads[kTiles][kLoads];
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    tiles[t] = tile_of<kUnit, kUnits>(p, start, t);
+    if (!tiles[t].inside) continue;
+    const unsigned char* const source = from + (kPack ? tiles[t].latents : tiles[t].tokens);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      loads[t][i] = *reinterpret_cast<const Load*>(source + (kPack ? p.line_at[i] : p.unit_at[i]));
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    if (!tiles[t].inside) continue;
+    unsigned char* const target = to + (kPack ? tiles[t].tokens : tiles[t].latents);
+#pragma unroll
+    for (int j = 0; j < kStores; ++j) {
+      Store store;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) store.unit[i] = loads[t][i].unit[j];
+      *reinterpret_cast<Store*>(target + (kPack ? p.unit_at[j] : p.line_at[j])) = store;
+    }
+  }
+}
+
+template <int kValue>
+struct Count {
+  static constexpr int kCount = kValue;
+};
+
+// Calls body(Count<count>()), for a power of two that is at most kMost.
+template <int kMost, typename Body>
+__device__ __forceinline__ void with_count(uint32_t count, Body body) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return with_count<kMost / 2>(count, body);
+  }
+  body(Count<kMost>());
+}
+
+// tokens <-> latents as in patch.h, without arithmetic on the values.
 //
-// Grid: one block of 32 x 8 threads per (sample, frame, row of patches, tile of columns, tile of
-// lines). Shared memory: the tile, lines x (columns + 1) values. On the latent side threads run
-// along pixel columns, on the token side along a token's features, so both sides are coalesced.
-// Bound by bytes: each value is read and written once. T: an integer of the value's size.
-template <typename T, bool kPack>
-__global__ void __launch_bounds__(kPackColumns* kPackRows)
-    pack_kernel(T* __restrict__ latents,  // [B, C, F, H, W]
-                T* __restrict__ tokens,   // [B, N, C * p * p]
-                PatchShape shape, PackTiling tiling) {
-  extern __shared__ unsigned char shared[];
-  T* const tile = reinterpret_cast<T*>(shared);
-
-  int64_t index = blockIdx.x;
-  const int64_t first_line = index % tiling.line_tiles * tiling.lines;
-  index /= tiling.line_tiles;
-  const int64_t first_column = index % tiling.tiles * tiling.columns;
-  index /= tiling.tiles;
-  const int64_t row = index % shape.rows();
-  index /= shape.rows();
-  const int64_t f = index % shape.frames;
-  const int64_t b = index / shape.frames;
-
-  const int64_t columns_left = shape.width - first_column;
-  const int64_t lines_left = shape.lines() - first_line;
-  const int columns =
-      columns_left < tiling.columns ? static_cast<int>(columns_left) : tiling.columns;
-  const int lines = lines_left < tiling.lines ? static_cast<int>(lines_left) : tiling.lines;
-  const int patch = static_cast<int>(shape.patch);
-  const int thread = threadIdx.y * kPackColumns + threadIdx.x;
-
-  const auto latent_side = [&] {
-    for (int line = threadIdx.y; line < lines; line += kPackRows) {
-      T* const source = latents + shape.latent_offset(b, f, row, first_line + line) + first_column;
-      for (int x = threadIdx.x; x < columns; x += kPackColumns) {
-        T& cell = tile[line * tiling.pitch() + x];
-        if constexpr (kPack)
-          cell = source[x];
-        else
-          source[x] = cell;
-      }
-    }
-  };
-  const auto token_side = [&] {
-    T* const target = tokens + shape.token_offset(b, f, row, first_line) +
-                      first_column / patch * shape.features();
-    const int run = lines * patch;  // features of one token in this tile, contiguous
-    for (int i = thread; i < columns * lines; i += kPackColumns * kPackRows) {
-      const int token = i / run;
-      const int feature = i - token * run;
-      const int line = feature / patch;
-      T& cell = tile[line * tiling.pitch() + token * patch + feature - line * patch];
-      T& value = target[token * shape.features() + feature];
-      if constexpr (kPack)
-        value = cell;
-      else
-        cell = value;
-    }
-  };
-  if constexpr (kPack)
-    latent_side();
-  else
-    token_side();
-  __syncthreads();
-  if constexpr (kPack)
-    token_side();
-  else
-    latent_side();
+// Mapping: a thread transposes tiles of units in registers, see Params: 4 x 4 units of 4 bytes for
+// p = 2 in half precision, 8 x 8 values of 2 bytes with channels last. A warp lays its tiles side
+// by side such that it touches whole sectors on both sides; at FLUX and Wan sizes 64 bytes of each
+// of its lines and 128 bytes of each of its tokens. One warp per (sample, frame patch, row of
+// patches, tile of columns, tile of lines), one to four warps a block. Shared memory: none, so no
+// barrier either. Bound by bytes: each value is read once and written once, and every thread has 64
+// bytes or more under way where accesses are 16 bytes wide. Deterministic.
+template <int kUnit, bool kPack>
+__global__ void __launch_bounds__(kMaxThreads)
+    pack_kernel(const unsigned char* __restrict__ from,  // latents [B, C, F, H, W], or tokens
+                unsigned char* __restrict__ to,          // tokens [B, N, C * r * p * p], or latents
+                Params p) {
+  const uint32_t warp = blockIdx.x * (blockDim.x / kLanes) + threadIdx.x / kLanes;
+  if (warp >= p.warps) return;
+  const Start start = start_of(p, warp, threadIdx.x % kLanes);
+  constexpr int kMost = kAccessBytes / kUnit;
+  with_count<kMost>(p.tile_lines, [&](auto lines) {
+    with_count<kMost>(p.latent_access / kUnit, [&](auto units) {
+      constexpr int kLines = decltype(lines)::kCount;
+      constexpr int kUnits = decltype(units)::kCount;
+      move_tiles<kUnit, kLines, kUnits, kPack>(from, to, p, start);
+    });
+  });
 }
 
-}  // namespace ddit_rt
+}  // namespace ddit_rt::pack

@@ -28,6 +28,15 @@ def check_patch_size(patch_size: int, height: int, width: int) -> None:
         )
 
 
+def check_frame_patch(frame_patch: int, frames: int) -> None:
+    """Raises ShapeError unless the frame patch is positive and divides the latent frames."""
+    if frame_patch < 1 or frames % frame_patch:
+        raise ShapeError(
+            f"frame_patch {frame_patch} does not divide the {frames} latent frames (an image has "
+            "one): choose another frame_patch, or a number of frames that it divides"
+        )
+
+
 def check_shape(tensor: Tensor, shape: Sequence[int], name: str) -> None:
     """Raises ShapeError unless the tensor has this shape."""
     if tuple(tensor.shape) != tuple(shape):

@@ -9,18 +9,31 @@ import torch
 from torch import Tensor
 
 
-def _pack(latents: Tensor, patch_size: int) -> Tensor:
+def _pack(
+    latents: Tensor, patch_size: int, frame_patch: int = 1, channels_last: bool = False
+) -> Tensor:
+    del channels_last  # it changes the order of the features, not their number
     batch, channels, *frames, height, width = latents.shape
     tokens = (height // patch_size) * (width // patch_size)
     if frames:
-        tokens = tokens * frames[0]
-    return latents.new_empty((batch, tokens, channels * patch_size**2))
+        tokens = tokens * (frames[0] // frame_patch)
+    return latents.new_empty((batch, tokens, channels * frame_patch * patch_size**2))
 
 
-def _unpack(tokens: Tensor, patch_size: int, height: int, width: int, frames: int = 0) -> Tensor:
+def _unpack(
+    tokens: Tensor,
+    patch_size: int,
+    height: int,
+    width: int,
+    frames: int = 0,
+    frame_patch: int = 1,
+    channels_last: bool = False,
+) -> Tensor:
+    del channels_last
     batch, _, features = tokens.shape
     middle = (frames,) if frames else ()
-    return tokens.new_empty((batch, features // patch_size**2, *middle, height, width))
+    channels = features // (frame_patch * patch_size**2)
+    return tokens.new_empty((batch, channels, *middle, height, width))
 
 
 def _patch_scores(
@@ -53,27 +66,30 @@ def _decide(
     del scores, forced, thresholds, state, record, step, dwell, monotone
 
 
-def _pack_setup(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+def _pack_setup(ctx: Any, inputs: tuple[Tensor, int, int, bool], output: Tensor) -> None:
     del output
-    latents, ctx.patch_size = inputs
+    latents, ctx.patch_size, *ctx.layout = inputs
     ctx.shape = latents.shape
 
 
-def _pack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+def _pack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *_, height, width = ctx.shape
     frames = ctx.shape[2] if len(ctx.shape) == 5 else 0
-    unpack = torch.ops.ddit_rt.unpack
-    return unpack(grad.contiguous(), ctx.patch_size, height, width, frames), None
+    sizes = (ctx.patch_size, height, width, frames)
+    latents = torch.ops.ddit_rt.unpack(grad.contiguous(), *sizes, *ctx.layout)
+    return latents, None, None, None
 
 
-def _unpack_setup(ctx: Any, inputs: tuple[Tensor, int, int, int, int], output: Tensor) -> None:
+def _unpack_setup(
+    ctx: Any, inputs: tuple[Tensor, int, int, int, int, int, bool], output: Tensor
+) -> None:
     del output
-    ctx.patch_size = inputs[1]
+    _, ctx.patch_size, _, _, _, *ctx.layout = inputs
 
 
-def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-    tokens = torch.ops.ddit_rt.pack(grad.contiguous(), ctx.patch_size)
-    return tokens, None, None, None, None
+def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tokens = torch.ops.ddit_rt.pack(grad.contiguous(), ctx.patch_size, *ctx.layout)
+    return tokens, None, None, None, None, None, None
 
 
 torch.library.register_fake("ddit_rt::pack", _pack)

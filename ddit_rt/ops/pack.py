@@ -6,25 +6,31 @@ import torch
 from torch import Tensor
 
 from ddit_rt.errors import ShapeError
-from ddit_rt.ops._checks import FLOATING, check_dtype, check_patch_size
+from ddit_rt.ops._checks import FLOATING, check_dtype, check_frame_patch, check_patch_size
 
 
-def pack(latents: Tensor, patch_size: int) -> Tensor:
-    """Cuts latents into square patches, one token each.
+def pack(
+    latents: Tensor, patch_size: int, *, frame_patch: int = 1, channels_last: bool = False
+) -> Tensor:
+    """Cuts latents into patches of `frame_patch` frames x p x p pixels, one token each.
 
-    Tokens are ordered by frame, row and column of patches; features by channel, row and column
-    inside the patch. At `patch_size=2` this is `FluxPipeline._pack_latents` of diffusers. A video's
-    frames are not merged: patches are spatial. Differentiable.
+    Tokens are ordered by frame, row and column of patches. Features are ordered by channel, frame,
+    row and column inside the patch; at `patch_size=2` this is `FluxPipeline._pack_latents` of
+    diffusers, and with a `frame_patch` what a Conv3d patch embedding multiplies. With
+    `channels_last` they are ordered by frame, row, column and channel, as the output of
+    `WanTransformer3DModel` is. Differentiable.
 
     Args:
         latents: `[B, C, H, W]` or `[B, C, F, H, W]`, float32, bfloat16 or float16.
         patch_size: Edge `p` of a patch in latent pixels; divides H and W.
+        frame_patch: Depth `r` of a patch in latent frames; divides F.
+        channels_last: Whether a token holds a pixel's channels side by side.
 
     Returns:
-        Tokens `[B, F * (H / p) * (W / p), C * p * p]`, of the latents' dtype.
+        Tokens `[B, (F / r) * (H / p) * (W / p), C * r * p * p]`, of the latents' dtype.
 
     Raises:
-        ShapeError: Not four or five dimensions, or a size that p does not divide.
+        ShapeError: Not four or five dimensions, or a size that the patch does not divide.
         ValueError: Another dtype.
     """
     if latents.dim() not in (4, 5):
@@ -33,25 +39,40 @@ def pack(latents: Tensor, patch_size: int) -> Tensor:
         )
     check_dtype(latents, FLOATING, "latents")
     check_patch_size(patch_size, latents.shape[-2], latents.shape[-1])
-    tokens: Tensor = torch.ops.ddit_rt.pack(latents.contiguous(), patch_size)
+    check_frame_patch(frame_patch, latents.shape[2] if latents.dim() == 5 else 1)
+    tokens: Tensor = torch.ops.ddit_rt.pack(
+        latents.contiguous(), patch_size, frame_patch, channels_last
+    )
     return tokens
 
 
-def unpack(tokens: Tensor, patch_size: int, height: int, width: int, frames: int = 0) -> Tensor:
+def unpack(
+    tokens: Tensor,
+    patch_size: int,
+    height: int,
+    width: int,
+    frames: int = 0,
+    *,
+    frame_patch: int = 1,
+    channels_last: bool = False,
+) -> Tensor:
     """Puts tokens back into latents: the inverse of `pack`. Differentiable.
 
     Args:
-        tokens: `[B, N, C * p * p]`, float32, bfloat16 or float16.
+        tokens: `[B, N, C * r * p * p]`, float32, bfloat16 or float16.
         patch_size: Edge `p` of a patch in latent pixels; divides height and width.
         height: Of the latents, in latent pixels.
         width: Of the latents, in latent pixels.
         frames: Latent frames of a video; 0 for an image, whose latents have no such dimension.
+        frame_patch: Depth `r` of a patch in latent frames; divides frames.
+        channels_last: Whether a token holds a pixel's channels side by side.
 
     Returns:
         Latents `[B, C, height, width]`, or `[B, C, frames, height, width]` if `frames` is given.
 
     Raises:
-        ShapeError: Tokens whose number or width does not fit the sizes.
+        ShapeError: Tokens whose number or width does not fit the sizes, or a size that the patch
+            does not divide.
         ValueError: Another dtype.
     """
     check_dtype(tokens, FLOATING, "tokens")
@@ -61,13 +82,15 @@ def unpack(tokens: Tensor, patch_size: int, height: int, width: int, frames: int
             "for an image)"
         )
     check_patch_size(patch_size, height, width)
-    expected = max(frames, 1) * (height // patch_size) * (width // patch_size)
-    if tokens.dim() != 3 or tokens.shape[1] != expected or tokens.shape[2] % patch_size**2:
+    check_frame_patch(frame_patch, max(frames, 1))
+    expected = max(frames, 1) // frame_patch * (height // patch_size) * (width // patch_size)
+    values = frame_patch * patch_size**2
+    if tokens.dim() != 3 or tokens.shape[1] != expected or tokens.shape[2] % values:
         raise ShapeError(
-            f"tokens have shape {tuple(tokens.shape)}, expected [B, {expected}, C * "
-            f"{patch_size**2}] for latents of {height} x {width} with frames={frames}"
+            f"tokens have shape {tuple(tokens.shape)}, expected [B, {expected}, C * {values}] for "
+            f"latents of {height} x {width} with frames={frames} and frame_patch={frame_patch}"
         )
     latents: Tensor = torch.ops.ddit_rt.unpack(
-        tokens.contiguous(), patch_size, height, width, frames
+        tokens.contiguous(), patch_size, height, width, frames, frame_patch, channels_last
     )
     return latents

@@ -7,28 +7,14 @@
 // clang-format on
 
 #include "cuda/decide.cuh"
-#include "cuda/pack.cuh"
 #include "cuda/patch_scores.cuh"
 #include "cuda/solver_step.cuh"
 
 namespace ddit_rt {
 
-thread_local unsigned char shared[48 * 1024];
-
 namespace {
 
 unsigned blocks(int64_t count) { return static_cast<unsigned>(count); }
-
-template <typename T, bool kPack>
-void run_pack(void* latents, void* tokens, const PatchShape& shape) {
-  const PackTiling tiling = pack_tiling(shape);
-  if (sizeof(T) * tiling.lines * tiling.pitch() > sizeof shared) throw std::length_error("shared");
-  const int64_t count =
-      shape.batch * shape.frames * shape.rows() * tiling.tiles * tiling.line_tiles;
-  emulator::launch({blocks(count)}, {kPackColumns, kPackRows}, [&] {
-    pack_kernel<T, kPack>(static_cast<T*>(latents), static_cast<T*>(tokens), shape, tiling);
-  });
-}
 
 template <typename T>
 void run_solver(const SolverParams& params, int width, unsigned grid) {
@@ -46,14 +32,6 @@ void run_solver(const SolverParams& params, int width, unsigned grid) {
 using namespace ddit_rt;
 
 extern "C" {
-
-void emulate_pack(void* latents, void* tokens, const int64_t* shape, int item, bool pack) {
-  const PatchShape patches{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
-  if (item == 2 && pack) run_pack<uint16_t, true>(latents, tokens, patches);
-  if (item == 2 && !pack) run_pack<uint16_t, false>(latents, tokens, patches);
-  if (item == 4 && pack) run_pack<uint32_t, true>(latents, tokens, patches);
-  if (item == 4 && !pack) run_pack<uint32_t, false>(latents, tokens, patches);
-}
 
 // latents: z[k], z[k-1], z[k-2]; velocities: v[k-1], v[k-2]; type: 0 float, 1 bfloat16, 2 float16.
 void emulate_solver_step(int64_t count, const double* row, const float* const* latents,

@@ -38,23 +38,6 @@ def addresses(*tensors: Tensor | None) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*pointers)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("p", [1, 2, 3, 4, 8, 48])
-@pytest.mark.parametrize("shape", [(1, 16, 1, 48, 144), (2, 3, 2, 48, 48), (1, 70, 1, 48, 48)])
-def test_pack_equals_cpu(
-    kernels: ctypes.CDLL, dtype: torch.dtype, p: int, shape: tuple[int, ...]
-) -> None:
-    latents = torch.randn(shape).to(dtype)
-    tokens = ops.pack(latents, p)
-    sizes = (ctypes.c_int64 * 6)(*shape, p)
-    packed, unpacked = torch.empty_like(tokens), torch.empty_like(latents)
-    item = latents.element_size()
-    kernels.emulate_pack(address(latents), address(packed), sizes, item, ctypes.c_bool(True))
-    kernels.emulate_pack(address(unpacked), address(tokens), sizes, item, ctypes.c_bool(False))
-    assert torch.equal(packed, tokens)
-    assert torch.equal(unpacked, latents)
-
-
 def scores_of(
     kernels: ctypes.CDLL, history: Tensor, base: int, factors: list[int], q: float, order: int = 3
 ) -> Tensor:

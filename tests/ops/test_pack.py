@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, WanTransformer3DModel
 from torch import Tensor
 
 from ddit_rt.errors import ShapeError
@@ -11,18 +11,37 @@ from ddit_rt.ops import pack, unpack
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def reference_pack(latents: Tensor, p: int) -> Tensor:
+def reference_pack(
+    latents: Tensor, p: int, frame_patch: int = 1, channels_last: bool = False
+) -> Tensor:
     if latents.dim() == 4:
         latents = latents.unsqueeze(2)
     b, c, f, h, w = latents.shape
-    patches = latents.view(b, c, f, h // p, p, w // p, p).permute(0, 2, 3, 5, 1, 4, 6)
-    return patches.reshape(b, f * (h // p) * (w // p), c * p * p)
+    r = frame_patch
+    patches = latents.reshape(b, c, f // r, r, h // p, p, w // p, p)
+    features = (3, 5, 7, 1) if channels_last else (1, 3, 5, 7)
+    patches = patches.permute(0, 2, 4, 6, *features)
+    return patches.reshape(b, f // r * (h // p) * (w // p), c * r * p * p)
 
 
 def test_pack_orders_features_by_channel_row_column_worked_by_hand() -> None:
     latents = torch.arange(16.0).view(1, 2, 2, 4)  # two channels of 2 x 4
     expected = torch.tensor([[[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]]).float()
     assert torch.equal(pack(latents, 2), expected)
+
+
+def test_pack_with_channels_last_worked_by_hand() -> None:
+    latents = torch.arange(16.0).view(1, 2, 2, 4)
+    expected = torch.tensor([[[0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]]]).float()
+    assert torch.equal(pack(latents, 2, channels_last=True), expected)
+
+
+def test_pack_with_frame_patch_worked_by_hand() -> None:
+    latents = torch.arange(16.0).view(1, 2, 4, 1, 2)  # two channels of four frames of 1 x 2
+    tokens = pack(latents, 1, frame_patch=2)
+    assert tokens.tolist() == [[[0, 2, 8, 10], [1, 3, 9, 11], [4, 6, 12, 14], [5, 7, 13, 15]]]
+    tokens = pack(latents, 1, frame_patch=2, channels_last=True)
+    assert tokens.tolist() == [[[0, 8, 2, 10], [1, 9, 3, 11], [4, 12, 6, 14], [5, 13, 7, 15]]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -47,6 +66,62 @@ def test_pack_equals_reference_and_unpack_inverts_it(
     assert torch.equal(unpack(tokens, p, *size, frames), latents)
 
 
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("frame_patch", [1, 2, 3])
+@pytest.mark.parametrize("channels", [1, 5, 16])
+def test_pack_in_every_layout_equals_reference_and_unpack_inverts_it(
+    p: int, dtype: torch.dtype, channels_last: bool, frame_patch: int, channels: int
+) -> None:
+    latents = torch.randn(2, channels, 6, 24, 72).to(dtype)
+    tokens = pack(latents, p, frame_patch=frame_patch, channels_last=channels_last)
+    assert torch.equal(tokens, reference_pack(latents, p, frame_patch, channels_last))
+    unpacked = unpack(tokens, p, 24, 72, 6, frame_patch=frame_patch, channels_last=channels_last)
+    assert torch.equal(unpacked, latents)
+
+
+def tiny_wan(patch_size: tuple[int, int, int]) -> WanTransformer3DModel:
+    model = WanTransformer3DModel(
+        patch_size=patch_size,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=6,
+        out_channels=5,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
+    )
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("patch_size", [(1, 2, 2), (2, 2, 2), (1, 4, 4)])
+def test_pack_and_unpack_are_what_the_wan_transformer_does(
+    patch_size: tuple[int, int, int],
+) -> None:
+    model = tiny_wan(patch_size)
+    outputs: dict[str, Tensor] = {}
+    for name in ("patch_embedding", "proj_out"):
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda _, __, out, name=name: outputs.update({name: out}))
+    latents = torch.randn(2, 6, 4, 8, 12)
+    sample = model(latents, torch.tensor([1.0, 2.0]), torch.randn(2, 3, 16)).sample
+
+    frame_patch, p, _ = patch_size
+    embedding = model.patch_embedding
+    tokens = pack(latents, p, frame_patch=frame_patch) @ embedding.weight.flatten(1).T
+    # Sums of at most 6 * 16 products in another order.
+    torch.testing.assert_close(
+        tokens + embedding.bias,
+        outputs["patch_embedding"].flatten(2).transpose(1, 2),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    layout = {"frame_patch": frame_patch, "channels_last": True}
+    assert torch.equal(unpack(outputs["proj_out"], p, 8, 12, 4, **layout), sample)
+
+
 def test_pack_takes_latents_that_are_not_contiguous() -> None:
     latents = torch.randn(1, 8, 8, 4).permute(0, 3, 1, 2)
     assert torch.equal(pack(latents, 2), reference_pack(latents, 2))
@@ -68,6 +143,21 @@ def test_gradients_of_pack_and_unpack_are_each_others_inverse() -> None:
     (unpack(video_tokens, 2, 4, 6, 2) * targets).sum().backward()  # type: ignore[no-untyped-call]
     assert video_tokens.grad is not None
     assert torch.equal(video_tokens.grad, pack(targets, 2))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradients_in_every_layout(channels_last: bool) -> None:
+    # The ops are linear, so a gradient is the op's transpose, which for a permutation is its
+    # inverse: <pack(z), w> = <z, unpack(w)> for all z and w, exactly.
+    layout = {"frame_patch": 3, "channels_last": channels_last}
+    latents = torch.randn(2, 5, 6, 4, 8, requires_grad=True)
+    tokens = torch.randn(2, 16, 60, requires_grad=True)
+    (pack(latents, 2, **layout) * tokens.detach()).sum().backward()
+    assert latents.grad is not None
+    assert torch.equal(latents.grad, unpack(tokens.detach(), 2, 4, 8, 6, **layout))
+    (unpack(tokens, 2, 4, 8, 6, **layout) * latents.detach()).sum().backward()
+    assert tokens.grad is not None
+    assert torch.equal(tokens.grad, pack(latents.detach(), 2, **layout))
 
 
 @pytest.mark.parametrize(
@@ -102,3 +192,34 @@ def test_unpack_refuses_sizes_that_do_not_fit(
 ) -> None:
     with pytest.raises(ShapeError):
         unpack(torch.zeros(shape), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("latents", "frame_patch", "message"),
+    [
+        (torch.zeros(1, 4, 5, 8, 8), 2, "frame_patch 2 does not divide the 5 latent frames"),
+        (torch.zeros(1, 4, 4, 8, 8), 0, "frame_patch 0"),
+        (torch.zeros(1, 4, 8, 8), 2, "frame_patch 2 does not divide the 1 latent frames"),
+    ],
+)
+def test_pack_refuses_a_frame_patch_that_does_not_fit(
+    latents: Tensor, frame_patch: int, message: str
+) -> None:
+    with pytest.raises(ShapeError, match=message):
+        pack(latents, 2, frame_patch=frame_patch)
+
+
+@pytest.mark.parametrize(
+    ("shape", "frames", "message"),
+    [
+        ((1, 32, 16), 3, "frame_patch 2 does not divide the 3 latent frames"),
+        ((1, 16, 16), 0, "frame_patch 2 does not divide the 1 latent frames"),
+        ((1, 64, 16), 4, r"expected \[B, 32, C \* 8\].*frames=4 and frame_patch=2"),
+        ((1, 32, 12), 4, r"expected \[B, 32, C \* 8\]"),
+    ],
+)
+def test_unpack_refuses_a_frame_patch_that_does_not_fit(
+    shape: tuple[int, ...], frames: int, message: str
+) -> None:
+    with pytest.raises(ShapeError, match=message):
+        unpack(torch.zeros(shape), 2, 8, 8, frames, frame_patch=2)
