@@ -56,3 +56,12 @@ def check_step(step: int, steps: int) -> None:
     """Raises ValueError unless the step is one of the table."""
     if not 0 <= step < steps:
         raise ValueError(f"step is {step}, expected 0 to {steps - 1}, the rows of the table")
+
+
+def check_not_cuda(tensor: Tensor, op: str) -> None:
+    """Raises ValueError for a CUDA tensor, which these ops have no kernel for."""
+    if tensor.is_cuda:
+        raise ValueError(
+            f"{op} got tensors on {tensor.device} and runs on the CPU: on CUDA the executor's own "
+            "kernels do its work; move the tensors with .cpu()"
+        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt.errors import ShapeError
-from ddit_rt.ops._checks import check_dtype, check_in_place, check_shape, check_step
+from ddit_rt.ops._checks import check_dtype, check_in_place, check_not_cuda, check_shape, check_step
 
 STATE_SIZE = 4
 """Words of the decision state: bucket, run length, non-finite flag, reserved."""
@@ -60,8 +60,8 @@ def decide_(
 
     Args:
         scores: `[B, S]` float32 from `patch_scores`. On forced steps `[B, 0]` will do.
-        forced: `[N]` int32, a bucket or -1 for a dynamic step. CUDA reads it on the device, where
-            a value beyond S means bucket 0; the CPU raises RuntimeError.
+        forced: `[N]` int32, a bucket or -1 for a dynamic step; a value beyond S raises
+            RuntimeError.
         thresholds: `[N, S]` float32; NaN is never met, so it takes a size off the menu.
         state: `[4]` int32: current bucket, its run length, the non-finite flag, reserved; written.
             Starts a run as (-1, 0, 0, 0).
@@ -75,6 +75,7 @@ def decide_(
         ShapeError: Tensors whose shapes do not agree.
         ValueError: Another dtype, a step outside the table, a negative dwell.
     """
+    check_not_cuda(scores, "decide_")
     if scores.dim() != 2 or thresholds.dim() != 2:
         raise ShapeError(
             f"scores have shape {tuple(scores.shape)} and thresholds {tuple(thresholds.shape)}, "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt.errors import ShapeError
-from ddit_rt.ops._checks import check_dtype, check_in_place, check_patch_size
+from ddit_rt.ops._checks import check_dtype, check_in_place, check_not_cuda, check_patch_size
 
 HISTORY_LENGTH = 4
 """Latents in the history ring: a third difference needs four."""
@@ -49,6 +49,7 @@ def patch_scores(
         ShapeError: A history of another shape, or a size that does not divide it.
         ValueError: Another dtype, or an argument out of range.
     """
+    check_not_cuda(history, "patch_scores")
     _check_history(history)
     if len(patch_sizes) > MAX_SIZES:
         raise ValueError(f"{len(patch_sizes)} patch sizes, expected at most {MAX_SIZES}")

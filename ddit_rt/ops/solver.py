@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from ddit_rt.errors import ShapeError
-from ddit_rt.ops._checks import FLOATING, check_dtype, check_in_place, check_shape, check_step
+from ddit_rt.ops._checks import (
+    FLOATING,
+    check_dtype,
+    check_in_place,
+    check_not_cuda,
+    check_shape,
+    check_step,
+)
 from ddit_rt.ops.scores import HISTORY_LENGTH
 
 TERMS = 3
@@ -30,14 +37,14 @@ def solver_step_(
             `-k mod D`, which is written.
         velocity: `v[k]`, `[B, ...]`, float32, bfloat16 or float16.
         coefficients: `[N, 6]`, float64 or float32: a row (a0, a1, a2, b0, b1, b2) per step. A
-            `b` beyond D must be 0; where it is not, the CPU raises RuntimeError and CUDA, which
-            reads the table on the device, writes NaN.
+            `b` beyond D must be 0, or RuntimeError is raised.
         step: k, the row of the table.
 
     Raises:
         ShapeError: Rings and velocity whose shapes do not agree.
         ValueError: Another dtype, a buffer that is not contiguous, a step outside the table.
     """
+    check_not_cuda(velocity, "solver_step_")
     check_dtype(velocity, FLOATING, "velocity")
     check_dtype(history, (torch.float32,), "history")
     check_dtype(velocities, (torch.float32,), "velocities")
