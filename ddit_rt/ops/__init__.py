@@ -1,8 +1,8 @@
 """Native ops of the engine: token packing, patch scores, the solver update, the decision.
 
 Each is a torch op in the namespace `ddit_rt` with a fake, so it works in eager mode, under
-`torch.compile` and in `torch.export`. Packing has CUDA kernels too. The others run on the CPU: on CUDA
-the step loop launches kernels of its own, which the executor drives without torch.
+`torch.compile` and in `torch.export`. Packing has CUDA kernels too. The others run on the CPU: on
+CUDA the step loop launches kernels of its own, which the executor drives without torch.
 """
 
 from ddit_rt.ops._library import load as _load
