@@ -1,0 +1,275 @@
+"""`bench_ops.py --device cuda`: the native ops against the time that their bytes take.
+
+A kernel of some microseconds is shorter than its launch from Python, so launches are captured into
+one CUDA graph, each with inputs and outputs of its own, and the graph is replayed. All buffers
+together are several times the L2 cache, so that a large op reads and writes memory; an op of less
+than a mebibyte is bound by the launch within the graph, which the copy beside it shows.
+
+The floor is bytes over bandwidth: each input read once and each output written once, over what a
+copy of a gibibyte moves per second, reads and writes together, in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hardware import copy_rate, machine_entry
+from tables import update_readme
+from timing import Call, attempt, cuda_events, release, spread
+from torch import Tensor
+
+from ddit_rt import ops
+from ddit_rt.demo.report import versions
+
+RESULT = Path(__file__).parent / "results" / "ops_cuda.json"
+PATCH_SIZES = (2, 4, 8)
+DTYPES = (torch.bfloat16, torch.float32)
+LATENTS: Mapping[str, tuple[int, ...]] = {
+    "FLUX 1024": (1, 16, 128, 128),
+    "Wan 480p": (1, 16, 21, 60, 104),
+    "Wan 720p": (1, 16, 21, 90, 160),
+    "Wan 704p": (1, 16, 21, 88, 160),  # where a patch does not divide the 90 rows of 720p
+}
+_L2_MULTIPLE = 4
+_MOST_LAUNCHES = 512
+_FEWEST_LAUNCHES = 8
+_REPLAYS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelCase:
+    """One op at one size, and what else moves the same bytes.
+
+    Attributes:
+        name: Op and variant.
+        size: Name of the latent size.
+        shape: Of the latents.
+        moved_bytes: Bytes of all inputs and outputs.
+        contenders: By name, what makes the call of one launch, with buffers of its own.
+    """
+
+    name: str
+    size: str
+    shape: tuple[int, ...]
+    moved_bytes: int
+    contenders: Mapping[str, Callable[[], Call]]
+
+
+def pack_cases(device: torch.device) -> list[KernelCase]:
+    """`pack` and `unpack` at every size, patch, dtype and order of features."""
+    return [
+        pack_case(device, size, patch, dtype, channels_last, backwards)
+        for size, shape in LATENTS.items()
+        for patch in PATCH_SIZES
+        if _offers(size, shape, patch)
+        for dtype in DTYPES
+        for channels_last in (False, True)
+        for backwards in (False, True)
+    ]
+
+
+def _offers(size: str, shape: tuple[int, ...], patch: int) -> bool:
+    """Whether the patch divides the latent; 704p stands in for 720p only where it must."""
+    divides = not any(edge % patch for edge in shape[-2:])
+    stand_in = size == "Wan 704p" and not any(e % patch for e in LATENTS["Wan 720p"][-2:])
+    return divides and not stand_in
+
+
+def pack_case(
+    device: torch.device,
+    size: str,
+    patch: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    unpack: bool,
+) -> KernelCase:
+    """`pack`, or `unpack`, beside torch's own operations and a copy of the same bytes."""
+    shape = LATENTS[size]
+    tokens_shape = eager_pack(torch.empty(shape, device="meta"), patch, channels_last).shape
+    ours = native_unpack if unpack else native_pack
+    theirs = eager_unpack if unpack else eager_pack
+    source = tokens_shape if unpack else shape
+
+    def launch(function: Callable[..., Tensor]) -> Call:
+        tensor = torch.randn(source, device=device).to(dtype)
+        if not unpack:
+            return partial(function, tensor, patch, channels_last)
+        return partial(function, tensor, patch, channels_last, shape)
+
+    def copy() -> Call:
+        return torch.randn(source, device=device).to(dtype).clone
+
+    order = "channels last" if channels_last else "channels first"
+    name = f"{'unpack' if unpack else 'pack'} p={patch} {str(dtype).removeprefix('torch.')} {order}"
+    return KernelCase(
+        name=name,
+        size=size,
+        shape=shape,
+        moved_bytes=2 * math.prod(shape) * dtype.itemsize,
+        contenders={
+            "native": partial(launch, ours),
+            "eager": partial(launch, theirs),
+            "copy": copy,
+        },
+    )
+
+
+def native_pack(latents: Tensor, patch: int, channels_last: bool) -> Tensor:
+    """`ops.pack`."""
+    return ops.pack(latents, patch, channels_last=channels_last)
+
+
+def native_unpack(
+    tokens: Tensor, patch: int, channels_last: bool, shape: tuple[int, ...]
+) -> Tensor:
+    """`ops.unpack`."""
+    height, width = shape[-2:]
+    frames = shape[2] if len(shape) == 5 else 0
+    return ops.unpack(tokens, patch, height, width, frames, channels_last=channels_last)
+
+
+def eager_pack(latents: Tensor, patch: int, channels_last: bool) -> Tensor:
+    """The same with torch's own operations: one strided copy."""
+    batch, channels, *frames, height, width = latents.shape
+    rows, columns, depth = height // patch, width // patch, frames[0] if frames else 1
+    split = latents.view(batch, channels, depth, rows, patch, columns, patch)
+    order = (0, 2, 3, 5, 4, 6, 1) if channels_last else (0, 2, 3, 5, 1, 4, 6)
+    return split.permute(order).reshape(batch, depth * rows * columns, channels * patch**2)
+
+
+def eager_unpack(tokens: Tensor, patch: int, channels_last: bool, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `eager_pack`."""
+    batch, channels, *frames, height, width = shape
+    rows, columns, depth = height // patch, width // patch, frames[0] if frames else 1
+    if channels_last:
+        split = tokens.view(batch, depth, rows, columns, patch, patch, channels)
+        return split.permute(0, 6, 1, 2, 4, 3, 5).reshape(shape)
+    split = tokens.view(batch, depth, rows, columns, channels, patch, patch)
+    return split.permute(0, 4, 1, 2, 5, 3, 6).reshape(shape)
+
+
+def step_cases(device: torch.device) -> list[KernelCase]:  # noqa: ARG001 - until the case is here
+    """Decision and update of the step loop: none in this build.
+
+    Their kernels run on the executor's own buffers, so a case belongs here once `_runtime` offers
+    them to Python: a contender `native` that returns the launch of one method on the current
+    stream, and `moved_bytes` of the buffers that it reads and writes.
+    """
+    return []
+
+
+def capture(builders: Sequence[Callable[[], Call]]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+    """A graph of one launch each, and what must live as long as it: buffers and results.
+
+    Results are kept, or the allocator would give all launches the same memory, which then stays in
+    the L2 cache.
+    """
+    calls = [build() for build in builders]
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [call() for call in calls]
+    return graph, [calls, results]
+
+
+def launches(moved_bytes: int, l2_bytes: int) -> int:
+    """Launches in a graph: buffers of some L2 caches together, within bounds."""
+    wanted = math.ceil(_L2_MULTIPLE * l2_bytes / moved_bytes)
+    return max(_FEWEST_LAUNCHES, min(_MOST_LAUNCHES, wanted))
+
+
+def microseconds(graph: torch.cuda.CUDAGraph, count: int) -> float:
+    """Time of one launch, over some replays of a graph of `count`."""
+    begin, end = cuda_events()
+    begin.record()
+    for _ in range(_REPLAYS):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1e3 / (_REPLAYS * count)
+
+
+def measure(case: KernelCase, rounds: int, l2_bytes: int) -> dict[str, Any]:
+    """Time of one launch of every contender, in turns."""
+    count = launches(case.moved_bytes, l2_bytes)
+    graphs = {name: capture([build] * count) for name, build in case.contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for index in range(rounds + 1):
+        for name, (graph, _) in graphs.items():
+            elapsed = microseconds(graph, count)
+            if index:  # the first round warms up
+                times[name].append(elapsed)
+    return {
+        "launches": count,
+        "microseconds": {name: spread(values) for name, values in times.items()},
+    }
+
+
+def entry(case: KernelCase, rounds: int, l2_bytes: int, bandwidth: float) -> dict[str, Any]:
+    """One entry of the results; an error in place of times if there are none."""
+    head = {
+        "op": case.name,
+        "size": case.size,
+        "latents": list(case.shape),
+        "moved_bytes": case.moved_bytes,
+        "floor_us": case.moved_bytes / bandwidth * 1e6,
+    }
+    result, problem = attempt(partial(measure, case, rounds, l2_bytes))
+    release()
+    if problem is not None:
+        return {**head, "error": problem}
+    native = result["microseconds"]["native"]["median"]
+    return {**head, **result, "over_floor": native / head["floor_us"]}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs all cases and writes the results, and the table of README.md from them."""
+    if not torch.cuda.is_available():
+        raise SystemExit(f"got --device {arguments.device}, but torch sees no CUDA device")
+    device = torch.device("cuda", torch.device(arguments.device).index or 0)
+    torch.cuda.set_device(device)
+    machine = machine_entry(device)
+    bandwidth = copy_rate(device)
+    rows = []
+    for case in [*pack_cases(device), *step_cases(device)]:
+        rows.append(entry(case, arguments.rounds, machine["gpu"]["l2_bytes"], bandwidth))
+        print(summary(rows[-1]), flush=True)
+    report = {
+        "schema_version": 1,
+        "machine": machine,
+        "versions": versions(),
+        "copy_bytes_per_second": bandwidth,
+        "rounds": arguments.rounds,
+        "replays": _REPLAYS,
+        "left_out": [] if step_cases(device) else ["the step loop's kernels: no entry in Python"],
+        "results": rows,
+    }
+    out = arguments.out or RESULT
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if out == RESULT:
+        update_readme("ops_cuda", report)
+    print(f"wrote {out}", file=sys.stderr)
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """One line for a terminal."""
+    head = f"{row['op']}, {row['size']}: "
+    if "error" in row:
+        return head + str(row["error"])
+    times = (f"{name} {value['median']:.2f}" for name, value in row["microseconds"].items())
+    return f"{head}us {', '.join(times)}; floor {row['floor_us']:.2f}"
