@@ -41,7 +41,8 @@ Schema, version 1. `spread` is `median`, `min`, `max`, `lower_quartile`, `upper_
   - `overhead`: `rows` by patch size of all steps: `model_seconds` (from a profile), `executors`: by
     form `wall_seconds`, `overhead_seconds`, `overhead_share`; on CUDA `host_calls` of a run, and
     `host_calls_during_work`, between its first and its last kernel.
-- Whatever failed is `{"error": text}` in place of its record or row.
+- Whatever failed is `{"error": text}` in place of its record or row, or `latest_error` beside what
+  an earlier call measured.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ from ddit_rt.demo.report import model_entry, versions
 
 SCHEMA_VERSION = 1
 SECTIONS = ("buckets", "loops", "memory", "compile", "overhead")
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
+NO_TIME = "no time was left; call this section alone, or give a larger budget"
 NOTES = (
     "weights are random: times are real, quality is not measured",
     "relative_error is meaningful for schedule 'fine' and for compiled diffusers only",
@@ -89,10 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for section in args.sections:
             for key, run in jobs(section, setup, args):
                 print(f"{section} {key}", file=sys.stderr, flush=True)
-                record, problem = attempt(run)
+                record, problem = attempt(run) if setup.deadline.left > 0 else (None, NO_TIME)
                 merge(report, section, key, stamped(record or {"error": problem}, args))
                 write(args.out, report)
-    if args.out == RESULTS / "flux_cuda.json":
+    if args.out.resolve() == RESULTS / "flux_cuda.json":
         update_readme("flux_cuda", report)
     print(f"wrote {args.out}", file=sys.stderr)
     return 0
@@ -235,14 +237,25 @@ def identity(report: Record) -> Record:
 
 
 def merge(report: Record, section: str, key: str, record: Record) -> None:
-    """Puts a record into its place; rows of an earlier call that this one did not run stay."""
+    """Puts a record into its place.
+
+    Rows of an earlier call that this one did not run stay, and so does what was measured before and
+    failed now, with `latest_error` beside it.
+    """
     records = report["sections"].setdefault(section, {})
     before = records.get(key, {})
-    rows = {**before.get("rows", {}), **record.get("rows", {})}
-    if "error" in record and rows:
-        records[key] = {**before, "latest_error": record["error"]}
-        return
-    records[key] = {**record, **({"rows": rows} if rows else {})}
+    merged = kept(before, record)
+    rows = dict(before.get("rows", {}))
+    for name, row in record.get("rows", {}).items():
+        rows[name] = kept(rows.get(name, {}), row)
+    records[key] = {**merged, **({"rows": rows} if rows else {})}
+
+
+def kept(before: Record, now: Record) -> Record:
+    """What was measured before where it failed now, else what it is now."""
+    if "error" in now and before and "error" not in before:
+        return {**before, "latest_error": now["error"]}
+    return now
 
 
 def stamped(record: Record, args: argparse.Namespace) -> Record:

@@ -17,6 +17,7 @@ from ddit_rt.demo.report import machine
 
 _MATRIX_EDGE = {"cuda": 8192, "cpu": 1024}
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
+_WARM_UP_CALLS = 3
 _WINDOWS = 7
 _WINDOW_SECONDS = 0.1
 
@@ -85,14 +86,12 @@ def copy_rate(device: torch.device) -> float:
 
 def _seconds_of(call: Callable[[], Any], device: torch.device) -> float:
     """Median over windows of the mean time of a call."""
-    count, windows = 1, list[float]()
-    while len(windows) < _WINDOWS:
-        seconds = _window(call, count, device)
-        if seconds < _WINDOW_SECONDS and not windows:
-            count *= 2  # also warms up
-        else:
-            windows.append(seconds / count)
-    return statistics.median(windows)
+    for _ in range(_WARM_UP_CALLS):
+        call()
+    count = 1
+    while _window(call, count, device) < _WINDOW_SECONDS:
+        count *= 2
+    return statistics.median(_window(call, count, device) / count for _ in range(_WINDOWS))
 
 
 def _window(call: Callable[[], Any], count: int, device: torch.device) -> float:

@@ -37,8 +37,8 @@ def test_steps_stand_beside_their_floors(tmp_path: Path) -> None:
             "weights": row["weight_bytes"] / rates["copy_bytes_per_second"],
         }
         assert row["floor_seconds"] == max(floors.values()) == floors[row["bound"]]
-    # Latents of 4 x 16 x 16, float32: four of the history, then z, v, the next z, v's place.
-    assert rows["skip"]["moved_bytes"] == 8 * 4 * 4 * 16 * 16
+    # Latents of 4 x 16 x 16, float32: three of them and the velocity in, the next latents out.
+    assert rows["skip"]["moved_bytes"] == 5 * 4 * 4 * 16 * 16
     assert rows["skip"]["floor_seconds"] == pytest.approx(
         rows["skip"]["moved_bytes"] / rates["copy_bytes_per_second"]
     )
@@ -143,6 +143,22 @@ def test_section_that_fails_keeps_what_an_earlier_call_measured(
         "latest_error": "MemoryError: no room",
     }
     assert sections["memory"]["128x128/batch1"]["error"] == "MemoryError: no room"
+    # So does a row; one that failed before is replaced.
+    bench = import_module("bench_flux")
+    report = {"sections": {"loops": {"a": {"rows": {"x": {"seconds": 1}, "y": {"error": "old"}}}}}}
+    bench.merge(
+        report, "loops", "a", {"rows": {"x": {"error": "new"}, "y": {"error": "new"}, "z": {}}}
+    )
+    assert report["sections"]["loops"]["a"]["rows"] == {
+        "x": {"seconds": 1, "latest_error": "new"},
+        "y": {"error": "new"},
+        "z": {},
+    }
+
+
+def test_section_without_time_left_is_not_started(tmp_path: Path) -> None:
+    sections = run(tmp_path / "flux.json", "--sections", "buckets", "--budget-s", "0")["sections"]
+    assert "no time was left" in sections["buckets"]["128x128/batch1"]["error"]
 
 
 def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
