@@ -13,7 +13,7 @@ from flux_model import Case
 from flux_setup import PATCHES, Setup
 from timing import Call, release, spread, take_turns
 
-from ddit_rt.executor import CpuExecutor, RunTrace
+from ddit_rt.executor import CpuExecutor, CudaExecutor, Executor, RunTrace, TorchGraphs
 from ddit_rt.patch_scheduler import DDiTPolicy, StaticPolicy
 from ddit_rt.pipeline.cost import StepCost
 
@@ -110,7 +110,8 @@ def bucket_steps(setup: Setup, case: Case, patch: str) -> Call:
 def skip_steps(setup: Setup, case: Case) -> Call:
     """A call that returns the trace of steps whose model costs nothing.
 
-    What is left of a step is its decision and its update.
+    What is left of a step is its decision and its update; on CUDA also the copy of the velocity to
+    where the update reads it.
     """
     channels = setup.pipeline.transformer.config.in_channels // 4
     shape = (case.batch, channels, *case.latent)
@@ -121,8 +122,9 @@ def skip_steps(setup: Setup, case: Case) -> Call:
     scheduler.set_timesteps(_STEPS)
     policy = DDiTPolicy(refresh=None, fine_tail=0)
     plan = null_plan(scheduler, velocity, policy)
-    if setup.device.type == "cpu":
-        executor: Any = CpuExecutor()
-    else:
-        executor = setup.engine._executor  # noqa: SLF001 - no public call takes other buckets
+    executor: Executor = (
+        CudaExecutor(TorchGraphs(setup.device), setup.executors[0])
+        if setup.device.type == "cuda"
+        else CpuExecutor()
+    )
     return lambda: executor.run(plan, latents)[1]

@@ -16,13 +16,14 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from hardware import copy_rate, machine_entry
+from kernel_cases import LATENTS, KernelCase
+from step_kernels import step_cases
 from tables import update_readme
 from timing import Call, attempt, cuda_events, release, spread
 from torch import Tensor
@@ -33,35 +34,10 @@ from ddit_rt.demo.report import versions
 RESULT = Path(__file__).parent / "results" / "ops_cuda.json"
 PATCH_SIZES = (2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float32)
-LATENTS: Mapping[str, tuple[int, ...]] = {
-    "FLUX 1024": (1, 16, 128, 128),
-    "Wan 480p": (1, 16, 21, 60, 104),
-    "Wan 720p": (1, 16, 21, 90, 160),
-    "Wan 704p": (1, 16, 21, 88, 160),  # where a patch does not divide the 90 rows of 720p
-}
 _L2_MULTIPLE = 4
 _MOST_LAUNCHES = 512
 _FEWEST_LAUNCHES = 8
 _REPLAYS = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelCase:
-    """One op at one size, and what else moves the same bytes.
-
-    Attributes:
-        name: Op and variant.
-        size: Name of the latent size.
-        shape: Of the latents.
-        moved_bytes: Bytes of all inputs and outputs.
-        contenders: By name, what makes the call of one launch, with buffers of its own.
-    """
-
-    name: str
-    size: str
-    shape: tuple[int, ...]
-    moved_bytes: int
-    contenders: Mapping[str, Callable[[], Call]]
 
 
 def pack_cases(device: torch.device) -> list[KernelCase]:
@@ -157,16 +133,6 @@ def eager_unpack(tokens: Tensor, patch: int, channels_last: bool, shape: tuple[i
     return split.permute(0, 4, 1, 2, 5, 3, 6).reshape(shape)
 
 
-def step_cases(device: torch.device) -> list[KernelCase]:  # noqa: ARG001 - until the case is here
-    """Decision and update of the step loop: none in this build.
-
-    Their kernels run on the executor's own buffers, so a case belongs here once `_runtime` offers
-    them to Python: a contender `native` that returns the launch of one method on the current
-    stream, and `moved_bytes` of the buffers that it reads and writes.
-    """
-    return []
-
-
 def capture(builders: Sequence[Callable[[], Call]]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
     """A graph of one launch each, and what must live as long as it: buffers and results.
 
@@ -205,7 +171,7 @@ def microseconds(graph: torch.cuda.CUDAGraph, count: int) -> float:
 
 def measure(case: KernelCase, rounds: int, l2_bytes: int) -> dict[str, Any]:
     """Time of one launch of every contender, in turns."""
-    count = launches(case.moved_bytes, l2_bytes)
+    count = case.launches or launches(case.moved_bytes, l2_bytes)
     graphs = {name: capture([build] * count) for name, build in case.contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for index in range(rounds + 1):
@@ -255,7 +221,6 @@ def run(arguments: argparse.Namespace) -> None:
         "copy_bytes_per_second": bandwidth,
         "rounds": arguments.rounds,
         "replays": _REPLAYS,
-        "left_out": [] if step_cases(device) else ["the step loop's kernels: no entry in Python"],
         "results": rows,
     }
     out = arguments.out or RESULT

@@ -59,6 +59,39 @@ def test_buffers_of_a_graph_are_larger_than_the_cache() -> None:
     assert bench.launches(1, cache) == 512
 
 
+def test_step_kernels_have_a_case_for_every_size_with_coarse_patches() -> None:
+    kernels = import_module("step_kernels")
+    cases = {(case.name, case.size): case for case in kernels.step_cases(CPU)}
+    names = ("update, euler, order 3", "decide, 2 coarse sizes", "decide, 1 coarse sizes")
+    assert set(cases) == {
+        (names[0], "FLUX 1024"),
+        (names[1], "FLUX 1024"),
+        (names[0], "Wan 480p"),
+        (names[2], "Wan 480p"),
+        (names[0], "Wan 704p"),
+        (names[1], "Wan 704p"),
+    }
+    assert cases[names[0], "FLUX 1024"].moved_bytes == 6 * 4 * 16 * 128 * 128
+    assert cases[names[1], "FLUX 1024"].moved_bytes == 2 * 4 * 32 * 32  # base patches of 4 x 4
+    for size, offered in kernels.OFFERED.items():
+        edges = kernels.LATENTS[size][-2:]
+        assert not any(edge % (kernels.PATCH * multiple) for edge in edges for multiple in offered)
+        plan = kernels.plan_of(size)
+        assert plan.capacity == plan.policy.steps == plan.solver.steps
+        assert all(plan.policy.scored(step) for step in range(plan.policy.steps))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("index", [0, 1])
+def test_step_kernels_are_timed(index: int) -> None:
+    bench = import_module("ops_cuda")
+    case = import_module("step_kernels").step_cases(torch.device("cuda", 0))[index]
+    row = bench.entry(case, 2, 50 << 20, 1e12)
+    assert "error" not in row
+    assert row["microseconds"]["native"]["median"] > 0
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_captured_launches_keep_their_results_apart() -> None:
