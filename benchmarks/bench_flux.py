@@ -39,8 +39,9 @@ Schema, version 1. `spread` is `median`, `min`, `max`, `lower_quartile`, `upper_
     `first_run_seconds`, `load_to_first_image_seconds` (weights in memory, no VAE),
     `second_run_seconds`, `captures` (capture, instantiation, upload, memory, graph nodes).
   - `overhead`: `rows` by patch size of all steps: `model_seconds` (from a profile), `executors`: by
-    form `wall_seconds`, `overhead_seconds`, `overhead_share`; on CUDA `host_calls` of a run, and
-    `host_calls_during_work`, between its first and its last kernel.
+    form `wall_seconds` (of the call) and `loop_seconds` (of its steps), with `..._overhead_seconds`
+    and `..._overhead_share` beside the model; on CUDA counts of what the host called: `host_calls`,
+    `host_calls_during_work` (between the first and the last kernel), `host_calls_in_loop`.
 - Whatever failed is `{"error": text}` in place of its record or row, or `latest_error` beside what
   an earlier call measured.
 """

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from flux_model import Case
 from flux_setup import Setup
-from profiling import host_calls, profile, range_seconds
+from profiling import Event, host_calls, profile, range_seconds, range_span, work_span
 from timing import Call, Measured, attempt, spread, take_turns
 
 from ddit_rt.patch_scheduler import StaticPolicy
@@ -81,14 +81,32 @@ def _form_row(setup: Setup, call: Call, own: Measured, model: float | None) -> M
             row[f"{kind}_overhead_seconds"] = total - model
             row[f"{kind}_overhead_share"] = (total - model) / total
     if setup.device.type == "cuda":
-        events, problem = attempt(lambda: profile(call, setup.device))
-        if problem is not None:
-            return {**row, "profile_error": problem}
-        # A profiler may not see all that runs inside a loop on the device, so that its last kernel
-        # seems to end early: the calls of the whole run stand beside those during its work.
-        row["host_calls_during_work"] = host_calls(events, inside_work=True)
-        row["host_calls"] = host_calls(events, inside_work=False)
+        counts, problem = attempt(lambda: call_counts(annotated(setup, call)))
+        row |= {"profile_error": problem} if problem is not None else counts
     return row
+
+
+def call_counts(events: Sequence[Event]) -> dict[str, Any]:
+    """Calls of the host in the step loop, between the first and the last kernel, and in all.
+
+    The kernels of the set-up come before the loop; and a profiler may not see all that runs inside
+    a loop on the device, so that its last kernel seems to end early.
+    """
+    return {
+        "host_calls_in_loop": host_calls(events, range_span(events, "ddit_rt/run")),
+        "host_calls_during_work": host_calls(events, work_span(events)),
+        "host_calls": host_calls(events),
+    }
+
+
+def annotated(setup: Setup, call: Call) -> list[Event]:
+    """A profile in which our ranges can be seen."""
+    engine: Any = setup.engine
+    engine.annotate = True
+    try:
+        return profile(call, setup.device)
+    finally:
+        engine.annotate = False
 
 
 def model_seconds(setup: Setup, case: Case, patch: str, call: Call) -> float:
@@ -97,19 +115,14 @@ def model_seconds(setup: Setup, case: Case, patch: str, call: Call) -> float:
     Raises:
         RuntimeError: A profile does not show every step.
     """
-    engine: Any = setup.engine
     name = f"ddit_rt/model/{patch}"
     totals = []
-    engine.annotate = True
-    try:
-        for _ in range(_PROFILES):
-            seconds = range_seconds(profile(call, setup.device), name, setup.device)
-            if len(seconds) != case.steps:
-                raise RuntimeError(
-                    f"the profile shows {len(seconds)} ranges {name!r} with work in them, for "
-                    f"{case.steps} steps"
-                )
-            totals.append(sum(seconds))
-    finally:
-        engine.annotate = False
+    for _ in range(_PROFILES):
+        seconds = range_seconds(annotated(setup, call), name, setup.device)
+        if len(seconds) != case.steps:
+            raise RuntimeError(
+                f"the profile shows {len(seconds)} ranges {name!r} with work in them, for "
+                f"{case.steps} steps"
+            )
+        totals.append(sum(seconds))
     return statistics.median(totals)

@@ -33,6 +33,12 @@ HOST_CALLS = (
 )
 """Beginnings of the names that are counted: waits of the host, copies, and launches of graphs."""
 
+Span = tuple[float, float]
+"""Begin and end on the trace's clock, in microseconds."""
+
+EVER: Span = (float("-inf"), float("inf"))
+NEVER: Span = (float("inf"), float("-inf"))
+
 _CALLS = ("cuda_runtime", "cuda_driver")
 _WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
@@ -88,28 +94,38 @@ def read_events(entries: Iterable[dict[str, Any]]) -> list[Event]:
     return sorted(events, key=lambda event: event.start)
 
 
-def host_calls(events: Sequence[Event], *, inside_work: bool) -> dict[str, int]:
+def host_calls(events: Sequence[Event], span: Span = EVER) -> dict[str, int]:
     """How often the host called each of `HOST_CALLS`, by full name.
 
     Args:
         events: Of one run.
-        inside_work: Whether only calls count that began between the start of the first kernel and
-            the end of the last one.
+        span: Only calls count that began within it.
     """
-    kernels = [event for event in events if event.category == "kernel"]
-    if inside_work and not kernels:
-        return {}
-    first = kernels[0].start if inside_work else float("-inf")
-    last = max(kernel.end for kernel in kernels) if inside_work else float("inf")
     return dict(
         Counter(
             event.name
             for event in events
             if event.category in _CALLS
             and event.name.startswith(HOST_CALLS)
-            and first <= event.start <= last
+            and span[0] <= event.start <= span[1]
         )
     )
+
+
+def work_span(events: Sequence[Event]) -> Span:
+    """From the start of the first kernel to the end of the last one; empty if there is none."""
+    return _span([event for event in events if event.category == "kernel"])
+
+
+def range_span(events: Sequence[Event], name: str) -> Span:
+    """From the start of the first range of that name to the end of the last one."""
+    return _span([e for e in events if e.category == "user_annotation" and e.name == name])
+
+
+def _span(events: Sequence[Event]) -> Span:
+    if not events:
+        return NEVER
+    return min(event.start for event in events), max(event.end for event in events)
 
 
 def range_seconds(events: Sequence[Event], name: str, device: torch.device) -> list[float]:
@@ -131,6 +147,6 @@ def range_seconds(events: Sequence[Event], name: str, device: torch.device) -> l
         inside = calls[bisect_left(starts, event.start) : bisect_left(starts, event.end)]
         launched = [item for call in inside for item in work.get(call.correlation, ())]
         if launched:
-            begin, end = min(w.start for w in launched), max(w.end for w in launched)
+            begin, end = _span(launched)
             seconds.append((end - begin) * 1e-6)
     return seconds

@@ -41,16 +41,22 @@ TRACE = [
 ]
 
 
-def test_host_calls_during_work_leave_out_what_is_before_and_after() -> None:
+def test_host_calls_are_counted_in_a_span() -> None:
     profiling = import_module("profiling")
     events = profiling.read_events(TRACE)
-    inside = {"cudaGraphLaunch": 1, "cudaStreamSynchronize": 1, "cuGraphLaunch": 1}
-    assert profiling.host_calls(events, inside_work=True) == inside
-    assert profiling.host_calls(events, inside_work=False) == {
+    during_work = {"cudaGraphLaunch": 1, "cudaStreamSynchronize": 1, "cuGraphLaunch": 1}
+    assert profiling.host_calls(events, profiling.work_span(events)) == during_work
+    in_ranges = profiling.range_span(events, "ddit_rt/model/p")
+    assert in_ranges == (10, 45)
+    assert profiling.host_calls(events, in_ranges) == during_work
+    assert profiling.host_calls(events) == {
         "cudaMemcpyAsync": 1,
-        **inside,
+        **during_work,
         "cudaDeviceSynchronize": 1,
     }
+    assert profiling.host_calls(events, profiling.range_span(events, "ddit_rt/model/4p")) == {}
+    no_kernels = [event for event in events if event.category != "kernel"]
+    assert profiling.host_calls(no_kernels, profiling.work_span(no_kernels)) == {}
 
 
 def test_range_on_a_device_lasts_as_long_as_the_work_launched_in_it() -> None:
@@ -76,4 +82,4 @@ def test_profile_of_a_run_on_the_cpu_shows_its_ranges() -> None:
     seconds = profiling.range_seconds(events, "some/range", cpu)
     assert len(seconds) == 3
     assert min(seconds) >= 0.002  # sleep never wakes early
-    assert profiling.host_calls(events, inside_work=False) == {}
+    assert profiling.host_calls(events) == {}
