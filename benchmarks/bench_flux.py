@@ -162,16 +162,14 @@ def jobs(
     """Key and call of every record of a section.
 
     Loops run at every number of steps; the others at the first, on which they hardly depend. To
-    compile is the same for all cases, so the first stands for them.
+    compile is the same for all cases, so the first stands for them; the overhead of a step does not
+    grow with the batch, so the first batch size stands for it.
     """
-    sizes = [
-        (height, width, batch)
-        for height, width in zip(args.height, args.width, strict=True)
-        for batch in args.batch
-    ]
+    sizes = list(zip(args.height, args.width, strict=True))
     cases = [
         Case(height=height, width=width, batch=batch, steps=steps)
-        for height, width, batch in (sizes[:1] if section == "compile" else sizes)
+        for height, width in (sizes[:1] if section == "compile" else sizes)
+        for batch in (args.batch[:1] if section in ("compile", "overhead") else args.batch)
         for steps in (args.steps if section == "loops" else args.steps[:1])
     ]
     calls: Mapping[str, Callable[[Case], Record]] = {

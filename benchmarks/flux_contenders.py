@@ -47,38 +47,47 @@ class Contender:
 
 
 def all_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
-    """Everything that the benchmark compares, the baseline first."""
-    return {**diffusers_contenders(setup, case), **engine_contenders(setup, case)}
+    """Everything that the benchmark compares, the baseline first.
 
-
-def diffusers_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
-    """What diffusers offers: eager, compiled and cached.
-
-    `max-autotune` only on CUDA: on CPUs it tunes for minutes and its templates lose to MKL. With
-    CUDA graphs of Inductor's own it would capture a graph per block or fail on the shared pool, so
-    it is taken without them.
+    What takes longest to get ready comes last: if time runs out, the others are measured.
     """
-    contenders = {
+    return {
         BASELINE: Contender(
             label="diffusers, eager", build=lambda: _call(setup, case, setup.pipeline)
-        )
+        ),
+        **engine_contenders(setup, case),
+        "first_block_cache": cached_contender(setup, case),
+        **compiled_contenders(setup, case),
     }
+
+
+def compiled_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
+    """Compiled by torch: block by block, as diffusers recommends, and as one graph.
+
+    `max-autotune` only on CUDA, without Inductor's own CUDA graphs: on CPUs it tunes for minutes
+    and its templates lose to MKL.
+    """
     modes: dict[str, str | None] = {"": None}
     if setup.device.type == "cuda":
         modes["_max_autotune"] = "max-autotune-no-cudagraphs"
-    for suffix, mode in modes.items():
-        for scope in ("regional", "full"):
-            contenders[f"compile_{scope}{suffix}"] = Contender(
-                label=f"diffusers + torch.compile ({scope}, {mode or 'default'})",
-                build=partial(_compiled, setup, case, scope, mode),
-            )
+    return {
+        f"compile_{scope}{suffix}": Contender(
+            label=f"diffusers + torch.compile ({scope}, {mode or 'default'})",
+            build=partial(_compiled, setup, case, scope, mode),
+        )
+        for scope in ("regional", "full")
+        for suffix, mode in modes.items()
+    }
+
+
+def cached_contender(setup: Setup, case: Case) -> Contender:
+    """The FirstBlockCache of diffusers at its default threshold."""
     cached = CachedCall(setup, case)
-    contenders["first_block_cache"] = Contender(
+    return Contender(
         label=f"diffusers + FirstBlockCache (default, {FirstBlockCacheConfig().threshold:g})",
         build=cached.build,
         details=lambda: {"computed_steps": cached.computed_steps},
     )
-    return contenders
 
 
 def engine_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
@@ -103,7 +112,6 @@ def _call(setup: Setup, case: Case, pipeline: FluxPipeline) -> Call:
 
 
 def _compiled(setup: Setup, case: Case, scope: str, mode: str | None) -> Call:
-    """Regional is what diffusers recommends; full compiles all blocks as one graph."""
     pipeline = with_shared_weights(setup.pipeline)
     if scope == "regional":
         pipeline.transformer.compile_repeated_blocks(fullgraph=True, mode=mode)

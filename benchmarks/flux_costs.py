@@ -29,6 +29,7 @@ def memory(setup: Setup, case: Case) -> dict[str, Any]:
     To be trusted when it runs alone: what earlier sections left in the process counts.
     """
     probe = MemoryProbe(setup.device)
+    problem = setup.engine_error()  # so that later it is loaded, and not compiled, where it can be
     setup.forget_engine()
     parameters = setup.pipeline.transformer.parameters()
     record: dict[str, Any] = {"weight_bytes": sum(p.nbytes for p in parameters)}
@@ -36,7 +37,7 @@ def memory(setup: Setup, case: Case) -> dict[str, Any]:
     record["diffusers_eager"] = _peak(setup, probe, lambda: setup.pipeline(**arguments))
     release()
     before = probe.used()
-    problem = setup.engine_error()
+    problem = problem or setup.engine_error()
     if problem is not None:
         return {**record, "ddit_rt": {"error": f"no engine: {problem}"}}
     policy = StaticPolicy(_plan(setup, case))

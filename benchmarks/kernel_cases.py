@@ -25,7 +25,8 @@ class KernelCase:
         shape: Of the latents.
         moved_bytes: Bytes of all inputs and outputs.
         contenders: By name, what makes the call of one launch, with buffers of its own.
-        launches: Launches in a graph; None for as many as fill the L2 cache several times.
+        latency_bound: Whether its bytes say nothing of its time; then a few launches do, and what
+            it works on may stay in the L2 cache.
     """
 
     name: str
@@ -33,4 +34,4 @@ class KernelCase:
     shape: tuple[int, ...]
     moved_bytes: int
     contenders: Mapping[str, Callable[[], Call]]
-    launches: int | None = None
+    latency_bound: bool = False

@@ -31,7 +31,7 @@ from torch import Tensor
 from ddit_rt import ops
 from ddit_rt.demo.report import versions
 
-RESULT = Path(__file__).parent / "results" / "ops_cuda.json"
+RESULT = Path(__file__).resolve().parent / "results" / "ops_cuda.json"
 PATCH_SIZES = (2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float32)
 _L2_MULTIPLE = 4
@@ -171,7 +171,7 @@ def microseconds(graph: torch.cuda.CUDAGraph, count: int) -> float:
 
 def measure(case: KernelCase, rounds: int, l2_bytes: int) -> dict[str, Any]:
     """Time of one launch of every contender, in turns."""
-    count = case.launches or launches(case.moved_bytes, l2_bytes)
+    count = _FEWEST_LAUNCHES if case.latency_bound else launches(case.moved_bytes, l2_bytes)
     graphs = {name: capture([build] * count) for name, build in case.contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for index in range(rounds + 1):
@@ -198,8 +198,9 @@ def entry(case: KernelCase, rounds: int, l2_bytes: int, bandwidth: float) -> dic
     release()
     if problem is not None:
         return {**head, "error": problem}
-    native = result["microseconds"]["native"]["median"]
-    return {**head, **result, "over_floor": native / head["floor_us"]}
+    if not case.latency_bound:
+        result["over_floor"] = result["microseconds"]["native"]["median"] / head["floor_us"]
+    return {**head, **result}
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -226,7 +227,7 @@ def run(arguments: argparse.Namespace) -> None:
     out = arguments.out or RESULT
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    if out == RESULT:
+    if out.resolve() == RESULT:
         update_readme("ops_cuda", report)
     print(f"wrote {out}", file=sys.stderr)
 

@@ -45,6 +45,7 @@ class Measured:
         seconds: Time of every measured call, on CUDA by events.
         wall_seconds: The same by the host's clock.
         first_call_seconds: Wall time of building the contender and of its first call.
+        warm_seconds: Wall time of the last call that warmed it up.
         results: What every measured call returned.
         error: Why it dropped out; None if it did not.
     """
@@ -52,6 +53,7 @@ class Measured:
     seconds: list[float] = field(default_factory=list)
     wall_seconds: list[float] = field(default_factory=list)
     first_call_seconds: float | None = None
+    warm_seconds: float = 0.0
     results: list[Any] = field(default_factory=list)
     error: str | None = None
 
@@ -157,15 +159,16 @@ def take_turns(
         builders: By name, what makes a contender's call; runs under the warm-up's limit too.
         repeats: Rounds; fewer where the deadline comes first.
         device: Device that the calls work on.
-        deadline: After it no contender is built or measured for the first time, and no further
-            round starts that would end after it.
+        deadline: Contenders get ready as long as it leaves time for a round of those that are
+            ready; no further round starts that would end after it.
         warm_up_calls: Calls before the first measured one.
         warm_up_limit: Seconds that building and warming up one contender may take.
     """
     measured = {name: Measured() for name in builders}
     calls: dict[str, Call] = {}
     for name, build in builders.items():
-        limit = min(warm_up_limit, deadline.left)
+        round_seconds = sum(measured[ready].warm_seconds for ready in calls)
+        limit = min(warm_up_limit, deadline.left - round_seconds)
         warm_up = partial(_warm_up, build, measured[name], device, warm_up_calls, limit)
         call, measured[name].error = attempt(warm_up)
         if measured[name].error is None:
@@ -207,8 +210,10 @@ def _warm_up(
     with time_limit(limit):
         call = build()
         for index in range(max(calls, 1)):
+            before = time.perf_counter()
             call()
             synchronize(device)
+            measured.warm_seconds = time.perf_counter() - before
             if index == 0:
                 measured.first_call_seconds = time.perf_counter() - started
     return call

@@ -72,6 +72,7 @@ def test_step_kernels_have_a_case_for_every_size_with_coarse_patches() -> None:
         (names[1], "Wan 704p"),
     }
     assert cases[names[0], "FLUX 1024"].moved_bytes == 6 * 4 * 16 * 128 * 128
+    assert [cases[name, "FLUX 1024"].latency_bound for name in names[:2]] == [False, True]
     assert cases[names[1], "FLUX 1024"].moved_bytes == 2 * 4 * 32 * 32  # base patches of 4 x 4
     for size, offered in kernels.OFFERED.items():
         edges = kernels.LATENTS[size][-2:]

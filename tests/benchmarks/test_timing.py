@@ -84,9 +84,9 @@ def test_contender_that_takes_too_long_to_get_ready_drops_out() -> None:
         repeats=1,
         device=CPU,
         deadline=timing.Deadline(60),
-        warm_up_limit=0.05,
+        warm_up_limit=1.0,
     )
-    assert measured["slow"].error == "TimeoutError: not ready after 0 s"
+    assert measured["slow"].error == "TimeoutError: not ready after 1 s"
     assert measured["good"].results == [7]
 
 
@@ -97,6 +97,27 @@ def test_nothing_starts_after_the_deadline() -> None:
     )
     assert "no time was left" in measured["late"].error
     assert measured["late"].results == []
+
+
+def test_contenders_get_ready_only_while_a_round_of_the_others_fits() -> None:
+    timing = import_module("timing")
+
+    class Scripted:
+        answers = iter([60.0, 0.005, 60.0])
+
+        @property
+        def left(self) -> float:
+            return next(self.answers)
+
+    measured = timing.take_turns(
+        # A call of the first takes at least 10 ms, so 5 ms are too few for a round of it.
+        {"first": lambda: lambda: time.sleep(0.01), "second": lambda: lambda: 7},
+        repeats=1,
+        device=CPU,
+        deadline=Scripted(),
+    )
+    assert "no time was left to build it" in measured["second"].error
+    assert len(measured["first"].seconds) == 1
 
 
 def test_rounds_end_at_the_deadline_but_one_is_run() -> None:
