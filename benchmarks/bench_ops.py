@@ -1,6 +1,7 @@
 """Times the native ops on the CPU against torch eager, torch.compile and a copy of the same bytes.
 
     python benchmarks/bench_ops.py [--out FILE] [--rounds 8] [--threads 1 2]
+    python benchmarks/bench_ops.py --device cuda [--out FILE] [--rounds 8]      see ops_cuda.py
 
 Sizes are those of FLUX at 1024 x 1024: latents 16 x 128 x 128, batch 1 and 4. Contenders take turns
 within a round, so that a change of the machine's speed meets all of them; every one uses the same
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ops_cuda import run as run_cuda
 from torch import Tensor
 
 from ddit_rt import _runtime, ops
@@ -256,12 +258,20 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     """Runs all cases and writes the results."""
-    parser = argparse.ArgumentParser(description="Benchmark of the native CPU ops.")
-    default = Path(__file__).parent / "results" / "ops_cpu.json"
-    parser.add_argument("--out", type=Path, default=default, help="JSON file to write")
+    parser = argparse.ArgumentParser(description="Benchmark of the native ops.")
+    parser.add_argument("--device", default="cpu", help="cpu, or a CUDA device")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=8, help="turns of every contender")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU: thread counts")
     arguments = parser.parse_args()
+    if torch.device(arguments.device).type == "cuda":
+        run_cuda(arguments)
+    else:
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the cases of the CPU."""
     results = {"machine": machine(), "warm_up_calls": WARM_UP_CALLS, "rounds": arguments.rounds}
     entries = []
     for threads in arguments.threads:
@@ -272,8 +282,9 @@ def main() -> None:
             timings = measure(case, arguments.rounds, clock_of(threads))
             entries.append(report(case, threads, timings))
     results["results"] = entries
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    out = arguments.out or Path(__file__).parent / "results" / "ops_cpu.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

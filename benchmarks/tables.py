@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tables_cuda import flux_cuda, ops_cuda
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 
@@ -111,7 +113,12 @@ def ops_cpu(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", note, ""])
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"cpu_demo": cpu_demo, "ops_cpu": ops_cpu}
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "cpu_demo": cpu_demo,
+    "ops_cpu": ops_cpu,
+    "flux_cuda": flux_cuda,
+    "ops_cuda": ops_cuda,
+}
 
 
 if __name__ == "__main__":

@@ -51,3 +51,14 @@ def test_missing_marker_is_an_error(report: dict[str, Any], tmp_path: Path) -> N
     readme.write_text("nothing here")
     with pytest.raises(ValueError, match="table: cpu_demo"):
         import_module("tables").update_readme("cpu_demo", report, readme)
+
+
+def test_readme_has_a_place_for_every_table_and_says_what_was_not_measured() -> None:
+    # Or the table of a run of many minutes would find no place at its end.
+    tables = import_module("tables")
+    readme = tables.README.read_text()
+    for name in tables.TABLES:
+        content = readme.partition(f"<!-- table: {name} -->\n")[2].partition("<!-- /table -->")[0]
+        measured = (tables.ROOT / "benchmarks" / "results" / f"{name}.json").exists()
+        assert content, name
+        assert content.startswith("Not measured yet") == (not measured)

@@ -1,0 +1,195 @@
+"""Ways to run the same denoising loop: diffusers, what diffusers offers for speed, and ddit_rt.
+
+All go through the call of the same pipeline class with the same embeddings, noise, steps and dtype,
+without text encoders and VAE, and all read the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from diffusers import FluxPipeline
+from diffusers.hooks import FirstBlockCacheConfig
+from flux_model import Case, with_shared_weights
+from flux_plans import SCHEDULES, policy_of
+from flux_setup import Setup
+from timing import Call
+from torch import Tensor
+
+BASELINE = "diffusers_eager"
+
+
+def no_details() -> dict[str, Any]:
+    """Of a contender that always does the same."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One way to run the loop.
+
+    Attributes:
+        label: Name for people.
+        build: Makes its call, which returns final latents `[B, n, 4C]`.
+        schedule: One of `SCHEDULES`.
+        executor: Form of our executor; None for diffusers.
+        details: What its calls did, asked after the last of them.
+    """
+
+    label: str
+    build: Callable[[], Call]
+    schedule: str = "fine"
+    executor: str | None = None
+    details: Callable[[], dict[str, Any]] = no_details
+
+
+def all_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
+    """Everything that the benchmark compares, the baseline first.
+
+    What takes longest to get ready comes last: if time runs out, the others are measured.
+    """
+    return {
+        BASELINE: Contender(
+            label="diffusers, eager", build=lambda: _call(setup, case, setup.pipeline)
+        ),
+        **engine_contenders(setup, case),
+        "first_block_cache": cached_contender(setup, case),
+        **compiled_contenders(setup, case),
+    }
+
+
+def compiled_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
+    """Compiled by torch: block by block, as diffusers recommends, and as one graph.
+
+    `max-autotune` only on CUDA, without Inductor's own CUDA graphs: on CPUs it tunes for minutes
+    and its templates lose to MKL.
+    """
+    modes: dict[str, str | None] = {"": None}
+    if setup.device.type == "cuda":
+        modes["_max_autotune"] = "max-autotune-no-cudagraphs"
+    return {
+        f"compile_{scope}{suffix}": Contender(
+            label=f"diffusers + torch.compile ({scope}, {mode or 'default'})",
+            build=partial(_compiled, setup, case, scope, mode),
+        )
+        for scope in ("regional", "full")
+        for suffix, mode in modes.items()
+    }
+
+
+def cached_contender(setup: Setup, case: Case) -> Contender:
+    """The FirstBlockCache of diffusers at its default threshold."""
+    cached = CachedCall(setup, case)
+    return Contender(
+        label=f"diffusers + FirstBlockCache (default, {FirstBlockCacheConfig().threshold:g})",
+        build=cached.build,
+        details=lambda: {"computed_steps": cached.computed_steps},
+    )
+
+
+def engine_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
+    """Every schedule in every form of our executor."""
+    contenders = {}
+    for form in setup.executors:
+        for schedule in SCHEDULES:
+            call = EngineCall(setup, case, schedule, form)
+            contenders[f"ddit_rt_{form}_{schedule}"] = Contender(
+                label=f"ddit_rt, {schedule}",
+                build=call.build,
+                schedule=schedule,
+                executor=form,
+                details=call.details,
+            )
+    return contenders
+
+
+def _call(setup: Setup, case: Case, pipeline: FluxPipeline) -> Call:
+    arguments = setup.request(case)
+    return lambda: pipeline(**arguments).images
+
+
+def _compiled(setup: Setup, case: Case, scope: str, mode: str | None) -> Call:
+    pipeline = with_shared_weights(setup.pipeline)
+    if scope == "regional":
+        pipeline.transformer.compile_repeated_blocks(fullgraph=True, mode=mode)
+    else:
+        pipeline.transformer.compile(fullgraph=True, mode=mode)
+    return _call(setup, case, pipeline)
+
+
+class CachedCall:
+    """The FirstBlockCache of diffusers, which decides with `.item()` and so runs uncompiled.
+
+    Attributes:
+        computed_steps: Steps of the first call that ran all blocks. With random weights their
+            number means nothing, and the time that follows from it no more.
+    """
+
+    def __init__(self, setup: Setup, case: Case) -> None:
+        self._setup, self._case = setup, case
+        self.computed_steps = 0
+
+    def build(self) -> Call:
+        """The call, after one that was counted."""
+        pipeline = with_shared_weights(self._setup.pipeline)
+        pipeline.transformer.enable_cache(FirstBlockCacheConfig())
+        call = _call(self._setup, self._case, pipeline)
+        # A layer of a block that only runs where the cache missed.
+        layer = pipeline.transformer.single_transformer_blocks[0].attn.to_q
+        self.computed_steps = 0
+        hook = layer.register_forward_pre_hook(self._count)
+        call()
+        hook.remove()
+        return call
+
+    def _count(self, _module: Any, _inputs: Any) -> None:
+        self.computed_steps += 1
+
+
+class EngineCall:
+    """One schedule in one form of our executor; keeps what it did."""
+
+    def __init__(self, setup: Setup, case: Case, schedule: str, form: str) -> None:
+        self._setup, self._case = setup, case
+        self._schedule, self._form = schedule, form
+        self._calls = self._late_captures = 0
+        self._trace: Any = None
+
+    def build(self) -> Call:
+        """The call."""
+        setup = self._setup
+        problem = setup.engine_error()
+        if problem is not None:
+            raise RuntimeError(f"no engine: {problem}")
+        request = setup.request(self._case)
+        policy = policy_of(self._schedule, setup.flops(self._case), self._case.steps)
+
+        def call() -> Tensor:
+            before = captures_of(setup.engine)
+            latents = setup.generate(request, policy, self._form)
+            self._calls += 1
+            self._late_captures += self._calls > 1 and captures_of(setup.engine) != before
+            self._trace = setup.engine.last_trace
+            return latents
+
+        return call
+
+    def details(self) -> dict[str, Any]:
+        """Patch sizes, tokens and notes of the latest run, and how it was executed."""
+        sizes = self._trace.patch_sizes()
+        return {
+            "ran_on": self._trace.executor,
+            "patch_sizes": {size: sizes.count(size) for size in dict.fromkeys(sizes)},
+            "tokens": self._trace.tokens,
+            "notes": list(self._trace.notes),
+            # Other than 0: graphs were captured again while others were timed.
+            "late_captures": self._late_captures,
+        }
+
+
+def captures_of(engine: Any) -> tuple[Any, ...]:
+    """Reports of what was captured; none on a CPU."""
+    return tuple(getattr(engine, "captures", ()))

@@ -1,0 +1,78 @@
+"""Section `loops`: the whole denoising loop, all contenders in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from flux_contenders import BASELINE, Contender, all_contenders
+from flux_model import Case
+from flux_plans import counted_speedup
+from flux_setup import Setup
+from timing import Measured, attempt, spread, take_turns
+from torch import Tensor
+
+
+def loops(setup: Setup, case: Case, patterns: Sequence[str] = ("*",)) -> dict[str, Any]:
+    """Measures the contenders whose names match a pattern, and always the baseline."""
+    torch.compiler.reset()  # what an earlier size compiled would make this one compile for both
+    setup.engine_error()  # compiled before, not inside, the warm-up of a contender
+    contenders = {
+        name: contender
+        for name, contender in all_contenders(setup, case).items()
+        if name == BASELINE or any(fnmatch(name, pattern) for pattern in patterns)
+    }
+    measured = take_turns(
+        {name: contender.build for name, contender in contenders.items()},
+        repeats=setup.repeats,
+        device=setup.device,
+        deadline=setup.deadline,
+        warm_up_limit=setup.warm_up_limit,
+    )
+    flops = setup.flops(case)
+    rows = {
+        name: row_of(contender, measured[name], measured[BASELINE], flops)
+        for name, contender in contenders.items()
+    }
+    return {"flops_per_step": flops, "rows": rows}
+
+
+def row_of(
+    contender: Contender, own: Measured, baseline: Measured, flops: Mapping[str, int]
+) -> dict[str, Any]:
+    """The entry of one contender."""
+    row: dict[str, Any] = {
+        "label": contender.label,
+        "schedule": contender.schedule,
+        "executor": contender.executor,
+    }
+    if own.error is not None or not own.seconds:
+        return {**row, "error": own.error or "no round was run"}
+    row |= {
+        "seconds": spread(own.seconds),
+        "wall_seconds": spread(own.wall_seconds),
+        "first_call_seconds": own.first_call_seconds,
+        "finite": bool(torch.isfinite(own.results[-1]).all()),
+        **contender.details(),
+    }
+    if "patch_sizes" in row:
+        taken = [size for size, count in row["patch_sizes"].items() for _ in range(count)]
+        row["counted_speedup"] = counted_speedup(taken, flops)
+    if baseline.error is None and baseline.seconds:
+        row["baseline_seconds"] = spread(baseline.seconds)
+        row["speedup"] = row["baseline_seconds"]["median"] / row["seconds"]["median"]
+        row["relative_error"], problem = attempt(
+            lambda: relative_error(own.results[-1], baseline.results[-1])
+        )
+        if problem is not None:
+            row["relative_error_problem"] = problem
+    return row
+
+
+def relative_error(latents: Tensor, reference: Tensor) -> float | None:
+    """|x - r| / |r| in the Euclidean norm; None where a value is not finite."""
+    reference = reference.double()
+    error = float((latents.double() - reference).norm() / reference.norm())
+    return error if error == error and error != float("inf") else None

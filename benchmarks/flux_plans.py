@@ -1,0 +1,80 @@
+"""Fixed plans whose count of operations gives a chosen speed-up.
+
+The paper reports 2.18x and 3.52x for FLUX.1-dev but not how many steps took which patch size. The
+plans here give the model that many times fewer floating-point operations than all steps at p, by
+the operations of one step at each size that `ddit_rt.pipeline.cost.step_cost` counts: of all
+numbers of steps at 2p and at 4p that come within 2% of the wanted ratio, the most even pair. With
+costs 1, r2 and r4 (relative to p) and equal shares x of 2p and 4p the ratio S is reached at about
+x = (1 - 1/S) / (2 - r2 - r4). Coarse steps come first, as where latents are smooth. A step's time
+is not its count, so the measured speed-up differs from the wanted one: that is a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
+
+PAPER_SPEEDUPS = (2.18, 3.52)
+MIXED_PLAN = "4p:0.2,2p:0.4,p"
+_TOLERANCE = 0.02
+
+SCHEDULES = ("fine", *(f"paper_{speedup:.2f}x" for speedup in PAPER_SPEEDUPS), "mixed", "dynamic")
+
+
+def policy_of(schedule: str, flops: Mapping[str, int], steps: int) -> PatchPolicy:
+    """The patch policy of one of `SCHEDULES`.
+
+    Args:
+        schedule: Its name.
+        flops: Operations of one step by patch size, `"p"`, `"2p"` and `"4p"`.
+        steps: Denoising steps.
+
+    Raises:
+        ValueError: No plan comes near the wanted ratio.
+    """
+    if schedule == "fine":
+        return FinePolicy()
+    if schedule == "dynamic":
+        return DDiTPolicy()
+    if schedule == "mixed":
+        return StaticPolicy(MIXED_PLAN)
+    wanted = {f"paper_{speedup:.2f}x": speedup for speedup in PAPER_SPEEDUPS}[schedule]
+    return StaticPolicy(plan_for_speedup(wanted, flops, steps))
+
+
+def plan_for_speedup(speedup: float, flops: Mapping[str, int], steps: int) -> list[str]:
+    """A patch size for every step; the module docstring says which.
+
+    Raises:
+        ValueError: No plan comes within 2%.
+    """
+    plans = [
+        (coarsest, coarse)
+        for coarsest in range(steps + 1)
+        for coarse in range(steps + 1 - coarsest)
+    ]
+    errors = {plan: abs(_ratio(plan, flops, steps) / speedup - 1) for plan in plans}
+    best = min(plans, key=lambda plan: (errors[plan] > _TOLERANCE, abs(plan[0] - plan[1])))
+    if errors[best] > _TOLERANCE:
+        most = _ratio((steps, 0), flops, steps)
+        nearest = min(errors.values())
+        raise ValueError(
+            f"no plan of {steps} steps at p, 2p and 4p comes within {_TOLERANCE:.0%} of "
+            f"{speedup:g}x by count (nearest: {nearest:.1%} off); all steps at 4p give {most:.2f}x"
+        )
+    even = abs(best[0] - best[1])
+    best = min((p for p in plans if abs(p[0] - p[1]) == even), key=lambda plan: errors[plan])
+    coarsest, coarse = best
+    return ["4p"] * coarsest + ["2p"] * coarse + ["p"] * (steps - coarsest - coarse)
+
+
+def counted_speedup(patch_sizes: Sequence[str], flops: Mapping[str, int]) -> float:
+    """How many times fewer operations these steps take than all steps at p."""
+    return len(patch_sizes) * flops["p"] / sum(flops[patch] for patch in patch_sizes)
+
+
+def _ratio(plan: tuple[int, int], flops: Mapping[str, int], steps: int) -> float:
+    coarsest, coarse = plan
+    cost = coarsest * flops["4p"] + coarse * flops["2p"] + (steps - sum(plan)) * flops["p"]
+    return steps * flops["p"] / cost

@@ -1,0 +1,134 @@
+"""What every section of the FLUX benchmark works with: the model, an engine of it, and limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from flux_model import Case, Preset, pipeline_around, random_transformer, request
+from hardware import rates
+from timing import Deadline, attempt, release
+from torch import Tensor
+
+import ddit_rt
+from ddit_rt.buckets import StepModel
+from ddit_rt.families import family_of
+from ddit_rt.patch_scheduler import PatchPolicy, parse_patch
+from ddit_rt.pipeline import Engine
+from ddit_rt.pipeline.cost import StepCost, step_cost
+
+PATCHES = ("p", "2p", "4p")
+
+
+@dataclass(kw_only=True)
+class Setup:
+    """One run of the script.
+
+    Attributes:
+        preset: The model and its sizes.
+        device: Where it runs.
+        dtype: Of its weights.
+        artifact: Folder that a compiled artifact is loaded from, or saved to if it is not there.
+        backend: As for `ddit_rt.compile`.
+        repeats: Measured rounds of interleaved contenders.
+        deadline: When the run has to end.
+        warm_up_limit: Seconds that one contender may take to get ready.
+        executors: Forms of our executor; on a CPU there is one.
+    """
+
+    preset: Preset
+    device: torch.device
+    dtype: torch.dtype
+    artifact: Path
+    backend: str = "aot"
+    repeats: int = 5
+    deadline: Deadline = field(default_factory=lambda: Deadline(float("inf")))
+    warm_up_limit: float = 300.0
+    executors: tuple[str, ...] = ("auto",)
+    _engine_error: str | None = None
+    _costs: dict[Case, dict[str, StepCost]] = field(default_factory=dict)
+
+    @cached_property
+    def pipeline(self) -> FluxPipeline:
+        """The model, whose weights all contenders share."""
+        return pipeline_around(random_transformer(self.preset, self.device, self.dtype))
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Our engine: loaded from `artifact`, or compiled and saved there."""
+        if self.backend == "eager" or not self.artifact.exists():
+            engine = ddit_rt.compile(self.pipeline, backend=self.backend, progress=False)
+            if self.backend != "eager":
+                engine.save(self.artifact)
+            return engine
+        return ddit_rt.load(self.artifact, self.pipeline, progress=False)
+
+    def engine_error(self) -> str | None:
+        """Why there is no engine; None if there is one. Compiles at most once, even if it fails."""
+        if "engine" not in self.__dict__ and self._engine_error is None:
+            _, self._engine_error = attempt(lambda: self.engine)
+        return self._engine_error
+
+    def forget_engine(self) -> None:
+        """Drops the engine and all that it captured, to measure what is used without it."""
+        self.__dict__.pop("engine", None)
+        torch.compiler.reset()
+        release()
+
+    @cached_property
+    def rates(self) -> dict[str, float]:
+        """What the machine can do at best, measured in this run."""
+        return rates(self.device, self.dtype)
+
+    def request(self, case: Case) -> dict[str, Any]:
+        """Arguments of a call."""
+        return request(self.pipeline, self.preset, case)
+
+    def generate(
+        self, case_request: dict[str, Any], policy: PatchPolicy, executor: str = "auto"
+    ) -> Tensor:
+        """Final latents `[B, n, 4C]`, packed as the pipeline packs them, from our engine."""
+        use_executor(self.engine, executor)
+        latents: Tensor = self.engine(**case_request, patch_policy=policy).images
+        return latents
+
+    def costs(self, case: Case) -> dict[str, StepCost]:
+        """Count of operations and weight bytes of one step, by patch sizes that the case offers."""
+        if case not in self._costs:
+            self._costs[case] = self._counted(case)
+        return self._costs[case]
+
+    def _counted(self, case: Case) -> dict[str, StepCost]:
+        transformer = self.pipeline.transformer
+        model = StepModel(family=family_of(transformer), transformer=transformer, base={})
+        height, width = case.latent
+        offered = [
+            patch
+            for patch in PATCHES
+            if not any(edge % (model.patch_size * parse_patch(patch)) for edge in (height, width))
+        ]
+        return {
+            patch: step_cost(
+                model,
+                height=height,
+                width=width,
+                multiple=parse_patch(patch),
+                batch=case.batch,
+                text_tokens=self.preset.text_tokens,
+            )
+            for patch in offered
+        }
+
+    def flops(self, case: Case) -> dict[str, int]:
+        """Operations of one step by patch size."""
+        return {patch: cost.flops for patch, cost in self.costs(case).items()}
+
+
+def use_executor(engine: Any, form: str) -> None:
+    """Selects a form of the executor; `"auto"` is the only one on a CPU."""
+    if getattr(engine, "executor", "auto") != form:
+        engine.executor = form

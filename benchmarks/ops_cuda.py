@@ -1,0 +1,241 @@
+"""`bench_ops.py --device cuda`: the native ops against the time that their bytes take.
+
+A kernel of some microseconds is shorter than its launch from Python, so launches are captured into
+one CUDA graph, each with inputs and outputs of its own, and the graph is replayed. All buffers
+together are several times the L2 cache, so that a large op reads and writes memory; an op of less
+than a mebibyte is bound by the launch within the graph, which the copy beside it shows.
+
+The floor is bytes over bandwidth: each input read once and each output written once, over what a
+copy of a gibibyte moves per second, reads and writes together, in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hardware import copy_rate, machine_entry
+from kernel_cases import LATENTS, KernelCase
+from step_kernels import step_cases
+from tables import update_readme
+from timing import Call, attempt, cuda_events, release, spread
+from torch import Tensor
+
+from ddit_rt import ops
+from ddit_rt.demo.report import versions
+
+RESULT = Path(__file__).resolve().parent / "results" / "ops_cuda.json"
+PATCH_SIZES = (2, 4, 8)
+DTYPES = (torch.bfloat16, torch.float32)
+_L2_MULTIPLE = 4
+_MOST_LAUNCHES = 512
+_FEWEST_LAUNCHES = 8
+_REPLAYS = 10
+
+
+def pack_cases(device: torch.device) -> list[KernelCase]:
+    """`pack` and `unpack` at every size, patch, dtype and order of features."""
+    return [
+        pack_case(device, size, patch, dtype, channels_last, backwards)
+        for size, shape in LATENTS.items()
+        for patch in PATCH_SIZES
+        if _offers(size, shape, patch)
+        for dtype in DTYPES
+        for channels_last in (False, True)
+        for backwards in (False, True)
+    ]
+
+
+def _offers(size: str, shape: tuple[int, ...], patch: int) -> bool:
+    """Whether the patch divides the latent; 704p stands in for 720p only where it must."""
+    divides = not any(edge % patch for edge in shape[-2:])
+    stand_in = size == "Wan 704p" and not any(e % patch for e in LATENTS["Wan 720p"][-2:])
+    return divides and not stand_in
+
+
+def pack_case(
+    device: torch.device,
+    size: str,
+    patch: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    unpack: bool,
+) -> KernelCase:
+    """`pack`, or `unpack`, beside torch's own operations and a copy of the same bytes."""
+    shape = LATENTS[size]
+    tokens_shape = eager_pack(torch.empty(shape, device="meta"), patch, channels_last).shape
+    ours = native_unpack if unpack else native_pack
+    theirs = eager_unpack if unpack else eager_pack
+    source = tokens_shape if unpack else shape
+
+    def launch(function: Callable[..., Tensor]) -> Call:
+        tensor = torch.randn(source, device=device).to(dtype)
+        if not unpack:
+            return partial(function, tensor, patch, channels_last)
+        return partial(function, tensor, patch, channels_last, shape)
+
+    def copy() -> Call:
+        return torch.randn(source, device=device).to(dtype).clone
+
+    order = "channels last" if channels_last else "channels first"
+    name = f"{'unpack' if unpack else 'pack'} p={patch} {str(dtype).removeprefix('torch.')} {order}"
+    return KernelCase(
+        name=name,
+        size=size,
+        shape=shape,
+        moved_bytes=2 * math.prod(shape) * dtype.itemsize,
+        contenders={
+            "native": partial(launch, ours),
+            "eager": partial(launch, theirs),
+            "copy": copy,
+        },
+    )
+
+
+def native_pack(latents: Tensor, patch: int, channels_last: bool) -> Tensor:
+    """`ops.pack`."""
+    return ops.pack(latents, patch, channels_last=channels_last)
+
+
+def native_unpack(
+    tokens: Tensor, patch: int, channels_last: bool, shape: tuple[int, ...]
+) -> Tensor:
+    """`ops.unpack`."""
+    height, width = shape[-2:]
+    frames = shape[2] if len(shape) == 5 else 0
+    return ops.unpack(tokens, patch, height, width, frames, channels_last=channels_last)
+
+
+def eager_pack(latents: Tensor, patch: int, channels_last: bool) -> Tensor:
+    """The same with torch's own operations: one strided copy."""
+    batch, channels, *frames, height, width = latents.shape
+    rows, columns, depth = height // patch, width // patch, frames[0] if frames else 1
+    split = latents.view(batch, channels, depth, rows, patch, columns, patch)
+    order = (0, 2, 3, 5, 4, 6, 1) if channels_last else (0, 2, 3, 5, 1, 4, 6)
+    return split.permute(order).reshape(batch, depth * rows * columns, channels * patch**2)
+
+
+def eager_unpack(tokens: Tensor, patch: int, channels_last: bool, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `eager_pack`."""
+    batch, channels, *frames, height, width = shape
+    rows, columns, depth = height // patch, width // patch, frames[0] if frames else 1
+    if channels_last:
+        split = tokens.view(batch, depth, rows, columns, patch, patch, channels)
+        return split.permute(0, 6, 1, 2, 4, 3, 5).reshape(shape)
+    split = tokens.view(batch, depth, rows, columns, channels, patch, patch)
+    return split.permute(0, 4, 1, 2, 5, 3, 6).reshape(shape)
+
+
+def capture(builders: Sequence[Callable[[], Call]]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+    """A graph of one launch each, and what must live as long as it: buffers and results.
+
+    Results are kept, or the allocator would give all launches the same memory, which then stays in
+    the L2 cache.
+    """
+    calls = [build() for build in builders]
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [call() for call in calls]
+    return graph, [calls, results]
+
+
+def launches(moved_bytes: int, l2_bytes: int) -> int:
+    """Launches in a graph: buffers of some L2 caches together, within bounds."""
+    wanted = math.ceil(_L2_MULTIPLE * l2_bytes / moved_bytes)
+    return max(_FEWEST_LAUNCHES, min(_MOST_LAUNCHES, wanted))
+
+
+def microseconds(graph: torch.cuda.CUDAGraph, count: int) -> float:
+    """Time of one launch, over some replays of a graph of `count`."""
+    begin, end = cuda_events()
+    begin.record()
+    for _ in range(_REPLAYS):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1e3 / (_REPLAYS * count)
+
+
+def measure(case: KernelCase, rounds: int, l2_bytes: int) -> dict[str, Any]:
+    """Time of one launch of every contender, in turns."""
+    count = _FEWEST_LAUNCHES if case.latency_bound else launches(case.moved_bytes, l2_bytes)
+    graphs = {name: capture([build] * count) for name, build in case.contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for index in range(rounds + 1):
+        for name, (graph, _) in graphs.items():
+            elapsed = microseconds(graph, count)
+            if index:  # the first round warms up
+                times[name].append(elapsed)
+    return {
+        "launches": count,
+        "microseconds": {name: spread(values) for name, values in times.items()},
+    }
+
+
+def entry(case: KernelCase, rounds: int, l2_bytes: int, bandwidth: float) -> dict[str, Any]:
+    """One entry of the results; an error in place of times if there are none."""
+    head = {
+        "op": case.name,
+        "size": case.size,
+        "latents": list(case.shape),
+        "moved_bytes": case.moved_bytes,
+        "floor_us": case.moved_bytes / bandwidth * 1e6,
+    }
+    result, problem = attempt(partial(measure, case, rounds, l2_bytes))
+    release()
+    if problem is not None:
+        return {**head, "error": problem}
+    if not case.latency_bound:
+        result["over_floor"] = result["microseconds"]["native"]["median"] / head["floor_us"]
+    return {**head, **result}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs all cases and writes the results, and the table of README.md from them."""
+    if not torch.cuda.is_available():
+        raise SystemExit(f"got --device {arguments.device}, but torch sees no CUDA device")
+    device = torch.device("cuda", torch.device(arguments.device).index or 0)
+    torch.cuda.set_device(device)
+    machine = machine_entry(device)
+    bandwidth = copy_rate(device)
+    rows = []
+    for case in [*pack_cases(device), *step_cases(device)]:
+        rows.append(entry(case, arguments.rounds, machine["gpu"]["l2_bytes"], bandwidth))
+        print(summary(rows[-1]), flush=True)
+    report = {
+        "schema_version": 1,
+        "machine": machine,
+        "versions": versions(),
+        "copy_bytes_per_second": bandwidth,
+        "rounds": arguments.rounds,
+        "replays": _REPLAYS,
+        "results": rows,
+    }
+    out = arguments.out or RESULT
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if out.resolve() == RESULT:
+        update_readme("ops_cuda", report)
+    print(f"wrote {out}", file=sys.stderr)
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """One line for a terminal."""
+    head = f"{row['op']}, {row['size']}: "
+    if "error" in row:
+        return head + str(row["error"])
+    times = (f"{name} {value['median']:.2f}" for name, value in row["microseconds"].items())
+    return f"{head}us {', '.join(times)}; floor {row['floor_us']:.2f}"

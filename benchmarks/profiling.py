@@ -1,0 +1,152 @@
+"""Reading a profile of torch: what the host asked of the device, and how long ranges took there.
+
+kineto's chrome trace gives, on one clock, ranges of `torch.profiler.record_function`, calls of the
+CUDA runtime and what ran on the device. What runs on the device carries the correlation number of
+the call that launched it, also where that call launches a whole graph.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity
+
+HOST_CALLS = (
+    "cudaGraphLaunch",
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "cudaMemcpy",
+    "cuGraphLaunch",
+    "cuStreamSynchronize",
+    "cuCtxSynchronize",
+    "cuEventSynchronize",
+    "cuMemcpy",
+)
+"""Beginnings of the names that are counted: waits of the host, copies, and launches of graphs."""
+
+Span = tuple[float, float]
+"""Begin and end on the trace's clock, in microseconds."""
+
+EVER: Span = (float("-inf"), float("inf"))
+NEVER: Span = (float("inf"), float("-inf"))
+
+_CALLS = ("cuda_runtime", "cuda_driver")
+_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event of a trace; times in microseconds.
+
+    Attributes:
+        category: kineto's: `user_annotation`, `cuda_runtime`, `kernel`, ...
+        name: Of the range, the call or the kernel.
+        start: When it began.
+        end: When it ended.
+        correlation: Joins calls and what they launched; -1 for none.
+    """
+
+    category: str
+    name: str
+    start: float
+    end: float
+    correlation: int
+
+
+def profile(call: Callable[[], Any], device: torch.device) -> list[Event]:
+    """Events of one call and of all its work on the device."""
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+        torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=activities) as profiler:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    with tempfile.TemporaryDirectory(prefix="ddit_rt-") as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return read_events(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
+
+
+def read_events(entries: Iterable[dict[str, Any]]) -> list[Event]:
+    """Events with a duration of a chrome trace, by their start."""
+    events = [
+        Event(
+            entry.get("cat", ""),
+            entry.get("name", ""),
+            float(entry["ts"]),
+            float(entry["ts"]) + float(entry.get("dur", 0)),
+            int(entry.get("args", {}).get("correlation", -1)),
+        )
+        for entry in entries
+        if entry.get("ph") == "X"
+    ]
+    return sorted(events, key=lambda event: event.start)
+
+
+def host_calls(events: Sequence[Event], span: Span = EVER) -> dict[str, int]:
+    """How often the host called each of `HOST_CALLS`, by full name.
+
+    Args:
+        events: Of one run.
+        span: Only calls count that began within it.
+    """
+    return dict(
+        Counter(
+            event.name
+            for event in events
+            if event.category in _CALLS
+            and event.name.startswith(HOST_CALLS)
+            and span[0] <= event.start <= span[1]
+        )
+    )
+
+
+def work_span(events: Sequence[Event]) -> Span:
+    """From the start of the first kernel to the end of the last one; empty if there is none."""
+    return _span([event for event in events if event.category == "kernel"])
+
+
+def range_span(events: Sequence[Event], name: str) -> Span:
+    """From the start of the first range of that name to the end of the last one."""
+    return _span([e for e in events if e.category == "user_annotation" and e.name == name])
+
+
+def _span(events: Sequence[Event]) -> Span:
+    if not events:
+        return NEVER
+    return min(event.start for event in events), max(event.end for event in events)
+
+
+def range_seconds(events: Sequence[Event], name: str, device: torch.device) -> list[float]:
+    """Seconds of every range of that name: on CUDA of the work that was launched inside it.
+
+    From the start of the first to the end of the last kernel, copy or fill.
+    """
+    ranges = [e for e in events if e.category == "user_annotation" and e.name == name]
+    if device.type != "cuda":
+        return [(event.end - event.start) * 1e-6 for event in ranges]
+    calls = [event for event in events if event.category in _CALLS and event.correlation >= 0]
+    starts = [call.start for call in calls]
+    work: dict[int, list[Event]] = {}
+    for event in events:
+        if event.category in _WORK:
+            work.setdefault(event.correlation, []).append(event)
+    seconds = []
+    for event in ranges:
+        inside = calls[bisect_left(starts, event.start) : bisect_left(starts, event.end)]
+        launched = [item for call in inside for item in work.get(call.correlation, ())]
+        if launched:
+            begin, end = _span(launched)
+            seconds.append((end - begin) * 1e-6)
+    return seconds

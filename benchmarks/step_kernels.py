@@ -1,0 +1,124 @@
+"""The step loop's own kernels as cases of `ops_cuda.py`: the update and the decision.
+
+Each launch of a case works on buffers of its own, set up as in the middle of a run whose every step
+is scored: the solver is Euler's, the difference the third, the sizes those of 2p and 4p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from kernel_cases import LATENTS, KernelCase
+from timing import Call
+
+from ddit_rt import _runtime
+from ddit_rt.executor import RunPlan
+from ddit_rt.executor.capture import LoopBuffers
+from ddit_rt.patch_scheduler import PolicyTable
+from ddit_rt.patch_scheduler.table import DYNAMIC
+from ddit_rt.solver import SolverTable
+
+_STEPS = 4096  # a decision is for the next step each time: enough for all replays of a graph
+_FIRST = 4  # decisions before anything is timed, so that the loop has a history
+_FP32 = 4
+PATCH = 2
+OFFERED: dict[str, tuple[int, ...]] = {
+    "FLUX 1024": (1, 2, 4),
+    "Wan 480p": (1, 2),
+    "Wan 704p": (1, 2, 4),
+}
+
+
+def step_cases(device: torch.device) -> list[KernelCase]:
+    """Update and decision at every size that offers coarse patches."""
+    return [case(device, size) for size in OFFERED for case in (update_case, decide_case)]
+
+
+def update_case(device: torch.device, size: str) -> KernelCase:
+    """The solver step, the history, and the moments of the next decision's difference.
+
+    Per value it reads three latents and the velocity, and writes the next latent and the place of
+    the latest in the history; all in fp32. Moments are few.
+    """
+    shape = LATENTS[size]
+    moved = 6 * _FP32 * math.prod(shape)
+    return KernelCase(
+        name="update, euler, order 3",
+        size=size,
+        shape=shape,
+        moved_bytes=moved,
+        contenders={
+            "native": partial(_launch, "update", device, size),
+            "copy": partial(_copy, device, moved),
+        },
+    )
+
+
+def decide_case(device: torch.device, size: str) -> KernelCase:
+    """The quantile of every size, and the policy; in use, too, its input is in the cache.
+
+    It reads mean and squared deviations of the base patches, and writes and reads a key for each
+    patch; the floor counts the moments alone.
+    """
+    shape = LATENTS[size]
+    edge = PATCH * OFFERED[size][1]
+    return KernelCase(
+        name=f"decide, {len(OFFERED[size]) - 1} coarse sizes",
+        size=size,
+        shape=shape,
+        moved_bytes=2 * _FP32 * math.prod(shape) // (shape[1] * edge**2),
+        contenders={"native": partial(_launch, "decide", device, size)},
+        latency_bound=True,
+    )
+
+
+def plan_of(size: str) -> RunPlan:
+    """A run without buckets whose every step is scored."""
+    offered = OFFERED[size]
+    coarse = len(offered) - 1
+    row = torch.tensor([1.0, 0.0, 0.0, -1 / _STEPS, 0.0, 0.0], dtype=torch.float64)
+    sigmas = tuple(1 - step / _STEPS for step in range(_STEPS + 1))
+    return RunPlan(
+        buckets=(),
+        offered=offered,
+        policy=PolicyTable(
+            forced=(DYNAMIC,) * _STEPS,
+            labels=("",) * _STEPS,
+            thresholds=((1e-3,) * coarse,) * _STEPS,
+        ),
+        solver=SolverTable(coefficients=row.repeat(_STEPS, 1), sigmas=sigmas, source="euler"),
+        patch_size=PATCH,
+        capacity=_STEPS,
+    )
+
+
+def _launch(kernel: str, device: torch.device, size: str) -> Call:
+    """A launch of one kernel of a loop that has taken some steps, on the current stream."""
+    shape = torch.Size(LATENTS[size])
+    plan = plan_of(size)
+    runtime: Any = _runtime
+    buffers = LoopBuffers(plan, shape, device, runtime)
+    control = buffers.control(runtime, device)
+    buffers.load(plan, torch.randn(shape, device=device))
+    buffers.velocity.normal_()
+    stream = _current(device)
+    control.begin(stream)
+    for _ in range(_FIRST):
+        control.decide(stream)
+        control.update(stream)
+    launch: Callable[[int], None] = getattr(control, kernel)
+    return lambda: launch(_current(device))
+
+
+def _copy(device: torch.device, moved_bytes: int) -> Call:
+    """A copy that moves as many bytes, reads and writes together."""
+    return torch.empty(moved_bytes // 2, dtype=torch.uint8, device=device).clone
+
+
+def _current(device: torch.device) -> int:
+    """The stream that torch captures or runs on."""
+    return int(torch.cuda.current_stream(device).cuda_stream)

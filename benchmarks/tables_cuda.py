@@ -1,0 +1,141 @@
+"""Tables of README.md from the results on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Report = Mapping[str, Any]
+
+_SHOWN_FORM = "loop"
+_ALL_FORMS = "mixed"
+_MEANS_SOMETHING = "fine"
+
+
+def flux_cuda(report: Report) -> str:
+    """The tables of `bench_flux.py`: loops, steps against their floors, and what it takes."""
+    sections = report["sections"]
+    parts = [
+        *_loops_table(sections.get("loops", {})),
+        *_buckets_table(sections.get("buckets", {})),
+        _conditions(report),
+        *_needs(sections),
+    ]
+    return "\n".join([*parts, ""])
+
+
+def _loops_table(cases: Report) -> Iterator[str]:
+    """The first case with its spread; of the others the speed-ups."""
+    cases = {key: case["rows"] for key, case in cases.items() if "rows" in case}
+    if not cases:
+        return
+    (first, rows), *others = cases.items()
+    columns = [f"{first}, s (min to max)", "speed-up", "by count", "error"]
+    columns += [key for key, _ in others]
+    yield f"| | {' | '.join(columns)} |"
+    yield f"|---|{'--:|' * len(columns)}"
+    # diffusers first, then ours; each in the order of the file.
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["executor"] is not None):
+        if row["executor"] in (None, _SHOWN_FORM) or row["schedule"] == _ALL_FORMS:
+            cells = [_label(row), *_loop_cells(row)]
+            cells += [_times(other.get(name, {}).get("speedup")) for _, other in others]
+            yield f"| {' | '.join(cells)} |"
+    yield ""
+
+
+def _label(row: Report) -> str:
+    form = row["executor"]
+    return f"{row['label']} ({form})" if form not in (None, _SHOWN_FORM) else str(row["label"])
+
+
+def _loop_cells(row: Report) -> list[str]:
+    if "error" in row:
+        return ["failed", "", "", ""]
+    seconds = row["seconds"]
+    # With random weights, the distance means something only where the same thing is computed.
+    same = row["schedule"] == _MEANS_SOMETHING and "computed_steps" not in row
+    error = row.get("relative_error") if same else None
+    return [
+        f"{seconds['median']:.2f} ({seconds['min']:.2f} to {seconds['max']:.2f})",
+        _times(row.get("speedup")),
+        _times(row.get("counted_speedup")),
+        "" if error is None else f"{error:.1e}",
+    ]
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _buckets_table(cases: Report) -> Iterator[str]:
+    """One step at every size of every case."""
+    cases = {key: case["rows"] for key, case in cases.items() if "rows" in case}
+    if not cases:
+        return
+    yield "| one step | measured, ms | floor, ms | over the floor | bound by |"
+    yield "|---|--:|--:|--:|---|"
+    for key, rows in cases.items():
+        for patch, row in rows.items():
+            cells = [f"{key}, {patch}"]
+            if "error" in row:
+                cells += ["failed", "", "", ""]
+            else:
+                cells += [f"{row['seconds']['median'] * 1e3:.3f}"]
+                cells += [f"{row['floor_seconds'] * 1e3:.3f}"]
+                cells += [f"{row['over_floor']:.2f}x", row["bound"]]
+            yield f"| {' | '.join(cells)} |"
+    yield ""
+
+
+def _conditions(report: Report) -> str:
+    machine, versions, model = report["machine"], report["versions"], report["model"]
+    return (
+        f"{machine['gpu']['name']}; torch {versions['torch']}, diffusers {versions['diffusers']}; "
+        f"{model['preset']} with random weights, {model['dtype']}, {model['text_tokens']} text "
+        "tokens, without text encoders and VAE; medians of interleaved runs, speed-ups over "
+        "diffusers eager in the same run. `by count`: operations of all steps at p over those of "
+        "the plan. `error`: of the final latents, where the same thing is computed. Random weights "
+        "make the choices of `dynamic` and the hits of the cache arbitrary."
+    )
+
+
+def _needs(sections: Report) -> Iterator[str]:
+    """One line on memory and on getting ready, as far as both were measured."""
+    facts = [
+        f"memory at {key}: {record['ratio_of_used_bytes']:.2f}x diffusers eager"
+        for key, record in sections.get("memory", {}).items()
+        if "ratio_of_used_bytes" in record
+    ]
+    facts += [
+        f"compiled in {record['compile_seconds']:.0f} s, loaded in {record['load_seconds']:.1f} s, "
+        f"first image {record['load_to_first_image_seconds']:.1f} s after the start of loading"
+        for record in sections.get("compile", {}).values()
+        if "compile_seconds" in record
+    ]
+    if facts:
+        yield ""
+        yield f"What it takes: {'; '.join(facts)}."
+
+
+def ops_cuda(report: Report) -> str:
+    """The table of `bench_ops.py --device cuda`."""
+    lines = [
+        "| op | latents | native, us | floor, us | over the floor | a copy, us | torch, us |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in report["results"]:
+        cells = [row["op"], row["size"]]
+        if "error" in row:
+            cells += ["failed", f"{row['floor_us']:.1f}", "", "", ""]
+        else:
+            times = {name: value["median"] for name, value in row["microseconds"].items()}
+            cells += [f"{times['native']:.1f}", f"{row['floor_us']:.1f}"]
+            cells += [f"{row['over_floor']:.1f}x" if "over_floor" in row else "latency"]
+            cells += [f"{times[name]:.1f}" if name in times else "" for name in ("copy", "eager")]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = (
+        f"{report['machine']['gpu']['name']}, a copy moves "
+        f"{report['copy_bytes_per_second'] * 1e-12:.2f} TB/s; torch {report['versions']['torch']}; "
+        "launches in one CUDA graph with buffers of their own, medians."
+    )
+    return "\n".join([*lines, "", note, ""])
