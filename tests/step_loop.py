@@ -147,7 +147,9 @@ class StepLoop:
         """Everything that a run has computed, as integers: equal means equal to the bit."""
         names = ("latents", "past", "past_velocities", "moments", "scores")
         bits = {name: self[name].cpu().view(torch.int32).clone() for name in names}
-        return bits | {"record": self.record().view(torch.int32)}
+        record = self.record()
+        record[record.isnan()] = math.nan  # a NaN's own bits differ between devices
+        return bits | {"record": record.view(torch.int32)}
 
 
 def make_buffers(
@@ -220,15 +222,23 @@ def run_cpu(plan: LoopPlan, start: Tensor, model: Model) -> CpuRun:
     return CpuRun(latents=latents, velocities=velocities, record=record, nonfinite=bool(state[2]))
 
 
-def random_model(plan: LoopPlan) -> Model:
-    """A model whose velocities are now rough, now smooth, and differ between buckets."""
-    noise = torch.randn(plan.steps, *plan.shape)
-    noise *= 10.0 ** torch.randint(-3, 1, (plan.steps, 1, 1, 1, 1, 1))
+class RandomModel:
+    """A model whose velocities are now rough, now smooth, and differ between buckets.
 
-    def model(step: int, bucket: int, latents: Tensor) -> Tensor:
-        return ((1.0 + 0.25 * bucket) * noise[step] + 0.1 * latents).to(plan.dtype)
+    v = table[bucket, step] + z / 8: one rounding, so that every device has the same bits.
 
-    return model
+    Attributes:
+        table: `[S + 1, N, B, C, F, H, W]`.
+    """
+
+    def __init__(self, plan: LoopPlan) -> None:
+        noise = torch.randn(plan.steps, *plan.shape)
+        noise *= 10.0 ** torch.randint(-3, 1, (plan.steps, 1, 1, 1, 1, 1))
+        self.table = torch.stack([(1.0 + 0.25 * i) * noise for i in range(len(plan.sizes) + 1)])
+        self._dtype = plan.dtype
+
+    def __call__(self, step: int, bucket: int, latents: Tensor) -> Tensor:
+        return (self.table[bucket, step] + latents / 8).to(self._dtype)
 
 
 def with_mixed_buckets(plan: LoopPlan, start: Tensor, model: Model) -> LoopPlan:
@@ -246,7 +256,7 @@ class MixedRun:
     """A plan whose scores choose more than one bucket, its model, and the CPU's run of it."""
 
     plan: LoopPlan
-    model: Model
+    model: RandomModel
     cpu: CpuRun
 
 
@@ -254,15 +264,15 @@ def mixed_run(
     shape: tuple[int, int, int, int, int] = (2, 3, 1, 16, 16), steps: int = 7, **changes: Any
 ) -> MixedRun:
     """Three forced steps, then dynamic ones, with a multistep solver; `changes` to the plan."""
-    plan = LoopPlan(
-        shape=shape,
-        sizes=(4, 8),
-        coefficients=multistep(steps, 2),
-        forced=[0, 0, 0] + [-1] * (steps - 3),
-        thresholds=torch.zeros(steps, 2),
-    )
-    plan = replace(plan, **changes)
-    start, model = torch.randn(shape), random_model(plan)
+    fields = {
+        "sizes": (4, 8),
+        "coefficients": multistep(steps, 2),
+        "forced": [0, 0, 0] + [-1] * (steps - 3),
+        **changes,
+    }
+    thresholds = torch.zeros(steps, len(fields["sizes"]))
+    plan = LoopPlan(shape=shape, thresholds=thresholds, **fields)
+    start, model = torch.randn(shape), RandomModel(plan)
     plan = with_mixed_buckets(plan, start, model)
     run = run_cpu(plan, start, model)
     assert len(set(run.buckets)) > 1

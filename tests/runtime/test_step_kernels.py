@@ -12,10 +12,10 @@ from step_loop import (
     PAST,
     CpuRun,
     LoopPlan,
+    RandomModel,
     StepLoop,
     euler,
     multistep,
-    random_model,
     run_cpu,
     with_mixed_buckets,
 )
@@ -106,7 +106,7 @@ def test_a_whole_run_has_the_bits_of_the_cpu_ops(
     steps = 6
     table = euler(steps) if slots == 1 else multistep(steps, slots)
     plan = plan_of(shape, sizes, table, dtype=dtype)
-    start, model = torch.randn(shape), random_model(plan)
+    start, model = torch.randn(shape), RandomModel(plan)
     plan = with_mixed_buckets(plan, start, model)
     expected = run_cpu(plan, start, model)
     assert len(set(expected.buckets)) > 1 or not sizes
@@ -139,7 +139,7 @@ def test_addresses_that_are_not_aligned_are_read_one_value_at_a_time(runtime: Mo
     whole = torch.empty(1 + math.prod(FLUX_LIKE))
     loop = StepLoop(runtime, plan, buffers={"velocity": whole[1:].view(FLUX_LIKE)})
     start = torch.randn(FLUX_LIKE)
-    expected = run_cpu(plan, start, random_model(plan))
+    expected = run_cpu(plan, start, RandomModel(plan))
     assert_same_bits(run_emulated(loop, plan, start, expected)[-1], expected.latents[-1])
     assert runtime.kernel_runs()["update<float32, 1>"] == plan.steps
 
