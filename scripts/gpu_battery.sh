@@ -7,7 +7,7 @@
 #   info       driver, GPU, versions and tools                                   -> info.json
 #   build      a wheel beside the PyTorch that is there, installed into a scratch folder; what an
 #              earlier call built from the same sources is used again
-#   tests      pytest -m gpu, then tests/ops, tests/executor and tests/native
+#   tests      pytest -m gpu, then tests/ops, tests/executor and tests/runtime
 #   sanitize   compute-sanitizer memcheck and racecheck on the GPU tests of SANITIZE_TESTS
 #   ops        benchmarks/bench_ops.py                                           -> ops.json
 #   profile    scripts/profile.py on the demo model, with nsys too where it is -> profile.json
@@ -24,7 +24,7 @@
 #   WHEELS       folder with wheels of missing packages, installed into the scratch folder
 #   LIMIT, LIMIT_BUILD, LIMIT_FLUX_LOOPS, ...   seconds for every stage, or for one
 #   FLUX_ARGS    more arguments for bench_flux.py, e.g. "--height 1024 --batch 1 --steps 28"
-#   SANITIZE_TESTS   files or folders in this checkout (default: tests/ops)
+#   SANITIZE_TESTS   files or folders in this checkout (default: tests/ops tests/runtime)
 # Exit code: 0, 1 if a stage failed, 2 for bad usage.
 set -euo pipefail
 
@@ -147,7 +147,7 @@ stage_tests() {
   run "${command[@]}" -m gpu "$root/tests" || status=1
   pytest_command tests-native
   run "${command[@]}" -m 'not gpu' \
-    "$root/tests/ops" "$root/tests/executor" "$root/tests/native" || status=1
+    "$root/tests/ops" "$root/tests/executor" "$root/tests/runtime" || status=1
   run report tests --out "$OUT" "$SCRATCH"/bundle/tests-*.xml || status=1
   if ((status)); then reason "tests failed; summary.md names them"; fi
   return "$status"
@@ -159,7 +159,7 @@ stage_sanitize() {
     reason "compute-sanitizer is not installed (it comes with the CUDA toolkit)"
     return "$skipped_code"
   fi
-  read -ra folders <<<"${SANITIZE_TESTS:-tests/ops}"
+  read -ra folders <<<"${SANITIZE_TESTS:-tests/ops tests/runtime}"
   use_build && need_pytest || return 1
   for tool in memcheck racecheck; do
     pytest_command "sanitize-$tool"
