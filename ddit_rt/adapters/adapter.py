@@ -1,8 +1,19 @@
-"""The paper's patch adapter: what a frozen model needs in order to take larger patches.
+"""Patch adapters: what a frozen model needs in order to take larger patches.
 
-For one new patch size (arXiv 2602.16968, section 3.1): a patch embedding and a de-embedding
-initialised from the base model's, a learned identifier added to every token, a residual branch
-from before the embedding to after the de-embedding, and LoRA in the feed-forward layers.
+For one new patch size (arXiv 2602.16968, section 3.1): a patch embedding E and a de-embedding D,
+a learned identifier i added to every token, a residual branch R from before the embedding to after
+the de-embedding, and LoRA in the feed-forward layers. With x the patches of s p x s p of z, h what
+the blocks (with LoRA) make of the tokens, and e, d the base model's own layers:
+
+`paper`   v = D h + R x, the blocks taking E x + i at the time t. E and D start from the base
+          model's, resized; positions are interpolated.
+`snr`     a correction on the training-free step of `buckets/snr.py`. The blocks take
+          e z' + E y + i at the time t', with z' the small picture, t' its level, y = [x, x_fine],
+          and x_fine the patches of the clean estimate of the latest step at p, zero before there
+          is one; positions are those of z'. Then
+              v = v_snr(d h) + D h + R y
+          where v_snr makes the training-free velocity of the small picture's. E, i, D and the
+          last layer of R start at zero: untrained it is the training-free step exactly.
 """
 
 from __future__ import annotations
@@ -17,6 +28,8 @@ from ddit_rt.adapters.resize import resize_embedding, resize_projection
 from ddit_rt.families.base import Family
 from ddit_rt.patch_scheduler import parse_patch, patch_name
 
+VARIANTS = ("paper", "snr")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterConfig:
@@ -26,7 +39,8 @@ class AdapterConfig:
         patch: Patch size by name, `"2p"` or `"4p"`.
         rank: LoRA rank r, also the width of the residual branch.
         lora_alpha: LoRA scale times r, as PEFT has it.
-        variant: `"paper"`; the field leaves room for adapters trained otherwise.
+        variant: `"paper"`, the published scheme, or `"snr"`, a correction on the training-free
+            step.
     """
 
     patch: str
@@ -42,8 +56,8 @@ class AdapterConfig:
             raise ValueError(
                 f"got rank={self.rank}, lora_alpha={self.lora_alpha}; both must be positive"
             )
-        if self.variant != "paper":
-            raise ValueError(f'got variant={self.variant!r}; this version knows "paper"')
+        if self.variant not in VARIANTS:
+            raise ValueError(f"got variant={self.variant!r}; this version knows {list(VARIANTS)}")
 
     @property
     def multiple(self) -> int:
@@ -68,12 +82,14 @@ class PatchAdapter(nn.Module):
     ) -> None:
         super().__init__()
         features = channels * (patch_size * config.multiple) ** 2
+        # The snr variant also sees what the latest step at p found.
+        seen = features if config.variant == "paper" else 2 * features
         self.config = config
-        self.embed = nn.Linear(features, hidden_size)
+        self.embed = nn.Linear(seen, hidden_size)
         self.project = nn.Linear(hidden_size, features)
         self.identifier = nn.Parameter(torch.zeros(hidden_size))
         # Only the last layer starts at zero: with both at zero no gradient would ever flow.
-        self.residual_in = nn.Linear(features, config.rank)
+        self.residual_in = nn.Linear(seen, config.rank)
         self.residual_out = nn.Linear(config.rank, features)
         nn.init.zeros_(self.residual_out.weight)
         nn.init.zeros_(self.residual_out.bias)
@@ -83,7 +99,7 @@ class PatchAdapter(nn.Module):
     def from_base(
         cls, config: AdapterConfig, family: Family, transformer: nn.Module
     ) -> PatchAdapter:
-        """An untrained adapter whose embedding and de-embedding come from the base model."""
+        """An untrained adapter: the base model's layers resized, or zero; see the module."""
         patch = family.base_patch_size(transformer)
         embed, project = family.embedding_layers(transformer)
         adapter = cls(
@@ -92,6 +108,11 @@ class PatchAdapter(nn.Module):
             patch_size=patch,
             hidden_size=family.hidden_size(transformer),
         )
+        if config.variant == "snr":
+            for layer in (adapter.embed, adapter.project):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+            return adapter.to(embed.weight.device, embed.weight.dtype)
         larger = patch * config.multiple
         with torch.no_grad():
             adapter.embed.weight.copy_(resize_embedding(embed.weight, patch, larger))
@@ -100,15 +121,21 @@ class PatchAdapter(nn.Module):
             adapter.project.bias.copy_(resize_projection(_bias(project), patch, larger))
         return adapter.to(embed.weight.device, embed.weight.dtype)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights: the model's, or float32 while it is trained."""
+        return self.identifier.dtype
+
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """`[B, n, C*q*q]` to `[B, n, d]`, identifier added."""
-        hidden: Tensor = self.embed(tokens) + self.identifier
+        """`[B, n, C*q*q]` (twice that for `snr`) to `[B, n, d]`, identifier added."""
+        hidden: Tensor = self.embed(tokens.to(self.dtype)) + self.identifier
         return hidden
 
     def project_tokens(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """De-embeds and adds the residual of the tokens that went in: `[B, n, C*q*q]`."""
-        residual: Tensor = self.residual_out(nn.functional.gelu(self.residual_in(tokens)))
-        projected: Tensor = self.project(hidden)
+        residual_in = self.residual_in(tokens.to(self.dtype))
+        residual: Tensor = self.residual_out(nn.functional.gelu(residual_in))
+        projected: Tensor = self.project(hidden.to(self.dtype))
         return projected + residual
 
 

@@ -31,6 +31,7 @@ _LORA_FILE = "adapter_model.safetensors"
 _LORA_CONFIG = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 _METADATA = "ddit_rt_adapter"
+_BASE_SAMPLES = 8
 
 
 def lora_config(family: Family, transformer: nn.Module, config: AdapterConfig) -> LoraConfig:
@@ -51,9 +52,22 @@ def lora_config(family: Family, transformer: nn.Module, config: AdapterConfig) -
 
 
 def save_adapters(
-    adapters: AdapterSet, folder: str | Path, family: Family, transformer: nn.Module
+    adapters: AdapterSet,
+    folder: str | Path,
+    family: Family,
+    transformer: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes every adapter of a set under `folder`, one sub-folder per patch size."""
+    """Writes every adapter of a set under `folder`, one sub-folder per patch size.
+
+    Args:
+        adapters: The adapters.
+        folder: Made if need be.
+        family: The transformer's family.
+        transformer: The base model that they are for.
+        dtype: To store in; by default as they are.
+    """
     for multiple, adapter in adapters.adapters.items():
         target = Path(folder) / patch_name(multiple)
         target.mkdir(parents=True, exist_ok=True)
@@ -65,26 +79,38 @@ def save_adapters(
             "variant": config.variant,
             "family": family.name,
             "transformer_class": family.transformer_class,
+            "base": _base_sample(family, transformer),
         }
-        tensors = {name: value.contiguous() for name, value in adapter.state_dict().items()}
+        tensors = {
+            name: value.to(dtype or value.dtype).contiguous()
+            for name, value in adapter.state_dict().items()
+        }
         save_file(tensors, target / _PATCH_FILE, {_METADATA: json.dumps(metadata)})
         if adapter.lora:
             lora_config(family, transformer, config).save_pretrained(str(target))
-            named = {_PEFT_PREFIX + name: value for name, value in adapter.lora.items()}
+            named = {
+                _PEFT_PREFIX + name: value.to(dtype or value.dtype).contiguous()
+                for name, value in adapter.lora.items()
+            }
             save_file(named, target / _LORA_FILE, {"format": "pt"})
 
 
-def load_adapters(folder: str | Path, family: Family, transformer: nn.Module) -> AdapterSet:
+def load_adapters(
+    folder: str | Path, family: Family, transformer: nn.Module, *, check_base: bool = True
+) -> AdapterSet:
     """Reads the adapters under `folder` for a transformer.
 
     Args:
         folder: What `save_adapters` wrote, or one of its sub-folders.
         family: The transformer's family.
         transformer: The base model that they were trained for.
+        check_base: Whether a model of the same shapes with other weights is refused. The
+            embedding and de-embedding tell models apart: a style LoRA leaves them as they are.
 
     Raises:
         ArtifactError: No adapter there, or a broken file.
-        ArtifactMismatchError: Made for another model class, width or rank; both are shown.
+        ArtifactMismatchError: Made for another model class, other weights, another width or rank;
+            both are shown.
     """
     root = Path(folder)
     files = sorted(root.glob(f"*/{_PATCH_FILE}")) or sorted(root.glob(_PATCH_FILE))
@@ -93,11 +119,41 @@ def load_adapters(folder: str | Path, family: Family, transformer: nn.Module) ->
             f"{root} holds no adapter: expected <patch size>/{_PATCH_FILE}, such as "
             f"2p/{_PATCH_FILE}"
         )
-    loaded = [_load_one(file.parent, family, transformer) for file in files]
+    loaded = [_load_one(file.parent, family, transformer, check_base) for file in files]
     return AdapterSet(adapters={adapter.config.multiple: adapter for adapter in loaded})
 
 
-def _load_one(folder: Path, family: Family, transformer: nn.Module) -> PatchAdapter:
+def _base_sample(family: Family, transformer: nn.Module) -> list[float]:
+    """Some weights of the embedding and de-embedding, by which a base model is known again."""
+    values: list[float] = []
+    for layer in family.embedding_layers(transformer):
+        flat = layer.weight.detach().flatten()
+        places = torch.linspace(0, flat.numel() - 1, _BASE_SAMPLES, dtype=torch.float64).long()
+        values += flat[places.to(flat.device)].float().tolist()
+    return values
+
+
+def _check_base(
+    folder: Path, made_for: list[float], family: Family, transformer: nn.Module
+) -> None:
+    found = _base_sample(family, transformer)
+    # Two parts in a hundred: the same weights rounded to bfloat16 are still the same model.
+    close = torch.isclose(torch.tensor(found), torch.tensor(made_for), rtol=0.02, atol=1e-5)
+    if not bool(close.all()):
+        raise ArtifactMismatchError(
+            f"the adapter in {folder} was made for a base model whose embedding weights begin "
+            f"{_rounded(made_for)}; this model's begin {_rounded(found)}. Load the model that it "
+            "was trained for, or train one for this model"
+        )
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, 5) for value in values[:4]]
+
+
+def _load_one(
+    folder: Path, family: Family, transformer: nn.Module, check_base: bool
+) -> PatchAdapter:
     tensors, metadata = _read(folder / _PATCH_FILE)
     if _METADATA not in metadata:
         raise ArtifactError(f"{folder / _PATCH_FILE} was not written by save_adapters: no metadata")
@@ -108,8 +164,11 @@ def _load_one(folder: Path, family: Family, transformer: nn.Module) -> PatchAdap
             f"the adapter in {folder} was made for {made_for[0]}; this model is a "
             f"{family.transformer_class}"
         )
+    base = fields.pop("base", None)
     adapter = PatchAdapter.from_base(AdapterConfig(**fields), family, transformer)
     _check_shapes(folder, tensors, adapter.state_dict())
+    if base is not None and check_base:
+        _check_base(folder, base, family, transformer)
     adapter.load_state_dict(tensors)
     if (folder / _LORA_FILE).exists():
         lora, _ = _read(folder / _LORA_FILE)

@@ -61,14 +61,21 @@ class SnrBucket:
 
     def velocity(self, latents: Tensor, step: Tensor) -> Tensor:
         """See `Bucket.velocity`."""
-        model, context = self._model, self._context
-        sigma = at_step(context.sigmas, step)
-        low = F.avg_pool2d(latents, self.multiple) * at_step(self._scale, step)
+        model, low = self._model, self._reduce(latents, step)
         tokens = ops.pack(low.to(model.dtype), model.patch_size)
         hidden = model.family.embed_tokens(model.transformer, tokens)
         temb = at_step(self._temb, step)
-        tokens = token_velocity(model, hidden, context.text, temb, self._positions)
-        low_velocity = ops.unpack(tokens, model.patch_size, *self._low)
+        tokens = token_velocity(model, hidden, self._context.text, temb, self._positions)
+        return self._enlarge(latents, low, tokens, step)
+
+    def _reduce(self, latents: Tensor, step: Tensor) -> Tensor:
+        """The small picture z': `[B, C, H, W]` to `[B, C, H/s, W/s]`."""
+        return F.avg_pool2d(latents, self.multiple) * at_step(self._scale, step)
+
+    def _enlarge(self, latents: Tensor, low: Tensor, tokens: Tensor, step: Tensor) -> Tensor:
+        """Velocity from the small picture's velocity tokens `[B, n, C*p*p]`: `[B, C, H, W]`."""
+        sigma = at_step(self._context.sigmas, step)
+        low_velocity = ops.unpack(tokens, self._model.patch_size, *self._low)
         clean = torch.addcmul(low, low_velocity.float(), at_step(self._level, step), value=-1)
         if self._correction is None:
             clean = F.interpolate(clean, scale_factor=self.multiple, mode="bicubic")

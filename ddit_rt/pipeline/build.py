@@ -193,7 +193,9 @@ def load(
     multiples = parse_multiples([entry.patch for entry in artifact.manifest.buckets])
     assert artifact.directory is not None, "an opened artifact has a folder"
     folder = artifact.directory / _ADAPTER_FOLDER
-    adapters = load_adapters(folder, family, transformer) if folder.exists() else AdapterSet()
+    adapters = AdapterSet()
+    if folder.exists():
+        adapters = load_adapters(folder, family, transformer, check_base=check_weights)
     return _engine(pipeline, transformer, family, artifact, adapters, multiples, executor, progress)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ddit_rt.adapters import AdapterBucket, AdapterSet
+from ddit_rt.adapters import AdapterSet, adapter_bucket
 from ddit_rt.artifact import TokenRanges
 from ddit_rt.buckets import Bucket, Detail, FineBucket, RunContext, Runners, SnrBucket, StepModel
 from ddit_rt.errors import ShapeError
@@ -172,9 +172,13 @@ def _bucket(compiled: CompiledModel, context: RunContext, multiple: int) -> Buck
     adapter = compiled.adapters.adapters.get(multiple)
     if adapter is None:
         return SnrBucket(compiled.steps, context, multiple)
-    return AdapterBucket(compiled.steps, context, adapter, compiled.adapter_runners[multiple])
+    return adapter_bucket(compiled.steps, context, adapter, compiled.adapter_runners[multiple])
 
 
 def _keeps_detail(compiled: CompiledModel, offered: tuple[int, ...]) -> bool:
-    """Whether a coarse step may be training-free, so that detail is worth keeping."""
-    return bool(set(offered[1:]) - set(compiled.adapters.adapters))
+    """Whether a coarse step may build on the training-free one, which keeps detail."""
+    adapters = compiled.adapters.adapters
+    return any(
+        multiple not in adapters or adapters[multiple].config.variant == "snr"
+        for multiple in offered[1:]
+    )

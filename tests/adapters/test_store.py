@@ -123,3 +123,31 @@ def test_peft_configuration_names_the_feed_forward_layers(tmp_path: Path) -> Non
     assert config["r"] == 4
     assert "transformer_blocks.0.ff.net.2" in config["target_modules"]
     assert not any("attn" in target for target in config["target_modules"])
+
+
+def test_adapter_of_another_base_model_is_refused_with_both_values(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    other = tiny_transformer(seed=1)
+    found, wanted = (
+        round(float(model.x_embedder.weight[0, 0]), 5) for model in (other, tiny_transformer())
+    )
+    with pytest.raises(ArtifactMismatchError, match=rf"begin \[{wanted}.*begin \[{found}"):
+        load_adapters(folder, FLUX, other)
+    assert load_adapters(folder, FLUX, other, check_base=False).names == ["2p"]
+
+
+def test_base_model_is_known_again_in_another_dtype(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    loaded = load_adapters(folder, FLUX, tiny_transformer().to(torch.bfloat16))
+    assert loaded.adapters[2].embed.weight.dtype == torch.bfloat16
+
+
+def test_adapter_can_be_stored_in_half_the_size(tmp_path: Path) -> None:
+    transformer = tiny_transformer()
+    adapter = PatchAdapter.from_base(AdapterConfig(patch="2p", rank=4), FLUX, transformer)
+    adapters = AdapterSet(adapters={2: adapter})
+    save_adapters(adapters, tmp_path, FLUX, transformer, dtype=torch.float16)
+    stored = load_file(tmp_path / "2p" / "patch_adapter.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    loaded = load_adapters(tmp_path, FLUX, transformer).adapters[2]
+    assert loaded.embed.weight.dtype == torch.float32
