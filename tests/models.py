@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -79,6 +80,21 @@ def tiny_embeds(batch: int = 1, text_tokens: int = 7, seed: int = 1) -> dict[str
         "prompt_embeds": torch.randn(batch, text_tokens, TEXT_WIDTH, generator=generator),
         "pooled_prompt_embeds": torch.randn(batch, POOLED_WIDTH, generator=generator),
     }
+
+
+def prompting_pipeline(**config: Any) -> FluxPipeline:
+    """A tiny pipeline whose prompts embed as noise of their own."""
+    pipeline = tiny_pipeline(**config)
+
+    def encode_prompt(prompt: str | list[str], **_: Any) -> tuple[Tensor, ...]:
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        rows = [tiny_embeds(seed=zlib.crc32(one.encode())) for one in prompts]
+        names = ("prompt_embeds", "pooled_prompt_embeds")
+        embeds, pooled = (torch.cat([row[name] for row in rows]) for name in names)
+        return embeds, pooled, torch.zeros(7, 3)
+
+    pipeline.encode_prompt = encode_prompt
+    return pipeline
 
 
 def tiny_conditioning(

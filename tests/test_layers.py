@@ -13,7 +13,7 @@ LAYERS = (
     {"families", "patch_scheduler", "solver"},
     {"buckets", "artifact"},
     {"adapters"},
-    {"compilation", "executor"},
+    {"compilation", "executor", "training"},
     {"pipeline"},
     {"demo"},
     {"cli"},

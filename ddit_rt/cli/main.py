@@ -17,9 +17,10 @@ from ddit_rt.cli.compile import COMPILE
 from ddit_rt.cli.demo import DEMO
 from ddit_rt.cli.generate import GENERATE
 from ddit_rt.cli.info import INFO
+from ddit_rt.cli.train import TRAIN
 from ddit_rt.errors import ArtifactError, CompileError, RunCancelled
 
-COMMANDS: tuple[Command, ...] = (DEMO, COMPILE, GENERATE, INFO)
+COMMANDS: tuple[Command, ...] = (DEMO, COMPILE, GENERATE, INFO, TRAIN)
 
 _CALLER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 """What a user can cause: bad values, unreadable or missing files, a missing extra."""

@@ -242,6 +242,18 @@ class Family(ABC):
         """Sets the scheduler as the family's pipeline does (dynamic shifting included)."""
 
     @abstractmethod
+    def encode_pictures(self, pipeline: Any, pixels: Tensor) -> Tensor:
+        """Clean latents of pictures, scaled as the model takes them.
+
+        Args:
+            pipeline: A pipeline of one of `pipeline_classes`.
+            pixels: `[B, 3, height, width]`, in [-1, 1].
+
+        Returns:
+            `[B, C, H, W]`, float32.
+        """
+
+    @abstractmethod
     def to_callback(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, H, W]` in the layout that the pipeline's step callback sees."""
 

@@ -299,6 +299,13 @@ class FluxFamily(Family):
         pipeline.maybe_free_model_hooks()
         return FluxPipelineOutput(images=images) if call["return_dict"] else (images,)
 
+    def encode_pictures(self, pipeline: Any, pixels: Tensor) -> Tensor:
+        """See `Family.encode_pictures`. The most likely latent, not a draw."""
+        vae = pipeline.vae
+        encoded = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        latents: Tensor = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
+        return latents
+
     def to_callback(self, latents: Tensor) -> Tensor:
         """Packed tokens `[B, n, 4C]`, the layout inside `FluxPipeline`."""
         return ops.pack(latents, _PATCH)

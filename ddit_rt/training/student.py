@@ -1,0 +1,192 @@
+"""Teacher and student in one frozen model: LoRA switched off, or on for one patch size.
+
+The base weights exist once. PEFT puts the LoRA of every size beside the feed-forward layers, as the
+adapters "2p", "4p", and each block is told, right where it runs, which of them is on: so gradient
+checkpointing computes it again as it was, and all sizes fit into one backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft import inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ddit_rt.adapters import (
+    AdapterConfig,
+    AdapterSet,
+    PatchAdapter,
+    lora_config,
+)
+from ddit_rt.buckets import Runners, StepModel
+from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.families import Family
+from ddit_rt.families.base import BlockType
+from ddit_rt.patch_scheduler import patch_name
+from ddit_rt.training.velocities import States, coarse_velocity, squared_error, taught
+
+
+class TrainingBlock:
+    """A block of the model with the LoRA of one size, or with none. Differentiable."""
+
+    def __init__(
+        self, block_type: BlockType, block: nn.Module, adapter: str | None, checkpointing: bool
+    ) -> None:
+        self._forward = block_type.forward
+        self._block = block
+        self._adapter = adapter
+        self._checkpointing = checkpointing
+        self._layers = [layer for layer in block.modules() if isinstance(layer, BaseTunerLayer)]
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """See `Runner`."""
+        if self._checkpointing and torch.is_grad_enabled():
+            result: tuple[Tensor, ...] = checkpoint(self._run, *tensors, use_reentrant=False)
+            return result
+        return self._run(*tensors)
+
+    def _run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        for layer in self._layers:
+            _switch(layer, self._adapter)
+        return self._forward(self._block, *tensors)
+
+    def stale(self) -> bool:
+        """Never: the block itself is run."""
+        return False
+
+    def rebind(self) -> None:
+        """Nothing to do."""
+
+
+def _switch(layer: BaseTunerLayer, adapter: str | None) -> None:
+    if adapter is None:
+        layer.enable_adapters(False)
+    elif layer.disable_adapters or layer.active_adapters != [adapter]:
+        layer.enable_adapters(True)
+        layer.set_adapter(adapter)
+    # PEFT freezes what is switched off, and autograd would then drop its gradient.
+    for name, parameter in layer.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+
+
+class Student(nn.Module):
+    """A frozen transformer with trainable adapters.
+
+    Attributes:
+        family: The transformer's family.
+        transformer: The model itself; `unload` gives it back as it was.
+        adapters: By patch size's name, float32.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        transformer: nn.Module,
+        configs: tuple[AdapterConfig, ...],
+        *,
+        seed: int = 0,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if any(isinstance(module, BaseTunerLayer) for module in transformer.modules()):
+            raise UnsupportedModelError(
+                "the transformer carries adapters that are not fused; adapters are trained for "
+                "plain weights: unload them, or fuse them first"
+            )
+        self.family = family
+        self.transformer = transformer
+        self._trainable = {n for n, p in transformer.named_parameters() if p.requires_grad}
+        transformer.requires_grad_(False)
+        # A run must not depend on, nor change, what the caller drew before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.adapters = nn.ModuleDict(
+                {c.patch: PatchAdapter.from_base(c, family, transformer).float() for c in configs}
+            )
+            for config in configs:
+                lora = lora_config(family, transformer, config)
+                lora.inference_mode = False
+                inject_adapter_in_model(lora, transformer, adapter_name=config.patch)
+                # Of no use here, and PEFT would take a second size for a mistake.
+                vars(transformer).pop("peft_config", None)
+        self.model = StepModel(
+            family=family, transformer=transformer, base=self._blocks(None, checkpointing=False)
+        )
+        self._runners = {
+            config.multiple: self._blocks(config.patch, checkpointing=checkpointing)
+            for config in configs
+        }
+        for layer in self._lora_layers():
+            layer.enable_adapters(False)
+            for name, parameter in layer.named_parameters():
+                if "lora_" in name:
+                    parameter.data = parameter.data.float()
+                    parameter.requires_grad_(True)
+
+    @property
+    def multiples(self) -> tuple[int, ...]:
+        """Patch sizes that are trained."""
+        return tuple(self._runners)
+
+    def adapter(self, multiple: int) -> PatchAdapter:
+        """The adapter of a patch size."""
+        adapter = self.adapters[patch_name(multiple)]
+        assert isinstance(adapter, PatchAdapter)
+        return adapter
+
+    def runners(self, multiple: int) -> Runners:
+        """Blocks with the LoRA of a patch size."""
+        return self._runners[multiple]
+
+    def forward(self, states: States) -> dict[int, Tensor]:
+        """Squared error of v against the teacher, by multiple of p, each `[B]`."""
+        states = taught(self.model, states)
+        assert states.velocity is not None
+        return {
+            multiple: squared_error(
+                coarse_velocity(self.model, states, multiple, self.adapter(multiple), runners),
+                states.velocity,
+            )
+            for multiple, runners in self._runners.items()
+        }
+
+    def export(self) -> AdapterSet:
+        """Copies of the adapters, with their LoRA, for `save_adapters` and the runtime."""
+        state = self.transformer.state_dict()
+        adapters = {}
+        for name, module in self.adapters.items():
+            trained = module
+            assert isinstance(trained, PatchAdapter)
+            adapter = PatchAdapter.from_base(trained.config, self.family, self.transformer).float()
+            adapter.load_state_dict(trained.state_dict())
+            tag = f".{name}.weight"
+            adapter.lora = {
+                key.removesuffix(tag) + ".weight": value.detach().clone()
+                for key, value in state.items()
+                if ".lora_" in key and key.endswith(tag)
+            }
+            adapters[trained.config.multiple] = adapter.requires_grad_(False)
+        return AdapterSet(adapters=adapters)
+
+    def unload(self) -> None:
+        """Takes LoRA out of the transformer again; its weights were never changed."""
+        for parent in list(self.transformer.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, BaseTunerLayer):
+                    setattr(parent, name, child.get_base_layer())
+        for name, parameter in self.transformer.named_parameters():
+            parameter.requires_grad_(name in self._trainable)
+
+    def _blocks(self, adapter: str | None, *, checkpointing: bool) -> Runners:
+        return {
+            block_type.path: [
+                TrainingBlock(block_type, block, adapter, checkpointing)
+                for block in block_type.blocks(self.transformer)
+            ]
+            for block_type in self.family.block_types(self.transformer)
+        }
+
+    def _lora_layers(self) -> list[BaseTunerLayer]:
+        return [m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)]

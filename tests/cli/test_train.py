@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ddit_rt.cli import main
+
+TINY = ["--height", "64", "--width", "64", "--rank", "4", "--batch-size", "2", "--steps", "2"]
+SHORT = ["--sampling-steps", "5", "--sample-every", "0", "--checkpoint-every", "1"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a fox\nan owl\n")
+    return path
+
+
+# A random model makes nothing of a small picture, and two steps train nothing.
+@pytest.mark.filterwarnings("ignore:after 2 steps the loss")
+def test_adapters_are_trained_and_compile_takes_them(
+    model_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "adapters"
+    arguments = ["train", str(model_folder), "--self", str(prompts), "--out", str(out)]
+    assert main([*arguments, *TINY, *SHORT, "--gain-prompts", str(prompts), "--json"]) == 0
+    captured = capsys.readouterr()
+    data = json.loads(captured.out)
+    assert data["adapters"] == str(out)
+    assert data["samples"] == 2
+    assert set(data["losses"]["trained"]) == {"2p", "4p"}
+    assert {gain["patch"] for gain in data["gains"]} == {"2p", "4p"}
+    assert (out / "2p" / "adapter_config.json").is_file()
+    assert str(model_folder) in (out / "README.md").read_text()
+
+    assert main([*arguments, *TINY, *SHORT, "--lr", "0.5"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "train.optimizer.lr: None there, 0.5 now" in message
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--data", "no-such-folder"], "there is no folder no-such-folder"),
+        (["--data", "none-*.tar"], "no file matches none-*.tar"),
+        (["--self", "no-such-file"], "No such file"),
+        (["--self", "{prompts}", "--patch-sizes", "p"], 'got patch="p"'),
+        (["--self", "{prompts}", "--width", "80"], "does not divide"),
+        ([], "one of the arguments --data --self is required"),
+    ],
+)
+def test_bad_request_is_exit_2(
+    model_folder: Path,
+    prompts: Path,
+    tmp_path: Path,
+    extra: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    extra = [part.format(prompts=prompts) for part in extra]
+    arguments = ["train", str(model_folder), "--out", str(tmp_path / "out"), *TINY, *extra]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
