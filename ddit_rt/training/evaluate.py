@@ -47,7 +47,7 @@ def untrained_losses(student: Student, states: States, weigh: Weighting) -> dict
 @torch.no_grad()
 def current_losses(student: Student, states: States, weigh: Weighting) -> Losses:
     """Losses of the adapters as they are now."""
-    errors = student(states)
+    errors = student.errors(states)
     return {multiple: float(weigh(error, states.sigmas)) for multiple, error in errors.items()}
 
 

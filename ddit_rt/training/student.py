@@ -7,6 +7,10 @@ checkpointing computes it again as it was, and all sizes fit into one backward p
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
 import torch
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,6 +29,8 @@ from ddit_rt.families import Family
 from ddit_rt.families.base import BlockType
 from ddit_rt.patch_scheduler import patch_name
 from ddit_rt.training.velocities import States, coarse_velocity, squared_error, taught
+
+T = TypeVar("T")
 
 
 class TrainingBlock:
@@ -140,7 +146,11 @@ class Student(nn.Module):
         """Blocks with the LoRA of a patch size."""
         return self._runners[multiple]
 
-    def forward(self, states: States) -> dict[int, Tensor]:
+    def forward(self, run: Callable[..., T], *arguments: Any) -> T:
+        """`run(self, *arguments)`: what uses weights goes through here, where FSDP gathers them."""
+        return run(self, *arguments)
+
+    def errors(self, states: States) -> dict[int, Tensor]:
         """Squared error of v against the teacher, by multiple of p, each `[B]`."""
         states = taught(self.model, states)
         assert states.velocity is not None
@@ -152,22 +162,26 @@ class Student(nn.Module):
             for multiple, runners in self._runners.items()
         }
 
-    def export(self) -> AdapterSet:
-        """Copies of the adapters, with their LoRA, for `save_adapters` and the runtime."""
-        state = self.transformer.state_dict()
+    def export(self, state: Mapping[str, Tensor]) -> AdapterSet:
+        """Copies of the adapters, with their LoRA, for `save_adapters` and the runtime.
+
+        Args:
+            state: The whole state dict of this module.
+        """
         adapters = {}
-        for name, module in self.adapters.items():
-            trained = module
-            assert isinstance(trained, PatchAdapter)
-            adapter = PatchAdapter.from_base(trained.config, self.family, self.transformer).float()
-            adapter.load_state_dict(trained.state_dict())
-            tag = f".{name}.weight"
+        for multiple in self.multiples:
+            name, trained = patch_name(multiple), self.adapter(multiple)
+            adapter = copy.deepcopy(trained)
+            prefix, tag = f"adapters.{name}.", f".{name}.weight"
+            adapter.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            )
             adapter.lora = {
-                key.removesuffix(tag) + ".weight": value.detach().clone()
-                for key, value in state.items()
-                if ".lora_" in key and key.endswith(tag)
+                k.removeprefix("transformer.").removesuffix(tag) + ".weight": v.detach().clone()
+                for k, v in state.items()
+                if ".lora_" in k and k.endswith(tag)
             }
-            adapters[trained.config.multiple] = adapter.requires_grad_(False)
+            adapters[multiple] = adapter.requires_grad_(False)
         return AdapterSet(adapters=adapters)
 
     def unload(self) -> None:

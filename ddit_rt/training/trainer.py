@@ -169,15 +169,17 @@ class _Run:
         )
         self._prepare()
         self._probe = to_device(self._source.probe(_PROBE), self._accelerator.device)
-        self.untrained = untrained_losses(student, self._probe, self._weigh)
+        self.untrained: dict[str, Losses] = self._model(untrained_losses, self._probe, self._weigh)
         self.warnings: list[str] = []
 
     def _prepare(self) -> None:
         config, accelerator = self._config, self._accelerator
         parameters = [p for p in self._student.parameters() if p.requires_grad]
         optimizer = build_optimizer(config.optimizer, parameters)
-        self._average = WeightAverage(parameters, config.optimizer.ema)
         self._model, self._optimizer = accelerator.prepare(self._student, optimizer)
+        # Sharding may have replaced them.
+        parameters = [p for p in self._model.parameters() if p.requires_grad]
+        self._average = WeightAverage(parameters, config.optimizer.ema)
         accelerator.register_for_checkpointing(self._average)
         register_hooks(accelerator)
         accelerator.init_trackers("train")
@@ -223,7 +225,7 @@ class _Run:
         for part in range(config.accumulate):
             states = to_device(self._source.batch(step, part), accelerator.device)
             with accelerator.accumulate(self._model):
-                errors = self._model(states)
+                errors = self._model(Student.errors, states)
                 losses = {m: self._weigh(error, states.sigmas) for m, error in errors.items()}
                 total = torch.stack([config.weights[m] * loss for m, loss in losses.items()]).sum()
                 accelerator.backward(total)
@@ -248,18 +250,20 @@ class _Run:
         self._accelerator.log(logged, step=done)
 
     def _check(self, done: int) -> None:
-        losses = current_losses(self._student, self._probe, self._weigh)
+        losses = self._model(current_losses, self._probe, self._weigh)
         self.warnings += warn_if_worse(done, self._config.variant, losses, self.untrained)
         self._accelerator.log(
             {f"probe/{patch_name(multiple)}": loss for multiple, loss in losses.items()}, step=done
         )
 
     def _sample(self, done: int) -> None:
-        if not self._accelerator.is_main_process or not self._prompts:
-            return
         prompts = self._prompts[:_GRID_PROMPTS]
-        with self._applied():
-            grid = sample_grid(self._student, self._pipeline, self._data, prompts, _GAIN_SEED)
+        if not prompts:
+            return
+        with self._average.applied():
+            grid = self._model(sample_grid, self._pipeline, self._data, prompts, _GAIN_SEED)
+        if not self._accelerator.is_main_process:
+            return
         write_png(self._folder / "run" / "samples" / f"step-{done:06d}.png", grid)
         writer = self._accelerator.get_tracker("tensorboard", unwrap=True)
         writer.add_image("samples", grid.clamp(0, 1), done)
@@ -267,12 +271,15 @@ class _Run:
     def finish(self, seconds_per_step: float | None, save_dtype: torch.dtype | None) -> TrainResult:
         """Measures the gain and writes the folder."""
         config, accelerator, student = self._config, self._accelerator, self._student
-        with self._applied():
-            losses = {**self.untrained, TRAINED: current_losses(student, self._probe, self._weigh)}
+        with self._average.applied():
+            trained = self._model(current_losses, self._probe, self._weigh)
+            losses = {**self.untrained, TRAINED: trained}
             gains: list[Gain] = []
             if self._prompts:
-                gains = measure_gain(student, self._pipeline, self._data, self._prompts, _GAIN_SEED)
-            adapters = student.export()
+                gains = self._model(
+                    measure_gain, self._pipeline, self._data, self._prompts, _GAIN_SEED
+                )
+            adapters = student.export(accelerator.get_state_dict(self._model))
         skipped: list[str] = self.cache.index["skipped"]
         if accelerator.is_main_process:
             save_adapters(
@@ -300,9 +307,6 @@ class _Run:
             warnings=self.warnings,
             seconds_per_step=seconds_per_step,
         )
-
-    def _applied(self) -> Any:
-        return self._average.applied()
 
 
 def _name(pipeline: Any) -> str:

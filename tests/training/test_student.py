@@ -34,7 +34,7 @@ def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         for parameter in student.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.01)
-    errors = student(states_of(student.transformer))
+    errors = student.errors(states_of(student.transformer))
     torch.stack([error.mean() for error in errors.values()]).sum().backward()
     return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
@@ -62,7 +62,7 @@ def test_unloading_gives_the_model_back() -> None:
     transformer = tiny_transformer().requires_grad_(True)
     before = {name: (p, p.detach().clone()) for name, p in transformer.named_parameters()}
     student = Student(FLUX, transformer, CONFIGS)
-    student(states_of(transformer))
+    student.errors(states_of(transformer))
     student.unload()
     assert not any(isinstance(module, BaseTunerLayer) for module in transformer.modules())
     after = dict(transformer.named_parameters())
