@@ -100,26 +100,31 @@ class Ledger:
         measure: Measures a candidate.
         limit: Evaluations at most; may be raised.
         points: By `Candidate.key`, in order of measurement.
+        levels: The same by template and level.
     """
 
     measure: Callable[[Candidate], Measurement]
     limit: int
     points: dict[str, Point] = field(default_factory=dict)
+    levels: dict[Template, dict[int, Point]] = field(default_factory=dict)
 
     @property
     def left(self) -> int:
         """Evaluations that are left."""
         return self.limit - len(self.points)
 
-    def at(self, candidate: Candidate) -> Point:
-        """The point of a candidate; raises `_BudgetSpent` if it would be one too many."""
+    def at(self, template: Template, level: int) -> Point:
+        """The point of a template's level; `_BudgetSpent` if it would be one too many."""
+        candidate = template.at(level)
         if candidate.key not in self.points:
             if self.left <= 0:
                 raise _BudgetSpent
             self.points[candidate.key] = Point(
                 candidate=candidate, measurement=self.measure(candidate)
             )
-        return self.points[candidate.key]
+        point = self.points[candidate.key]
+        self.levels.setdefault(template, {})[level] = point
+        return point
 
     def dominated(self, point: Point) -> bool:
         """Whether a measured point beats this one in both."""
@@ -156,8 +161,11 @@ class _Race:
         with suppress(_BudgetSpent):
             self._race(family)
         self.ledger.limit = limit
-        if self.best is not None:
-            self._approach(self.best.template, None, _POLISH)
+        for template in list(self.ledger.levels):
+            if self._promising(template):
+                self._approach(template, None, 1)
+        assert self.best is not None, "the opening measured something"
+        self._approach(self.best.template, None, _POLISH)
 
     def _race(self, family: Family) -> None:
         first = self.best.template if self.best else family.start
@@ -178,7 +186,7 @@ class _Race:
         assert self.best is not None, "spread comes after run"
         template, left = self.best.template, self.ledger.left
         for index in range(left):
-            self.ledger.at(template.at(round((index + 0.5) * template.levels / left)))
+            self.ledger.at(template, round((index + 0.5) * template.levels / left))
 
     def _exact(self, template: Template, cost: float | None) -> int | None:
         """The level to start from where costs are known without running, else None.
@@ -208,40 +216,59 @@ class _Race:
             first: Level to start from; None to go on from what is known of it.
             limit: Evaluations at most.
         """
-        known = {
-            level: self.ledger.points[key]
-            for level in range(template.levels + 1)
-            if (key := template.at(level).key) in self.ledger.points
-        }
-        level = first if first is not None else self._next_level(template, known)
-        for _ in range(limit):
-            if level is None:
-                return
-            point = self.ledger.at(template.at(level))
-            known[level] = point
+        level = first if first is not None else self._next_level(template)
+        tried = 0
+        while level is not None and (tried < limit or self._promising(template)):
+            point = self.ledger.at(template, level)
+            tried += 1
             if self.best is None or self.target.better(point, self.best.point):
                 self.best = _Best(template=template, level=level, point=point)
             if self._finished(template, point):
                 return
-            level = self._next_level(template, known)
+            level = self._next_level(template)
 
-    def _next_level(self, template: Template, known: Mapping[int, Point]) -> int | None:
+    def _bracket(self, template: Template) -> tuple[int, int]:
+        """The cheapest level known that is too dear, the dearest that is too cheap.
+
+        -1 and one more than the highest where there is none.
+        """
+        known = self.ledger.levels.get(template, {})
+        dear = [level for level, point in known.items() if self._wants_cheaper(point)]
+        cheap = [level for level, point in known.items() if not self._wants_cheaper(point)]
+        return max(dear, default=-1), min(cheap, default=template.levels + 1)
+
+    def _next_level(self, template: Template) -> int | None:
         """The level to try next: inside the bracket of the target, or towards it."""
-        dear = max((n for n, point in known.items() if self._wants_cheaper(point)), default=-1)
-        cheap = min(
-            (n for n, point in known.items() if not self._wants_cheaper(point)),
-            default=template.levels + 1,
-        )
+        dear, cheap = self._bracket(template)
         if cheap - dear < 2:
             return None
+        known = self.ledger.levels.get(template, {})
         stride = max(1, template.levels // 12) << len(known)
         if cheap > template.levels:
             return min(dear + stride, template.levels)
         if dear < 0:
             return max(cheap - stride, 0)
-        above, below = (self.target.shortfall(known[level]) for level in (dear, cheap))
-        share = min(max(above / (above - below), 0.2), 0.8) if above != below else 0.5
+        share = min(max(self._crossing(known[dear], known[cheap]), 0.2), 0.8)
         return min(max(round(dear + share * (cheap - dear)), dear + 1), cheap - 1)
+
+    def _crossing(self, dear: Point, cheap: Point) -> float:
+        """How far from one point to the other the target lies, by a straight line."""
+        above, below = self.target.shortfall(dear), self.target.shortfall(cheap)
+        return above / (above - below) if above != below else 0.5
+
+    def _promising(self, template: Template) -> bool:
+        """Whether a variation should beat the best, by a straight line over its bracket."""
+        dear, cheap = self._bracket(template)
+        if self.best is None or self.best.template == template:
+            return False
+        if dear < 0 or cheap > template.levels or not self.target.met(self.best.point):
+            return False
+        known = self.ledger.levels[template]
+        one, other = known[dear], known[cheap]
+        share = self._crossing(one, other)
+        if self.target.max_cost is None:
+            return one.cost + share * (other.cost - one.cost) < self.best.point.cost
+        return one.ssim + share * (other.ssim - one.ssim) > self.best.point.ssim
 
     def _finished(self, template: Template, point: Point) -> bool:
         """Whether turning further cannot help: the target is met closely, or the race is lost."""
@@ -275,14 +302,15 @@ class Found:
     template: Template
 
     def costing(self, cost: float, costs: Mapping[str, float]) -> Candidate | None:
-        """The template's plan of at most `cost`, where that is known without running."""
+        """The template's plan of at most `cost`; else the closest measured one; else None."""
         for level in range(self.template.levels + 1):
             sizes = self.template.sizes(level)
-            if sizes is None:
-                return None
+            assert sizes is not None, "only plans of known cost are rivals"
             if sum(costs[size] * count for size, count in sizes.items()) <= cost:
                 return self.template.at(level)
-        return None
+        cheaper = [point for point in self.points if point.cost <= cost]
+        best = max(cheaper, key=lambda point: point.ssim, default=None)
+        return best.candidate if best else None
 
 
 def search(
