@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ddit_rt.calibration.plans import Candidate, all_fine
 from ddit_rt.calibration.search import Evaluator, Measurement, Prompt
@@ -14,6 +14,9 @@ from ddit_rt.demo.quality import fidelity
 from ddit_rt.errors import ShapeError
 from ddit_rt.executor import RunTrace
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
+
+if TYPE_CHECKING:
+    from ddit_rt.calibration.run import CalibrationConfig
 
 UNITS = ("ms", "tokens")
 _NO_SCORES = (1e-5, 1e-1)
@@ -84,7 +87,7 @@ class EngineBench:
         self._repeats = repeats
         self._advance = advance
         self._references: dict[Prompt, Picture] = {}
-        self.costs = self._cost_table(probe)
+        self.costs: Mapping[str, float] = self._cost_table(probe)
         self.taus = self._tau_range(probe)
 
     def evaluate(
@@ -177,6 +180,21 @@ class EngineBench:
             scores += [score for record in trace for score in record.scores.values()]
         usable = [score for score in scores if score > 0 and math.isfinite(score)]
         return (min(usable) / 2, max(usable) * 2) if usable else _NO_SCORES
+
+
+def most_runs(config: CalibrationConfig, *, sizes: int, repeats: int) -> int:
+    """Generations that a calibration takes at most.
+
+    Args:
+        config: Its settings.
+        sizes: Patch sizes of the artifact.
+        repeats: Rounds of `EngineBench.confirm`.
+    """
+    rounds = repeats if config.cost_unit == "ms" else 1
+    search = config.calibration_prompts * (1 + 3 * config.evaluations)
+    # Three finalists, then two rivals at equal cost, each time beside all fine and warmed up.
+    confirm = (4 + 3) * (1 + rounds * config.held_out_prompts)
+    return 2 * sizes + 2 + search + confirm
 
 
 def _trace(trace: RunTrace | None) -> RunTrace:
