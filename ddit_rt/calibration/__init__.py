@@ -2,8 +2,9 @@
 
 from ddit_rt.calibration.confirm import Confirmation
 from ddit_rt.calibration.plans import Candidate, Family
+from ddit_rt.calibration.points import Evaluator, Measurement, Prompt
 from ddit_rt.calibration.run import CalibrationConfig, calibrate
-from ddit_rt.calibration.search import Evaluator, Measurement, Prompt, search
+from ddit_rt.calibration.search import search
 from ddit_rt.calibration.target import Target
 
 __all__ = [

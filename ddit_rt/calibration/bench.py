@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ddit_rt.calibration.plans import Candidate, all_fine
-from ddit_rt.calibration.search import Evaluator, Measurement, Prompt
+from ddit_rt.calibration.points import Evaluator, Measurement, Prompt
 from ddit_rt.demo.measure import Batch, Contender, Generation, Picture, engine_contender, measure
 from ddit_rt.demo.quality import fidelity
 from ddit_rt.errors import ShapeError

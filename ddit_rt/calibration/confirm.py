@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from ddit_rt.calibration.bench import Bench
 from ddit_rt.calibration.plans import DYNAMIC, STATIC, STEPS, Candidate, all_fine
-from ddit_rt.calibration.search import Found, Measurement, Point, Prompt
+from ddit_rt.calibration.points import Measurement, Point, Prompt
+from ddit_rt.calibration.search import Found
 from ddit_rt.calibration.target import SPEEDUP, Target
 
 _SIMPLEST = (STEPS, STATIC, DYNAMIC)

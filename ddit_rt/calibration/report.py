@@ -10,7 +10,7 @@ from typing import Any
 
 from ddit_rt.artifact import Calibration
 from ddit_rt.calibration.plans import DYNAMIC, FINE, STATIC, STEPS
-from ddit_rt.calibration.search import Point
+from ddit_rt.calibration.points import Point
 from ddit_rt.demo.grid import new_figure
 
 SCHEMA_VERSION = 1

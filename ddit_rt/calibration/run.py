@@ -12,7 +12,8 @@ from ddit_rt.artifact import CalibratedPlan, Calibration
 from ddit_rt.calibration.bench import Bench
 from ddit_rt.calibration.confirm import Confirmation, Finalist, confirm
 from ddit_rt.calibration.plans import all_fine, families
-from ddit_rt.calibration.search import Measurement, Point, Prompt, best_for, pareto_front, search
+from ddit_rt.calibration.points import Measurement, Point, Prompt, best_for, pareto_front
+from ddit_rt.calibration.search import search
 from ddit_rt.calibration.target import BUDGET_MS, MIN_SSIM, SPEEDUP, Target
 
 _GENTLE, _STRONG = 0.5, 1.5
