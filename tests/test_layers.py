@@ -16,6 +16,7 @@ LAYERS = (
     {"compilation", "executor", "training"},
     {"pipeline"},
     {"demo"},
+    {"calibration"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,5 +1,11 @@
 """What `compile` writes and `load` reads: compiled blocks, their manifest, and where they live."""
 
+from ddit_rt.artifact.calibration import (
+    PRESETS,
+    CalibratedPlan,
+    Calibration,
+    calibration_for,
+)
 from ddit_rt.artifact.environment import Environment
 from ddit_rt.artifact.fingerprint import config_hash, weight_fingerprint
 from ddit_rt.artifact.inputs import InputCheck, TokenRanges
@@ -12,9 +18,12 @@ from ddit_rt.artifact.template import BlockTemplate, LoraSpec
 from ddit_rt.artifact.trust import is_trusted, trust
 
 __all__ = [
+    "PRESETS",
     "Artifact",
     "BlockTemplate",
     "BucketEntry",
+    "CalibratedPlan",
+    "Calibration",
     "CompiledRunner",
     "EagerRunner",
     "Environment",
@@ -26,6 +35,7 @@ __all__ = [
     "PackageInfo",
     "TokenRanges",
     "block_lora",
+    "calibration_for",
     "config_hash",
     "is_trusted",
     "load_runner",

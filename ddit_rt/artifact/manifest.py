@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from ddit_rt.artifact.calibration import Calibration
 from ddit_rt.artifact.environment import Environment
 from ddit_rt.artifact.fingerprint import config_hash, public_config, weight_fingerprint
 from ddit_rt.artifact.inputs import TokenRanges
@@ -21,7 +22,11 @@ from ddit_rt.artifact.package import dtype_name
 from ddit_rt.artifact.schema import from_plain
 from ddit_rt.errors import ArtifactError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READABLE = (1, 2)
+"""Version 2 added `calibrations`. A manifest stays what it was until it gets one, since its digest,
+which trust hangs on, is that of its text."""
+
 MANIFEST_NAME = "manifest.json"
 
 
@@ -90,6 +95,7 @@ class Manifest:
         pipeline_defaults: Arguments of a pipeline call that names none, e.g. `height`.
         packages: Compiled blocks by path, `/`-separated and relative to the artifact.
         files: All other files, e.g. adapters, by path.
+        calibrations: Calibrated plans, one entry per number of steps.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -107,6 +113,7 @@ class Manifest:
     pipeline_defaults: dict[str, Any] = field(default_factory=dict)
     packages: dict[str, PackageEntry] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
+    calibrations: tuple[Calibration, ...] = ()
 
     @classmethod
     def describe(
@@ -150,7 +157,20 @@ class Manifest:
 
     def to_json(self) -> str:
         """Stable JSON: equal manifests give equal text."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        plain = asdict(self)
+        if self.schema_version == 1:
+            del plain["calibrations"]
+        return json.dumps(plain, indent=1, sort_keys=True) + "\n"
+
+    def with_calibration(self, calibration: Calibration) -> Manifest:
+        """The same with a calibration, in place of an earlier one for its number of steps."""
+        others = (
+            entry
+            for entry in self.calibrations
+            if entry.num_inference_steps != calibration.num_inference_steps
+        )
+        entries = sorted((*others, calibration), key=lambda entry: entry.num_inference_steps)
+        return replace(self, schema_version=SCHEMA_VERSION, calibrations=tuple(entries))
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -166,10 +186,14 @@ class Manifest:
                 f"{MANIFEST_NAME} is not JSON ({error}): copy the artifact again"
             ) from error
         version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if version != SCHEMA_VERSION:
+        if version not in _READABLE:
             raise ArtifactError(
-                f"{MANIFEST_NAME} has schema {version!r}, this version reads {SCHEMA_VERSION}: "
+                f"{MANIFEST_NAME} has schema {version!r}, this version reads {_READABLE}: "
                 "install the ddit_rt that wrote it, or compile again"
+            )
+        if version == 1 and "calibrations" in raw:
+            raise ArtifactError(
+                f"{MANIFEST_NAME}: unknown entries ['calibrations'] in schema 1: it was edited"
             )
         manifest = from_plain(cls, raw, MANIFEST_NAME)
         if config_hash(manifest.config) != manifest.config_hash:

@@ -19,6 +19,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from ddit_rt.artifact.calibration import Calibration
 from ddit_rt.artifact.folder import replace_folder, sync
 from ddit_rt.artifact.manifest import MANIFEST_NAME, FileEntry, Manifest, PackageEntry
 from ddit_rt.artifact.package import package_path
@@ -87,6 +88,10 @@ class Artifact:
                 "with that variant"
             )
         return self.directory / name
+
+    def with_calibration(self, calibration: Calibration) -> Artifact:
+        """The same files, with a calibration in the manifest; `save` writes it."""
+        return replace(self, manifest=self.manifest.with_calibration(calibration))
 
     def save(self, path: str | Path) -> Path:
         """Writes the artifact to a folder and adds it to the user's trust list.

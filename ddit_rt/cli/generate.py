@@ -14,8 +14,8 @@ from ddit_rt.cli.models import DTYPES, MODEL_HELP, embedded_defaults, load_pipel
 from ddit_rt.cli.policies import add_policy_arguments, choose_policy
 
 if TYPE_CHECKING:
-    from ddit_rt.patch_scheduler import PatchPolicy
     from ddit_rt.pipeline import Engine
+    from ddit_rt.pipeline.presets import PolicyChoice
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -77,12 +77,12 @@ def _run(args: argparse.Namespace) -> Outcome:
     )
     policy = choose_policy(args.policy, args.tau, args.rho, engine.default_policy)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
-    arguments = _pipeline_arguments(args)
+    arguments = pipeline_arguments(args)
     pictures = [
         _generate(engine, policy, prompt, seed + index, path, arguments)
         for index, (prompt, path) in enumerate(zip(prompts, paths, strict=True))
     ]
-    data = {"artifact": str(args.artifact), "policy": policy.to_dict(), "pictures": pictures}
+    data = {"artifact": str(args.artifact), "policy": _policy_entry(policy), "pictures": pictures}
     if args.trace is not None:
         _write_json(args.trace, data)
     return Outcome(data=_without_traces(data), text=_text(pictures))
@@ -104,7 +104,7 @@ def output_paths(output: Path, count: int) -> list[Path]:
     return [output.with_stem(f"{output.stem}-{index}") for index in range(1, count + 1)]
 
 
-def _pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
+def pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the pipeline's call that were given; the others keep its defaults."""
     given = {
         "num_inference_steps": args.steps,
@@ -120,7 +120,7 @@ def _pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def _generate(
     engine: Engine,
-    policy: PatchPolicy,
+    policy: PolicyChoice,
     prompt: str,
     seed: int,
     path: Path,
@@ -147,6 +147,13 @@ def _generate(
         "patch_sizes": trace.patch_sizes(),
         "trace": trace.to_dict(),
     }
+
+
+def _policy_entry(policy: PolicyChoice) -> dict[str, Any]:
+    """A preset or speed by its name; the notes of the trace say which plan it stands for."""
+    from ddit_rt.patch_scheduler import PatchPolicy
+
+    return policy.to_dict() if isinstance(policy, PatchPolicy) else {"calibrated": policy}
 
 
 def _without_traces(data: dict[str, Any]) -> dict[str, Any]:
@@ -188,6 +195,7 @@ GENERATE = Command(
         'ddit-rt generate demo.ddit --model demo --prompt "a red circle on plain blue" -o a.png',
         "ddit-rt generate flux.ddit --model black-forest-labs/FLUX.1-dev --dtype bfloat16 \\",
         '    --prompt "a zebra in tall grass" "a blue vase" --seed 7 --policy dynamic --tau 0.001',
+        'ddit-rt generate demo.ddit --model demo --prompt "a red circle" --policy balanced',
         'ddit-rt generate flux.ddit --model ./flux --prompt "a fox" --policy 4p:0.2,2p:0.4,p \\',
         "    --trace fox.json -o fox.png",
     ),

@@ -93,6 +93,7 @@ def _text(data: dict[str, Any]) -> str:
         f"  ranges       {ranges}",
         f"  defaults     {defaults}",
         f"  policy       {_policy_text(data['default_policy'])}",
+        *(_calibration_line(entry) for entry in manifest["calibrations"]),
         f"  built with   ddit_rt {manifest['project_version']}, torch {built['torch_version']}",
         f"  built for    {built['device']}, {built['machine']}, {built['cpu_capability']}",
         f"  trusted      {_trust_text(data['trusted'])}",
@@ -110,6 +111,12 @@ def _text(data: dict[str, Any]) -> str:
 def _policy_text(policy: dict[str, Any]) -> str:
     fields = ", ".join(f"{name}={value}" for name, value in policy.items() if name != "policy")
     return f"{policy['policy']}({fields})"
+
+
+def _calibration_line(entry: dict[str, Any]) -> str:
+    ((name, value),) = entry["target"].items()
+    presets = ", ".join(f"{k} {plan['speedup']:.2f}x" for k, plan in entry["presets"].items())
+    return f"  calibrated   {entry['num_inference_steps']} steps, {name} {value:g}: {presets}"
 
 
 def _trust_text(trusted: bool) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ddit_rt.patch_scheduler import DDiTPolicy, PatchPolicy
+    from ddit_rt.pipeline.presets import PolicyChoice
 
 DEFAULT_STATIC_PLAN = "2p:0.4,p"
 """The plan of `--policy static`: layout at 2p, then detail at p."""
@@ -56,8 +57,8 @@ def parse_tau(text: str) -> Tau:
 
 def choose_policy(
     name: str | None, tau: Tau | None, rho: float | None, default: PatchPolicy
-) -> PatchPolicy:
-    """The policy that the options describe.
+) -> PolicyChoice:
+    """The policy that the options describe; a preset or a speed is left to the engine.
 
     Args:
         name: Value of `--policy`.
@@ -68,6 +69,7 @@ def choose_policy(
     Raises:
         ValueError: An unknown policy, or thresholds for a policy that has none.
     """
+    from ddit_rt.artifact import PRESETS
     from ddit_rt.patch_scheduler import FinePolicy, StaticPolicy
 
     tuned = tau is not None or rho is not None
@@ -79,11 +81,23 @@ def choose_policy(
         return default
     if name == "fine":
         return FinePolicy()
+    if name in PRESETS:
+        return name
+    if (speed := _number(name)) is not None:
+        return speed
     if name != "static" and not any(character in name for character in "p:,"):
         raise ValueError(
-            f"got --policy {name}; use fine, static, dynamic, or a plan such as 4p:0.2,2p:0.4,p"
+            f"got --policy {name}; use fine, static, dynamic, a plan such as 4p:0.2,2p:0.4,p, or "
+            f"of a calibration {', '.join(PRESETS)} or a speed from 0 to 1"
         )
     return StaticPolicy(DEFAULT_STATIC_PLAN if name == "static" else name)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _dynamic(tau: Tau | None, rho: float | None, default: PatchPolicy) -> DDiTPolicy:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ from ddit_rt.pipeline.callbacks import pipeline_callback, progress_callback
 from ddit_rt.pipeline.inputs import check_executor
 from ddit_rt.pipeline.lora import FusedLora, refuse_unfused_lora
 from ddit_rt.pipeline.planning import CompiledModel, plan_run
+from ddit_rt.pipeline.presets import (
+    PolicyChoice,
+    ResolvedPolicy,
+    requested_steps,
+    resolve_choice,
+)
 from ddit_rt.solver import SolverTable, probe_scheduler
 
 
@@ -109,14 +116,17 @@ class Engine:
         self,
         prompt: str | list[str] | None = None,
         *,
-        patch_policy: PatchPolicy | None = None,
+        patch_policy: PolicyChoice | None = None,
         **arguments: Any,
     ) -> Any:
         """Generates, as the pipeline's own call does.
 
         Args:
             prompt: Prompt or prompts.
-            patch_policy: Which patch size each step takes; by default the artifact's.
+            patch_policy: Which patch size each step takes: a policy; or, from the artifact's
+                calibration for this number of steps, a preset (`"quality"`, `"balanced"`,
+                `"fast"`) or a speed between 0 and 1, which may run fewer steps. By default the
+                artifact's policy.
             arguments: Every other argument of the pipeline's `__call__`, with its defaults;
                 `height` and `width` default to those given to `compile`.
 
@@ -125,6 +135,7 @@ class Engine:
 
         Raises:
             ShapeError: A size that the compiled blocks or the policy cannot run.
+            ValueError: A preset or speed without a calibration for this number of steps.
             UnsupportedModelError: An argument that the compiled model could only ignore.
             RunCancelled: `cancel` was called.
         """
@@ -135,10 +146,13 @@ class Engine:
             )
         with self._lock:
             arguments = {**self.artifact.manifest.pipeline_defaults, **arguments}
+            choice = self._choose(patch_policy, lambda: requested_steps(self.pipeline, arguments))
+            if choice.num_inference_steps is not None:
+                arguments["num_inference_steps"] = choice.num_inference_steps
             scheduler = copy.deepcopy(self.pipeline.scheduler)
             family = self._compiled.steps.family
             call = family.prepare(self.pipeline, scheduler, {"prompt": prompt, **arguments})
-            plan, context = self._plan(call.latents, call.conditioning, scheduler, patch_policy)
+            plan, context = self._plan(call.latents, call.conditioning, scheduler, choice)
             on_step_end = pipeline_callback(
                 self.pipeline, self._compiled.steps, scheduler, context, arguments
             )
@@ -155,7 +169,7 @@ class Engine:
         scheduler: Any = None,
         num_inference_steps: int = 50,
         sigmas: Sequence[float] | None = None,
-        patch_policy: PatchPolicy | None = None,
+        patch_policy: PolicyChoice | None = None,
         callback: StepCallback | None = None,
         **conditioning: Tensor | None,
     ) -> Tensor:
@@ -192,10 +206,11 @@ class Engine:
         with self._lock:
             scheduler = copy.deepcopy(scheduler or self._default_scheduler())
             steps = num_inference_steps if sigmas is None else len(sigmas)
+            choice = self._choose(patch_policy, lambda: (steps, sigmas is not None))
             grid = model.grid(*latents.shape[-2:])
-            model.family.set_timesteps(scheduler, steps, sigmas, grid)
+            model.family.set_timesteps(scheduler, choice.num_inference_steps or steps, sigmas, grid)
             latents = latents.to(model.device, torch.float32, non_blocking=True)
-            plan, _ = self._plan(latents, given, scheduler, patch_policy)
+            plan, _ = self._plan(latents, given, scheduler, choice)
             return self._run(plan, latents, callback, None)
 
     def cancel(self) -> None:
@@ -241,6 +256,14 @@ class Engine:
             self._fused.restore()
             self._fused = None
 
+    def _choose(
+        self, policy: PolicyChoice | None, requested: Callable[[], tuple[int, bool]]
+    ) -> ResolvedPolicy:
+        """The policy of a run, and its steps."""
+        if policy is None:
+            policy = self.default_policy
+        return resolve_choice(policy, self.artifact.manifest, requested)
+
     def _default_scheduler(self) -> Any:
         if self.pipeline is not None:
             return self.pipeline.scheduler
@@ -253,7 +276,7 @@ class Engine:
         latents: Tensor,
         conditioning: dict[str, Tensor],
         scheduler: Any,
-        policy: PatchPolicy | None,
+        choice: ResolvedPolicy,
     ) -> tuple[RunPlan, RunContext]:
         """Checks the request and the weights, then fixes the run."""
         model = self._compiled.steps
@@ -265,7 +288,6 @@ class Engine:
         refuse_unfused_lora(model.transformer)
         if self._compiled.rebind() and isinstance(self._executor, CudaExecutor):
             self._executor.forget()
-        policy = policy or self.default_policy
         shape = (latents.shape[0], latents.shape[1], latents.shape[2], latents.shape[3])
         plan, context = plan_run(
             self._compiled,
@@ -273,11 +295,11 @@ class Engine:
             conditioning=conditioning,
             timesteps=model.family.linear_timesteps(scheduler),
             solver=self._solver(scheduler),
-            policy=policy,
+            policy=choice.policy,
         )
-        if not isinstance(policy, FinePolicy):
+        if not isinstance(choice.policy, FinePolicy):
             self._announce(plan.notes)
-        return plan, context
+        return replace(plan, notes=(*plan.notes, *choice.notes)), context
 
     def _run(
         self,

@@ -59,7 +59,7 @@ def test_json_round_trip(manifest: Manifest) -> None:
 
 
 def test_from_json_other_schema(manifest: Manifest) -> None:
-    with pytest.raises(ArtifactError, match="has schema 99, this version reads 1"):
+    with pytest.raises(ArtifactError, match="has schema 99, this version reads"):
         Manifest.from_json(edited(manifest, schema_version=99))
 
 

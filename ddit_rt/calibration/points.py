@@ -1,0 +1,96 @@
+"""What is measured of a plan, and which of several plans are worth having."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Protocol
+
+from ddit_rt.calibration.plans import Candidate
+from ddit_rt.calibration.target import Target
+from ddit_rt.patch_scheduler import PatchPolicy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A prompt with the seed of its noise."""
+
+    text: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """What an evaluation gave.
+
+    Attributes:
+        cost: Mean cost of a picture's denoising loop.
+        similarity: SSIM of each prompt's picture to its all-fine reference.
+        psnr: The same in dB; None where the picture equals its reference.
+    """
+
+    cost: float
+    similarity: tuple[float, ...]
+    psnr: tuple[float | None, ...]
+
+    @property
+    def ssim(self) -> float:
+        """Mean similarity."""
+        return fmean(self.similarity)
+
+    @property
+    def mean_psnr(self) -> float | None:
+        """Mean over the pictures that differ; None when none does."""
+        finite = [value for value in self.psnr if value is not None]
+        return fmean(finite) if finite else None
+
+
+class Evaluator(Protocol):
+    """Runs a plan: the one thing that the search needs of an engine."""
+
+    def evaluate(
+        self, policy: PatchPolicy, num_inference_steps: int, prompts: Sequence[Prompt]
+    ) -> Measurement:
+        """Generates every prompt and compares with the all-fine pictures of the same noise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """A candidate with what was measured on the calibration prompts."""
+
+    candidate: Candidate
+    measurement: Measurement
+
+    @property
+    def cost(self) -> float:
+        """Mean cost of a picture."""
+        return self.measurement.cost
+
+    @property
+    def ssim(self) -> float:
+        """Mean similarity."""
+        return self.measurement.ssim
+
+    def dominates(self, other: Point) -> bool:
+        """Whether it is no worse in both, and better in one."""
+        no_worse = self.cost <= other.cost and self.ssim >= other.ssim
+        return no_worse and (self.cost < other.cost or self.ssim > other.ssim)
+
+
+def best_for(target: Target, points: Sequence[Point]) -> Point | None:
+    """The point that serves a target best; None where none meets it."""
+    best: Point | None = None
+    for point in points:
+        if target.met(point) and (best is None or target.better(point, best)):
+            best = point
+    return best
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """Points that none dominates, by falling cost; of equal ones the first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.cost, -point.ssim)):
+        if not front or point.ssim > front[-1].ssim:
+            front.append(point)
+    return front[::-1]

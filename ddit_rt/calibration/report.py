@@ -1,0 +1,117 @@
+"""What a calibration leaves behind: a JSON file, the Pareto front as a picture, and a summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ddit_rt.artifact import Calibration
+from ddit_rt.calibration.plans import DYNAMIC, FINE, STATIC, STEPS
+from ddit_rt.calibration.points import Point
+from ddit_rt.demo.grid import new_figure
+
+SCHEMA_VERSION = 1
+
+_STYLES = {
+    FINE: ("all fine", "#000000", "*"),
+    STEPS: ("fewer fine steps", "#0072B2", "s"),
+    STATIC: ("static plans", "#E69F00", "^"),
+    DYNAMIC: ("dynamic plans", "#009E73", "o"),
+}
+"""Okabe and Ito's palette, told apart by colour-blind readers too."""
+
+
+def write_report(calibration: Calibration, points: Sequence[Point], folder: Path) -> list[Path]:
+    """Writes `calibration-N.json` and `pareto-N.png` for N steps.
+
+    The JSON is the artifact's record, with the policy of every candidate added.
+
+    Args:
+        calibration: The record.
+        points: Every plan that was measured.
+        folder: Where to; it is made.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; the message names the extra.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = calibration.num_inference_steps
+    data = {"schema_version": SCHEMA_VERSION, **asdict(calibration)}
+    data["policies"] = [point.candidate.policy.to_dict() for point in points]
+    record, picture = folder / f"calibration-{steps}.json", folder / f"pareto-{steps}.png"
+    record.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    draw_front(calibration, picture)
+    return [record, picture]
+
+
+def draw_front(calibration: Calibration, path: Path) -> None:
+    """Draws every candidate's speed-up and lost similarity, the front and the presets.
+
+    Args:
+        calibration: The record.
+        path: PNG to write.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; the message names the extra.
+    """
+    figure = new_figure((8.0, 5.0))
+    axes = figure.subplots()
+    candidates = calibration.evidence["candidates"]
+    base = calibration.front[0].cost
+    for kind, (label, colour, marker) in _STYLES.items():
+        row = [entry for entry in candidates if entry["kind"] == kind]
+        x, y = [base / entry["cost"] for entry in row], [entry["ssim"] for entry in row]
+        axes.scatter(x, y, s=28, color=colour, marker=marker, label=label, alpha=0.8, zorder=3)
+    front = calibration.front
+    x, y = [plan.speedup for plan in front], [plan.ssim for plan in front]
+    axes.step(x, y, where="pre", color="#CC79A7", lw=1.4, label="front", zorder=2)
+    for name, plan in calibration.presets.items():
+        axes.annotate(
+            name,
+            (plan.speedup, plan.ssim),
+            textcoords="offset points",
+            xytext=(8, 8),
+            fontsize=10,
+            weight="bold",
+        )
+    axes.set_xlabel(f"speed-up of the loop over {calibration.num_inference_steps} fine steps")
+    axes.set_ylabel("SSIM to the all-fine pictures")
+    axes.set_xscale("log")
+    ticks = [tick for tick in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if tick <= max(x) * 1.1]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(loc="lower left", frameon=False)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
+def summary(calibration: Calibration) -> str:
+    """A few lines for a terminal."""
+    evidence, unit = calibration.evidence, calibration.cost_unit
+    ((name, value),) = calibration.target.items()
+    fine = f"{evidence['held_out_fine_cost']:.1f} {unit}"
+    lines = [
+        f"{calibration.num_inference_steps} steps, {name} {value:g}: {evidence['verdict']}",
+        f"on {len(evidence['held_out_prompts'])} held-out prompts; all fine takes {fine} a picture",
+        f"  {'plan':<9}{unit:>9}{'speed-up':>10}{'SSIM':>8}{'PSNR':>7}",
+        *(_row(kind, entry) for kind, entry in evidence["held_out"].items()),
+    ]
+    if evidence["at_equal_cost"]:
+        lines.append("rivals at the cost that the dynamic plan has there")
+        for kind, entry in evidence["at_equal_cost"].items():
+            share = evidence["dynamic_is_closer_on"][kind]
+            lines.append(f"{_row(kind, entry)}  dynamic is closer on {share:.0%} of the prompts")
+    lines.append(f"presets, on the {len(evidence['prompts'])} calibration prompts")
+    lines += [_row(name, asdict(plan)) for name, plan in calibration.presets.items()]
+    return "\n".join(lines)
+
+
+def _row(name: str, entry: dict[str, Any]) -> str:
+    psnr = "same" if entry["psnr"] is None else f"{entry['psnr']:.1f}"
+    return (
+        f"  {name:<9}{entry['cost']:>9.1f}{entry['speedup']:>9.2f}x{entry['ssim']:>8.4f}{psnr:>7}"
+        f"  {entry['label']}"
+    )

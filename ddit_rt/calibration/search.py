@@ -1,0 +1,80 @@
+"""The search: pure Python against an `Evaluator`, in a closed loop and with equal budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from ddit_rt.calibration.plans import Candidate, Family, Template
+from ddit_rt.calibration.points import Evaluator, Measurement, Point, Prompt
+from ddit_rt.calibration.race import Best, BudgetSpent, Ledger, Race
+from ddit_rt.calibration.target import Target
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What a family's search found.
+
+    Attributes:
+        points: Everything that was measured.
+        template: The best template for the main target.
+    """
+
+    points: Sequence[Point]
+    template: Template
+
+    def costing(self, cost: float, costs: Mapping[str, float]) -> Candidate | None:
+        """The template's plan of at most `cost`; else the closest measured one; else None."""
+        for level in range(self.template.levels + 1):
+            sizes = self.template.sizes(level)
+            assert sizes is not None, "only plans of known cost are rivals"
+            if sum(costs[size] * count for size, count in sizes.items()) <= cost:
+                return self.template.at(level)
+        cheaper = [point for point in self.points if point.cost <= cost]
+        best = max(cheaper, key=lambda point: point.ssim, default=None)
+        return best.candidate if best else None
+
+
+def search(
+    families: Sequence[Family],
+    evaluator: Evaluator,
+    prompts: Sequence[Prompt],
+    *,
+    costs: Mapping[str, float],
+    targets: Sequence[Target],
+    evaluations: int,
+) -> dict[str, Found]:
+    """Searches every family for every target, with equal budgets.
+
+    Args:
+        families: What to search.
+        evaluator: Runs plans.
+        prompts: Calibration prompts.
+        costs: Cost of one step at each patch size.
+        targets: The main one first, on which 60% of the budget goes; the rest is shared.
+        evaluations: Candidates per family at most; each generates every prompt once.
+
+    Returns:
+        By kind of family.
+    """
+
+    def measure(candidate: Candidate) -> Measurement:
+        return evaluator.evaluate(candidate.policy, candidate.num_inference_steps, prompts)
+
+    found: dict[str, Found] = {}
+    for family in families:
+        ledger = Ledger(measure=measure, limit=0)
+        main: Best | None = None
+        for index, target in enumerate(targets):
+            share = 0.6 + 0.4 * index / (len(targets) - 1) if len(targets) > 1 else 1
+            ledger.limit = max(1, round(evaluations * share))
+            race = Race(ledger=ledger, target=target, costs=costs, best=main)
+            with suppress(BudgetSpent):
+                race.run(family)
+            main = main or race.best
+        with suppress(BudgetSpent):
+            race.spread()
+        assert main is not None, "every budget is at least one evaluation"
+        found[family.kind] = Found(points=list(ledger.points.values()), template=main.template)
+    return found

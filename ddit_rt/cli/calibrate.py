@@ -1,0 +1,206 @@
+"""`ddit-rt calibrate`: the plans of an artifact, found by running it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddit_rt.cli.command import Command, Outcome
+from ddit_rt.cli.generate import pipeline_arguments
+from ddit_rt.cli.models import DTYPES, EMBEDDED, MODEL_HELP, load_pipeline
+
+if TYPE_CHECKING:
+    from ddit_rt.calibration import CalibrationConfig
+    from ddit_rt.calibration.run import CalibrationResult
+    from ddit_rt.pipeline import Engine
+
+_REPEATS = 3
+"""Timed rounds on the held-out prompts."""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "artifact", type=Path, metavar="ARTIFACT", help="what compile wrote; the result goes there"
+    )
+    parser.add_argument("--model", required=True, help=f"the weights: {MODEL_HELP}")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument(
+        "--speedup", type=float, metavar="X", help="of the loop, over as many fine steps"
+    )
+    group.add_argument(
+        "--min-ssim", type=float, metavar="S", help="mean SSIM to the all-fine pictures"
+    )
+    group.add_argument("--budget-ms", type=float, metavar="MS", help="of a picture's loop")
+    parser.add_argument(
+        "--steps", type=int, help="denoising steps to calibrate for; default: the pipeline's"
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one prompt a line; default: a built-in list"
+    )
+    _add_search_arguments(parser)
+    parser.add_argument("--height", type=int, help="default: as compiled")
+    parser.add_argument("--width", type=int, help="default: as compiled")
+    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's")
+    parser.add_argument(
+        "--max-sequence-length", type=int, help="text tokens; default: the pipeline's"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as compiled")
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="run the compiled code of an artifact that was not built on this machine; saving "
+        "the result then trusts it for good",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for calibration-N.json and pareto-N.png; default: beside the artifact",
+    )
+
+
+def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cost",
+        choices=("ms", "tokens"),
+        default="ms",
+        help="milliseconds of the loop, measured here, or image tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--calibration-prompts",
+        type=int,
+        default=6,
+        metavar="N",
+        help="prompts that the search uses (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--held-out-prompts",
+        type=int,
+        default=8,
+        metavar="N",
+        help="other prompts that decide between the finalists (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--evaluations",
+        type=int,
+        default=24,
+        metavar="N",
+        help="plans tried of each kind - fewer fine steps, static, dynamic - at most; each "
+        "generates every calibration prompt once (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: 0)")
+
+
+def _run(args: argparse.Namespace) -> Outcome:
+    _require_extra()
+    from ddit_rt.artifact import read_manifest
+
+    config = _config(args)
+    manifest = read_manifest(args.artifact)
+    pipeline = load_pipeline(args.model, args.dtype or manifest.dtype, manifest.environment.device)
+    pipeline.set_progress_bar_config(disable=True)
+    import ddit_rt
+
+    engine = ddit_rt.load(args.artifact, pipeline, trust_code=args.trust_code)
+    arguments = pipeline_arguments(args)
+    result = _calibrate(engine, config, arguments)
+    from ddit_rt.calibration.report import summary, write_report
+
+    calibration = result.calibration
+    engine.artifact.with_calibration(calibration).save(args.artifact)
+    folder = args.out or args.artifact.with_name(f"{args.artifact.stem}-calibration")
+    files = write_report(calibration, result.points, folder)
+    data = {
+        "artifact": str(args.artifact),
+        "files": [str(file) for file in files],
+        "calibration": asdict(calibration),
+    }
+    wrote = f"wrote {args.artifact} and {', '.join(str(file) for file in files)}"
+    return Outcome(data=data, text=f"{summary(calibration)}\n{wrote}")
+
+
+def _require_extra() -> None:
+    """Refuses, before minutes of work, to start without what scores and draws."""
+    missing = [name for name in ("matplotlib", "torchmetrics") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"calibrate needs {' and '.join(missing)}; pip install 'ddit_rt[demo]'"
+        )
+
+
+def _config(args: argparse.Namespace) -> CalibrationConfig:
+    from ddit_rt.calibration import CalibrationConfig
+
+    if args.steps is not None and args.steps < 2:
+        raise ValueError(f"got --steps {args.steps}; of fewer than 2 steps none can be saved")
+    names = ("speedup", "min_ssim", "budget_ms")
+    return CalibrationConfig(
+        request={n: value for n in names if (value := getattr(args, n)) is not None},
+        prompts=_prompts(args.prompts, args.model),
+        calibration_prompts=args.calibration_prompts,
+        held_out_prompts=args.held_out_prompts,
+        evaluations=args.evaluations,
+        cost_unit=args.cost,
+        seed=args.seed,
+    )
+
+
+def _prompts(file: Path | None, model: str) -> tuple[str, ...]:
+    if file is not None:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return tuple(text for line in lines if (text := line.strip()))
+    if model == EMBEDDED:
+        from ddit_rt.demo.prompts import held_out_prompts
+
+        return tuple(held_out_prompts())
+    from ddit_rt.calibration.prompts import PROMPTS
+
+    return PROMPTS
+
+
+def _calibrate(
+    engine: Engine, config: CalibrationConfig, arguments: dict[str, Any]
+) -> CalibrationResult:
+    from tqdm.auto import tqdm
+
+    from ddit_rt.calibration import calibrate
+    from ddit_rt.calibration.bench import EngineBench, most_runs
+    from ddit_rt.demo.report import machine, versions
+    from ddit_rt.pipeline.presets import requested_steps
+
+    steps, _ = requested_steps(engine.pipeline, arguments)
+    others = {name: value for name, value in arguments.items() if name != "num_inference_steps"}
+    sizes = len(engine.artifact.manifest.buckets)
+    total = most_runs(config, sizes=sizes, repeats=_REPEATS)
+    with tqdm(total=total, desc="calibrate (at most)", unit="run", leave=False) as bar:
+        bench = EngineBench(
+            engine,
+            steps=steps,
+            probe=config.split()[0][0],
+            arguments=others,
+            unit=config.cost_unit,
+            repeats=_REPEATS,
+            advance=bar.update,
+        )
+        size = {**engine.artifact.manifest.pipeline_defaults, **others}
+        conditions = {"machine": machine(), "versions": versions(), "arguments": size}
+        return calibrate(bench, config, conditions)
+
+
+CALIBRATE = Command(
+    name="calibrate",
+    summary="Find the plans of an artifact by running it, against fewer steps and static plans.",
+    examples=(
+        "ddit-rt calibrate demo.ddit --model demo --steps 24 --speedup 2",
+        "ddit-rt calibrate flux.ddit --model black-forest-labs/FLUX.1-dev --steps 50 \\",
+        "    --min-ssim 0.9 --prompts prompts.txt",
+        "ddit-rt calibrate flux.ddit --model ./flux --budget-ms 900 --evaluations 40",
+        "ddit-rt generate demo.ddit --model demo --steps 24 --policy balanced \\",
+        '    --prompt "a red circle on plain blue"',
+    ),
+    add_arguments=_add_arguments,
+    run=_run,
+)

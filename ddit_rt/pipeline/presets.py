@@ -1,0 +1,76 @@
+"""Calibrated plans by name or speed: `patch_policy="balanced"`, `patch_policy=0.5`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ddit_rt.artifact import Manifest, calibration_for
+from ddit_rt.patch_scheduler import PatchPolicy, policy_from_dict
+
+PolicyChoice = PatchPolicy | str | float
+"""A policy; the name of a calibrated preset; or a speed between 0 and 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedPolicy:
+    """What a `PolicyChoice` means for one run.
+
+    Attributes:
+        policy: The policy.
+        num_inference_steps: Steps to run; None for as many as the caller asked for.
+        notes: For the trace: what was chosen.
+    """
+
+    policy: PatchPolicy
+    num_inference_steps: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def resolve_choice(
+    choice: PolicyChoice, manifest: Manifest, requested: Callable[[], tuple[int, bool]]
+) -> ResolvedPolicy:
+    """Looks a preset or a speed up in the artifact's calibration.
+
+    Args:
+        choice: What the caller passed.
+        manifest: The artifact's.
+        requested: Gives the steps that the caller asked for, and whether noise levels of the
+            caller's own fix them. They are those of the all-fine picture whose quality is the
+            measure; the plan may run fewer.
+
+    Raises:
+        ValueError: No calibration for this number of steps, an unknown preset, a speed outside
+            [0, 1], or a plan of fewer steps for noise levels that the caller fixed.
+        TypeError: None of the three.
+    """
+    if isinstance(choice, PatchPolicy):
+        return ResolvedPolicy(policy=choice)
+    if isinstance(choice, bool) or not isinstance(choice, (str, int, float)):
+        raise TypeError(
+            f"got patch_policy={choice!r}; pass a policy such as DDiTPolicy(), the name of a "
+            "calibrated preset, or a speed between 0 and 1"
+        )
+    num_inference_steps, own_sigmas = requested()
+    plan = calibration_for(manifest.calibrations, num_inference_steps).plan(choice)
+    steps = plan.num_inference_steps
+    if own_sigmas and steps != num_inference_steps:
+        raise ValueError(
+            f"the plan {choice!r} for {num_inference_steps} steps runs {steps} of its own, and "
+            "`sigmas` was given, which fixes them; leave `sigmas` out, or pass a policy"
+        )
+    note = f"{choice!r} of the calibration for {num_inference_steps} steps: {plan.label}"
+    return ResolvedPolicy(
+        policy=policy_from_dict(plan.policy), num_inference_steps=steps, notes=(note,)
+    )
+
+
+def requested_steps(pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, bool]:
+    """Steps that a pipeline's call asks for, and whether by `sigmas` of its own."""
+    sigmas = arguments.get("sigmas")
+    if sigmas is not None:
+        return len(sigmas), True
+    default = inspect.signature(type(pipeline).__call__).parameters["num_inference_steps"].default
+    return int(arguments.get("num_inference_steps", default)), False

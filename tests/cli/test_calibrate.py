@@ -1,0 +1,191 @@
+"""`ddit-rt calibrate` on a tiny artifact, and its presets in `generate` and `info`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from ddit_rt.artifact import PRESETS, is_trusted, read_manifest
+from ddit_rt.cli import main
+
+SMALL = ["--calibration-prompts", "2", "--held-out-prompts", "2", "--evaluations", "5"]
+
+
+@pytest.fixture(scope="module")
+def options(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    prompts.write_text("a zebra\n\na fox\na vase\na cat\n")
+    model = ["--model", str(model_folder), "--trust-code", "--max-sequence-length", "8"]
+    return [*model, "--prompts", str(prompts), *SMALL]
+
+
+@pytest.fixture(scope="module")
+def calibrated(
+    artifact: Path, options: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A calibrated copy for 8 steps, its report beside it."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    path = folder / "tiny.ddit"
+    shutil.copytree(artifact, path)
+    target = ["--steps", "8", "--speedup", "1.4", "--cost", "tokens"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDIT_RT_HOME", str(folder / "home"))
+        assert main(["calibrate", str(path), *options, *target]) == 0
+        assert is_trusted(read_manifest(path).digest)
+    return path
+
+
+def test_artifact_holds_plans_and_evidence(calibrated: Path, artifact: Path) -> None:
+    manifest = read_manifest(calibrated)
+    (calibration,) = manifest.calibrations
+    assert manifest.packages == read_manifest(artifact).packages
+    assert calibration.num_inference_steps == 8
+    assert calibration.cost_unit == "tokens"
+    assert calibration.target == {"speedup": 1.4}
+    assert set(calibration.presets) == set(PRESETS)
+    # All fine is 8 steps of 24 tokens; 2p takes 6.
+    assert calibration.front[0].cost == 8 * 24
+    assert calibration.presets["balanced"].cost <= 8 * 24 / 1.4
+    evidence = calibration.evidence
+    texts = [text for text, _ in evidence["prompts"] + evidence["held_out_prompts"]]
+    assert sorted(texts) == ["a cat", "a fox", "a vase", "a zebra"]
+    assert {"cpu", "threads"} <= evidence["machine"].keys()
+    assert "torch" in evidence["versions"]
+    assert evidence["arguments"] == {"height": 32, "width": 48, "max_sequence_length": 8}
+    assert {entry["kind"] for entry in evidence["candidates"]} >= {"fine", "steps", "static"}
+    assert evidence["winner"] in evidence["held_out"]
+
+
+def test_report_lies_beside_the_artifact(calibrated: Path) -> None:
+    folder = calibrated.with_name("tiny-calibration")
+    report = json.loads((folder / "calibration-8.json").read_text())
+    assert report["schema_version"] == 1
+    assert len(report["policies"]) == len(report["evidence"]["candidates"])
+    costs = [plan["cost"] for plan in report["front"]]
+    assert costs == sorted(costs, reverse=True)
+    with Image.open(folder / "pareto-8.png") as image:
+        assert image.width > 500
+
+
+def generate(path: Path, model: Path, tmp_path: Path, *extra: str) -> int:
+    arguments = ["--model", str(model), "--trust-code", "--max-sequence-length", "8"]
+    picture = ["--prompt", "a zebra", "-o", str(tmp_path / "a.png"), "--seed", "1"]
+    return main(["generate", str(path), *arguments, *picture, *extra])
+
+
+@pytest.mark.parametrize("choice", ["quality", "balanced", "fast", "0", "0.5", "1.0"])
+def test_generate_runs_what_was_calibrated(
+    calibrated: Path, model_folder: Path, tmp_path: Path, choice: str
+) -> None:
+    trace = tmp_path / "trace.json"
+    extra = ["--steps", "8", "--policy", choice, "--trace", str(trace)]
+    assert generate(calibrated, model_folder, tmp_path, *extra) == 0
+    (calibration,) = read_manifest(calibrated).calibrations
+    plan = calibration.plan(choice if choice in PRESETS else float(choice))
+    data = json.loads(trace.read_text())
+    run = data["pictures"][0]["trace"]
+    assert len(run["steps"]) == plan.num_inference_steps
+    assert plan.label in run["notes"][-1]
+    assert data["policy"] == {"calibrated": choice if choice in PRESETS else float(choice)}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--steps", "6", "--policy", "balanced"], "calibrated only for [8] steps"),
+        (["--steps", "8", "--policy", "2"], "got the speed 2.0; it lies between 0"),
+        (["--steps", "8", "--policy", "quick"], "quality, balanced, fast or a speed"),
+        (["--steps", "8", "--policy", "fast", "--tau", "0.1"], "belong to --policy dynamic"),
+    ],
+)
+def test_generate_refuses_what_was_not_calibrated(
+    calibrated: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    extra: list[str],
+    message: str,
+) -> None:
+    assert generate(calibrated, model_folder, tmp_path, *extra) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_generate_from_an_artifact_without_calibration(
+    artifact: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(artifact, model_folder, tmp_path, "--policy", "balanced") == 2
+    assert "not calibrated at all; run `ddit-rt calibrate" in capsys.readouterr().err
+
+
+def test_info_names_the_presets(calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(calibrated)]) == 0
+    text = capsys.readouterr().out
+    assert "calibrated   8 steps, speedup 1.4: quality " in text
+
+
+def test_second_step_count_joins_the_first(
+    calibrated: Path, options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "two.ddit"
+    shutil.copytree(calibrated, path)
+    target = ["--steps", "5", "--min-ssim", "0.2", "--json", "--out", str(tmp_path / "report")]
+    assert main(["calibrate", str(path), *options, *target]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["calibration"]["cost_unit"] == "ms"
+    # Too few steps for a coarse one between warm-up and tail: fewer steps alone are left.
+    assert {entry["kind"] for entry in data["calibration"]["evidence"]["candidates"]} == {
+        "fine",
+        "steps",
+    }
+    assert (tmp_path / "report" / "pareto-5.png").is_file()
+    assert [c.num_inference_steps for c in read_manifest(path).calibrations] == [5, 8]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--speedup", "50"], "no plan reaches speedup=50; the nearest is"),
+        (["--speedup", "0.5"], "speedup=0.5; it must lie between 1 and 1000"),
+        (["--min-ssim", "1"], "min_ssim=1.0"),
+        (["--budget-ms", "1e8"], "there is nothing to calibrate"),
+        (["--budget-ms", "5", "--cost", "tokens"], "a budget in ms needs cost ms"),
+        (["--speedup", "2", "--held-out-prompts", "9"], "got 4 different prompts"),
+        (["--speedup", "2", "--steps", "1"], "fewer than 2 steps"),
+        (["--speedup", "2", "--prompts", "none.txt"], "none.txt"),
+        (["--speedup", "2", "--min-ssim", "0.5"], "not allowed with"),
+        ([], "one of the arguments --speedup --min-ssim --budget-ms is required"),
+    ],
+)
+def test_bad_request_is_exit_2_and_changes_nothing(
+    artifact: Path,
+    options: list[str],
+    capsys: pytest.CaptureFixture[str],
+    extra: list[str],
+    message: str,
+) -> None:
+    before = (artifact / "manifest.json").read_bytes()
+    assert main(["calibrate", str(artifact), *options, "--steps", "8", *extra]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert (artifact / "manifest.json").read_bytes() == before
+
+
+def test_missing_extra_is_named(
+    artifact: Path, options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    import ddit_rt.cli.calibrate as module
+
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert main(["calibrate", str(artifact), *options, "--speedup", "2"]) == 2
+    assert "pip install 'ddit_rt[demo]'" in capsys.readouterr().err
+
+
+def test_untrusted_artifact_is_exit_3(artifact: Path, options: list[str]) -> None:
+    arguments = [option for option in options if option != "--trust-code"]
+    assert main(["calibrate", str(artifact), *arguments, "--speedup", "2"]) == 3
