@@ -69,7 +69,7 @@ def search(
         for index, target in enumerate(targets):
             share = 0.6 + 0.4 * index / (len(targets) - 1) if len(targets) > 1 else 1
             ledger.limit = max(1, round(evaluations * share))
-            race = Race(ledger=ledger, target=target, costs=costs, best=main)
+            race = Race(ledger=ledger, target=target, costs=costs, best=_nearest(ledger, target))
             with suppress(BudgetSpent):
                 race.run(family)
             main = main or race.best
@@ -78,3 +78,13 @@ def search(
         assert main is not None, "every budget is at least one evaluation"
         found[family.kind] = Found(points=list(ledger.points.values()), template=main.template)
     return found
+
+
+def _nearest(ledger: Ledger, target: Target) -> Best | None:
+    """Of what was measured for another target, the level that serves this one best."""
+    best: Best | None = None
+    for template, levels in ledger.levels.items():
+        for level, point in levels.items():
+            if best is None or target.better(point, best.point):
+                best = Best(template=template, level=level, point=point)
+    return best

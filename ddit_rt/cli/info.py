@@ -114,8 +114,10 @@ def _policy_text(policy: dict[str, Any]) -> str:
 
 
 def _calibration_line(entry: dict[str, Any]) -> str:
+    from ddit_rt.artifact import PRESETS
+
     ((name, value),) = entry["target"].items()
-    presets = ", ".join(f"{k} {plan['speedup']:.2f}x" for k, plan in entry["presets"].items())
+    presets = ", ".join(f"{key} {entry['presets'][key]['speedup']:.2f}x" for key in PRESETS)
     return f"  calibrated   {entry['num_inference_steps']} steps, {name} {value:g}: {presets}"
 
 
