@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,9 +39,7 @@ class TorchBuckets:
         self._busy_cycles = busy_cycles
         self.counts = torch.zeros(len(self._table), dtype=torch.int32, device="cuda")
         loop["latents"].zero_()  # the warm-up reads it, and row 0 of the table
-        self._captured = [
-            capture(lambda index=index: self.run(index)) for index in range(len(self._table))
-        ]
+        self._captured = [capture(partial(self.run, i)) for i in range(len(self._table))]
         self.graphs = [
             (f"{2**index}p", graph.raw_cuda_graph()) for index, graph in enumerate(self._captured)
         ]
