@@ -195,17 +195,18 @@ class _Run:
             start, path = latest
             self._accelerator.load_state(str(path))
         check = min(config.steps, max(_CHECK_AFTER, 2 * config.optimizer.warmup_steps))
-        began = time.perf_counter()
+        began, recent = time.perf_counter(), list[dict[int, Tensor]]()
         shown = self._progress and self._accelerator.is_main_process
         with tqdm(
             total=config.steps, initial=start, desc="train", unit="step", disable=not shown
         ) as bar:
             for step in range(start, config.steps):
-                losses = self._step(step)
+                recent.append(self._step(step))
                 bar.update()
                 done = step + 1
                 if done % config.log_every == 0 or done == config.steps:
-                    self._log(done, losses, bar)
+                    self._log(done, recent, bar)
+                    recent.clear()
                 if done == check:
                     self._check(done)
                 if config.sample_every and done % config.sample_every == 0:
@@ -216,17 +217,20 @@ class _Run:
         return (time.perf_counter() - began) / count if count else None
 
     def _step(self, step: int) -> dict[int, Tensor]:
-        """One optimizer step; the losses of its last forward pass."""
+        """One optimizer step; its mean losses."""
         config, accelerator = self._config, self._accelerator
         rate = learning_rate_at(config.optimizer, step, config.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        losses: dict[int, Tensor] = {}
+        means = dict.fromkeys(config.multiples, torch.zeros((), device=accelerator.device))
         for part in range(config.accumulate):
             states = to_device(self._source.batch(step, part), accelerator.device)
             with accelerator.accumulate(self._model):
                 errors = self._model(Student.errors, states)
                 losses = {m: self._weigh(error, states.sigmas) for m, error in errors.items()}
+                means = {
+                    m: means[m] + loss.detach() / config.accumulate for m, loss in losses.items()
+                }
                 total = torch.stack([config.weights[m] * loss for m, loss in losses.items()]).sum()
                 accelerator.backward(total)
                 if accelerator.sync_gradients:
@@ -234,14 +238,18 @@ class _Run:
                 self._optimizer.step()
                 self._optimizer.zero_grad()
         self._average.update()
-        return losses
+        return means
 
     def _weigh(self, error: Tensor, sigmas: Tensor) -> Tensor:
         """Mean loss of a batch."""
         return (error * sigmas.square() if self._config.weighting == "clean" else error).mean()
 
-    def _log(self, done: int, losses: dict[int, Tensor], bar: Any) -> None:
-        values = {patch_name(multiple): float(loss.detach()) for multiple, loss in losses.items()}
+    def _log(self, done: int, recent: list[dict[int, Tensor]], bar: Any) -> None:
+        """Means over the steps since the last entry: single batches differ by their levels."""
+        values = {
+            patch_name(multiple): float(torch.stack([losses[multiple] for losses in recent]).mean())
+            for multiple in self._config.multiples
+        }
         bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
         logged = {f"loss/{name}": value for name, value in values.items()}
         group = self._optimizer.param_groups[0]

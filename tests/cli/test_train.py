@@ -8,7 +8,7 @@ import pytest
 from ddit_rt.cli import main
 
 TINY = ["--height", "64", "--width", "64", "--rank", "4", "--batch-size", "2", "--steps", "2"]
-SHORT = ["--sampling-steps", "5", "--sample-every", "0", "--checkpoint-every", "1"]
+SHORT = ["--sampling-steps", "4", "--sample-every", "0", "--checkpoint-every", "1"]
 
 
 @pytest.fixture
