@@ -16,6 +16,8 @@ from ddit_rt.training.velocities import Earlier, States
 
 _MAX_RUN = 8
 """Longest run of coarse steps after one at p that is trained."""
+_HELD = 16
+"""Most rows that are kept for the probe; never more than an eighth."""
 _STEP = (0.02, 0.06)
 """Distance of two noise levels in runs that are made up from pictures: 50 to 16 steps."""
 
@@ -30,6 +32,10 @@ class StateSource:
         self._config = config
         self._process = process
         self._processes = processes
+        # Kept from training, so that the probe shows what is learnt and not what is remembered.
+        held = _HELD if len(cache) >= 8 * _HELD else len(cache) // 8
+        self._trained = len(cache) - held
+        self._held = list(range(self._trained, len(cache))) or list(range(len(cache)))
         self._epoch: tuple[int, list[int]] | None = None
         self._sigmas = cache.sigmas
         if self._sigmas is not None and not bool((self._sigmas >= config.times.minimum).any()):
@@ -55,10 +61,12 @@ class StateSource:
         return draw(rows, levels, rng)
 
     def probe(self, size: int) -> States:
-        """A batch for comparisons, the same at every time; it shares no draw with training."""
+        """A batch for comparisons, the same at every time, of rows that are not trained on.
+
+        A cache of fewer than eight rows has none to spare: there they are training rows.
+        """
         rng = torch.Generator().manual_seed(self._seed(2**31 - 1, 0))
-        order = torch.randperm(len(self._cache), generator=rng).tolist()
-        rows = [order[index % len(order)] for index in range(size)]
+        rows = [self._held[index % len(self._held)] for index in range(size)]
         levels = draw_levels(self._config.times, size, rng)
         draw = self._of_pictures if self._sigmas is None else self._of_trajectories
         return draw(rows, levels, rng)
@@ -69,10 +77,10 @@ class StateSource:
 
     def _row(self, position: int) -> int:
         """The cache's row at a place of the endless, freshly shuffled series."""
-        epoch, place = divmod(position, len(self._cache))
+        epoch, place = divmod(position, self._trained)
         if self._epoch is None or self._epoch[0] != epoch:
             rng = torch.Generator().manual_seed(self._config.seed * 1_000_003 + epoch)
-            self._epoch = epoch, torch.randperm(len(self._cache), generator=rng).tolist()
+            self._epoch = epoch, torch.randperm(self._trained, generator=rng).tolist()
         return self._epoch[1][place]
 
     def _follows(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:

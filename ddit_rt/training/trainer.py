@@ -37,7 +37,7 @@ from ddit_rt.training.optimizers import WeightAverage, build_optimizer, learning
 from ddit_rt.training.states import StateSource, to_device
 from ddit_rt.training.student import Student
 
-_PROBE = 16
+_PROBE = 32
 _GRID_PROMPTS = 4
 _CHECK_AFTER = 100
 _GAIN_SEED = 1_000_000

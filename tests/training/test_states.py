@@ -114,3 +114,15 @@ def test_trajectories_without_a_level_to_train_are_refused(trajectories: LatentC
     trajectories.index["sigmas"] = [0.05, 0.01]
     with pytest.raises(ValueError, match=r"all below minimum=0\.1"):
         StateSource(trajectories, CONFIG)
+
+
+def test_probe_holds_rows_that_are_not_trained_on(
+    tmp_path: Path, own_data: DataConfig, pipeline: FluxPipeline
+) -> None:
+    """Sixteen trajectories: the last two are kept."""
+    cache = opened(tmp_path / "cache", dataclasses.replace(own_data, limit=16), pipeline)
+    source = StateSource(cache, dataclasses.replace(CONFIG, batch_size=14))
+    trained = {source._row(position) for position in range(28)}
+    assert trained == set(range(14))
+    assert source._held == [14, 15]
+    assert torch.equal(source.probe(5).latents, source.probe(5).latents)
