@@ -27,6 +27,6 @@ random.Random(0).shuffle(captions)
 (folder / "held_out.txt").write_text("\n".join(held_out_prompts(24)) + "\n")
 PYTHON
 "$root/.venv/bin/ddit-rt" train demo --self "$out/run/prompts.txt" --out "$out" \
-  --gain-prompts "$out/run/held_out.txt" --limit 512 --encode-batch 16 \
-  --batch-size 16 --steps 1500 --lr 1e-3 --warmup-steps 50 --ema 0.995 \
+  --gain-prompts "$out/run/held_out.txt" --limit 768 --encode-batch 16 \
+  --batch-size 16 --steps 1200 --lr 5e-4 --weighting clean --warmup-steps 50 --ema 0.995 \
   --save-dtype float16 --sample-every 500 --checkpoint-every 250 "$@"
