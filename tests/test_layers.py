@@ -16,7 +16,7 @@ LAYERS = (
     {"compilation", "executor", "training"},
     {"pipeline"},
     {"demo"},
-    {"calibration"},
+    {"calibration", "evaluation"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
