@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,3 +68,40 @@ def test_bad_request_is_exit_2(
     arguments = ["train", str(model_folder), "--out", str(tmp_path / "out"), *TINY, *extra]
     assert main(arguments) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_process_that_is_killed_twice_ends_as_one_that_is_not(
+    model_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """SIGKILL while trajectories are cached, and in the middle of training: equal to the bit."""
+    rest = [*TINY, *SHORT, "--steps", "16", "--limit", "16", "--encode-batch", "1"]
+
+    def command(name: str) -> list[str]:
+        arguments = ["train", str(model_folder), "--self", str(prompts), "--out"]
+        return [sys.executable, "-m", "ddit_rt.cli", *arguments, str(tmp_path / name), *rest]
+
+    def kill_when(exists: str) -> None:
+        with subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL) as process:
+            while not (tmp_path / "killed" / exists).exists():
+                assert process.poll() is None, "it ended before it could be killed"
+                time.sleep(0.005)
+            os.kill(process.pid, signal.SIGKILL)
+
+    kill_when("run/cache")
+    assert not (tmp_path / "killed/run/cache/index.json").exists()
+    kill_when("run/checkpoints/step-000003")
+    assert not (tmp_path / "killed/2p").exists()
+    for name in ("killed", "whole"):
+        subprocess.run(command(name), check=True, capture_output=True)
+    paths = sorted(path.relative_to(tmp_path / "whole") for path in _weights(tmp_path / "whole"))
+    assert {path.name for path in paths} == {
+        "adapter_model.safetensors",
+        "patch_adapter.safetensors",
+    }
+    for path in paths:
+        assert (tmp_path / "killed" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
+
+
+def _weights(folder: Path) -> list[Path]:
+    return list(folder.glob("*p/*.safetensors"))
