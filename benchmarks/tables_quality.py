@@ -44,7 +44,8 @@ def quality_demo(report: Mapping[str, Any]) -> str:
         ("Claims", _claims(report["claims"])),
     ]
     lines = [line for title, part in parts if part for line in (f"**{title}**", "", *part, "")]
-    return "\n".join([*lines, _conditions(report), ""])
+    plot = "![SSIM and feature distance against time, plan by plan](docs/quality_demo.png)"
+    return "\n".join([plot, "", *lines, _conditions(report), ""])
 
 
 def _plans(rows: Sequence[Row]) -> list[str]:
