@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tables_cuda import flux_cuda, ops_cuda
+from tables_quality import quality_demo
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -118,6 +119,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "ops_cpu": ops_cpu,
     "flux_cuda": flux_cuda,
     "ops_cuda": ops_cuda,
+    "quality_demo": quality_demo,
 }
 
 

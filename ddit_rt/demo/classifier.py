@@ -42,10 +42,14 @@ class AttributeClassifier(nn.Module):
         Returns:
             ``[B, 22]`` scores: shape, colour, background, background colour, one after another.
         """
+        features = self.feature_maps(pictures)
+        return torch.as_tensor(self.head(F.adaptive_avg_pool2d(features, 4).flatten(1)))
+
+    def feature_maps(self, pictures: torch.Tensor) -> torch.Tensor:
+        """What the last layer sees before it averages, ``[B, 64, 8, 8]``."""
         if pictures.shape[-2:] != (_SIDE, _SIDE):
             pictures = F.interpolate(pictures, (_SIDE, _SIDE), mode="bilinear")
-        features = self.features(pictures * 2 - 1)
-        return torch.as_tensor(self.head(F.adaptive_avg_pool2d(features, 4).flatten(1)))
+        return torch.as_tensor(self.features(pictures * 2 - 1))
 
 
 def weights_path() -> pathlib.Path:
@@ -87,3 +91,20 @@ def attribute_hits(
         name: part.argmax(1) == labels[:, i]
         for i, (name, part) in enumerate(zip(ATTRIBUTE_SIZES, parts, strict=True))
     }
+
+
+def picture_features(classifier: AttributeClassifier, pictures: torch.Tensor) -> torch.Tensor:
+    """Features for a Fréchet distance between sets of pictures.
+
+    Means over the whole picture of the classifier's last 64 channels: few enough that some hundred
+    pictures give their covariance, and without a place in the picture, as Inception's are.
+
+    Args:
+        classifier: A trained classifier.
+        pictures: ``[B, 3, H, W]`` RGB in [0, 1].
+
+    Returns:
+        ``[B, 64]``.
+    """
+    with torch.no_grad():
+        return classifier.feature_maps(pictures.float()).mean(dim=(2, 3))

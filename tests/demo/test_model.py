@@ -5,9 +5,15 @@ import torch
 from diffusers import FluxPipeline
 
 from ddit_rt.demo import model_path
-from ddit_rt.demo.classifier import attribute_hits, load_classifier, weights_path
+from ddit_rt.demo.classifier import (
+    attribute_hits,
+    load_classifier,
+    picture_features,
+    weights_path,
+)
 from ddit_rt.demo.pictures import PictureConfig, draw_series, parse_caption
 from ddit_rt.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_prompts
+from ddit_rt.evaluation import frechet_distance, gaussian
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +33,22 @@ def test_classifier_reads_drawn_pictures() -> None:
     pictures, drawn = draw_series(PictureConfig(), seed=99, start=0, count=48)
     hits = attribute_hits(load_classifier(), torch.from_numpy(pictures) / 255, drawn)
     assert all(hit.float().mean() >= 0.95 for hit in hits.values())
+
+
+def test_distance_of_features_grows_with_blur() -> None:
+    drawn, _ = draw_series(PictureConfig(), seed=99, start=0, count=96)
+    pictures = torch.from_numpy(drawn) / 255
+    gaussians = []
+    for width in (1, 3, 7, 15):
+        blurred = torch.nn.functional.avg_pool2d(pictures, width, stride=1, padding=width // 2)
+        features = picture_features(load_classifier(), blurred)
+        assert features.shape == (96, 64)
+        gaussians.append(gaussian(features.double().numpy()))
+    found = [frechet_distance(*gaussians[0], *other) for other in gaussians]
+    # 64 eigenvalues of order 1, in double.
+    assert found[0] < 1e-10
+    assert found == sorted(found)
+    assert found[-1] > 10 * found[1]
 
 
 def test_classifier_names_both_counts_when_they_differ() -> None:

@@ -1,0 +1,120 @@
+"""Ways to take a coarse step, each as an engine of its own around the demo pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ddit_rt
+from ddit_rt.adapters import AdapterConfig, AdapterSet, PatchAdapter, load_adapters
+from ddit_rt.families import family_of
+from ddit_rt.patch_scheduler import patch_name
+
+TRAINING_FREE = "training_free"
+PAPER_UNTRAINED, PAPER_TRAINED, SNR_TRAINED = "paper_untrained", "paper_trained", "snr_trained"
+LABELS = {
+    PAPER_UNTRAINED: "paper's initialisation, untrained",
+    TRAINING_FREE: "SNR-matched, untrained",
+    PAPER_TRAINED: "paper's adapters, trained",
+    SNR_TRAINED: "SNR-matched, trained",
+}
+"""In the order of the tables."""
+COARSE = ("2p", "4p")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CoarsePath:
+    """One way to take a coarse step.
+
+    Attributes:
+        engine: An engine that takes it.
+        fingerprint: Of its adapters' weights; empty without any.
+        folder: Where they came from, for the record.
+    """
+
+    engine: Any
+    fingerprint: str = ""
+    folder: str | None = None
+
+
+def build_paths(
+    pipeline: Any,
+    folders: Mapping[str, Path | None],
+    *,
+    untrained: bool = True,
+    **compile_arguments: Any,
+) -> tuple[dict[str, CoarsePath], dict[str, str]]:
+    """Compiles an engine for every path that there is.
+
+    Args:
+        pipeline: The demo pipeline.
+        folders: Folder of the trained adapters of `PAPER_TRAINED` and `SNR_TRAINED`, or None.
+        untrained: Whether to build the paper's initialisation too.
+        compile_arguments: Further arguments of `ddit_rt.compile`.
+
+    Returns:
+        The paths, and for each that is missing the reason.
+
+    Raises:
+        ValueError: Adapters of another variant, or without one of the sizes.
+    """
+    sets: dict[str, tuple[AdapterSet | None, Path | None]] = {TRAINING_FREE: (None, None)}
+    missing: dict[str, str] = {}
+    if untrained:
+        sets[PAPER_UNTRAINED] = (untrained_paper(pipeline), None)
+    for name, variant in ((PAPER_TRAINED, "paper"), (SNR_TRAINED, "snr")):
+        folder = folders.get(name)
+        if folder is None:
+            missing[name] = "no folder of adapters was given"
+        else:
+            sets[name] = (trained(pipeline, folder, variant), folder)
+    paths = {
+        name: CoarsePath(
+            engine=ddit_rt.compile(
+                pipeline, patch_sizes=("p", *COARSE), adapter=adapters, **compile_arguments
+            ),
+            fingerprint="" if adapters is None else adapter_fingerprint(adapters),
+            folder=None if folder is None else folder.name,
+        )
+        for name, (adapters, folder) in sets.items()
+    }
+    return paths, missing
+
+
+def untrained_paper(pipeline: Any) -> AdapterSet:
+    """The paper's initialisation: the base model's layers resized, no LoRA, a residual of zero."""
+    transformer = pipeline.transformer
+    configs = [AdapterConfig(patch=size, rank=1, variant="paper") for size in COARSE]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the residual is zero whatever is drawn; the fingerprint is not
+        made = [PatchAdapter.from_base(c, family_of(transformer), transformer) for c in configs]
+    return AdapterSet(
+        adapters={adapter.config.multiple: adapter.requires_grad_(False) for adapter in made}
+    )
+
+
+def trained(pipeline: Any, folder: Path, variant: str) -> AdapterSet:
+    """Adapters of `ddit-rt train`, checked to be what a table will call them."""
+    transformer = pipeline.transformer
+    adapters = load_adapters(folder, family_of(transformer), transformer)
+    found = {patch_name(m): a.config.variant for m, a in adapters.adapters.items()}
+    expected = dict.fromkeys(COARSE, variant)
+    if found != expected:
+        raise ValueError(f"{folder} holds the adapters {found}; expected {expected}")
+    return adapters
+
+
+def adapter_fingerprint(adapters: AdapterSet) -> str:
+    """SHA-256 of all weights."""
+    digest = hashlib.sha256()
+    for multiple, adapter in sorted(adapters.adapters.items()):
+        tensors = {**adapter.state_dict(), **adapter.lora}
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{multiple}|{name}|{tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,172 @@
+"""The ablations: which plans stand in which table of `quality_demo.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quality_loop import HostRule
+from quality_paths import LABELS, TRAINING_FREE
+from quality_rivals import MakePolicy, Matcher, with_fewer_steps
+from quality_runs import Plan, fine
+
+from ddit_rt.calibration.plans import Static
+from ddit_rt.patch_scheduler import DDiTPolicy, StaticPolicy
+
+Row = dict[str, Any]
+PAPER_TAU, PAPER_RHO = 1e-3, 0.4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """Values that the tables go through.
+
+    Attributes:
+        taus: Of the paper's rule, as they are.
+        rhos: Quantiles, `PAPER_RHO` among them.
+        shares: Token shares at which dynamic and static plans are compared.
+        step_counts: Denoising steps.
+    """
+
+    taus: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 1e-2)
+    rhos: tuple[float, ...] = (0.1, 0.25, PAPER_RHO, 0.6, 0.9)
+    shares: tuple[float, ...] = (0.65, 0.5, 0.35)
+    step_counts: tuple[int, ...] = (12, 28, 50)
+
+
+QUICK_GRID = Grid(taus=(PAPER_TAU,), rhos=(0.25, PAPER_RHO), shares=(0.6,), step_counts=(5, 7))
+
+
+def paper_rule(tau: float, *, rho: float = PAPER_RHO, order: int = 3) -> DDiTPolicy:
+    """The paper's rule; three warm-up steps at any order, so that only the difference differs."""
+    return replace(DDiTPolicy.paper(tau, rho), order=order, warmup_steps=3)
+
+
+def default_rule(tau: float) -> DDiTPolicy:
+    """The product's rule. 4p has half the tau of 2p, at which the two err about as much."""
+    return DDiTPolicy(tau={"2p": tau, "4p": tau / 2})
+
+
+def make_table(name: str, matcher: Matcher, grid: Grid) -> list[Row]:
+    """The rows of a table, each followed by its rivals.
+
+    Args:
+        name: One of `TABLES`.
+        matcher: Makes the rows.
+        grid: Values to go through.
+    """
+    return with_fewer_steps(matcher.judge, TABLES[name](matcher, grid))
+
+
+def _order(matcher: Matcher, _grid: Grid) -> list[Row]:
+    rows = [
+        matcher.matched(f"order_{order}", f"order {order}", _of_order(order)) for order in (1, 2, 3)
+    ]
+    return [*rows, *matcher.static_of(rows[-1])]
+
+
+def _of_order(order: int) -> MakePolicy:
+    return lambda tau: paper_rule(tau, order=order)
+
+
+def _tau(matcher: Matcher, grid: Grid) -> list[Row]:
+    rows: list[Row] = []
+    for tau in grid.taus:
+        row = matcher.row(f"tau_{tau:g}", f"tau {tau:g}", "dynamic", paper_rule(tau))
+        rows += [row, *matcher.static_of(row)]
+    return rows
+
+
+def _rho(matcher: Matcher, grid: Grid) -> list[Row]:
+    rows = {rho: matcher.matched(f"rho_{rho:g}", f"rho {rho:g}", _of_rho(rho)) for rho in grid.rhos}
+    return [*rows.values(), *matcher.static_of(rows[PAPER_RHO])]
+
+
+def _of_rho(rho: float) -> MakePolicy:
+    return lambda tau: paper_rule(tau, rho=rho)
+
+
+def _statistic(matcher: Matcher, _grid: Grid) -> list[Row]:
+    matcher = replace(matcher, path=TRAINING_FREE)  # the only one that the plain loop runs
+    quantile = matcher.matched("quantile", f"quantile {PAPER_RHO:g}", paper_rule)
+    mean = matcher.matched("mean", "mean", lambda tau: HostRule(tau=tau, statistic="mean"))
+    return [quantile, mean, *matcher.static_of(quantile)]
+
+
+def _adapters(matcher: Matcher, _grid: Grid) -> list[Row]:
+    judge, steps = matcher.judge, matcher.steps
+    return [
+        judge.row(
+            f"{key}/{path}",
+            f"{label}: {title}",
+            "static",
+            Plan(policy=policy, steps=steps, path=path),
+            steps,
+        )
+        for key, label, policy in adapter_plans(steps)
+        for path, title in LABELS.items()
+        if path in judge.runs.paths
+    ]
+
+
+def adapter_plans(steps: int) -> list[tuple[str, str, StaticPolicy]]:
+    """Static plans that the coarse steps are compared on: key, label, policy."""
+    interleaved = Static(steps=steps, coarse=("2p",))
+    policy = interleaved.at(interleaved.levels).policy
+    assert isinstance(policy, StaticPolicy)
+    return [
+        ("2p_40", "2p for 40%", StaticPolicy("2p:0.4,p")),
+        ("2p_60", "2p for 60%", StaticPolicy("2p:0.6,p")),
+        ("2p_80", "2p for 80%", StaticPolicy("2p:0.8,p")),
+        ("4p_20_2p_60", "4p for 20%, 2p to 60%", StaticPolicy("4p:0.2,2p:0.4,p")),
+        ("interleaved", "2p, every fourth step at p", policy),
+    ]
+
+
+def _static_dynamic(matcher: Matcher, grid: Grid) -> list[Row]:
+    rows: list[Row] = []
+    for share in grid.shares:
+        own = replace(matcher, share=share)
+        for key, label, make in _RULES:
+            row = own.matched(f"{key}_{share:g}", f"{label}, {share:.0%}", make)
+            rows += [row, *own.static_of(row)]
+    return rows
+
+
+_RULES: tuple[tuple[str, str, MakePolicy], ...] = (
+    ("paper", "dynamic, the paper's rule", paper_rule),
+    ("default", "dynamic, default rule", default_rule),
+)
+
+
+def _steps(matcher: Matcher, grid: Grid) -> list[Row]:
+    judge, most = matcher.judge, max(grid.step_counts)
+    rows: list[Row] = []
+    for count in grid.step_counts:
+        own = replace(matcher, steps=count)
+        paper = own.row(
+            f"paper_{count}",
+            f"{count} steps, the paper's rule at its tau",
+            "dynamic",
+            paper_rule(PAPER_TAU),
+        )
+        row = own.matched(f"default_{count}", f"{count} steps, dynamic, default rule", default_rule)
+        rows += [paper, row, *own.static_of(row)]
+    between = [
+        judge.row(f"{n}_of_{most}", f"{n} fine steps against {most}", "reference", fine(n), most)
+        for n in grid.step_counts
+        if n < most
+    ]
+    return [*rows, *between]
+
+
+TABLES: dict[str, Callable[[Matcher, Grid], list[Row]]] = {
+    "order": _order,
+    "tau": _tau,
+    "rho": _rho,
+    "statistic": _statistic,
+    "adapters": _adapters,
+    "static_dynamic": _static_dynamic,
+    "steps": _steps,
+}

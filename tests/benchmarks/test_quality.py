@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from ddit_rt import ops
+from ddit_rt.adapters import AdapterConfig, AdapterSet, PatchAdapter, save_adapters
+from ddit_rt.calibration.points import Prompt
+from ddit_rt.demo import model_path
+from ddit_rt.demo.prompts import held_out_prompts
+from ddit_rt.families import family_of
+from ddit_rt.patch_scheduler import DDiTPolicy
+
+ARGUMENTS = {"height": 64, "width": 64, "max_sequence_length": 16}
+TABLES = ["statistic", "adapters", "static_dynamic"]
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    pipeline = FluxPipeline.from_pretrained(model_path())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def folders(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Untrained adapters of both variants, in the place of trained ones."""
+    made = {}
+    transformer = pipeline.transformer
+    family = family_of(transformer)
+    for variant in ("paper", "snr"):
+        configs = [AdapterConfig(patch=size, rank=2, variant=variant) for size in ("2p", "4p")]
+        adapters = [PatchAdapter.from_base(c, family, transformer) for c in configs]
+        made[variant] = tmp_path_factory.mktemp(variant)
+        by_multiple = {adapter.config.multiple: adapter for adapter in adapters}
+        save_adapters(AdapterSet(adapters=by_multiple), made[variant], family, transformer)
+    return made
+
+
+def test_quick_run_matches_costs_and_goes_on_from_what_it_kept(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, cache = tmp_path / "quick.json", tmp_path / "cache"
+    arguments = ["--quick", "--out", str(out), "--cache", str(cache)]
+    arguments += ["--adapters-snr", str(folders["snr"]), "--adapters-paper", str(folders["paper"])]
+    bench = import_module("bench_quality")
+    assert bench.main([*arguments, "--tables", *TABLES]) == 0
+    report = strict(out)
+    assert list(report["tables"]) == TABLES
+    check_rivals(report)
+    check_paths(report)
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    text = import_module("tables_quality").quality_demo(report)
+    assert "SNR, trained" in text
+    assert "Not measured" not in text
+    assert "better than fewer fine steps at equal time" in text
+    capsys.readouterr()
+    assert bench.main([*arguments, "--tables", "adapters"]) == 0
+    assert "adapters: 0 pictures" in capsys.readouterr().err
+    again = strict(out)
+    assert again["tables"] == report["tables"]
+    assert again["costs"] == report["costs"]
+
+
+def check_rivals(report: dict[str, Any]) -> None:
+    """Rivals cost no more than their plan, and one more step would."""
+    step = report["costs"]["milliseconds"]["training_free"]["p"]
+    for rows in report["tables"].values():
+        by_name = {row["name"]: row for row in rows}
+        assert len(by_name) == len(rows)
+        for row in rows:
+            if "static" in row:
+                assert by_name[row["static"]]["loop_ms"] <= row["loop_ms"] * (1 + 1e-12)
+            if "fewer_steps" in row:
+                rival = by_name[row["fewer_steps"]["equal_time"]]
+                assert rival["loop_ms"] == pytest.approx(rival["steps"] * step)
+                # The least is one step, the most as many as the reference has.
+                if 1 < rival["steps"] < row["reference_steps"]:
+                    assert rival["loop_ms"] <= row["loop_ms"] < rival["loop_ms"] + step
+                assert by_name[row["fewer_steps"]["equal_tokens"]]["tokens"] <= row["tokens"]
+
+
+def check_paths(report: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in report["tables"]["adapters"]}
+    assert report["missing"] == {}
+    for plan in ("2p_40", "2p_60", "2p_80", "4p_20_2p_60", "interleaved"):
+        # Without training, an adapter is the step that it starts from.
+        for trained, untrained in (
+            ("snr_trained", "training_free"),
+            ("paper_trained", "paper_untrained"),
+        ):
+            pair = rows[f"{plan}/{trained}"], rows[f"{plan}/{untrained}"]
+            # Rounding may flip a byte of a pixel here and there.
+            assert pair[0]["ssim"]["value"] == pytest.approx(pair[1]["ssim"]["value"], abs=1e-4)
+        free = rows[f"{plan}/training_free"]
+        assert free["ssim"]["value"] > rows[f"{plan}/paper_untrained"]["ssim"]["value"]
+        assert free["ssim"]["low"] <= free["ssim"]["value"] <= free["ssim"]["high"]
+
+
+def strict(path: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    data: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse)
+    return data
+
+
+def test_plain_loop_decides_and_draws_as_the_engine_does(pipeline: Any) -> None:
+    quality_loop, quality_runs = import_module("quality_loop"), import_module("quality_runs")
+    paths, missing = import_module("quality_paths").build_paths(
+        pipeline, {}, untrained=False, backend="eager", progress=False
+    )
+    assert set(missing) == {"paper_trained", "snr_trained"}
+    runs = quality_runs.PictureRuns(paths=paths, arguments=ARGUMENTS)
+    prompts = [Prompt(text=text, seed=seed) for seed, text in enumerate(held_out_prompts(2))]
+    tau = 2e-2
+    made = [
+        runs.run(quality_runs.Plan(policy=policy, steps=9), prompts)
+        for policy in (
+            DDiTPolicy.paper(tau),
+            quality_loop.HostRule(tau=tau, statistic="quantile"),
+        )
+    ]
+    assert made[0].sizes == made[1].sizes
+    assert {size for sizes in made[0].sizes for size in sizes} > {"p"}
+    # The solvers round differently; a byte of a pixel may differ by one.
+    for own, other in zip(made[0].pictures, made[1].pictures, strict=True):
+        assert np.abs(own.astype(int) - other.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_plain_scores_agree_with_the_native_op_and_with_a_mean_by_hand(order: int) -> None:
+    rule = import_module("quality_loop").HostRule
+    history = torch.randn(4, 1, 3, 8, 8, generator=torch.Generator().manual_seed(order))
+    native = ops.patch_scores(history, [2, 4], 0.4, order, 0)[0].tolist()
+    quantile = rule(tau=1.0, statistic="quantile", order=order)
+    # The op computes in float32.
+    own = [quantile.score(list(history), patch) for patch in (2, 4)]
+    assert own == pytest.approx(native, rel=1e-5)
+    z = history[:, 0].double().numpy()
+    difference = -np.diff(z[: order + 1], n=order, axis=0)[0] * (-1) ** (order + 1)
+    deviations = [
+        difference[:, row : row + 4, column : column + 4].std(ddof=1)
+        for row in (0, 4)
+        for column in (0, 4)
+    ]
+    mean = rule(tau=1.0, statistic="mean", order=order).score(list(history), 4)
+    assert mean == pytest.approx(np.mean(deviations), rel=1e-12)
+
+
+def test_rule_is_fine_until_there_is_a_difference_then_takes_the_largest_fitting_size() -> None:
+    rule = import_module("quality_loop").HostRule(tau=1e-6)
+    flat = [torch.zeros(1, 3, 8, 8)] * 4
+    assert rule.choose(flat[:3], [1, 2, 4], 2) == 1
+    assert rule.choose(flat, [1, 2, 4], 2) == 4
+    rough = [torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), *flat[1:]]
+    assert rule.choose(rough, [1, 2, 4], 2) == 1
+    with pytest.raises(ValueError, match="statistic='median'"):
+        type(rule)(tau=1.0, statistic="median")
+
+
+def test_adapters_of_another_variant_are_refused(pipeline: Any, folders: dict[str, Path]) -> None:
+    paths = import_module("quality_paths")
+    with pytest.raises(ValueError, match="expected {'2p': 'paper', '4p': 'paper'}"):
+        paths.trained(pipeline, folders["snr"], "paper")
+    fingerprints = {
+        paths.adapter_fingerprint(paths.trained(pipeline, folders[variant], variant))
+        for variant in ("paper", "snr")
+    }
+    assert len(fingerprints) == 2
+
+
+def entry(name: str, ssim: list[float], **values: Any) -> dict[str, Any]:
+    return {"name": name, "kind": "dynamic", "ssim_per_prompt": ssim, **values}
+
+
+@pytest.mark.parametrize(
+    ("ours", "share", "verdict"),
+    [
+        ([0.91, 0.92, 0.95], 0.5, "yes"),
+        ([0.71, 0.72, 0.75], 0.5, "no"),
+        ([0.91, 0.72, 0.80], 0.5, "undecided"),
+        ([0.91, 0.92, 0.95], 0.6, "unequal cost"),
+    ],
+)
+def test_claims_follow_the_interval_of_the_paired_difference(
+    ours: list[float], share: float, verdict: str
+) -> None:
+    others = {"target_share": 0.5, "tokens_share": 0.5}
+    rows = [
+        entry("order_2", [0.8, 0.8, 0.8], **others),
+        entry("order_3", ours, target_share=0.5, tokens_share=share),
+    ]
+    (claim,) = import_module("quality_claims").claims({"order": rows})
+    assert claim["holds"] == verdict
+    assert claim["difference"]["value"] == pytest.approx(np.mean(ours) - 0.8)
+
+
+def test_reported_prompts_are_held_out_first_and_never_searched_with() -> None:
+    captions, search = import_module("bench_quality").captions_of(64, 6)
+    assert len(set(captions)) == 64
+    assert set(held_out_prompts()) <= set(captions)
+    assert not {prompt.text for prompt in search} & set(captions)
+    few, _ = import_module("bench_quality").captions_of(12, 6)
+    assert few == held_out_prompts(12)
