@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Trains patch adapters for the embedded demo model from its own trajectories: about 20 minutes on
-# two idle cores. A run that was cut off continues where it was; more arguments go to ddit-rt train.
+# Trains patch adapters for the embedded demo model: about 20 minutes on two idle cores. A run that
+# was cut off continues where it was; more arguments go to ddit-rt train.
 #
 #   scripts/train_demo_adapters.sh [OUT] [ARGUMENTS ...]      default OUT: demo_out/adapters
 #
-# Held-out captions (one in sixteen) are not trained on; the gain in OUT/README.md is measured there.
+# The pictures are drawn with seeds that the model was not trained on, and every state gets noise of its
+# own, so that nothing can be learnt by heart. Held-out captions (one in sixteen) are not drawn; the gain
+# in OUT/README.md is measured on those.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -14,19 +16,27 @@ if (($#)); then shift; fi
 mkdir -p "$out/run"
 "$root/.venv/bin/python" - "$out/run" <<'PYTHON'
 import pathlib
-import random
 import sys
 
-from ddit_rt.demo.pictures import all_attributes, is_held_out
+from PIL import Image
+
+from ddit_rt.demo.pictures import PictureConfig, draw_series
 from ddit_rt.demo.prompts import held_out_prompts
 
+COUNT, SEED = 2048, 1000
 folder = pathlib.Path(sys.argv[1])
-captions = [a.caption for a in all_attributes() if not is_held_out(a)]
-random.Random(0).shuffle(captions)
-(folder / "prompts.txt").write_text("\n".join(captions) + "\n")
 (folder / "held_out.txt").write_text("\n".join(held_out_prompts(24)) + "\n")
+pictures = folder / "pictures"
+if not pictures.exists():
+    partial = folder / "pictures.partial"
+    partial.mkdir(exist_ok=True)
+    for index in range(COUNT):
+        (pixels,), (attributes,) = draw_series(PictureConfig(), SEED, index, 1)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(partial / f"{index:05d}.png")
+        (partial / f"{index:05d}.txt").write_text(attributes.caption + "\n")
+    partial.rename(pictures)
 PYTHON
-"$root/.venv/bin/ddit-rt" train demo --self "$out/run/prompts.txt" --out "$out" \
-  --gain-prompts "$out/run/held_out.txt" --limit 768 --encode-batch 16 \
-  --batch-size 16 --steps 1200 --lr 5e-4 --weighting clean --warmup-steps 50 --ema 0.995 \
-  --save-dtype float16 --sample-every 500 --checkpoint-every 250 "$@"
+"$root/.venv/bin/ddit-rt" train demo --data "$out/run/pictures" --out "$out" \
+  --gain-prompts "$out/run/held_out.txt" --encode-batch 16 --batch-size 16 --steps 1200 --lr 2e-3 \
+  --weighting clean --warmup-steps 50 --ema 0.995 --save-dtype float16 --sample-every 0 \
+  --checkpoint-every 250 "$@"

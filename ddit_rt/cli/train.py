@@ -129,6 +129,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         cache=args.cache,
         restart=args.restart,
         save_dtype=None if args.save_dtype is None else getattr(torch, args.save_dtype),
+        model_name=args.model,
     )
     return _outcome(result)
 

@@ -94,16 +94,17 @@ class Gain:
 def measure_gain(
     student: Student, pipeline: Any, data: DataConfig, prompts: Sequence[str], seed: int
 ) -> list[Gain]:
-    """Runs every size for the first 60% of the steps, from the start and after three at p."""
+    """Runs every size for 60% of the steps, from the start and after three at p."""
     steps, coarse = data.sampling_steps, round(COARSE_SHARE * data.sampling_steps)
     render = _Renderer(student, pipeline, data, prompts, seed)
     fine = render([1] * steps)
     gains = []
     for multiple in student.multiples:
         for first, words in ((0, "from the start"), (_WARMUP, f"after {_WARMUP} steps at p")):
-            if coarse <= first:
+            rest = steps - first - coarse
+            if rest < 0:
                 continue
-            plan = [1] * first + [multiple] * (coarse - first) + [1] * (steps - coarse)
+            plan = [1] * first + [multiple] * coarse + [1] * rest
             psnr = {
                 name: _psnr(render(plan, make), fine)
                 for name, make in _paths(student, multiple).items()
@@ -111,7 +112,7 @@ def measure_gain(
             gains.append(
                 Gain(
                     patch=patch_name(multiple),
-                    plan=f"{coarse - first} of {steps} steps, {words}",
+                    plan=f"{coarse} of {steps} steps, {words}",
                     psnr=psnr,
                     prompts=len(prompts),
                 )

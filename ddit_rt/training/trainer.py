@@ -78,6 +78,7 @@ def train(
     cache: str | Path | None = None,
     restart: bool = False,
     save_dtype: torch.dtype | None = None,
+    model_name: str | None = None,
     progress: bool = True,
 ) -> TrainResult:
     """Trains adapters for a pipeline's transformer, which is left as it was.
@@ -95,6 +96,7 @@ def train(
         cache: Folder of latents and embeddings; by default `run/cache` under `out`.
         restart: Whether to throw an earlier run under `out` away; its cache is kept.
         save_dtype: To store the adapters in; by default float32.
+        model_name: Of the base model, for the card; by default what it was loaded from.
         progress: Whether to show progress bars on stderr.
 
     Raises:
@@ -121,7 +123,7 @@ def train(
     )
     try:
         run = _Run(pipeline, data, config, folder, student, cache, gain_prompts, progress)
-        return run.finish(run.loop(), save_dtype)
+        return run.finish(run.loop(), save_dtype, model_name or _name(pipeline))
     finally:
         student.unload()
 
@@ -276,7 +278,9 @@ class _Run:
         writer = self._accelerator.get_tracker("tensorboard", unwrap=True)
         writer.add_image("samples", grid.clamp(0, 1), done)
 
-    def finish(self, seconds_per_step: float | None, save_dtype: torch.dtype | None) -> TrainResult:
+    def finish(
+        self, seconds_per_step: float | None, save_dtype: torch.dtype | None, model_name: str
+    ) -> TrainResult:
         """Measures the gain and writes the folder."""
         config, accelerator, student = self._config, self._accelerator, self._student
         with self._average.applied():
@@ -294,7 +298,7 @@ class _Run:
                 adapters, self._folder, student.family, student.transformer, dtype=save_dtype
             )
             card = model_card(
-                model=_name(self._pipeline),
+                model=model_name,
                 config=config,
                 data=self._data,
                 samples=len(self.cache),

@@ -66,7 +66,14 @@ def taught(model: StepModel, states: States) -> States:
     if velocity is None:
         velocity = teacher(model, states.latents, states.sigmas, conditioning)
     if earlier is not None and earlier.velocity is None:
-        known = teacher(model, earlier.latents, earlier.sigmas, conditioning)
+        rows = earlier.used.nonzero()[:, 0]  # the others are never looked at
+        known = torch.zeros_like(earlier.latents)
+        known[rows] = teacher(
+            model,
+            earlier.latents[rows],
+            earlier.sigmas[rows],
+            {name: value[rows] for name, value in conditioning.items()},
+        )
         earlier = Earlier(**{**_fields(earlier), "velocity": known})
     return States(**{**_fields(states), "velocity": velocity, "earlier": earlier})
 
