@@ -37,6 +37,6 @@ if not pictures.exists():
     partial.rename(pictures)
 PYTHON
 "$root/.venv/bin/ddit-rt" train demo --data "$out/run/pictures" --out "$out" \
-  --gain-prompts "$out/run/held_out.txt" --encode-batch 16 --batch-size 16 --steps 1200 --lr 2e-3 \
+  --gain-prompts "$out/run/held_out.txt" --encode-batch 16 --batch-size 16 --steps 2000 --lr 3e-3 \
   --weighting clean --warmup-steps 50 --ema 0.995 --save-dtype float16 --sample-every 0 \
-  --checkpoint-every 250 "$@"
+  --checkpoint-every 200 "$@"

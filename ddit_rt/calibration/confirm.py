@@ -42,6 +42,9 @@ class Confirmation:
         equals: The rivals, at the cost that the dynamic finalist has on the held-out prompts.
         shares: Per rival, the share of held-out prompts on which the dynamic plan's picture is
             more similar than that of the rival at equal cost; a tie counts half.
+        static: The static plan at the cost that the winner has there; None if that won itself, or
+            none can be as cheap.
+        over_static: The share of held-out prompts on which the winner is more similar than it.
     """
 
     winner: str
@@ -50,6 +53,8 @@ class Confirmation:
     finalists: Mapping[str, Finalist]
     equals: Mapping[str, Finalist]
     shares: Mapping[str, float]
+    static: Finalist | None
+    over_static: float | None
 
     def speedup(self, finalist: Finalist) -> float:
         """Speed-up over all-fine, measured side by side."""
@@ -99,12 +104,18 @@ def confirm(
     equals: dict[str, Finalist] = {}
     if DYNAMIC in best:
         dynamic = best[DYNAMIC].result
-        equals = _equals(bench, found, best, dynamic.cost / fine.cost, prompts)
+        equals = _equals(bench, found, best, dynamic.cost / fine.cost, prompts, (STEPS, STATIC))
         stands = target.met_on_held_out(dynamic) or not rivals
         beaten = all(dynamic.ssim > equal.result.ssim for equal in equals.values())
         rivals_miss = not target.met_on_held_out(best[winner].result)
         if (stands and beaten) or (stands and rivals_miss):
             winner = DYNAMIC
+    static = equals.get(STATIC)
+    if winner == STEPS:
+        share = best[STEPS].result.cost / fine.cost
+        static = _equals(bench, found, best, share, prompts, (STATIC,)).get(STATIC)
+    if winner == STATIC:
+        static = None
     return Confirmation(
         winner=winner,
         met=target.met_on_held_out(best[winner].result),
@@ -112,6 +123,8 @@ def confirm(
         finalists=best,
         equals=equals,
         shares={kind: _share(best[DYNAMIC].result, equal.result) for kind, equal in equals.items()},
+        static=static,
+        over_static=_share(best[winner].result, static.result) if static else None,
     )
 
 
@@ -121,12 +134,13 @@ def _equals(
     best: Mapping[str, Finalist],
     share: float,
     prompts: Sequence[Prompt],
+    kinds: Sequence[str],
 ) -> dict[str, Finalist]:
-    """Every rival at a share of all-fine's cost, if it can be as cheap."""
+    """Families at a share of all-fine's cost, those that can be as cheap."""
     limit = share * bench.costs["p"] * bench.steps
     wanted = {
         kind: candidate
-        for kind in (STEPS, STATIC)
+        for kind in kinds
         if kind in found and (candidate := found[kind].costing(limit, bench.costs)) is not None
     }
     known = {finalist.candidate.key: finalist for finalist in best.values()}

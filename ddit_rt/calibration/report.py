@@ -104,6 +104,12 @@ def summary(calibration: Calibration) -> str:
         for kind, entry in evidence["at_equal_cost"].items():
             share = evidence["dynamic_is_closer_on"][kind]
             lines.append(f"{_row(kind, entry)}  dynamic is closer on {share:.0%} of the prompts")
+    if evidence["winner_is_closer_than_static_on"] is not None:
+        share = evidence["winner_is_closer_than_static_on"]
+        lines.append(
+            f"the winner is closer than the static plan of its cost on {share:.0%} of them"
+        )
+        lines.append(_row("static", evidence["static_at_the_winners_cost"]))
     lines.append(f"presets, on the {len(evidence['prompts'])} calibration prompts")
     lines += [_row(name, asdict(plan)) for name, plan in calibration.presets.items()]
     return "\n".join(lines)

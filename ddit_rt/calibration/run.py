@@ -196,6 +196,8 @@ def _record(
         "held_out": {kind: _held_out(decided, plan) for kind, plan in decided.finalists.items()},
         "at_equal_cost": {kind: _held_out(decided, plan) for kind, plan in decided.equals.items()},
         "dynamic_is_closer_on": dict(decided.shares),
+        "static_at_the_winners_cost": decided.static and _held_out(decided, decided.static),
+        "winner_is_closer_than_static_on": decided.over_static,
         "winner": decided.winner,
         "met": decided.met,
         **conditions,
