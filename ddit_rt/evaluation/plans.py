@@ -30,6 +30,13 @@ from ddit_rt.pipeline.presets import PolicyChoice, resolve_choice
 
 REFERENCE, CHOSEN, RIVAL = "reference", "chosen", "rival"
 
+EQUAL_STEPS, EQUAL_STATIC = "equal-steps", "equal-static"
+_NAMES = {
+    FINE: "all fine",
+    EQUAL_STEPS: "fewer steps, equal cost",
+    EQUAL_STATIC: "static, equal cost",
+}
+
 ABSENT = {"TeaCache": "this engine has no feature caching yet"}
 """Contenders that belong into the comparison and are not there, with the reason."""
 
@@ -48,10 +55,19 @@ class NamedPlan:
     role: str
     candidate: Candidate
 
+    @property
+    def title(self) -> str:
+        """Name for people."""
+        if self.name in _NAMES:
+            return _NAMES[self.name]
+        kind = self.candidate.kind
+        return kind if self.name == kind else f"{self.name} ({kind})"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         return {
             "name": self.name,
+            "title": self.title,
             "role": self.role,
             "kind": self.candidate.kind,
             "label": self.candidate.label,
@@ -139,20 +155,20 @@ def rivals(
     limit = cost + costs["p"] / 2
     found, notes = [], []
     for name, templates in (
-        (STEPS, [FewerSteps(steps=steps)]),
-        (STATIC, _static_templates(tuple(size for size in costs if size != "p"), steps)),
+        (EQUAL_STEPS, [FewerSteps(steps=steps)]),
+        (EQUAL_STATIC, _static_templates(tuple(size for size in costs if size != "p"), steps)),
     ):
         candidate = _costing(templates, limit, costs)
         if candidate is None:
-            notes.append(f"no {_TITLES[name]} of {steps} steps is as cheap as {main.name}")
+            notes.append(f"no {_RIVALS[name]} of {steps} steps is as cheap as {main.name}")
         elif candidate.key == main.candidate.key:
-            notes.append(f"{main.name} is itself the {_TITLES[name]} of its cost")
+            notes.append(f"{main.name} is itself the {_RIVALS[name]} of its cost")
         else:
-            found.append(NamedPlan(name=f"rival-{name}", role=RIVAL, candidate=candidate))
+            found.append(NamedPlan(name=name, role=RIVAL, candidate=candidate))
     return found, notes
 
 
-_TITLES = {STEPS: "run of fewer fine steps", STATIC: "static plan"}
+_RIVALS = {EQUAL_STEPS: "run of fewer fine steps", EQUAL_STATIC: "static plan"}
 
 
 def _static_templates(coarse: tuple[str, ...], steps: int) -> list[Template]:

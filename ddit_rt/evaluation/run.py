@@ -1,210 +1,121 @@
-"""An evaluation: plans, pictures and their times; what is there already is not made again."""
+"""An evaluation from settings to report: pictures, scores, `report.json`, `report.html`."""
 
 from __future__ import annotations
 
-import datetime
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddit_rt.calibration.bench import EngineBench
-from ddit_rt.calibration.points import Prompt
-from ddit_rt.demo.measure import Batch, Contender, Sample, engine_contender, measure
-from ddit_rt.demo.report import machine, versions
-from ddit_rt.evaluation.config import EvaluationConfig, Item
-from ddit_rt.evaluation.plans import (
-    NamedPlan,
-    chosen_plans,
-    main_plan,
-    reference_plan,
-    rivals,
-)
-from ddit_rt.evaluation.store import PictureRecord, Store
+from ddit_rt.demo.report import machine, model_entry, versions
+from ddit_rt.evaluation.config import EvaluationConfig
+from ddit_rt.evaluation.generation import generate
+from ddit_rt.evaluation.metrics import Metric, Skipped
+from ddit_rt.evaluation.page import build_page
+from ddit_rt.evaluation.report import build_report
+from ddit_rt.evaluation.scoring import score
+from ddit_rt.evaluation.store import Store, write_atomically
 
 if TYPE_CHECKING:
     from ddit_rt.pipeline import Engine
 
-_PILOT = 8
-"""Prompts at most, spread over all, that tell what the main plan costs."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        model: Name of the model, as the caller gave it.
+        artifact: Path of the artifact.
+    """
+
+    model: str
+    artifact: str
 
 
-def generate(
+def evaluate(
     engine: Engine,
     config: EvaluationConfig,
-    store: Store,
-    identity: Mapping[str, Any],
+    subject: Subject,
+    metrics: Sequence[Metric],
+    skipped: Sequence[Skipped] = (),
     *,
+    shown: int = 12,
     progress: bool = True,
-) -> tuple[tuple[NamedPlan, ...], dict[str, Any]]:
-    """Makes every picture that is not there yet, with all plans interleaved on each batch.
+) -> tuple[dict[str, Any], list[Path]]:
+    """Makes what is missing of the pictures and scores, and writes the report.
 
     Args:
         engine: A compiled pipeline.
         config: Settings.
-        store: The folder.
-        identity: What else must be the same for a run to go on: model and artifact.
-        progress: Whether to show a bar.
+        subject: What is evaluated, by name.
+        metrics: Metrics that can run here, SSIM among them.
+        skipped: Metrics that cannot.
+        shown: Prompts with pictures on the page at most, worst first.
+        progress: Whether to show bars.
 
     Returns:
-        The plans, the reference first; and the cost table, the main plan's cost and the notes that
-        the choice of the rivals left.
+        The report, and the files that were written.
 
     Raises:
         ValueError: The folder holds another evaluation, or a policy does not fit.
     """
-    request = _request(config, identity)
-    settled = store.settle(request)
-    if settled is None:
-        settled = _plans(engine, config)
-        store.begin(request, *settled)
-    plans, found = settled
-    missing = [job for job in config.jobs() if not _is_done(store, plans, job)]
-    if missing:
-        _make(engine, config, store, plans, missing, progress=progress)
-    return plans, found
-
-
-def _request(config: EvaluationConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that pictures and times depend on."""
-    from ddit_rt.patch_scheduler import PatchPolicy
-
-    return {
-        **identity,
-        "prompts": list(config.prompts),
-        "steps": config.steps,
-        "policies": [
-            [name, choice.to_dict() if isinstance(choice, PatchPolicy) else choice]
-            for name, choice in config.policies
-        ],
-        "arguments": dict(config.arguments),
-        "seeds": config.seeds,
-        "seed": config.seed,
-        "batch": config.batch,
-        "repeats": config.repeats,
-        "cost": config.cost_unit,
+    digest = engine.artifact.manifest.digest
+    store = Store(config.out)
+    identity = {"model": subject.model, "artifact": digest}
+    plans, found = generate(engine, config, store, identity, progress=progress)
+    scores = score(store, config, plans, metrics, skipped, progress=progress)
+    transformer = engine.pipeline.transformer
+    conditions = {
+        "machine": machine(),
+        "versions": versions(),
+        "device": _device_name(transformer.device),
+        "model": model_entry(subject.model, transformer),
+        "artifact": {"path": subject.artifact, "digest": digest},
     }
+    report = build_report(store, config, plans, found, metrics, scores, conditions)
+    return report, _write(report, store, shown)
 
 
-def _is_done(store: Store, plans: Sequence[NamedPlan], job: Sequence[Item]) -> bool:
-    return all(
-        (plan.name, item.prompt, item.repeat) in store.records for plan in plans for item in job
-    )
+def _write(report: Mapping[str, Any], store: Store, shown: int) -> list[Path]:
+    record, page = store.folder / "report.json", store.folder / "report.html"
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    write_atomically(record, text.encode())
+    write_atomically(page, build_page(report, store.picture, shown=shown).encode())
+    return [page, record]
 
 
-def _plans(
-    engine: Engine, config: EvaluationConfig
-) -> tuple[tuple[NamedPlan, ...], dict[str, Any]]:
-    """The plans; the rivals from what the main plan costs on some of the prompts."""
-    manifest, steps = engine.artifact.manifest, config.steps
-    chosen = chosen_plans(config.policies, manifest, engine.default_policy, steps)
-    main = main_plan(chosen)
-    items = _pilot(config)
-    probe = Prompt(text=config.prompts[items[0].prompt], seed=items[0].seed)
-    bench = EngineBench(
-        engine, steps=steps, probe=probe, arguments=config.arguments, unit=config.cost_unit
-    )
-    contender = _contender(engine, main, config)
-    costs = []
-    for item in items:
-        trace = contender.generate(_batch(config, (item,))).trace
-        assert trace is not None, "an engine's run has a trace"
-        costs.append(sum(bench.costs[size] for size in trace.patch_sizes()))
-    cost = statistics.fmean(costs)
-    others, notes = rivals(main, cost, bench.costs, steps)
-    found = {
-        "main": main.name,
-        "main_cost": cost,
-        "step_costs": dict(bench.costs),
-        "pilot_prompts": len(items),
-        "notes": notes,
-    }
-    return (reference_plan(steps), *chosen, *others), found
+def _device_name(device: Any) -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else str(device)
 
 
-def _pilot(config: EvaluationConfig) -> list[Item]:
-    items = [item for job in config.jobs() for item in job if item.repeat == 0]
-    count = min(_PILOT, len(items))
-    return [items[index * len(items) // count] for index in range(count)]
-
-
-def _make(
-    engine: Engine,
-    config: EvaluationConfig,
-    store: Store,
-    plans: Sequence[NamedPlan],
-    jobs: Sequence[Sequence[Item]],
-    *,
-    progress: bool,
-) -> None:
-    from tqdm.auto import tqdm
-
-    session = store.add_session(
-        {
-            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "machine": machine(),
-            "versions": versions(),
-        }
-    )
-    contenders = [_contender(engine, plan, config) for plan in plans]
-    total = len(plans) * (1 + config.repeats * len(jobs))
-    with tqdm(total=total, desc="eval", unit="run", leave=False, disable=not progress) as bar:
-        for index, job in enumerate(jobs):
-            samples = measure(
-                contenders,
-                [_batch(config, job)],
-                repeats=config.repeats,
-                advance=_advance(bar),
-                warm_up=index == 0,
+def summary(report: Mapping[str, Any]) -> str:
+    """A few lines for a terminal."""
+    metrics = report["metrics"]
+    titles = [metric["name"] for metric in metrics]
+    header = f"{'plan':<24}{'loop s':>9}{'speed-up':>10}{'tokens':>8}"
+    lines = [header + "".join(f"{title:>14}" for title in titles)]
+    for plan in report["plans"]:
+        line = (
+            f"{plan['title']:<24}{plan['seconds']['value']:>9.3f}{plan['speedup']:>9.2f}x"
+            f"{plan['tokens']['value']:>8.0f}"
+        )
+        lines.append(line + "".join(f"{_value(plan, title):>14}" for title in titles))
+    for entry in report["wins"]:
+        if entry["metric"] == "ssim":
+            share = entry["share"]
+            lines.append(
+                f"{report['main']} is closer than {entry['against']} on {share['value']:.0%} of "
+                f"the prompts ({share['low']:.0%} to {share['high']:.0%}), by SSIM"
             )
-            rows = {name: sample for name, (sample,) in samples.items()}
-            store.add(_records(store, rows, job, session))
+    return "\n".join(lines)
 
 
-def _advance(bar: Any) -> Callable[[], object]:
-    return lambda: bar.update()
-
-
-def _records(
-    store: Store, rows: Mapping[str, Sample], job: Sequence[Item], session: int
-) -> list[PictureRecord]:
-    """Saves the pictures of a batch. A picture's time is its share of the batch's."""
-    records = []
-    for name, sample in rows.items():
-        trace, share = sample.trace, 1 / len(job)
-        assert trace is not None, "an engine's run has a trace"
-        for item, picture in zip(job, sample.pictures, strict=True):
-            digest = store.save_picture(picture, name, item.prompt, item.repeat)
-            records.append(
-                PictureRecord(
-                    plan=name,
-                    prompt=item.prompt,
-                    repeat=item.repeat,
-                    seed=item.seed,
-                    sha256=digest,
-                    seconds=sample.median_denoise * share,
-                    seconds_spread=(min(sample.denoise) * share, max(sample.denoise) * share),
-                    seconds_call=sample.median_end_to_end * share,
-                    tokens=trace.tokens,
-                    session=session,
-                    trace=trace.to_dict(),
-                )
-            )
-    return records
-
-
-def _contender(engine: Engine, plan: NamedPlan, config: EvaluationConfig) -> Contender:
-    return engine_contender(
-        plan.name,
-        plan.candidate.label,
-        engine,
-        patch_policy=plan.candidate.policy,
-        num_inference_steps=plan.candidate.num_inference_steps,
-        **config.arguments,
-    )
-
-
-def _batch(config: EvaluationConfig, job: Sequence[Item]) -> Batch:
-    return Batch(
-        prompts=tuple(config.prompts[item.prompt] for item in job),
-        seeds=tuple(item.seed for item in job),
-    )
+def _value(plan: Mapping[str, Any], metric: str) -> str:
+    score = plan["scores"].get(metric)
+    if score is None:
+        return "-"
+    return "same" if score["value"] is None else f"{score['value']:.4g}"

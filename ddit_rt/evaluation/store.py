@@ -96,8 +96,9 @@ class Store:
         pairs = [(name, before["request"].get(name), now.get(name)) for name in names]
         changed = [(name, old, new) for name, old, new in pairs if old != new]
         if changed:
-            shown = "; ".join(f"{name}: {_short(old)} there, {_short(new)} now"
-                              for name, old, new in changed)
+            shown = "; ".join(
+                f"{name}: {_short(old)} there, {_short(new)} now" for name, old, new in changed
+            )
             raise ValueError(
                 f"{self.folder} holds an evaluation with other settings ({shown}); name another "
                 "folder with --out, or use the same settings to go on"
@@ -115,7 +116,9 @@ class Store:
             "plans": [plan.to_dict() for plan in plans],
             "found": found,
         }
-        write_atomically(self.folder / "settings.json", (json.dumps(data, indent=1) + "\n").encode())
+        write_atomically(
+            self.folder / "settings.json", (json.dumps(data, indent=1) + "\n").encode()
+        )
 
     def sessions(self) -> list[dict[str, Any]]:
         """Every time that pictures were made."""
@@ -151,12 +154,12 @@ class Store:
             return np.asarray(image.convert("RGB"), dtype=np.uint8)
 
     def scores(self) -> dict[tuple[str, str, str], float | None]:
-        """Known scores by the metric's key, the hash of the picture and that of its reference."""
+        """Known scores by the metric's key, the picture's hash and what it was compared with."""
         rows = _read_lines(self.folder / "scores.jsonl")
         return {(row["metric"], row["picture"], row["reference"]): row["value"] for row in rows}
 
     def add_scores(self, scores: Iterable[tuple[str, str, str, float | None]]) -> None:
-        """Notes scores: metric's key, the two hashes, value."""
+        """Notes scores: the three parts of a key of `scores`, and the value."""
         names = ("metric", "picture", "reference", "value")
         _append(
             self.folder / "scores.jsonl", [dict(zip(names, row, strict=True)) for row in scores]
@@ -182,13 +185,16 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSON lines file; one that a stop cut off is left out."""
     if not path.is_file():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    rows = (_parsed(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if row is not None]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -41,12 +41,14 @@ class Metric(ABC):
         label: Name for people, with the unit.
         higher_is_better: Direction.
         packages: Modules that it needs, each with what to install for it.
+        hint: What to do where it does not load.
     """
 
     name: str
     label: str
     higher_is_better: bool
     packages: ClassVar[Mapping[str, str]] = {}
+    hint = ""
 
     def unavailable(self) -> str | None:
         """Why it cannot run here, None if it can. Loads its weights to know."""
@@ -61,7 +63,8 @@ class Metric(ABC):
             self.load()
         except _LOAD_ERRORS as error:
             text = " ".join(f"{type(error).__name__}: {error}".split())
-            return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
+            text = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
+            return f"{text}; {self.hint}" if self.hint else text
         return None
 
     def load(self) -> None:  # noqa: B027 - most metrics need nothing

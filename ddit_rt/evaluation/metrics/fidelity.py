@@ -45,6 +45,7 @@ class Lpips(PictureMetric):
         **TORCHMETRICS,
         "torchvision": "pip install torchvision, the build that fits this torch",
     }
+    hint = "--weights names a folder with its weights in checkpoints/"
 
     def __init__(self, device: str = "cpu") -> None:
         """The device that it runs on."""

@@ -69,6 +69,7 @@ class Fid(FrechetDistance):
         **TORCHMETRICS,
         "torch_fidelity": "pip install torch-fidelity, which needs torchvision",
     }
+    hint = "--weights names a folder with its weights in checkpoints/"
 
     def feature(self) -> int:
         """See `FrechetDistance.feature`."""

@@ -46,6 +46,7 @@ class ClipScore(PictureMetric):
 
     higher_is_better, needs_reference, name = True, False, "clip"
     packages: ClassVar = TORCHMETRICS
+    hint = "--clip-model names a folder or another model"
 
     def __init__(self, model: str = CLIP_MODEL, device: str = "cpu") -> None:
         """A folder or Hub name of a CLIPModel with its processor, and the device to run on."""
@@ -64,8 +65,12 @@ class ClipScore(PictureMetric):
         if self._pair is None:
             from transformers import CLIPModel, CLIPProcessor
 
-            model = CLIPModel.from_pretrained(self._name).eval()
-            self._pair = _Embeddings(model), CLIPProcessor.from_pretrained(self._name)
+            classes = (CLIPModel, CLIPProcessor)
+            try:  # the cache first: without a network, asking the Hub takes a minute to fail
+                parts = [c.from_pretrained(self._name, local_files_only=True) for c in classes]
+            except OSError:
+                parts = [c.from_pretrained(self._name) for c in classes]
+            self._pair = _Embeddings(parts[0].eval()), parts[1]
 
     def score(self, case: Case) -> float | None:
         """See `PictureMetric.score`. Prompts are cut to the tokens that the model reads."""
@@ -103,6 +108,7 @@ class ImageReward(PictureMetric):
         "ImageReward": "pip install image-reward",
         "torchvision": "pip install torchvision, the build that fits this torch",
     }
+    hint = "--weights names a folder with its weights"
 
     def __init__(self, device: str = "cpu", weights: Path | None = None) -> None:
         """The device to run on, and a folder with its weights if not the package's own cache."""
@@ -113,7 +119,7 @@ class ImageReward(PictureMetric):
     def load(self) -> None:
         """See `Metric.load`."""
         if self._model is None:
-            import ImageReward as Library  # noqa: N813 - the module's name is the metric's
+            import ImageReward as Library
 
             folder = None if self._weights is None else str(self._weights)
             self._model = Library.load(
