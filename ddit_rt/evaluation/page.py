@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ddit_rt.demo.measure import Picture
+from ddit_rt.evaluation.plans import REFERENCE
 from ddit_rt.evaluation.plots import (
     SIZE_COLOURS,
     colours,
@@ -247,11 +248,15 @@ def _button(plan: Mapping[str, Any], made: Mapping[str, Any], uri: str, *, main:
     ssim = made["scores"].get("ssim")
     facts = "" if ssim is None else f"SSIM {ssim:.3f}<br>"
     title = escape(plan["title"])
+    inner = (
+        f'<img src="{uri}" alt="{title}">{title}<br><small>{facts}{made["seconds"]:.3g} s, '
+        f"{made['tokens']} tokens</small>"
+    )
+    if plan["role"] == REFERENCE:  # always on the left, so there is nothing to choose
+        return f"<div>{inner}</div>"
     marked = " data-main" if main else ""
     return (
-        f'<button type="button" data-title="{title}" aria-pressed="false"{marked}>'
-        f'<img src="{uri}" alt="{title}">{title}<br><small>{facts}{made["seconds"]:.3g} s, '
-        f"{made['tokens']} tokens</small></button>"
+        f'<button type="button" data-title="{title}" aria-pressed="false"{marked}>{inner}</button>'
     )
 
 

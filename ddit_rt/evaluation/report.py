@@ -18,8 +18,8 @@ Wilson's; `low` and `high` are null for one prompt.
 - `plans`: `name`, `title`, `role`, `kind`, `label`, `policy`, `num_inference_steps`; intervals
   `seconds` (denoising loop, per picture), `seconds_call` (whole call), `tokens`; `speedup` (ratio
   of the mean loop seconds of all fine to its own); `scores`: per metric an interval, with
-  `pictures` and `identical` (pictures equal to their reference, left out of the mean where infinite); for a
-  set only `value`.
+  `pictures` and `identical` (pictures whose score is infinite, left out of the mean); for a set
+  only `value`.
 - `wins`: the main plan against every other: `against`, `metric`, `share` (of prompts on which the
   main plan is better; a tie counts half), `prompts`.
 - `prompts`: `prompt` and `pictures`: per plan a list of `repeat`, `seed`, `file`, `seconds`,

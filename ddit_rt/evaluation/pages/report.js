@@ -6,7 +6,7 @@ for (const article of document.querySelectorAll(".case")) {
   const name = frame.querySelector(".tag.b");
   const range = frame.querySelector("input");
   const buttons = [...article.querySelectorAll(".strip button")];
-  left.src = buttons[0].querySelector("img").src;
+  left.src = article.querySelector(".strip img").src;
   const cut = () => frame.style.setProperty("--cut", range.value + "%");
   const choose = (button) => {
     right.src = button.querySelector("img").src;
