@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
+from ddit_rt.cli.ab import AB
 from ddit_rt.cli.calibrate import CALIBRATE
 from ddit_rt.cli.command import EXIT_CODES, Command, ExitCode
 from ddit_rt.cli.compile import COMPILE
@@ -22,7 +23,7 @@ from ddit_rt.cli.info import INFO
 from ddit_rt.cli.train import TRAIN
 from ddit_rt.errors import ArtifactError, CompileError, RunCancelled
 
-COMMANDS: tuple[Command, ...] = (DEMO, COMPILE, TRAIN, CALIBRATE, EVALUATE, GENERATE, INFO)
+COMMANDS: tuple[Command, ...] = (DEMO, COMPILE, TRAIN, CALIBRATE, EVALUATE, AB, GENERATE, INFO)
 
 _CALLER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 """What a user can cause: bad values, unreadable or missing files, a missing extra."""
