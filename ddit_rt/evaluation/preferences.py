@@ -231,7 +231,7 @@ def _checked(answer: Any) -> tuple[str, int, str]:
     if not isinstance(answer, dict) or set(answer) != {"rater", "pair", "choice"}:
         raise ValueError(f"got {answer!r:.80}; an answer is an object with rater, pair and choice")
     rater, number, choice = check_rater(answer["rater"]), answer["pair"], answer["choice"]
-    if not isinstance(number, int) or isinstance(number, bool):
+    if type(number) is not int:  # True is an int too
         raise ValueError(f"got the pair {number!r:.80}; it is a whole number")
     if choice not in CHOICES:
         raise ValueError(f"got the choice {choice!r:.80}; it is one of {list(CHOICES)}")

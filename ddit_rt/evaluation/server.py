@@ -50,10 +50,10 @@ class StudyServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: StudyServer
 
-    def do_GET(self) -> None:  # noqa: N802 - http.server's name
+    def do_GET(self) -> None:
         self._guarded(self._get)
 
-    def do_POST(self) -> None:  # noqa: N802 - http.server's name
+    def do_POST(self) -> None:
         self._guarded(self._post)
 
     def _guarded(self, respond: Any) -> None:
