@@ -58,13 +58,13 @@ def test_psnr_of_equal_pictures_is_infinite_hence_none() -> None:
 
 
 def reference_ssim(one: Picture, other: Picture) -> float:
-    """Wang et al. (2004), equation 13: 11 x 11 Gaussian windows of 1.5, mean over the inside."""
+    """Wang et al. (2004), equation 13: 11 x 11 Gaussian windows of 1.5, mirrored at the edge."""
     place = np.arange(11) - 5
     line = np.exp(-(place**2) / (2 * 1.5**2))
     window = np.outer(line, line) / line.sum() ** 2
     values = []
     for channel in range(3):
-        x, y = one[..., channel] / 255, other[..., channel] / 255
+        x, y = (np.pad(p[..., channel] / 255, 5, mode="reflect") for p in (one, other))
         for row in range(x.shape[0] - 10):
             for column in range(x.shape[1] - 10):
                 cut = np.s_[row : row + 11, column : column + 11]
