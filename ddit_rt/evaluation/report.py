@@ -39,11 +39,14 @@ from typing import Any
 from ddit_rt.evaluation.config import EvaluationConfig, picture_files
 from ddit_rt.evaluation.intervals import Interval, mean_interval, share_interval
 from ddit_rt.evaluation.metrics import Metric, PictureMetric
-from ddit_rt.evaluation.plans import ABSENT, NamedPlan
+from ddit_rt.evaluation.plans import ABSENT, RIVAL, NamedPlan
 from ddit_rt.evaluation.scoring import Scores
 from ddit_rt.evaluation.store import PictureRecord, Store
 
 SCHEMA_VERSION = 1
+
+_UNEQUAL = 0.15
+"""Share by which a rival's seconds may differ before the report says so."""
 
 _FEW = 30
 """Prompts below which an interval says little."""
@@ -92,7 +95,7 @@ def build_report(
         "wins": _wins(config, plans, main, used, scores),
         "prompts": [_prompt_entry(store, config, plans, i, scores) for i in _prompts(config)],
         "worst": _worst(config, main, scores),
-        "notes": [*found["notes"], *_notes(store, config)],
+        "notes": [*found["notes"], *_unequal(entries, main), *_notes(store, config)],
     }
 
 
@@ -289,6 +292,18 @@ def _worst(config: EvaluationConfig, main: str, scores: Scores) -> list[int]:
         return min(value for value in _of_prompt(table, config, main, prompt) if value is not None)
 
     return sorted(_prompts(config), key=lowest)
+
+
+def _unequal(entries: Sequence[Mapping[str, Any]], main: str) -> list[str]:
+    """Rivals that were chosen for equal cost and did not take equal time."""
+    (own,) = (entry["seconds"]["value"] for entry in entries if entry["name"] == main)
+    rivals = [entry for entry in entries if entry["role"] == RIVAL]
+    return [
+        f"{entry['title']} took {entry['seconds']['value'] / own:.2f} times the seconds of {main}: "
+        "not equal as measured here, so weigh its quality against that"
+        for entry in rivals
+        if abs(entry["seconds"]["value"] / own - 1) > _UNEQUAL
+    ]
 
 
 def _notes(store: Store, config: EvaluationConfig) -> list[str]:

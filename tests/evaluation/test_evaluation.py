@@ -16,6 +16,7 @@ from PIL import Image
 from ddit_rt import Engine, StaticPolicy
 from ddit_rt.demo.quality import fidelity
 from ddit_rt.evaluation import mean_interval
+from ddit_rt.evaluation.report import _unequal
 
 PLANS = ["fine", "default", "equal-steps", "equal-static"]
 
@@ -110,6 +111,17 @@ def test_report_names_what_is_missing(report: dict[str, Any]) -> None:
     ]
     assert [skipped["name"] for skipped in report["skipped"]] == ["lpips"]
     assert any("3 prompts" in note for note in report["notes"])
+
+
+def test_rival_of_other_seconds_is_noted() -> None:
+    names = {"a": 1.0, "b": 1.1, "c": 1.5, "d": 0.5}
+    entries = [
+        {"name": name, "title": name, "role": "rival", "seconds": {"value": seconds}}
+        for name, seconds in names.items()
+    ]
+    slower, faster = _unequal(entries, "a")
+    assert slower.startswith("c took 1.50 times the seconds of a")
+    assert faster.startswith("d took 0.50 times")
 
 
 def test_going_on_makes_and_scores_only_what_is_missing(engine: Engine, copy: Path) -> None:
