@@ -12,16 +12,18 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
+from ddit_rt.cli.ab import AB
 from ddit_rt.cli.calibrate import CALIBRATE
 from ddit_rt.cli.command import EXIT_CODES, Command, ExitCode
 from ddit_rt.cli.compile import COMPILE
 from ddit_rt.cli.demo import DEMO
+from ddit_rt.cli.evaluate import EVALUATE
 from ddit_rt.cli.generate import GENERATE
 from ddit_rt.cli.info import INFO
 from ddit_rt.cli.train import TRAIN
 from ddit_rt.errors import ArtifactError, CompileError, RunCancelled
 
-COMMANDS: tuple[Command, ...] = (DEMO, COMPILE, TRAIN, CALIBRATE, GENERATE, INFO)
+COMMANDS: tuple[Command, ...] = (DEMO, COMPILE, TRAIN, CALIBRATE, EVALUATE, AB, GENERATE, INFO)
 
 _CALLER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 """What a user can cause: bad values, unreadable or missing files, a missing extra."""

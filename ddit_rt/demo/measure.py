@@ -123,6 +123,7 @@ def measure(
     *,
     repeats: int,
     advance: Callable[[], object] = lambda: None,
+    warm_up: bool = True,
 ) -> dict[str, list[Sample]]:
     """Generates every batch with every contender, interleaved, after a warm-up.
 
@@ -135,11 +136,13 @@ def measure(
         repeats: Measured rounds.
         advance: Called after every call, warm-up included: `len(contenders)` x
             (1 + `repeats` x `len(batches)`) times.
+        warm_up: Whether every contender runs once unmeasured; not needed where all of them have
+            just run.
 
     Returns:
         Per contender's name, one sample per batch.
     """
-    for contender in contenders:
+    for contender in contenders if warm_up else ():
         contender.generate(batches[0])
         advance()
     times: dict[tuple[str, int], list[tuple[float, float]]] = {}

@@ -53,6 +53,9 @@ def test_contenders_take_turns_after_a_warm_up() -> None:
     assert len(steps) == len(calls)
     assert [sample.batch for sample in samples["y"]] == BATCHES
     assert all(len(sample.end_to_end) == 2 for sample in samples["x"])
+    calls.clear()
+    measure(contenders, BATCHES, repeats=1, warm_up=False)
+    assert calls == ["xa", "ya", "xb", "yb"]
 
 
 def test_clock_times_from_latents_to_decoding_and_leaves_no_trace(

@@ -1,0 +1,227 @@
+"""`ddit-rt eval`: the plans of an artifact side by side, their quality and their cost."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddit_rt.cli.command import Command, Outcome
+from ddit_rt.cli.generate import pipeline_arguments
+from ddit_rt.cli.models import DTYPES, EMBEDDED, MODEL_HELP, load_pipeline
+from ddit_rt.cli.policies import choose_policy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ddit_rt.evaluation.config import EvaluationConfig
+    from ddit_rt.evaluation.metrics import Skipped
+    from ddit_rt.pipeline import Engine
+    from ddit_rt.pipeline.presets import PolicyChoice
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="what compile wrote")
+    parser.add_argument("--model", required=True, help=f"the weights: {MODEL_HELP}")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="one prompt a line; or demo (captions of the demo model), drawbench, parti, coco, "
+        "from the Hub by the package datasets; default for the model demo: demo",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="prompts at most, spread over all")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of pictures and report; a run that was cut off goes on there; default: "
+        "beside the artifact",
+    )
+    parser.add_argument(
+        "--policy",
+        action="append",
+        metavar="POLICY",
+        help="a plan to evaluate, as for generate; repeatable, the first dynamic one gets rivals "
+        "of equal cost; default: the presets of the artifact's calibration, else its policy",
+    )
+    _add_run_arguments(parser)
+    _add_metric_arguments(parser.add_argument_group("metrics"))
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--steps", type=int, help="steps of the all-fine reference; default: the pipeline's"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="prompts in a call (default: 1)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="timed runs of each picture (default: 1)"
+    )
+    parser.add_argument(
+        "--cost",
+        choices=("ms", "tokens"),
+        default="ms",
+        help="what the rivals' cost is equal in: milliseconds of the loop, measured here, or image "
+        "tokens (default: %(default)s)",
+    )
+    parser.add_argument("--height", type=int, help="default: as compiled")
+    parser.add_argument("--width", type=int, help="default: as compiled")
+    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's")
+    parser.add_argument(
+        "--max-sequence-length", type=int, help="text tokens; default: the pipeline's"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as compiled")
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="run the compiled code of an artifact that was not built on this machine",
+    )
+    parser.add_argument(
+        "--shown",
+        type=int,
+        default=12,
+        metavar="N",
+        help="prompts with pictures in report.html, worst first (default: %(default)s)",
+    )
+
+
+def _add_metric_arguments(group: Any) -> None:
+    group.add_argument(
+        "--references",
+        type=Path,
+        metavar="DIR",
+        help="pictures that FID compares with; default: the all-fine ones",
+    )
+    group.add_argument(
+        "--clip-model",
+        metavar="NAME",
+        help="folder or Hub name of a CLIP model; default: openai/clip-vit-large-patch14",
+    )
+    group.add_argument(
+        "--weights",
+        type=Path,
+        metavar="DIR",
+        help="folder with the weights of LPIPS and FID (in checkpoints/, as torch.hub keeps them) "
+        "and of ImageReward; default: their own caches",
+    )
+
+
+def _run(args: argparse.Namespace) -> Outcome:
+    _require_extra()
+    from ddit_rt.artifact import read_manifest
+    from ddit_rt.evaluation.metrics import weights_folder
+
+    prompts, source = _prompts(args)
+    manifest = read_manifest(args.artifact)
+    with weights_folder(args.weights):
+        pipeline = load_pipeline(
+            args.model, args.dtype or manifest.dtype, manifest.environment.device
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        import ddit_rt
+
+        engine = ddit_rt.load(args.artifact, pipeline, trust_code=args.trust_code)
+        config = _config(args, engine, prompts, source)
+        return _evaluate(args, engine, config)
+
+
+def _require_extra() -> None:
+    """Refuses, before minutes of work, to start without what scores."""
+    if find_spec("torchmetrics") is None:
+        raise ModuleNotFoundError("eval needs torchmetrics; pip install 'ddit_rt[eval]'")
+
+
+def _prompts(args: argparse.Namespace) -> tuple[tuple[str, ...], str]:
+    from ddit_rt.evaluation.prompt_sets import DEMO, NAMES, read_prompts
+
+    if args.shown < 1:
+        raise ValueError(f"got --shown {args.shown}; show at least one prompt")
+    source = args.prompts or (DEMO if args.model == EMBEDDED else None)
+    if source is None:
+        raise ValueError(
+            f"name the prompts with --prompts: a file with one a line, or one of {', '.join(NAMES)}"
+        )
+    return read_prompts(source, args.limit), source
+
+
+def _config(
+    args: argparse.Namespace, engine: Engine, prompts: Sequence[str], source: str
+) -> EvaluationConfig:
+    from ddit_rt.evaluation.config import EvaluationConfig
+    from ddit_rt.pipeline.presets import requested_steps
+
+    arguments = pipeline_arguments(args)
+    steps, _ = requested_steps(engine.pipeline, arguments)
+    others = {name: value for name, value in arguments.items() if name != "num_inference_steps"}
+    return EvaluationConfig(
+        out=args.out or args.artifact.with_name(f"{args.artifact.stem}-eval"),
+        prompts=tuple(prompts),
+        source=source,
+        steps=steps,
+        policies=_policies(args.policy or [], engine),
+        arguments=others,
+        seeds=args.seeds,
+        seed=args.seed,
+        batch=args.batch,
+        repeats=args.repeats,
+        cost_unit=args.cost,
+        references=args.references,
+    )
+
+
+def _policies(texts: Sequence[str], engine: Engine) -> tuple[tuple[str, PolicyChoice], ...]:
+    chosen = [(text, choose_policy(text, None, None, engine.default_policy)) for text in texts]
+    # A plan's name is a folder's name too: a policy that is written out gets a number.
+    return tuple(
+        (text if text.isalnum() else f"policy-{number}", policy)
+        for number, (text, policy) in enumerate(chosen, start=1)
+    )
+
+
+def _evaluate(args: argparse.Namespace, engine: Engine, config: EvaluationConfig) -> Outcome:
+    from ddit_rt.evaluation.metrics import CLIP_MODEL, all_metrics, usable
+    from ddit_rt.evaluation.run import Subject, evaluate, summary
+
+    metrics = all_metrics(
+        device=str(engine.pipeline.transformer.device),
+        clip_model=args.clip_model or CLIP_MODEL,
+        weights=args.weights,
+        demo=args.model == EMBEDDED,
+    )
+    can, cannot = usable(metrics)
+    _announce(cannot)
+    subject = Subject(model=args.model, artifact=str(args.artifact))
+    report, files = evaluate(engine, config, subject, can, cannot, shown=args.shown)
+    wrote = f"wrote {' and '.join(str(file) for file in files)}"
+    return Outcome(
+        data={"files": [str(file) for file in files], "report": report},
+        text=f"{summary(report)}\n{wrote}",
+    )
+
+
+def _announce(skipped: Sequence[Skipped]) -> None:
+    for metric in skipped:
+        sys.stderr.write(f"without {metric.label}: {metric.reason}\n")
+
+
+EVALUATE = Command(
+    name="eval",
+    summary="Compare the plans of an artifact side by side: quality, time, pictures.",
+    examples=(
+        "ddit-rt eval demo.ddit --model demo --steps 24 --limit 16",
+        "ddit-rt eval flux.ddit --model black-forest-labs/FLUX.1-dev --steps 50 \\",
+        "    --prompts drawbench --limit 64 --seeds 2 --out flux-eval",
+        "ddit-rt eval flux.ddit --model ./flux --prompts prompts.txt --policy balanced \\",
+        "    --policy dynamic --references coco-val/ --clip-model ./clip",
+        "ddit-rt ab flux-eval   # blind comparison by people",
+    ),
+    add_arguments=_add_arguments,
+    run=_run,
+)
