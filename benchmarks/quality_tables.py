@@ -115,9 +115,12 @@ def adapter_plans(steps: int) -> list[tuple[str, str, StaticPolicy]]:
     interleaved = Static(steps=steps, coarse=("2p",))
     policy = interleaved.at(interleaved.levels).policy
     assert isinstance(policy, StaticPolicy)
+    coarse = round(0.6 * steps)
+    later = ["p"] * 3 + ["2p"] * coarse + ["p"] * (steps - 3 - coarse)
     return [
         ("2p_40", "2p for 40%", StaticPolicy("2p:0.4,p")),
         ("2p_60", "2p for 60%", StaticPolicy("2p:0.6,p")),
+        ("3_then_2p_60", "2p for 60%, after three steps at p", StaticPolicy(later[:steps])),
         ("2p_80", "2p for 80%", StaticPolicy("2p:0.8,p")),
         ("4p_20_2p_60", "4p for 20%, 2p to 60%", StaticPolicy("4p:0.2,2p:0.4,p")),
         ("interleaved", "2p, every fourth step at p", policy),
