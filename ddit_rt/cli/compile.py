@@ -34,7 +34,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="patch sizes to offer, multiples of the model's own p (default: %(default)s)",
     )
     parser.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="trained patch adapters (safetensors folder)"
+        "--adapter",
+        metavar="DIR",
+        help="trained patch adapters (safetensors folder), or 'demo' for those of the demo model",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="dtype to load the model in")
     parser.add_argument(
@@ -47,8 +49,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> Outcome:
     _check_output(args.output)
-    if args.adapter is not None and not args.adapter.is_dir():
-        raise ValueError(f"there is no folder {args.adapter}; --adapter names one with adapters")
+    adapter = None if args.adapter is None else _adapter_folder(args.adapter)
     sizes = tuple(size.strip() for size in args.patch_sizes.split(","))
     pipeline = load_pipeline(args.model, args.dtype, args.device)
     import ddit_rt
@@ -60,11 +61,21 @@ def _run(args: argparse.Namespace) -> Outcome:
         height=size["height"] if args.height is None else args.height,
         width=size["width"] if args.width is None else args.width,
         patch_sizes=sizes,
-        adapter=args.adapter,
+        adapter=adapter,
         patch_policy=_embedded_policy(args.model),
     )
     path = engine.save(args.output)
     return _outcome(path)
+
+
+def _adapter_folder(name: str) -> Path:
+    if name == EMBEDDED:
+        from ddit_rt.demo import adapters_path
+
+        return adapters_path()
+    if not Path(name).is_dir():
+        raise ValueError(f"there is no folder {name}; --adapter names one with adapters")
+    return Path(name)
 
 
 def _embedded_policy(model: str) -> PatchPolicy | None:
@@ -97,6 +108,7 @@ COMPILE = Command(
     summary="Compile a model ahead of time into an artifact.",
     examples=(
         "ddit-rt compile demo -o demo.ddit",
+        "ddit-rt compile demo --adapter demo -o demo.ddit",
         "ddit-rt compile black-forest-labs/FLUX.1-dev -o flux.ddit --dtype bfloat16",
         "ddit-rt compile ./my-flux -o my-flux.ddit --height 768 --width 1024 --patch-sizes p,2p",
     ),

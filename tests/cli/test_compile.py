@@ -57,6 +57,16 @@ def test_bad_request_is_exit_2(
     assert not out.exists()
 
 
+def test_the_demos_adapters_are_known_by_name_and_refused_for_another_model(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.ddit"
+    assert main(["compile", str(model_folder), "--adapter", "demo", "-o", str(out)]) == 3
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "identifier is [128], the model needs [32]" in message
+    assert not out.exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there_is_exit_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
