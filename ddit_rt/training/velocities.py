@@ -68,12 +68,13 @@ def taught(model: StepModel, states: States) -> States:
     if earlier is not None and earlier.velocity is None:
         rows = earlier.used.nonzero()[:, 0]  # the others are never looked at
         known = torch.zeros_like(earlier.latents)
-        known[rows] = teacher(
-            model,
-            earlier.latents[rows],
-            earlier.sigmas[rows],
-            {name: value[rows] for name, value in conditioning.items()},
-        )
+        if len(rows):
+            known[rows] = teacher(
+                model,
+                earlier.latents[rows],
+                earlier.sigmas[rows],
+                {name: value[rows] for name, value in conditioning.items()},
+            )
         earlier = Earlier(**{**_fields(earlier), "velocity": known})
     return States(**{**_fields(states), "velocity": velocity, "earlier": earlier})
 
