@@ -101,10 +101,10 @@ def measure_gain(
     gains = []
     for multiple in student.multiples:
         for first, words in ((0, "from the start"), (_WARMUP, f"after {_WARMUP} steps at p")):
-            rest = steps - first - coarse
-            if rest < 0:
+            length = min(coarse, steps - first)
+            if length < 1:
                 continue
-            plan = [1] * first + [multiple] * coarse + [1] * rest
+            plan = [1] * first + [multiple] * length + [1] * (steps - first - length)
             psnr = {
                 name: _psnr(render(plan, make), fine)
                 for name, make in _paths(student, multiple).items()
@@ -112,7 +112,7 @@ def measure_gain(
             gains.append(
                 Gain(
                     patch=patch_name(multiple),
-                    plan=f"{coarse} of {steps} steps, {words}",
+                    plan=f"{length} of {steps} steps, {words}",
                     psnr=psnr,
                     prompts=len(prompts),
                 )
