@@ -30,6 +30,9 @@ from ddit_rt.patch_scheduler import FinePolicy, PatchPolicy, StaticPolicy
 _SCHEMA = 1
 _BATCH = 4
 
+_NOT_DRAWING = frozenset({"calibration", "cli", "evaluation", "training"})
+"""Parts of the package that no picture of the benchmark passes through."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
@@ -227,10 +230,14 @@ class PictureRuns:
 def code_fingerprint() -> str:
     """SHA-256 of the code that draws, so that pictures of another state of it do not count."""
     digest = hashlib.sha256()
-    package = sorted(Path(ddit_rt.__file__).parent.rglob("*"))
-    for path in (*package, Path(quality_loop.__file__)):
-        if path.suffix in (".py", ".so"):
-            digest.update(path.name.encode() + path.read_bytes())
+    package = Path(ddit_rt.__file__).parent
+    drawing = (
+        path
+        for path in sorted(package.rglob("*"))
+        if path.suffix in (".py", ".so") and path.relative_to(package).parts[0] not in _NOT_DRAWING
+    )
+    for path in (*drawing, Path(quality_loop.__file__)):
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
