@@ -107,7 +107,7 @@ class StateSource:
             latents=noisy(fine),
             sigmas=fine,
             velocity=None,
-            first_latents=noisy(first),
+            first_latents=None,
             first_sigmas=first,
         )
         return States(

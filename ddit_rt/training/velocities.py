@@ -27,8 +27,9 @@ class Earlier:
         used: Whether a sample has such a past, `[B]`, bool.
         latents: z at the step at p, `[B, C, H, W]`.
         sigmas: Its noise level, `[B]`.
-        velocity: The teacher's velocity there; None: it is asked.
-        first_latents: z at the first coarse step, `[B, C, H, W]`.
+        velocity: The teacher's velocity there; None: it is asked, and `first_latents` and the
+            state itself lie where it leads, as in a run whose clean estimate stays the same.
+        first_latents: z at the first coarse step, `[B, C, H, W]`; None where `velocity` is.
         first_sigmas: Its noise level, `[B]`.
     """
 
@@ -36,7 +37,7 @@ class Earlier:
     latents: Tensor
     sigmas: Tensor
     velocity: Tensor | None
-    first_latents: Tensor
+    first_latents: Tensor | None
     first_sigmas: Tensor
 
 
@@ -62,21 +63,33 @@ class States:
 @torch.no_grad()
 def taught(model: StepModel, states: States) -> States:
     """The same states with the teacher's velocity wherever it is missing."""
-    velocity, earlier, conditioning = states.velocity, states.earlier, states.conditioning
-    if velocity is None:
-        velocity = teacher(model, states.latents, states.sigmas, conditioning)
-    if earlier is not None and earlier.velocity is None:
-        rows = earlier.used.nonzero()[:, 0]  # the others are never looked at
-        known = torch.zeros_like(earlier.latents)
-        if len(rows):
-            known[rows] = teacher(
-                model,
-                earlier.latents[rows],
-                earlier.sigmas[rows],
-                {name: value[rows] for name, value in conditioning.items()},
-            )
-        earlier = Earlier(**{**_fields(earlier), "velocity": known})
-    return States(**{**_fields(states), "velocity": velocity, "earlier": earlier})
+    states = _led_on(model, states)
+    if states.velocity is not None:
+        return states
+    velocity = teacher(model, states.latents, states.sigmas, states.conditioning)
+    return States(**{**_fields(states), "velocity": velocity})
+
+
+def _led_on(model: StepModel, states: States) -> States:
+    """Asks the teacher at the earlier steps, and takes the states after them from there.
+
+    States on the straight line from noise to a picture will not do: from one to the next they
+    reveal more of the picture, which a run, whose next state follows from this one, does not.
+    """
+    earlier = states.earlier
+    if earlier is None or earlier.velocity is not None:
+        return states
+    rows = earlier.used.nonzero()[:, 0]  # the others are never looked at
+    velocity = torch.zeros_like(earlier.latents)
+    if len(rows):
+        conditioning = {name: value[rows] for name, value in states.conditioning.items()}
+        velocity[rows] = teacher(model, earlier.latents[rows], earlier.sigmas[rows], conditioning)
+    away, first_away = states.sigmas - earlier.sigmas, earlier.first_sigmas - earlier.sigmas
+    later = earlier.latents + _column(away) * velocity
+    latents = torch.where(_column(earlier.used), later, states.latents)
+    first = earlier.latents + _column(first_away) * velocity
+    earlier = Earlier(**{**_fields(earlier), "velocity": velocity, "first_latents": first})
+    return States(**{**_fields(states), "latents": latents, "earlier": earlier})
 
 
 @torch.no_grad()
@@ -200,6 +213,7 @@ def _disagreement(coarse: _Coarse, states: States, earlier: Earlier, known: Tens
     if len(rows):
         known, sigmas = known[rows], earlier.first_sigmas[rows]
         conditioning = {name: value[rows] for name, value in states.conditioning.items()}
+        assert earlier.first_latents is not None, "known with the velocity"
         first, _ = coarse.small(earlier.first_latents[rows], sigmas, known, conditioning)
         fade = _column(states.sigmas[rows] / sigmas).square()
         faded[rows] = (first - coarse.reduce(known)) * fade

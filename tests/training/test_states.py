@@ -73,26 +73,16 @@ def test_pasts_of_trajectories_come_before_their_states(trajectories: LatentCach
     assert states.velocity is not None
 
 
-def test_pasts_of_pictures_share_picture_and_noise(pictures: LatentCache) -> None:
-    """z_f - z = (t_f - t) (n - x0): on one straight line."""
+def test_pasts_of_pictures_come_before_their_states(pictures: LatentCache) -> None:
     config = dataclasses.replace(CONFIG, batch_size=32, detail_share=1.0)
     states = StateSource(pictures, config).batch(0, 0)
     earlier = states.earlier
     assert earlier is not None
-    used = earlier.used & (earlier.first_sigmas > states.sigmas)
-
-    def slope(latents: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-        distance = (sigmas - states.sigmas)[used][:, None, None, None]
-        return (latents - states.latents)[used] / distance
-
-    # Differences of latents near 1 over distances above 0.02: 50 float32 units.
-    torch.testing.assert_close(
-        slope(earlier.latents, earlier.sigmas),
-        slope(earlier.first_latents, earlier.first_sigmas),
-        rtol=1e-4,
-        atol=1e-4,
-    )
+    used = earlier.used
+    assert bool((earlier.sigmas[used] > earlier.first_sigmas[used]).all())
+    assert bool((earlier.first_sigmas[used] >= states.sigmas[used]).all())
     assert float(earlier.sigmas.max()) <= 1
+    assert earlier.velocity is None  # so that the states after it are taken from the teacher
 
 
 def test_no_pasts_where_none_are_wanted(trajectories: LatentCache) -> None:

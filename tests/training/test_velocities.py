@@ -96,13 +96,40 @@ def test_velocity_with_a_past_is_the_buckets(last: int, adapted: bool) -> None:
         used=torch.tensor([True, True]),
         latents=latents[0],
         sigmas=torch.full((2,), SIGMAS[0]),
-        velocity=None,
+        velocity=fine.velocity(latents[0], torch.tensor([0])).float(),
         first_latents=latents[1],
         first_sigmas=torch.full((2,), SIGMAS[1]),
     )
     states = taught(student.model, states_of(context, latents[last], last, earlier))
     found = coarse_velocity(student.model, states, 2, adapter, runners)
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_states_after_a_step_at_p_lie_where_it_leads() -> None:
+    student = student_of("snr")
+    context, latents = context_of(student, 2, detail=False), noise(2, 4, 16, 16)
+    before, sigmas = noise(2, 4, 16, 16, seed=1), torch.full((2,), SIGMAS[0])
+    earlier = Earlier(
+        used=torch.tensor([True, False]),
+        latents=before,
+        sigmas=sigmas,
+        velocity=None,
+        first_latents=None,
+        first_sigmas=torch.full((2,), SIGMAS[1]),
+    )
+    states = taught(student.model, states_of(context, latents, 2, earlier))
+    velocity = teacher(student.model, before, sigmas, context.conditioning)[0]
+    assert states.earlier is not None
+    assert states.earlier.velocity is not None
+    assert states.earlier.first_latents is not None
+    torch.testing.assert_close(states.earlier.velocity[0], velocity, **CLOSE)
+    for found, step in ((states.earlier.first_latents, 1), (states.latents, 2)):
+        expected = before[0] + (SIGMAS[step] - SIGMAS[0]) * velocity
+        torch.testing.assert_close(found[0], expected, **CLOSE)
+    assert torch.equal(states.latents[1], latents[1])
+    expected = teacher(student.model, states.latents, states.sigmas, context.conditioning)
+    assert torch.equal(states.velocity, expected)
 
 
 @torch.no_grad()
@@ -114,7 +141,7 @@ def test_unused_past_changes_nothing() -> None:
         latents=noise(2, 4, 16, 16, seed=1),
         sigmas=torch.full((2,), SIGMAS[0]),
         velocity=None,
-        first_latents=latents,
+        first_latents=None,
         first_sigmas=torch.full((2,), SIGMAS[1]),
     )
     velocities = [
