@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains patch adapters for the embedded demo model: 25 minutes on two cores that had other work too. A
-# run that was cut off continues where it was; more arguments go to ddit-rt train.
+# Trains patch adapters for the embedded demo model: 29 minutes on two idle, slow virtual cores (0.78 s a
+# step). A run that was cut off continues where it was; more arguments go to ddit-rt train.
 #
 #   scripts/train_demo_adapters.sh [OUT] [ARGUMENTS ...]      default OUT: demo_out/adapters
 #
