@@ -1,6 +1,12 @@
 """Patch adapters: the paper's trained modules for larger patches."""
 
-from ddit_rt.adapters.adapter import VARIANTS, AdapterConfig, AdapterSet, PatchAdapter
+from ddit_rt.adapters.adapter import (
+    VARIANTS,
+    AdapterConfig,
+    AdapterSet,
+    PatchAdapter,
+    adaptable_layers,
+)
 from ddit_rt.adapters.bucket import (
     AdapterBucket,
     SnrAdapterBucket,
@@ -17,6 +23,7 @@ __all__ = [
     "AdapterSet",
     "PatchAdapter",
     "SnrAdapterBucket",
+    "adaptable_layers",
     "adapted_tokens",
     "adapter_bucket",
     "load_adapters",

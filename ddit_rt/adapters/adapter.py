@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ddit_rt.adapters.resize import resize_embedding, resize_projection
+from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.families.base import Family
 from ddit_rt.patch_scheduler import parse_patch, patch_name
 
@@ -101,7 +102,7 @@ class PatchAdapter(nn.Module):
     ) -> PatchAdapter:
         """An untrained adapter: the base model's layers resized, or zero; see the module."""
         patch = family.base_patch_size(transformer)
-        embed, project = family.embedding_layers(transformer)
+        embed, project = adaptable_layers(family, transformer)
         adapter = cls(
             config,
             channels=family.latent_channels(transformer),
@@ -137,6 +138,21 @@ class PatchAdapter(nn.Module):
         residual: Tensor = self.residual_out(nn.functional.gelu(residual_in))
         projected: Tensor = self.project(hidden.to(self.dtype))
         return projected + residual
+
+
+def adaptable_layers(family: Family, transformer: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+    """The embedding and de-embedding that an adapter starts from.
+
+    Raises:
+        UnsupportedModelError: The model embeds patches of a video, which adapters do not do yet.
+    """
+    embed, project = family.embedding_layers(transformer)
+    if not isinstance(embed, nn.Linear):
+        raise UnsupportedModelError(
+            f"this version has no patch adapters for {type(transformer).__name__}, whose patch "
+            f"embedding is a {type(embed).__name__}; leave the adapter out: coarse steps need none"
+        )
+    return embed, project
 
 
 def _bias(linear: nn.Linear) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ddit_rt.artifact.calibration import Calibration
@@ -147,7 +148,7 @@ class Manifest:
             config=config,
             config_hash=config_hash(config),
             weights=weight_fingerprint(transformer),
-            dtype=dtype_name(parameter.dtype),
+            dtype=dtype_name(_dtype(transformer)),
             environment=Environment.current(parameter.device),
             ranges=ranges,
             buckets=buckets,
@@ -226,10 +227,11 @@ def mismatches(manifest: Manifest, transformer: nn.Module) -> list[str]:
         return [f"model: compiled for {compiled}, got {name}; pass such a model, or compile this"]
     parameter = next(transformer.parameters())
     problems = _config_mismatches(manifest, public_config(transformer.config))  # type: ignore[arg-type]
-    if dtype_name(parameter.dtype) != manifest.dtype:
+    dtype = dtype_name(_dtype(transformer))
+    if dtype != manifest.dtype:
         problems.append(
             f"data type: the artifact was compiled for {manifest.dtype}, the model is "
-            f"{dtype_name(parameter.dtype)}; load it with torch_dtype=torch.{manifest.dtype}, or "
+            f"{dtype}; load it with torch_dtype=torch.{manifest.dtype}, or "
             "compile again"
         )
     elif not problems and weight_fingerprint(transformer) != manifest.weights:
@@ -248,3 +250,10 @@ def _config_mismatches(manifest: Manifest, config: Mapping[str, Any]) -> list[st
         for name in names
         if manifest.config.get(name) != config.get(name)
     ]
+
+
+def _dtype(transformer: nn.Module) -> torch.dtype:
+    """As diffusers has it: of the first parameter that is not kept in float32."""
+    dtype = transformer.dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype

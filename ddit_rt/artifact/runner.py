@@ -144,7 +144,7 @@ class EagerRunner:
         self._fqns = {canonical_name(fqn): fqn for fqn, _ in template.tensors()}
         self._specs = constant_specs(template)
         weight = next(block.parameters())
-        dtypes = resolve_dtypes(block_type.inputs, weight.dtype, input_dtypes)
+        dtypes = resolve_dtypes(block_type.inputs, block_type.dtype(block), input_dtypes)
         self._check = InputCheck(block_type.name, block_type.inputs, ranges, dtypes, weight.device)
         self._template = template.to("meta")
         self._name = block_type.name

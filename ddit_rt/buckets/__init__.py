@@ -7,20 +7,24 @@ from ddit_rt.buckets.base import (
     Runners,
     StepModel,
     at_step,
+    latent_frames,
     token_velocity,
 )
 from ddit_rt.buckets.fine import FineBucket
+from ddit_rt.buckets.guided import GuidedBucket
 from ddit_rt.buckets.snr import SnrBucket, matched_level
 
 __all__ = [
     "Bucket",
     "Detail",
     "FineBucket",
+    "GuidedBucket",
     "RunContext",
     "Runners",
     "SnrBucket",
     "StepModel",
     "at_step",
+    "latent_frames",
     "matched_level",
     "token_velocity",
 ]

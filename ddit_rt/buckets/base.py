@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ddit_rt import ops
 from ddit_rt.families.base import Family, Grid, Runner
 
 Runners = Mapping[str, Sequence[Runner]]
@@ -36,11 +37,11 @@ class Bucket(Protocol):
         """The model's velocity.
 
         Args:
-            latents: z_k, `[B, C, H, W]`, float32.
+            latents: z_k, `[B, C, H, W]`, of a video `[B, C, F, H, W]`, float32.
             step: k, `[1]`, int32 or int64, on the latents' device.
 
         Returns:
-            `[B, C, H, W]`, in the model's dtype or float32.
+            The same shape, in the model's dtype or float32.
         """
         ...
 
@@ -82,17 +83,28 @@ class StepModel:
         """Where the model is."""
         return self.family.embedding_layers(self.transformer)[0].weight.device
 
-    def grid(self, height: int, width: int, multiple: int = 1) -> Grid:
-        """Tokens of a latent of `height` x `width` at `multiple` times p."""
+    def grid(self, height: int, width: int, multiple: int = 1, frames: int = 0) -> Grid:
+        """Tokens of a latent of `height` x `width` at `multiple` times p; 0 frames: a picture."""
         patch = self.patch_size * multiple
-        return Grid(height=height // patch, width=width // patch)
+        return Grid(height=height // patch, width=width // patch, frames=frames or 1)
+
+    def unpack(self, tokens: Tensor, height: int, width: int, frames: int) -> Tensor:
+        """Latents from what the de-embedding made of patches of p x p; 0 frames: a picture."""
+        return ops.unpack(
+            tokens,
+            self.patch_size,
+            height,
+            width,
+            frames=frames,
+            channels_last=self.family.channels_last,
+        )
 
 
 class Detail:
     """What a coarse step must not lose: the clean estimate of the latest step at p.
 
     Attributes:
-        estimate: `[B, C, H, W]` float32; zeros until there is one.
+        estimate: Shape of the latents, float32; zeros until there is one.
         serial: Number of steps at p so far, a tensor, so that no step waits for the host.
     """
 
@@ -115,6 +127,7 @@ class RunContext:
         text: Text tokens as the blocks take them, `[B, T, d]`.
         height: Latent rows.
         width: Latent columns.
+        frames: Latent frames; 0 for pictures, whose latents have no such dimension.
         sigmas: Noise level of every step, `[M]`, float32, in (0, 1]. M is at least the number of
             steps; rows beyond it are never read.
         timesteps: t that the model is given at every step, `[M]`, float32, in [0, 1].
@@ -128,11 +141,17 @@ class RunContext:
     sigmas: Tensor
     timesteps: Tensor
     detail: Detail | None
+    frames: int = 0
 
     def tensors(self) -> tuple[Tensor, ...]:
         """As `Bucket.tensors`, for what all buckets of the run share."""
         detail = () if self.detail is None else (self.detail.estimate, self.detail.serial)
         return (self.text, self.sigmas, *detail)
+
+
+def latent_frames(shape: Sequence[int]) -> int:
+    """Frames of latents `[B, C, F, H, W]`; 0 for those of pictures, `[B, C, H, W]`."""
+    return shape[2] if len(shape) == 5 else 0
 
 
 def at_step(table: Tensor, step: Tensor) -> Tensor:

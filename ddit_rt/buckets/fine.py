@@ -14,7 +14,7 @@ class FineBucket:
     multiple = 1
 
     def __init__(self, model: StepModel, context: RunContext) -> None:
-        grid = model.grid(context.height, context.width)
+        grid = model.grid(context.height, context.width, frames=context.frames)
         family, transformer = model.family, model.transformer
         self.tokens = grid.tokens
         self._model = model
@@ -29,7 +29,7 @@ class FineBucket:
         hidden = model.family.embed_tokens(model.transformer, tokens)
         temb = at_step(self._temb, step)
         tokens = token_velocity(model, hidden, context.text, temb, self._positions)
-        velocity = ops.unpack(tokens, model.patch_size, context.height, context.width)
+        velocity = model.unpack(tokens, context.height, context.width, context.frames)
         if context.detail is not None:
             context.detail.update(latents, velocity, at_step(context.sigmas, step))
         return velocity

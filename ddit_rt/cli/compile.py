@@ -53,9 +53,10 @@ def _run(args: argparse.Namespace) -> Outcome:
     sizes = tuple(size.strip() for size in args.patch_sizes.split(","))
     pipeline = load_pipeline(args.model, args.dtype, args.device)
     import ddit_rt
+    from ddit_rt.families import family_of
 
-    default = pipeline.default_sample_size * pipeline.vae_scale_factor
-    size = {"height": default, "width": default, **embedded_defaults(args.model)}
+    height, width = family_of(pipeline.transformer).default_size(pipeline)
+    size = {"height": height, "width": width, **embedded_defaults(args.model)}
     engine = ddit_rt.compile(
         pipeline,
         height=size["height"] if args.height is None else args.height,

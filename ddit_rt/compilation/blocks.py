@@ -133,7 +133,7 @@ def compile_block(
     info = PackageInfo(
         block=block_type.name,
         inputs=block_type.inputs,
-        input_dtypes=resolve_dtypes(block_type.inputs, weight.dtype, input_dtypes),
+        input_dtypes=resolve_dtypes(block_type.inputs, block_type.dtype(block), input_dtypes),
         device=weight.device.type,
         ranges=ranges,
         constants=constant_specs(template),

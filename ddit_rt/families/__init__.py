@@ -7,10 +7,11 @@ from torch import nn
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.families.base import Family
 from ddit_rt.families.flux import FluxFamily
+from ddit_rt.families.wan import WanFamily
 
 __all__ = ["FAMILIES", "Family", "family_named", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (FluxFamily(),)
+FAMILIES: tuple[Family, ...] = (FluxFamily(), WanFamily())
 
 
 def family_of(transformer: nn.Module) -> Family:

@@ -79,6 +79,10 @@ class BlockType:
         """The transformer's own blocks of this type, in order."""
         return list(transformer.get_submodule(self.path).children())
 
+    def dtype(self, block: nn.Module) -> torch.dtype:
+        """Dtype of a block's matrix products; norms and tables may be kept in float32."""
+        return block.get_parameter(f"{self.feed_forward[0]}.weight").dtype
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
@@ -105,11 +109,11 @@ class PreparedCall:
     """A pipeline call up to its denoising loop.
 
     Attributes:
-        latents: Initial noise, `[B, C, H, W]`, float32.
+        latents: Initial noise, `[B, C, H, W]`, of a video `[B, C, F, H, W]`, float32.
         conditioning: The keyword arguments of `Engine.denoise` that carry the prompt.
         num_inference_steps: Steps that the scheduler was set to; its `sigmas` and `timesteps`
             hold the schedule.
-        finish: Turns final latents `[B, C, H, W]` into what the pipeline returns.
+        finish: Turns final latents into what the pipeline returns.
     """
 
     latents: Tensor
@@ -118,13 +122,54 @@ class PreparedCall:
     finish: Callable[[Tensor], Any]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Guidance:
+    """Classifier-free guidance: v = v_negative + scale (v_prompt - v_negative).
+
+    Attributes:
+        prompt: Conditioning of the pass with the prompt.
+        negative: The same tensors for the pass with the negative prompt.
+        scale: `[]`, float32, on the model's device.
+    """
+
+    prompt: Mapping[str, Tensor]
+    negative: Mapping[str, Tensor]
+    scale: Tensor
+
+
 class Family(ABC):
-    """The model-specific part of the runtime. Stateless; one instance per class, in `families`."""
+    """The model-specific part of the runtime. Stateless; one instance per class, in `families`.
+
+    Latents are `[B, C, H, W]`, those of a video family `[B, C, F, H, W]`: the ops, the solver and
+    the patch scores take either, and a patch is one frame deep, so that only its edge grows.
+
+    Attributes:
+        name: As a manifest writes it.
+        transformer_class: Class name of the transformer.
+        pipeline_classes: Class names of the pipelines around it.
+        conditioning_names: Keyword arguments of `Engine.denoise` that carry the prompt.
+        video: Whether latents have frames.
+        channels_last: Whether a token that the de-embedding makes holds a pixel's channels side by
+            side; see `ops.unpack`.
+        default_ranges: Fields of `TokenRanges` in which the family departs from its defaults.
+    """
 
     name: ClassVar[str]
     transformer_class: ClassVar[str]
     pipeline_classes: ClassVar[tuple[str, ...]]
     conditioning_names: ClassVar[tuple[str, ...]]
+    video: ClassVar[bool] = False
+    channels_last: ClassVar[bool] = False
+    default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {}
+
+    def check_model(self, transformer: nn.Module, pipeline: Any) -> None:
+        """Raises `UnsupportedModelError` for a variant of the class that cannot be run.
+
+        Args:
+            transformer: A model of `transformer_class`.
+            pipeline: A pipeline of one of `pipeline_classes`, or None for a bare transformer.
+        """
+        del transformer, pipeline
 
     @abstractmethod
     def base_patch_size(self, transformer: nn.Module) -> int:
@@ -148,6 +193,11 @@ class Family(ABC):
     ) -> None:
         """Raises `ValueError` when a conditioning tensor is missing, unknown or misshapen."""
 
+    def guidance(self, conditioning: Mapping[str, Tensor]) -> Guidance | None:
+        """How a conditioning asks for two passes a step; None for one pass."""
+        del conditioning
+        return None
+
     @abstractmethod
     def embed_text(self, transformer: nn.Module, conditioning: Mapping[str, Tensor]) -> Tensor:
         """Text tokens as the blocks take them, `[B, T, d]`. The same at every step."""
@@ -164,8 +214,12 @@ class Family(ABC):
             conditioning: The run's conditioning.
 
         Returns:
-            `[N, B, d]`.
+            `[N, B, *modulation_shape]`, in the model's dtype.
         """
+
+    def modulation_shape(self, transformer: nn.Module) -> tuple[int, ...]:
+        """Shape of one sample's modulation input; by default `[d]`."""
+        return (self.hidden_size(transformer),)
 
     @abstractmethod
     def positions(
@@ -175,10 +229,10 @@ class Family(ABC):
 
         Args:
             transformer: The model.
-            grid: Token rows and columns.
+            grid: Token rows and columns, and frames.
             text_tokens: Length of the text sequence.
             stretch: 1 for the natural positions 0, 1, 2, ...; s for tokens that each cover
-                s x s base tokens, placed at the centres of what they cover.
+                s x s base tokens of one frame, placed at the centres of what they cover.
         """
 
     @abstractmethod
@@ -200,7 +254,7 @@ class Family(ABC):
             runners: The blocks of each `BlockType.path`, in order.
             hidden: Image tokens, `[B, n, d]`.
             text: Text tokens, `[B, T, d]`.
-            temb: Modulation input of this step, `[B, d]`.
+            temb: Modulation input of this step, `[B, *modulation_shape]`.
             positions: As `positions` returned them.
 
         Returns:
@@ -216,14 +270,29 @@ class Family(ABC):
         """The model's own de-embedding: `[B, n, d]` to `[B, n, C*p*p]`."""
 
     @abstractmethod
-    def embedding_layers(self, transformer: nn.Module) -> tuple[nn.Linear, nn.Linear]:
-        """The linear patch embedding and de-embedding, from which adapters are initialised."""
+    def embedding_layers(self, transformer: nn.Module) -> tuple[nn.Linear | nn.Conv3d, nn.Linear]:
+        """The patch embedding and de-embedding, from which adapters are initialised."""
+
+    @abstractmethod
+    def default_size(self, pipeline: Any) -> tuple[int, int]:
+        """Height and width, in pixels, of a pipeline call that names none."""
 
     @abstractmethod
     def latent_shape(
-        self, pipeline: Any, height: int, width: int, batch: int
-    ) -> tuple[int, int, int, int]:
-        """Latent shape `[B, C, H, W]` of a picture of `height` x `width` pixels."""
+        self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None
+    ) -> tuple[int, ...]:
+        """Latent shape of a picture of `height` x `width` pixels, or of a video.
+
+        Args:
+            pipeline: A pipeline of one of `pipeline_classes`.
+            height: Pixel rows.
+            width: Pixel columns.
+            batch: Samples.
+            num_frames: Frames of a video; None for the pipeline's default, and for pictures.
+
+        Raises:
+            ShapeError: A size that the model cannot make.
+        """
 
     @abstractmethod
     def prepare(self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]) -> PreparedCall:
@@ -255,11 +324,11 @@ class Family(ABC):
 
     @abstractmethod
     def to_callback(self, latents: Tensor) -> Tensor:
-        """Latents `[B, C, H, W]` in the layout that the pipeline's step callback sees."""
+        """Latents in the layout that the pipeline's step callback sees."""
 
     @abstractmethod
     def from_callback(self, latents: Tensor, like: Tensor) -> Tensor:
-        """The inverse of `to_callback`; `like` gives the shape `[B, C, H, W]`."""
+        """The inverse of `to_callback`; `like` has the shape of the latents."""
 
     def linear_timesteps(self, scheduler: Any) -> Tensor:
         """Noise levels t in [0, 1] that the model is given at each step, `[N]`, float32."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +16,15 @@ _REFUSED_ARGUMENTS = {
     "negative_ip_adapter_image": "IP-Adapter images",
     "negative_ip_adapter_image_embeds": "IP-Adapter embeddings",
     "joint_attention_kwargs": "joint_attention_kwargs",
+    "attention_kwargs": "attention_kwargs",
 }
+
+
+def check_known(conditioning: Iterable[str], names: Sequence[str], model: str) -> None:
+    """Refuses conditioning that a model would ignore."""
+    unknown = sorted(set(conditioning) - set(names))
+    if unknown:
+        raise ValueError(f"unknown conditioning {unknown}; {model} takes {list(names)}")
 
 
 def check_shape(name: str, value: Tensor | None, expected: Sequence[int | str]) -> None:
@@ -64,6 +72,10 @@ def refuse_ignored(call: Mapping[str, Any]) -> None:
                 f"got `{name}`: {feature} change the blocks that were compiled, and would be "
                 "ignored; leave the argument out, or call the diffusers pipeline itself"
             )
+
+
+def refuse_true_cfg(call: Mapping[str, Any]) -> None:
+    """Refuses the second pass of FLUX's `true_cfg_scale`."""
     negative = call["negative_prompt"] is not None or call["negative_prompt_embeds"] is not None
     if call["true_cfg_scale"] > 1 and negative:
         raise UnsupportedModelError(
@@ -73,7 +85,7 @@ def refuse_ignored(call: Mapping[str, Any]) -> None:
 
 
 def check_inputs(pipeline: Any, call: Mapping[str, Any], height: int, width: int) -> None:
-    """The pipeline's own checks."""
+    """The own checks of a FLUX pipeline."""
     names = (
         "negative_prompt",
         "negative_prompt_2",
@@ -93,11 +105,11 @@ def check_inputs(pipeline: Any, call: Mapping[str, Any], height: int, width: int
     )
 
 
-def batch_of(call: Mapping[str, Any]) -> int:
-    """Pictures that the call makes."""
+def batch_of(call: Mapping[str, Any], per_prompt: str = "num_images_per_prompt") -> int:
+    """Pictures, or videos, that the call makes; `per_prompt` names the argument that counts."""
     prompt = call["prompt"]
     if prompt is None:
         prompts = int(call["prompt_embeds"].shape[0])
     else:
         prompts = 1 if isinstance(prompt, str) else len(prompt)
-    return prompts * int(call["num_images_per_prompt"])
+    return prompts * int(call[per_prompt])

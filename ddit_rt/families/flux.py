@@ -29,7 +29,15 @@ from ddit_rt.families.base import (
     Runner,
     TensorSpec,
 )
-from ddit_rt.families.calls import batch_of, bind_call, check_inputs, check_shape, refuse_ignored
+from ddit_rt.families.calls import (
+    batch_of,
+    bind_call,
+    check_inputs,
+    check_known,
+    check_shape,
+    refuse_ignored,
+    refuse_true_cfg,
+)
 
 _PATCH = 2
 
@@ -98,12 +106,7 @@ class FluxFamily(Family):
     ) -> None:
         """See `Family.check_conditioning`."""
         config = transformer.config
-        unknown = sorted(set(conditioning) - set(self.conditioning_names))
-        if unknown:
-            raise ValueError(
-                f"unknown conditioning {unknown}; a FLUX model takes "
-                f"{list(self.conditioning_names)}"
-            )
+        check_known(conditioning, self.conditioning_names, "a FLUX model")
         expected: dict[str, tuple[int | str, ...]] = {
             "encoder_hidden_states": (batch, "text tokens", config.joint_attention_dim),
             "pooled_projections": (batch, config.pooled_projection_dim),
@@ -188,10 +191,17 @@ class FluxFamily(Family):
         """See `Family.embedding_layers`."""
         return transformer.x_embedder, transformer.proj_out
 
+    def default_size(self, pipeline: Any) -> tuple[int, int]:
+        """See `Family.default_size`."""
+        size = int(pipeline.default_sample_size * pipeline.vae_scale_factor)
+        return size, size
+
     def latent_shape(
-        self, pipeline: Any, height: int, width: int, batch: int
-    ) -> tuple[int, int, int, int]:
+        self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None
+    ) -> tuple[int, ...]:
         """See `Family.latent_shape`. Odd sizes round down to whole tokens, as the pipeline does."""
+        if num_frames is not None:
+            raise ShapeError(f"got num_frames={num_frames}; FLUX makes pictures: leave it out")
         unit = pipeline.vae_scale_factor * _PATCH
         if height < unit or width < unit:
             raise ShapeError(
@@ -231,8 +241,9 @@ class FluxFamily(Family):
         """See `Family.prepare`; follows `FluxPipeline.__call__` up to its section 6."""
         call = bind_call(pipeline, arguments)
         refuse_ignored(call)
-        size = pipeline.default_sample_size * pipeline.vae_scale_factor
-        height, width = call["height"] or size, call["width"] or size
+        refuse_true_cfg(call)
+        rows, columns = self.default_size(pipeline)
+        height, width = call["height"] or rows, call["width"] or columns
         check_inputs(pipeline, call, height, width)
         pipeline._guidance_scale = call["guidance_scale"]
         pipeline._joint_attention_kwargs = {}

@@ -53,6 +53,7 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     *,
     height: int | None = None,
     width: int | None = None,
+    num_frames: int | None = None,
     patch_sizes: Sequence[str | int] = ("p", "2p", "4p"),
     adapter: str | Path | AdapterSet | None = None,
     patch_policy: PatchPolicy | None = None,
@@ -67,14 +68,15 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     within `ranges`; the weights stay the model's own and are not copied.
 
     Args:
-        model: A diffusers pipeline (`FluxPipeline`), or its transformer alone.
+        model: A diffusers pipeline (`FluxPipeline`, `WanPipeline`), or its transformer alone.
         height: Default picture height of the engine's calls, in pixels; checked here already.
         width: Default picture width, in pixels.
+        num_frames: Default number of frames, of a video model.
         patch_sizes: Patch sizes to offer, `"p"` among them.
         adapter: Trained patch adapters: a folder, or loaded ones. A coarse size without one runs
             training-free.
         patch_policy: Policy of calls that name none; by default `DDiTPolicy()`.
-        ranges: Batch sizes and token counts to compile for.
+        ranges: Batch sizes and token counts to compile for; by default the family's.
         backend: `"aot"`; or `"eager"`, which runs the model's own blocks uncompiled, for
             debugging. An eager engine cannot be saved.
         executor: How a CUDA run is driven; see `Engine.executor`.
@@ -86,7 +88,7 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     Raises:
         UnsupportedModelError: A model, pipeline or scheduler that no family handles, or one with
             unfused adapters or hooks.
-        ShapeError: `height` or `width` cannot be run.
+        ShapeError: `height`, `width` or `num_frames` cannot be run.
         CompileError: A block cannot be compiled; the message says what is missing.
     """
     if backend not in ("aot", "eager"):
@@ -95,7 +97,8 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     multiples = parse_multiples(patch_sizes)
     adapters = find_adapters(adapter, family, transformer)
     check_adapters(adapters, multiples)
-    ranges = ranges or TokenRanges()
+    ranges = ranges or TokenRanges(**family.default_ranges)
+    defaults = {"height": height, "width": width, "num_frames": num_frames}
     manifest = Manifest.describe(
         transformer,
         project_version=__version__,
@@ -103,12 +106,10 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         ranges=ranges,
         buckets=tuple(_bucket_entry(multiple, adapters) for multiple in multiples),
         policy=patch_policy.to_dict() if patch_policy else None,
-        pipeline_defaults={
-            name: size for name, size in (("height", height), ("width", width)) if size
-        },
+        pipeline_defaults={name: size for name, size in defaults.items() if size},
     )
     if pipeline is not None:
-        check_size(family, pipeline, height, width, multiples, ranges)
+        check_size(family, pipeline, height, width, num_frames, multiples, ranges)
     check_executor(executor, transformer)
     if backend == "eager":
         artifact = Artifact.unsaved(None, manifest)

@@ -7,43 +7,47 @@ from typing import Any
 
 from torch import Tensor
 
-from ddit_rt.buckets import RunContext, StepModel
 from ddit_rt.executor import ProgressCallback, StepCallback
+from ddit_rt.pipeline.planning import RunPrompt
+
+_EMBEDS = {
+    "prompt_embeds": "encoder_hidden_states",
+    "negative_prompt_embeds": "negative_encoder_hidden_states",
+}
+"""Conditioning that a callback sees and may change, by the names that pipelines have for it."""
 
 
 def pipeline_callback(
-    pipeline: Any,
-    model: StepModel,
-    scheduler: Any,
-    context: RunContext,
-    arguments: Mapping[str, Any],
+    pipeline: Any, scheduler: Any, prompt: RunPrompt, arguments: Mapping[str, Any]
 ) -> StepCallback | None:
     """Wraps a `callback_on_step_end` that asks for tensors so that it sees what the pipeline shows.
 
     Args:
         pipeline: The pipeline, which the callback gets as its first argument.
-        model: The model of the run.
         scheduler: The run's own scheduler, for the timesteps.
-        context: The run; its text tokens are rewritten when the callback changes the prompt.
+        prompt: The run's; rewritten when the callback changes it.
         arguments: The engine call's arguments.
     """
     user: Callable[..., dict[str, Any]] | None = arguments.get("callback_on_step_end")
     names = arguments.get("callback_on_step_end_tensor_inputs", ["latents"])
     if user is None or not names:
         return None
-    family = model.family
-    embeds = context.conditioning["encoder_hidden_states"]
+    family = prompt.model.family
+    embeds = {name: prompt.conditioning.get(key) for name, key in _EMBEDS.items()}
 
     def callback(step: int, latents: Tensor) -> Tensor | None:
         timestep = scheduler.timesteps[step]
         pipeline._current_timestep = timestep
-        seen = {"latents": family.to_callback(latents), "prompt_embeds": embeds}
+        seen = {"latents": family.to_callback(latents), **embeds}
         given = {name: seen[name] for name in names}
         changed = user(pipeline, step, timestep, dict(given)) or {}
-        new_embeds = changed.get("prompt_embeds")
-        if new_embeds is not None and new_embeds is not embeds:
-            conditioning = {**context.conditioning, "encoder_hidden_states": new_embeds}
-            context.text.copy_(family.embed_text(model.transformer, conditioning))
+        new_embeds = {
+            key: changed[name]
+            for name, key in _EMBEDS.items()
+            if changed.get(name) is not None and changed[name] is not embeds[name]
+        }
+        if new_embeds:
+            prompt.rewrite(new_embeds)
         new_latents = changed.get("latents")
         if new_latents is None or new_latents is given.get("latents"):
             return None

@@ -45,7 +45,14 @@ class StepCost:
 
 @torch.no_grad()
 def step_cost(
-    model: StepModel, *, height: int, width: int, multiple: int, batch: int, text_tokens: int
+    model: StepModel,
+    *,
+    height: int,
+    width: int,
+    multiple: int,
+    batch: int,
+    text_tokens: int,
+    frames: int = 0,
 ) -> StepCost:
     """Counts one step of a bucket.
 
@@ -54,8 +61,9 @@ def step_cost(
         height: Latent rows.
         width: Latent columns.
         multiple: Patch size as a multiple of p.
-        batch: Samples.
+        batch: Samples, both halves of classifier-free guidance counted.
         text_tokens: Text tokens per sample.
+        frames: Latent frames; 0 for pictures.
 
     Raises:
         ShapeError: The patch size does not divide the latent.
@@ -65,7 +73,7 @@ def step_cost(
         raise ShapeError(
             f"got latents of {height} x {width}; patches of {patch} pixels do not divide them"
         )
-    tokens = model.grid(height, width, multiple).tokens
+    tokens = model.grid(height, width, multiple, frames).tokens
     sizes = {BATCH: batch, IMAGE: tokens, TEXT: text_tokens, JOINT: tokens + text_tokens}
     twin = _meta_copy(model.family, model.transformer)
     parts = [_ends(model.family, twin, sizes)]
@@ -80,10 +88,9 @@ def step_cost(
 
 def _ends(family: Family, twin: nn.Module, sizes: dict[str, int]) -> tuple[int, int]:
     """Patch embedding, final modulated norm and de-embedding."""
-    inputs = family.embedding_layers(twin)[0].in_features
-    width = family.hidden_size(twin)
+    inputs = family.embedding_layers(twin)[0].weight[0].numel()
     tokens = torch.empty(sizes[BATCH], sizes[IMAGE], inputs, device="meta")
-    temb = torch.empty(sizes[BATCH], width, device="meta")
+    temb = torch.empty(sizes[BATCH], *family.modulation_shape(twin), device="meta")
 
     def run() -> None:
         hidden = family.embed_tokens(twin, tokens)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt.artifact import Artifact
-from ddit_rt.buckets import RunContext
+from ddit_rt.buckets import latent_frames
 from ddit_rt.errors import (
     ArtifactMismatchError,
     RunCancelled,
@@ -35,7 +35,7 @@ from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, policy_
 from ddit_rt.pipeline.callbacks import pipeline_callback, progress_callback
 from ddit_rt.pipeline.inputs import check_executor
 from ddit_rt.pipeline.lora import FusedLora, refuse_unfused_lora
-from ddit_rt.pipeline.planning import CompiledModel, plan_run
+from ddit_rt.pipeline.planning import CompiledModel, RunPrompt, plan_run
 from ddit_rt.pipeline.presets import (
     PolicyChoice,
     ResolvedPolicy,
@@ -56,6 +56,8 @@ class Engine:
         pipeline: The diffusers pipeline, or None for a bare transformer.
         last_trace: The trace of the latest run, or None.
         annotate: Whether profilers see named ranges of a run; see `executor.ranges`. May be set.
+        batched_guidance: Whether the two halves of classifier-free guidance (Wan) run as one
+            batch of two, the default, or one after the other, which takes less memory. May be set.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Engine:
         self.pipeline = pipeline
         self.last_trace: RunTrace | None = None
         self.annotate = False
+        self.batched_guidance = True
         self._compiled = compiled
         self._device = compiled.steps.device
         self._executor = (
@@ -152,10 +155,8 @@ class Engine:
             scheduler = copy.deepcopy(self.pipeline.scheduler)
             family = self._compiled.steps.family
             call = family.prepare(self.pipeline, scheduler, {"prompt": prompt, **arguments})
-            plan, context = self._plan(call.latents, call.conditioning, scheduler, choice)
-            on_step_end = pipeline_callback(
-                self.pipeline, self._compiled.steps, scheduler, context, arguments
-            )
+            plan, text = self._plan(call.latents, call.conditioning, scheduler, choice)
+            on_step_end = pipeline_callback(self.pipeline, scheduler, text, arguments)
             with self.pipeline.progress_bar(total=call.num_inference_steps) as bar:
                 on_progress = progress_callback(self.pipeline, scheduler, arguments, bar)
                 final = self._run(plan, call.latents, on_step_end, on_progress)
@@ -176,19 +177,21 @@ class Engine:
         """Runs the denoising loop alone.
 
         Args:
-            latents: Initial noise, `[B, C, H, W]`.
+            latents: Initial noise, `[B, C, H, W]`, for videos `[B, C, F, H, W]`.
             scheduler: A diffusers flow scheduler, copied for the run; by default the pipeline's,
                 or `FlowMatchEulerDiscreteScheduler()` for a bare transformer.
             num_inference_steps: Steps N; ignored when `sigmas` is given.
             sigmas: Noise levels of the steps, before the scheduler's own shift.
             patch_policy: As in `__call__`.
-            callback: Called after every step with its index and the latents `[B, C, H, W]`;
-                may return latents to go on from.
+            callback: Called after every step with its index and the latents; may return latents
+                to go on from.
             conditioning: The transformer's own arguments: for FLUX `encoder_hidden_states`
-                `[B, T, D]`, `pooled_projections` `[B, P]`, `guidance` `[B]`.
+                `[B, T, D]`, `pooled_projections` `[B, P]`, `guidance` `[B]`; for Wan
+                `encoder_hidden_states`, and for guidance `negative_encoder_hidden_states` and
+                `guidance_scale` `[]`.
 
         Returns:
-            Clean latents, `[B, C, H, W]`, float32.
+            Clean latents, of the same shape, float32.
 
         Raises:
             ValueError: Missing, unknown or misshapen conditioning, or latents that are not
@@ -197,9 +200,10 @@ class Engine:
         """
         model = self._compiled.steps
         channels = model.family.latent_channels(model.transformer)
-        if latents.ndim != 4 or latents.shape[1] != channels:
+        axes = "F, H, W" if model.family.video else "H, W"
+        if latents.ndim != 2 + axes.count(",") + 1 or latents.shape[1] != channels:
             raise ShapeError(
-                f"latents have shape {list(latents.shape)}; expected [B, {channels}, H, W]"
+                f"latents have shape {list(latents.shape)}; expected [B, {channels}, {axes}]"
             )
         model.family.check_conditioning(model.transformer, latents.shape[0], conditioning)
         given = {name: value for name, value in conditioning.items() if value is not None}
@@ -207,7 +211,8 @@ class Engine:
             scheduler = copy.deepcopy(scheduler or self._default_scheduler())
             steps = num_inference_steps if sigmas is None else len(sigmas)
             choice = self._choose(patch_policy, lambda: (steps, sigmas is not None))
-            grid = model.grid(*latents.shape[-2:])
+            height, width = latents.shape[-2:]
+            grid = model.grid(height, width, frames=latent_frames(latents.shape))
             model.family.set_timesteps(scheduler, choice.num_inference_steps or steps, sigmas, grid)
             latents = latents.to(model.device, torch.float32, non_blocking=True)
             plan, _ = self._plan(latents, given, scheduler, choice)
@@ -277,7 +282,7 @@ class Engine:
         conditioning: dict[str, Tensor],
         scheduler: Any,
         choice: ResolvedPolicy,
-    ) -> tuple[RunPlan, RunContext]:
+    ) -> tuple[RunPlan, RunPrompt]:
         """Checks the request and the weights, then fixes the run."""
         model = self._compiled.steps
         if model.device != self._device:
@@ -288,18 +293,18 @@ class Engine:
         refuse_unfused_lora(model.transformer)
         if self._compiled.rebind() and isinstance(self._executor, CudaExecutor):
             self._executor.forget()
-        shape = (latents.shape[0], latents.shape[1], latents.shape[2], latents.shape[3])
-        plan, context = plan_run(
+        plan, prompt = plan_run(
             self._compiled,
-            shape=shape,
+            shape=tuple(latents.shape),
             conditioning=conditioning,
             timesteps=model.family.linear_timesteps(scheduler),
             solver=self._solver(scheduler),
             policy=choice.policy,
+            batched_guidance=self.batched_guidance,
         )
         if not isinstance(choice.policy, FinePolicy):
             self._announce(plan.notes)
-        return replace(plan, notes=(*plan.notes, *choice.notes)), context
+        return replace(plan, notes=(*plan.notes, *choice.notes)), prompt
 
     def _run(
         self,

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ddit_rt.adapters import AdapterSet, load_adapters
+from ddit_rt.adapters import AdapterSet, adaptable_layers, load_adapters
 from ddit_rt.artifact import TokenRanges
-from ddit_rt.buckets import StepModel
+from ddit_rt.buckets import StepModel, latent_frames
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.executor import FORMS
 from ddit_rt.families import Family, family_of
@@ -22,6 +22,7 @@ def unwrap(model: Any) -> tuple[Any, nn.Module, Family]:
     """Pipeline (or None), transformer and family of what the user passed."""
     if isinstance(model, nn.Module):
         family = family_of(model)
+        family.check_model(model, None)
         _check_device(model)
         return None, model, family
     transformer = getattr(model, "transformer", None)
@@ -37,6 +38,7 @@ def unwrap(model: Any) -> tuple[Any, nn.Module, Family]:
             f"got a {type(model).__name__}; for this transformer the supported pipelines are "
             f"{list(family.pipeline_classes)}. Compile the bare transformer to run its loop alone"
         )
+    family.check_model(transformer, model)
     return model, transformer, family
 
 
@@ -79,6 +81,7 @@ def find_adapters(
     """Adapters that were passed, loaded from their folder if need be."""
     if adapter is None:
         return AdapterSet()
+    adaptable_layers(family, transformer)
     if isinstance(adapter, AdapterSet):
         return adapter
     return load_adapters(adapter, family, transformer)
@@ -100,11 +103,13 @@ def check_size(
     pipeline: Any,
     height: int | None,
     width: int | None,
+    num_frames: int | None,
     multiples: tuple[int, ...],
     ranges: TokenRanges,
 ) -> None:
     """Refuses a default picture size that could not run, before minutes of compiling."""
-    default = pipeline.default_sample_size * pipeline.vae_scale_factor
-    shape = family.latent_shape(pipeline, height or default, width or default, 1)
+    rows, columns = family.default_size(pipeline)
+    shape = family.latent_shape(pipeline, height or rows, width or columns, 1, num_frames)
     steps = StepModel(family=family, transformer=pipeline.transformer, base={})
-    CompiledModel(steps=steps, multiples=multiples, ranges=ranges).offered(shape[2], shape[3])
+    model = CompiledModel(steps=steps, multiples=multiples, ranges=ranges)
+    model.offered(shape[-2], shape[-1], latent_frames(shape))

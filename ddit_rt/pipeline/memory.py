@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddit_rt.artifact import Artifact
-from ddit_rt.buckets import StepModel
+from ddit_rt.buckets import StepModel, latent_frames
 from ddit_rt.families import family_of
 from ddit_rt.patch_scheduler import parse_patch, patch_name
 
@@ -63,15 +64,17 @@ def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS) -> ModelMe
     """
     manifest, transformer = artifact.manifest, pipeline.transformer
     family = family_of(transformer)
-    default = pipeline.default_sample_size * pipeline.vae_scale_factor
-    height = int(manifest.pipeline_defaults.get("height", default))
-    width = int(manifest.pipeline_defaults.get("width", default))
+    rows, columns = family.default_size(pipeline)
+    height = int(manifest.pipeline_defaults.get("height", rows))
+    width = int(manifest.pipeline_defaults.get("width", columns))
+    num_frames = manifest.pipeline_defaults.get("num_frames")
     text_tokens = manifest.ranges.text[1]
     model = StepModel(family=family, transformer=transformer, base={})
-    _, _, rows, columns = family.latent_shape(pipeline, height, width, 1)
+    shape = family.latent_shape(pipeline, height, width, 1, num_frames)
+    rows, columns = shape[-2:]
     multiples = [parse_patch(entry.patch) for entry in manifest.buckets]
     buckets = tuple(
-        _bucket_memory(model, (rows, columns), multiple, text_tokens, steps)
+        _bucket_memory(model, shape, multiple, text_tokens, steps)
         for multiple in multiples
         if rows % (multiple * model.patch_size) == 0 == columns % (multiple * model.patch_size)
     )
@@ -86,12 +89,12 @@ def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS) -> ModelMe
 
 
 def _bucket_memory(
-    model: StepModel, latent: tuple[int, int], multiple: int, text_tokens: int, steps: int
+    model: StepModel, shape: tuple[int, ...], multiple: int, text_tokens: int, steps: int
 ) -> BucketMemory:
     """What every kind of bucket keeps for a run: positions, and a modulation input per step."""
-    grid = model.grid(*latent, multiple)
+    grid = model.grid(shape[-2], shape[-1], multiple, latent_frames(shape))
     positions = model.family.positions(model.transformer, grid, text_tokens)
-    width = model.family.hidden_size(model.transformer)
+    width = math.prod(model.family.modulation_shape(model.transformer))
     modulation = steps * width * torch.finfo(model.dtype).bits // 8
     return BucketMemory(
         patch=patch_name(multiple),

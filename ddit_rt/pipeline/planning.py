@@ -10,9 +10,20 @@ from torch import Tensor
 
 from ddit_rt.adapters import AdapterSet, adapter_bucket
 from ddit_rt.artifact import TokenRanges
-from ddit_rt.buckets import Bucket, Detail, FineBucket, RunContext, Runners, SnrBucket, StepModel
+from ddit_rt.buckets import (
+    Bucket,
+    Detail,
+    FineBucket,
+    GuidedBucket,
+    RunContext,
+    Runners,
+    SnrBucket,
+    StepModel,
+    latent_frames,
+)
 from ddit_rt.errors import ShapeError
 from ddit_rt.executor import RunPlan
+from ddit_rt.families.base import Guidance
 from ddit_rt.patch_scheduler import PatchPolicy, Schedule, patch_name
 from ddit_rt.solver import SolverTable
 
@@ -38,7 +49,9 @@ class CompiledModel:
     adapters: AdapterSet = field(default_factory=AdapterSet)
     adapter_runners: Mapping[int, Runners] = field(default_factory=dict)
 
-    def offered(self, height: int, width: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    def offered(
+        self, height: int, width: int, frames: int = 0
+    ) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """Patch sizes that a latent of `height` x `width` offers, and why others are not.
 
         Raises:
@@ -46,7 +59,7 @@ class CompiledModel:
         """
         offered, notes = [], []
         for multiple in self.multiples:
-            problem = self._problem(height, width, multiple)
+            problem = self._problem(height, width, frames, multiple)
             if problem is None:
                 offered.append(multiple)
             elif multiple == 1:
@@ -55,11 +68,11 @@ class CompiledModel:
                 notes.append(f"{patch_name(multiple)} is not offered at this size: {problem}")
         return tuple(offered), tuple(notes)
 
-    def _problem(self, height: int, width: int, multiple: int) -> str | None:
+    def _problem(self, height: int, width: int, frames: int, multiple: int) -> str | None:
         patch = self.steps.patch_size * multiple
         if height % patch or width % patch:
             return f"patches of {patch} latent pixels do not divide {height} x {width}"
-        tokens = self.steps.grid(height, width, multiple).tokens
+        tokens = self.steps.grid(height, width, multiple, frames).tokens
         low, high = self.ranges.image
         if not low <= tokens <= high:
             return f"{tokens} image tokens are outside the compiled range {low} to {high}"
@@ -97,42 +110,55 @@ def plan_run(
     timesteps: Tensor,
     solver: SolverTable,
     policy: PatchPolicy,
-) -> tuple[RunPlan, RunContext]:
+    batched_guidance: bool = True,
+) -> tuple[RunPlan, RunPrompt]:
     """Resolves the policy for this shape and schedule and builds the buckets it can reach.
 
     Args:
         compiled: The model.
-        shape: Latent shape `[B, C, H, W]`.
+        shape: Latent shape `[B, C, H, W]` or `[B, C, F, H, W]`.
         conditioning: Checked conditioning tensors.
         timesteps: t that the model is given at each step, `[N]`.
         solver: Solver table.
         policy: Patch policy.
+        batched_guidance: Whether the halves of classifier-free guidance run as one batch.
+
+    Returns:
+        The plan, and the prompt in it, which a callback may change.
 
     Raises:
         ShapeError: The shape, or a size that the policy forces, cannot be run.
     """
-    batch, _, height, width = shape
+    height, width, frames = *shape[-2:], latent_frames(shape)
     model = compiled.steps
     on_cuda = model.device.type == "cuda"
-    offered, notes = compiled.offered(height, width)
+    offered, notes = compiled.offered(height, width, frames)
     table = policy.resolve(Schedule(sigmas=solver.sigmas, offered=offered))
-    text = model.family.embed_text(model.transformer, conditioning)
-    compiled.check_sizes(batch, text.shape[1])
+    guidance = model.family.guidance(conditioning)
+    passes = _passes(conditioning, guidance, batched_guidance)
+    texts = [model.family.embed_text(model.transformer, one) for one in passes]
+    batch = shape[0] * (1 if guidance is None else 2 // len(passes))
+    for text in texts:
+        compiled.check_sizes(batch, text.shape[1])
     # One capture serves many step counts, and policies of any order of sizes.
     capacity = -(-table.steps // _CAPACITY) * _CAPACITY if on_cuda else table.steps
     keeps_detail = _keeps_detail(compiled, offered) and (on_cuda or table.coarse_after_fine())
-    context = RunContext(
-        conditioning=conditioning,
-        text=text,
-        height=height,
-        width=width,
-        sigmas=_table(torch.tensor(solver.sigmas[:-1]), capacity, model.device),
-        timesteps=_table(timesteps, capacity, model.device),
-        detail=Detail(shape, model.device) if keeps_detail else None,
+    contexts = tuple(
+        RunContext(
+            conditioning=one,
+            text=text,
+            height=height,
+            width=width,
+            frames=frames,
+            sigmas=_table(torch.tensor(solver.sigmas[:-1]), capacity, model.device),
+            timesteps=_table(timesteps, capacity, model.device),
+            detail=Detail((batch, *shape[1:]), model.device) if keeps_detail else None,
+        )
+        for one, text in zip(passes, texts, strict=True)
     )
     reachable = table.reachable()
     buckets = [
-        _bucket(compiled, context, multiple) if index in reachable else None
+        _bucket(compiled, contexts, guidance, multiple) if index in reachable else None
         for index, multiple in enumerate(offered)
     ]
     plan = RunPlan(
@@ -142,11 +168,58 @@ def plan_run(
         solver=solver,
         patch_size=model.patch_size,
         capacity=capacity,
-        shared=context.tensors(),
+        shared=tuple(tensor for context in contexts for tensor in context.tensors()),
         weights=_unwatched_weights(model) if on_cuda else (),
         notes=notes,
     )
-    return plan, context
+    return plan, RunPrompt(model=model, conditioning=conditioning, contexts=contexts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPrompt:
+    """The prompt of a run, where its buckets read it.
+
+    Attributes:
+        model: The model.
+        conditioning: As `plan_run` was given it.
+        contexts: One per pass of the model in a step.
+    """
+
+    model: StepModel
+    conditioning: Mapping[str, Tensor]
+    contexts: tuple[RunContext, ...]
+
+    def rewrite(self, changes: Mapping[str, Tensor]) -> None:
+        """Gives the steps to come other conditioning tensors, by name; only the text may change."""
+        conditioning = {**self.conditioning, **changes}
+        family, batched = self.model.family, len(self.contexts) == 1
+        passes = _passes(conditioning, family.guidance(conditioning), batched)
+        for context, one in zip(self.contexts, passes, strict=True):
+            context.text.copy_(family.embed_text(self.model.transformer, one))
+
+
+def _passes(
+    conditioning: Mapping[str, Tensor], guidance: Guidance | None, batched: bool
+) -> tuple[Mapping[str, Tensor], ...]:
+    """Conditioning of every pass of the model in a step.
+
+    Raises:
+        ShapeError: Halves of unequal text lengths cannot be one batch.
+    """
+    if guidance is None:
+        return (conditioning,)
+    if not batched:
+        return guidance.prompt, guidance.negative
+    for name, tensor in guidance.prompt.items():
+        if guidance.negative[name].shape != tensor.shape:
+            raise ShapeError(
+                f"`{name}` has shape {list(tensor.shape)} for the prompt and "
+                f"{list(guidance.negative[name].shape)} for the negative prompt, which cannot be "
+                "one batch; pad them alike, or set engine.batched_guidance = False"
+            )
+    return (
+        {name: torch.cat((one, guidance.negative[name])) for name, one in guidance.prompt.items()},
+    )
 
 
 def _table(values: Tensor, rows: int, device: torch.device) -> Tensor:
@@ -158,15 +231,29 @@ def _table(values: Tensor, rows: int, device: torch.device) -> Tensor:
 def _unwatched_weights(model: StepModel) -> tuple[int, ...]:
     """Addresses of the weights outside the blocks: runners watch only what they are bound to."""
     blocks = {block_type.path for block_type in model.family.block_types(model.transformer)}
-    return tuple(
-        parameter.data_ptr()
-        for name, child in model.transformer.named_children()
-        if name not in blocks
-        for parameter in child.parameters()
+    own = [parameter.data_ptr() for parameter in model.transformer.parameters(recurse=False)]
+    return (
+        *own,
+        *(
+            parameter.data_ptr()
+            for name, child in model.transformer.named_children()
+            if name not in blocks
+            for parameter in child.parameters()
+        ),
     )
 
 
-def _bucket(compiled: CompiledModel, context: RunContext, multiple: int) -> Bucket:
+def _bucket(
+    compiled: CompiledModel,
+    contexts: tuple[RunContext, ...],
+    guidance: Guidance | None,
+    multiple: int,
+) -> Bucket:
+    passes = [_pass(compiled, context, multiple) for context in contexts]
+    return passes[0] if guidance is None else GuidedBucket(passes, guidance.scale)
+
+
+def _pass(compiled: CompiledModel, context: RunContext, multiple: int) -> Bucket:
     if multiple == 1:
         return FineBucket(compiled.steps, context)
     adapter = compiled.adapters.adapters.get(multiple)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddit_rt.adapters import save_adapters
+from ddit_rt.adapters import adaptable_layers, save_adapters
 from ddit_rt.errors import ShapeError
 from ddit_rt.families import family_of
 from ddit_rt.patch_scheduler import patch_name
@@ -112,6 +112,7 @@ def train(
             shutil.rmtree(folder / "run" / name, ignore_errors=True)
         (folder / "run" / "run.json").unlink(missing_ok=True)
     family = family_of(pipeline.transformer)
+    adaptable_layers(family, pipeline.transformer)
     _check_sizes(family, pipeline, data, config)
     check_same_run(folder / "run" / "run.json", {"train": config.to_dict(), "data": data.to_dict()})
     student = Student(
@@ -326,7 +327,7 @@ def _name(pipeline: Any) -> str:
 
 
 def _check_sizes(family: Any, pipeline: Any, data: DataConfig, config: TrainConfig) -> None:
-    _, _, height, width = family.latent_shape(pipeline, data.height, data.width, 1)
+    *_, height, width = family.latent_shape(pipeline, data.height, data.width, 1)
     base = family.base_patch_size(pipeline.transformer)
     for multiple in config.multiples:
         patch = base * multiple

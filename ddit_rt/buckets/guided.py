@@ -1,0 +1,52 @@
+"""Classifier-free guidance: a wrapper around the velocities of one patch size.
+
+    v = v_negative + scale (v_prompt - v_negative)
+
+Both halves of a step run at the same patch size: there is one latent, and so one decision. Each
+half keeps its own detail. The training-free step is affine in what the model says now and said at
+its latest step at p, and the two weights add up to 1, so guiding its velocities is the same as
+guiding the model inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ddit_rt.buckets.base import Bucket
+
+
+class GuidedBucket:
+    """Two halves of one patch size, as one batch of two or one after the other."""
+
+    def __init__(self, halves: Sequence[Bucket], scale: Tensor) -> None:
+        """Joins the halves.
+
+        Args:
+            halves: Two buckets, with the prompt and with the negative prompt; or one over a
+                batch twice as large, prompts first.
+            scale: `[]`, float32, read on the device in every step.
+        """
+        assert len(halves) in (1, 2), "one batch of two, or two passes"
+        self.multiple = halves[0].multiple
+        # Of one half: the step is on the same latent, whatever guides it.
+        self.tokens = halves[0].tokens
+        self._halves = tuple(halves)
+        self._scale = scale
+
+    def velocity(self, latents: Tensor, step: Tensor) -> Tensor:
+        """See `Bucket.velocity`."""
+        if len(self._halves) == 1:
+            both = self._halves[0].velocity(torch.cat((latents, latents)), step)
+            prompt, negative = both.chunk(2)
+        else:
+            prompt, negative = (half.velocity(latents, step) for half in self._halves)
+        # A scale without dimensions leaves the velocities' dtype as it is, as in diffusers.
+        return negative + self._scale * (prompt - negative)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """See `Bucket.tensors`."""
+        halves = (tensor for half in self._halves for tensor in half.tensors())
+        return (self._scale, *halves)

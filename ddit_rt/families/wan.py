@@ -1,0 +1,351 @@
+"""Wan 2.1 text-to-video (1.3B, 14B): `WanTransformer3DModel` behind `WanPipeline`.
+
+Latents are `[B, 16, F, H/8, W/8]` for 4F - 3 frames, and a token is 2 x 2 latent pixels of one
+frame, so a coarse patch is 4 x 4 or 8 x 8 pixels of one frame. Rotary positions count frames, rows
+and columns; text enters by cross-attention, which no patch size touches. The modulation input of a
+step is seven rows of d: six for the blocks, one for the output norm.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.families.base import (
+    BATCH,
+    IMAGE,
+    TEXT,
+    BlockType,
+    Family,
+    Grid,
+    Guidance,
+    PreparedCall,
+    Runner,
+    TensorSpec,
+)
+from ddit_rt.families.calls import bind_call, check_known, check_shape, refuse_ignored
+from ddit_rt.families.wan_calls import (
+    NEGATIVE,
+    checked_batch,
+    default_of,
+    encode_prompts,
+    finish,
+    latent_size,
+)
+
+_PATCH = (1, 2, 2)
+_BLOCK_ROWS = 6
+_ROPE_THETA = 10000.0
+
+
+class WanFamily(Family):
+    """Wan text-to-video with one transformer."""
+
+    name: ClassVar[str] = "wan"
+    transformer_class: ClassVar[str] = "WanTransformer3DModel"
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("WanPipeline",)
+    conditioning_names: ClassVar[tuple[str, ...]] = (
+        "encoder_hidden_states",
+        NEGATIVE,
+        "guidance_scale",
+    )
+    video: ClassVar[bool] = True
+    channels_last: ClassVar[bool] = True
+    # 81 frames of 720 x 1280 with guidance; 13824 features per token then stay below 2**31.
+    default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {
+        "batch": (1, 2),
+        "image": (4, 75600),
+    }
+
+    def check_model(self, transformer: Any, pipeline: Any) -> None:
+        """Text-to-video with one transformer; other variants are refused by name."""
+        config, refused = transformer.config, []
+        if tuple(config.patch_size) != _PATCH:
+            refused.append(f"patch_size={tuple(config.patch_size)} (expected {_PATCH})")
+        if config.image_dim is not None or config.added_kv_proj_dim is not None:
+            refused.append("image conditioning (image_dim, added_kv_proj_dim)")
+        if config.in_channels != (config.out_channels or config.in_channels):
+            refused.append(
+                f"in_channels={config.in_channels} with out_channels={config.out_channels} "
+                "(image-to-video or control latents)"
+            )
+        if getattr(pipeline, "transformer_2", None) is not None:
+            refused.append("two experts (transformer_2 of Wan 2.2 A14B)")
+        if pipeline is not None and pipeline.config.expand_timesteps:
+            refused.append("a timestep per token (expand_timesteps of Wan 2.2 TI2V 5B)")
+        if refused:
+            raise UnsupportedModelError(
+                f"this Wan model has {'; '.join(refused)}, which this version does not run; it "
+                "runs text-to-video with one transformer (Wan 2.1 T2V 1.3B and 14B)"
+            )
+
+    def base_patch_size(self, transformer: Any) -> int:
+        """2, in one frame."""
+        return _PATCH[-1]
+
+    def latent_channels(self, transformer: Any) -> int:
+        """16 in the published models."""
+        return int(transformer.config.in_channels)
+
+    def hidden_size(self, transformer: Any) -> int:
+        """Heads times head width."""
+        return int(transformer.config.num_attention_heads * transformer.config.attention_head_dim)
+
+    def modulation_shape(self, transformer: Any) -> tuple[int, ...]:
+        """Six rows for the blocks, one for the output norm."""
+        return _BLOCK_ROWS + 1, self.hidden_size(transformer)
+
+    def block_types(self, transformer: Any) -> tuple[BlockType, ...]:
+        """One class: self-attention, cross-attention, feed-forward."""
+        width = self.hidden_size(transformer)
+        head = int(transformer.config.attention_head_dim)
+        return (
+            BlockType(
+                name="WanTransformerBlock",
+                path="blocks",
+                inputs=(
+                    TensorSpec(name="hidden_states", dims=(BATCH, IMAGE, width)),
+                    TensorSpec(name="encoder_hidden_states", dims=(BATCH, TEXT, width)),
+                    TensorSpec(name="temb", dims=(BATCH, _BLOCK_ROWS, width)),
+                    TensorSpec(name="rotary_cos", dims=(1, IMAGE, 1, head)),
+                    TensorSpec(name="rotary_sin", dims=(1, IMAGE, 1, head)),
+                ),
+                outputs=1,
+                forward=_run_block,
+                feed_forward=("ffn.net.0.proj", "ffn.net.2"),
+            ),
+        )
+
+    def check_conditioning(
+        self, transformer: Any, batch: int, conditioning: Mapping[str, Tensor | None]
+    ) -> None:
+        """See `Family.check_conditioning`."""
+        check_known(conditioning, self.conditioning_names, "a Wan model")
+        shape = (batch, "text tokens", transformer.config.text_dim)
+        check_shape("encoder_hidden_states", conditioning.get("encoder_hidden_states"), shape)
+        scale, negative = conditioning.get("guidance_scale"), conditioning.get(NEGATIVE)
+        if (scale is None) != (negative is None):
+            raise ValueError(
+                f"guidance takes `{NEGATIVE}` and `guidance_scale` together; give both or neither"
+            )
+        if negative is not None:
+            check_shape(NEGATIVE, negative, shape)
+            if not isinstance(scale, Tensor) or scale.ndim:
+                raise ValueError(
+                    f"got guidance_scale={scale!r}; expected a tensor without dimensions, such as "
+                    "torch.tensor(5.0)"
+                )
+
+    def guidance(self, conditioning: Mapping[str, Tensor]) -> Guidance | None:
+        """See `Family.guidance`."""
+        if "guidance_scale" not in conditioning:
+            return None
+        text = conditioning["encoder_hidden_states"]
+        return Guidance(
+            prompt={"encoder_hidden_states": text},
+            negative={"encoder_hidden_states": conditioning[NEGATIVE].to(text.device)},
+            scale=conditioning["guidance_scale"].to(text.device, torch.float32),
+        )
+
+    def embed_text(self, transformer: Any, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """See `Family.embed_text`."""
+        weight = transformer.patch_embedding.weight
+        text: Tensor = transformer.condition_embedder.text_embedder(
+            conditioning["encoder_hidden_states"].to(weight.device, weight.dtype)
+        )
+        return text
+
+    def embed_time(
+        self, transformer: Any, timesteps: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> Tensor:
+        """See `Family.embed_time`. The time is the same for all samples."""
+        embedder, weight = transformer.condition_embedder, transformer.patch_embedding.weight
+        # In float64: schedulers may give whole timesteps, which the model must get back exactly.
+        levels = (timesteps.to(weight.device, torch.float64) * 1000).float()
+        own = next(embedder.time_embedder.parameters()).dtype
+        temb = embedder.time_embedder(embedder.timesteps_proj(levels).to(own)).to(weight.dtype)
+        rows = embedder.time_proj(embedder.act_fn(temb)).unflatten(1, (_BLOCK_ROWS, -1))
+        batch = conditioning["encoder_hidden_states"].shape[0]
+        table = torch.cat((rows, temb[:, None]), dim=1)
+        return table[:, None].repeat(1, batch, 1, 1)
+
+    def positions(
+        self, transformer: Any, grid: Grid, text_tokens: int, *, stretch: int = 1
+    ) -> tuple[Tensor, ...]:
+        """Rotary cos and sin, each `[1, n, 1, head width]`, float32; text has no positions."""
+        rope = transformer.rope
+        longest = max(grid.frames, grid.height, grid.width)
+        if longest > rope.max_seq_len:
+            raise ShapeError(
+                f"got {grid.frames} x {grid.height} x {grid.width} tokens; this model has "
+                f"positions for at most {rope.max_seq_len} in each direction"
+            )
+        axes = [
+            _axis_table(rope, axis, count, 1 if axis == 0 else stretch)
+            for axis, count in enumerate((grid.frames, grid.height, grid.width))
+        ]
+        shape = (grid.frames, grid.height, grid.width)
+        return tuple(_join_axes([axis[part] for axis in axes], shape) for part in (0, 1))
+
+    def embed_tokens(self, transformer: Any, tokens: Tensor) -> Tensor:
+        """See `Family.embed_tokens`. The convolution's windows are the tokens."""
+        convolution = transformer.patch_embedding
+        return F.linear(tokens, convolution.weight.flatten(1), convolution.bias)
+
+    def run_blocks(
+        self,
+        runners: Mapping[str, Sequence[Runner]],
+        hidden: Tensor,
+        text: Tensor,
+        temb: Tensor,
+        positions: tuple[Tensor, ...],
+    ) -> Tensor:
+        """See `Family.run_blocks`."""
+        rows = temb[:, :_BLOCK_ROWS].contiguous()
+        for block in runners["blocks"]:
+            (hidden,) = block(hidden, text, rows, *positions)
+        return hidden
+
+    def modulate_output(self, transformer: Any, hidden: Tensor, temb: Tensor) -> Tensor:
+        """See `Family.modulate_output`."""
+        shift, scale = (transformer.scale_shift_table + temb[:, _BLOCK_ROWS:]).chunk(2, dim=1)
+        normed: Tensor = transformer.norm_out(hidden.float()) * (1 + scale) + shift
+        return normed.type_as(hidden)
+
+    def project_output(self, transformer: Any, hidden: Tensor) -> Tensor:
+        """See `Family.project_output`; features as `channels_last` says."""
+        tokens: Tensor = transformer.proj_out(hidden)
+        return tokens
+
+    def embedding_layers(self, transformer: Any) -> tuple[nn.Linear | nn.Conv3d, nn.Linear]:
+        """See `Family.embedding_layers`."""
+        return transformer.patch_embedding, transformer.proj_out
+
+    def default_size(self, pipeline: Any) -> tuple[int, int]:
+        """480 x 832, as the pipeline's call has it."""
+        return default_of(pipeline, "height"), default_of(pipeline, "width")
+
+    def latent_shape(
+        self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None
+    ) -> tuple[int, ...]:
+        """See `Family.latent_shape`. Sizes are not rounded: a warning is easily missed."""
+        channels = self.latent_channels(pipeline.transformer)
+        return batch, channels, *latent_size(pipeline, height, width, num_frames)
+
+    def set_timesteps(
+        self, scheduler: Any, num_inference_steps: int, sigmas: Sequence[float] | None, grid: Grid
+    ) -> None:
+        """See `Family.set_timesteps`. Wan shifts by a constant of the scheduler's own."""
+        if num_inference_steps < 1:
+            raise ValueError(f"got num_inference_steps={num_inference_steps}; it must be positive")
+        if sigmas is None:
+            scheduler.set_timesteps(num_inference_steps)
+        elif "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+            scheduler.set_timesteps(sigmas=list(sigmas))
+        else:
+            raise ValueError(
+                f"got `sigmas`, which {type(scheduler).__name__} does not take; leave them out"
+            )
+
+    def prepare(self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]) -> PreparedCall:
+        """See `Family.prepare`; follows `WanPipeline.__call__` up to its section 6."""
+        call = bind_call(pipeline, arguments)
+        refuse_ignored(call)
+        batch = checked_batch(pipeline, call)
+        shape = self.latent_shape(
+            pipeline, call["height"], call["width"], batch, call["num_frames"]
+        )
+        pipeline._guidance_scale = call["guidance_scale"]
+        pipeline._guidance_scale_2 = None
+        pipeline._attention_kwargs = None
+        pipeline._current_timestep = None
+        pipeline._interrupt = False
+        if call["latents"] is not None:
+            check_shape("latents", call["latents"], shape)
+        device = pipeline._execution_device
+        conditioning = encode_prompts(pipeline, call, batch, device)
+        self.check_conditioning(pipeline.transformer, batch, conditioning)
+        latents = pipeline.prepare_latents(
+            batch,
+            shape[1],
+            call["height"],
+            call["width"],
+            call["num_frames"],
+            torch.float32,
+            device,
+            call["generator"],
+            call["latents"],
+        )
+        grid = Grid(frames=shape[2], height=shape[3] // _PATCH[1], width=shape[4] // _PATCH[2])
+        self.set_timesteps(scheduler, call["num_inference_steps"], None, grid)
+        pipeline._num_timesteps = len(scheduler.timesteps)
+        return PreparedCall(
+            latents=latents,
+            conditioning=conditioning,
+            num_inference_steps=len(scheduler.timesteps),
+            finish=lambda final: finish(pipeline, final, call),
+        )
+
+    def encode_pictures(self, pipeline: Any, pixels: Tensor) -> Tensor:
+        """Pictures are for training adapters, which this version does not do for Wan."""
+        raise UnsupportedModelError("this version trains no adapters for Wan")
+
+    def to_callback(self, latents: Tensor) -> Tensor:
+        """The latents as they are."""
+        return latents
+
+    def from_callback(self, latents: Tensor, like: Tensor) -> Tensor:
+        """See `Family.from_callback`."""
+        check_shape("latents", latents, like.shape)
+        return latents.to(like.dtype)
+
+
+def _run_block(
+    block: nn.Module, hidden: Tensor, text: Tensor, temb: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, ...]:
+    return (
+        block(
+            hidden_states=hidden,
+            encoder_hidden_states=text,
+            temb=temb,
+            rotary_emb=(cos, sin),
+        ),
+    )
+
+
+def _axis_table(rope: Any, axis: int, count: int, stretch: int) -> tuple[Tensor, Tensor]:
+    """Rotary cos and sin of one direction, each `[count, part of the head width]`."""
+    widths = [rope.t_dim, rope.h_dim, rope.w_dim]
+    if stretch == 1:
+        tables = (rope.freqs_cos, rope.freqs_sin)
+        cos, sin = (table[:count].split(widths, dim=1)[axis].float() for table in tables)
+        return cos, sin
+    # Imported here: it pulls in much of diffusers.
+    from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
+    places = torch.arange(count, dtype=torch.float64, device=rope.freqs_cos.device)
+    cos, sin = get_1d_rotary_pos_embed(
+        widths[axis],
+        places * stretch + (stretch - 1) / 2,
+        _ROPE_THETA,
+        use_real=True,
+        repeat_interleave_real=True,
+        freqs_dtype=torch.float64,
+    )
+    return cos, sin
+
+
+def _join_axes(parts: Sequence[Tensor], shape: tuple[int, int, int]) -> Tensor:
+    """Tables of frames, rows and columns as one of all tokens, `[1, n, 1, head width]`."""
+    views = [(-1, 1, 1), (1, -1, 1), (1, 1, -1)]
+    spread = [
+        part.view(*view, part.shape[1]).expand(*shape, -1)
+        for part, view in zip(parts, views, strict=True)
+    ]
+    return torch.cat(spread, dim=-1).reshape(1, -1, 1, sum(part.shape[1] for part in parts))

@@ -1,0 +1,119 @@
+"""`WanPipeline.__call__` around its denoising loop: sizes, prompts, decoding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddit_rt.errors import ShapeError
+from ddit_rt.families.calls import batch_of
+
+NEGATIVE = "negative_encoder_hidden_states"
+"""Conditioning of the second pass."""
+
+_PATCH = 2
+
+
+def default_of(pipeline: Any, name: str) -> int:
+    """What the pipeline's call takes for a size that is not given."""
+    return int(inspect.signature(type(pipeline).__call__).parameters[name].default)
+
+
+def latent_size(
+    pipeline: Any, height: int, width: int, num_frames: int | None
+) -> tuple[int, int, int]:
+    """Latent frames, rows and columns of a video.
+
+    Raises:
+        ShapeError: The VAE and the patches cannot make this size; the message names some that
+            they can.
+    """
+    if num_frames is None:
+        num_frames = default_of(pipeline, "num_frames")
+    edge, step = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
+    unit = edge * _PATCH
+    if height < unit or width < unit or height % unit or width % unit:
+        raise ShapeError(
+            f"got {height} x {width} pixels; height and width must be multiples of {unit}, such as "
+            f"{_nearest(height, unit)} x {_nearest(width, unit)}"
+        )
+    if num_frames < 1 or (num_frames - 1) % step:
+        fewer = max(num_frames - 1, 0) // step * step + 1
+        raise ShapeError(
+            f"got num_frames={num_frames}; it must be a multiple of {step} plus 1, such as {fewer} "
+            f"or {fewer + step}"
+        )
+    return (num_frames - 1) // step + 1, height // edge, width // edge
+
+
+def _nearest(size: int, unit: int) -> int:
+    return max(round(size / unit), 1) * unit
+
+
+def checked_batch(pipeline: Any, call: Mapping[str, Any]) -> int:
+    """Videos of the call, after the pipeline's own checks but that of the size, which is ours."""
+    names = (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "callback_on_step_end_tensor_inputs",
+        "guidance_scale_2",
+    )
+    pipeline.check_inputs(
+        call["prompt"], call["negative_prompt"], 16, 16, **{name: call[name] for name in names}
+    )
+    return batch_of(call, "num_videos_per_prompt")
+
+
+def encode_prompts(
+    pipeline: Any, call: Mapping[str, Any], batch: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Prompts as conditioning, with the negative half where guidance is asked for."""
+    guided = call["guidance_scale"] > 1
+    embeds, negative = pipeline.encode_prompt(
+        prompt=call["prompt"],
+        negative_prompt=call["negative_prompt"],
+        do_classifier_free_guidance=guided,
+        num_videos_per_prompt=call["num_videos_per_prompt"],
+        prompt_embeds=call["prompt_embeds"],
+        negative_prompt_embeds=call["negative_prompt_embeds"],
+        max_sequence_length=call["max_sequence_length"],
+        device=device,
+    )
+    dtype = pipeline.transformer.patch_embedding.weight.dtype
+
+    def repeated(text: Tensor) -> Tensor:
+        # Given embeddings are not repeated for `num_videos_per_prompt`; one serves all.
+        return (
+            text.to(device, dtype).expand(batch, -1, -1)
+            if text.shape[0] == 1
+            else text.to(device, dtype)
+        )
+
+    conditioning = {"encoder_hidden_states": repeated(embeds)}
+    if guided:
+        conditioning[NEGATIVE] = repeated(negative)
+        conditioning["guidance_scale"] = torch.tensor(float(call["guidance_scale"]), device=device)
+    return conditioning
+
+
+def finish(pipeline: Any, latents: Tensor, call: Mapping[str, Any]) -> Any:
+    """Decodes as the pipeline does: `[B, C, F, H, W]` to its output object."""
+    from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+
+    pipeline._current_timestep = None
+    video: Any = latents
+    if call["output_type"] != "latent":
+        vae = pipeline.vae
+        latents = latents.to(vae.device, vae.dtype)
+        mean, std = (
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        decoded = vae.decode(latents * std + mean, return_dict=False)[0]
+        video = pipeline.video_processor.postprocess_video(decoded, output_type=call["output_type"])
+    pipeline.maybe_free_model_hooks()
+    return WanPipelineOutput(frames=video) if call["return_dict"] else (video,)

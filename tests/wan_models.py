@@ -1,0 +1,95 @@
+"""Small random Wan models of the real classes, for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from models import TEXT_WIDTH, noise
+from text_encoders import t5_words
+from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+CHANNELS = 4
+TEXT_TOKENS = 12
+
+
+def wan_transformer(seed: int = 0, **config: Any) -> WanTransformer3DModel:
+    """A Wan transformer of some 40k parameters, random but with every path alive."""
+    torch.manual_seed(seed)
+    fields: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "text_dim": TEXT_WIDTH,
+        "freq_dim": 32,
+        "ffn_dim": 48,
+        "num_layers": 2,
+    }
+    model = WanTransformer3DModel(**{**fields, **config})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model.eval().requires_grad_(False)
+
+
+def wan_vae() -> AutoencoderKLWan:
+    """Eight pixels and four frames to a latent, as the published one."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=CHANNELS,
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.8, 1.2, 1.0],
+    )
+    return vae.eval().requires_grad_(False)
+
+
+def unipc() -> UniPCMultistepScheduler:
+    """The scheduler of the published pipelines."""
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+
+
+def euler() -> FlowMatchEulerDiscreteScheduler:
+    """The other common one."""
+    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def wan_pipeline(scheduler: Any = None, seed: int = 0, **config: Any) -> WanPipeline:
+    """A whole Wan pipeline that takes prompts."""
+    tokenizer = t5_words()
+    torch.manual_seed(0)
+    encoder = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+        )
+    )
+    pipeline = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder.eval().requires_grad_(False),
+        vae=wan_vae(),
+        scheduler=scheduler or unipc(),
+        transformer=wan_transformer(seed, **config),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def wan_conditioning(batch: int = 1, *, guidance_scale: float | None = None) -> dict[str, Tensor]:
+    """Conditioning as `Engine.denoise` takes it."""
+    shape = (batch, TEXT_TOKENS, TEXT_WIDTH)
+    conditioning = {"encoder_hidden_states": noise(*shape, seed=1)}
+    if guidance_scale is not None:
+        conditioning["negative_encoder_hidden_states"] = noise(*shape, seed=2)
+        conditioning["guidance_scale"] = torch.tensor(guidance_scale)
+    return conditioning
