@@ -273,12 +273,12 @@ def test_callback_that_changes_the_prompt_reaches_the_captured_graphs(
     executor.run(model.plan(FinePolicy(), seed=9)[0], noise(*SHAPE))
 
     def run(runner: CpuExecutor | CudaExecutor) -> tuple[Tensor, Any]:
-        plan, context = model.plan(FinePolicy(), seed=1)
-        other = model.plan(FinePolicy(), seed=2)[1].text
+        plan, prompt = model.plan(FinePolicy(), seed=1)
+        other = tiny_conditioning(model.transformer, seed=2)["encoder_hidden_states"]
 
         def callback(step: int, latents: Tensor) -> None:
             if step == 4:
-                context.text.copy_(other)
+                prompt.rewrite({"encoder_hidden_states": other})
 
         return runner.run(plan, noise(*SHAPE), on_step_end=callback)
 

@@ -1,0 +1,235 @@
+"""The Wan family against diffusers' own forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from models import noise
+from wan_models import CHANNELS, TEXT_TOKENS, wan_conditioning, wan_pipeline, wan_transformer
+
+import ddit_rt
+from ddit_rt.buckets import Detail, FineBucket, GuidedBucket, RunContext, SnrBucket, StepModel
+from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.families import family_of
+from ddit_rt.families.base import Grid
+from ddit_rt.families.wan import WanFamily
+
+WAN = WanFamily()
+
+
+def step_model(transformer: WanTransformer3DModel) -> StepModel:
+    """The blocks as they are, behind the runners' calling convention."""
+    (block_type,) = WAN.block_types(transformer)
+    runners: Any = {
+        block_type.path: [
+            (lambda *tensors, b=block: block_type.forward(b, *tensors))
+            for block in block_type.blocks(transformer)
+        ]
+    }
+    return StepModel(family=WAN, transformer=transformer, base=runners)
+
+
+def context_of(
+    transformer: WanTransformer3DModel,
+    shape: tuple[int, ...],
+    levels: list[float],
+    *,
+    detail: Detail | None = None,
+    seed: int = 1,
+) -> RunContext:
+    text = noise(shape[0], TEXT_TOKENS, transformer.config.text_dim, seed=seed)
+    conditioning = {"encoder_hidden_states": text}
+    return RunContext(
+        conditioning=conditioning,
+        text=WAN.embed_text(transformer, conditioning),
+        height=shape[-2],
+        width=shape[-1],
+        frames=shape[2],
+        sigmas=torch.tensor(levels),
+        timesteps=torch.tensor(levels),
+        detail=detail,
+    )
+
+
+def direct(
+    transformer: WanTransformer3DModel, latents: torch.Tensor, level: float, text: torch.Tensor
+) -> torch.Tensor:
+    """What diffusers' model says at the timestep `1000 level`."""
+    output: torch.Tensor = transformer(
+        hidden_states=latents,
+        timestep=torch.full((len(latents),), 1000 * level),
+        encoder_hidden_states=text,
+        return_dict=False,
+    )[0]
+    return output
+
+
+@pytest.mark.parametrize("config", [{}, {"num_attention_heads": 3, "attention_head_dim": 24}])
+@pytest.mark.parametrize("shape", [(1, CHANNELS, 3, 8, 8), (3, CHANNELS, 1, 6, 10)])
+def test_fine_bucket_equals_the_model(config: dict[str, Any], shape: tuple[int, ...]) -> None:
+    transformer = wan_transformer(**config)
+    context, latents = context_of(transformer, shape, [0.999, 0.37]), noise(*shape)
+    bucket = FineBucket(step_model(transformer), context)
+    text = context.conditioning["encoder_hidden_states"]
+    for step, level in enumerate((0.999, 0.37)):
+        expected = direct(transformer, latents, level, text)
+        # The patch embedding is a matrix product here, a convolution there: rounding differs.
+        actual = bucket.velocity(latents, torch.tensor([step]))
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert bucket.tokens == shape[2] * shape[3] * shape[4] // 4
+
+
+def test_coarse_step_shows_the_model_the_small_video() -> None:
+    """By hand, from the formulas of `buckets/snr.py` and diffusers' own forward pass."""
+    transformer, shape, level = wan_transformer(), (2, CHANNELS, 3, 16, 16), 0.6
+    context, latents = context_of(transformer, shape, [level]), noise(*shape)
+    actual = SnrBucket(step_model(transformer), context, 2).velocity(latents, torch.tensor([0]))
+    small = torch.nn.functional.avg_pool3d(latents, (1, 2, 2)) / (1 - level + level / 2)
+    small_level = level / 2 / (1 - level + level / 2)
+    velocity = direct(
+        transformer, small, small_level, context.conditioning["encoder_hidden_states"]
+    )
+    clean = small - small_level * velocity
+    large = torch.stack(
+        [
+            torch.nn.functional.interpolate(frame, scale_factor=2, mode="bicubic")
+            for frame in clean.unbind(2)
+        ],
+        dim=2,
+    )
+    torch.testing.assert_close(actual, (latents - large) / level, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_guided_bucket_as_one_batch_equals_two_passes(multiple: int) -> None:
+    """With detail of a step at p, and the formula on the halves' own velocities."""
+    transformer, shape = wan_transformer(), (2, CHANNELS, 3, 8, 8)
+    model, scale = step_model(transformer), torch.tensor(4.0)
+    texts = [noise(2, TEXT_TOKENS, transformer.config.text_dim, seed=seed) for seed in (1, 2)]
+
+    def guided(halves: list[torch.Tensor]) -> tuple[GuidedBucket, GuidedBucket]:
+        contexts = []
+        for text in halves:
+            detail = Detail((len(text), *shape[1:]), torch.device("cpu"))
+            conditioning = {"encoder_hidden_states": text}
+            contexts.append(
+                RunContext(
+                    conditioning=conditioning,
+                    text=WAN.embed_text(transformer, conditioning),
+                    height=8,
+                    width=8,
+                    frames=3,
+                    sigmas=torch.tensor([0.8, 0.6]),
+                    timesteps=torch.tensor([0.8, 0.6]),
+                    detail=detail,
+                )
+            )
+        fine = GuidedBucket([FineBucket(model, context) for context in contexts], scale)
+        coarse = GuidedBucket([SnrBucket(model, context, 2) for context in contexts], scale)
+        return fine, fine if multiple == 1 else coarse
+
+    results = []
+    for halves in ([torch.cat(texts)], texts):
+        first, second = guided(halves)
+        first.velocity(noise(*shape), torch.tensor([0]))
+        results.append(second.velocity(noise(*shape, seed=3), torch.tensor([1])))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+    if multiple == 1:
+        prompt, negative = (direct(transformer, noise(*shape, seed=3), 0.6, t) for t in texts)
+        expected = negative + 4 * (prompt - negative)
+        torch.testing.assert_close(results[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_are_the_models_own_and_stretch_in_space_only() -> None:
+    transformer = wan_transformer()
+    own = transformer.rope(torch.empty(1, 1, 3, 8, 12))
+    for ours, theirs in zip(
+        WAN.positions(transformer, Grid(frames=3, height=4, width=6), 5), own, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    widths = [transformer.rope.t_dim, transformer.rope.h_dim, transformer.rope.w_dim]
+    cos, sin = WAN.positions(transformer, Grid(frames=2, height=2, width=3), 5, stretch=2)
+    angles = torch.atan2(sin, cos).view(2, 2, 3, -1).split(widths, dim=-1)
+    # The first frequency of every direction is 1 radian per position.
+    torch.testing.assert_close(angles[0][:, 0, 0, 0], torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(angles[1][0, :, 0, 0], torch.tensor([0.5, 2.5]))
+    wrapped = torch.tensor([0.5, 2.5, 4.5 - 2 * torch.pi])
+    torch.testing.assert_close(angles[2][0, 0, :, 0], wrapped)
+    with pytest.raises(ShapeError, match="at most 1024"):
+        WAN.positions(transformer, Grid(height=2, width=1025), 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"patch_size": (1, 4, 4)}, r"patch_size=\(1, 4, 4\)"),
+        ({"added_kv_proj_dim": 32, "image_dim": 16}, "image conditioning"),
+        ({"in_channels": 9}, "in_channels=9 with out_channels=4"),
+    ],
+)
+def test_other_variants_are_refused_by_name(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        ddit_rt.compile(wan_transformer(**config), backend="eager", progress=False)
+
+
+def test_other_pipelines_are_refused_by_name() -> None:
+    pipeline = wan_pipeline()
+    pipeline.register_modules(transformer_2=wan_transformer(1))
+    with pytest.raises(UnsupportedModelError, match="two experts"):
+        ddit_rt.compile(pipeline, backend="eager", progress=False)
+    pipeline = wan_pipeline()
+    pipeline.register_to_config(expand_timesteps=True)
+    with pytest.raises(UnsupportedModelError, match="expand_timesteps"):
+        ddit_rt.compile(pipeline, backend="eager", progress=False)
+
+
+def test_image_to_video_vace_and_animate_are_refused_by_class() -> None:
+    from diffusers import (
+        WanAnimateTransformer3DModel,
+        WanImageToVideoPipeline,
+        WanVACETransformer3DModel,
+    )
+
+    for cls in (WanVACETransformer3DModel, WanAnimateTransformer3DModel):
+        with pytest.raises(UnsupportedModelError, match=f"got a {cls.__name__}.*WanTransformer3D"):
+            family_of(cls.__new__(cls))
+    base = wan_pipeline()
+    other = WanImageToVideoPipeline(
+        tokenizer=base.tokenizer,
+        text_encoder=base.text_encoder,
+        vae=base.vae,
+        scheduler=base.scheduler,
+        transformer=base.transformer,
+    )
+    with pytest.raises(UnsupportedModelError, match=r"WanImageToVideo.*\['WanPipeline'\]"):
+        ddit_rt.compile(other, backend="eager", progress=False)
+
+
+def test_adapters_are_refused() -> None:
+    from ddit_rt.adapters import AdapterConfig, PatchAdapter
+
+    with pytest.raises(UnsupportedModelError, match="no patch adapters for WanTransformer3DModel"):
+        PatchAdapter.from_base(AdapterConfig(patch="2p"), WAN, wan_transformer())
+    with pytest.raises(UnsupportedModelError, match="no patch adapters"):
+        ddit_rt.compile(wan_transformer(), adapter="folder", backend="eager", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"encoder_hidden_states": torch.zeros(1, 3, 5)}, ShapeError, r"\[1, 3, 5\]; expected"),
+        ({"guidance_scale": torch.tensor(2.0)}, ValueError, "both or neither"),
+        (
+            {**wan_conditioning(guidance_scale=2.0), "guidance_scale": torch.ones(1)},
+            ValueError,
+            "without dimensions",
+        ),
+        ({"colour": torch.ones(1)}, ValueError, r"unknown conditioning \['colour'\]; a Wan"),
+    ],
+)
+def test_bad_conditioning_is_named(change: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        WAN.check_conditioning(wan_transformer(), 1, {**wan_conditioning(), **change})
