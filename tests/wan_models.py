@@ -71,7 +71,12 @@ def wan_pipeline(scheduler: Any = None, seed: int = 0, **config: Any) -> WanPipe
     torch.manual_seed(0)
     encoder = UMT5EncoderModel(
         UMT5Config(
-            vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+            vocab_size=len(tokenizer),
+            d_model=TEXT_WIDTH,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
         )
     )
     pipeline = WanPipeline(

@@ -11,6 +11,7 @@ from models import noise
 from wan_models import CHANNELS, TEXT_TOKENS, wan_conditioning, wan_pipeline, wan_transformer
 
 import ddit_rt
+from ddit_rt import ops
 from ddit_rt.buckets import Detail, FineBucket, GuidedBucket, RunContext, SnrBucket, StepModel
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.families import family_of
@@ -101,6 +102,54 @@ def test_coarse_step_shows_the_model_the_small_video() -> None:
         dim=2,
     )
     torch.testing.assert_close(actual, (latents - large) / level, rtol=1e-4, atol=1e-4)
+
+
+class KnownVideo(WanFamily):
+    """A model that knows the clean video at every size: v = (z - x0) / t."""
+
+    channels_last = False
+
+    def __init__(self, clean: torch.Tensor) -> None:
+        self.clean = clean
+
+    def embed_time(self, transformer: Any, timesteps: Any, conditioning: Any) -> torch.Tensor:
+        levels: torch.Tensor = timesteps[:, None]
+        return levels
+
+    def embed_tokens(self, transformer: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens
+
+    def run_blocks(
+        self, runners: Any, hidden: torch.Tensor, text: Any, temb: Any, positions: Any
+    ) -> torch.Tensor:
+        multiple = round((self.clean[0, 0].numel() / 4 / hidden.shape[1]) ** 0.5)
+        clean = torch.nn.functional.avg_pool3d(self.clean, (1, multiple, multiple))
+        return (hidden - ops.pack(clean, 2)) / temb
+
+    def modulate_output(self, transformer: Any, hidden: torch.Tensor, temb: Any) -> torch.Tensor:
+        return hidden
+
+    def project_output(self, transformer: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
+@pytest.mark.parametrize("detailed", [False, True])
+@pytest.mark.parametrize("multiple", [2, 4])
+def test_coarse_steps_are_exact_for_a_smooth_video(multiple: int, detailed: bool) -> None:
+    """Every frame has a colour of its own: frames must not mix. Noise is of full resolution."""
+    transformer, shape = wan_transformer(), (2, CHANNELS, 3, 16, 16)
+    clean = noise(2, CHANNELS, 3, 1, 1, seed=5).expand(shape).contiguous()
+    model = StepModel(family=KnownVideo(clean), transformer=transformer, base={})
+    detail = Detail(shape, torch.device("cpu")) if detailed else None
+    context = context_of(transformer, shape, [0.9, 0.6, 0.3], detail=detail)
+    fine, coarse = FineBucket(model, context), SnrBucket(model, context, multiple)
+    for step, level in enumerate((0.9, 0.6, 0.3)):
+        latents, index = (1 - level) * clean + level * noise(*shape), torch.tensor([step])
+        if step == 0:
+            fine.velocity(latents, index)
+        actual = coarse.velocity(latents, index)
+        # Division by the levels, the smallest about 0.1 at 4p, multiplies fp32 rounding.
+        torch.testing.assert_close(actual, (latents - clean) / level, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("multiple", [1, 2])

@@ -1,0 +1,235 @@
+"""The engine on Wan against diffusers' own pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+from models import noise
+from torch import Tensor
+from wan_models import (
+    CHANNELS,
+    euler,
+    unipc,
+    wan_conditioning,
+    wan_pipeline,
+    wan_transformer,
+)
+
+import ddit_rt
+from ddit_rt import DDiTPolicy, Engine, FinePolicy, StaticPolicy, TokenRanges
+from ddit_rt.errors import ShapeError, UnsupportedModelError
+
+FINE = FinePolicy()
+CALL = {
+    "prompt": "a cat",
+    "height": 64,
+    "width": 128,
+    "num_frames": 9,
+    "num_inference_steps": 6,
+    "max_sequence_length": 12,
+    "output_type": "latent",
+}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def eager(pipeline: WanPipeline, **options: Any) -> Engine:
+    return ddit_rt.compile(pipeline, backend="eager", progress=False, **options)
+
+
+@pytest.mark.parametrize("scheduler", [unipc, euler])
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("batched", [True, False])
+def test_all_fine_equals_diffusers(scheduler: Any, guidance_scale: float, batched: bool) -> None:
+    pipeline = wan_pipeline(scheduler())
+    engine = eager(pipeline)
+    engine.batched_guidance = batched
+    call = {**CALL, "guidance_scale": guidance_scale, "negative_prompt": "a dog"}
+    expected = pipeline(**call, generator=seeded()).frames
+    actual = engine(**call, generator=seeded(), patch_policy=FINE).frames
+    assert actual.shape == (1, CHANNELS, 3, 8, 16)
+    # fp32 throughout; guidance multiplies rounding by up to 2 * 5, latents are of order 4.
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_batches_equal_diffusers() -> None:
+    pipeline = wan_pipeline()
+    engine = eager(pipeline, ranges=TokenRanges(batch=(1, 8), image=(4, 32760)))
+    call = {**CALL, "prompt": ["a cat", "the sea"], "num_videos_per_prompt": 2}
+    expected = pipeline(**call, generator=seeded()).frames
+    actual = engine(**call, generator=seeded(), patch_policy=FINE).frames
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("output_type", ["np", "pil"])
+def test_videos_equal_diffusers(output_type: str) -> None:
+    pipeline = wan_pipeline()
+    call = {**CALL, "num_inference_steps": 3, "output_type": output_type}
+    expected = pipeline(**call, generator=seeded()).frames
+    actual = eager(pipeline)(**call, generator=seeded(), patch_policy=FINE).frames
+    assert len(actual[0]) == 9
+    difference = np.abs(np.asarray(actual[0], float) - np.asarray(expected[0], float)).max()
+    # One level of 255 in whole numbers; rounding through the VAE in floats.
+    assert difference <= (1 if output_type == "pil" else 1e-4)
+
+
+def test_compiled_blocks_equal_diffusers_at_every_patch_size(tmp_path: Path) -> None:
+    """One package serves all, and comes back from a folder."""
+    pipeline = wan_pipeline()
+    engine = ddit_rt.compile(pipeline, height=64, width=128, num_frames=9, progress=False)
+    engine = ddit_rt.load(engine.save(tmp_path / "wan.ddit"), pipeline, progress=False)
+    call = {name: CALL[name] for name in CALL.keys() - {"height", "width", "num_frames"}}
+    expected = pipeline(**CALL, generator=seeded()).frames
+    actual = engine(**call, generator=seeded(), patch_policy=FINE).frames
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    plan = StaticPolicy(["4p", "p", "2p", "2p", "p", "p"])
+    with pytest.raises(ShapeError, match="asks for 4p"):
+        engine(**call, height=64, width=80, generator=seeded(), patch_policy=plan)
+    expected = eager(pipeline)(**CALL, generator=seeded(), patch_policy=plan).frames
+    actual = engine(**call, generator=seeded(), patch_policy=plan).frames
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_coarse_steps_run_on_fewer_tokens_of_all_frames() -> None:
+    engine = eager(wan_pipeline())
+    call = {**CALL, "height": 128, "num_inference_steps": 4}
+    result = engine(**call, generator=seeded(), patch_policy=StaticPolicy(["4p", "p", "2p", "p"]))
+    assert torch.isfinite(result.frames).all()
+    assert engine.last_trace is not None
+    assert [record.tokens for record in engine.last_trace.steps] == [12, 192, 48, 192]
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_policy_decides_once_for_both_halves(batched: bool) -> None:
+    engine = eager(wan_pipeline())
+    engine.batched_guidance = batched
+    call = {**CALL, "height": 128, "width": 128, "num_inference_steps": 12}
+    result = engine(**call, generator=seeded(), patch_policy=DDiTPolicy(tau=1e3))
+    trace = engine.last_trace
+    assert trace is not None
+    assert torch.isfinite(result.frames).all()
+    assert {"p", "4p"} <= set(trace.patch_sizes())
+    assert len(trace.steps) == 12
+
+
+def test_guidance_modes_agree_on_coarse_steps() -> None:
+    engine, finals = eager(wan_pipeline()), []
+    plan = StaticPolicy(["p", "2p", "4p", "p", "2p", "p"])
+    for batched in (True, False):
+        engine.batched_guidance = batched
+        finals.append(engine(**CALL, generator=seeded(), patch_policy=plan).frames)
+    torch.testing.assert_close(finals[0], finals[1], rtol=0, atol=1e-4)
+
+
+def test_denoise_runs_a_bare_transformer() -> None:
+    transformer, latents = wan_transformer(), noise(1, CHANNELS, 3, 8, 8)
+    engine = ddit_rt.compile(transformer, backend="eager", progress=False)
+    conditioning = wan_conditioning(guidance_scale=3.0)
+    final = engine.denoise(
+        latents, scheduler=unipc(), num_inference_steps=4, patch_policy=FINE, **conditioning
+    )
+    pipeline = wan_pipeline()
+    pipeline.transformer = transformer
+    expected = pipeline(
+        prompt_embeds=conditioning["encoder_hidden_states"],
+        negative_prompt_embeds=conditioning["negative_encoder_hidden_states"],
+        guidance_scale=3.0,
+        latents=latents,
+        height=64,
+        width=64,
+        num_frames=9,
+        num_inference_steps=4,
+        output_type="latent",
+    ).frames
+    torch.testing.assert_close(final, expected, rtol=0, atol=1e-4)
+    with pytest.raises(ShapeError, match=r"expected \[B, 4, F, H, W\]"):
+        engine.denoise(noise(1, CHANNELS, 8, 8), **conditioning)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_callback_may_change_both_prompts(batched: bool) -> None:
+    pipeline = wan_pipeline(euler())  # UniPC would correct its own latents, not the changed ones
+    engine = eager(pipeline)
+    engine.batched_guidance = batched
+
+    def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> Any:
+        if step != 2:
+            return {}
+        return {
+            "latents": tensors["latents"] * 0.9,
+            "prompt_embeds": tensors["prompt_embeds"].flip(1),
+            "negative_prompt_embeds": tensors["negative_prompt_embeds"] + 1,
+        }
+
+    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    call = {**CALL, "callback_on_step_end_tensor_inputs": names, "callback_on_step_end": callback}
+    expected = pipeline(**call, generator=seeded()).frames
+    actual = engine(**call, generator=seeded(), patch_policy=FINE).frames
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_half_precision_keeps_what_diffusers_keeps_in_float32() -> None:
+    """As `from_pretrained(torch_dtype=torch.bfloat16)` leaves the model."""
+    pipeline = wan_pipeline()
+    plan = StaticPolicy(["p", "2p", "p", "p"])
+    call = {**CALL, "num_inference_steps": 4}
+    full = eager(pipeline)(**call, generator=seeded(), patch_policy=plan).frames
+    kept = pipeline.transformer._keep_in_fp32_modules
+    for name, tensor in (
+        *pipeline.transformer.named_parameters(),
+        *pipeline.transformer.named_buffers(),
+    ):
+        if not any(part in name.split(".") for part in kept):
+            tensor.data = tensor.data.to(torch.bfloat16)
+    engine = eager(pipeline)
+    assert engine.artifact.manifest.dtype == "bfloat16"
+    expected = pipeline(**call, generator=seeded()).frames
+    actual = engine(**call, generator=seeded(), patch_policy=FINE).frames
+    # bf16 keeps 8 bits; guidance multiplies that error of velocities of order 1 by up to 10.
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.1)
+    half = engine(**call, generator=seeded(), patch_policy=plan).frames
+    torch.testing.assert_close(half, full, rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"num_frames": 8}, ShapeError, "num_frames=8.*multiple of 4 plus 1, such as 5 or 9"),
+        ({"height": 72}, ShapeError, "72 x 128 pixels.*multiples of 16, such as 64 x 128"),
+        ({"attention_kwargs": {"scale": 1.0}}, UnsupportedModelError, "attention_kwargs"),
+        ({"guidance_scale_2": 3.0}, ValueError, "boundary_ratio"),
+        ({"latents": torch.zeros(1, CHANNELS, 2, 8, 16)}, ShapeError, r"expected \[1, 4, 3, 8, 16"),
+        ({"sigmas": [1.0, 0.5]}, ValueError, "unknown arguments"),
+        ({"prompt": ["a", "b"]}, ShapeError, "batch size of 4; the compiled range is 1 to 2"),
+    ],
+)
+def test_bad_calls_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    engine = eager(wan_pipeline())
+    with pytest.raises(error, match=message):
+        engine(**{**CALL, **change})
+
+
+def test_halves_of_unequal_length_need_two_passes() -> None:
+    engine = ddit_rt.compile(wan_transformer(), backend="eager", progress=False)
+    conditioning = wan_conditioning(guidance_scale=2.0)
+    conditioning["negative_encoder_hidden_states"] = noise(1, 5, 24)
+    latents = noise(1, CHANNELS, 3, 16, 16)
+    with pytest.raises(ShapeError, match="batched_guidance = False"):
+        engine.denoise(latents, num_inference_steps=2, **conditioning)
+    engine.batched_guidance = False
+    assert torch.isfinite(engine.denoise(latents, num_inference_steps=2, **conditioning)).all()
+
+
+def test_default_size_is_checked_before_compiling() -> None:
+    with pytest.raises(ShapeError, match="num_frames=10"):
+        eager(wan_pipeline(), num_frames=10)
+    engine = eager(wan_pipeline(), height=128, width=64, num_frames=5)
+    result = engine("a", num_inference_steps=2, output_type="latent", max_sequence_length=12)
+    assert result.frames.shape == (1, CHANNELS, 2, 16, 8)
