@@ -12,6 +12,7 @@ from ddit_rt.buckets.base import (
 )
 from ddit_rt.buckets.fine import FineBucket
 from ddit_rt.buckets.guided import GuidedBucket
+from ddit_rt.buckets.replaced import ReplacedBucket
 from ddit_rt.buckets.snr import SnrBucket, matched_level
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Detail",
     "FineBucket",
     "GuidedBucket",
+    "ReplacedBucket",
     "RunContext",
     "Runners",
     "SnrBucket",

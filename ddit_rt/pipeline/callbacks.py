@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ddit_rt.executor import ProgressCallback, StepCallback
+from ddit_rt.buckets import ReplacedBucket
+from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.executor import ProgressCallback, RunPlan, StepCallback
 from ddit_rt.pipeline.planning import RunPrompt
+from ddit_rt.solver import Replacement
 
 _EMBEDS = {
     "prompt_embeds": "encoder_hidden_states",
@@ -33,11 +38,12 @@ def pipeline_callback(
     if user is None or not names:
         return None
     family = prompt.model.family
-    embeds = {name: prompt.conditioning.get(key) for name, key in _EMBEDS.items()}
+    conditioning = dict(prompt.conditioning)
 
     def callback(step: int, latents: Tensor) -> Tensor | None:
         timestep = scheduler.timesteps[step]
         pipeline._current_timestep = timestep
+        embeds = {name: conditioning.get(key) for name, key in _EMBEDS.items()}
         seen = {"latents": family.to_callback(latents), **embeds}
         given = {name: seen[name] for name in names}
         changed = user(pipeline, step, timestep, dict(given)) or {}
@@ -47,13 +53,58 @@ def pipeline_callback(
             if changed.get(name) is not None and changed[name] is not embeds[name]
         }
         if new_embeds:
-            prompt.rewrite(new_embeds)
+            # What changed before stays changed, and is what the next call sees.
+            conditioning.update(new_embeds)
+            prompt.rewrite(conditioning)
         new_latents = changed.get("latents")
         if new_latents is None or new_latents is given.get("latents"):
             return None
         return family.from_callback(new_latents, latents)
 
     return callback
+
+
+def follow_replaced(
+    plan: RunPlan, latents: Tensor, callback: StepCallback
+) -> tuple[RunPlan, StepCallback, Tensor | None]:
+    """Makes latents that a callback returns enter as the run's scheduler takes them.
+
+    Args:
+        plan: The run.
+        latents: Its initial latents.
+        callback: The callback.
+
+    Returns:
+        The plan and callback to run, and what is to be added to the final latents, if anything.
+    """
+    solver = plan.solver
+    if solver.replacement is Replacement.LATENTS:
+        return plan, callback, None
+
+    def refuse(step: int, own: Tensor) -> Tensor | None:
+        if callback(step, own) is not None:
+            raise UnsupportedModelError(
+                f"a callback replaced the latents, which this {solver.source} follows in no way "
+                "that a run could (a corrector that is off in some steps); leave the latents as "
+                "they are, or use another scheduler"
+            )
+        return None
+
+    if solver.replacement is Replacement.UNKNOWN:
+        return plan, refuse, None
+    change = torch.zeros_like(latents)
+    levels = torch.ones(plan.capacity)
+    levels[: plan.policy.steps] = torch.tensor(solver.sigmas[:-1])
+    levels = levels.to(latents.device, non_blocking=True)
+    buckets = [bucket and ReplacedBucket(bucket, change, levels) for bucket in plan.buckets]
+
+    def note(step: int, own: Tensor) -> Tensor | None:
+        replacement = callback(step, own)
+        if replacement is not None:
+            torch.sub(replacement.to(own), own, out=change)
+        return None
+
+    return replace(plan, buckets=buckets, shared=(*plan.shared, change)), note, change
 
 
 def progress_callback(

@@ -32,7 +32,7 @@ from ddit_rt.executor import (
     TorchGraphs,
 )
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, policy_from_dict
-from ddit_rt.pipeline.callbacks import pipeline_callback, progress_callback
+from ddit_rt.pipeline.callbacks import follow_replaced, pipeline_callback, progress_callback
 from ddit_rt.pipeline.inputs import check_executor
 from ddit_rt.pipeline.lora import FusedLora, refuse_unfused_lora
 from ddit_rt.pipeline.planning import CompiledModel, RunPrompt, plan_run
@@ -315,6 +315,9 @@ class Engine:
     ) -> Tensor:
         self._cancelled.clear()
         finite = _FiniteCheck(latents)
+        pending = None
+        if on_step_end is not None:
+            plan, on_step_end, pending = follow_replaced(plan, latents, on_step_end)
         final, self.last_trace = self._executor.run(
             plan,
             latents,
@@ -323,6 +326,8 @@ class Engine:
             should_stop=self._should_stop,
             annotate=self.annotate,
         )
+        if pending is not None:
+            final += pending  # what no further step used
         finite.require()
         if self._cancelled.is_set():
             raise RunCancelled(

@@ -24,7 +24,7 @@ from ddit_rt.buckets import (
 from ddit_rt.errors import ShapeError
 from ddit_rt.executor import RunPlan
 from ddit_rt.families.base import Guidance
-from ddit_rt.patch_scheduler import PatchPolicy, Schedule, patch_name
+from ddit_rt.patch_scheduler import PatchPolicy, PolicyTable, Schedule, patch_name
 from ddit_rt.solver import SolverTable
 
 _CAPACITY = 64
@@ -128,12 +128,14 @@ def plan_run(
 
     Raises:
         ShapeError: The shape, or a size that the policy forces, cannot be run.
+        ValueError: The policy cannot judge the steps of this solver.
     """
     height, width, frames = *shape[-2:], latent_frames(shape)
     model = compiled.steps
     on_cuda = model.device.type == "cuda"
     offered, notes = compiled.offered(height, width, frames)
     table = policy.resolve(Schedule(sigmas=solver.sigmas, offered=offered))
+    _refuse_scores_of_repeated_levels(table, solver, policy)
     guidance = model.family.guidance(conditioning)
     passes = _passes(conditioning, guidance, batched_guidance)
     texts = [model.family.embed_text(model.transformer, one) for one in passes]
@@ -196,6 +198,19 @@ class RunPrompt:
         passes = _passes(conditioning, family.guidance(conditioning), batched)
         for context, one in zip(self.contexts, passes, strict=True):
             context.text.copy_(family.embed_text(self.model.transformer, one))
+
+
+def _refuse_scores_of_repeated_levels(
+    table: PolicyTable, solver: SolverTable, policy: PatchPolicy
+) -> None:
+    """Differences of latents say nothing where predicted and corrected ones take turns."""
+    levels = solver.sigmas[:-1]
+    if len(levels) > len(set(levels)) and any(map(table.scored, range(table.steps))):
+        raise ValueError(
+            f"{solver.source} visits each noise level twice, and {type(policy).__name__} compares "
+            "the latents of successive levels; pass patch_policy=FinePolicy() or a StaticPolicy, "
+            "or use another scheduler"
+        )
 
 
 def _passes(

@@ -20,6 +20,7 @@ from ddit_rt.errors import CaptureError
 from ddit_rt.executor import CpuExecutor, CudaExecutor, RunPlan
 from ddit_rt.families.flux import FluxFamily
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, Schedule, StaticPolicy
+from ddit_rt.pipeline.callbacks import follow_replaced
 from ddit_rt.pipeline.planning import CompiledModel, plan_run
 from ddit_rt.solver import SolverTable, probe_scheduler
 
@@ -263,6 +264,30 @@ def test_callback_gets_the_latents_of_every_step_and_may_replace_them(
     if form in ("auto", "loop"):
         assert actual[1].executor == "cuda-step"
         assert "callback" in actual[1].notes[0]
+
+
+@pytest.mark.parametrize("form", ["auto", "host"])
+def test_latents_that_a_corrector_does_not_go_on_from_reach_the_captured_graphs(
+    graphs: EmulatedGraphs, form: str
+) -> None:
+    """Twice on one captured loop: the second run must not see the first one's change."""
+
+    def callback(step: int, latents: Tensor) -> Tensor | None:
+        return latents * 0.5 if step in (1, 2, 5) else None
+
+    model, executor = TinyModel(), CudaExecutor(graphs, form)
+
+    def run(runner: CpuExecutor | CudaExecutor, seed: int) -> tuple[Tensor, Any]:
+        latents = noise(*SHAPE, seed=seed)
+        plan, _ = model.plan(StaticPolicy("2p:0.5,p"), seed=seed)
+        plan = replace(plan, solver=unipc(plan.policy.steps))
+        plan, record, change = follow_replaced(plan, latents, callback)
+        final, trace = runner.run(plan, latents, on_step_end=record)
+        assert change is not None
+        return final + change, trace
+
+    for seed in (0, 1):
+        assert_same_run(run(executor, seed), run(CpuExecutor(), seed))
 
 
 def test_callback_that_changes_the_prompt_reaches_the_captured_graphs(

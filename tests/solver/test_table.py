@@ -8,11 +8,15 @@ from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    LCMScheduler,
+    SASolverScheduler,
     UniPCMultistepScheduler,
 )
 
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.solver import SolverTable, probe_scheduler, replay
+from ddit_rt.solver import Replacement, SolverTable, probe_scheduler, replay
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
@@ -45,25 +49,96 @@ def test_euler_with_dynamic_shifting_follows_mu() -> None:
     assert tables[0].sigmas[4] < tables[1].sigmas[4]
 
 
+def scheduled(kind: type, steps: int, *, dynamic: bool) -> Any:
+    """A flow scheduler, shifted by a constant or by what a picture's size asks for."""
+    if kind is FlowMatchHeunDiscreteScheduler:
+        return make(kind, steps, shift=3.0)
+    static = {"shift": 3.0} if kind is FlowMatchEulerDiscreteScheduler else FLOW
+    scheduler = kind(**{**static, "use_dynamic_shifting": dynamic})
+    scheduler.set_timesteps(steps, **({"mu": 0.83} if dynamic else {}))
+    return scheduler
+
+
+SOLVERS = [
+    (FlowMatchEulerDiscreteScheduler, 5e-6),
+    (UniPCMultistepScheduler, 1e-9),
+    (DPMSolverMultistepScheduler, 5e-6),
+    (DEISMultistepScheduler, 1e-9),
+]
+"""And how far each may be off after 50 steps: some round their samples to float32."""
+
+SHIFTED = [(kind, dynamic, tolerance) for kind, tolerance in SOLVERS for dynamic in (False, True)]
+
+
+def velocity_of(latents: torch.Tensor, timestep: Any) -> torch.Tensor:
+    """A smooth model that is not linear."""
+    return torch.sin(3 * latents) + latents.roll(1, -1) * (1 + float(timestep) / 1000)
+
+
+def replaced(step: int, latents: torch.Tensor) -> torch.Tensor:
+    """What a callback may make of the latents of some steps."""
+    return latents.roll(2, -1) * 0.7 if step in (0, 1, 4, 5, 6) else latents
+
+
+def loop_of(scheduler: Any, latents: torch.Tensor, *, replacing: bool = False) -> torch.Tensor:
+    """The loop of a diffusers pipeline."""
+    scheduler.set_begin_index(0)
+    for step, timestep in enumerate(scheduler.timesteps):
+        velocity = velocity_of(latents, timestep)
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        if replacing:
+            latents = replaced(step, latents)
+    return latents
+
+
+def loop_of_table(
+    table: SolverTable, timesteps: Any, latents: torch.Tensor, *, replacing: bool = False
+) -> torch.Tensor:
+    """The same, step by step from the table."""
+    history, velocities = [latents], []
+    change = torch.zeros_like(latents)
+    for step, row in enumerate(table.coefficients):
+        seen = history[0] + change
+        velocities.insert(0, velocity_of(seen, timesteps[step]) - change / table.sigmas[step])
+        terms = [*zip(row[:3], history, strict=False), *zip(row[3:], velocities, strict=False)]
+        history.insert(0, sum((a * x for a, x in terms), torch.zeros_like(latents)))
+        change = replaced(step, history[0]) - history[0] if replacing else change
+        last = step == table.steps - 1
+        if last or table.replacement is Replacement.LATENTS:
+            history[0], change = history[0] + change, torch.zeros_like(latents)
+    return history[0]
+
+
 @pytest.mark.parametrize("steps", [8, 28, 50])
 @pytest.mark.parametrize(
-    ("kind", "tolerance"),
-    [
-        (UniPCMultistepScheduler, 1e-8),
-        # Its own exponentials of half-log SNR lose digits at sigma close to 1.
-        (DPMSolverMultistepScheduler, 1e-5),
-        (DEISMultistepScheduler, 1e-8),
-    ],
+    ("kind", "dynamic", "tolerance"), [*SHIFTED, (FlowMatchHeunDiscreteScheduler, False, 5e-6)]
 )
-def test_multistep_solver_equals_its_scheduler(kind: type, tolerance: float, steps: int) -> None:
-    scheduler = make(kind, steps, **FLOW)
+@pytest.mark.parametrize("replacing", [False, True])
+def test_solver_equals_the_loop_of_diffusers(
+    kind: type, dynamic: bool, tolerance: float, steps: int, replacing: bool
+) -> None:
+    scheduler = scheduled(kind, steps, dynamic=dynamic)
     table = probe_scheduler(scheduler)
-    values = torch.randn(steps + 1, 12, generator=torch.Generator().manual_seed(1)).double()
-    sample = values[0].reshape(1, 1, 12)
-    for step in range(steps):
-        velocity = values[step + 1].reshape(1, 1, 12)
-        sample = scheduler.step(velocity, scheduler.timesteps[step], sample, return_dict=False)[0]
-    torch.testing.assert_close(replay(table, values)[-1], sample.flatten(), rtol=0, atol=tolerance)
+    latents = torch.randn(1, 1, 12, generator=torch.Generator().manual_seed(1)).double()
+    expected = loop_of(scheduler, latents, replacing=replacing)
+    actual = loop_of_table(table, scheduler.timesteps, latents, replacing=replacing)
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error <= tolerance
+    uses_corrector = kind is UniPCMultistepScheduler
+    assert (table.replacement is Replacement.VELOCITY) == uses_corrector
+
+
+def test_corrector_that_is_off_in_some_steps_follows_no_replaced_latents() -> None:
+    table = probe_scheduler(make(UniPCMultistepScheduler, 8, **FLOW, disable_corrector=[2, 3]))
+    assert table.replacement is Replacement.UNKNOWN
+
+
+def test_heun_takes_two_steps_a_level() -> None:
+    table = probe_scheduler(make(FlowMatchHeunDiscreteScheduler, 4, shift=3.0))
+    assert table.steps == 7
+    assert table.sigmas[1] == table.sigmas[2]
+    # The corrector goes back to the latents before the predictor.
+    assert table.coefficients[1, :3].tolist() == [0, 1, 0]
 
 
 def test_probing_leaves_the_scheduler_untouched() -> None:
@@ -72,10 +147,33 @@ def test_probing_leaves_the_scheduler_untouched() -> None:
     assert scheduler.step_index is None
 
 
-def test_scheduler_that_draws_noise_is_refused_by_name() -> None:
-    scheduler = make(FlowMatchEulerDiscreteScheduler, 8, stochastic_sampling=True)
-    with pytest.raises(UnsupportedModelError, match="FlowMatchEulerDiscreteScheduler"):
-        probe_scheduler(scheduler)
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}),
+        (FlowMatchLCMScheduler, {}),
+        (SASolverScheduler, FLOW),
+        (DPMSolverMultistepScheduler, {**FLOW, "algorithm_type": "sde-dpmsolver++"}),
+    ],
+)
+def test_scheduler_that_draws_noise_is_refused_by_name(kind: type, config: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{kind.__name__} .*draws noise"):
+        probe_scheduler(make(kind, 8, **config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "reason"),
+    [
+        (UniPCMultistepScheduler, {}, "'epsilon', not for a velocity"),
+        (UniPCMultistepScheduler, {"prediction_type": "flow_prediction"}, "not within"),
+        (LCMScheduler, {}, "no noise levels"),
+    ],
+)
+def test_scheduler_of_another_process_is_refused_by_name(
+    kind: type, config: Any, reason: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{kind.__name__} .*{reason}"):
+        probe_scheduler(make(kind, 8, **config))
 
 
 def test_scheduler_that_is_not_linear_is_refused_by_name() -> None:
