@@ -2,10 +2,12 @@
 
     v = v_negative + scale (v_prompt - v_negative)
 
-Both halves of a step run at the same patch size: there is one latent, and so one decision. Each
-half keeps its own detail. The training-free step is affine in what the model says now and said at
-its latest step at p, and the two weights add up to 1, so guiding its velocities is the same as
-guiding the model inside it.
+The scale is a step's own; where it is 1, v is v_prompt, to the bit. Both halves of a step run at
+the same patch size: there is one latent, and so one decision. Each half keeps its own detail. The
+training-free step is affine in what the model says now and said at its latest step at p, and the
+two weights add up to 1, so guiding its velocities is the same as guiding the model inside it. Where
+the scale changes between two steps, so does what the kept detail counts: both halves keep theirs
+whole, and the formula joins them with the scale of the later step.
 """
 
 from __future__ import annotations
@@ -15,26 +17,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ddit_rt.buckets.base import Bucket
+from ddit_rt.buckets.base import Bucket, at_step
 
 
 class GuidedBucket:
     """Two halves of one patch size, as one batch of two or one after the other."""
 
-    def __init__(self, halves: Sequence[Bucket], scale: Tensor) -> None:
+    def __init__(self, halves: Sequence[Bucket], scales: Tensor) -> None:
         """Joins the halves.
 
         Args:
             halves: Two buckets, with the prompt and with the negative prompt; or one over a
                 batch twice as large, prompts first.
-            scale: `[]`, float32, read on the device in every step.
+            scales: Scale of every step, `[M]`, float32, read on the device.
         """
         assert len(halves) in (1, 2), "one batch of two, or two passes"
         self.multiple = halves[0].multiple
         # Of one half: the step is on the same latent, whatever guides it.
         self.tokens = halves[0].tokens
         self._halves = tuple(halves)
-        self._scale = scale
+        self._scales = scales
 
     def velocity(self, latents: Tensor, step: Tensor) -> Tensor:
         """See `Bucket.velocity`."""
@@ -43,10 +45,11 @@ class GuidedBucket:
             prompt, negative = both.chunk(2)
         else:
             prompt, negative = (half.velocity(latents, step) for half in self._halves)
-        # A scale without dimensions leaves the velocities' dtype as it is, as in diffusers.
-        return negative + self._scale * (prompt - negative)
+        # Without dimensions, the scale leaves the velocities' dtype as it is, as in diffusers.
+        scale = at_step(self._scales, step)
+        return torch.where(scale == 1, prompt, negative + scale * (prompt - negative))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""
         halves = (tensor for half in self._halves for tensor in half.tensors())
-        return (self._scale, *halves)
+        return (self._scales, *halves)

@@ -129,7 +129,7 @@ class Guidance:
     Attributes:
         prompt: Conditioning of the pass with the prompt.
         negative: The same tensors for the pass with the negative prompt.
-        scale: `[]`, float32, on the model's device.
+        scale: `[]`, float32, on the model's device; not 1, which is no guidance.
     """
 
     prompt: Mapping[str, Tensor]

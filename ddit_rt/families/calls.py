@@ -74,37 +74,6 @@ def refuse_ignored(call: Mapping[str, Any]) -> None:
             )
 
 
-def refuse_true_cfg(call: Mapping[str, Any]) -> None:
-    """Refuses the second pass of FLUX's `true_cfg_scale`."""
-    negative = call["negative_prompt"] is not None or call["negative_prompt_embeds"] is not None
-    if call["true_cfg_scale"] > 1 and negative:
-        raise UnsupportedModelError(
-            f"got true_cfg_scale={call['true_cfg_scale']} with a negative prompt: this version "
-            "runs FLUX's distilled guidance (`guidance_scale`) only; leave true_cfg_scale at 1"
-        )
-
-
-def check_inputs(pipeline: Any, call: Mapping[str, Any], height: int, width: int) -> None:
-    """The own checks of a FLUX pipeline."""
-    names = (
-        "negative_prompt",
-        "negative_prompt_2",
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-        "callback_on_step_end_tensor_inputs",
-        "max_sequence_length",
-    )
-    pipeline.check_inputs(
-        call["prompt"],
-        call["prompt_2"],
-        height,
-        width,
-        **{name: call[name] for name in names},
-    )
-
-
 def batch_of(call: Mapping[str, Any], per_prompt: str = "num_images_per_prompt") -> int:
     """Pictures, or videos, that the call makes; `per_prompt` names the argument that counts."""
     prompt = call["prompt"]

@@ -25,6 +25,7 @@ from ddit_rt.families.base import (
     BlockType,
     Family,
     Grid,
+    Guidance,
     PreparedCall,
     Runner,
     TensorSpec,
@@ -32,12 +33,11 @@ from ddit_rt.families.base import (
 from ddit_rt.families.calls import (
     batch_of,
     bind_call,
-    check_inputs,
     check_known,
     check_shape,
     refuse_ignored,
-    refuse_true_cfg,
 )
+from ddit_rt.families.flux_calls import NEGATIVES, check_inputs, encode_prompts, wants_true_cfg
 
 _PATCH = 2
 
@@ -52,6 +52,8 @@ class FluxFamily(Family):
         "encoder_hidden_states",
         "pooled_projections",
         "guidance",
+        *NEGATIVES.values(),
+        "true_cfg_scale",
     )
 
     def base_patch_size(self, transformer: Any) -> int:
@@ -118,8 +120,24 @@ class FluxFamily(Family):
                 "this model was made without guidance embeddings (guidance_embeds=False), so it "
                 "takes no guidance; leave `guidance` out"
             )
+        scale = conditioning.get("true_cfg_scale")
+        second = [scale, *map(conditioning.get, NEGATIVES.values())]
+        if any(tensor is not None for tensor in second):
+            check_shape("true_cfg_scale", scale, ())
+            expected |= {negative: expected[name] for name, negative in NEGATIVES.items()}
         for name, shape in expected.items():
             check_shape(name, conditioning.get(name), shape)
+
+    def guidance(self, conditioning: Mapping[str, Tensor]) -> Guidance | None:
+        """See `Family.guidance`: true guidance. The distilled one is a model's argument."""
+        if "true_cfg_scale" not in conditioning:
+            return None
+        own = {*NEGATIVES, "guidance"} & conditioning.keys()
+        prompt = {name: conditioning[name] for name in own}
+        negative = {name: conditioning[NEGATIVES.get(name, name)] for name in own}
+        scale = conditioning["true_cfg_scale"]
+        device = conditioning["encoder_hidden_states"].device
+        return Guidance(prompt=prompt, negative=negative, scale=scale.to(device, torch.float32))
 
     def embed_text(self, transformer: Any, conditioning: Mapping[str, Tensor]) -> Tensor:
         """See `Family.embed_text`."""
@@ -241,7 +259,7 @@ class FluxFamily(Family):
         """See `Family.prepare`; follows `FluxPipeline.__call__` up to its section 6."""
         call = bind_call(pipeline, arguments)
         refuse_ignored(call)
-        refuse_true_cfg(call)
+        guided = wants_true_cfg(call)
         rows, columns = self.default_size(pipeline)
         height, width = call["height"] or rows, call["width"] or columns
         check_inputs(pipeline, call, height, width)
@@ -250,22 +268,11 @@ class FluxFamily(Family):
         pipeline._current_timestep = None
         pipeline._interrupt = False
         device = pipeline._execution_device
-        embeds, pooled, _ = pipeline.encode_prompt(
-            prompt=call["prompt"],
-            prompt_2=call["prompt_2"],
-            prompt_embeds=call["prompt_embeds"],
-            pooled_prompt_embeds=call["pooled_prompt_embeds"],
-            device=device,
-            num_images_per_prompt=call["num_images_per_prompt"],
-            max_sequence_length=call["max_sequence_length"],
-        )
         shape = self.latent_shape(pipeline, height, width, batch_of(call))
+        conditioning = encode_prompts(pipeline, call, shape[0], guided=guided)
+        embeds = conditioning["encoder_hidden_states"]
         if call["latents"] is not None:
             check_shape("latents", call["latents"], _packed_shape(shape))
-        if embeds.shape[0] == 1:
-            # Given embeddings are not repeated for `num_images_per_prompt`; diffusers broadcasts.
-            embeds = embeds.expand(shape[0], -1, -1)
-            pooled = pooled.expand(shape[0], -1)
         packed, _ = pipeline.prepare_latents(
             shape[0],
             shape[1],
@@ -280,7 +287,6 @@ class FluxFamily(Family):
         grid = Grid(height=shape[2] // _PATCH, width=shape[3] // _PATCH)
         self.set_timesteps(scheduler, call["num_inference_steps"], call["sigmas"], grid)
         pipeline._num_timesteps = len(scheduler.timesteps)
-        conditioning = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
         if pipeline.transformer.config.guidance_embeds:
             conditioning["guidance"] = torch.full(
                 (shape[0],), float(call["guidance_scale"]), device=device

@@ -33,6 +33,7 @@ from ddit_rt.executor import (
 )
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, policy_from_dict
 from ddit_rt.pipeline.callbacks import follow_replaced, pipeline_callback, progress_callback
+from ddit_rt.pipeline.guidance import WHOLE_RUN
 from ddit_rt.pipeline.inputs import check_executor
 from ddit_rt.pipeline.lora import FusedLora, refuse_unfused_lora
 from ddit_rt.pipeline.planning import CompiledModel, RunPrompt, plan_run
@@ -56,8 +57,8 @@ class Engine:
         pipeline: The diffusers pipeline, or None for a bare transformer.
         last_trace: The trace of the latest run, or None.
         annotate: Whether profilers see named ranges of a run; see `executor.ranges`. May be set.
-        batched_guidance: Whether the two halves of classifier-free guidance (Wan) run as one
-            batch of two, the default, or one after the other, which takes less memory. May be set.
+        batched_guidance: Whether the two halves of classifier-free guidance run as one batch of
+            two, the default, or one after the other, which takes less memory. May be set.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Engine:
         prompt: str | list[str] | None = None,
         *,
         patch_policy: PolicyChoice | None = None,
+        guidance_interval: tuple[float, float] = WHOLE_RUN,
         **arguments: Any,
     ) -> Any:
         """Generates, as the pipeline's own call does.
@@ -130,6 +132,9 @@ class Engine:
                 calibration for this number of steps, a preset (`"quality"`, `"balanced"`,
                 `"fast"`) or a speed between 0 and 1, which may run fewer steps. By default the
                 artifact's policy.
+            guidance_interval: `start` and `stop` of diffusers' guiders: classifier-free guidance
+                acts in this part of the steps, and elsewhere the prompt's velocity is taken as it
+                is. Steps outside it cost as much as those inside.
             arguments: Every other argument of the pipeline's `__call__`, with its defaults;
                 `height` and `width` default to those given to `compile`.
 
@@ -155,7 +160,9 @@ class Engine:
             scheduler = copy.deepcopy(self.pipeline.scheduler)
             family = self._compiled.steps.family
             call = family.prepare(self.pipeline, scheduler, {"prompt": prompt, **arguments})
-            plan, text = self._plan(call.latents, call.conditioning, scheduler, choice)
+            plan, text = self._plan(
+                call.latents, call.conditioning, scheduler, choice, guidance_interval
+            )
             on_step_end = pipeline_callback(self.pipeline, scheduler, text, arguments)
             with self.pipeline.progress_bar(total=call.num_inference_steps) as bar:
                 on_progress = progress_callback(self.pipeline, scheduler, arguments, bar)
@@ -172,6 +179,7 @@ class Engine:
         sigmas: Sequence[float] | None = None,
         patch_policy: PolicyChoice | None = None,
         callback: StepCallback | None = None,
+        guidance_interval: tuple[float, float] = WHOLE_RUN,
         **conditioning: Tensor | None,
     ) -> Tensor:
         """Runs the denoising loop alone.
@@ -185,10 +193,12 @@ class Engine:
             patch_policy: As in `__call__`.
             callback: Called after every step with its index and the latents; may return latents
                 to go on from.
+            guidance_interval: As in `__call__`.
             conditioning: The transformer's own arguments: for FLUX `encoder_hidden_states`
                 `[B, T, D]`, `pooled_projections` `[B, P]`, `guidance` `[B]`; for Wan
-                `encoder_hidden_states`, and for guidance `negative_encoder_hidden_states` and
-                `guidance_scale` `[]`.
+                `encoder_hidden_states`. For classifier-free guidance the same with `negative_`
+                before the name (of text and pooled text), and the scale `[]`: `true_cfg_scale`
+                for FLUX, `guidance_scale` for Wan.
 
         Returns:
             Clean latents, of the same shape, float32.
@@ -215,7 +225,7 @@ class Engine:
             grid = model.grid(height, width, frames=latent_frames(latents.shape))
             model.family.set_timesteps(scheduler, choice.num_inference_steps or steps, sigmas, grid)
             latents = latents.to(model.device, torch.float32, non_blocking=True)
-            plan, _ = self._plan(latents, given, scheduler, choice)
+            plan, _ = self._plan(latents, given, scheduler, choice, guidance_interval)
             return self._run(plan, latents, callback, None)
 
     def cancel(self) -> None:
@@ -282,6 +292,7 @@ class Engine:
         conditioning: dict[str, Tensor],
         scheduler: Any,
         choice: ResolvedPolicy,
+        guidance_interval: tuple[float, float],
     ) -> tuple[RunPlan, RunPrompt]:
         """Checks the request and the weights, then fixes the run."""
         model = self._compiled.steps
@@ -301,6 +312,7 @@ class Engine:
             solver=self._solver(scheduler),
             policy=choice.policy,
             batched_guidance=self.batched_guidance,
+            guidance_interval=guidance_interval,
         )
         if not isinstance(choice.policy, FinePolicy):
             self._announce(plan.notes)

@@ -23,8 +23,8 @@ from ddit_rt.buckets import (
 )
 from ddit_rt.errors import ShapeError
 from ddit_rt.executor import RunPlan
-from ddit_rt.families.base import Guidance
 from ddit_rt.patch_scheduler import PatchPolicy, PolicyTable, Schedule, patch_name
+from ddit_rt.pipeline.guidance import WHOLE_RUN, passes_of, scales_of
 from ddit_rt.solver import SolverTable
 
 _CAPACITY = 64
@@ -111,6 +111,7 @@ def plan_run(
     solver: SolverTable,
     policy: PatchPolicy,
     batched_guidance: bool = True,
+    guidance_interval: tuple[float, float] = WHOLE_RUN,
 ) -> tuple[RunPlan, RunPrompt]:
     """Resolves the policy for this shape and schedule and builds the buckets it can reach.
 
@@ -122,13 +123,14 @@ def plan_run(
         solver: Solver table.
         policy: Patch policy.
         batched_guidance: Whether the halves of classifier-free guidance run as one batch.
+        guidance_interval: Where the run is guided, as shares of its steps.
 
     Returns:
         The plan, and the prompt in it, which a callback may change.
 
     Raises:
         ShapeError: The shape, or a size that the policy forces, cannot be run.
-        ValueError: The policy cannot judge the steps of this solver.
+        ValueError: The policy cannot judge the steps of this solver, or the interval is none.
     """
     height, width, frames = *shape[-2:], latent_frames(shape)
     model = compiled.steps
@@ -137,7 +139,7 @@ def plan_run(
     table = policy.resolve(Schedule(sigmas=solver.sigmas, offered=offered))
     _refuse_scores_of_repeated_levels(table, solver, policy)
     guidance = model.family.guidance(conditioning)
-    passes = _passes(conditioning, guidance, batched_guidance)
+    passes = passes_of(conditioning, guidance, batched_guidance)
     texts = [model.family.embed_text(model.transformer, one) for one in passes]
     batch = shape[0] * (1 if guidance is None else 2 // len(passes))
     for text in texts:
@@ -158,9 +160,12 @@ def plan_run(
         )
         for one, text in zip(passes, texts, strict=True)
     )
+    scales = scales_of(guidance, guidance_interval, table.steps)
+    if scales is not None:
+        scales = _table(scales, capacity, model.device)
     reachable = table.reachable()
     buckets = [
-        _bucket(compiled, contexts, guidance, multiple) if index in reachable else None
+        _bucket(compiled, contexts, scales, multiple) if index in reachable else None
         for index, multiple in enumerate(offered)
     ]
     plan = RunPlan(
@@ -195,7 +200,7 @@ class RunPrompt:
         """Gives the steps to come other conditioning tensors, by name; only the text may change."""
         conditioning = {**self.conditioning, **changes}
         family, batched = self.model.family, len(self.contexts) == 1
-        passes = _passes(conditioning, family.guidance(conditioning), batched)
+        passes = passes_of(conditioning, family.guidance(conditioning), batched)
         for context, one in zip(self.contexts, passes, strict=True):
             context.text.copy_(family.embed_text(self.model.transformer, one))
 
@@ -211,30 +216,6 @@ def _refuse_scores_of_repeated_levels(
             "the latents of successive levels; pass patch_policy=FinePolicy() or a StaticPolicy, "
             "or use another scheduler"
         )
-
-
-def _passes(
-    conditioning: Mapping[str, Tensor], guidance: Guidance | None, batched: bool
-) -> tuple[Mapping[str, Tensor], ...]:
-    """Conditioning of every pass of the model in a step.
-
-    Raises:
-        ShapeError: Halves of unequal text lengths cannot be one batch.
-    """
-    if guidance is None:
-        return (conditioning,)
-    if not batched:
-        return guidance.prompt, guidance.negative
-    for name, tensor in guidance.prompt.items():
-        if guidance.negative[name].shape != tensor.shape:
-            raise ShapeError(
-                f"`{name}` has shape {list(tensor.shape)} for the prompt and "
-                f"{list(guidance.negative[name].shape)} for the negative prompt, which cannot be "
-                "one batch; pad them alike, or set engine.batched_guidance = False"
-            )
-    return (
-        {name: torch.cat((one, guidance.negative[name])) for name, one in guidance.prompt.items()},
-    )
 
 
 def _table(values: Tensor, rows: int, device: torch.device) -> Tensor:
@@ -261,11 +242,11 @@ def _unwatched_weights(model: StepModel) -> tuple[int, ...]:
 def _bucket(
     compiled: CompiledModel,
     contexts: tuple[RunContext, ...],
-    guidance: Guidance | None,
+    scales: Tensor | None,
     multiple: int,
 ) -> Bucket:
     passes = [_pass(compiled, context, multiple) for context in contexts]
-    return passes[0] if guidance is None else GuidedBucket(passes, guidance.scale)
+    return passes[0] if scales is None else GuidedBucket(passes, scales)
 
 
 def _pass(compiled: CompiledModel, context: RunContext, multiple: int) -> Bucket:

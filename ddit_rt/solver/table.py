@@ -253,7 +253,8 @@ def _check_on_random(scheduler: Any, table: SolverTable) -> None:
 def _goes_on_from_its_own(scheduler: Any, table: SolverTable) -> bool:
     """Whether replaced latents enter as `Replacement.VELOCITY` says, on random tensors."""
     steps = table.steps
-    values, changes = _random_values(2 * steps + 1).split((steps + 1, steps))
+    drawn = _random_values(2 * steps + 1)
+    values, changes = drawn[: steps + 1], drawn[steps + 1 :]
     changes[0] = 0  # nothing comes before the first step
     levels = torch.tensor(table.sigmas[:-1], dtype=torch.float64).view(-1, 1, 1, 1)
     moved = torch.cat((values[:1], values[1:] - changes / levels))

@@ -156,7 +156,7 @@ def test_coarse_steps_are_exact_for_a_smooth_video(multiple: int, detailed: bool
 def test_guided_bucket_as_one_batch_equals_two_passes(multiple: int) -> None:
     """With detail of a step at p, and the formula on the halves' own velocities."""
     transformer, shape = wan_transformer(), (2, CHANNELS, 3, 8, 8)
-    model, scale = step_model(transformer), torch.tensor(4.0)
+    model, scales = step_model(transformer), torch.tensor([4.0, 4.0])
     texts = [noise(2, TEXT_TOKENS, transformer.config.text_dim, seed=seed) for seed in (1, 2)]
 
     def guided(halves: list[torch.Tensor]) -> tuple[GuidedBucket, GuidedBucket]:
@@ -176,8 +176,8 @@ def test_guided_bucket_as_one_batch_equals_two_passes(multiple: int) -> None:
                     detail=detail,
                 )
             )
-        fine = GuidedBucket([FineBucket(model, context) for context in contexts], scale)
-        coarse = GuidedBucket([SnrBucket(model, context, 2) for context in contexts], scale)
+        fine = GuidedBucket([FineBucket(model, context) for context in contexts], scales)
+        coarse = GuidedBucket([SnrBucket(model, context, 2) for context in contexts], scales)
         return fine, fine if multiple == 1 else coarse
 
     results = []
@@ -190,6 +190,20 @@ def test_guided_bucket_as_one_batch_equals_two_passes(multiple: int) -> None:
         prompt, negative = (direct(transformer, noise(*shape, seed=3), 0.6, t) for t in texts)
         expected = negative + 4 * (prompt - negative)
         torch.testing.assert_close(results[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_guided_bucket_outside_its_interval_is_the_prompt_alone() -> None:
+    """To the bit, also in bf16, where n + (p - n) would round."""
+    transformer, shape = wan_transformer().to(torch.bfloat16), (2, CHANNELS, 3, 8, 8)
+    model = step_model(transformer)
+    contexts = [context_of(transformer, shape, [0.8, 0.6], seed=seed) for seed in (1, 2)]
+    halves = [FineBucket(model, context) for context in contexts]
+    guided = GuidedBucket(halves, torch.tensor([1.0, 3.0]))
+    latents = noise(*shape)
+    prompt, negative = (half.velocity(latents, torch.tensor([0])) for half in halves)
+    assert torch.equal(guided.velocity(latents, torch.tensor([0])), prompt)
+    assert not torch.equal(prompt, negative)
+    assert not torch.equal(guided.velocity(latents, torch.tensor([1])), prompt)
 
 
 def test_positions_are_the_models_own_and_stretch_in_space_only() -> None:

@@ -105,6 +105,26 @@ def test_all_fine_equals_diffusers(scheduler: Any, guidance_scale: float, batche
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
+def test_guidance_interval_without_steps_equals_no_guidance() -> None:
+    """And an interval of all steps equals none; both to the bit."""
+    engine = eager(wan_pipeline())
+    engine.batched_guidance = False
+    finals = [
+        engine(**CALL, **options, generator=seeded(), patch_policy=FINE).frames
+        for options in (
+            {"guidance_scale": 1.0},
+            {"guidance_interval": (0.5, 0.5)},
+            {"guidance_interval": (0.0, 1.0)},
+            {},
+            {"guidance_interval": (0.0, 0.5)},
+        )
+    ]
+    assert torch.equal(finals[0], finals[1])
+    assert torch.equal(finals[2], finals[3])
+    assert not torch.allclose(finals[4], finals[0], atol=0.01)
+    assert not torch.allclose(finals[4], finals[3], atol=0.01)
+
+
 def test_batches_equal_diffusers() -> None:
     pipeline = wan_pipeline()
     engine = eager(pipeline, ranges=TokenRanges(batch=(1, 8), image=(4, 32760)))

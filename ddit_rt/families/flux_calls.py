@@ -1,0 +1,80 @@
+"""`FluxPipeline.__call__` around its denoising loop: checks and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NEGATIVES = {
+    "encoder_hidden_states": "negative_encoder_hidden_states",
+    "pooled_projections": "negative_pooled_projections",
+}
+"""Conditioning of the second pass, by that of the first."""
+
+
+def wants_true_cfg(call: Mapping[str, Any]) -> bool:
+    """Whether a FLUX call asks for a second pass with a negative prompt, as the pipeline has it.
+
+    Raises:
+        ValueError: A `true_cfg_scale` without a negative prompt would be ignored.
+    """
+    if call["true_cfg_scale"] <= 1:
+        return False
+    embeds = (call["negative_prompt_embeds"], call["negative_pooled_prompt_embeds"])
+    if call["negative_prompt"] is None and any(tensor is None for tensor in embeds):
+        raise ValueError(
+            f"got true_cfg_scale={call['true_cfg_scale']} without a negative prompt, which would "
+            "be ignored; pass negative_prompt, or leave true_cfg_scale at 1"
+        )
+    return True
+
+
+def check_inputs(pipeline: Any, call: Mapping[str, Any], height: int, width: int) -> None:
+    """The own checks of a FLUX pipeline."""
+    names = (
+        "negative_prompt",
+        "negative_prompt_2",
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+        "callback_on_step_end_tensor_inputs",
+        "max_sequence_length",
+    )
+    pipeline.check_inputs(
+        call["prompt"],
+        call["prompt_2"],
+        height,
+        width,
+        **{name: call[name] for name in names},
+    )
+
+
+def encode_prompts(
+    pipeline: Any, call: Mapping[str, Any], batch: int, *, guided: bool
+) -> dict[str, Tensor]:
+    """Prompts as conditioning, with the negative ones where true guidance is asked for."""
+    conditioning: dict[str, Tensor] = {}
+    for prefix in ("", "negative_") if guided else ("",):
+        embeds, pooled, _ = pipeline.encode_prompt(
+            prompt=call[f"{prefix}prompt"],
+            prompt_2=call[f"{prefix}prompt_2"],
+            prompt_embeds=call[f"{prefix}prompt_embeds"],
+            pooled_prompt_embeds=call[f"{prefix}pooled_prompt_embeds"],
+            device=pipeline._execution_device,
+            num_images_per_prompt=call["num_images_per_prompt"],
+            max_sequence_length=call["max_sequence_length"],
+        )
+        if embeds.shape[0] == 1:
+            # Given embeddings are not repeated for `num_images_per_prompt`; diffusers broadcasts.
+            embeds, pooled = embeds.expand(batch, -1, -1), pooled.expand(batch, -1)
+        conditioning[f"{prefix}encoder_hidden_states"] = embeds
+        conditioning[f"{prefix}pooled_projections"] = pooled
+    if guided:
+        conditioning["true_cfg_scale"] = torch.tensor(
+            float(call["true_cfg_scale"]), device=pipeline._execution_device
+        )
+    return conditioning
