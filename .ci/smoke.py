@@ -27,7 +27,11 @@ def check_ops() -> None:
     record = torch.zeros(1, 5)
     forced = torch.full((1,), -1, dtype=torch.int32)
     ops.decide_(scores, forced, torch.full((1, 2), 100.0), state, record, 0, 0, False)
-    assert state.tolist() == [2, 1, 0, 0]
+    assert state.tolist() == [2, 1, 0, 2]
+    memory, row = torch.zeros(3), torch.zeros(1, 2)
+    never, none = torch.full((1,), float("nan")), torch.zeros(0)
+    ops.decide_reuse_(none, never, none, state, memory, row, 0, 3, 1.0, 9, False)
+    assert state.tolist() == [2, 1, 0, 2]
 
 
 def check_files(checkout: Path) -> None:

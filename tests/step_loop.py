@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ddit_rt import ops
+from ddit_rt.step_cache import CacheTable
 
 PAST = 3
 """Latents that the loop keeps beside the newest."""
 
 Model = Callable[[int, int, Tensor], Tensor]
-"""Step, bucket and latents to a velocity."""
+"""Step, branch (a bucket, or behind all of them one that reuses) and latents to a velocity."""
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -34,6 +35,8 @@ class LoopPlan:
         forced: `[N]`, a bucket or -1.
         thresholds: `[N, S]`.
         dtype: Of the velocities.
+        cache: The step cache.
+        signals: What it goes by, `[N, R]`.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -46,11 +49,25 @@ class LoopPlan:
     quantile: float = 0.4
     dwell: int = 0
     monotone: bool = False
+    cache: CacheTable | None = None
+    signals: Tensor | None = None
 
     @property
     def steps(self) -> int:
         """Number of steps N."""
         return len(self.coefficients)
+
+    @property
+    def cache_rows(self) -> int:
+        """Sums of the step cache."""
+        if self.cache is None:
+            return 0
+        return 1 if self.signals is None else self.signals.shape[1]
+
+    @property
+    def branches(self) -> int:
+        """Graphs that a step chooses among."""
+        return (1 + len(self.sizes)) * (1 if self.cache is None else 2)
 
     @property
     def velocity_slots(self) -> int:
@@ -60,10 +77,16 @@ class LoopPlan:
 
     def settings(self) -> Tensor:
         """LoopSettings of loop.h, as words."""
-        words = torch.zeros(8, dtype=torch.int32)
+        words = torch.zeros(16, dtype=torch.int32)
         words[:2] = torch.tensor([self.steps, self.order])
         words[2:3].view(torch.float32)[0] = self.quantile
         words[3:5] = torch.tensor([self.dwell, int(self.monotone)])
+        if self.cache is not None:
+            cache, terms = self.cache, len(self.cache.coefficients)
+            words[5] = int(cache.product)
+            words[6:7].view(torch.float32)[0] = cache.threshold
+            words[7:9] = torch.tensor([cache.limit, terms])
+            words[9 : 9 + terms].view(torch.float32).copy_(torch.tensor(cache.coefficients))
         return words
 
 
@@ -112,6 +135,7 @@ class StepLoop:
             capacity=capacity,
             device=index,
             owner=self.buffers,
+            cache_rows=plan.cache_rows,
         )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -125,6 +149,8 @@ class StepLoop:
             ("thresholds", plan.thresholds),
         ):
             self[name][: plan.steps].copy_(values)
+        if plan.cache is not None:
+            self["increments"][: plan.steps].copy_(plan.cache.tensors()[0])
         self["settings"].copy_(plan.settings())
         self["latents"].copy_(start)
 
@@ -135,7 +161,7 @@ class StepLoop:
             self.control.decide(stream)
             if self.control.wait(step, self._patience_s).decided <= step:
                 break
-            bucket(int(self.control.records()[step][1][0]))
+            bucket(self.control.branch(step))
             self.control.update(stream)
         self.control.finish(stream)
 
@@ -148,8 +174,10 @@ class StepLoop:
         names = ("latents", "past", "past_velocities", "moments", "scores")
         bits = {name: self[name].cpu().view(torch.int32).clone() for name in names}
         record = self.record()
-        record[record.isnan()] = math.nan  # a NaN's own bits differ between devices
-        return bits | {"record": record.view(torch.int32)}
+        cache = torch.tensor(self.control.cache_records(), dtype=torch.float32)
+        for rows in (record, cache):
+            rows[rows.isnan()] = math.nan  # a NaN's own bits differ between devices
+        return bits | {"record": record.view(torch.int32), "cache": cache.view(torch.int32)}
 
 
 def make_buffers(
@@ -178,6 +206,9 @@ def make_buffers(
         "scores": unset(batch, coarse),
         "state": integers(runtime.STATE_WORDS),
         "settings": integers(runtime.SETTINGS_WORDS),
+        "increments": unset(0 if plan.cache is None else capacity),
+        "signal": unset(plan.cache_rows),
+        "cache": unset(plan.cache_rows and runtime.CACHE_HEADER + plan.cache_rows),
     }
 
 
@@ -188,11 +219,19 @@ def addresses(buffers: dict[str, Tensor]) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class CpuRun:
-    """A run by the CPU ops: z_0 to z_N, v_0 to v_{N-1}, and the trace `[N, 3 + S]`."""
+    """A run by the CPU ops: z_0 to z_N, v_0 to v_{N-1}, and the trace.
+
+    Attributes:
+        record: `[N, 3 + S]`.
+        cache_record: `[N, 2]`.
+        branches: Of every step.
+    """
 
     latents: list[Tensor]
     velocities: list[Tensor]
     record: Tensor
+    cache_record: Tensor
+    branches: list[int]
     nonfinite: bool
 
     @property
@@ -209,17 +248,33 @@ def run_cpu(plan: LoopPlan, start: Tensor, model: Model) -> CpuRun:
     state = torch.tensor([-1, 0, 0, 0], dtype=torch.int32)
     record = torch.zeros(plan.steps, 3 + len(plan.sizes))
     forced = torch.tensor(plan.forced, dtype=torch.int32)
-    latents, velocities = [start.clone()], []
+    memory, cache_record = torch.zeros(2 + max(plan.cache_rows, 1)), torch.zeros(plan.steps, 2)
+    latents, velocities, branches = [start.clone()], [], []
     for k in range(plan.steps):
         scores = torch.full((plan.shape[0], len(plan.sizes)), math.nan)
         if plan.forced[k] == -1:
             scores = ops.patch_scores(history, plan.sizes, plan.quantile, plan.order, -k % 4)
         ops.decide_(scores, forced, plan.thresholds, state, record, k, plan.dwell, plan.monotone)
-        velocity = model(k, int(state[0]), history[-k % 4]).to(plan.dtype)
+        if plan.cache is not None:
+            increments, coefficients = plan.cache.tensors()
+            signal = torch.zeros(0) if plan.signals is None else plan.signals[k]
+            ops.decide_reuse_(
+                signal, increments, coefficients, state, memory, cache_record, k,
+                1 + len(plan.sizes), plan.cache.threshold, plan.cache.limit, plan.cache.product,
+            )  # fmt: skip
+        branches.append(int(state[3]))
+        velocity = model(k, branches[-1], history[-k % 4]).to(plan.dtype)
         ops.solver_step_(history, ring, velocity, plan.coefficients, k)
         velocities.append(velocity)
         latents.append(history[-(k + 1) % 4].clone())
-    return CpuRun(latents=latents, velocities=velocities, record=record, nonfinite=bool(state[2]))
+    return CpuRun(
+        latents=latents,
+        velocities=velocities,
+        record=record,
+        cache_record=cache_record,
+        branches=branches,
+        nonfinite=bool(state[2]),
+    )
 
 
 class RandomModel:
@@ -228,13 +283,13 @@ class RandomModel:
     v = table[bucket, step] + z / 8: one rounding, so that every device has the same bits.
 
     Attributes:
-        table: `[S + 1, N, B, C, F, H, W]`.
+        table: `[branches, N, B, C, F, H, W]`.
     """
 
     def __init__(self, plan: LoopPlan) -> None:
         noise = torch.randn(plan.steps, *plan.shape)
         noise *= 10.0 ** torch.randint(-3, 1, (plan.steps, 1, 1, 1, 1, 1))
-        self.table = torch.stack([(1.0 + 0.25 * i) * noise for i in range(len(plan.sizes) + 1)])
+        self.table = torch.stack([(1.0 + 0.25 * i) * noise for i in range(plan.branches)])
         self._dtype = plan.dtype
 
     def __call__(self, step: int, bucket: int, latents: Tensor) -> Tensor:
@@ -286,12 +341,15 @@ def run_form(
     replay: Callable[[int], None],
     steps: int,
     stream: int = 0,
+    signal: int = 0,
 ) -> None:
     """Runs a loaded loop in a form: `"loop"`, `"step"`, or `"host"`, which replays buckets."""
     if form == "host":
         loop.run_host(steps, replay, stream)
         return
-    master = loop.runtime.StepGraph(loop.control, graphs, form, owner=(loop.buffers, graphs))
+    master = loop.runtime.StepGraph(
+        loop.control, graphs, form, owner=(loop.buffers, graphs), signal=signal
+    )
     if form == "loop":
         master.launch(stream)
         return

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <limits>
 #include <numeric>
 #include <sstream>
@@ -267,6 +268,52 @@ DecideArgs decide_args(const Tensor& scores, const Tensor& forced, const Tensor&
   args.state = offset<PolicyState>(state, 0);
   args.record = offset<float>(record, step * (kRecordHeader + sizes));
   args.rule = {static_cast<int>(dwell), monotone};
+  return args;
+}
+
+ReuseArgs reuse_args(const Tensor& signal, const Tensor& increments, const Tensor& coefficients,
+                     const Tensor& state, const Tensor& memory, const Tensor& record, int64_t step,
+                     int64_t buckets, double threshold, int64_t limit, bool product) {
+  constexpr const char* kOp = "decide_reuse_";
+  const Tensor* floats[] = {&signal, &increments, &coefficients, &memory, &record};
+  for (const Tensor* tensor : floats) {
+    check_dtype(*tensor, ScalarType::Float, kOp, "an argument other than state");
+    check_contiguous(*tensor, kOp, "an argument");
+    check_same_device(*tensor, state, kOp, "an argument");
+  }
+  check_dtype(state, ScalarType::Int, kOp, "state");
+  check_contiguous(state, kOp, "state");
+  check_shape(state, {kStateSize}, kOp, "state");
+  const int64_t steps = increments.numel();
+  const int64_t rows = memory.numel() - kCacheHeader;
+  const int64_t terms = coefficients.numel();
+  constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(rows >= 1 && rows <= kMaxInt, "ddit_rt::decide_reuse_: memory has ",
+                  memory.numel(), " words, expected ", kCacheHeader, " and one per row");
+  STD_TORCH_CHECK(terms <= kMaxTerms, "ddit_rt::decide_reuse_: a polynomial of ", terms,
+                  " terms, expected at most ", kMaxTerms);
+  STD_TORCH_CHECK(buckets >= 1 && buckets <= kMaxSizes + 1 && limit >= 0 && limit <= kMaxInt,
+                  "ddit_rt::decide_reuse_: buckets ", buckets, " or limit ", limit,
+                  " out of range");
+  check_shape(increments, {steps}, kOp, "increments");
+  check_shape(record, {steps, kCacheRecord}, kOp, "record");
+  check_step(step, steps, kOp);
+
+  ReuseArgs args{};
+  args.increment = *offset<const float>(increments, step);
+  if (terms > 0 && args.increment == args.increment) check_shape(signal, {rows}, kOp, "signal");
+  args.rows = static_cast<int>(rows);
+  args.buckets = static_cast<int>(buckets);
+  args.signal = offset<const float>(signal, 0);
+  args.rule = {product ? 1 : 0,
+               static_cast<float>(threshold),
+               static_cast<int32_t>(limit),
+               static_cast<int32_t>(terms),
+               {}};
+  std::copy_n(offset<const float>(coefficients, 0), terms, args.rule.coefficients);
+  args.state = offset<PolicyState>(state, 0);
+  args.memory = {offset<float>(memory, 0)};
+  args.record = offset<float>(record, step * kCacheRecord);
   return args;
 }
 

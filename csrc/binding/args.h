@@ -14,6 +14,7 @@
 
 #include "ddit_rt/patch.h"
 #include "ddit_rt/policy.h"
+#include "ddit_rt/step_cache.h"
 
 namespace ddit_rt {
 
@@ -84,5 +85,20 @@ struct DecideArgs {
 DecideArgs decide_args(const Tensor& scores, const Tensor& forced, const Tensor& thresholds,
                        const Tensor& state, const Tensor& record, int64_t step, int64_t dwell,
                        bool monotone);
+
+struct ReuseArgs {
+  int rows;
+  int buckets;
+  const float* signal;  // [R], or empty where the rule has no polynomial
+  float increment;      // this step's
+  CacheRule rule;
+  PolicyState* state;
+  CacheMemory memory;
+  float* record;  // this step's row [2]
+};
+
+ReuseArgs reuse_args(const Tensor& signal, const Tensor& increments, const Tensor& coefficients,
+                     const Tensor& state, const Tensor& memory, const Tensor& record, int64_t step,
+                     int64_t buckets, double threshold, int64_t limit, bool product);
 
 }  // namespace ddit_rt

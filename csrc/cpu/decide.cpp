@@ -3,6 +3,7 @@
 
 #include "binding/args.h"
 #include "ddit_rt/policy.h"
+#include "ddit_rt/step_cache.h"
 
 namespace ddit_rt {
 namespace {
@@ -20,7 +21,19 @@ void decide_cpu(Tensor scores, Tensor forced, Tensor thresholds, Tensor state, T
               args.record);
 }
 
+void decide_reuse_cpu(Tensor signal, Tensor increments, Tensor coefficients, Tensor state,
+                      Tensor memory, Tensor record, int64_t step, int64_t buckets, double threshold,
+                      int64_t limit, bool product) {
+  const ReuseArgs args = reuse_args(signal, increments, coefficients, state, memory, record, step,
+                                    buckets, threshold, limit, product);
+  cache_step(args.signal, args.increment, args.rows, args.buckets, args.rule, args.state,
+             args.memory, args.record);
+}
+
 }  // namespace
 }  // namespace ddit_rt
 
-STABLE_TORCH_LIBRARY_IMPL(ddit_rt, CPU, m) { m.impl("decide_", TORCH_BOX(&ddit_rt::decide_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(ddit_rt, CPU, m) {
+  m.impl("decide_", TORCH_BOX(&ddit_rt::decide_cpu));
+  m.impl("decide_reuse_", TORCH_BOX(&ddit_rt::decide_reuse_cpu));
+}

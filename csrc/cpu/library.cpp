@@ -18,4 +18,8 @@ STABLE_TORCH_LIBRARY(ddit_rt, m) {
   m.def(
       "decide_(Tensor scores, Tensor forced, Tensor thresholds, Tensor(a!) state, "
       "Tensor(b!) record, int step, int dwell, bool monotone) -> ()");
+  m.def(
+      "decide_reuse_(Tensor signal, Tensor increments, Tensor coefficients, Tensor(a!) state, "
+      "Tensor(b!) memory, Tensor(c!) record, int step, int buckets, float threshold, int limit, "
+      "bool product) -> ()");
 }

@@ -6,6 +6,7 @@
 #include "ddit_rt/loop.h"
 #include "ddit_rt/moments.h"
 #include "ddit_rt/quantile.h"
+#include "ddit_rt/step_cache.h"
 
 namespace ddit_rt {
 
@@ -129,19 +130,26 @@ __device__ __forceinline__ void take_decision(const LoopParams& p, const Switche
   LoopState* const state = p.state;
   const uint32_t cancel = static_cast<volatile Progress*>(p.progress)->cancel;
   if (cancel == state->generation || k >= p.settings->steps) state->stopped = 1;
-  unsigned bucket = kFullMask;  // no body of a SWITCH: it runs nothing
+  unsigned branch = kFullMask;  // no body of a SWITCH: it runs nothing
   if (state->stopped == 0) {
     StepRow* const row = p.progress->rows() + k;
     row->time_ns = device_time_ns();
-    decide_step(p.scores, p.thresholds + k * p.sizes, static_cast<int>(p.shape.batch), p.sizes,
-                p.forced[k], p.rule(), &state->policy, row->record);
+    const int batch = static_cast<int>(p.shape.batch);
+    decide_step(p.scores, p.thresholds + k * p.sizes, batch, p.sizes, p.forced[k], p.rule(),
+                &state->policy, row->record);
+    row->cache[0] = static_cast<float>(static_cast<int32_t>(CacheReason::kOff));
+    row->cache[1] = NAN;
+    if (p.increments != nullptr) {
+      cache_step(p.signal, p.increments[k], p.cache_rows, p.sizes + 1, p.settings->cache,
+                 &state->policy, p.cache, row->cache);
+    }
     state->step = static_cast<int32_t>(k);
     __threadfence_system();  // a host that sees the count sees the row
     static_cast<volatile Progress*>(p.progress)->decided = static_cast<uint32_t>(k) + 1;
-    bucket = static_cast<unsigned>(state->policy.bucket);
+    branch = static_cast<unsigned>(state->policy.branch);
   }
   const bool more = state->stopped == 0 && k + 1 < p.settings->steps;
-  if (switches.buckets > 0) set_conditional(switches.bucket, bucket);
+  if (switches.branches > 0) set_conditional(switches.branch, branch);
   if (switches.loops != 0) set_conditional(switches.loop, more ? 1u : 0u);
 }
 

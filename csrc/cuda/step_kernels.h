@@ -9,9 +9,9 @@ namespace ddit_rt {
 // Which conditional nodes a decision steers; neither where the host reads it instead. The handles
 // are cudaGraphConditionalHandle.
 struct Switches {
-  unsigned long long bucket = 0;  // SWITCH: the bucket to run
+  unsigned long long branch = 0;  // SWITCH: the bucket to run, or whose residual to reuse
   unsigned long long loop = 0;    // WHILE: whether another step follows
-  int32_t buckets = 0;            // bodies of the SWITCH; 0: there is none
+  int32_t branches = 0;           // bodies of the SWITCH; 0: there is none
   int32_t loops = 0;              // 1 if there is a WHILE
 };
 

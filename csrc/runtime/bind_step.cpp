@@ -34,6 +34,9 @@ void set_addresses(LoopSpec& spec, std::map<std::string, uintptr_t> addresses) {
       {"scores", &spec.scores},
       {"state", &spec.state},
       {"settings", &spec.settings},
+      {"increments", &spec.increments},
+      {"signal", &spec.signal},
+      {"cache", &spec.cache},
   };
   for (const auto& [name, target] : fields) {
     const auto found = addresses.find(name);
@@ -86,6 +89,14 @@ py::list records_of(const StepControl& control) {
   return rows;
 }
 
+py::list cache_records_of(const StepControl& control) {
+  py::list rows;
+  for (const StepRecord& record : control.records()) {
+    rows.append(py::make_tuple(static_cast<int>(record.cache), record.accumulated));
+  }
+  return rows;
+}
+
 void bind_control(py::module_& m) {
   py::class_<RunProgress>(m, "RunProgress", py::module_local(), "How far a run has come.")
       .def_readonly("decided", &RunProgress::decided)
@@ -99,17 +110,18 @@ void bind_control(py::module_& m) {
       "Kernels and progress of the step loop of one captured shape. `owner` is kept alive: "
       "whatever "
       "holds the buffers behind the addresses.")
-      .def(
-          py::init([](std::map<std::string, uintptr_t> addresses, const std::vector<int64_t>& shape,
-                      const std::vector<int64_t>& sizes, const std::string& type,
-                      int velocity_slots, int64_t capacity, int device, const py::object&) {
-            LoopSpec spec = make_spec(shape, sizes, type, velocity_slots, capacity);
-            set_addresses(spec, std::move(addresses));
-            return std::make_shared<StepControl>(spec, device);
-          }),
-          py::arg("addresses"), py::kw_only(), py::arg("shape"), py::arg("sizes"),
-          py::arg("velocity_type"), py::arg("velocity_slots"), py::arg("capacity"),
-          py::arg("device"), py::arg("owner"), py::keep_alive<1, 9>())
+      .def(py::init([](std::map<std::string, uintptr_t> addresses,
+                       const std::vector<int64_t>& shape, const std::vector<int64_t>& sizes,
+                       const std::string& type, int velocity_slots, int64_t capacity, int device,
+                       const py::object&, int cache_rows) {
+             LoopSpec spec = make_spec(shape, sizes, type, velocity_slots, capacity);
+             set_addresses(spec, std::move(addresses));
+             spec.cache_rows = cache_rows;
+             return std::make_shared<StepControl>(spec, device);
+           }),
+           py::arg("addresses"), py::kw_only(), py::arg("shape"), py::arg("sizes"),
+           py::arg("velocity_type"), py::arg("velocity_slots"), py::arg("capacity"),
+           py::arg("device"), py::arg("owner"), py::arg("cache_rows") = 0, py::keep_alive<1, 9>())
       .def(
           "begin", [](StepControl& c, uintptr_t s) { c.begin(stream_of(s)); }, py::arg("stream"),
           Release())
@@ -127,6 +139,10 @@ void bind_control(py::module_& m) {
       .def("wait", &StepControl::wait, py::arg("decided"), py::arg("seconds"), Release(),
            "Waits until more than `decided` steps are decided or the run is over.")
       .def("bucket", &StepControl::bucket, py::arg("step"), "The bucket of a decided step.")
+      .def("branch", &StepControl::branch, py::arg("step"),
+           "What a decided step runs: its bucket, or S + 1 + i to reuse the residual of bucket i.")
+      .def("cache_records", &cache_records_of,
+           "Per decided step: CacheReason and the accumulated change.")
       .def("records", &records_of,
            "Per decided step: device time in ns, and [bucket, reason, run length, scores...].")
       .def("end_ns", &StepControl::end_ns);
@@ -136,14 +152,16 @@ void bind_graph(py::module_& m) {
   using Release = py::call_guard<py::gil_scoped_release>;
   py::class_<StepGraph>(m, "StepGraph", py::module_local(),
                         "The step loop as one CUDA graph: form 'step' or 'loop'. `owner` is kept "
-                        "alive: whatever owns the memory that the buckets' graphs use.")
+                        "alive: whatever owns the memory that the graphs use. `signal`: the graph "
+                        "that comes before every decision; 0: none.")
       .def(py::init([](std::shared_ptr<StepControl> control,
                        const std::vector<std::pair<std::string, uintptr_t>>& buckets,
-                       const std::string& form, const py::object&) {
+                       const std::string& form, const py::object&, uintptr_t signal) {
              return std::make_unique<StepGraph>(std::move(control), bucket_graphs(buckets),
-                                                graph_form(form));
+                                                graph_form(form), graph_of(signal));
            }),
            py::arg("control"), py::arg("buckets"), py::arg("form"), py::arg("owner"),
+           py::arg("signal") = 0,
            // The control too: its owner holds buffers that the graph goes on using.
            py::keep_alive<1, 2>(), py::keep_alive<1, 5>())
       .def(
@@ -167,6 +185,7 @@ void bind_step(py::module_& m) {
   py::register_local_exception<NodeRefused>(m, "NodeRefused", PyExc_RuntimeError);
   m.attr("STATE_WORDS") = kLoopStateWords;
   m.attr("SETTINGS_WORDS") = kLoopSettingsWords;
+  m.attr("CACHE_HEADER") = kCacheHeader;
   m.def("scratch_sizes", &scratch_tuple, py::arg("shape"), py::arg("sizes"),
         "Floats for `moments` and 32-bit words for `keys`.");
   m.def("switch_problem", &switch_problem,

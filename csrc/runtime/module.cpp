@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "ddit_rt/policy.h"
+#include "ddit_rt/step_cache.h"
 #include "runtime/status.h"
 
 namespace py = pybind11;
@@ -48,6 +49,18 @@ py::dict reason_codes() {
   return codes;
 }
 
+py::dict cache_reason_codes() {
+  py::dict codes;
+  codes["OFF"] = static_cast<int>(CacheReason::kOff);
+  codes["FORCED"] = static_cast<int>(CacheReason::kForced);
+  codes["CHANGED"] = static_cast<int>(CacheReason::kChanged);
+  codes["ABOVE"] = static_cast<int>(CacheReason::kAbove);
+  codes["LIMIT"] = static_cast<int>(CacheReason::kLimit);
+  codes["NONFINITE"] = static_cast<int>(CacheReason::kNonfinite);
+  codes["REUSED"] = static_cast<int>(CacheReason::kReused);
+  return codes;
+}
+
 }  // namespace
 }  // namespace ddit_rt
 
@@ -60,6 +73,8 @@ PYBIND11_MODULE(_runtime, m) {
         "Whether CUDA can be used, and why not. Never raises.");
   m.def("reason_codes", &ddit_rt::reason_codes,
         "Names and values of the C++ enum `Reason` (policy.h).");
+  m.def("cache_reason_codes", &ddit_rt::cache_reason_codes,
+        "Names and values of the C++ enum `CacheReason` (step_cache.h).");
 #ifdef DDIT_RT_WITH_CUDA
   ddit_rt::bind_step(m);
 #endif

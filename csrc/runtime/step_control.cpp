@@ -64,6 +64,8 @@ void check_spec(const LoopSpec& spec) {
   require(spec.sizes.empty() ||
               (spec.thresholds != 0 && spec.moments != 0 && spec.keys != 0 && spec.scores != 0),
           "patch sizes to score, but no buffers for it");
+  require(spec.increments == 0 || (spec.signal != 0 && spec.cache != 0 && spec.cache_rows > 0),
+          "a step cache, but no buffers for its signal and memory");
 }
 
 // Four values at a time where sizes and addresses allow it.
@@ -82,6 +84,7 @@ LoopParams loop_params(const LoopSpec& spec) {
   params.shape = base_shape(spec);
   params.sizes = static_cast<int32_t>(spec.sizes.size());
   params.velocity_slots = spec.velocity_slots;
+  params.cache_rows = spec.cache_rows;
   const int edge = static_cast<int>(params.shape.patch);
   params.columns = kTileColumns / edge * edge;
   params.tiles = static_cast<int32_t>((spec.width + params.columns - 1) / params.columns);
@@ -97,9 +100,16 @@ LoopParams loop_params(const LoopSpec& spec) {
   params.m2 = params.mean + (params.sizes > 0 ? params.shape.batch * params.shape.tokens() : 0);
   params.keys = pointer<uint32_t>(spec.keys);
   params.scores = pointer<float>(spec.scores);
+  params.increments = pointer<const float>(spec.increments);
+  params.signal = pointer<const float>(spec.signal);
+  params.cache = {pointer<float>(spec.cache)};
   params.state = pointer<LoopState>(spec.state);
   params.settings = pointer<const LoopSettings>(spec.settings);
   return params;
+}
+
+CacheReason cache_reason(const StepRow& row) {
+  return static_cast<CacheReason>(static_cast<int32_t>(row.cache[0]));
 }
 
 void launch_kernel(const Kernel& kernel, void** arguments, cudaStream_t stream) {
@@ -231,10 +241,20 @@ RunProgress StepControl::wait(int64_t decided, double seconds) const {
   }
 }
 
-int StepControl::bucket(int64_t step) const {
+const StepRow& StepControl::decided_row(int64_t step) const {
   require(step >= 0 && step < progress().decided,
           "step " + std::to_string(step) + " is not decided yet");
-  return static_cast<int>(progress_->rows()[step].record[0]);
+  return progress_->rows()[step];
+}
+
+int StepControl::bucket(int64_t step) const {
+  return static_cast<int>(decided_row(step).record[0]);
+}
+
+int StepControl::branch(int64_t step) const {
+  const StepRow& row = decided_row(step);
+  const bool reused = cache_reason(row) == CacheReason::kReused;
+  return static_cast<int>(row.record[0]) + (reused ? params_.sizes + 1 : 0);
 }
 
 std::vector<StepRecord> StepControl::records() const {
@@ -242,7 +262,10 @@ std::vector<StepRecord> StepControl::records() const {
   const int64_t steps = progress().decided;
   for (int64_t k = 0; k < steps && k < capacity_; ++k) {
     const StepRow& row = progress_->rows()[k];
-    result.push_back({row.time_ns, {row.record, row.record + kRecordHeader + params_.sizes}});
+    result.push_back({row.time_ns,
+                      {row.record, row.record + kRecordHeader + params_.sizes},
+                      cache_reason(row),
+                      row.cache[1]});
   }
   return result;
 }

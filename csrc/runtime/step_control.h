@@ -20,6 +20,8 @@ struct LoopSpec {
   uintptr_t latents = 0, past = 0, velocity = 0, past_velocities = 0;
   uintptr_t coefficients = 0, forced = 0, thresholds = 0, moments = 0, keys = 0, scores = 0;
   uintptr_t state = 0, settings = 0;
+  uintptr_t increments = 0, signal = 0, cache = 0;  // of a step cache; 0: there is none
+  int cache_rows = 0;
   int64_t batch = 0, channels = 0, frames = 0, height = 0, width = 0;
   std::vector<int64_t> sizes;
   VelocityType velocity_type = VelocityType::kFloat32;
@@ -44,6 +46,8 @@ struct RunProgress {
 struct StepRecord {
   uint64_t time_ns;           // the device's clock at the decision
   std::vector<float> values;  // bucket, reason, run length, a score per size
+  CacheReason cache;
+  float accumulated;  // change that the step cache compared; NaN if it did not
 };
 
 // Launches on a stream never wait. Methods may be called from any thread; runs of one object must
@@ -73,6 +77,7 @@ class StepControl {
   RunProgress wait(int64_t decided, double seconds) const;
 
   int bucket(int64_t step) const;           // of a step that is decided
+  int branch(int64_t step) const;           // likewise: the bucket, or S + 1 + i to reuse
   std::vector<StepRecord> records() const;  // of the steps decided so far
   uint64_t end_ns() const;
 
@@ -86,7 +91,11 @@ class StepControl {
   const LoopParams& params() const { return params_; }
   const StepKernels& kernels() const { return kernels_; }
 
+  // Graphs that a step chooses among: one per bucket, and one more each where steps may reuse.
+  int branches() const { return (params_.sizes + 1) * (params_.increments == nullptr ? 1 : 2); }
+
  private:
+  const StepRow& decided_row(int64_t step) const;
   void launch(const Kernel& kernel, void** arguments, cudaStream_t stream);
   bool is_current() const;
 

@@ -87,11 +87,14 @@ void check_bucket(const BucketGraph& bucket) {
 }
 
 // A decision without a body would run nothing, and the update would take an old velocity.
-void check_count(size_t buckets, int sizes) {
-  if (buckets == static_cast<size_t>(sizes) + 1) return;
-  throw std::invalid_argument("ddit_rt: a step graph of " + std::to_string(buckets) +
-                              " buckets, expected " + std::to_string(sizes + 1) +
-                              ": the base patch and " + std::to_string(sizes) + " sizes");
+void check_count(size_t buckets, const StepControl& control) {
+  const int sizes = control.params().sizes;
+  const int branches = control.branches();
+  if (buckets == static_cast<size_t>(branches)) return;
+  throw std::invalid_argument(
+      "ddit_rt: a step graph of " + std::to_string(buckets) + " buckets, expected " +
+      std::to_string(branches) + ": the base patch and " + std::to_string(sizes) + " sizes" +
+      (branches > sizes + 1 ? ", and each of them once more without its blocks" : ""));
 }
 
 #if CUDART_VERSION >= 12080
@@ -145,25 +148,27 @@ Conditional add_conditional(cudaGraph_t graph, cudaGraphNode_t after,
   return result;
 }
 
-// decide -> SWITCH -> update; `loop` is the handle of the WHILE around them, if any.
+// signal -> decide -> SWITCH -> update; `loop` is the handle of the WHILE around them, if any.
 void add_step(cudaGraph_t graph, const StepControl& control,
-              const std::vector<BucketGraph>& buckets, const cudaGraphConditionalHandle* loop) {
+              const std::vector<BucketGraph>& buckets, cudaGraph_t signal,
+              const cudaGraphConditionalHandle* loop) {
   const auto count = static_cast<unsigned>(buckets.size());
   cudaGraphConditionalHandle handle{};
   // The decide kernel sets the handle in every step, so its default is never seen.
   DDIT_RT_CUDA(cudaGraphConditionalHandleCreate(&handle, graph, 0, 0));
   LoopParams params = control.params();
   Switches switches;
-  switches.bucket = handle;
-  switches.buckets = static_cast<int32_t>(count);
+  switches.branch = handle;
+  switches.branches = static_cast<int32_t>(count);
   if (loop != nullptr) {
     switches.loop = *loop;
     switches.loops = 1;
   }
   void* decide_arguments[] = {&params, &switches};
   void* update_arguments[] = {&params};
+  const cudaGraphNode_t first = signal == nullptr ? nullptr : add_child(graph, signal);
   const cudaGraphNode_t decide =
-      add_kernel(graph, nullptr, control.kernels().decide, decide_arguments);
+      add_kernel(graph, first, control.kernels().decide, decide_arguments);
   const Conditional choice = add_conditional(graph, decide, handle, cudaGraphCondTypeSwitch, count);
   for (unsigned i = 0; i < count; ++i) {
     if (buckets[i].graph != nullptr) add_child(choice.bodies[i], buckets[i].graph);
@@ -172,14 +177,14 @@ void add_step(cudaGraph_t graph, const StepControl& control,
 }
 
 void add_loop(cudaGraph_t graph, const StepControl& control,
-              const std::vector<BucketGraph>& buckets) {
+              const std::vector<BucketGraph>& buckets, cudaGraph_t signal) {
   LoopParams params = control.params();
   void* arguments[] = {&params};
   const cudaGraphNode_t begin = add_kernel(graph, nullptr, control.kernels().begin, arguments);
   cudaGraphConditionalHandle handle{};
   DDIT_RT_CUDA(cudaGraphConditionalHandleCreate(&handle, graph, 1, cudaGraphCondAssignDefault));
   const Conditional loop = add_conditional(graph, begin, handle, cudaGraphCondTypeWhile, 1);
-  add_step(loop.bodies[0], control, buckets, &handle);
+  add_step(loop.bodies[0], control, buckets, signal, &handle);
   add_kernel(graph, loop.node, control.kernels().finish, arguments);
 }
 
@@ -215,17 +220,18 @@ std::map<std::string, int> count_nodes(cudaGraph_t graph) {
 }
 
 StepGraph::StepGraph(std::shared_ptr<StepControl> control, const std::vector<BucketGraph>& buckets,
-                     Form form)
+                     Form form, cudaGraph_t signal)
     : control_(std::move(control)), form_(form) {
   const std::string problem = switch_problem();
   if (!problem.empty()) throw SwitchUnavailable("ddit_rt: " + problem);
-  check_count(buckets.size(), control_->params().sizes);
+  check_count(buckets.size(), *control_);
+  if (signal != nullptr) check_bucket({"signal", signal});
   for (const BucketGraph& bucket : buckets) {
     if (bucket.graph != nullptr) check_bucket(bucket);
   }
   const DeviceScope scope(control_->device());
   try {
-    build(buckets);
+    build(buckets, signal);
     instantiate();
   } catch (...) {
     if (graph_ != nullptr) cudaGraphDestroy(graph_);
@@ -244,13 +250,13 @@ StepGraph::~StepGraph() {
   cudaGetLastError();
 }
 
-void StepGraph::build(const std::vector<BucketGraph>& buckets) {
+void StepGraph::build(const std::vector<BucketGraph>& buckets, cudaGraph_t signal) {
 #if CUDART_VERSION >= 12080
   DDIT_RT_CUDA(cudaGraphCreate(&graph_, 0));
   if (form_ == Form::kLoop) {
-    add_loop(graph_, *control_, buckets);
+    add_loop(graph_, *control_, buckets, signal);
   } else {
-    add_step(graph_, *control_, buckets, nullptr);
+    add_step(graph_, *control_, buckets, signal, nullptr);
   }
 #endif
 }

@@ -1,11 +1,14 @@
 // The step loop as one CUDA graph that chooses its buckets on the device.
 //
 // Per step:                                     Whole loop:
-//   decide -> SWITCH(bucket) -> update            begin -> WHILE(more) -> finish
+//   decide -> SWITCH(branch) -> update            begin -> WHILE(more) -> finish
 //               |- child graph of bucket 0                   |- the step on the left
 //               |- child graph of bucket 1
+//               |- bucket 0 without its blocks, where steps may reuse
+//               |- bucket 1 without its blocks
 //
-// A bucket's graph is cloned into its body; its kernels go on using the caller's memory.
+// Where a step cache goes by a signal, the graph that computes it comes before `decide`. A bucket's
+// graph is cloned into its body; its kernels go on using the caller's memory.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -45,9 +48,10 @@ class StepGraph {
  public:
   enum class Form { kStep, kLoop };
 
-  // Throws SwitchUnavailable, NodeRefused, or std::runtime_error naming the CUDA call that failed.
+  // `signal` may be null. Throws SwitchUnavailable, NodeRefused, or std::runtime_error naming the
+  // CUDA call that failed.
   StepGraph(std::shared_ptr<StepControl> control, const std::vector<BucketGraph>& buckets,
-            Form form);
+            Form form, cudaGraph_t signal = nullptr);
   ~StepGraph();
   StepGraph(const StepGraph&) = delete;
   StepGraph& operator=(const StepGraph&) = delete;
@@ -62,7 +66,7 @@ class StepGraph {
   void write_dot(const std::string& path) const;
 
  private:
-  void build(const std::vector<BucketGraph>& buckets);
+  void build(const std::vector<BucketGraph>& buckets, cudaGraph_t signal);
   void instantiate();
 
   const std::shared_ptr<StepControl> control_;

@@ -1,4 +1,4 @@
-"""Native ops of the engine: token packing, patch scores, the solver update, the decision.
+"""Native ops of the engine: token packing, patch scores, the solver update, decisions.
 
 Each is a torch op in the namespace `ddit_rt` with a fake, so it works in eager mode, under
 `torch.compile` and in `torch.export`. Packing has CUDA kernels too. The others run on the CPU: on
@@ -13,7 +13,24 @@ _load()
 from ddit_rt.ops import _fakes  # noqa: E402, F401
 from ddit_rt.ops.decide import Reason, decide_  # noqa: E402
 from ddit_rt.ops.pack import pack, unpack  # noqa: E402
+from ddit_rt.ops.reuse import (  # noqa: E402
+    CACHE_HEADER,
+    CACHE_RECORD,
+    CacheReason,
+    decide_reuse_,
+)
 from ddit_rt.ops.scores import patch_scores  # noqa: E402
 from ddit_rt.ops.solver import solver_step_  # noqa: E402
 
-__all__ = ["Reason", "decide_", "pack", "patch_scores", "solver_step_", "unpack"]
+__all__ = [
+    "CACHE_HEADER",
+    "CACHE_RECORD",
+    "CacheReason",
+    "Reason",
+    "decide_",
+    "decide_reuse_",
+    "pack",
+    "patch_scores",
+    "solver_step_",
+    "unpack",
+]

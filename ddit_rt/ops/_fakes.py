@@ -66,6 +66,23 @@ def _decide(
     del scores, forced, thresholds, state, record, step, dwell, monotone
 
 
+def _decide_reuse(
+    signal: Tensor,
+    increments: Tensor,
+    coefficients: Tensor,
+    state: Tensor,
+    memory: Tensor,
+    record: Tensor,
+    step: int,
+    buckets: int,
+    threshold: float,
+    limit: int,
+    product: bool,
+) -> None:
+    del signal, increments, coefficients, state, memory, record
+    del step, buckets, threshold, limit, product
+
+
 def _pack_setup(ctx: Any, inputs: tuple[Tensor, int, int, bool], output: Tensor) -> None:
     del output
     latents, ctx.patch_size, *ctx.layout = inputs
@@ -97,5 +114,6 @@ torch.library.register_fake("ddit_rt::unpack", _unpack)
 torch.library.register_fake("ddit_rt::patch_scores", _patch_scores)
 torch.library.register_fake("ddit_rt::solver_step_", _solver_step)
 torch.library.register_fake("ddit_rt::decide_", _decide)
+torch.library.register_fake("ddit_rt::decide_reuse_", _decide_reuse)
 torch.library.register_autograd("ddit_rt::pack", _pack_backward, setup_context=_pack_setup)
 torch.library.register_autograd("ddit_rt::unpack", _unpack_backward, setup_context=_unpack_setup)

@@ -11,7 +11,7 @@ from ddit_rt.errors import ShapeError
 from ddit_rt.ops._checks import check_dtype, check_in_place, check_not_cuda, check_shape, check_step
 
 STATE_SIZE = 4
-"""Words of the decision state: bucket, run length, non-finite flag, reserved."""
+"""Words of the decision state: bucket, run length, non-finite flag, branch."""
 
 RECORD_HEADER = 3
 """Columns of a record row before the scores: bucket, reason, run length."""
@@ -63,8 +63,8 @@ def decide_(
         forced: `[N]` int32, a bucket or -1 for a dynamic step; a value beyond S raises
             RuntimeError.
         thresholds: `[N, S]` float32; NaN is never met, so it takes a size off the menu.
-        state: `[4]` int32: current bucket, its run length, the non-finite flag, reserved; written.
-            Starts a run as (-1, 0, 0, 0).
+        state: `[4]` int32: current bucket, its run length, the non-finite flag, and the branch to
+            run, which is the bucket; written. Starts a run as (-1, 0, 0, 0).
         record: `[N, 3 + S]` float32; row `step` becomes bucket, `Reason`, run length, and each
             size's largest score in the batch (NaN on forced steps).
         step: Row of the tables.

@@ -91,7 +91,7 @@ def test_forced_steps_ignore_scores_and_record_nan() -> None:
     assert policy.take((math.nan, math.nan)) == (2, Reason.FORCED)
     assert policy.take((HIGH, HIGH)) == (1, Reason.FORCED)
     assert policy.record[:3, 3:].isnan().all()
-    assert policy.state.tolist() == [1, 1, 0, 0]
+    assert policy.state.tolist() == [1, 1, 0, 1]
 
 
 def test_forced_step_overrides_dwell_and_monotone() -> None:

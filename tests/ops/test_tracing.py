@@ -20,6 +20,8 @@ def op_calls() -> list[tuple[str, tuple[Any, ...]]]:
     forced = torch.full((5,), -1, dtype=torch.int32)
     state = torch.tensor([-1, 0, 0, 0], dtype=torch.int32)
     decide = (torch.rand(2, 2), forced, torch.rand(5, 2), state, torch.zeros(5, 5), 3, 1, True)
+    some = torch.rand
+    reuse = (some(2), some(5), some(3), state, some(4), torch.zeros(5, 2), 3, 3, 0.5, 9, False)
     return [
         ("pack", (latents.clone().requires_grad_(), 2)),
         ("pack", (torch.randn(1, 2, 3, 4, 4, dtype=torch.bfloat16), 2)),
@@ -31,6 +33,7 @@ def op_calls() -> list[tuple[str, tuple[Any, ...]]]:
         ("patch_scores", (history, [4], 0.4, 2, 3)),
         ("solver_step_", (history, ring, latents, table, 3)),
         ("decide_", decide),
+        ("decide_reuse_", reuse),
     ]
 
 

@@ -54,7 +54,10 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+CACHE_NAMES = ["increments", "signal", "cache"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, *CACHE_NAMES])
 def test_an_address_that_is_missing_is_named(runtime: ModuleType, name: str) -> None:
     with pytest.raises(ValueError, match=f"no address for {name}"):
         make(runtime, small_plan(), {name: None})
@@ -69,6 +72,14 @@ def test_an_address_that_nobody_asked_for_is_named(runtime: ModuleType) -> None:
 def test_an_address_of_zero_is_refused_where_it_is_needed(runtime: ModuleType, name: str) -> None:
     with pytest.raises(ValueError, match=r"has no address|no buffers? for"):
         make(runtime, small_plan(slots=2), {name: 0})
+
+
+@pytest.mark.parametrize("name", ["signal", "cache"])
+def test_a_step_cache_needs_its_buffers(runtime: ModuleType, name: str) -> None:
+    given: dict[str, int | None] = {"increments": 16, "signal": 16, "cache": 16}
+    for changes, rows in (({**given, name: 0}, 1), (given, 0)):
+        with pytest.raises(ValueError, match="a step cache, but no buffers"):
+            make(runtime, small_plan(), changes, cache_rows=rows)
 
 
 def test_buffers_that_a_loop_does_not_need_may_be_absent(runtime: ModuleType) -> None:

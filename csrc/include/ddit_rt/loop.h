@@ -11,6 +11,7 @@
 #include "ddit_rt/macros.h"
 #include "ddit_rt/patch.h"
 #include "ddit_rt/policy.h"
+#include "ddit_rt/step_cache.h"
 
 namespace ddit_rt {
 
@@ -34,15 +35,16 @@ struct LoopSettings {
   float quantile;    // rho
   int32_t dwell;     // of PolicyRule
   int32_t monotone;  // of PolicyRule
-  int32_t reserved[3];
+  CacheRule cache;   // read only where the loop has a step cache
 };
-inline constexpr int kLoopSettingsWords = 8;
+inline constexpr int kLoopSettingsWords = 16;
 static_assert(sizeof(LoopSettings) == kLoopSettingsWords * sizeof(int32_t));
 
 // One step of the trace.
 struct StepRow {
   uint64_t time_ns;                         // the device's clock when the step was decided
   float record[kRecordHeader + kMaxSizes];  // as decide_step() writes it
+  float cache[kCacheRecord];                // as cache_step() writes it
   float reserved;
 };
 
@@ -78,12 +80,16 @@ struct LoopParams {
   float* m2;                  // likewise: sums of squared deviations
   uint32_t* keys;             // [B, S, F * H / g * W / g], scratch of the quantile
   float* scores;              // [B, S]
+  const float* increments;    // [N], of the step cache; null: there is none
+  const float* signal;        // [R], of the step cache: what the signal's graph computes
+  CacheMemory cache;          // [2 + R]
   LoopState* state;
   const LoopSettings* settings;
   Progress* progress;
   PatchShape shape;           // patch = g, the base patch
   int32_t sizes;              // S candidate coarse sizes
   int32_t velocity_slots;     // D
+  int32_t cache_rows;         // R: samples and passes that the step cache tells apart
   int32_t columns;            // pixel columns of an update tile, a multiple of g
   int32_t tiles;              // update tiles along the width
   int32_t factor[kMaxSizes];  // edge of each size, in base patches

@@ -28,7 +28,7 @@ struct PolicyState {
   int32_t bucket = kNoBucket;  // 0 is the base size, i is the i-th coarse candidate
   int32_t run = 0;             // steps in a row in that bucket
   int32_t nonfinite = 0;       // 1 once a score was NaN or infinite
-  int32_t reserved = 0;
+  int32_t branch = 0;          // to run: bucket i, or S + 1 + i to reuse its residual
 };
 
 struct PolicyRule {
@@ -81,6 +81,7 @@ DDIT_RT_HD Decision decide(const float* scores,      // [B, S]
 DDIT_RT_HD PolicyState advance(PolicyState state, Decision decision) {
   state.run = decision.bucket == state.bucket ? state.run + 1 : 1;
   state.bucket = decision.bucket;
+  state.branch = decision.bucket;
   if (decision.reason == Reason::kNonfinite) state.nonfinite = 1;
   return state;
 }
