@@ -56,9 +56,19 @@ class ConstantBucket:
         self.tokens = velocity.shape[-1] * velocity.shape[-2] // (PATCH * multiple) ** 2
         self._velocity = velocity
 
-    def velocity(self, latents: Tensor, step: Tensor) -> Tensor:  # noqa: ARG002 - the interface
+    def velocity(
+        self,
+        latents: Tensor,  # noqa: ARG002 - the interface
+        step: Tensor,  # noqa: ARG002
+        *,
+        reuse: bool = False,  # noqa: ARG002
+    ) -> Tensor:
         """The same at every step."""
         return self._velocity
+
+    def residuals(self) -> tuple[Tensor, ...]:
+        """None: it has no blocks."""
+        return ()
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Nothing that differs between runs."""

@@ -18,15 +18,20 @@ if TYPE_CHECKING:
     from ddit_rt.executor import RunTrace, StepRecord
     from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
     from ddit_rt.pipeline import Engine, compile, load  # noqa: A004 - the field's word
+    from ddit_rt.step_cache import MagCache, NoCache, StepCache, TeaCache
 
 __all__ = [
     "DDiTPolicy",
     "Engine",
     "FinePolicy",
+    "MagCache",
+    "NoCache",
     "PatchPolicy",
     "RunTrace",
     "StaticPolicy",
+    "StepCache",
     "StepRecord",
+    "TeaCache",
     "TokenRanges",
     "__version__",
     "compile",
@@ -37,10 +42,14 @@ _HOMES = {
     "DDiTPolicy": "patch_scheduler",
     "Engine": "pipeline",
     "FinePolicy": "patch_scheduler",
+    "MagCache": "step_cache",
+    "NoCache": "step_cache",
     "PatchPolicy": "patch_scheduler",
     "RunTrace": "executor",
     "StaticPolicy": "patch_scheduler",
+    "StepCache": "step_cache",
     "StepRecord": "executor",
+    "TeaCache": "step_cache",
     "TokenRanges": "artifact",
     "compile": "pipeline",
     "load": "pipeline",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ddit_rt import ops
 from ddit_rt.adapters.adapter import PatchAdapter
-from ddit_rt.buckets import Bucket, RunContext, Runners, SnrBucket, StepModel, at_step
+from ddit_rt.buckets import Blocks, Bucket, RunContext, Runners, SnrBucket, StepModel, at_step
 
 
 def adapter_bucket(
@@ -21,24 +21,27 @@ def adapter_bucket(
 def adapted_tokens(
     model: StepModel,
     adapter: PatchAdapter,
-    runners: Runners,
+    blocks: Blocks,
     tokens: Tensor,
     small: Tensor | None,
     text: Tensor,
     temb: Tensor,
     positions: tuple[Tensor, ...],
+    *,
+    reuse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The blocks between an adapter's embedding and de-embedding.
 
     Args:
         model: The frozen model.
         adapter: The adapter.
-        runners: Blocks with its LoRA.
+        blocks: Blocks with its LoRA.
         tokens: Patches of s p x s p, `[B, n, C*q*q]`; twice as wide for `snr`.
         small: The small picture's own patches of p x p, `[B, n, C*p*p]`; None for `paper`.
         text: Text tokens, `[B, T, d]`.
         temb: Modulation input, `[B, d]`.
         positions: As the family makes them.
+        reuse: See `Bucket.velocity`.
 
     Returns:
         The adapter's own output, `[B, n, C*q*q]`, and what went into the de-embedding, `[B, n, d]`.
@@ -47,7 +50,7 @@ def adapted_tokens(
     hidden = adapter.embed_tokens(tokens).to(model.dtype)
     if small is not None:
         hidden = family.embed_tokens(transformer, small) + hidden
-    hidden = family.run_blocks(runners, hidden, text, temb, positions)
+    hidden = blocks(hidden, text, temb, positions, reuse=reuse)
     hidden = family.modulate_output(transformer, hidden, temb)
     return adapter.project_tokens(hidden, tokens), hidden
 
@@ -66,7 +69,7 @@ class AdapterBucket:
         self._model = model
         self._context = context
         self._adapter = adapter
-        self._runners = runners
+        self._blocks = Blocks(model, runners, keeps_residual=context.keeps_residual)
         self._patch = model.patch_size * multiple
         # RoPE has no table to interpolate: the centres of the larger patches, in units of base
         # tokens, are where a bilinear interpolation of the base grid's positions lands.
@@ -75,14 +78,26 @@ class AdapterBucket:
         )
         self._temb = family.embed_time(transformer, context.timesteps, context.conditioning)
 
-    def velocity(self, latents: Tensor, step: Tensor) -> Tensor:
+    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
         """See `Bucket.velocity`."""
         model, context, temb = self._model, self._context, at_step(self._temb, step)
         tokens = ops.pack(latents.to(model.dtype), self._patch)
         velocity, _ = adapted_tokens(
-            model, self._adapter, self._runners, tokens, None, context.text, temb, self._positions
+            model,
+            self._adapter,
+            self._blocks,
+            tokens,
+            None,
+            context.text,
+            temb,
+            self._positions,
+            reuse=reuse,
         )
         return ops.unpack(velocity, self._patch, context.height, context.width)
+
+    def residuals(self) -> tuple[Tensor, ...]:
+        """See `Bucket.residuals`."""
+        return (self._blocks.residual,)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""
@@ -97,7 +112,7 @@ class SnrAdapterBucket(SnrBucket):
     ) -> None:
         super().__init__(model, context, adapter.config.multiple)
         self._adapter = adapter
-        self._runners = runners
+        self._blocks = Blocks(model, runners, keeps_residual=context.keeps_residual)
         self._patch = model.patch_size * self.multiple
         channels = model.family.latent_channels(model.transformer)
         shape = context.text.shape[0], channels, context.height, context.width
@@ -105,14 +120,22 @@ class SnrAdapterBucket(SnrBucket):
         detail = context.detail
         self._known = torch.zeros(shape, device=model.device) if detail is None else detail.estimate
 
-    def velocity(self, latents: Tensor, step: Tensor) -> Tensor:
+    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
         """See `Bucket.velocity`."""
         model, context, low = self._model, self._context, self._reduce(latents, step)
         tokens = snr_tokens(latents, self._known, self._patch, model.dtype)
         small = ops.pack(low.to(model.dtype), model.patch_size)
         temb = at_step(self._temb, step)
         correction, hidden = adapted_tokens(
-            model, self._adapter, self._runners, tokens, small, context.text, temb, self._positions
+            model,
+            self._adapter,
+            self._blocks,
+            tokens,
+            small,
+            context.text,
+            temb,
+            self._positions,
+            reuse=reuse,
         )
         own = model.family.project_output(model.transformer, hidden)
         velocity = self._enlarge(latents, low, own, step)

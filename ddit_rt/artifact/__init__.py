@@ -7,7 +7,7 @@ from ddit_rt.artifact.calibration import (
     calibration_for,
 )
 from ddit_rt.artifact.environment import Environment
-from ddit_rt.artifact.fingerprint import config_hash, weight_fingerprint
+from ddit_rt.artifact.fingerprint import config_hash, public_config, weight_fingerprint
 from ddit_rt.artifact.inputs import InputCheck, TokenRanges
 from ddit_rt.artifact.lora import block_lora
 from ddit_rt.artifact.manifest import BucketEntry, FileEntry, Manifest, PackageEntry, mismatches
@@ -42,6 +42,7 @@ __all__ = [
     "mismatches",
     "open_artifact",
     "package_path",
+    "public_config",
     "read_manifest",
     "trust",
     "weight_fingerprint",

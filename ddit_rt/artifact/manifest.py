@@ -22,11 +22,12 @@ from ddit_rt.artifact.inputs import TokenRanges
 from ddit_rt.artifact.package import dtype_name
 from ddit_rt.artifact.schema import from_plain
 from ddit_rt.errors import ArtifactError
+from ddit_rt.step_cache import CacheFit
 
-SCHEMA_VERSION = 2
-_READABLE = (1, 2)
-"""Version 2 added `calibrations`. A manifest stays what it was until it gets one, since its digest,
-which trust hangs on, is that of its text."""
+SCHEMA_VERSION = 3
+_ADDED = {"calibrations": 2, "step_cache": 3, "cache_fits": 3}
+"""The version that added an entry. A manifest stays what it was until it gets one, since its
+digest, which trust hangs on, is that of its text."""
 
 MANIFEST_NAME = "manifest.json"
 
@@ -97,6 +98,8 @@ class Manifest:
         packages: Compiled blocks by path, `/`-separated and relative to the artifact.
         files: All other files, e.g. adapters, by path.
         calibrations: Calibrated plans, one entry per number of steps.
+        step_cache: The step cache of a call that names none; None: every step computes.
+        cache_fits: What was fitted for step caches of this model, one entry per kind.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -115,6 +118,8 @@ class Manifest:
     packages: dict[str, PackageEntry] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
     calibrations: tuple[Calibration, ...] = ()
+    step_cache: dict[str, Any] | None = None
+    cache_fits: tuple[CacheFit, ...] = ()
 
     @classmethod
     def describe(
@@ -126,6 +131,7 @@ class Manifest:
         ranges: TokenRanges,
         buckets: tuple[BucketEntry, ...],
         policy: Mapping[str, Any] | None = None,
+        step_cache: Mapping[str, Any] | None = None,
         pipeline_defaults: Mapping[str, Any] | None = None,
     ) -> Manifest:
         """A manifest of a transformer and this machine, as yet without files.
@@ -137,6 +143,7 @@ class Manifest:
             ranges: As the attribute.
             buckets: As the attribute.
             policy: As the attribute.
+            step_cache: As the attribute.
             pipeline_defaults: As the attribute.
         """
         parameter = next(transformer.parameters())
@@ -153,14 +160,16 @@ class Manifest:
             ranges=ranges,
             buckets=buckets,
             policy=dict(policy) if policy else None,
+            step_cache=dict(step_cache) if step_cache else None,
             pipeline_defaults=dict(pipeline_defaults or {}),
         )
 
     def to_json(self) -> str:
         """Stable JSON: equal manifests give equal text."""
         plain = asdict(self)
-        if self.schema_version == 1:
-            del plain["calibrations"]
+        for name, version in _ADDED.items():
+            if version > self.schema_version:
+                del plain[name]
         return json.dumps(plain, indent=1, sort_keys=True) + "\n"
 
     def with_calibration(self, calibration: Calibration) -> Manifest:
@@ -171,7 +180,14 @@ class Manifest:
             if entry.num_inference_steps != calibration.num_inference_steps
         )
         entries = sorted((*others, calibration), key=lambda entry: entry.num_inference_steps)
-        return replace(self, schema_version=SCHEMA_VERSION, calibrations=tuple(entries))
+        version = max(self.schema_version, _ADDED["calibrations"])
+        return replace(self, schema_version=version, calibrations=tuple(entries))
+
+    def with_cache_fit(self, fit: CacheFit) -> Manifest:
+        """The same with a fit for a step cache, in place of an earlier one of its kind."""
+        others = (entry for entry in self.cache_fits if entry.kind != fit.kind)
+        entries = sorted((*others, fit), key=lambda entry: entry.kind)
+        return replace(self, schema_version=SCHEMA_VERSION, cache_fits=tuple(entries))
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -187,14 +203,16 @@ class Manifest:
                 f"{MANIFEST_NAME} is not JSON ({error}): copy the artifact again"
             ) from error
         version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if version not in _READABLE:
+        readable = range(1, SCHEMA_VERSION + 1)
+        if not isinstance(version, int) or version not in readable:
             raise ArtifactError(
-                f"{MANIFEST_NAME} has schema {version!r}, this version reads {_READABLE}: "
+                f"{MANIFEST_NAME} has schema {version!r}, this version reads {list(readable)}: "
                 "install the ddit_rt that wrote it, or compile again"
             )
-        if version == 1 and "calibrations" in raw:
+        later = [name for name, added in _ADDED.items() if added > version and name in raw]
+        if later:
             raise ArtifactError(
-                f"{MANIFEST_NAME}: unknown entries ['calibrations'] in schema 1: it was edited"
+                f"{MANIFEST_NAME}: unknown entries {later} in schema {version}: it was edited"
             )
         manifest = from_plain(cls, raw, MANIFEST_NAME)
         if config_hash(manifest.config) != manifest.config_hash:

@@ -25,6 +25,7 @@ from ddit_rt.artifact.manifest import MANIFEST_NAME, FileEntry, Manifest, Packag
 from ddit_rt.artifact.package import package_path
 from ddit_rt.artifact.trust import require_trust, trust
 from ddit_rt.errors import ArtifactError
+from ddit_rt.step_cache import CacheFit
 
 _NATIVE_CODE = {".pt2", ".so"}
 
@@ -92,6 +93,10 @@ class Artifact:
     def with_calibration(self, calibration: Calibration) -> Artifact:
         """The same files, with a calibration in the manifest; `save` writes it."""
         return replace(self, manifest=self.manifest.with_calibration(calibration))
+
+    def with_cache_fit(self, fit: CacheFit) -> Artifact:
+        """The same files, with a fit for a step cache in the manifest; `save` writes it."""
+        return replace(self, manifest=self.manifest.with_cache_fit(fit))
 
     def save(self, path: str | Path) -> Path:
         """Writes the artifact to a folder and adds it to the user's trust list.

@@ -1,6 +1,7 @@
 """Buckets: the base patch size, and coarse patch sizes that need no training."""
 
 from ddit_rt.buckets.base import (
+    Blocks,
     Bucket,
     Detail,
     RunContext,
@@ -12,17 +13,21 @@ from ddit_rt.buckets.base import (
 )
 from ddit_rt.buckets.fine import FineBucket
 from ddit_rt.buckets.guided import GuidedBucket
-from ddit_rt.buckets.replaced import ReplacedBucket
+from ddit_rt.buckets.replaced import ReplacedBucket, ReplacedSignal
+from ddit_rt.buckets.signal import Signal
 from ddit_rt.buckets.snr import SnrBucket, matched_level
 
 __all__ = [
+    "Blocks",
     "Bucket",
     "Detail",
     "FineBucket",
     "GuidedBucket",
     "ReplacedBucket",
+    "ReplacedSignal",
     "RunContext",
     "Runners",
+    "Signal",
     "SnrBucket",
     "StepModel",
     "at_step",

@@ -33,15 +33,24 @@ class Bucket(Protocol):
     multiple: int
     tokens: int
 
-    def velocity(self, latents: Tensor, step: Tensor) -> Tensor:
+    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
         """The model's velocity.
 
         Args:
             latents: z_k, `[B, C, H, W]`, of a video `[B, C, F, H, W]`, float32.
             step: k, `[1]`, int32 or int64, on the latents' device.
+            reuse: Whether the latest residual of this bucket stands for its blocks; then a
+                velocity was computed before, under a step cache.
 
         Returns:
             The same shape, in the model's dtype or float32.
+        """
+        ...
+
+    def residuals(self) -> tuple[Tensor, ...]:
+        """What its blocks added when they last ran, `[B, n, d]` for each pass of a step.
+
+        Only under a step cache, and after a velocity was computed.
         """
         ...
 
@@ -132,6 +141,7 @@ class RunContext:
             steps; rows beyond it are never read.
         timesteps: t that the model is given at every step, `[M]`, float32, in [0, 1].
         detail: Memory of the latest step at p; None when no coarse step can follow one.
+        keeps_residual: Whether steps may reuse, so that buckets keep what their blocks add.
     """
 
     conditioning: Mapping[str, Tensor]
@@ -142,11 +152,48 @@ class RunContext:
     timesteps: Tensor
     detail: Detail | None
     frames: int = 0
+    keeps_residual: bool = False
 
     def tensors(self) -> tuple[Tensor, ...]:
         """As `Bucket.tensors`, for what all buckets of the run share."""
         detail = () if self.detail is None else (self.detail.estimate, self.detail.serial)
         return (self.text, self.sigmas, *detail)
+
+
+class Blocks:
+    """The blocks of one bucket, and what they added to the image tokens when they last ran."""
+
+    def __init__(self, model: StepModel, runners: Runners, *, keeps_residual: bool = False) -> None:
+        self._family = model.family
+        self._runners = runners
+        self._keeps_residual = keeps_residual
+        self._residual: Tensor | None = None
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        text: Tensor,
+        temb: Tensor,
+        positions: tuple[Tensor, ...],
+        *,
+        reuse: bool = False,
+    ) -> Tensor:
+        """Image tokens `[B, n, d]` through the blocks, or with their latest residual added."""
+        if reuse:
+            return hidden + self.residual
+        after = self._family.run_blocks(self._runners, hidden, text, temb, positions)
+        if self._keeps_residual:
+            if self._residual is None:
+                # Only now, so that a run which lends its tables to a captured bucket has none.
+                self._residual = torch.empty_like(after)
+            torch.sub(after, hidden, out=self._residual)
+        return after
+
+    @property
+    def residual(self) -> Tensor:
+        """What they added when they last ran, `[B, n, d]`."""
+        assert self._residual is not None, "a step reuses what an earlier one has computed"
+        return self._residual
 
 
 def latent_frames(shape: Sequence[int]) -> int:
@@ -160,9 +207,27 @@ def at_step(table: Tensor, step: Tensor) -> Tensor:
 
 
 def token_velocity(
-    model: StepModel, hidden: Tensor, text: Tensor, temb: Tensor, positions: tuple[Tensor, ...]
+    model: StepModel,
+    hidden: Tensor,
+    text: Tensor,
+    temb: Tensor,
+    positions: tuple[Tensor, ...],
+    *,
+    blocks: Blocks | None = None,
+    reuse: bool = False,
 ) -> Tensor:
-    """Embedded image tokens through the unmodified model: `[B, n, d]` to `[B, n, C*p*p]`."""
-    hidden = model.family.run_blocks(model.base, hidden, text, temb, positions)
+    """Embedded image tokens through the unmodified model: `[B, n, d]` to `[B, n, C*p*p]`.
+
+    Args:
+        model: The model.
+        hidden: Image tokens.
+        text: Text tokens, `[B, T, d]`.
+        temb: Modulation input, `[B, *modulation_shape]`.
+        positions: As the family makes them.
+        blocks: A bucket's own; by default the model's, without memory.
+        reuse: See `Bucket.velocity`.
+    """
+    blocks = blocks or Blocks(model, model.base)
+    hidden = blocks(hidden, text, temb, positions, reuse=reuse)
     hidden = model.family.modulate_output(model.transformer, hidden, temb)
     return model.family.project_output(model.transformer, hidden)

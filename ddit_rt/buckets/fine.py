@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.buckets.base import RunContext, StepModel, at_step, token_velocity
+from ddit_rt.buckets.base import Blocks, RunContext, StepModel, at_step, token_velocity
 
 
 class FineBucket:
@@ -19,20 +19,27 @@ class FineBucket:
         self.tokens = grid.tokens
         self._model = model
         self._context = context
+        self._blocks = Blocks(model, model.base, keeps_residual=context.keeps_residual)
         self._positions = family.positions(transformer, grid, context.text.shape[1])
         self._temb = family.embed_time(transformer, context.timesteps, context.conditioning)
 
-    def velocity(self, latents: Tensor, step: Tensor) -> Tensor:
+    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
         """See `Bucket.velocity`."""
         model, context = self._model, self._context
         tokens = ops.pack(latents.to(model.dtype), model.patch_size)
         hidden = model.family.embed_tokens(model.transformer, tokens)
         temb = at_step(self._temb, step)
-        tokens = token_velocity(model, hidden, context.text, temb, self._positions)
+        tokens = token_velocity(
+            model, hidden, context.text, temb, self._positions, blocks=self._blocks, reuse=reuse
+        )
         velocity = model.unpack(tokens, context.height, context.width, context.frames)
         if context.detail is not None:
             context.detail.update(latents, velocity, at_step(context.sigmas, step))
         return velocity
+
+    def residuals(self) -> tuple[Tensor, ...]:
+        """See `Bucket.residuals`."""
+        return (self._blocks.residual,)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""

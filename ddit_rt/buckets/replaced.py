@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ddit_rt.buckets.base import Bucket, at_step
+from ddit_rt.buckets.signal import Signal
 
 
 class ReplacedBucket:
@@ -29,13 +30,39 @@ class ReplacedBucket:
         self._change = change
         self._sigmas = sigmas
 
-    def velocity(self, latents: Tensor, step: Tensor) -> Tensor:
+    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
         """See `Bucket.velocity`."""
-        velocity = self._bucket.velocity(latents + self._change, step)
+        velocity = self._bucket.velocity(latents + self._change, step, reuse=reuse)
         velocity = velocity - self._change / at_step(self._sigmas, step)
         self._change.zero_()
         return velocity
 
+    def residuals(self) -> tuple[Tensor, ...]:
+        """See `Bucket.residuals`."""
+        return self._bucket.residuals()
+
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`. The change is the run's, as the text is."""
         return (self._sigmas, *self._bucket.tensors())
+
+
+class ReplacedSignal(Signal):
+    """A step cache's signal at the callback's latents; those of the step before are the solver's.
+
+    Attributes:
+        rows: As in `Signal`.
+    """
+
+    def __init__(self, signal: Signal, change: Tensor) -> None:
+        """Wraps a signal; `change` is that of the run's `ReplacedBucket`."""
+        self.rows = signal.rows
+        self._signal = signal
+        self._change = change
+
+    def change(self, latents: Tensor, previous: Tensor, step: Tensor) -> Tensor:
+        """See `Signal.change`."""
+        return self._signal.change(latents + self._change, previous, step)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """See `Bucket.tensors`."""
+        return self._signal.tensors()

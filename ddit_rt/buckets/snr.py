@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.buckets.base import Detail, RunContext, StepModel, at_step, token_velocity
+from ddit_rt.buckets.base import Blocks, Detail, RunContext, StepModel, at_step, token_velocity
 
 
 def matched_level(sigmas: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
@@ -53,19 +53,22 @@ class SnrBucket:
         self.tokens = grid.tokens
         self._model = model
         self._context = context
+        self._blocks = Blocks(model, model.base, keeps_residual=context.keeps_residual)
         self._low = (context.height // multiple, context.width // multiple)
         self._positions = family.positions(transformer, grid, context.text.shape[1])
         self._scale, self._level = matched_level(context.sigmas, multiple)
         self._temb = family.embed_time(transformer, self._level, context.conditioning)
         self._correction = None if context.detail is None else _Correction(context.detail, multiple)
 
-    def velocity(self, latents: Tensor, step: Tensor) -> Tensor:
+    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
         """See `Bucket.velocity`."""
-        model, low = self._model, self._reduce(latents, step)
+        model, text, low = self._model, self._context.text, self._reduce(latents, step)
         tokens = ops.pack(low.to(model.dtype), model.patch_size)
         hidden = model.family.embed_tokens(model.transformer, tokens)
         temb = at_step(self._temb, step)
-        tokens = token_velocity(model, hidden, self._context.text, temb, self._positions)
+        tokens = token_velocity(
+            model, hidden, text, temb, self._positions, blocks=self._blocks, reuse=reuse
+        )
         return self._enlarge(latents, low, tokens, step)
 
     def _reduce(self, latents: Tensor, step: Tensor) -> Tensor:
@@ -82,6 +85,10 @@ class SnrBucket:
         else:
             clean = self._correction.enlarge(clean, sigma)
         return (latents - clean) / sigma
+
+    def residuals(self) -> tuple[Tensor, ...]:
+        """See `Bucket.residuals`."""
+        return (self._blocks.residual,)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""

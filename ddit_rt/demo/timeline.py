@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart by colour-blind readers too. Sizes are also written out.
 COLOURS = {"p": "#0072B2", "2p": "#E69F00", "4p": "#009E73"}
 _OTHER = "#CC79A7"
+_REUSED_ALPHA = 0.35
 _MARKERS = {"2p": "o", "4p": "^"}
 
 
 def draw_timeline(report: Mapping[str, Any], path: Path) -> None:
     """Draws the dynamic run of every prompt, plain pictures first.
 
-    Three panels per prompt: patch size of every step; its scores (solid) and thresholds (dashed)
-    on a log axis; its time.
+    Three panels per prompt: patch size of every step, pale where the step reused; its scores
+    (solid) and thresholds (dashed) on a log axis; its time.
 
     Args:
         report: The demo's report.
@@ -65,8 +66,10 @@ def is_textured(prompt: str) -> bool:
 def _draw_sizes(axes: Axes, entry: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> None:
     for step in steps:
         size, place = step["patch_size"], step["step"]
-        axes.bar(place, 1, width=0.94, color=COLOURS.get(size, _OTHER))
-        colour = "white" if size == "p" else "black"
+        reused = bool(step.get("reused"))
+        alpha = _REUSED_ALPHA if reused else 1.0
+        axes.bar(place, 1, width=0.94, color=COLOURS.get(size, _OTHER), alpha=alpha)
+        colour = "white" if size == "p" and not reused else "black"
         style: dict[str, Any] = {"color": colour, "fontsize": 8, "weight": "bold"}
         axes.text(place, 0.5, size, ha="center", va="center", **style)
     axes.set_xlim(-0.6, len(steps) - 0.4)

@@ -8,10 +8,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ddit_rt.buckets import Bucket
+from ddit_rt.buckets import Bucket, Signal
 from ddit_rt.executor.trace import RunTrace
 from ddit_rt.patch_scheduler import PolicyTable
 from ddit_rt.solver import SolverTable
+from ddit_rt.step_cache import CacheTable
 
 StepCallback = Callable[[int, Tensor], Tensor | None]
 """Called after a step with its index and the new latents; may return latents to go on from.
@@ -21,6 +22,26 @@ The latents are the run's own memory, valid until the callback returns.
 
 ProgressCallback = Callable[[int], None]
 """Called with a step's index once it is done; an executor that does not wait may call it later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """A run's step cache.
+
+    Attributes:
+        table: The rule.
+        signal: What it goes by; None where the table says all.
+        note: Which cache, with whose fit; carried into the trace.
+    """
+
+    table: CacheTable
+    signal: Signal | None = None
+    note: str = ""
+
+    @property
+    def rows(self) -> int:
+        """Sums that are kept: one, or one for each sample and pass that the signal tells apart."""
+        return 1 if self.signal is None else self.signal.rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +58,7 @@ class RunPlan:
         shared: `RunContext.tensors` of the run.
         weights: Addresses of weights that no runner watches; a graph that was captured with
             others is of no use.
+        cache: The step cache; None: every step computes.
         notes: Carried into the trace.
     """
 
@@ -48,6 +70,7 @@ class RunPlan:
     capacity: int
     shared: tuple[Tensor, ...] = ()
     weights: tuple[int, ...] = ()
+    cache: CachePlan | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddit_rt.buckets import Bucket
+from ddit_rt.buckets import Bucket, Signal
 from ddit_rt.executor.base import RunPlan
 from ddit_rt.executor.graphs import Graph, GraphDevice
 from ddit_rt.patch_scheduler import patch_name
@@ -56,6 +56,7 @@ class LoopBuffers:
         latents: z_k, `[B, C, H, W]` float32: the buckets' input.
         velocity: v_k, likewise: the buckets' output.
         step: k, `[1]` int32: the index by which buckets read their tables.
+        signal: What the step cache goes by, `[R]` float32; `[0]` without one.
     """
 
     def __init__(
@@ -85,6 +86,11 @@ class LoopBuffers:
         self._keys = integers(keys)
         self._scores = floats(shape[0], coarse)
         self._state = integers(runtime.STATE_WORDS)
+        # Sizes of 0, which have no address, stand for a loop without a step cache.
+        self._cache_rows = 0 if plan.cache is None else plan.cache.rows
+        self._increments = floats(0 if plan.cache is None else plan.capacity)
+        self._cache = floats(self._cache_rows and runtime.CACHE_HEADER + self._cache_rows)
+        self.signal = floats(self._cache_rows)
         self._settings = integers(runtime.SETTINGS_WORDS)
         self.step = self._state[:1]
 
@@ -103,6 +109,9 @@ class LoopBuffers:
             "scores": self._scores,
             "state": self._state,
             "settings": self._settings,
+            "increments": self._increments,
+            "signal": self.signal,
+            "cache": self._cache,
         }
         return runtime.StepControl(
             {name: tensor.data_ptr() for name, tensor in tensors.items()},
@@ -113,22 +122,45 @@ class LoopBuffers:
             capacity=self._capacity,
             device=device.index or 0,
             owner=self,
+            cache_rows=self._cache_rows,
         )
 
     def load(self, plan: RunPlan, latents: Tensor) -> None:
         """Copies a run's tables and initial latents in, without waiting for the device."""
         policy, steps = plan.policy, plan.policy.steps
         forced, thresholds = policy.tensors()
-        quantile = struct.unpack("<i", struct.pack("<f", policy.quantile))[0]
-        settings = [steps, policy.order, quantile, policy.dwell, int(policy.monotone)]
-        for target, source in (
+        settings = [steps, policy.order, _word(policy.quantile), policy.dwell, int(policy.monotone)]
+        tables = [
             (self._coefficients, plan.solver.coefficients.to(torch.float32)),
             (self._forced, forced),
             (self._thresholds, thresholds),
-            (self._settings, torch.tensor(settings, dtype=torch.int32)),
-        ):
+        ]
+        if plan.cache is not None:
+            table = plan.cache.table
+            terms = [_word(value) for value in table.coefficients]
+            settings += [int(table.product), _word(table.threshold), table.limit, len(terms)]
+            settings += terms
+            tables.append((self._increments, table.tensors()[0]))
+        tables.append((self._settings, torch.tensor(settings, dtype=torch.int32)))
+        for target, source in tables:
             target[: len(source)].copy_(source, non_blocking=True)
         self.latents.copy_(latents, non_blocking=True)
+
+    def previous(self, step: Tensor) -> Tensor:
+        """z_{k-1} for k, `[1]`; anything at 0."""
+        slot = (step + _PAST - 1) % _PAST
+        return self._past.index_select(0, slot).squeeze(0)
+
+    def next_step(self) -> Tensor:
+        """The step that is decided next, `[1]`; beyond the tables, their last row."""
+        return (self.step + 1).clamp(max=self._capacity - 1)
+
+
+def _word(value: float) -> int:
+    """The bits of a float32, as an int32."""
+    (word,) = struct.unpack("<i", struct.pack("<f", value))
+    assert isinstance(word, int)
+    return word
 
 
 class CapturedLoop:
@@ -144,9 +176,14 @@ class CapturedLoop:
         self._graphs = graphs
         self._runtime = graphs.runtime
         self._shared = plan.shared
-        self._names = [patch_name(multiple) for multiple in plan.offered]
+        sizes = [patch_name(multiple) for multiple in plan.offered]
+        reused = [] if plan.cache is None else [f"{size} reused" for size in sizes]
+        self._names = [*sizes, *reused]
+        self._sizes = len(sizes)
         self._held: dict[int, Bucket] = {}
         self._captured: dict[int, Graph] = {}
+        self._signal: Graph | None = None
+        self._held_signal: Signal | None = None
         self._masters: dict[str, Any] = {}
         before = graphs.memory_bytes()
         self.buffers = LoopBuffers(plan, shape, graphs.device, self._runtime)
@@ -174,14 +211,26 @@ class CapturedLoop:
             fresh_bucket = plan.buckets[index]
             if fresh_bucket is not None:
                 _copy(fresh_bucket.tensors(), bucket.tensors())
-        missing = [i for i in sorted(plan.policy.reachable()) if i not in self._captured]
-        if missing:
+        signal = None if plan.cache is None else plan.cache.signal
+        if signal is not None and self._held_signal is not None:
+            _copy(signal.tensors(), self._held_signal.tensors())
+        reachable = sorted(plan.policy.reachable())
+        if plan.cache is not None:
+            # Behind the buckets themselves: what they reuse, the buckets have to make first.
+            reachable += [index + self._sizes for index in reachable]
+        missing = [index for index in reachable if index not in self._captured]
+        if missing or (signal is not None and self._signal is None):
             self._capture(plan, missing)
         self.buffers.load(plan, latents)
 
-    def graph(self, bucket: int) -> Graph:
-        """The graph of one bucket."""
-        return self._captured[bucket]
+    def graph(self, branch: int) -> Graph:
+        """The graph of a branch: bucket i, or behind all of them bucket i without its blocks."""
+        return self._captured[branch]
+
+    def measure(self) -> None:
+        """Runs the graph that makes the step cache's signal, if there is one."""
+        if self._signal is not None:
+            self._signal.replay()
 
     def master(self, form: str, stream: int) -> Any:
         """The `StepGraph` of a form, built when it is first asked for.
@@ -196,7 +245,11 @@ class CapturedLoop:
             ]
             started = time.perf_counter()
             graph = self._runtime.StepGraph(
-                self.control, buckets, form, owner=list(self._captured.values())
+                self.control,
+                buckets,
+                form,
+                owner=[*self._captured.values(), self._signal],
+                signal=0 if self._signal is None else self._signal.raw,
             )
             built = time.perf_counter()
             graph.upload(stream)
@@ -213,15 +266,20 @@ class CapturedLoop:
         self.buffers.step.zero_()  # a run that was cancelled at once left -1, which is no row
         nodes = {}
         for index in indices:
-            bucket = plan.buckets[index]
+            reuse, place = divmod(index, self._sizes)
+            bucket = self._held.get(place) or plan.buckets[place]
             assert bucket is not None, "the policy table can reach a bucket that was not planned"
             state = (*self._shared, *bucket.tensors())
             copies = [tensor.clone() for tensor in state]
-            graph = self._graphs.capture(self._names[index], self._body(bucket))
+            graph = self._graphs.capture(self._names[index], self._body(bucket, bool(reuse)))
             _copy(copies, state)
-            self._held[index], self._captured[index] = bucket, graph
-            counts = self._runtime.count_nodes(graph.raw)
-            nodes[self._names[index]] = sum(counts.values())
+            self._held[place], self._captured[index] = bucket, graph
+            nodes[self._names[index]] = self._count(graph)
+        signal = None if plan.cache is None else plan.cache.signal
+        if signal is not None and self._signal is None:
+            self._signal = self._graphs.capture("signal", self._signal_body(signal))
+            self._held_signal = signal
+            nodes["signal"] = self._count(self._signal)
         self._masters.clear()  # they lack the new buckets
         self._update_report(
             buckets=tuple(self._names[index] for index in sorted(self._captured)),
@@ -230,11 +288,25 @@ class CapturedLoop:
             memory_bytes=self._graphs.memory_bytes() - before,
         )
 
-    def _body(self, bucket: Bucket) -> Callable[[], None]:
+    def _count(self, graph: Graph) -> int:
+        return sum(self._runtime.count_nodes(graph.raw).values())
+
+    def _body(self, bucket: Bucket, reuse: bool) -> Callable[[], None]:
         buffers = self.buffers
 
         def body() -> None:
-            buffers.velocity.copy_(bucket.velocity(buffers.latents, buffers.step))
+            velocity = bucket.velocity(buffers.latents, buffers.step, reuse=reuse)
+            buffers.velocity.copy_(velocity)
+
+        return body
+
+    def _signal_body(self, signal: Signal) -> Callable[[], None]:
+        buffers = self.buffers
+
+        def body() -> None:
+            # It comes before the decision, which makes the next step the one in progress.
+            step = buffers.next_step()
+            buffers.signal.copy_(signal.change(buffers.latents, buffers.previous(step), step))
 
         return body
 

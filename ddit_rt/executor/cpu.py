@@ -1,7 +1,7 @@
 """The CPU executor: the reference semantics of the step loop.
 
 Every executor runs these lines, in this order, and must give the same trace. The only thing
-that the host learns inside the loop is which bucket was decided.
+that the host learns inside the loop is which branch was decided: a bucket, computed or reused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.executor.base import ProgressCallback, RunPlan, StepCallback
+from ddit_rt.executor.base import CachePlan, ProgressCallback, RunPlan, StepCallback
 from ddit_rt.executor.ranges import Ranges, ranges
 from ddit_rt.executor.trace import RunTrace, build_trace
 from ddit_rt.patch_scheduler import patch_name
@@ -66,6 +66,7 @@ class CpuExecutor:
     ) -> RunTrace:
         return build_trace(
             record=state.record,
+            cache=state.cache.record.tolist() if state.cache else None,
             seconds=seconds,
             policy=plan.policy,
             offered=plan.offered,
@@ -82,11 +83,11 @@ class CpuExecutor:
 
 def _run_step(plan: RunPlan, state: _RunState, step: int, mark: Ranges) -> None:
     with mark("decide"):
-        index = state.decide(step)
+        reuse, index = divmod(state.decide(step), len(plan.offered))
     bucket = plan.buckets[index]
     assert bucket is not None, "the policy table chose a bucket that it cannot reach"
-    with mark(f"model/{patch_name(plan.offered[index])}"):
-        velocity = bucket.velocity(state.latents(step), state.index(step))
+    with mark(f"{'reuse' if reuse else 'model'}/{patch_name(plan.offered[index])}"):
+        velocity = bucket.velocity(state.latents(step), state.index(step), reuse=bool(reuse))
     with mark("solver"):
         state.advance(velocity, step)
 
@@ -107,6 +108,7 @@ class _RunState:
         self.decision = torch.tensor([-1, 0, 0, 0], dtype=torch.int32)
         self.record = torch.zeros(plan.policy.steps, 3 + coarse)
         self._indices = torch.arange(plan.policy.steps, dtype=torch.int32)
+        self.cache = _CacheState(plan.cache) if plan.cache else None
 
     def latents(self, step: int) -> Tensor:
         """z_step: slot -step modulo 4, so that older latents follow the newest."""
@@ -117,7 +119,7 @@ class _RunState:
         return self._indices[step : step + 1]
 
     def decide(self, step: int) -> int:
-        """Scores the latents and applies the policy; returns the bucket."""
+        """Scores the latents, applies the policy and then the step cache; returns the branch."""
         policy = self._plan.policy
         scores = self._no_scores
         if policy.scored(step) and self._sizes:
@@ -134,9 +136,47 @@ class _RunState:
             policy.dwell,
             policy.monotone,
         )
+        if self.cache is not None:
+            self.cache.decide(self, step, len(self._plan.offered))
         # The one value that the host reads per step; the CUDA executor branches on the device.
-        return int(self.decision[0])
+        return int(self.decision[3])
 
     def advance(self, velocity: Tensor, step: int) -> None:
         """The solver's step, in place: z_{step+1} into the ring."""
         ops.solver_step_(self.history, self._velocities, velocity, self._coefficients, step)
+
+
+class _CacheState:
+    """What a step cache keeps across the steps of one run.
+
+    Attributes:
+        record: As `ops.decide_reuse_` writes it.
+    """
+
+    def __init__(self, plan: CachePlan) -> None:
+        self._plan = plan
+        self._increments, self._coefficients = plan.table.tensors()
+        self._memory = torch.zeros(ops.CACHE_HEADER + plan.rows)
+        self._no_signal = torch.zeros(0)
+        self.record = torch.zeros(len(self._increments), ops.CACHE_RECORD)
+
+    def decide(self, state: _RunState, step: int, buckets: int) -> None:
+        """Turns the decided bucket into a branch."""
+        table, signal = self._plan.table, self._no_signal
+        if table.signalled(step):
+            assert self._plan.signal is not None, "a polynomial needs a signal"
+            latents, previous = state.latents(step), state.latents(step - 1)
+            signal = self._plan.signal.change(latents, previous, state.index(step))
+        ops.decide_reuse_(
+            signal,
+            self._increments,
+            self._coefficients,
+            state.decision,
+            self._memory,
+            self.record,
+            step,
+            buckets,
+            table.threshold,
+            table.limit,
+            table.product,
+        )

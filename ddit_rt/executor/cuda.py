@@ -95,6 +95,8 @@ class CudaExecutor:
             plan.solver.velocity_depth,
             tensors,
             plan.weights,
+            plan.cache is not None,
+            plan.cache is not None and plan.cache.signal is not None,
         )
         if key not in self._loops:
             while len(self._loops) >= _KEPT:
@@ -147,6 +149,7 @@ class CudaExecutor:
         coarse = len(plan.offered) - 1
         return build_trace(
             record=torch.tensor([values for _, values in rows]).reshape(len(rows), 3 + coarse),
+            cache=None if plan.cache is None else loop.control.cache_records(),
             seconds=[(end - start) * 1e-9 for start, end in itertools.pairwise(times)],
             policy=plan.policy,
             offered=plan.offered,
@@ -223,12 +226,15 @@ class _Run:
                 return
             with mark(f"step/{step}"):
                 with mark("decide"):
+                    self._loop.measure()
                     control.decide(self._stream)
                     while control.wait(step, _POLL_SECONDS).decided <= step:
                         pass
-                    bucket = control.bucket(step)
-                with mark(f"model/{patch_name(self._plan.offered[bucket])}"):
-                    self._loop.graph(bucket).replay()
+                    branch = control.branch(step)
+                reuse, bucket = divmod(branch, len(self._plan.offered))
+                patch = patch_name(self._plan.offered[bucket])
+                with mark(f"{'reuse' if reuse else 'model'}/{patch}"):
+                    self._loop.graph(branch).replay()
                 with mark("solver"):
                     control.update(self._stream)
             self._after(step)

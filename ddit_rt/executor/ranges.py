@@ -1,7 +1,8 @@
 """Named ranges around the work of a run, for profilers.
 
 `ddit_rt/run` holds `ddit_rt/step/{k}`, which holds `ddit_rt/decide`, `ddit_rt/model/{patch}` and
-`ddit_rt/solver`. An executor whose device decides alone has the outer ones only.
+`ddit_rt/solver`; in a step that reuses, `ddit_rt/reuse/{patch}`. An executor whose device decides
+alone has the outer ones only.
 """
 
 from __future__ import annotations

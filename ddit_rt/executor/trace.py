@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from ddit_rt.ops import Reason
+from ddit_rt.ops import CacheReason, Reason
 from ddit_rt.patch_scheduler import PolicyTable, patch_name
 
 
@@ -20,11 +21,15 @@ class StepRecord:
         step: Index k.
         sigma: Noise level at its start.
         patch_size: Patch size by name, `"p"`, `"2p"`, `"4p"`.
-        tokens: Image tokens that the model ran on.
+        tokens: Image tokens that the blocks ran on: none where the step reused.
         scores: Score of each coarse size (the largest over the batch); empty if not scored.
         thresholds: tau of each coarse size; empty if not scored.
         latency_ms: Wall time of the step: decision, model and solver.
         reason: Why this size.
+        reused: Whether the latest residual of this size stood for the blocks.
+        accumulated: Change since the latest computed step that the step cache compared, the
+            largest over the batch; None if it compared none.
+        cache_reason: Why the step computed or reused; empty without a step cache.
     """
 
     step: int
@@ -35,6 +40,9 @@ class StepRecord:
     thresholds: dict[str, float]
     latency_ms: float
     reason: str
+    reused: bool = False
+    accumulated: float | None = None
+    cache_reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +54,8 @@ class RunTrace:
         executor: Which executor ran it.
         solver: Class name of the scheduler behind the solver table.
         batch: Samples in the run.
-        nonfinite: Whether a score was NaN or infinite, so that p was forced.
+        nonfinite: Whether a score or a signal was NaN or infinite, so that p was forced, or no
+            step reused.
         cancelled: Whether the run stopped early on request.
         notes: Slower paths that were taken and sizes that were not offered, with their reasons.
     """
@@ -74,6 +83,11 @@ class RunTrace:
         return sum(record.tokens for record in self.steps)
 
     @property
+    def reused(self) -> int:
+        """Steps that reused instead of computing."""
+        return sum(record.reused for record in self.steps)
+
+    @property
     def latency_ms(self) -> float:
         """Wall time of the step loop."""
         return sum(record.latency_ms for record in self.steps)
@@ -86,6 +100,7 @@ class RunTrace:
         """JSON-ready form; numbers that are not finite become None."""
         data = asdict(self)
         data["tokens"] = self.tokens
+        data["reused"] = self.reused
         data["latency_ms"] = self.latency_ms
         return _finite(data)  # type: ignore[no-any-return]
 
@@ -107,6 +122,7 @@ def build_trace(
     offered: tuple[int, ...],
     tokens: dict[int, int],
     sigmas: tuple[float, ...],
+    cache: Sequence[Sequence[float]] | None = None,
     **run: Any,
 ) -> RunTrace:
     """The trace of a run, read from its device record once, after the last step.
@@ -118,6 +134,8 @@ def build_trace(
         offered: Patch sizes of the buckets, as multiples of p.
         tokens: Image tokens of each bucket.
         sigmas: Noise level of each step.
+        cache: Per step `CacheReason` and accumulated change, as `ops.decide_reuse_` writes them;
+            None without a step cache.
         run: The remaining fields of `RunTrace`.
     """
     rows = record[: len(seconds)].tolist()
@@ -126,18 +144,23 @@ def build_trace(
     for step, (row, elapsed) in enumerate(zip(rows, seconds, strict=True)):
         bucket, reason = int(row[0]), Reason(int(row[1]))
         scored = policy.scored(step)
+        why, accumulated = (CacheReason.OFF, math.nan) if cache is None else cache[step]
+        reused = why == CacheReason.REUSED
         steps.append(
             StepRecord(
                 step=step,
                 sigma=sigmas[step],
                 patch_size=names[bucket],
-                tokens=tokens[bucket],
+                tokens=0 if reused else tokens[bucket],
                 scores=dict(zip(names[1:], row[3:], strict=True)) if scored else {},
                 thresholds=(
                     dict(zip(names[1:], policy.thresholds[step], strict=True)) if scored else {}
                 ),
                 latency_ms=elapsed * 1e3,
                 reason=policy.labels[step] or _REASON_TEXT[reason],
+                reused=reused,
+                accumulated=None if math.isnan(accumulated) else accumulated,
+                cache_reason=_CACHE_TEXT[CacheReason(int(why))],
             )
         )
     return RunTrace(steps=tuple(steps), **run)
@@ -153,12 +176,27 @@ _REASON_TEXT = {
 }
 
 
+_CACHE_TEXT = {
+    CacheReason.OFF: "",
+    CacheReason.FORCED: "computed: forced",
+    CacheReason.CHANGED: "computed: changed size",
+    CacheReason.ABOVE: "computed: above threshold",
+    CacheReason.LIMIT: "computed: reused often enough",
+    CacheReason.NONFINITE: "computed: signal not finite",
+    CacheReason.REUSED: "reused: below threshold",
+}
+
+
 def _reason_text(record: StepRecord) -> str:
     scores = ", ".join(
         f"{size} {score:.2e} vs {record.thresholds[size]:.2e}"
         for size, score in record.scores.items()
     )
-    return f"{record.reason} ({scores})" if scores else record.reason
+    text = f"{record.reason} ({scores})" if scores else record.reason
+    if not record.cache_reason:
+        return text
+    change = "" if record.accumulated is None else f" ({record.accumulated:.3g})"
+    return f"{text}; {record.cache_reason}{change}"
 
 
 def _finite(value: Any) -> Any:

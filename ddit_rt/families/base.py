@@ -151,6 +151,8 @@ class Family(ABC):
         video: Whether latents have frames.
         channels_last: Whether a token that the de-embedding makes holds a pixel's channels side by
             side; see `ops.unpack`.
+        time_driven: Whether what TeaCache goes by depends on the time alone; then the family has a
+            `time_signal`, otherwise `modulate_input`.
         default_ranges: Fields of `TokenRanges` in which the family departs from its defaults.
     """
 
@@ -160,6 +162,7 @@ class Family(ABC):
     conditioning_names: ClassVar[tuple[str, ...]]
     video: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False
+    time_driven: ClassVar[bool] = False
     default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {}
 
     def check_model(self, transformer: nn.Module, pipeline: Any) -> None:
@@ -260,6 +263,34 @@ class Family(ABC):
         Returns:
             Image tokens, `[B, n, d]`.
         """
+
+    def modulate_input(self, transformer: nn.Module, hidden: Tensor, temb: Tensor) -> Tensor:
+        """The first block's modulated norm of embedded tokens, by whose change TeaCache goes.
+
+        Of a family that is not `time_driven`.
+
+        Args:
+            transformer: The model.
+            hidden: Image tokens, `[B, n, d]`.
+            temb: Modulation input of this step, `[B, *modulation_shape]`.
+
+        Returns:
+            `[B, n, d]`.
+        """
+        raise NotImplementedError
+
+    def time_signal(self, transformer: nn.Module, timesteps: Tensor, *, projected: bool) -> Tensor:
+        """What TeaCache goes by in a family that is `time_driven`.
+
+        Args:
+            transformer: The model.
+            timesteps: Noise levels t in [0, 1], `[N]`, float32.
+            projected: Whether the projected time embedding is meant, not the embedding itself.
+
+        Returns:
+            `[N, m]`, float32.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def modulate_output(self, transformer: nn.Module, hidden: Tensor, temb: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ddit_rt import ops
-from ddit_rt.errors import ShapeError
+from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.families.base import (
     BATCH,
     IMAGE,
@@ -194,6 +194,16 @@ class FluxFamily(Family):
             for block in runners.get(path, ()):
                 text, hidden = block(hidden, text, temb, *positions)
         return hidden
+
+    def modulate_input(self, transformer: Any, hidden: Tensor, temb: Tensor) -> Tensor:
+        """See `Family.modulate_input`."""
+        if not len(transformer.transformer_blocks):
+            raise UnsupportedModelError(
+                "TeaCache goes by the first double-stream block, and this model has none "
+                "(num_layers=0)"
+            )
+        modulated: Tensor = transformer.transformer_blocks[0].norm1(hidden, emb=temb)[0]
+        return modulated
 
     def modulate_output(self, transformer: Any, hidden: Tensor, temb: Tensor) -> Tensor:
         """See `Family.modulate_output`."""

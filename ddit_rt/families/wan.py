@@ -57,6 +57,7 @@ class WanFamily(Family):
     )
     video: ClassVar[bool] = True
     channels_last: ClassVar[bool] = True
+    time_driven: ClassVar[bool] = True
     # 81 frames of 720 x 1280 with guidance; 13824 features per token then stay below 2**31.
     default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {
         "batch": (1, 2),
@@ -174,6 +175,17 @@ class WanFamily(Family):
         batch = conditioning["encoder_hidden_states"].shape[0]
         table = torch.cat((rows, temb[:, None]), dim=1)
         return table[:, None].repeat(1, batch, 1, 1)
+
+    def time_signal(self, transformer: Any, timesteps: Tensor, *, projected: bool) -> Tensor:
+        """See `Family.time_signal`. In float32 throughout, as TeaCache computes it."""
+        embedder = transformer.condition_embedder
+        own = next(embedder.time_embedder.parameters())
+        levels = (timesteps.to(own.device, torch.float64) * 1000).float()
+        temb: Tensor = embedder.time_embedder(embedder.timesteps_proj(levels).to(own.dtype)).float()
+        if not projected:
+            return temb
+        layer = embedder.time_proj
+        return F.linear(embedder.act_fn(temb), layer.weight.float(), layer.bias.float())
 
     def positions(
         self, transformer: Any, grid: Grid, text_tokens: int, *, stretch: int = 1

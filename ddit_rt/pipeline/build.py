@@ -41,6 +41,7 @@ from ddit_rt.pipeline.inputs import (
     unwrap,
 )
 from ddit_rt.pipeline.planning import CompiledModel
+from ddit_rt.step_cache import StepCache
 from ddit_rt.version import __version__
 
 _ADAPTER_FOLDER = "adapters"
@@ -57,6 +58,7 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     patch_sizes: Sequence[str | int] = ("p", "2p", "4p"),
     adapter: str | Path | AdapterSet | None = None,
     patch_policy: PatchPolicy | None = None,
+    step_cache: StepCache | None = None,
     ranges: TokenRanges | None = None,
     backend: str = "aot",
     executor: str = "auto",
@@ -76,6 +78,7 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         adapter: Trained patch adapters: a folder, or loaded ones. A coarse size without one runs
             training-free.
         patch_policy: Policy of calls that name none; by default `DDiTPolicy()`.
+        step_cache: Step cache of calls that name none; by default every step computes.
         ranges: Batch sizes and token counts to compile for; by default the family's.
         backend: `"aot"`; or `"eager"`, which runs the model's own blocks uncompiled, for
             debugging. An eager engine cannot be saved.
@@ -106,6 +109,7 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         ranges=ranges,
         buckets=tuple(_bucket_entry(multiple, adapters) for multiple in multiples),
         policy=patch_policy.to_dict() if patch_policy else None,
+        step_cache=step_cache.to_dict() if step_cache else None,
         pipeline_defaults={name: size for name, size in defaults.items() if size},
     )
     if pipeline is not None:

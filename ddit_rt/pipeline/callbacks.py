@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddit_rt.buckets import ReplacedBucket
+from ddit_rt.buckets import ReplacedBucket, ReplacedSignal
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.executor import ProgressCallback, RunPlan, StepCallback
 from ddit_rt.pipeline.planning import RunPrompt
@@ -97,6 +97,9 @@ def follow_replaced(
     levels[: plan.policy.steps] = torch.tensor(solver.sigmas[:-1])
     levels = levels.to(latents.device, non_blocking=True)
     buckets = [bucket and ReplacedBucket(bucket, change, levels) for bucket in plan.buckets]
+    cache = plan.cache
+    if cache is not None and cache.signal is not None:
+        cache = replace(cache, signal=ReplacedSignal(cache.signal, change))
 
     def note(step: int, own: Tensor) -> Tensor | None:
         replacement = callback(step, own)
@@ -104,7 +107,8 @@ def follow_replaced(
             torch.sub(replacement.to(own), own, out=change)
         return None
 
-    return replace(plan, buckets=buckets, shared=(*plan.shared, change)), note, change
+    plan = replace(plan, buckets=buckets, shared=(*plan.shared, change), cache=cache)
+    return plan, note, change
 
 
 def progress_callback(

@@ -44,6 +44,7 @@ from ddit_rt.pipeline.presets import (
     resolve_choice,
 )
 from ddit_rt.solver import SolverTable, probe_scheduler
+from ddit_rt.step_cache import NoCache, StepCache, TeaCache, step_cache_from_dict
 
 
 class Engine:
@@ -115,6 +116,12 @@ class Engine:
         stored = self.artifact.manifest.policy
         return policy_from_dict(stored) if stored else DDiTPolicy()
 
+    @property
+    def default_step_cache(self) -> StepCache:
+        """The step cache of a call that names none: the artifact's own, else `NoCache()`."""
+        stored = self.artifact.manifest.step_cache
+        return step_cache_from_dict(stored) if stored else NoCache()
+
     @torch.no_grad()
     def __call__(
         self,
@@ -122,6 +129,7 @@ class Engine:
         *,
         patch_policy: PolicyChoice | None = None,
         guidance_interval: tuple[float, float] = WHOLE_RUN,
+        step_cache: StepCache | None = None,
         **arguments: Any,
     ) -> Any:
         """Generates, as the pipeline's own call does.
@@ -135,6 +143,8 @@ class Engine:
             guidance_interval: `start` and `stop` of diffusers' guiders: classifier-free guidance
                 acts in this part of the steps, and elsewhere the prompt's velocity is taken as it
                 is. Steps outside it cost as much as those inside.
+            step_cache: Which steps reuse instead of compute, `TeaCache(0.4)`; by default the
+                artifact's, and `NoCache()` for none.
             arguments: Every other argument of the pipeline's `__call__`, with its defaults;
                 `height` and `width` default to those given to `compile`.
 
@@ -143,7 +153,8 @@ class Engine:
 
         Raises:
             ShapeError: A size that the compiled blocks or the policy cannot run.
-            ValueError: A preset or speed without a calibration for this number of steps.
+            ValueError: A preset or speed without a calibration for this number of steps, or a step
+                cache without a fit for this model.
             UnsupportedModelError: An argument that the compiled model could only ignore.
             RunCancelled: `cancel` was called.
         """
@@ -161,7 +172,7 @@ class Engine:
             family = self._compiled.steps.family
             call = family.prepare(self.pipeline, scheduler, {"prompt": prompt, **arguments})
             plan, text = self._plan(
-                call.latents, call.conditioning, scheduler, choice, guidance_interval
+                call.latents, call.conditioning, scheduler, choice, guidance_interval, step_cache
             )
             on_step_end = pipeline_callback(self.pipeline, scheduler, text, arguments)
             with self.pipeline.progress_bar(total=call.num_inference_steps) as bar:
@@ -178,6 +189,7 @@ class Engine:
         num_inference_steps: int = 50,
         sigmas: Sequence[float] | None = None,
         patch_policy: PolicyChoice | None = None,
+        step_cache: StepCache | None = None,
         callback: StepCallback | None = None,
         guidance_interval: tuple[float, float] = WHOLE_RUN,
         **conditioning: Tensor | None,
@@ -191,6 +203,7 @@ class Engine:
             num_inference_steps: Steps N; ignored when `sigmas` is given.
             sigmas: Noise levels of the steps, before the scheduler's own shift.
             patch_policy: As in `__call__`.
+            step_cache: As in `__call__`.
             callback: Called after every step with its index and the latents; may return latents
                 to go on from.
             guidance_interval: As in `__call__`.
@@ -204,8 +217,8 @@ class Engine:
             Clean latents, of the same shape, float32.
 
         Raises:
-            ValueError: Missing, unknown or misshapen conditioning, or latents that are not
-                finite.
+            ValueError: Missing, unknown or misshapen conditioning, latents that are not finite, or
+                a step cache without a fit for this model.
             ShapeError, RunCancelled: As in `__call__`.
         """
         model = self._compiled.steps
@@ -225,8 +238,37 @@ class Engine:
             grid = model.grid(height, width, frames=latent_frames(latents.shape))
             model.family.set_timesteps(scheduler, choice.num_inference_steps or steps, sigmas, grid)
             latents = latents.to(model.device, torch.float32, non_blocking=True)
-            plan, _ = self._plan(latents, given, scheduler, choice, guidance_interval)
+            plan, _ = self._plan(latents, given, scheduler, choice, guidance_interval, step_cache)
             return self._run(plan, latents, callback, None)
+
+    @torch.no_grad()
+    def measuring_plan(
+        self, *, projected: bool = False, **arguments: Any
+    ) -> tuple[RunPlan, Tensor]:
+        """A run of the pipeline with every step computed at p, for measuring what step caches need.
+
+        Its buckets keep their residuals, and its step cache holds the model's bare signal: a
+        `Signal`, or the relative changes of a time embedding as the increments.
+
+        Args:
+            projected: Whether that embedding is the projected one.
+            arguments: Of the pipeline's `__call__`.
+
+        Returns:
+            The plan and z_0; nothing has run.
+        """
+        arguments = {**self.artifact.manifest.pipeline_defaults, **arguments}
+        cache = TeaCache(0.0, coefficients=(1.0, 0.0), last=0)
+        if projected:
+            cache = replace(cache, use_ret_steps=True, first=1)
+        with self._lock:
+            scheduler = copy.deepcopy(self.pipeline.scheduler)
+            call = self._compiled.steps.family.prepare(self.pipeline, scheduler, arguments)
+            choice = ResolvedPolicy(policy=FinePolicy())
+            plan, _ = self._plan(
+                call.latents, call.conditioning, scheduler, choice, WHOLE_RUN, cache
+            )
+            return plan, call.latents.to(self._device, torch.float32)
 
     def cancel(self) -> None:
         """Ends the current run between two steps; its caller gets `RunCancelled`.
@@ -293,6 +335,7 @@ class Engine:
         scheduler: Any,
         choice: ResolvedPolicy,
         guidance_interval: tuple[float, float],
+        step_cache: StepCache | None,
     ) -> tuple[RunPlan, RunPrompt]:
         """Checks the request and the weights, then fixes the run."""
         model = self._compiled.steps
@@ -313,10 +356,13 @@ class Engine:
             policy=choice.policy,
             batched_guidance=self.batched_guidance,
             guidance_interval=guidance_interval,
+            step_cache=self.default_step_cache if step_cache is None else step_cache,
+            fits=self.artifact.manifest.cache_fits,
         )
         if not isinstance(choice.policy, FinePolicy):
             self._announce(plan.notes)
-        return replace(plan, notes=(*plan.notes, *choice.notes)), prompt
+        cached = () if plan.cache is None else (f"step cache: {plan.cache.note}",)
+        return replace(plan, notes=(*plan.notes, *choice.notes, *cached)), prompt
 
     def _run(
         self,

@@ -25,11 +25,14 @@ class BucketMemory:
         patch: Patch size by name.
         tokens: Image tokens of a step.
         bytes: Position encodings and per-step modulation inputs.
+        residual_bytes: What a run with a step cache keeps beside them, for each pass of the model
+            in a step: classifier-free guidance has two.
     """
 
     patch: str
     tokens: int
     bytes: int
+    residual_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,11 +98,13 @@ def _bucket_memory(
     grid = model.grid(shape[-2], shape[-1], multiple, latent_frames(shape))
     positions = model.family.positions(model.transformer, grid, text_tokens)
     width = math.prod(model.family.modulation_shape(model.transformer))
-    modulation = steps * width * torch.finfo(model.dtype).bits // 8
+    item = torch.finfo(model.dtype).bits // 8
+    modulation = steps * width * item
     return BucketMemory(
         patch=patch_name(multiple),
         tokens=grid.tokens,
         bytes=sum(_tensor_bytes(tensor) for tensor in positions) + modulation,
+        residual_bytes=grid.tokens * model.family.hidden_size(model.transformer) * item,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,16 +17,20 @@ from ddit_rt.buckets import (
     GuidedBucket,
     RunContext,
     Runners,
+    Signal,
     SnrBucket,
     StepModel,
     latent_frames,
 )
 from ddit_rt.errors import ShapeError
-from ddit_rt.executor import RunPlan
+from ddit_rt.executor import CachePlan, RunPlan
 from ddit_rt.patch_scheduler import PatchPolicy, PolicyTable, Schedule, patch_name
+from ddit_rt.pipeline.caching import resolve_cache
 from ddit_rt.pipeline.guidance import WHOLE_RUN, passes_of, scales_of
 from ddit_rt.solver import SolverTable
+from ddit_rt.step_cache import CacheFit, NoCache, ResolvedCache, StepCache
 
+_NO_CACHE = NoCache()
 _CAPACITY = 64
 """Rows of the tables of a captured run come in multiples of this."""
 
@@ -112,6 +116,8 @@ def plan_run(
     policy: PatchPolicy,
     batched_guidance: bool = True,
     guidance_interval: tuple[float, float] = WHOLE_RUN,
+    step_cache: StepCache = _NO_CACHE,
+    fits: Sequence[CacheFit] = (),
 ) -> tuple[RunPlan, RunPrompt]:
     """Resolves the policy for this shape and schedule and builds the buckets it can reach.
 
@@ -124,13 +130,16 @@ def plan_run(
         policy: Patch policy.
         batched_guidance: Whether the halves of classifier-free guidance run as one batch.
         guidance_interval: Where the run is guided, as shares of its steps.
+        step_cache: Which steps reuse instead of compute.
+        fits: Fits of step caches for this model, beside published ones.
 
     Returns:
         The plan, and the prompt in it, which a callback may change.
 
     Raises:
         ShapeError: The shape, or a size that the policy forces, cannot be run.
-        ValueError: The policy cannot judge the steps of this solver, or the interval is none.
+        ValueError: The policy cannot judge the steps of this solver, the interval is none, or the
+            step cache has no fit for this model.
     """
     height, width, frames = *shape[-2:], latent_frames(shape)
     model = compiled.steps
@@ -138,6 +147,7 @@ def plan_run(
     offered, notes = compiled.offered(height, width, frames)
     table = policy.resolve(Schedule(sigmas=solver.sigmas, offered=offered))
     _refuse_scores_of_repeated_levels(table, solver, policy)
+    cache = resolve_cache(step_cache, model, timesteps, fits)
     guidance = model.family.guidance(conditioning)
     passes = passes_of(conditioning, guidance, batched_guidance)
     texts = [model.family.embed_text(model.transformer, one) for one in passes]
@@ -157,6 +167,7 @@ def plan_run(
             sigmas=_table(torch.tensor(solver.sigmas[:-1]), capacity, model.device),
             timesteps=_table(timesteps, capacity, model.device),
             detail=Detail((batch, *shape[1:]), model.device) if keeps_detail else None,
+            keeps_residual=cache is not None,
         )
         for one, text in zip(passes, texts, strict=True)
     )
@@ -177,6 +188,7 @@ def plan_run(
         capacity=capacity,
         shared=tuple(tensor for context in contexts for tensor in context.tensors()),
         weights=_unwatched_weights(model) if on_cuda else (),
+        cache=_cache_plan(cache, model, contexts),
         notes=notes,
     )
     return plan, RunPrompt(model=model, conditioning=conditioning, contexts=contexts)
@@ -216,6 +228,15 @@ def _refuse_scores_of_repeated_levels(
             "the latents of successive levels; pass patch_policy=FinePolicy() or a StaticPolicy, "
             "or use another scheduler"
         )
+
+
+def _cache_plan(
+    cache: ResolvedCache | None, model: StepModel, contexts: tuple[RunContext, ...]
+) -> CachePlan | None:
+    if cache is None:
+        return None
+    signal = Signal(model, contexts) if cache.table.coefficients else None
+    return CachePlan(table=cache.table, signal=signal, note=cache.note)
 
 
 def _table(values: Tensor, rows: int, device: torch.device) -> Tensor:

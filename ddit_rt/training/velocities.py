@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddit_rt import ops
 from ddit_rt.adapters import PatchAdapter, adapted_tokens, snr_tokens
-from ddit_rt.buckets import Runners, StepModel, matched_level, token_velocity
+from ddit_rt.buckets import Blocks, Runners, StepModel, matched_level, token_velocity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,8 @@ def _paper(
     positions = family.positions(transformer, grid, text.shape[1], stretch=multiple)
     temb = _embed_time(model, states.sigmas, states.conditioning)
     tokens = ops.pack(states.latents.to(model.dtype), patch)
-    velocity, _ = adapted_tokens(model, adapter, runners, tokens, None, text, temb, positions)
+    blocks = Blocks(model, runners)
+    velocity, _ = adapted_tokens(model, adapter, blocks, tokens, None, text, temb, positions)
     return ops.unpack(velocity, patch, height, width).float()
 
 
@@ -181,8 +182,9 @@ class _Coarse:
         else:
             patch = model.patch_size * self.multiple
             seen = snr_tokens(latents, known, patch, model.dtype)
+            blocks = Blocks(model, self.runners)
             written, hidden = adapted_tokens(
-                model, self.adapter, self.runners, seen, tokens, text, temb, positions
+                model, self.adapter, blocks, seen, tokens, text, temb, positions
             )
             own = family.project_output(transformer, hidden)
             correction = ops.unpack(written, patch, height, width).float()

@@ -15,6 +15,7 @@ from ddit_rt.artifact import (
     calibration_for,
 )
 from ddit_rt.errors import ArtifactError
+from ddit_rt.step_cache import CacheFit
 
 
 def plan(speedup: float) -> CalibratedPlan:
@@ -65,7 +66,8 @@ def test_one_calibration_per_step_count(manifest: Manifest) -> None:
 
 def test_old_manifest_keeps_its_text_and_so_its_trust(manifest: Manifest) -> None:
     raw = json.loads(manifest.to_json())
-    del raw["calibrations"]
+    for name in ("calibrations", "step_cache", "cache_fits"):
+        del raw[name]
     raw["schema_version"] = 1
     text = json.dumps(raw, indent=1, sort_keys=True) + "\n"
     old = Manifest.from_json(text)
@@ -77,9 +79,34 @@ def test_old_manifest_keeps_its_text_and_so_its_trust(manifest: Manifest) -> Non
 
 
 def test_old_manifest_with_a_calibration_was_edited(manifest: Manifest) -> None:
-    raw = {**json.loads(manifest.to_json()), "schema_version": 1}
-    with pytest.raises(ArtifactError, match="unknown entries .'calibrations'. in schema 1"):
-        Manifest.from_json(json.dumps(raw))
+    for version, later in ((1, "'calibrations', 'step_cache', 'cache_fits'"), (2, "'step_cache'")):
+        raw = {**json.loads(manifest.to_json()), "schema_version": version}
+        with pytest.raises(
+            ArtifactError, match=rf"unknown entries \[{later}.* in schema {version}"
+        ):
+            Manifest.from_json(json.dumps(raw))
+
+
+def test_a_fit_of_a_step_cache_takes_the_place_of_one_of_its_kind(manifest: Manifest) -> None:
+    fits = [
+        CacheFit(kind="teacache", values=(1.0, 2.0), source="first", evidence={"points": 3}),
+        CacheFit(kind="magcache", values=(1.0, 0.9), source="other"),
+        CacheFit(kind="teacache", values=(3.0,), source="second"),
+    ]
+    for fit in fits:
+        manifest = manifest.with_cache_fit(fit)
+    assert manifest.cache_fits == (fits[1], fits[2])
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_an_older_manifest_with_a_fit_is_of_the_version_that_knows_it(manifest: Manifest) -> None:
+    raw = json.loads(manifest.to_json())
+    del raw["step_cache"], raw["cache_fits"]
+    old = Manifest.from_json(json.dumps({**raw, "schema_version": 2}))
+    assert old.with_calibration(calibration()).schema_version == 2
+    fitted = old.with_cache_fit(CacheFit(kind="teacache", values=(1.0,), source="a test"))
+    assert fitted.schema_version == 3
+    assert Manifest.from_json(fitted.to_json()) == fitted
 
 
 def test_damaged_calibration_is_refused(manifest: Manifest) -> None:

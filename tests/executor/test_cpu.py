@@ -31,7 +31,7 @@ class ScriptedBucket:
         self._velocities = torch.stack(velocities)
         self._log = log
 
-    def velocity(self, latents: Tensor, step: Tensor) -> Tensor:
+    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
         self._log.append((len(self._log), self.multiple))
         return at_step(self._velocities, step)
 

@@ -37,8 +37,8 @@ class ScriptedBucket:
         self.tokens = 64 // multiple**2
         self._velocities = velocities
 
-    def velocity(self, latents: Tensor, step: Tensor) -> Tensor:
-        return at_step(self._velocities, step) / self.multiple
+    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
+        return at_step(self._velocities, step) / (self.multiple + 0.5 * reuse)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self._velocities,)
@@ -346,7 +346,7 @@ def test_stop_inside_the_loop_form_ends_it_on_the_device(graphs: EmulatedGraphs)
     assert isinstance(bucket, ScriptedBucket)
     velocity = bucket.velocity
 
-    def cancelling(latents: Tensor, step: Tensor) -> Tensor:
+    def cancelling(latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
         if int(step) == 2:
             loop.control.cancel()
         return velocity(latents, step)

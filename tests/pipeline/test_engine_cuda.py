@@ -14,7 +14,7 @@ from models import noise, random_adapters, tiny_conditioning, tiny_embeds, tiny_
 from torch import Tensor
 
 import ddit_rt
-from ddit_rt import DDiTPolicy, FinePolicy, StaticPolicy
+from ddit_rt import DDiTPolicy, FinePolicy, NoCache, StaticPolicy, StepCache, TeaCache
 from ddit_rt.errors import ArtifactMismatchError, RunCancelled
 
 pytestmark = pytest.mark.gpu
@@ -82,6 +82,37 @@ def test_forms_agree_to_the_bit_and_with_the_cpu(engine: ddit_rt.Engine, policy:
     torch.testing.assert_close(results[0].cpu(), expected, rtol=2e-3, atol=2e-3)
 
 
+CACHE = TeaCache(0.4, coefficients=(1.0, 0.0))
+PAIRS = StaticPolicy(["p", "p", "2p", "2p", "2p", "p"])
+
+
+@pytest.mark.parametrize("policy", [FinePolicy(), PAIRS], ids=["fine", "pairs"])
+def test_reused_steps_agree_in_all_forms_and_with_the_cpu(
+    engine: ddit_rt.Engine, policy: Any
+) -> None:
+    results, patterns = [], []
+    for form in (*FORMS, *FORMS):
+        engine.executor = form
+        results.append(denoise(engine, policy, step_cache=CACHE))
+        patterns.append([record.cache_reason for record in engine.last_trace])
+        denoise(engine, MIXED, seed=2)  # and nothing of it, or of a run between, is left
+    engine.executor = "auto"
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert all(pattern == patterns[0] for pattern in patterns)
+    assert "reused: below threshold" in patterns[0]
+    cpu = ddit_rt.compile(tiny_pipeline(), backend="eager", progress=False)
+    expected = cpu.denoise(
+        noise(*SHAPE, seed=1),
+        num_inference_steps=6,
+        patch_policy=policy,
+        step_cache=CACHE,
+        **tiny_conditioning(cpu.pipeline.transformer, batch=SHAPE[0], seed=1),
+    )
+    assert patterns[0] == [record.cache_reason for record in cpu.last_trace]
+    # As above.
+    torch.testing.assert_close(results[0].cpu(), expected, rtol=2e-3, atol=2e-3)
+
+
 def test_all_fine_equals_diffusers(engine: ddit_rt.Engine, pipeline: FluxPipeline) -> None:
     call = {"height": 64, "width": 64, "num_inference_steps": 8, "output_type": "latent"}
     arguments = {**{k: v.cuda() for k, v in tiny_embeds(1).items()}, **call}
@@ -93,16 +124,20 @@ def test_all_fine_equals_diffusers(engine: ddit_rt.Engine, pipeline: FluxPipelin
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("cache", [NoCache(), CACHE], ids=["plain", "cached"])
 @pytest.mark.parametrize("form", ["loop", "step"])
-def test_a_whole_image_never_synchronises(engine: ddit_rt.Engine, form: str) -> None:
+def test_a_whole_image_never_synchronises(
+    engine: ddit_rt.Engine, form: str, cache: StepCache
+) -> None:
     engine.executor = form
-    denoise(engine, DYNAMIC)  # captures
+    options = {"num_inference_steps": 6, "patch_policy": DYNAMIC, "step_cache": cache}
+    denoise(engine, DYNAMIC, step_cache=cache)  # captures
     latents, given = noise(*SHAPE).cuda(), conditioning(engine.pipeline)
     torch.cuda.synchronize()
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine.denoise(latents, num_inference_steps=6, patch_policy=DYNAMIC, **given)
+        engine.denoise(latents, **options, **given)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
         engine.executor = "auto"

@@ -1,0 +1,60 @@
+"""A step cache for one model and run: whose fit it takes, and what it goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ddit_rt.artifact import public_config
+from ddit_rt.buckets import StepModel
+from ddit_rt.step_cache import (
+    CacheFit,
+    CacheModel,
+    NoCache,
+    ResolvedCache,
+    StepCache,
+    published_fits,
+)
+
+
+def resolve_cache(
+    step_cache: StepCache, model: StepModel, timesteps: Tensor, fits: Sequence[CacheFit]
+) -> ResolvedCache | None:
+    """The cache's table for a model; None: every step computes.
+
+    Args:
+        step_cache: What the caller asked for.
+        model: The model.
+        timesteps: t that the model is given at each step, `[N]`.
+        fits: Those of the artifact, which come before published ones.
+
+    Raises:
+        ValueError: Nothing was fitted for the model, or the cache does not suit it.
+    """
+    if isinstance(step_cache, NoCache):
+        return None
+    transformer = model.transformer
+    name = type(transformer).__name__
+    published = published_fits(name, public_config(transformer.config))  # type: ignore[arg-type]
+
+    def changes(projected: bool) -> list[float]:
+        # The host waits for these, once and before the run: they are its table.
+        signal = model.family.time_signal(transformer, timesteps, projected=projected)
+        return relative_changes(signal)
+
+    return step_cache.resolve(
+        CacheModel(
+            name=name,
+            steps=len(timesteps),
+            fits=(*fits, *published),
+            time_changes=changes if model.family.time_driven else None,
+        )
+    )
+
+
+def relative_changes(rows: Tensor) -> list[float]:
+    """Relative L1 change of consecutive rows `[N, m]`; 0 for the first."""
+    change = rows.diff(dim=0).abs().mean(1) / rows[:-1].abs().mean(1)
+    return [0.0, *change.to(torch.float64).tolist()]
