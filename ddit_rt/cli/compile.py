@@ -15,6 +15,7 @@ from ddit_rt.cli.models import (
     embedded_defaults,
     load_pipeline,
 )
+from ddit_rt.cli.policies import add_step_cache_argument, parse_step_cache
 
 if TYPE_CHECKING:
     from ddit_rt.patch_scheduler import PatchPolicy
@@ -46,9 +47,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="device to compile for; auto is cuda where torch can use it (default: %(default)s)",
     )
 
+    add_step_cache_argument(parser, "none")
+
 
 def _run(args: argparse.Namespace) -> Outcome:
     _check_output(args.output)
+    cache = parse_step_cache(args.step_cache)
     adapter = None if args.adapter is None else _adapter_folder(args.adapter)
     sizes = tuple(size.strip() for size in args.patch_sizes.split(","))
     pipeline = load_pipeline(args.model, args.dtype, args.device)
@@ -64,6 +68,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         patch_sizes=sizes,
         adapter=adapter,
         patch_policy=_embedded_policy(args.model),
+        step_cache=cache,
     )
     path = engine.save(args.output)
     return _outcome(path)

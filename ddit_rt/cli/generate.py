@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.models import DTYPES, MODEL_HELP, embedded_defaults, load_pipeline
-from ddit_rt.cli.policies import add_policy_arguments, choose_policy
+from ddit_rt.cli.policies import (
+    add_policy_arguments,
+    add_step_cache_argument,
+    choose_policy,
+    parse_step_cache,
+)
 
 if TYPE_CHECKING:
     from ddit_rt.pipeline import Engine
@@ -59,9 +64,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     add_policy_arguments(parser)
+    add_step_cache_argument(parser, "as compiled")
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    cache = parse_step_cache(args.step_cache)
     paths = output_paths(args.output, len(args.prompt) * args.num_images)
     seed = random.randrange(2**31) if args.seed is None else args.seed  # noqa: S311 - no secret
     from ddit_rt.artifact import read_manifest
@@ -77,7 +84,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     )
     policy = choose_policy(args.policy, args.tau, args.rho, engine.default_policy)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
-    arguments = pipeline_arguments(args)
+    arguments = {**pipeline_arguments(args), "step_cache": cache}
     pictures = [
         _generate(engine, policy, prompt, seed + index, path, arguments)
         for index, (prompt, path) in enumerate(zip(prompts, paths, strict=True))
@@ -145,6 +152,7 @@ def _generate(
         "seconds": seconds,
         "tokens": trace.tokens,
         "patch_sizes": trace.patch_sizes(),
+        "reused_steps": trace.reused,
         "trace": trace.to_dict(),
     }
 
@@ -167,9 +175,13 @@ def _without_traces(data: dict[str, Any]) -> dict[str, Any]:
 def _text(pictures: list[dict[str, Any]]) -> str:
     return "\n".join(
         f"{picture['path']}  {picture['seconds']:.2f} s  seed {picture['seed']}  "
-        f"{run_lengths(picture['patch_sizes'])}"
+        f"{run_lengths(picture['patch_sizes'])}{_reused_text(picture['reused_steps'])}"
         for picture in pictures
     )
+
+
+def _reused_text(count: int) -> str:
+    return f", {count} steps reused" if count else ""
 
 
 def run_lengths(patch_sizes: list[str]) -> str:
@@ -196,6 +208,7 @@ GENERATE = Command(
         "ddit-rt generate flux.ddit --model black-forest-labs/FLUX.1-dev --dtype bfloat16 \\",
         '    --prompt "a zebra in tall grass" "a blue vase" --seed 7 --policy dynamic --tau 0.001',
         'ddit-rt generate demo.ddit --model demo --prompt "a red circle" --policy balanced',
+        'ddit-rt generate flux.ddit --model ./flux --prompt "a fox" --step-cache teacache:0.4',
         'ddit-rt generate flux.ddit --model ./flux --prompt "a fox" --policy 4p:0.2,2p:0.4,p \\',
         "    --trace fox.json -o fox.png",
     ),

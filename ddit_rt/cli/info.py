@@ -49,6 +49,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         "mismatches": problems,
         "checked_against": "machine" if args.model is None else "machine and model",
         "default_policy": _default_policy(manifest),
+        "default_step_cache": _default_step_cache(manifest),
         "memory": memory,
         "manifest": asdict(manifest),
     }
@@ -69,6 +70,12 @@ def _default_policy(manifest: Manifest) -> dict[str, Any]:
     from ddit_rt.patch_scheduler import DDiTPolicy
 
     return manifest.policy or DDiTPolicy().to_dict()
+
+
+def _default_step_cache(manifest: Manifest) -> dict[str, Any]:
+    from ddit_rt.step_cache import NoCache
+
+    return manifest.step_cache or NoCache().to_dict()
 
 
 def _model_memory(artifact: Artifact, pipeline: Any) -> dict[str, Any]:
@@ -92,7 +99,9 @@ def _text(data: dict[str, Any]) -> str:
         f"  buckets      {buckets}",
         f"  ranges       {ranges}",
         f"  defaults     {defaults}",
-        f"  policy       {_policy_text(data['default_policy'])}",
+        f"  policy       {_fields_text('policy', data['default_policy'])}",
+        f"  step cache   {_fields_text('step_cache', data['default_step_cache'])}",
+        *(_fit_line(entry) for entry in manifest["cache_fits"]),
         *(_calibration_line(entry) for entry in manifest["calibrations"]),
         f"  built with   ddit_rt {manifest['project_version']}, torch {built['torch_version']}",
         f"  built for    {built['device']}, {built['machine']}, {built['cpu_capability']}",
@@ -108,9 +117,13 @@ def _text(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _policy_text(policy: dict[str, Any]) -> str:
-    fields = ", ".join(f"{name}={value}" for name, value in policy.items() if name != "policy")
-    return f"{policy['policy']}({fields})"
+def _fields_text(kind: str, data: dict[str, Any]) -> str:
+    fields = ", ".join(f"{name}={value}" for name, value in data.items() if name != kind)
+    return f"{data[kind]}({fields})"
+
+
+def _fit_line(entry: dict[str, Any]) -> str:
+    return f"  fitted       {entry['kind']}: {entry['source']}"
 
 
 def _calibration_line(entry: dict[str, Any]) -> str:
@@ -143,6 +156,7 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
     ]
     lines += [
         f"    {entry['patch']:<4} {entry['tokens']:6d} tokens  {entry['bytes'] / _MIB:.2f} MiB"
+        f"  {entry['residual_bytes'] / _MIB:.2f} MiB more with a step cache"
         for entry in memory["buckets"]
     ]
     return lines

@@ -1,4 +1,4 @@
-"""Patch policies as they are written on the command line."""
+"""Patch policies and step caches as they are written on the command line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ddit_rt.patch_scheduler import DDiTPolicy, PatchPolicy
     from ddit_rt.pipeline.presets import PolicyChoice
+    from ddit_rt.step_cache import StepCache
 
 DEFAULT_STATIC_PLAN = "2p:0.4,p"
 """The plan of `--policy static`: layout at 2p, then detail at p."""
@@ -35,6 +36,45 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--rho", type=float, metavar="RHO", help="quantile over patches, 0 to 1, of the same"
+    )
+
+
+def add_step_cache_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    """Declares `--step-cache`.
+
+    Args:
+        parser: Where to.
+        default: What happens without the option, for its help.
+    """
+    parser.add_argument(
+        "--step-cache",
+        metavar="CACHE",
+        help="steps that reuse instead of compute: teacache:THRESHOLD, teacache-ret:THRESHOLD "
+        "(Wan, with use_ret_steps), magcache:THRESHOLD, or none; larger thresholds are faster and "
+        f"less faithful (default: {default})",
+    )
+
+
+def parse_step_cache(text: str | None) -> StepCache | None:
+    """The step cache of `--step-cache`; None: the option was left out.
+
+    Raises:
+        ValueError: An unknown cache, or no threshold.
+    """
+    from ddit_rt.step_cache import MagCache, NoCache, TeaCache
+
+    if text is None:
+        return None
+    name, _, number = text.partition(":")
+    threshold = _number(number)
+    if name == "none" and not number:
+        return NoCache()
+    if name == "magcache" and threshold is not None:
+        return MagCache(threshold=threshold)
+    if name in ("teacache", "teacache-ret") and threshold is not None:
+        return TeaCache(threshold, use_ret_steps=name == "teacache-ret")
+    raise ValueError(
+        f"got --step-cache {text}; use teacache:0.4, teacache-ret:0.1, magcache:0.06, or none"
     )
 
 

@@ -27,6 +27,7 @@ def test_json_tells_what_the_artifact_holds(
     assert data["trusted"] is False
     assert data["manifest"]["family"] == "flux"
     assert data["default_policy"]["policy"] == "DDiTPolicy"
+    assert data["default_step_cache"] == {"step_cache": "NoCache"}
     packages = data["manifest"]["packages"]
     on_disk = sum(path.stat().st_size for path in artifact.rglob("*.pt2"))
     assert data["memory"]["packages_bytes"] == on_disk
@@ -43,6 +44,7 @@ def test_model_adds_memory_counts(
     assert (memory["height"], memory["width"]) == (32, 48)
     # cos and sin, 16 wide, of 512 text and 24 image tokens, and 50 modulations of width 32.
     assert memory["buckets"][0]["bytes"] == 4 * (2 * (512 + 24) * 16 + 50 * 32)
+    assert [bucket["residual_bytes"] for bucket in memory["buckets"]] == [4 * 24 * 32, 4 * 6 * 32]
 
 
 def test_other_model_is_named_as_mismatch_with_a_remedy(
