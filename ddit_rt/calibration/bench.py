@@ -14,6 +14,7 @@ from ddit_rt.demo.quality import fidelity
 from ddit_rt.errors import ShapeError
 from ddit_rt.executor import RunTrace
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
+from ddit_rt.step_cache import NoCache
 
 if TYPE_CHECKING:
     from ddit_rt.calibration.run import CalibrationConfig
@@ -131,6 +132,7 @@ class EngineBench:
             self._engine,
             patch_policy=candidate.policy,
             num_inference_steps=candidate.num_inference_steps,
+            step_cache=NoCache(),  # a plan's cost is that of its sizes
             **self._arguments,
         )
 

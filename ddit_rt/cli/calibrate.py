@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _REPEATS = 3
 """Timed rounds on the held-out prompts."""
 
+_QUALITY = {"residual_rms", "mean_deviation_between_prompts"}
+"""What of a fit's evidence says how well it fits."""
+
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -34,6 +37,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-ssim", type=float, metavar="S", help="mean SSIM to the all-fine pictures"
     )
     group.add_argument("--budget-ms", type=float, metavar="MS", help="of a picture's loop")
+    group.add_argument(
+        "--cache",
+        choices=("teacache", "teacache-ret", "magcache"),
+        help="instead of plans, fit what this step cache needs of the model, from all-fine runs of "
+        "the calibration prompts",
+    )
     parser.add_argument(
         "--steps", type=int, help="denoising steps to calibrate for; default: the pipeline's"
     )
@@ -95,16 +104,11 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    if args.cache is not None:
+        return _fit_cache(args)
     _require_extra()
-    from ddit_rt.artifact import read_manifest
-
     config = _config(args)
-    manifest = read_manifest(args.artifact)
-    pipeline = load_pipeline(args.model, args.dtype or manifest.dtype, manifest.environment.device)
-    pipeline.set_progress_bar_config(disable=True)
-    import ddit_rt
-
-    engine = ddit_rt.load(args.artifact, pipeline, trust_code=args.trust_code)
+    engine = _engine(args)
     arguments = pipeline_arguments(args)
     result = _calibrate(engine, config, arguments)
     from ddit_rt.calibration.report import summary, write_report
@@ -120,6 +124,52 @@ def _run(args: argparse.Namespace) -> Outcome:
     }
     wrote = f"wrote {args.artifact} and {', '.join(str(file) for file in files)}"
     return Outcome(data=data, text=f"{summary(calibration)}\n{wrote}")
+
+
+def _engine(args: argparse.Namespace) -> Engine:
+    from ddit_rt.artifact import read_manifest
+
+    manifest = read_manifest(args.artifact)
+    pipeline = load_pipeline(args.model, args.dtype or manifest.dtype, manifest.environment.device)
+    pipeline.set_progress_bar_config(disable=True)
+    import ddit_rt
+
+    return ddit_rt.load(args.artifact, pipeline, trust_code=args.trust_code)
+
+
+def _fit_cache(args: argparse.Namespace) -> Outcome:
+    """`--cache`: a fit into the artifact."""
+    from tqdm.auto import tqdm
+
+    from ddit_rt.calibration import Prompt
+    from ddit_rt.calibration.cache import fit_cache
+    from ddit_rt.demo.report import machine, versions
+
+    texts = _prompts(args.prompts, args.model)[: args.calibration_prompts]
+    if len(texts) < max(1, args.calibration_prompts):
+        raise ValueError(
+            f"got {len(texts)} prompts and --calibration-prompts {args.calibration_prompts}; give "
+            "more, or ask for fewer, at least 1"
+        )
+    prompts = [Prompt(text=text, seed=args.seed + place) for place, text in enumerate(texts)]
+    engine, arguments = _engine(args), pipeline_arguments(args)
+    size = {**engine.artifact.manifest.pipeline_defaults, **arguments}
+    conditions = {"machine": machine(), "versions": versions(), "arguments": size}
+    with tqdm(total=len(prompts), desc="calibrate", unit="run", leave=False) as bar:
+        fit = fit_cache(
+            engine,
+            args.cache,
+            prompts,
+            arguments=arguments,
+            conditions=conditions,
+            advance=bar.update,
+        )
+    engine.artifact.with_cache_fit(fit).save(args.artifact)
+    values = ", ".join(f"{value:.6g}" for value in fit.values)
+    found = {name: fit.evidence[name] for name in fit.evidence.keys() & _QUALITY}
+    quality = "; ".join(f"{name} {value:.3g}" for name, value in found.items())
+    text = f"{fit.kind}: {values}\n{fit.source}; {quality}\nwrote {args.artifact}"
+    return Outcome(data={"artifact": str(args.artifact), "fit": asdict(fit)}, text=text)
 
 
 def _require_extra() -> None:
@@ -198,6 +248,7 @@ CALIBRATE = Command(
         "ddit-rt calibrate flux.ddit --model black-forest-labs/FLUX.1-dev --steps 50 \\",
         "    --min-ssim 0.9 --prompts prompts.txt",
         "ddit-rt calibrate flux.ddit --model ./flux --budget-ms 900 --evaluations 40",
+        "ddit-rt calibrate demo.ddit --model demo --steps 24 --cache teacache",
         "ddit-rt generate demo.ddit --model demo --steps 24 --policy balanced \\",
         '    --prompt "a red circle on plain blue"',
     ),

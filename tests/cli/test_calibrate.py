@@ -189,3 +189,38 @@ def test_missing_extra_is_named(
 def test_untrusted_artifact_is_exit_3(artifact: Path, options: list[str]) -> None:
     arguments = [option for option in options if option != "--trust-code"]
     assert main(["calibrate", str(artifact), *arguments, "--speedup", "2"]) == 3
+
+
+@pytest.mark.parametrize("kind", ["teacache", "magcache"])
+def test_cache_fits_are_stored_used_and_told(
+    artifact: Path,
+    options: list[str],
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    path, trace = tmp_path / "tiny.ddit", tmp_path / "trace.json"
+    shutil.copytree(artifact, path)
+    extra = ["--steps", "8", "--step-cache", f"{kind}:0.5", "--trace", str(trace)]
+    assert generate(path, model_folder, tmp_path, *extra) == 2
+    assert f"no {kind}" in capsys.readouterr().err
+    assert main(["calibrate", str(path), *options, "--steps", "8", "--cache", kind, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["fit"]
+    (fit,) = read_manifest(path).cache_fits
+    assert (fit.kind, list(fit.values)) == (kind, told["values"])
+    assert [text for text, _ in fit.evidence["prompts"]] == ["a zebra", "a fox"]
+    assert {"torch", "diffusers"} <= fit.evidence["versions"].keys()
+    assert generate(path, model_folder, tmp_path, *extra, "--policy", "fine") == 0
+    run = json.loads(trace.read_text())["pictures"][0]["trace"]
+    assert run["reused"] > 0
+    assert main(["info", str(path)]) == 0
+    assert f"{kind}: fitted on this model: 2 prompts, 8 steps" in capsys.readouterr().out
+
+
+def test_cache_and_a_target_together_are_refused(
+    artifact: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = ["--cache", "teacache", "--speedup", "2"]
+    assert main(["calibrate", str(artifact), *options, *both]) == 2
+    assert "not allowed with" in capsys.readouterr().err
