@@ -150,21 +150,39 @@ def _fit_lines(data: dict[str, Any]) -> list[str]:
 def _memory_lines(memory: dict[str, Any]) -> list[str]:
     if "weights_bytes" not in memory:
         return ["  weights      shared with the model, not in the artifact (--model counts them)"]
-    lines = [
+    latent = memory["latent_bytes"]
+    parts = [memory[f"{name}_bytes"] for name in ("history", "velocities", "detail")]
+    parts += [entry["correction_bytes"] for entry in memory["buckets"]]
+    return [
         f"  weights      {memory['weights_bytes'] / _MIB:.1f} MiB, shared with the model",
         f"  state        of one run, {_conditions(memory)}:",
+        f"    one latent     {latent:>12,} bytes, float32",
+        f"    history        {memory['history_bytes']:>12,} bytes",
+        f"    velocities     {memory['velocities_bytes']:>12,} bytes, for {memory['solver']}",
+        f"    detail         {memory['detail_bytes']:>12,} bytes, of the latest step at p",
+        *(
+            f"    correction {entry['patch']:<3} {entry['correction_bytes']:>12,} bytes"
+            for entry in memory["buckets"]
+            if entry["correction_bytes"]
+        ),
+        f"    together       {sum(parts):>12,} bytes, {sum(parts) / latent:.2f} latents",
+        f"    text           {memory['text_bytes']:>12,} bytes",
+        *(
+            f"    bucket {entry['patch']:<3}     {entry['tokens']:>12,} tokens; positions "
+            f"{entry['positions_bytes']:,} bytes, modulation {entry['modulation_bytes']:,} bytes, with a "
+            f"step cache {entry['residual_bytes']:,} bytes more"
+            for entry in memory["buckets"]
+        ),
     ]
-    lines += [
-        f"    {entry['patch']:<4} {entry['tokens']:6d} tokens  {entry['bytes'] / _MIB:.2f} MiB"
-        f"  {entry['residual_bytes'] / _MIB:.2f} MiB more with a step cache"
-        for entry in memory["buckets"]
-    ]
-    return lines
 
 
 def _conditions(memory: dict[str, Any]) -> str:
-    size = f"{memory['height']} x {memory['width']}"
-    return f"{size}, {memory['text_tokens']} text tokens, {memory['steps']} steps, batch 1"
+    frames = "" if memory["num_frames"] is None else f", {memory['num_frames']} frames"
+    guided = ", guided" if memory["passes"] == 2 else ""
+    return (
+        f"{memory['height']} x {memory['width']}{frames}, {memory['text_tokens']} text tokens, "
+        f"{memory['steps']} steps, batch 1{guided}"
+    )
 
 
 INFO = Command(

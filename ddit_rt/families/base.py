@@ -153,6 +153,7 @@ class Family(ABC):
             side; see `ops.unpack`.
         time_driven: Whether what TeaCache goes by depends on the time alone; then the family has a
             `time_signal`, otherwise `modulate_input`.
+        guided_by_default: Whether a pipeline call that says nothing of guidance runs two passes.
         default_ranges: Fields of `TokenRanges` in which the family departs from its defaults.
     """
 
@@ -163,6 +164,7 @@ class Family(ABC):
     video: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False
     time_driven: ClassVar[bool] = False
+    guided_by_default: ClassVar[bool] = False
     default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {}
 
     def check_model(self, transformer: nn.Module, pipeline: Any) -> None:
@@ -307,6 +309,11 @@ class Family(ABC):
     @abstractmethod
     def default_size(self, pipeline: Any) -> tuple[int, int]:
         """Height and width, in pixels, of a pipeline call that names none."""
+
+    def default_frames(self, pipeline: Any) -> int | None:
+        """Frames of a pipeline call that names none; None for pictures."""
+        del pipeline
+        return None
 
     @abstractmethod
     def latent_shape(

@@ -58,6 +58,7 @@ class WanFamily(Family):
     video: ClassVar[bool] = True
     channels_last: ClassVar[bool] = True
     time_driven: ClassVar[bool] = True
+    guided_by_default: ClassVar[bool] = True
     # 81 frames of 720 x 1280 with guidance; 13824 features per token then stay below 2**31.
     default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {
         "batch": (1, 2),
@@ -242,6 +243,10 @@ class WanFamily(Family):
     def default_size(self, pipeline: Any) -> tuple[int, int]:
         """480 x 832, as the pipeline's call has it."""
         return default_of(pipeline, "height"), default_of(pipeline, "width")
+
+    def default_frames(self, pipeline: Any) -> int | None:
+        """81, as the pipeline's call has it."""
+        return default_of(pipeline, "num_frames")
 
     def latent_shape(
         self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddit_rt.artifact import Artifact
+from ddit_rt.artifact import Artifact, BucketEntry
 from ddit_rt.buckets import StepModel, latent_frames
-from ddit_rt.families import family_of
-from ddit_rt.patch_scheduler import parse_patch, patch_name
+from ddit_rt.families import Family, family_of
+from ddit_rt.patch_scheduler import parse_patch
+from ddit_rt.solver import probe_scheduler
 
 _STEPS = 50
+_FLOAT = 4
+_HISTORY = 4
+"""Latents of the history: the third difference and every solver table need the latest four."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,13 +29,19 @@ class BucketMemory:
     Attributes:
         patch: Patch size by name.
         tokens: Image tokens of a step.
-        bytes: Position encodings and per-step modulation inputs.
-        residual_bytes: What a run with a step cache keeps beside them, for each pass of the model
-            in a step: classifier-free guidance has two.
+        positions_bytes: Position encodings.
+        modulation_bytes: Modulation inputs and noise levels of all steps.
+        correction_bytes: What a training-free coarse step keeps of the latest step at p.
+        bytes: All of these.
+        residual_bytes: What a run with a step cache keeps beside them, of every pass of the model
+            in a step.
     """
 
     patch: str
     tokens: int
+    positions_bytes: int
+    modulation_bytes: int
+    correction_bytes: int
     bytes: int
     residual_bytes: int
 
@@ -41,24 +52,61 @@ class ModelMemory:
 
     Attributes:
         weights_bytes: The transformer's weights: one copy, whatever the number of patch sizes.
-        height: Picture height that `buckets` was counted at.
+        height: Picture height that all else was counted at.
         width: Picture width of the same.
+        num_frames: Frames of the same; None for a picture.
         text_tokens: Text tokens of the same.
         steps: Denoising steps of the same.
+        passes: Passes of the model in a step of the same: 2 with classifier-free guidance.
+        solver: Class name of the pipeline's scheduler.
+        latent_bytes: One sample's latents in float32.
+        history_bytes: The latest latents.
+        velocities_bytes: Velocities that the solver combines.
+        detail_bytes: The clean estimate of the latest step at p, of each pass.
+        text_bytes: Text tokens as the blocks take them, of each pass.
         buckets: Per patch size that this picture size offers.
     """
 
     weights_bytes: int
     height: int
     width: int
+    num_frames: int | None
     text_tokens: int
     steps: int
+    passes: int
+    solver: str
+    latent_bytes: int
+    history_bytes: int
+    velocities_bytes: int
+    detail_bytes: int
+    text_bytes: int
     buckets: tuple[BucketMemory, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """The run that is counted."""
+
+    model: StepModel
+    shape: tuple[int, ...]
+    text_tokens: int
+    steps: int
+    passes: int
+
+    @property
+    def latent_bytes(self) -> int:
+        return _FLOAT * math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return self.model.dtype.itemsize
 
 
 @torch.no_grad()
 def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS) -> ModelMemory:
     """Counts the memory of a run at the artifact's own picture size, batch 1.
+
+    The run has the pipeline's scheduler, and guidance where the pipeline guides by default.
 
     Args:
         artifact: The artifact; none of its code is loaded.
@@ -67,44 +115,79 @@ def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS) -> ModelMe
     """
     manifest, transformer = artifact.manifest, pipeline.transformer
     family = family_of(transformer)
-    rows, columns = family.default_size(pipeline)
-    height = int(manifest.pipeline_defaults.get("height", rows))
-    width = int(manifest.pipeline_defaults.get("width", columns))
-    num_frames = manifest.pipeline_defaults.get("num_frames")
-    text_tokens = manifest.ranges.text[1]
-    model = StepModel(family=family, transformer=transformer, base={})
-    shape = family.latent_shape(pipeline, height, width, 1, num_frames)
-    rows, columns = shape[-2:]
-    multiples = [parse_patch(entry.patch) for entry in manifest.buckets]
-    buckets = tuple(
-        _bucket_memory(model, shape, multiple, text_tokens, steps)
-        for multiple in multiples
-        if rows % (multiple * model.patch_size) == 0 == columns % (multiple * model.patch_size)
+    height, width, frames = _size(family, pipeline, manifest.pipeline_defaults)
+    run = _Run(
+        model=StepModel(family=family, transformer=transformer, base={}),
+        shape=family.latent_shape(pipeline, height, width, 1, frames),
+        text_tokens=manifest.ranges.text[1],
+        steps=steps,
+        passes=2 if family.guided_by_default else 1,
     )
+    offered = [entry for entry in manifest.buckets if _divides(run, parse_patch(entry.patch))]
+    coarse = len(offered) > 1
+    text = run.passes * run.text_tokens * family.hidden_size(transformer) * run.itemsize
     return ModelMemory(
         weights_bytes=_module_bytes(transformer),
         height=height,
         width=width,
-        text_tokens=text_tokens,
+        num_frames=frames,
+        text_tokens=run.text_tokens,
         steps=steps,
-        buckets=buckets,
+        passes=run.passes,
+        solver=type(pipeline.scheduler).__name__,
+        latent_bytes=run.latent_bytes,
+        history_bytes=_HISTORY * run.latent_bytes,
+        velocities_bytes=_velocity_depth(run, pipeline) * run.latent_bytes,
+        detail_bytes=run.passes * run.latent_bytes if coarse else 0,
+        text_bytes=text,
+        buckets=tuple(_bucket_memory(run, entry) for entry in offered),
     )
 
 
-def _bucket_memory(
-    model: StepModel, shape: tuple[int, ...], multiple: int, text_tokens: int, steps: int
-) -> BucketMemory:
-    """What every kind of bucket keeps for a run: positions, and a modulation input per step."""
-    grid = model.grid(shape[-2], shape[-1], multiple, latent_frames(shape))
-    positions = model.family.positions(model.transformer, grid, text_tokens)
+def _size(family: Family, pipeline: Any, defaults: dict[str, Any]) -> tuple[int, int, int | None]:
+    rows, columns = family.default_size(pipeline)
+    frames = family.default_frames(pipeline)
+    return (
+        int(defaults.get("height", rows)),
+        int(defaults.get("width", columns)),
+        defaults.get("num_frames", frames),
+    )
+
+
+def _divides(run: _Run, multiple: int) -> bool:
+    patch = multiple * run.model.patch_size
+    return run.shape[-2] % patch == 0 == run.shape[-1] % patch
+
+
+def _velocity_depth(run: _Run, pipeline: Any) -> int:
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    grid = run.model.grid(*run.shape[-2:], frames=latent_frames(run.shape))
+    run.model.family.set_timesteps(scheduler, run.steps, None, grid)
+    return probe_scheduler(scheduler).velocity_depth
+
+
+def _bucket_memory(run: _Run, entry: BucketEntry) -> BucketMemory:
+    model, multiple = run.model, parse_patch(entry.patch)
+    grid = model.grid(*run.shape[-2:], multiple, latent_frames(run.shape))
+    positions = model.family.positions(model.transformer, grid, run.text_tokens)
     width = math.prod(model.family.modulation_shape(model.transformer))
-    item = torch.finfo(model.dtype).bits // 8
-    modulation = steps * width * item
+    modulation = run.steps * run.passes * width * run.itemsize
+    correction = 0
+    if multiple > 1:
+        modulation += 2 * run.steps * _FLOAT
+        correction = run.passes * run.latent_bytes // multiple**2
+    positions_bytes = sum(_tensor_bytes(tensor) for tensor in positions)
     return BucketMemory(
-        patch=patch_name(multiple),
+        patch=entry.patch,
         tokens=grid.tokens,
-        bytes=sum(_tensor_bytes(tensor) for tensor in positions) + modulation,
-        residual_bytes=grid.tokens * model.family.hidden_size(model.transformer) * item,
+        positions_bytes=positions_bytes,
+        modulation_bytes=modulation,
+        correction_bytes=correction,
+        bytes=positions_bytes + modulation + correction,
+        residual_bytes=run.passes
+        * grid.tokens
+        * model.family.hidden_size(model.transformer)
+        * run.itemsize,
     )
 
 

@@ -43,8 +43,15 @@ def test_model_adds_memory_counts(
     assert [bucket["tokens"] for bucket in memory["buckets"]] == [24, 6]
     assert (memory["height"], memory["width"]) == (32, 48)
     # cos and sin, 16 wide, of 512 text and 24 image tokens, and 50 modulations of width 32.
+    assert memory["buckets"][0]["positions_bytes"] == 4 * 2 * (512 + 24) * 16
     assert memory["buckets"][0]["bytes"] == 4 * (2 * (512 + 24) * 16 + 50 * 32)
     assert [bucket["residual_bytes"] for bucket in memory["buckets"]] == [4 * 24 * 32, 4 * 6 * 32]
+    assert memory["latent_bytes"] == 4 * 4 * 8 * 12
+    assert main(["info", str(artifact), "--model", str(model_folder)]) == 0
+    text = capsys.readouterr().out
+    assert "history               6,144 bytes" in text
+    # Four latents, one velocity (Euler), the detail and its mean over 2 x 2.
+    assert "9,600 bytes, 6.25 latents" in text
 
 
 def test_other_model_is_named_as_mismatch_with_a_remedy(
