@@ -26,8 +26,8 @@ def policy_of(schedule: str, flops: Mapping[str, int], steps: int) -> PatchPolic
     """The patch policy of one of `SCHEDULES`.
 
     Args:
-        schedule: Its name.
-        flops: Operations of one step by patch size, `"p"`, `"2p"` and `"4p"`.
+        schedule: Its name; or `"paper_...x"` of another speed-up, as Wan's benchmark has them.
+        flops: Operations of one step by patch size, `"p"`, `"2p"` and, where offered, `"4p"`.
         steps: Denoising steps.
 
     Raises:
@@ -39,7 +39,7 @@ def policy_of(schedule: str, flops: Mapping[str, int], steps: int) -> PatchPolic
         return DDiTPolicy()
     if schedule == "mixed":
         return StaticPolicy(MIXED_PLAN)
-    wanted = {f"paper_{speedup:.2f}x": speedup for speedup in PAPER_SPEEDUPS}[schedule]
+    wanted = float(schedule.removeprefix("paper_").removesuffix("x"))
     return StaticPolicy(plan_for_speedup(wanted, flops, steps))
 
 
@@ -51,17 +51,19 @@ def plan_for_speedup(speedup: float, flops: Mapping[str, int], steps: int) -> li
     """
     plans = [
         (coarsest, coarse)
-        for coarsest in range(steps + 1)
+        for coarsest in range(steps + 1 if "4p" in flops else 1)
         for coarse in range(steps + 1 - coarsest)
     ]
     errors = {plan: abs(_ratio(plan, flops, steps) / speedup - 1) for plan in plans}
     best = min(plans, key=lambda plan: (errors[plan] > _TOLERANCE, abs(plan[0] - plan[1])))
     if errors[best] > _TOLERANCE:
-        most = _ratio((steps, 0), flops, steps)
+        size = "4p" if "4p" in flops else "2p"
+        most = counted_speedup([size], flops)
         nearest = min(errors.values())
         raise ValueError(
             f"no plan of {steps} steps at p, 2p and 4p comes within {_TOLERANCE:.0%} of "
-            f"{speedup:g}x by count (nearest: {nearest:.1%} off); all steps at 4p give {most:.2f}x"
+            f"{speedup:g}x by count (nearest: {nearest:.1%} off); all steps at {size} give "
+            f"{most:.2f}x"
         )
     even = abs(best[0] - best[1])
     best = min((p for p in plans if abs(p[0] - p[1]) == even), key=lambda plan: errors[plan])
@@ -76,5 +78,5 @@ def counted_speedup(patch_sizes: Sequence[str], flops: Mapping[str, int]) -> flo
 
 def _ratio(plan: tuple[int, int], flops: Mapping[str, int], steps: int) -> float:
     coarsest, coarse = plan
-    cost = coarsest * flops["4p"] + coarse * flops["2p"] + (steps - sum(plan)) * flops["p"]
+    cost = coarsest * flops.get("4p", 0) + coarse * flops["2p"] + (steps - sum(plan)) * flops["p"]
     return steps * flops["p"] / cost

@@ -103,8 +103,8 @@ class _Run:
 
 
 @torch.no_grad()
-def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS) -> ModelMemory:
-    """Counts the memory of a run at the artifact's own picture size, batch 1.
+def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS, **size: int) -> ModelMemory:
+    """Counts the memory of a run, batch 1.
 
     The run has the pipeline's scheduler, and guidance where the pipeline guides by default.
 
@@ -112,10 +112,11 @@ def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS) -> ModelMe
         artifact: The artifact; none of its code is loaded.
         pipeline: The pipeline that it fits.
         steps: Denoising steps.
+        size: `height`, `width`, `num_frames`; by default the artifact's own, else the pipeline's.
     """
     manifest, transformer = artifact.manifest, pipeline.transformer
     family = family_of(transformer)
-    height, width, frames = _size(family, pipeline, manifest.pipeline_defaults)
+    height, width, frames = _size(family, pipeline, {**manifest.pipeline_defaults, **size})
     run = _Run(
         model=StepModel(family=family, transformer=transformer, base={}),
         shape=family.latent_shape(pipeline, height, width, 1, frames),
@@ -161,14 +162,16 @@ def _divides(run: _Run, multiple: int) -> bool:
 
 def _velocity_depth(run: _Run, pipeline: Any) -> int:
     scheduler = copy.deepcopy(pipeline.scheduler)
-    grid = run.model.grid(*run.shape[-2:], frames=latent_frames(run.shape))
+    height, width = run.shape[-2:]
+    grid = run.model.grid(height, width, frames=latent_frames(run.shape))
     run.model.family.set_timesteps(scheduler, run.steps, None, grid)
     return probe_scheduler(scheduler).velocity_depth
 
 
 def _bucket_memory(run: _Run, entry: BucketEntry) -> BucketMemory:
     model, multiple = run.model, parse_patch(entry.patch)
-    grid = model.grid(*run.shape[-2:], multiple, latent_frames(run.shape))
+    height, width = run.shape[-2:]
+    grid = model.grid(height, width, multiple, latent_frames(run.shape))
     positions = model.family.positions(model.transformer, grid, run.text_tokens)
     width = math.prod(model.family.modulation_shape(model.transformer))
     modulation = run.steps * run.passes * width * run.itemsize

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def run(out: Path, *arguments: str) -> dict[str, Any]:
+    assert import_module("bench_wan").main(["--quick", "--out", str(out), *arguments]) == 0
+    data: dict[str, Any] = json.loads(out.read_text())
+    return data
+
+
+def test_quick_run_has_a_row_of_everything(tmp_path: Path) -> None:
+    report = run(tmp_path / "wan.json", "--contenders", "ddit_rt_*")
+    sections, key = report["sections"], "128x128x5/batch1/steps16"
+    rows = sections["buckets"][key]["rows"]
+    assert list(rows) == ["p", "2p", "4p"]
+    assert rows["p"]["flops"] > rows["2p"]["flops"] > rows["4p"]["flops"]
+    for row in rows.values():
+        assert row["over_floor"] == row["seconds"]["median"] / row["floor_seconds"]
+    loops = sections["loops"][key]["rows"]
+    names = ("fine", "paper_1.60x", "paper_2.10x", "paper_3.20x", "dynamic")
+    assert set(loops) == {"diffusers_eager", *(f"ddit_rt_auto_{name}" for name in names)}
+    assert all(row["finite"] for row in loops.values())
+    # The unmodified model: guidance multiplies rounding of float32 by up to ten.
+    assert loops["ddit_rt_auto_fine"]["relative_error"] < 1e-4
+    for name in names[1:4]:
+        wanted = float(name[6:10])
+        counted = loops[f"ddit_rt_auto_{name}"]["counted_speedup"]
+        assert counted == pytest.approx(wanted, rel=0.02)
+    memory = sections["memory"][key]
+    assert memory["latent_bytes"] == 4 * 16 * 2 * 16 * 16
+    assert memory["history_bytes"] == 4 * memory["latent_bytes"]
+
+
+@pytest.mark.filterwarnings("ignore:4p is not offered")
+def test_size_without_4p_has_plans_without_it(tmp_path: Path) -> None:
+    chosen = ["--sections", "loops", "--videos", "96x128x5", "--contenders", "*_paper_2.10x"]
+    chosen += ["--steps", "50"]
+    rows = run(tmp_path / "wan.json", *chosen)["sections"]["loops"]
+    (row,) = (
+        row
+        for row in rows["96x128x5/batch1/steps50"]["rows"].values()
+        if row["schedule"] == "paper_2.10x"
+    )
+    assert set(row["patch_sizes"]) == {"p", "2p"}
+
+
+def test_unreadable_size_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'480x832'; write height x width x frames"):
+        run(tmp_path / "wan.json", "--videos", "480x832")
+
+
+def test_published_config_is_that_of_the_1_3b_model() -> None:
+    """Parameters of Wan 2.1 T2V 1.3B, counted without memory."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    preset = import_module("wan_model").PRESETS["wan-1.3b"]
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**preset.config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_418_996_800
