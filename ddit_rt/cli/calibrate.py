@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.generate import pipeline_arguments
-from ddit_rt.cli.models import DTYPES, EMBEDDED, MODEL_HELP, load_pipeline
+from ddit_rt.cli.models import DTYPES, EMBEDDED, MODEL_HELP, load_pipeline, refuse_video
 
 if TYPE_CHECKING:
     from ddit_rt.calibration import CalibrationConfig
@@ -107,7 +107,10 @@ def _run(args: argparse.Namespace) -> Outcome:
     if args.cache is not None:
         return _fit_cache(args)
     _require_extra()
+    from ddit_rt.artifact import read_manifest
+
     config = _config(args)
+    refuse_video(read_manifest(args.artifact), "calibrate")
     engine = _engine(args)
     arguments = pipeline_arguments(args)
     result = _calibrate(engine, config, arguments)

@@ -28,6 +28,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--height", type=int, help="picture height; default: the model's own")
     parser.add_argument("--width", type=int, help="picture width; default: the model's own")
+    parser.add_argument("--num-frames", type=int, help="of a video; default: the model's own")
     parser.add_argument(
         "--patch-sizes",
         default="p,2p,4p",
@@ -59,12 +60,14 @@ def _run(args: argparse.Namespace) -> Outcome:
     import ddit_rt
     from ddit_rt.families import family_of
 
-    height, width = family_of(pipeline.transformer).default_size(pipeline)
+    family = family_of(pipeline.transformer)
+    height, width = family.default_size(pipeline)
     size = {"height": height, "width": width, **embedded_defaults(args.model)}
     engine = ddit_rt.compile(
         pipeline,
         height=size["height"] if args.height is None else args.height,
         width=size["width"] if args.width is None else args.width,
+        num_frames=family.default_frames(pipeline) if args.num_frames is None else args.num_frames,
         patch_sizes=sizes,
         adapter=adapter,
         patch_policy=_embedded_policy(args.model),
@@ -117,6 +120,7 @@ COMPILE = Command(
         "ddit-rt compile demo --adapter demo -o demo.ddit",
         "ddit-rt compile black-forest-labs/FLUX.1-dev -o flux.ddit --dtype bfloat16",
         "ddit-rt compile ./my-flux -o my-flux.ddit --height 768 --width 1024 --patch-sizes p,2p",
+        "ddit-rt compile ./wan -o wan.ddit --dtype bfloat16 --height 512 --num-frames 81",
     ),
     add_arguments=_add_arguments,
     run=_run,

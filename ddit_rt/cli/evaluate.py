@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.generate import pipeline_arguments
-from ddit_rt.cli.models import DTYPES, EMBEDDED, MODEL_HELP, load_pipeline
+from ddit_rt.cli.models import DTYPES, EMBEDDED, MODEL_HELP, load_pipeline, refuse_video
 from ddit_rt.cli.policies import choose_policy
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
     prompts, source = _prompts(args)
     manifest = read_manifest(args.artifact)
+    refuse_video(manifest, "eval")
     with weights_folder(args.weights):
         pipeline = load_pipeline(
             args.model, args.dtype or manifest.dtype, manifest.environment.device

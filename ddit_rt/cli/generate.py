@@ -1,4 +1,4 @@
-"""`ddit-rt generate`: pictures from an artifact and its model."""
+"""`ddit-rt generate`: pictures or videos from an artifact and its model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.models import DTYPES, MODEL_HELP, embedded_defaults, load_pipeline
+from ddit_rt.cli.outputs import output_paths, write_video
 from ddit_rt.cli.policies import (
     add_policy_arguments,
     add_step_cache_argument,
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from ddit_rt.pipeline import Engine
     from ddit_rt.pipeline.presets import PolicyChoice
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+_OWN_ARGUMENTS = ("negative_prompt", "num_frames", "true_cfg_scale", "guidance_interval")
+"""Arguments that other commands, which share `pipeline_arguments`, do not have."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,17 +38,29 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         type=Path,
-        default=Path("out.png"),
         metavar="FILE",
-        help="picture to write (default: %(default)s); several become FILE-1, FILE-2, ...; "
-        "existing files are replaced",
+        help="picture to write (default: out.png), or video (default: out.mp4; NAME.png: frames "
+        "NAME/000.png, ...); several become FILE-1, FILE-2, ...; existing files are replaced",
     )
-    parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="one for all prompts")
+    parser.add_argument("--num-images", type=int, default=1, help="pictures or videos per prompt")
     parser.add_argument("--seed", type=int, help="seed of the first picture, then seed + 1, ...")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the pipeline's")
     parser.add_argument("--height", type=int, help="default: as compiled")
     parser.add_argument("--width", type=int, help="default: as compiled")
+    parser.add_argument("--num-frames", type=int, help="of a video; default: as compiled")
+    parser.add_argument("--fps", type=int, default=16, help="of an MP4 (default: %(default)s)")
     parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's")
+    parser.add_argument(
+        "--true-cfg-scale", type=float, help="FLUX's guidance by --negative-prompt; default: 1, off"
+    )
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("START", "STOP"),
+        help="part of the steps that classifier-free guidance acts in (default: 0 1)",
+    )
     parser.add_argument(
         "--max-sequence-length", type=int, help="text tokens; default: the pipeline's"
     )
@@ -69,12 +84,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> Outcome:
     cache = parse_step_cache(args.step_cache)
-    paths = output_paths(args.output, len(args.prompt) * args.num_images)
     seed = random.randrange(2**31) if args.seed is None else args.seed  # noqa: S311 - no secret
     from ddit_rt.artifact import read_manifest
+    from ddit_rt.families import family_named
 
     # Before the model: a missing artifact should not cost the minutes of loading one.
     manifest = read_manifest(args.artifact)
+    video = family_named(manifest.family).video
+    output = args.output or Path("out.mp4" if video else "out.png")
+    paths = output_paths(output, len(args.prompt) * args.num_images, video=video)
     device = manifest.environment.device
     pipeline = load_pipeline(args.model, args.dtype or manifest.dtype, device)
     import ddit_rt
@@ -86,29 +104,13 @@ def _run(args: argparse.Namespace) -> Outcome:
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
     arguments = {**pipeline_arguments(args), "step_cache": cache}
     pictures = [
-        _generate(engine, policy, prompt, seed + index, path, arguments)
+        _generate(engine, policy, prompt, seed + index, path, arguments, args.fps)
         for index, (prompt, path) in enumerate(zip(prompts, paths, strict=True))
     ]
     data = {"artifact": str(args.artifact), "policy": _policy_entry(policy), "pictures": pictures}
     if args.trace is not None:
         _write_json(args.trace, data)
     return Outcome(data=_without_traces(data), text=_text(pictures))
-
-
-def output_paths(output: Path, count: int) -> list[Path]:
-    """Where `count` pictures go; the folder is made.
-
-    Raises:
-        ValueError: No pictures, or a file type that cannot be written.
-    """
-    if count < 1:
-        raise ValueError("got --num-images below 1; ask for at least one picture per prompt")
-    if output.suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"cannot write {output}: the name must end in {', '.join(_SUFFIXES)}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if count == 1:
-        return [output]
-    return [output.with_stem(f"{output.stem}-{index}") for index in range(1, count + 1)]
 
 
 def pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -119,6 +121,7 @@ def pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "width": args.width,
         "guidance_scale": args.guidance_scale,
         "max_sequence_length": args.max_sequence_length,
+        **{name: getattr(args, name, None) for name in _OWN_ARGUMENTS},
     }
     given = {name: value for name, value in given.items() if value is not None}
     text = embedded_defaults(args.model).get("max_sequence_length")
@@ -132,15 +135,22 @@ def _generate(
     seed: int,
     path: Path,
     arguments: dict[str, Any],
+    fps: int,
 ) -> dict[str, Any]:
-    """One picture in its own run, so that it can be made again alone, with its seed."""
+    """One picture or video in its own run, so that it can be made again alone, with its seed."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     started = time.perf_counter()
-    image = engine(prompt, patch_policy=policy, generator=generator, **arguments).images[0]
+    arguments = {"output_type": "pil", **arguments}
+    output = engine(prompt, patch_policy=policy, generator=generator, **arguments)
     seconds = time.perf_counter() - started
-    image.save(path)
+    if hasattr(output, "frames"):
+        image, frames = output.frames[0][0], len(output.frames[0])
+        write_video(output.frames[0], path, fps)
+    else:
+        image, frames = output.images[0], None
+        image.save(path)
     trace = engine.last_trace
     assert trace is not None, "a run that returned has a trace"
     return {
@@ -149,6 +159,7 @@ def _generate(
         "seed": seed,
         "height": image.height,
         "width": image.width,
+        "num_frames": frames,
         "seconds": seconds,
         "tokens": trace.tokens,
         "patch_sizes": trace.patch_sizes(),
@@ -202,7 +213,7 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 GENERATE = Command(
     name="generate",
-    summary="Generate pictures with a compiled model.",
+    summary="Generate pictures or videos with a compiled model.",
     examples=(
         'ddit-rt generate demo.ddit --model demo --prompt "a red circle on plain blue" -o a.png',
         "ddit-rt generate flux.ddit --model black-forest-labs/FLUX.1-dev --dtype bfloat16 \\",
@@ -211,6 +222,7 @@ GENERATE = Command(
         'ddit-rt generate flux.ddit --model ./flux --prompt "a fox" --step-cache teacache:0.4',
         'ddit-rt generate flux.ddit --model ./flux --prompt "a fox" --policy 4p:0.2,2p:0.4,p \\',
         "    --trace fox.json -o fox.png",
+        'ddit-rt generate wan.ddit --model ./wan --prompt "a cat runs" --num-frames 33 -o cat.mp4',
     ),
     add_arguments=_add_arguments,
     run=_run,

@@ -169,8 +169,8 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
         f"    text           {memory['text_bytes']:>12,} bytes",
         *(
             f"    bucket {entry['patch']:<3}     {entry['tokens']:>12,} tokens; positions "
-            f"{entry['positions_bytes']:,} bytes, modulation {entry['modulation_bytes']:,} bytes, with a "
-            f"step cache {entry['residual_bytes']:,} bytes more"
+            f"{entry['positions_bytes']:,} bytes, modulation {entry['modulation_bytes']:,} bytes, "
+            f"with a step cache {entry['residual_bytes']:,} bytes more"
             for entry in memory["buckets"]
         ),
     ]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddit_rt.artifact import Manifest
 
 EMBEDDED = "demo"
 """The model name that stands for the pipeline inside the package."""
@@ -63,6 +66,23 @@ def load_pipeline(model: str, dtype: str | None = None, device: str = "cpu") -> 
     if pipeline.dtype is not wanted:  # a release that knows the argument by its older name
         pipeline.to(wanted)
     return pipeline if device == "cpu" else pipeline.to(device)
+
+
+def refuse_video(manifest: Manifest, command: str) -> None:
+    """Refuses an artifact of a video model where pictures are compared.
+
+    Raises:
+        UnsupportedModelError: It is one.
+    """
+    from ddit_rt.errors import UnsupportedModelError
+    from ddit_rt.families import family_named
+
+    if family_named(manifest.family).video:
+        raise UnsupportedModelError(
+            f"ddit-rt {command} compares pictures, and this artifact makes videos "
+            f"({manifest.transformer_class}), which this version does not score; compare plans by "
+            "eye with ddit-rt generate --policy"
+        )
 
 
 def embedded_defaults(model: str) -> dict[str, int]:

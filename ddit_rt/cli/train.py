@@ -120,6 +120,10 @@ def _run(args: argparse.Namespace) -> Outcome:
     pipeline.set_progress_bar_config(disable=True)
     import torch
 
+    from ddit_rt.adapters import adaptable_layers
+    from ddit_rt.families import family_of
+
+    adaptable_layers(family_of(pipeline.transformer), pipeline.transformer)
     result = train(
         pipeline,
         _data(args, pipeline),

@@ -180,6 +180,7 @@ def _bucket_memory(run: _Run, entry: BucketEntry) -> BucketMemory:
         modulation += 2 * run.steps * _FLOAT
         correction = run.passes * run.latent_bytes // multiple**2
     positions_bytes = sum(_tensor_bytes(tensor) for tensor in positions)
+    hidden = model.family.hidden_size(model.transformer)
     return BucketMemory(
         patch=entry.patch,
         tokens=grid.tokens,
@@ -187,10 +188,7 @@ def _bucket_memory(run: _Run, entry: BucketEntry) -> BucketMemory:
         modulation_bytes=modulation,
         correction_bytes=correction,
         bytes=positions_bytes + modulation + correction,
-        residual_bytes=run.passes
-        * grid.tokens
-        * model.family.hidden_size(model.transformer)
-        * run.itemsize,
+        residual_bytes=run.passes * grid.tokens * hidden * run.itemsize,
     )
 
 

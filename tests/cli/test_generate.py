@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from ddit_rt.cli import main
-from ddit_rt.cli.generate import output_paths, run_lengths
+from ddit_rt.cli.generate import run_lengths
+from ddit_rt.cli.outputs import output_paths
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_batches_equal_diffusers() -> None:
 @pytest.mark.parametrize("scheduler", [unipc, euler])
 def test_batch_of_two_prompts_equals_two_single_runs(scheduler: Any, batched: bool) -> None:
     """With coarse steps after fine ones, so that every sample has detail of its own to keep."""
-    engine = eager(wan_pipeline(scheduler()), ranges=TokenRanges(batch=(1, 4), image=(4, 4096)))
+    engine = eager(wan_pipeline(scheduler()), ranges=TokenRanges(batch=(1, 4), image=(4, 32760)))
     engine.batched_guidance = batched
     plan = StaticPolicy(["p", "2p", "4p", "p", "2p", "p"])
     call = {**CALL, "patch_policy": plan}
@@ -154,6 +154,7 @@ def test_batch_of_two_prompts_equals_two_single_runs(scheduler: Any, batched: bo
     assert not torch.allclose(both[0], both[1], atol=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:.p is not offered")
 def test_every_size_of_one_engine_equals_diffusers() -> None:
     """Frames, height and width change from run to run, with coarse steps of other sizes between."""
     pipeline = wan_pipeline()

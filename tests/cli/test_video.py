@@ -1,0 +1,126 @@
+"""The commands on a video model."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from wan_models import wan_pipeline
+
+from ddit_rt.cli import main, outputs
+
+
+@pytest.fixture(scope="module")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Wan pipeline, as `save_pretrained` writes it."""
+    folder = tmp_path_factory.mktemp("wan")
+    wan_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wan_artifact(tmp_path_factory: pytest.TempPathFactory, wan_folder: Path) -> Path:
+    """Compiled by the command."""
+    path = tmp_path_factory.mktemp("artifact") / "wan.ddit"
+    size = ["--height", "64", "--width", "64", "--num-frames", "5", "--patch-sizes", "p,2p"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDIT_RT_HOME", str(path.parent / "home"))
+        assert main(["compile", str(wan_folder), "-o", str(path), *size]) == 0
+    return path
+
+
+@pytest.fixture
+def generate(wan_artifact: Path, wan_folder: Path) -> list[str]:
+    """Arguments of a short run."""
+    model = ["--model", str(wan_folder), "--trust-code", "--max-sequence-length", "8"]
+    steps = ["--steps", "3", "--seed", "1", "--policy", "2p:0.4,p"]
+    return ["generate", str(wan_artifact), *model, *steps, "--prompt", "a zebra"]
+
+
+def test_frames_become_pictures_of_a_folder(
+    generate: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--negative-prompt", "a cat", "--guidance-interval", "0", "0.7"]
+    capsys.readouterr()
+    assert main([*generate, "-o", str(tmp_path / "zebra.png"), *more, "--json"]) == 0
+    frames = sorted((tmp_path / "zebra").iterdir())
+    assert [frame.name for frame in frames] == [f"{index:03d}.png" for index in range(5)]
+    with Image.open(frames[0]) as image:
+        assert image.size == (64, 64)
+    (video,) = json.loads(capsys.readouterr().out)["pictures"]
+    assert video["num_frames"] == 5
+    assert video["patch_sizes"] == ["2p", "p", "p"]
+
+
+@pytest.mark.skipif(find_spec("imageio_ffmpeg") is None, reason="needs the extra 'video'")
+def test_mp4_holds_all_frames_at_their_size(generate: list[str], tmp_path: Path) -> None:
+    import imageio_ffmpeg
+
+    path = tmp_path / "zebra.mp4"
+    size = ["--num-frames", "9", "--height", "80", "--fps", "8", "--policy", "fine"]
+    assert main([*generate, "-o", str(path), *size]) == 0
+    count, seconds = imageio_ffmpeg.count_frames_and_secs(str(path))
+    assert count == 9
+    assert seconds == pytest.approx(9 / 8, abs=0.1)
+    meta = next(imageio_ffmpeg.read_frames(str(path)))
+    assert meta["size"] == (64, 80)
+
+
+def test_missing_encoder_is_named_before_any_work(
+    generate: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outputs, "find_spec", lambda _: None)
+    assert main([*generate, "-o", str(tmp_path / "a.mp4")]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "imageio and imageio-ffmpeg" in message
+    assert "ddit_rt[video]" in message
+
+
+def test_sizes_that_the_model_cannot_make_are_exit_2(
+    generate: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*generate, "-o", str(tmp_path / "a.png"), "--num-frames", "6"]) == 2
+    assert "such as 5 or 9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["calibrate", "eval"])
+def test_commands_that_score_pictures_refuse_videos(
+    command: str,
+    wan_artifact: Path,
+    wan_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = [f"a zebra and {count} cats" for count in range(14)]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    prompts = ["--prompts", str(tmp_path / "prompts.txt")]
+    target = ["--speedup", "2"] if command == "calibrate" else []
+    arguments = [command, str(wan_artifact), "--model", str(wan_folder), *prompts, *target]
+    assert main(arguments) == 2
+    assert f"ddit-rt {command} compares pictures" in capsys.readouterr().err
+
+
+def test_training_adapters_is_refused(
+    wan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a zebra\n")
+    source = ["--self", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
+    assert main(["train", str(wan_folder), *source]) == 2
+    assert "no patch adapters for WanTransformer3DModel" in capsys.readouterr().err
+
+
+def test_info_counts_the_videos_state(
+    wan_artifact: Path, wan_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["info", str(wan_artifact), "--model", str(wan_folder)]) == 0
+    text = capsys.readouterr().out
+    assert "64 x 64, 5 frames, 512 text tokens, 50 steps, batch 1, guided" in text
+    # Four latents, three velocities of UniPC, two details and two means over 2 x 2.
+    assert "9.50 latents" in text
