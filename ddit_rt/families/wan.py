@@ -77,8 +77,13 @@ class WanFamily(Family):
                 f"in_channels={config.in_channels} with out_channels={config.out_channels} "
                 "(image-to-video or control latents)"
             )
-        if getattr(pipeline, "transformer_2", None) is not None:
-            refused.append("two experts (transformer_2 of Wan 2.2 A14B)")
+        if pipeline is not None and (
+            pipeline.transformer_2 is not None or pipeline.config.boundary_ratio is not None
+        ):
+            refused.append(
+                "two experts (transformer_2 and boundary_ratio of Wan 2.2 A14B: a bucket holds the "
+                "weights of one model, and a step chooses a patch size only)"
+            )
         if pipeline is not None and pipeline.config.expand_timesteps:
             refused.append("a timestep per token (expand_timesteps of Wan 2.2 TI2V 5B)")
         if refused:

@@ -241,7 +241,11 @@ def test_other_variants_are_refused_by_name(config: dict[str, Any], message: str
 def test_other_pipelines_are_refused_by_name() -> None:
     pipeline = wan_pipeline()
     pipeline.register_modules(transformer_2=wan_transformer(1))
-    with pytest.raises(UnsupportedModelError, match="two experts"):
+    with pytest.raises(UnsupportedModelError, match="two experts.*weights of one model"):
+        ddit_rt.compile(pipeline, backend="eager", progress=False)
+    pipeline = wan_pipeline()
+    pipeline.register_to_config(boundary_ratio=0.875)
+    with pytest.raises(UnsupportedModelError, match="boundary_ratio"):
         ddit_rt.compile(pipeline, backend="eager", progress=False)
     pipeline = wan_pipeline()
     pipeline.register_to_config(expand_timesteps=True)
