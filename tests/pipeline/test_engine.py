@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import (
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    UniPCMultistepScheduler,
+)
 from diffusers.guiders import ClassifierFreeGuidance
 from models import (
     noise,
@@ -212,6 +218,21 @@ def test_arguments_that_cannot_be_honoured_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         engine(**tiny_embeds(), **arguments)
+
+
+@pytest.mark.parametrize(
+    "kind", [UniPCMultistepScheduler, DPMSolverMultistepScheduler, DEISMultistepScheduler]
+)
+def test_solvers_with_dynamic_shifting_equal_diffusers(kind: Any) -> None:
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = kind(
+        prediction_type="flow_prediction", use_flow_sigmas=True, use_dynamic_shifting=True
+    )
+    engine = ddit_rt.compile(pipeline, backend="eager", progress=False)
+    call = {"height": 64, "width": 96, "num_inference_steps": 8, "output_type": "latent"}
+    expected = latents_of(pipeline(**tiny_embeds(), **call, generator=seeded()))
+    actual = latents_of(engine(**tiny_embeds(), **call, generator=seeded(), patch_policy=FINE))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 NEGATIVE = {f"negative_{name}": value for name, value in tiny_embeds(2, seed=2).items()}
