@@ -158,7 +158,7 @@ def test_second_step_count_joins_the_first(
         (["--speedup", "2", "--steps", "1"], "fewer than 2 steps"),
         (["--speedup", "2", "--prompts", "none.txt"], "none.txt"),
         (["--speedup", "2", "--min-ssim", "0.5"], "not allowed with"),
-        ([], "one of the arguments --speedup --min-ssim --budget-ms is required"),
+        ([], "one of the arguments --speedup --min-ssim --budget-ms --cache is required"),
     ],
 )
 def test_bad_request_is_exit_2_and_changes_nothing(
