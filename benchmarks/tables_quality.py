@@ -35,15 +35,20 @@ def quality_demo(report: Mapping[str, Any]) -> str:
     """The tables, what they say of the paper's claims, and how they were measured."""
     tables, steps = report["tables"], report["settings"]["steps"]
     rules = [row for name in ("order", "rho", "statistic") for row in tables.get(name, [])]
-    parts = [
+    shown = [
         ("Ways to take a coarse step", _adapters(tables.get("adapters", []))),
         (f"Static against dynamic, {steps} steps", _plans(tables.get("static_dynamic", []))),
+        ("Claims", _claims(report["claims"])),
+    ]
+    folded = [
         ("Step counts", _plans(tables.get("steps", []))),
         ("The paper's rule, tau as it is", _plans(tables.get("tau", []))),
         ("The paper's rule, tau found for equal tokens", _plans(rules)),
-        ("Claims", _claims(report["claims"])),
     ]
-    lines = [line for title, part in parts if part for line in (f"**{title}**", "", *part, "")]
+    lines = [line for title, part in shown if part for line in (f"**{title}**", "", *part, "")]
+    for title, part in folded:
+        if part:
+            lines += [f"<details><summary>{title}</summary>", "", *part, "", "</details>", ""]
     plot = "![SSIM and feature distance against time, plan by plan](docs/quality_demo.png)"
     return "\n".join([plot, "", *lines, _conditions(report), ""])
 
@@ -105,7 +110,7 @@ def _adapters(rows: Sequence[Row]) -> list[str]:
     return [
         *lines,
         "",
-        "PSNR in dB / SSIM / Fréchet; the loop's time is that of the SNR-matched step.",
+        "The loop's time is that of the SNR-matched step without adapters.",
     ]
 
 
@@ -136,6 +141,7 @@ def _verdict(group: Sequence[Mapping[str, Any]]) -> str:
 
 def _conditions(report: Mapping[str, Any]) -> str:
     settings, machine, versions = report["settings"], report["machine"], report["versions"]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     halves = report["references"]["frechet_halves"]
     scale = "" if halves is None else f" ({halves:.4f} between all-fine pictures of two seeds)"
     missing = "".join(f" Not measured: {_PATHS[name]}." for name in report["missing"])
@@ -143,8 +149,9 @@ def _conditions(report: Mapping[str, Any]) -> str:
         f"{len(settings['prompts'])} prompts x {settings['seeds']} seeds, {settings['steps']} "
         "steps where not said otherwise; compared with all-fine pictures of the same noise and "
         "step count. `loop` is the sum of the median times of its steps, measured in interleaved "
-        f"rounds ({machine['cpu']}, {machine['threads']} threads, torch {versions['torch']}). "
-        "`Fréchet` is the Fréchet distance on the demo classifier's features, not FID"
+        f"rounds ({machine['cpu']}, {threads}, torch {versions['torch']}). Three numbers in a cell "
+        "are PSNR in dB / SSIM / Fréchet. `Fréchet` is the Fréchet distance on the features of the "
+        "demo's classifier, not FID"
         f"{scale}; `as asked` the share of pictures that show all four things that the caption "
         f"names ({report['references']['correct']['all']['value']:.0%} of the all-fine ones). "
         "Intervals are over prompts; a claim holds where that of the paired difference is above "
