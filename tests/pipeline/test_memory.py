@@ -35,7 +35,7 @@ def held(engine: ddit_rt.Engine, conditioning: dict[str, Tensor], shape: tuple[i
     model.family.set_timesteps(pipeline.scheduler, STEPS, None, grid)
     choice = ResolvedPolicy(policy=DDiTPolicy())
     plan, prompt = engine._plan(
-        torch.zeros(shape), conditioning, pipeline.scheduler, choice, (0.0, 1.0)
+        torch.zeros(shape), conditioning, pipeline.scheduler, choice, (0.0, 1.0), None
     )
     return plan, prompt, _RunState(plan, torch.zeros(shape))
 
