@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.calibration.bench import EngineBench
@@ -14,6 +16,7 @@ from ddit_rt.demo.report import machine, versions
 from ddit_rt.evaluation.config import EvaluationConfig, Item
 from ddit_rt.evaluation.plans import (
     NamedPlan,
+    cached_plan,
     chosen_plans,
     main_plan,
     reference_plan,
@@ -22,10 +25,16 @@ from ddit_rt.evaluation.plans import (
 from ddit_rt.evaluation.store import PictureRecord, Store
 
 if TYPE_CHECKING:
+    from ddit_rt.executor import RunTrace
     from ddit_rt.pipeline import Engine
 
 _PILOT = 8
 """Prompts at most, spread over all, that tell what the main plan costs."""
+
+_THRESHOLDS = (0.01, 10.0)
+_HALVINGS = 7
+_CACHE_PILOT = 2
+"""Prompts that TeaCache's threshold is found on."""
 
 
 def generate(
@@ -96,29 +105,76 @@ def _plans(
 ) -> tuple[tuple[NamedPlan, ...], dict[str, Any]]:
     """The plans; the rivals from what the main plan costs on some of the prompts."""
     manifest, steps = engine.artifact.manifest, config.steps
-    chosen = chosen_plans(config.policies, manifest, engine.default_policy, steps)
+    chosen = [
+        replace(plan, step_cache=engine.default_step_cache)
+        for plan in chosen_plans(config.policies, manifest, engine.default_policy, steps)
+    ]
     main = main_plan(chosen)
     items = _pilot(config)
     probe = Prompt(text=config.prompts[items[0].prompt], seed=items[0].seed)
     bench = EngineBench(
-        engine, steps=steps, probe=probe, arguments=config.arguments, unit=config.cost_unit
+        engine,
+        steps=steps,
+        probe=probe,
+        arguments=config.arguments,
+        unit=config.cost_unit,
     )
-    contender = _contender(engine, main, config)
-    costs = []
-    for item in items:
-        trace = contender.generate(_batch(config, (item,))).trace
-        assert trace is not None, "an engine's run has a trace"
-        costs.append(sum(bench.costs[size] for size in trace.patch_sizes()))
-    cost = statistics.fmean(costs)
+    cost = _cost(engine, main, config, items, bench)
     others, notes = rivals(main, cost, bench.costs, steps)
+    cached, absent = _cached(engine, config, items[:_CACHE_PILOT], bench, cost)
     found = {
         "main": main.name,
         "main_cost": cost,
         "step_costs": dict(bench.costs),
         "pilot_prompts": len(items),
         "notes": notes,
+        "absent": absent,
     }
-    return (reference_plan(steps), *chosen, *others), found
+    return (reference_plan(steps), *chosen, *others, *cached), found
+
+
+def _cost(
+    engine: Engine,
+    plan: NamedPlan,
+    config: EvaluationConfig,
+    items: Sequence[Item],
+    bench: EngineBench,
+) -> float:
+    """Mean cost of a plan's pictures."""
+    contender, costs = _contender(engine, plan, config), []
+    for item in items:
+        trace = contender.generate(_batch(config, (item,))).trace
+        assert trace is not None, "an engine's run has a trace"
+        costs.append(_spent(trace, bench.costs, config.cost_unit))
+    return statistics.fmean(costs)
+
+
+def _spent(trace: RunTrace, costs: Mapping[str, float], unit: str) -> float:
+    """A run's cost: of a computed step as the table has it, of one that reused as it was."""
+    reused = [step.latency_ms if unit == "ms" else step.tokens for step in trace if step.reused]
+    return sum(reused) + sum(costs[step.patch_size] for step in trace if not step.reused)
+
+
+def _cached(
+    engine: Engine,
+    config: EvaluationConfig,
+    items: Sequence[Item],
+    bench: EngineBench,
+    cost: float,
+) -> tuple[list[NamedPlan], list[dict[str, str]]]:
+    """TeaCache at the threshold, of those tried, whose cost comes closest; or why it is absent."""
+    low, high = map(math.log, _THRESHOLDS)
+    tried: list[tuple[float, NamedPlan]] = []
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        plan = cached_plan(float(f"{math.exp(middle):.3g}"), config.steps)
+        try:
+            spent = _cost(engine, plan, config, items, bench)
+        except ValueError as error:  # nothing was fitted for this model
+            return [], [{"name": "TeaCache", "reason": str(error)}]
+        tried.append((abs(spent - cost), plan))
+        low, high = (middle, high) if spent > cost else (low, middle)
+    return [min(tried, key=lambda entry: entry[0])[1]], []
 
 
 def _pilot(config: EvaluationConfig) -> list[Item]:
@@ -195,6 +251,7 @@ def _contender(engine: Engine, plan: NamedPlan, config: EvaluationConfig) -> Con
         engine,
         patch_policy=plan.candidate.policy,
         num_inference_steps=plan.candidate.num_inference_steps,
+        step_cache=plan.step_cache,
         **config.arguments,
     )
 

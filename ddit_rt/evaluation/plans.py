@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ddit_rt.artifact import PRESETS, Calibration, Manifest
@@ -27,18 +27,17 @@ from ddit_rt.patch_scheduler import (
     policy_from_dict,
 )
 from ddit_rt.pipeline.presets import PolicyChoice, resolve_choice
+from ddit_rt.step_cache import NoCache, StepCache, TeaCache, step_cache_from_dict
 
 REFERENCE, CHOSEN, RIVAL = "reference", "chosen", "rival"
 
-EQUAL_STEPS, EQUAL_STATIC = "equal-steps", "equal-static"
+EQUAL_STEPS, EQUAL_STATIC, TEACACHE = "equal-steps", "equal-static", "teacache"
 _NAMES = {
     FINE: "all fine",
     EQUAL_STEPS: "fewer steps, equal cost",
     EQUAL_STATIC: "static, equal cost",
+    TEACACHE: "TeaCache, equal cost",
 }
-
-ABSENT = {"TeaCache": "this engine has no feature caching yet"}
-"""Contenders that belong into the comparison and are not there, with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,11 +48,13 @@ class NamedPlan:
         name: Identifier in reports and file names.
         role: `"reference"` (all fine), `"chosen"`, or `"rival"` at about the main plan's cost.
         candidate: The plan.
+        step_cache: Which of its steps reuse.
     """
 
     name: str
     role: str
     candidate: Candidate
+    step_cache: StepCache = NoCache()  # noqa: RUF009 - frozen
 
     @property
     def title(self) -> str:
@@ -73,6 +74,7 @@ class NamedPlan:
             "label": self.candidate.label,
             "policy": self.candidate.policy.to_dict(),
             "num_inference_steps": self.candidate.num_inference_steps,
+            "step_cache": self.step_cache.to_dict(),
         }
 
     @staticmethod
@@ -84,7 +86,10 @@ class NamedPlan:
             policy=policy_from_dict(data["policy"]),
             num_inference_steps=data["num_inference_steps"],
         )
-        return NamedPlan(name=data["name"], role=data["role"], candidate=candidate)
+        cache = step_cache_from_dict(data["step_cache"]) if "step_cache" in data else NoCache()
+        return NamedPlan(
+            name=data["name"], role=data["role"], candidate=candidate, step_cache=cache
+        )
 
 
 def reference_plan(steps: int) -> NamedPlan:
@@ -166,6 +171,12 @@ def rivals(
         else:
             found.append(NamedPlan(name=name, role=RIVAL, candidate=candidate))
     return found, notes
+
+
+def cached_plan(threshold: float, steps: int) -> NamedPlan:
+    """All steps at p, with TeaCache."""
+    candidate = replace(all_fine(steps), label=f"{steps} fine steps, TeaCache {threshold:.3g}")
+    return NamedPlan(name=TEACACHE, role=RIVAL, candidate=candidate, step_cache=TeaCache(threshold))
 
 
 _RIVALS = {EQUAL_STEPS: "run of fewer fine steps", EQUAL_STATIC: "static plan"}

@@ -14,7 +14,7 @@ Wilson's; `low` and `high` are null for one prompt.
 - `metrics`: `name`, `label`, `kind` (`"picture"` or `"set"`), `higher_is_better`,
   `needs_reference`, `references` (of a set: how many pictures, and which).
 - `skipped`: metrics that could not run: `name`, `label`, `reason`.
-- `absent`: contenders that this engine does not have: `name`, `reason`.
+- `absent`: contenders that this model does not have: `name`, `reason`.
 - `plans`: `name`, `title`, `role`, `kind`, `label`, `policy`, `num_inference_steps`; intervals
   `seconds` (denoising loop, per picture), `seconds_call` (whole call), `tokens`; `speedup` (ratio
   of the mean loop seconds of all fine to its own); `scores`: per metric an interval, with
@@ -39,7 +39,7 @@ from typing import Any
 from ddit_rt.evaluation.config import EvaluationConfig, picture_files
 from ddit_rt.evaluation.intervals import Interval, mean_interval, share_interval
 from ddit_rt.evaluation.metrics import Metric, PictureMetric
-from ddit_rt.evaluation.plans import ABSENT, RIVAL, NamedPlan
+from ddit_rt.evaluation.plans import RIVAL, NamedPlan
 from ddit_rt.evaluation.scoring import Scores
 from ddit_rt.evaluation.store import PictureRecord, Store
 
@@ -90,7 +90,7 @@ def build_report(
         "main": main,
         "metrics": [_metric_entry(metric, config) for metric in used],
         "skipped": [asdict(skipped) for skipped in scores.skipped],
-        "absent": [{"name": name, "reason": reason} for name, reason in ABSENT.items()],
+        "absent": found.get("absent", []),
         "plans": entries,
         "wins": _wins(config, plans, main, used, scores),
         "prompts": [_prompt_entry(store, config, plans, i, scores) for i in _prompts(config)],

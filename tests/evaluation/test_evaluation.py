@@ -17,6 +17,7 @@ from ddit_rt import Engine, StaticPolicy
 from ddit_rt.demo.quality import fidelity
 from ddit_rt.evaluation import mean_interval
 from ddit_rt.evaluation.report import _unequal
+from ddit_rt.step_cache import CacheFit
 
 PLANS = ["fine", "default", "equal-steps", "equal-static"]
 
@@ -106,11 +107,26 @@ def test_worst_prompt_comes_first(report: dict[str, Any]) -> None:
 
 
 def test_report_names_what_is_missing(report: dict[str, Any]) -> None:
-    assert report["absent"] == [
-        {"name": "TeaCache", "reason": "this engine has no feature caching yet"}
-    ]
+    (absent,) = report["absent"]
+    assert absent["name"] == "TeaCache"
+    assert "ddit-rt calibrate" in absent["reason"]
     assert [skipped["name"] for skipped in report["skipped"]] == ["lpips"]
     assert any("3 prompts" in note for note in report["notes"])
+
+
+def test_teacache_is_a_rival_where_it_was_fitted(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = CacheFit(kind="teacache", values=(1.0, 0.0), source="of this test")
+    monkeypatch.setattr(engine, "artifact", engine.artifact.with_cache_fit(fit))
+    report = run(engine, settings(tmp_path / "out"))
+    assert [plan["name"] for plan in report["plans"]] == [*PLANS, "teacache"]
+    assert report["absent"] == []
+    cached, default = report["plans"][-1], report["plans"][1]
+    assert cached["step_cache"]["step_cache"] == "TeaCache"
+    assert 64 <= cached["tokens"]["value"] < 8 * 64
+    assert cached["tokens"]["value"] == pytest.approx(default["tokens"]["value"], abs=64)
+    assert default["step_cache"] == {"step_cache": "NoCache"}
 
 
 def test_rival_of_other_seconds_is_noted() -> None:

@@ -85,7 +85,7 @@ def test_worst_cases_have_slider_pictures_and_timelines(page: Reader, evaluation
 
 
 def test_page_names_what_is_not_there(page: Reader) -> None:
-    assert "TeaCache: this engine has no feature caching yet" in page.text
+    assert "TeaCache: there are no teacache coefficients for this" in page.text
     assert "LPIPS: not installed: <torchvision>" in page.text
 
 
