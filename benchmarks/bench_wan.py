@@ -23,7 +23,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,7 @@ from typing import Any
 import torch
 from bench_flux import NO_TIME, Record, merge, opened, stamped, write
 from flux_buckets import bucket_steps, step_floor, step_row
-from flux_contenders import BASELINE
-from flux_loops import row_of
+from flux_loops import measure_loops
 from flux_setup import PATCHES
 from hardware import machine_entry
 from timing import Deadline, attempt, release, take_turns
@@ -190,26 +188,7 @@ def buckets(setup: WanSetup, case: WanCase) -> Record:
 
 def loops(setup: WanSetup, case: WanCase, patterns: Sequence[str] = ("*",)) -> Record:
     """The whole loop: contenders whose names match a pattern, and always the baseline."""
-    torch.compiler.reset()  # what an earlier size compiled would make this one compile for both
-    setup.engine_error()
-    contenders = {
-        name: contender
-        for name, contender in all_contenders(setup, case).items()
-        if name == BASELINE or any(fnmatch(name, pattern) for pattern in patterns)
-    }
-    measured = take_turns(
-        {name: contender.build for name, contender in contenders.items()},
-        repeats=setup.repeats,
-        device=setup.device,
-        deadline=setup.deadline,
-        warm_up_limit=setup.warm_up_limit,
-    )
-    flops = setup.flops(case)
-    rows = {
-        name: row_of(contender, measured[name], measured[BASELINE], flops)
-        for name, contender in contenders.items()
-    }
-    return {"flops_per_step": flops, "rows": rows}
+    return measure_loops(setup, case, all_contenders, patterns)
 
 
 def memory(setup: WanSetup, case: WanCase) -> Record:

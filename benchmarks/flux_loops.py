@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -17,11 +17,21 @@ from torch import Tensor
 
 def loops(setup: Setup, case: Case, patterns: Sequence[str] = ("*",)) -> dict[str, Any]:
     """Measures the contenders whose names match a pattern, and always the baseline."""
+    return measure_loops(setup, case, all_contenders, patterns)
+
+
+def measure_loops(
+    setup: Setup,
+    case: Case,
+    make: Callable[[Any, Any], Mapping[str, Contender]],
+    patterns: Sequence[str],
+) -> dict[str, Any]:
+    """As `loops`, of the contenders that `make` gives for the setup and the case."""
     torch.compiler.reset()  # what an earlier size compiled would make this one compile for both
     setup.engine_error()  # compiled before, not inside, the warm-up of a contender
     contenders = {
         name: contender
-        for name, contender in all_contenders(setup, case).items()
+        for name, contender in make(setup, case).items()
         if name == BASELINE or any(fnmatch(name, pattern) for pattern in patterns)
     }
     measured = take_turns(
