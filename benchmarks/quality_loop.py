@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt.artifact import EagerRunner, load_runner
-from ddit_rt.buckets import Bucket, Detail, FineBucket, RunContext, SnrBucket, StepModel
+from ddit_rt.buckets import Bucket, Detail, FineBucket, Pass, RunContext, SnrBucket, StepModel
 from ddit_rt.calibration.points import Prompt
 from ddit_rt.demo.measure import Picture
 from ddit_rt.families import family_of
@@ -143,8 +143,7 @@ def _buckets(
 ) -> dict[int, Bucket]:
     latents = prepared.latents
     context = RunContext(
-        conditioning=prepared.conditioning,
-        text=model.family.embed_text(model.transformer, prepared.conditioning),
+        passes=(Pass.of(model, prepared.conditioning),),
         height=latents.shape[-2],
         width=latents.shape[-1],
         sigmas=scheduler.sigmas[:-1].float(),

@@ -10,8 +10,8 @@ from ddit_rt.adapters.adapter import (
 from ddit_rt.adapters.bucket import (
     AdapterBucket,
     SnrAdapterBucket,
-    adapted_tokens,
     adapter_bucket,
+    embed_adapted,
     snr_tokens,
 )
 from ddit_rt.adapters.store import load_adapters, lora_config, save_adapters, untrained_lora
@@ -24,8 +24,8 @@ __all__ = [
     "PatchAdapter",
     "SnrAdapterBucket",
     "adaptable_layers",
-    "adapted_tokens",
     "adapter_bucket",
+    "embed_adapted",
     "load_adapters",
     "lora_config",
     "save_adapters",

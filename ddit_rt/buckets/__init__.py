@@ -4,6 +4,7 @@ from ddit_rt.buckets.base import (
     Blocks,
     Bucket,
     Detail,
+    Pass,
     RunContext,
     Runners,
     StepModel,
@@ -12,7 +13,7 @@ from ddit_rt.buckets.base import (
     token_velocity,
 )
 from ddit_rt.buckets.fine import FineBucket
-from ddit_rt.buckets.guided import GuidedBucket
+from ddit_rt.buckets.passes import Passes
 from ddit_rt.buckets.replaced import ReplacedBucket, ReplacedSignal
 from ddit_rt.buckets.signal import Signal
 from ddit_rt.buckets.snr import SnrBucket, matched_level
@@ -22,7 +23,8 @@ __all__ = [
     "Bucket",
     "Detail",
     "FineBucket",
-    "GuidedBucket",
+    "Pass",
+    "Passes",
     "ReplacedBucket",
     "ReplacedSignal",
     "RunContext",

@@ -128,12 +128,30 @@ class Detail:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One pass of the model in a step; it may hold both halves of guidance, prompts first.
+
+    Attributes:
+        conditioning: Its conditioning tensors.
+        text: Text tokens as the blocks take them, `[B, T, d]`, or `[2 B, T, d]` of both halves.
+    """
+
+    conditioning: Mapping[str, Tensor]
+    text: Tensor
+
+    @classmethod
+    def of(cls, model: StepModel, conditioning: Mapping[str, Tensor]) -> Pass:
+        """The pass of a conditioning, whose text it embeds."""
+        text = model.family.embed_text(model.transformer, conditioning)
+        return cls(conditioning=conditioning, text=text)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunContext:
     """What one run fixes before its first step.
 
     Attributes:
-        conditioning: The run's conditioning tensors.
-        text: Text tokens as the blocks take them, `[B, T, d]`.
+        passes: Passes of the model in a step: one, or one of both halves of guidance, or two.
         height: Latent rows.
         width: Latent columns.
         frames: Latent frames; 0 for pictures, whose latents have no such dimension.
@@ -141,23 +159,26 @@ class RunContext:
             steps; rows beyond it are never read.
         timesteps: t that the model is given at every step, `[M]`, float32, in [0, 1].
         detail: Memory of the latest step at p; None when no coarse step can follow one.
+        scales: Guidance scale of every step, `[M]`, float32, read on the device; None without
+            guidance.
         keeps_residual: Whether steps may reuse, so that buckets keep what their blocks add.
     """
 
-    conditioning: Mapping[str, Tensor]
-    text: Tensor
+    passes: tuple[Pass, ...]
     height: int
     width: int
     sigmas: Tensor
     timesteps: Tensor
     detail: Detail | None
     frames: int = 0
+    scales: Tensor | None = None
     keeps_residual: bool = False
 
     def tensors(self) -> tuple[Tensor, ...]:
         """As `Bucket.tensors`, for what all buckets of the run share."""
         detail = () if self.detail is None else (self.detail.estimate, self.detail.serial)
-        return (self.text, self.sigmas, *detail)
+        scales = () if self.scales is None else (self.scales,)
+        return (*(one.text for one in self.passes), self.sigmas, *scales, *detail)
 
 
 class Blocks:
@@ -212,9 +233,6 @@ def token_velocity(
     text: Tensor,
     temb: Tensor,
     positions: tuple[Tensor, ...],
-    *,
-    blocks: Blocks | None = None,
-    reuse: bool = False,
 ) -> Tensor:
     """Embedded image tokens through the unmodified model: `[B, n, d]` to `[B, n, C*p*p]`.
 
@@ -224,10 +242,7 @@ def token_velocity(
         text: Text tokens, `[B, T, d]`.
         temb: Modulation input, `[B, *modulation_shape]`.
         positions: As the family makes them.
-        blocks: A bucket's own; by default the model's, without memory.
-        reuse: See `Bucket.velocity`.
     """
-    blocks = blocks or Blocks(model, model.base)
-    hidden = blocks(hidden, text, temb, positions, reuse=reuse)
+    hidden = Blocks(model, model.base)(hidden, text, temb, positions)
     hidden = model.family.modulate_output(model.transformer, hidden, temb)
     return model.family.project_output(model.transformer, hidden)

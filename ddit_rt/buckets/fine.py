@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.buckets.base import Blocks, RunContext, StepModel, at_step, token_velocity
+from ddit_rt.buckets.base import RunContext, StepModel, at_step
+from ddit_rt.buckets.passes import Passes
 
 
 class FineBucket:
@@ -15,23 +16,17 @@ class FineBucket:
 
     def __init__(self, model: StepModel, context: RunContext) -> None:
         grid = model.grid(context.height, context.width, frames=context.frames)
-        family, transformer = model.family, model.transformer
         self.tokens = grid.tokens
         self._model = model
         self._context = context
-        self._blocks = Blocks(model, model.base, keeps_residual=context.keeps_residual)
-        self._positions = family.positions(transformer, grid, context.text.shape[1])
-        self._temb = family.embed_time(transformer, context.timesteps, context.conditioning)
+        self._passes = Passes(model, context, grid, context.timesteps)
 
     def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
         """See `Bucket.velocity`."""
         model, context = self._model, self._context
         tokens = ops.pack(latents.to(model.dtype), model.patch_size)
         hidden = model.family.embed_tokens(model.transformer, tokens)
-        temb = at_step(self._temb, step)
-        tokens = token_velocity(
-            model, hidden, context.text, temb, self._positions, blocks=self._blocks, reuse=reuse
-        )
+        tokens = self._passes(hidden, step, reuse=reuse)
         velocity = model.unpack(tokens, context.height, context.width, context.frames)
         if context.detail is not None:
             context.detail.update(latents, velocity, at_step(context.sigmas, step))
@@ -39,8 +34,8 @@ class FineBucket:
 
     def residuals(self) -> tuple[Tensor, ...]:
         """See `Bucket.residuals`."""
-        return (self._blocks.residual,)
+        return self._passes.residuals()
 
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""
-        return (self._temb, *self._positions)
+        return self._passes.tensors()

@@ -10,8 +10,6 @@ skipped steps, and steps at other patch sizes, count like any other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -26,13 +24,13 @@ class Signal:
         rows: Samples times passes.
     """
 
-    def __init__(self, model: StepModel, contexts: Sequence[RunContext]) -> None:
-        """Prepares the passes of a step; one may hold several halves of guidance as its batch."""
+    def __init__(self, model: StepModel, context: RunContext) -> None:
+        """Prepares the passes of a step."""
         family, transformer = model.family, model.transformer
         self._model = model
         self._tables = [
-            family.embed_time(transformer, context.timesteps, context.conditioning)
-            for context in contexts
+            family.embed_time(transformer, context.timesteps, one.conditioning)
+            for one in context.passes
         ]
         self.rows = sum(table.shape[1] for table in self._tables)
 

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.buckets.base import Blocks, Detail, RunContext, StepModel, at_step, token_velocity
+from ddit_rt.buckets.base import Detail, RunContext, Runners, StepModel, at_step
+from ddit_rt.buckets.passes import Passes
 
 
 def matched_level(sigmas: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
@@ -46,29 +47,30 @@ def matched_level(sigmas: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
 class SnrBucket:
     """The training-free coarse bucket at s times p."""
 
-    def __init__(self, model: StepModel, context: RunContext, multiple: int) -> None:
+    def __init__(
+        self,
+        model: StepModel,
+        context: RunContext,
+        multiple: int,
+        runners: Runners | None = None,
+    ) -> None:
+        """Prepares a run at `multiple` times p; `runners` are by default the unmodified blocks."""
         grid = model.grid(context.height, context.width, multiple, context.frames)
-        family, transformer = model.family, model.transformer
         self.multiple = multiple
         self.tokens = grid.tokens
         self._model = model
         self._context = context
-        self._blocks = Blocks(model, model.base, keeps_residual=context.keeps_residual)
         self._low = (context.height // multiple, context.width // multiple)
-        self._positions = family.positions(transformer, grid, context.text.shape[1])
         self._scale, self._level = matched_level(context.sigmas, multiple)
-        self._temb = family.embed_time(transformer, self._level, context.conditioning)
+        self._passes = Passes(model, context, grid, self._level, runners=runners)
         self._correction = None if context.detail is None else _Correction(context.detail, multiple)
 
     def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
         """See `Bucket.velocity`."""
-        model, text, low = self._model, self._context.text, self._reduce(latents, step)
+        model, low = self._model, self._reduce(latents, step)
         tokens = ops.pack(low.to(model.dtype), model.patch_size)
         hidden = model.family.embed_tokens(model.transformer, tokens)
-        temb = at_step(self._temb, step)
-        tokens = token_velocity(
-            model, hidden, text, temb, self._positions, blocks=self._blocks, reuse=reuse
-        )
+        tokens = self._passes(hidden, step, reuse=reuse)
         return self._enlarge(latents, low, tokens, step)
 
     def _reduce(self, latents: Tensor, step: Tensor) -> Tensor:
@@ -88,12 +90,12 @@ class SnrBucket:
 
     def residuals(self) -> tuple[Tensor, ...]:
         """See `Bucket.residuals`."""
-        return (self._blocks.residual,)
+        return self._passes.residuals()
 
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""
         correction = () if self._correction is None else self._correction.tensors()
-        return (self._scale, self._level, self._temb, *self._positions, *correction)
+        return (self._scale, self._level, *self._passes.tensors(), *correction)
 
 
 class _Correction:

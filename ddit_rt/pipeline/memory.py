@@ -62,7 +62,7 @@ class ModelMemory:
         latent_bytes: One sample's latents in float32.
         history_bytes: The latest latents.
         velocities_bytes: Velocities that the solver combines.
-        detail_bytes: The clean estimate of the latest step at p, of each pass.
+        detail_bytes: The clean estimate of the latest step at p.
         text_bytes: Text tokens as the blocks take them, of each pass.
         buckets: Per patch size that this picture size offers.
     """
@@ -139,7 +139,7 @@ def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS, **size: in
         latent_bytes=run.latent_bytes,
         history_bytes=_HISTORY * run.latent_bytes,
         velocities_bytes=_velocity_depth(run, pipeline) * run.latent_bytes,
-        detail_bytes=run.passes * run.latent_bytes if coarse else 0,
+        detail_bytes=run.latent_bytes if coarse else 0,
         text_bytes=text,
         buckets=tuple(_bucket_memory(run, entry) for entry in offered),
     )
@@ -178,7 +178,7 @@ def _bucket_memory(run: _Run, entry: BucketEntry) -> BucketMemory:
     correction = 0
     if multiple > 1:
         modulation += 2 * run.steps * _FLOAT
-        correction = run.passes * run.latent_bytes // multiple**2
+        correction = run.latent_bytes // multiple**2
     positions_bytes = sum(_tensor_bytes(tensor) for tensor in positions)
     hidden = model.family.hidden_size(model.transformer)
     return BucketMemory(

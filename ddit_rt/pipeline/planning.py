@@ -14,7 +14,7 @@ from ddit_rt.buckets import (
     Bucket,
     Detail,
     FineBucket,
-    GuidedBucket,
+    Pass,
     RunContext,
     Runners,
     Signal,
@@ -149,34 +149,31 @@ def plan_run(
     _refuse_scores_of_repeated_levels(table, solver, policy)
     cache = resolve_cache(step_cache, model, timesteps, fits)
     guidance = model.family.guidance(conditioning)
-    passes = passes_of(conditioning, guidance, batched_guidance)
-    texts = [model.family.embed_text(model.transformer, one) for one in passes]
-    batch = shape[0] * (1 if guidance is None else 2 // len(passes))
-    for text in texts:
-        compiled.check_sizes(batch, text.shape[1])
+    passes = tuple(
+        Pass.of(model, one) for one in passes_of(conditioning, guidance, batched_guidance)
+    )
+    for one in passes:
+        compiled.check_sizes(len(one.text), one.text.shape[1])
     # One capture serves many step counts, and policies of any order of sizes.
     capacity = -(-table.steps // _CAPACITY) * _CAPACITY if on_cuda else table.steps
     keeps_detail = _keeps_detail(compiled, offered) and (on_cuda or table.coarse_after_fine())
-    contexts = tuple(
-        RunContext(
-            conditioning=one,
-            text=text,
-            height=height,
-            width=width,
-            frames=frames,
-            sigmas=_table(torch.tensor(solver.sigmas[:-1]), capacity, model.device),
-            timesteps=_table(timesteps, capacity, model.device),
-            detail=Detail((batch, *shape[1:]), model.device) if keeps_detail else None,
-            keeps_residual=cache is not None,
-        )
-        for one, text in zip(passes, texts, strict=True)
-    )
     scales = scales_of(guidance, guidance_interval, table.steps)
     if scales is not None:
         scales = _table(scales, capacity, model.device)
+    context = RunContext(
+        passes=passes,
+        height=height,
+        width=width,
+        frames=frames,
+        sigmas=_table(torch.tensor(solver.sigmas[:-1]), capacity, model.device),
+        timesteps=_table(timesteps, capacity, model.device),
+        detail=Detail(shape, model.device) if keeps_detail else None,
+        scales=scales,
+        keeps_residual=cache is not None,
+    )
     reachable = table.reachable()
     buckets = [
-        _bucket(compiled, contexts, scales, multiple) if index in reachable else None
+        _bucket(compiled, context, multiple) if index in reachable else None
         for index, multiple in enumerate(offered)
     ]
     plan = RunPlan(
@@ -186,12 +183,12 @@ def plan_run(
         solver=solver,
         patch_size=model.patch_size,
         capacity=capacity,
-        shared=tuple(tensor for context in contexts for tensor in context.tensors()),
+        shared=context.tensors(),
         weights=_unwatched_weights(model) if on_cuda else (),
-        cache=_cache_plan(cache, model, contexts),
+        cache=_cache_plan(cache, model, context),
         notes=notes,
     )
-    return plan, RunPrompt(model=model, conditioning=conditioning, contexts=contexts)
+    return plan, RunPrompt(model=model, conditioning=conditioning, passes=passes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,20 +198,20 @@ class RunPrompt:
     Attributes:
         model: The model.
         conditioning: As `plan_run` was given it.
-        contexts: One per pass of the model in a step.
+        passes: Of the model, in a step.
     """
 
     model: StepModel
     conditioning: Mapping[str, Tensor]
-    contexts: tuple[RunContext, ...]
+    passes: tuple[Pass, ...]
 
     def rewrite(self, changes: Mapping[str, Tensor]) -> None:
         """Gives the steps to come other conditioning tensors, by name; only the text may change."""
         conditioning = {**self.conditioning, **changes}
-        family, batched = self.model.family, len(self.contexts) == 1
-        passes = passes_of(conditioning, family.guidance(conditioning), batched)
-        for context, one in zip(self.contexts, passes, strict=True):
-            context.text.copy_(family.embed_text(self.model.transformer, one))
+        guidance, batched = self.model.family.guidance(conditioning), len(self.passes) == 1
+        passes = passes_of(conditioning, guidance, batched)
+        for one, changed in zip(self.passes, passes, strict=True):
+            one.text.copy_(Pass.of(self.model, changed).text)
 
 
 def _refuse_scores_of_repeated_levels(
@@ -231,11 +228,11 @@ def _refuse_scores_of_repeated_levels(
 
 
 def _cache_plan(
-    cache: ResolvedCache | None, model: StepModel, contexts: tuple[RunContext, ...]
+    cache: ResolvedCache | None, model: StepModel, context: RunContext
 ) -> CachePlan | None:
     if cache is None:
         return None
-    signal = Signal(model, contexts) if cache.table.coefficients else None
+    signal = Signal(model, context) if cache.table.coefficients else None
     return CachePlan(table=cache.table, signal=signal, note=cache.note)
 
 
@@ -260,17 +257,7 @@ def _unwatched_weights(model: StepModel) -> tuple[int, ...]:
     )
 
 
-def _bucket(
-    compiled: CompiledModel,
-    contexts: tuple[RunContext, ...],
-    scales: Tensor | None,
-    multiple: int,
-) -> Bucket:
-    passes = [_pass(compiled, context, multiple) for context in contexts]
-    return passes[0] if scales is None else GuidedBucket(passes, scales)
-
-
-def _pass(compiled: CompiledModel, context: RunContext, multiple: int) -> Bucket:
+def _bucket(compiled: CompiledModel, context: RunContext, multiple: int) -> Bucket:
     if multiple == 1:
         return FineBucket(compiled.steps, context)
     adapter = compiled.adapters.adapters.get(multiple)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddit_rt.buckets import Bucket, Detail, FineBucket, RunContext, SnrBucket, StepModel
+from ddit_rt.buckets import Bucket, Detail, FineBucket, Pass, RunContext, SnrBucket, StepModel
 from ddit_rt.families import Family
 from ddit_rt.families.base import PreparedCall
 
@@ -78,8 +78,7 @@ def denoise(
 def _context(model: StepModel, prepared: Prepared) -> RunContext:
     call, scheduler, device = prepared.call, prepared.scheduler, prepared.call.latents.device
     return RunContext(
-        conditioning=call.conditioning,
-        text=model.family.embed_text(model.transformer, call.conditioning),
+        passes=(Pass.of(model, call.conditioning),),
         height=call.latents.shape[-2],
         width=call.latents.shape[-1],
         sigmas=scheduler.sigmas[:-1].to(device, torch.float32),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.adapters import PatchAdapter, adapted_tokens, snr_tokens
+from ddit_rt.adapters import PatchAdapter, embed_adapted, snr_tokens
 from ddit_rt.buckets import Blocks, Runners, StepModel, matched_level, token_velocity
 
 
@@ -145,8 +145,10 @@ def _paper(
     positions = family.positions(transformer, grid, text.shape[1], stretch=multiple)
     temb = _embed_time(model, states.sigmas, states.conditioning)
     tokens = ops.pack(states.latents.to(model.dtype), patch)
-    blocks = Blocks(model, runners)
-    velocity, _ = adapted_tokens(model, adapter, blocks, tokens, None, text, temb, positions)
+    hidden = embed_adapted(model, adapter, tokens, None)
+    hidden = Blocks(model, runners)(hidden, text, temb, positions)
+    hidden = family.modulate_output(transformer, hidden, temb)
+    velocity = adapter.project_tokens(hidden, tokens)
     return ops.unpack(velocity, patch, height, width).float()
 
 
@@ -182,11 +184,11 @@ class _Coarse:
         else:
             patch = model.patch_size * self.multiple
             seen = snr_tokens(latents, known, patch, model.dtype)
-            blocks = Blocks(model, self.runners)
-            written, hidden = adapted_tokens(
-                model, self.adapter, blocks, seen, tokens, text, temb, positions
-            )
+            hidden = embed_adapted(model, self.adapter, seen, tokens)
+            hidden = Blocks(model, self.runners)(hidden, text, temb, positions)
+            hidden = family.modulate_output(transformer, hidden, temb)
             own = family.project_output(transformer, hidden)
+            written = self.adapter.project_tokens(hidden, seen)
             correction = ops.unpack(written, patch, height, width).float()
         velocity = ops.unpack(own, model.patch_size, *low.shape[-2:]).float()
         return low - _column(level) * velocity, correction

@@ -66,24 +66,23 @@ def test_buckets_of_two_runs_list_tensors_of_equal_shapes() -> None:
     )
     shapes = [tuple(tensor.shape) for tensor in first.tensors()]
     assert shapes == [tuple(tensor.shape) for tensor in second.tensors()]
-    assert (1, 4, 16, 16) in shapes
 
 
 def step_context(transformer, seed: int):
-    from ddit_rt.buckets import Detail, RunContext, StepModel
+    from ddit_rt.buckets import Detail, Pass, RunContext, StepModel
 
     conditioning = tiny_conditioning(transformer, seed=seed)
     sigmas = torch.tensor([1.0, 0.5])
+    model = StepModel(family=FLUX, transformer=transformer, base={})
     context = RunContext(
-        conditioning=conditioning,
-        text=FLUX.embed_text(transformer, conditioning),
+        passes=(Pass.of(model, conditioning),),
         height=16,
         width=16,
         sigmas=sigmas,
         timesteps=sigmas,
         detail=Detail((1, 4, 16, 16), torch.device("cpu")),
     )
-    return StepModel(family=FLUX, transformer=transformer, base={}), context
+    return model, context
 
 
 def test_snr_adapter_survives_the_disk(tmp_path) -> None:

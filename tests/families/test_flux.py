@@ -5,7 +5,7 @@ import torch
 from diffusers import FluxPipeline
 from models import noise, tiny_conditioning, tiny_transformer
 
-from ddit_rt.buckets import Detail, FineBucket, RunContext, SnrBucket, StepModel
+from ddit_rt.buckets import Detail, FineBucket, Pass, RunContext, SnrBucket, StepModel
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.families import family_named, family_of
 from ddit_rt.families.base import Grid
@@ -34,8 +34,7 @@ def test_fine_bucket_equals_the_model(guidance_embeds, height, width, batch):
     model = StepModel(family=FLUX, transformer=transformer, base=eager_runners(transformer))
     timesteps = torch.tensor([1.0, 0.37])
     context = RunContext(
-        conditioning=conditioning,
-        text=FLUX.embed_text(transformer, conditioning),
+        passes=(Pass.of(model, conditioning),),
         height=height,
         width=width,
         sigmas=timesteps,
@@ -69,16 +68,15 @@ def test_first_coarse_step_after_a_fine_one_agrees_with_it():
     conditioning = tiny_conditioning(transformer)
     sigmas = torch.tensor([0.9, 0.8, 0.7])
     detail = Detail((1, 4, 16, 16), torch.device("cpu"))
+    model = StepModel(family=FLUX, transformer=transformer, base=eager_runners(transformer))
     context = RunContext(
-        conditioning=conditioning,
-        text=FLUX.embed_text(transformer, conditioning),
+        passes=(Pass.of(model, conditioning),),
         height=16,
         width=16,
         sigmas=sigmas,
         timesteps=sigmas,
         detail=detail,
     )
-    model = StepModel(family=FLUX, transformer=transformer, base=eager_runners(transformer))
     coarse, latents = SnrBucket(model, context, 2), noise(1, 4, 16, 16)
     before = coarse.velocity(latents, torch.tensor([0]))
     detail.update(

@@ -12,7 +12,7 @@ from wan_models import CHANNELS, TEXT_TOKENS, wan_conditioning, wan_pipeline, wa
 
 import ddit_rt
 from ddit_rt import ops
-from ddit_rt.buckets import Detail, FineBucket, GuidedBucket, RunContext, SnrBucket, StepModel
+from ddit_rt.buckets import Detail, FineBucket, Pass, RunContext, SnrBucket, StepModel
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.families import family_of
 from ddit_rt.families.base import Grid
@@ -33,19 +33,25 @@ def step_model(transformer: WanTransformer3DModel) -> StepModel:
     return StepModel(family=WAN, transformer=transformer, base=runners)
 
 
+def pass_of(transformer: WanTransformer3DModel, batch: int, seeds: tuple[int, ...] = (1,)) -> Pass:
+    """A pass with texts of some seeds, one after another in its batch."""
+    width = transformer.config.text_dim
+    text = torch.cat([noise(batch, TEXT_TOKENS, width, seed=seed) for seed in seeds])
+    return Pass.of(step_model(transformer), {"encoder_hidden_states": text})
+
+
 def context_of(
     transformer: WanTransformer3DModel,
     shape: tuple[int, ...],
     levels: list[float],
     *,
     detail: Detail | None = None,
-    seed: int = 1,
+    passes: tuple[Pass, ...] = (),
+    scales: list[float] | None = None,
 ) -> RunContext:
-    text = noise(shape[0], TEXT_TOKENS, transformer.config.text_dim, seed=seed)
-    conditioning = {"encoder_hidden_states": text}
     return RunContext(
-        conditioning=conditioning,
-        text=WAN.embed_text(transformer, conditioning),
+        passes=passes or (pass_of(transformer, shape[0]),),
+        scales=None if scales is None else torch.tensor(scales),
         height=shape[-2],
         width=shape[-1],
         frames=shape[2],
@@ -74,7 +80,7 @@ def test_fine_bucket_equals_the_model(config: dict[str, Any], shape: tuple[int, 
     transformer = wan_transformer(**config)
     context, latents = context_of(transformer, shape, [0.999, 0.37]), noise(*shape)
     bucket = FineBucket(step_model(transformer), context)
-    text = context.conditioning["encoder_hidden_states"]
+    text = context.passes[0].conditioning["encoder_hidden_states"]
     for step, level in enumerate((0.999, 0.37)):
         expected = direct(transformer, latents, level, text)
         # The patch embedding is a matrix product here, a convolution there: rounding differs.
@@ -91,7 +97,7 @@ def test_coarse_step_shows_the_model_the_small_video() -> None:
     small = torch.nn.functional.avg_pool3d(latents, (1, 2, 2)) / (1 - level + level / 2)
     small_level = level / 2 / (1 - level + level / 2)
     velocity = direct(
-        transformer, small, small_level, context.conditioning["encoder_hidden_states"]
+        transformer, small, small_level, context.passes[0].conditioning["encoder_hidden_states"]
     )
     clean = small - small_level * velocity
     large = torch.stack(
@@ -153,57 +159,63 @@ def test_coarse_steps_are_exact_for_a_smooth_video(multiple: int, detailed: bool
 
 
 @pytest.mark.parametrize("multiple", [1, 2])
-def test_guided_bucket_as_one_batch_equals_two_passes(multiple: int) -> None:
-    """With detail of a step at p, and the formula on the halves' own velocities."""
+def test_guidance_as_one_batch_equals_two_passes(multiple: int) -> None:
+    """With detail of a step at p; at p also the formula on diffusers' own forward passes."""
     transformer, shape = wan_transformer(), (2, CHANNELS, 3, 8, 8)
-    model, scales = step_model(transformer), torch.tensor([4.0, 4.0])
-    texts = [noise(2, TEXT_TOKENS, transformer.config.text_dim, seed=seed) for seed in (1, 2)]
-
-    def guided(halves: list[torch.Tensor]) -> tuple[GuidedBucket, GuidedBucket]:
-        contexts = []
-        for text in halves:
-            detail = Detail((len(text), *shape[1:]), torch.device("cpu"))
-            conditioning = {"encoder_hidden_states": text}
-            contexts.append(
-                RunContext(
-                    conditioning=conditioning,
-                    text=WAN.embed_text(transformer, conditioning),
-                    height=8,
-                    width=8,
-                    frames=3,
-                    sigmas=torch.tensor([0.8, 0.6]),
-                    timesteps=torch.tensor([0.8, 0.6]),
-                    detail=detail,
-                )
-            )
-        fine = GuidedBucket([FineBucket(model, context) for context in contexts], scales)
-        coarse = GuidedBucket([SnrBucket(model, context, 2) for context in contexts], scales)
-        return fine, fine if multiple == 1 else coarse
-
-    results = []
-    for halves in ([torch.cat(texts)], texts):
-        first, second = guided(halves)
-        first.velocity(noise(*shape), torch.tensor([0]))
-        results.append(second.velocity(noise(*shape, seed=3), torch.tensor([1])))
+    model, results = step_model(transformer), []
+    halves = tuple(pass_of(transformer, 2, (seed,)) for seed in (1, 2))
+    for passes in ((pass_of(transformer, 2, (1, 2)),), halves):
+        detail = Detail(shape, torch.device("cpu"))
+        context = context_of(
+            transformer, shape, [0.8, 0.6], detail=detail, passes=passes, scales=[4.0, 4.0]
+        )
+        fine = FineBucket(model, context)
+        bucket = fine if multiple == 1 else SnrBucket(model, context, multiple)
+        fine.velocity(noise(*shape), torch.tensor([0]))
+        results.append(bucket.velocity(noise(*shape, seed=3), torch.tensor([1])))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
     if multiple == 1:
+        texts = [one.conditioning["encoder_hidden_states"] for one in halves]
         prompt, negative = (direct(transformer, noise(*shape, seed=3), 0.6, t) for t in texts)
         expected = negative + 4 * (prompt - negative)
         torch.testing.assert_close(results[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_guided_bucket_outside_its_interval_is_the_prompt_alone() -> None:
+def test_guided_coarse_step_is_that_of_the_guided_model() -> None:
+    """The step is affine in the model's velocities, with weights that add up to 1."""
+    transformer, shape, scale = wan_transformer(), (1, CHANNELS, 3, 8, 8), 3.0
+    model, found = step_model(transformer), []
+    halves = tuple(pass_of(transformer, 1, (seed,)) for seed in (1, 2))
+    for passes in ((halves[0],), (halves[1],), halves):
+        detail = Detail(shape, torch.device("cpu"))
+        context = context_of(
+            transformer,
+            shape,
+            [0.8, 0.6, 0.4],
+            detail=detail,
+            passes=passes,
+            scales=[scale] * 3 if len(passes) == 2 else None,
+        )
+        fine, coarse = FineBucket(model, context), SnrBucket(model, context, 2)
+        fine.velocity(noise(*shape), torch.tensor([0]))
+        coarse.velocity(noise(*shape, seed=3), torch.tensor([1]))
+        found.append(coarse.velocity(noise(*shape, seed=4), torch.tensor([2])))
+    prompt, negative, guided = found
+    expected = negative + scale * (prompt - negative)
+    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_outside_its_interval_a_guided_step_is_the_prompt_alone() -> None:
     """To the bit, also in bf16, where n + (p - n) would round."""
     transformer, shape = wan_transformer().to(torch.bfloat16), (2, CHANNELS, 3, 8, 8)
-    model = step_model(transformer)
-    contexts = [context_of(transformer, shape, [0.8, 0.6], seed=seed) for seed in (1, 2)]
-    halves = [FineBucket(model, context) for context in contexts]
-    guided = GuidedBucket(halves, torch.tensor([1.0, 3.0]))
-    latents = noise(*shape)
-    prompt, negative = (half.velocity(latents, torch.tensor([0])) for half in halves)
-    assert torch.equal(guided.velocity(latents, torch.tensor([0])), prompt)
-    assert not torch.equal(prompt, negative)
-    assert not torch.equal(guided.velocity(latents, torch.tensor([1])), prompt)
+    model, latents = step_model(transformer), noise(*shape)
+    halves = tuple(pass_of(transformer, 2, (seed,)) for seed in (1, 2))
+    levels, first, second = [0.8, 0.6], torch.tensor([0]), torch.tensor([1])
+    prompt = FineBucket(model, context_of(transformer, shape, levels, passes=halves[:1]))
+    context = context_of(transformer, shape, levels, passes=halves, scales=[1.0, 3.0])
+    guided = FineBucket(model, context)
+    assert torch.equal(guided.velocity(latents, first), prompt.velocity(latents, first))
+    assert not torch.equal(guided.velocity(latents, second), prompt.velocity(latents, second))
 
 
 def test_positions_are_the_models_own_and_stretch_in_space_only() -> None:

@@ -64,14 +64,12 @@ def test_counted_memory_is_what_a_run_holds(kind: str, batched: bool) -> None:
     plan, prompt, state = held(engine, conditioning, shape)
     assert counted.history_bytes == bytes_of(state.history)
     assert counted.velocities_bytes == bytes_of(state._velocities)
-    contexts = prompt.contexts
-    assert counted.detail_bytes == bytes_of(*(context.detail.estimate for context in contexts))
-    assert counted.text_bytes == sum(context.text.nbytes for context in contexts)
+    (estimate, _) = plan.shared[-2:]
+    assert counted.detail_bytes == estimate.nbytes == counted.latent_bytes
+    assert counted.text_bytes == sum(one.text.nbytes for one in prompt.passes)
     for entry, bucket in zip(counted.buckets, plan.buckets, strict=True):
         # Two passes hold positions of their own; as one batch they share them.
-        positions = entry.positions_bytes * len(contexts)
+        positions = entry.positions_bytes * len(prompt.passes)
         parts = positions + entry.modulation_bytes + entry.correction_bytes
-        scales = 4 * STEPS * (counted.passes - 1)
-        levels = 8 * STEPS * (len(contexts) - 1) * (entry.patch != "p")
-        difference = sum(tensor.nbytes for tensor in bucket.tensors()) - parts - scales - levels
+        difference = sum(tensor.nbytes for tensor in bucket.tensors()) - parts
         assert 0 <= difference <= SMALL, entry.patch

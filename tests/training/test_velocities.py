@@ -7,7 +7,7 @@ import torch
 from models import noise, tiny_conditioning, tiny_transformer
 
 from ddit_rt.adapters import AdapterConfig, adapter_bucket
-from ddit_rt.buckets import Detail, FineBucket, RunContext, SnrBucket
+from ddit_rt.buckets import Detail, FineBucket, Pass, RunContext, SnrBucket
 from ddit_rt.families.flux import FluxFamily
 from ddit_rt.training.student import Student
 from ddit_rt.training.velocities import Earlier, States, coarse_velocity, taught, teacher
@@ -33,8 +33,7 @@ def context_of(student: Student, batch: int, *, detail: bool) -> RunContext:
     conditioning = tiny_conditioning(student.transformer, batch)
     sigmas = torch.tensor(SIGMAS)
     return RunContext(
-        conditioning=conditioning,
-        text=FLUX.embed_text(student.transformer, conditioning),
+        passes=(Pass.of(student.model, conditioning),),
         height=16,
         width=16,
         sigmas=sigmas,
@@ -48,7 +47,7 @@ def states_of(context: RunContext, latents, step: int, earlier: Earlier | None =
         latents=latents,
         sigmas=torch.full((len(latents),), SIGMAS[step]),
         velocity=None,
-        conditioning=context.conditioning,
+        conditioning=context.passes[0].conditioning,
         earlier=earlier,
     )
 
@@ -58,7 +57,9 @@ def test_teacher_is_the_fine_bucket() -> None:
     student = student_of("snr")
     context, latents = context_of(student, 2, detail=False), noise(2, 4, 16, 16)
     expected = FineBucket(student.model, context).velocity(latents, torch.tensor([1]))
-    found = teacher(student.model, latents, torch.full((2,), SIGMAS[1]), context.conditioning)
+    found = teacher(
+        student.model, latents, torch.full((2,), SIGMAS[1]), context.passes[0].conditioning
+    )
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
@@ -119,7 +120,7 @@ def test_states_after_a_step_at_p_lie_where_it_leads() -> None:
         first_sigmas=torch.full((2,), SIGMAS[1]),
     )
     states = taught(student.model, states_of(context, latents, 2, earlier))
-    velocity = teacher(student.model, before, sigmas, context.conditioning)[0]
+    velocity = teacher(student.model, before, sigmas, context.passes[0].conditioning)[0]
     assert states.earlier is not None
     assert states.earlier.velocity is not None
     assert states.earlier.first_latents is not None
@@ -128,7 +129,7 @@ def test_states_after_a_step_at_p_lie_where_it_leads() -> None:
         expected = before[0] + (SIGMAS[step] - SIGMAS[0]) * velocity
         torch.testing.assert_close(found[0], expected, **CLOSE)
     assert torch.equal(states.latents[1], latents[1])
-    expected = teacher(student.model, states.latents, states.sigmas, context.conditioning)
+    expected = teacher(student.model, states.latents, states.sigmas, context.passes[0].conditioning)
     assert torch.equal(states.velocity, expected)
 
 
