@@ -49,14 +49,15 @@ class Command:
         summary: One line.
         examples: Lines of the section 'examples' of its help.
         add_arguments: Declares its options.
-        run: Does the work. Progress goes to stderr; nothing is printed to stdout.
+        run: Does the work; None where another process of the same run reports. Progress goes to
+            stderr; nothing is printed to stdout.
     """
 
     name: str
     summary: str
     examples: tuple[str, ...]
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], Outcome]
+    run: Callable[[argparse.Namespace], Outcome | None]
 
     @property
     def epilog(self) -> str:

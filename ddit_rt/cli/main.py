@@ -100,6 +100,8 @@ def _execute(args: argparse.Namespace) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with _plain_warnings(), contextlib.redirect_stdout(sys.stderr):
         outcome = command.run(args)
+    if outcome is None:
+        return int(ExitCode.OK)
     if args.json:
         sys.stdout.write(json.dumps(outcome.data, indent=2, allow_nan=False) + "\n")
     else:

@@ -109,7 +109,7 @@ def _add_run_arguments(group: Any) -> None:
     )
 
 
-def _run(args: argparse.Namespace) -> Outcome:
+def _run(args: argparse.Namespace) -> Outcome | None:
     from ddit_rt.training import read_prompts, train
 
     config = _config(args)
@@ -135,7 +135,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         save_dtype=None if args.save_dtype is None else getattr(torch, args.save_dtype),
         model_name=args.model,
     )
-    return _outcome(result)
+    return _outcome(result) if result.is_main else None
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:
@@ -237,6 +237,7 @@ TRAIN = Command(
         "ddit-rt train black-forest-labs/FLUX.1-dev --dtype bfloat16 --data pictures/ \\",
         "    --gradient-checkpointing --optimizer prodigy --out adapters/",
         "accelerate launch -m ddit_rt.cli train ./flux --data 'shards/*.tar' --out adapters/",
+        "torchrun --nproc_per_node 2 -m ddit_rt.cli train demo --self prompts.txt --out adapters/",
     ),
     add_arguments=_add_arguments,
     run=_run,

@@ -56,6 +56,7 @@ class TrainResult:
         gains: Pictures against all-fine ones.
         warnings: What was said loudly.
         seconds_per_step: Of this call's own steps; None when it had none left to do.
+        is_main: Whether this process wrote the folder; one of several does.
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class TrainResult:
     gains: list[Gain]
     warnings: list[str]
     seconds_per_step: float | None
+    is_main: bool
 
 
 def train(
@@ -319,6 +321,7 @@ class _Run:
             gains=gains,
             warnings=self.warnings,
             seconds_per_step=seconds_per_step,
+            is_main=accelerator.is_main_process,
         )
 
 

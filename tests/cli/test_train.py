@@ -71,6 +71,24 @@ def test_bad_request_is_exit_2(
 
 
 @pytest.mark.slow
+def test_two_processes_train_one_folder(model_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    """They share the work of every step; one of them writes and reports."""
+    arguments = ["train", str(model_folder), "--self", str(prompts), "--out", str(tmp_path / "out")]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ddit_rt.cli"]
+    result = subprocess.run(
+        [sys.executable, *launch, *arguments, *TINY, *SHORT, "--gain-prompts", str(prompts)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("wrote ") == 1
+    assert (tmp_path / "out" / "4p" / "adapter_model.safetensors").is_file()
+    assert len(list((tmp_path / "out" / "run" / "checkpoints").glob("*/optimizer.bin"))) >= 1
+
+
+@pytest.mark.slow
 def test_process_that_is_killed_twice_ends_as_one_that_is_not(
     model_folder: Path, prompts: Path, tmp_path: Path
 ) -> None:
