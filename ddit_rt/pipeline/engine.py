@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,36 +14,18 @@ from torch import Tensor
 
 from ddit_rt.artifact import Artifact
 from ddit_rt.buckets import latent_frames
-from ddit_rt.errors import (
-    ArtifactMismatchError,
-    RunCancelled,
-    ShapeError,
-    UnsupportedModelError,
-)
-from ddit_rt.executor import (
-    CaptureReport,
-    CpuExecutor,
-    CudaExecutor,
-    ProgressCallback,
-    RunPlan,
-    RunTrace,
-    StepCallback,
-    TorchGraphs,
-)
-from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, policy_from_dict
-from ddit_rt.pipeline.callbacks import follow_replaced, pipeline_callback, progress_callback
+from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.executor import CaptureReport, ProgressCallback, RunPlan, RunTrace, StepCallback
+from ddit_rt.patch_scheduler import FinePolicy, PatchPolicy
+from ddit_rt.pipeline.callbacks import pipeline_callback, progress_callback
 from ddit_rt.pipeline.guidance import WHOLE_RUN
 from ddit_rt.pipeline.inputs import check_executor
-from ddit_rt.pipeline.lora import FusedLora, refuse_unfused_lora
-from ddit_rt.pipeline.planning import CompiledModel, RunPrompt, plan_run
-from ddit_rt.pipeline.presets import (
-    PolicyChoice,
-    ResolvedPolicy,
-    requested_steps,
-    resolve_choice,
-)
-from ddit_rt.solver import SolverTable, probe_scheduler
-from ddit_rt.step_cache import NoCache, StepCache, TeaCache, step_cache_from_dict
+from ddit_rt.pipeline.loop import Loop
+from ddit_rt.pipeline.lora import FusedLora
+from ddit_rt.pipeline.planning import CompiledModel, RunPrompt
+from ddit_rt.pipeline.presets import PolicyChoice, ResolvedPolicy, requested_steps
+from ddit_rt.pipeline.requests import Planner, check_latents
+from ddit_rt.step_cache import StepCache, TeaCache
 
 
 class Engine:
@@ -56,7 +37,6 @@ class Engine:
     Attributes:
         artifact: What was compiled: manifest and files.
         pipeline: The diffusers pipeline, or None for a bare transformer.
-        last_trace: The trace of the latest run, or None.
         annotate: Whether profilers see named ranges of a run; see `executor.ranges`. May be set.
         batched_guidance: Whether the two halves of classifier-free guidance run as one batch of
             two, the default, or one after the other, which takes less memory. May be set.
@@ -71,22 +51,15 @@ class Engine:
     ) -> None:
         self.artifact = artifact
         self.pipeline = pipeline
-        self.last_trace: RunTrace | None = None
         self.annotate = False
         self.batched_guidance = True
         self._compiled = compiled
+        self._planner = Planner(compiled, artifact)
         self._device = compiled.steps.device
-        self._executor = (
-            CudaExecutor(TorchGraphs(self._device))
-            if self._device.type == "cuda"
-            else CpuExecutor()
-        )
+        self._loop = Loop(self._device)
         self.executor = executor
         self._lock = threading.RLock()
-        self._cancelled = threading.Event()
         self._fused: FusedLora | None = None
-        self._solvers: dict[tuple[Any, ...], SolverTable] = {}
-        self._announced: set[str] = set()
 
     @property
     def executor(self) -> str:
@@ -97,30 +70,32 @@ class Engine:
         `callback_on_step_end` asks for tensors; `last_trace` says which. A CPU model has only
         `"auto"`.
         """
-        return self._executor.form if isinstance(self._executor, CudaExecutor) else "auto"
+        return self._loop.form
 
     @executor.setter
     def executor(self, form: str) -> None:
         check_executor(form, self._compiled.steps.transformer)
-        if isinstance(self._executor, CudaExecutor):
-            self._executor.form = form
+        self._loop.form = form
 
     @property
     def captures(self) -> tuple[CaptureReport, ...]:
         """What capturing CUDA graphs took, per shape that is captured now; empty on a CPU."""
-        return self._executor.captures if isinstance(self._executor, CudaExecutor) else ()
+        return self._loop.captures
+
+    @property
+    def last_trace(self) -> RunTrace | None:
+        """The trace of the latest run, or None."""
+        return self._loop.trace
 
     @property
     def default_policy(self) -> PatchPolicy:
         """The policy of a call that names none: the artifact's own, else `DDiTPolicy()`."""
-        stored = self.artifact.manifest.policy
-        return policy_from_dict(stored) if stored else DDiTPolicy()
+        return self._planner.default_policy
 
     @property
     def default_step_cache(self) -> StepCache:
         """The step cache of a call that names none: the artifact's own, else `NoCache()`."""
-        stored = self.artifact.manifest.step_cache
-        return step_cache_from_dict(stored) if stored else NoCache()
+        return self._planner.default_step_cache
 
     @torch.no_grad()
     def __call__(
@@ -165,7 +140,9 @@ class Engine:
             )
         with self._lock:
             arguments = {**self.artifact.manifest.pipeline_defaults, **arguments}
-            choice = self._choose(patch_policy, lambda: requested_steps(self.pipeline, arguments))
+            choice = self._planner.choose(
+                patch_policy, lambda: requested_steps(self.pipeline, arguments)
+            )
             if choice.num_inference_steps is not None:
                 arguments["num_inference_steps"] = choice.num_inference_steps
             scheduler = copy.deepcopy(self.pipeline.scheduler)
@@ -222,18 +199,13 @@ class Engine:
             ShapeError, RunCancelled: As in `__call__`.
         """
         model = self._compiled.steps
-        channels = model.family.latent_channels(model.transformer)
-        axes = "F, H, W" if model.family.video else "H, W"
-        if latents.ndim != 2 + axes.count(",") + 1 or latents.shape[1] != channels:
-            raise ShapeError(
-                f"latents have shape {list(latents.shape)}; expected [B, {channels}, {axes}]"
-            )
+        check_latents(latents, model)
         model.family.check_conditioning(model.transformer, latents.shape[0], conditioning)
         given = {name: value for name, value in conditioning.items() if value is not None}
         with self._lock:
             scheduler = copy.deepcopy(scheduler or self._default_scheduler())
             steps = num_inference_steps if sigmas is None else len(sigmas)
-            choice = self._choose(patch_policy, lambda: (steps, sigmas is not None))
+            choice = self._planner.choose(patch_policy, lambda: (steps, sigmas is not None))
             height, width = latents.shape[-2:]
             grid = model.grid(height, width, frames=latent_frames(latents.shape))
             model.family.set_timesteps(scheduler, choice.num_inference_steps or steps, sigmas, grid)
@@ -275,7 +247,7 @@ class Engine:
 
         Safe to call from another thread. Without a run in progress it does nothing.
         """
-        self._cancelled.set()
+        self._loop.cancel()
 
     def save(self, path: str | Path) -> Path:
         """Writes the artifact to a folder, whole or not at all.
@@ -313,14 +285,6 @@ class Engine:
             self._fused.restore()
             self._fused = None
 
-    def _choose(
-        self, policy: PolicyChoice | None, requested: Callable[[], tuple[int, bool]]
-    ) -> ResolvedPolicy:
-        """The policy of a run, and its steps."""
-        if policy is None:
-            policy = self.default_policy
-        return resolve_choice(policy, self.artifact.manifest, requested)
-
     def _default_scheduler(self) -> Any:
         if self.pipeline is not None:
             return self.pipeline.scheduler
@@ -337,32 +301,19 @@ class Engine:
         guidance_interval: tuple[float, float],
         step_cache: StepCache | None,
     ) -> tuple[RunPlan, RunPrompt]:
-        """Checks the request and the weights, then fixes the run."""
-        model = self._compiled.steps
-        if model.device != self._device:
-            raise ArtifactMismatchError(
-                f"the model was on {self._device} when this engine was made and is on "
-                f"{model.device} now; move it back, or compile or load again"
-            )
-        refuse_unfused_lora(model.transformer)
-        if self._compiled.rebind() and isinstance(self._executor, CudaExecutor):
-            self._executor.forget()
-        plan, prompt = plan_run(
-            self._compiled,
-            shape=tuple(latents.shape),
-            conditioning=conditioning,
-            timesteps=model.family.linear_timesteps(scheduler),
-            solver=self._solver(scheduler),
-            policy=choice.policy,
+        """Checks the weights, then fixes the run."""
+        self._planner.check_model()
+        if self._compiled.rebind():
+            self._loop.forget()
+        return self._planner.plan(
+            tuple(latents.shape),
+            conditioning,
+            scheduler,
+            choice,
             batched_guidance=self.batched_guidance,
             guidance_interval=guidance_interval,
-            step_cache=self.default_step_cache if step_cache is None else step_cache,
-            fits=self.artifact.manifest.cache_fits,
+            step_cache=step_cache,
         )
-        if not isinstance(choice.policy, FinePolicy):
-            self._announce(plan.notes)
-        cached = () if plan.cache is None else (f"step cache: {plan.cache.note}",)
-        return replace(plan, notes=(*plan.notes, *choice.notes, *cached)), prompt
 
     def _run(
         self,
@@ -371,78 +322,15 @@ class Engine:
         on_step_end: StepCallback | None,
         on_progress: ProgressCallback | None,
     ) -> Tensor:
-        self._cancelled.clear()
-        finite = _FiniteCheck(latents)
-        pending = None
-        if on_step_end is not None:
-            plan, on_step_end, pending = follow_replaced(plan, latents, on_step_end)
-        final, self.last_trace = self._executor.run(
+        return self._loop.run(
             plan,
             latents,
-            on_step_end=on_step_end,
-            on_progress=on_progress,
-            should_stop=self._should_stop,
+            on_step_end,
+            on_progress,
+            interrupted=self._interrupted,
             annotate=self.annotate,
         )
-        if pending is not None:
-            final += pending  # what no further step used
-        finite.require()
-        if self._cancelled.is_set():
-            raise RunCancelled(
-                f"cancelled after {len(self.last_trace)} of {plan.policy.steps} steps"
-            )
-        if self.last_trace.nonfinite:
-            warnings.warn(
-                "the latents became NaN or infinite during the run; the patch scheduler fell "
-                "back to p, and the result is not usable (check the model's dtype and weights)",
-                stacklevel=3,
-            )
-        return final
 
-    def _should_stop(self) -> bool:
-        """`cancel`, or diffusers' own way: a callback that sets `pipeline._interrupt`."""
-        interrupted = self.pipeline is not None and bool(
-            getattr(self.pipeline, "_interrupt", False)
-        )
-        return interrupted or self._cancelled.is_set()
-
-    def _solver(self, scheduler: Any) -> SolverTable:
-        """The scheduler's table; probed once per schedule, since a server repeats few."""
-        key = (
-            type(scheduler).__name__,
-            repr(sorted(scheduler.config.items())),
-            tuple(scheduler.sigmas.tolist()),
-        )
-        if key not in self._solvers:
-            if len(self._solvers) >= 64:
-                self._solvers.clear()
-            self._solvers[key] = probe_scheduler(scheduler)
-        return self._solvers[key]
-
-    def _announce(self, notes: Sequence[str]) -> None:
-        """Says each reason for a slower path once."""
-        for note in notes:
-            if note not in self._announced:
-                self._announced.add(note)
-                warnings.warn(note, stacklevel=5)
-
-
-class _FiniteCheck:
-    """Refuses initial latents that are not finite: before the run, or after it on a device.
-
-    There the answer is on its way while the run goes on, so that the host need not wait for it.
-    """
-
-    def __init__(self, latents: Tensor) -> None:
-        finite = torch.isfinite(latents).all()
-        if finite.is_cuda:
-            self._finite = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._finite.copy_(finite, non_blocking=True)
-        else:
-            self._finite = finite
-            self.require()
-
-    def require(self) -> None:
-        """Raises if they were not finite. On a device: only once the run is over."""
-        if not bool(self._finite):
-            raise ValueError("the initial latents hold NaN or infinity; give finite noise")
+    def _interrupted(self) -> bool:
+        """Diffusers' own way to end a run: a callback sets `pipeline._interrupt`."""
+        return self.pipeline is not None and bool(getattr(self.pipeline, "_interrupt", False))

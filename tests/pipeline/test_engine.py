@@ -170,8 +170,10 @@ def test_height_and_width_default_to_those_compiled_for(engine: Engine) -> None:
 
 def test_size_that_a_patch_does_not_divide_is_not_offered(engine: Engine) -> None:
     call = {**tiny_embeds(), "num_inference_steps": 8, "height": 48, "width": 48}
-    with pytest.warns(UserWarning, match="4p is not offered.*8 latent pixels do not divide 12 x"):
+    reason = "4p is not offered.*8 latent pixels do not divide 12 x"
+    with pytest.warns(UserWarning, match=reason) as warned:
         engine(**call, patch_policy=DDiTPolicy(tau=1e9))
+    assert [warning.filename for warning in warned] == [__file__]
     assert engine.last_trace is not None
     assert set(engine.last_trace.patch_sizes()) == {"2p", "p"}
     assert "4p is not offered" in engine.last_trace.notes[0]
@@ -421,7 +423,7 @@ def test_model_that_makes_nan_is_reported(engine: Engine) -> None:
     def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> Any:
         return {"latents": tensors["latents"] * float("nan")}
 
-    with pytest.warns(UserWarning, match="NaN or infinite during the run"):
+    with pytest.warns(UserWarning, match="NaN or infinite during the run") as warned:
         engine(
             **tiny_embeds(),
             num_inference_steps=8,
@@ -429,3 +431,4 @@ def test_model_that_makes_nan_is_reported(engine: Engine) -> None:
             output_type="latent",
             patch_policy=DDiTPolicy(tau=1e9),
         )
+    assert [warning.filename for warning in warned] == [__file__]

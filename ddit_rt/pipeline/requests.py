@@ -1,0 +1,144 @@
+"""A request to an engine: its checks, and the plan of its run by the engine's own defaults."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ddit_rt.artifact import Artifact
+from ddit_rt.buckets import StepModel
+from ddit_rt.errors import ArtifactMismatchError, ShapeError
+from ddit_rt.executor import RunPlan
+from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, policy_from_dict
+from ddit_rt.pipeline.lora import refuse_unfused_lora
+from ddit_rt.pipeline.planning import CompiledModel, RunPrompt, plan_run
+from ddit_rt.pipeline.presets import PolicyChoice, ResolvedPolicy, resolve_choice
+from ddit_rt.solver import SolverTable, probe_scheduler
+from ddit_rt.step_cache import NoCache, StepCache, step_cache_from_dict
+
+_SCHEDULES = 64
+"""Probed schedules that a planner keeps; a server repeats few."""
+
+
+class Planner:
+    """Plans the runs of one engine.
+
+    Args:
+        compiled: Its model.
+        artifact: What was compiled, with the defaults, calibrations and fits of its manifest.
+    """
+
+    def __init__(self, compiled: CompiledModel, artifact: Artifact) -> None:
+        self._compiled = compiled
+        self._artifact = artifact
+        self._device = compiled.steps.device
+        self._solvers: dict[tuple[Any, ...], SolverTable] = {}
+        self._announced: set[str] = set()
+
+    @property
+    def default_policy(self) -> PatchPolicy:
+        """The artifact's own, else `DDiTPolicy()`."""
+        stored = self._artifact.manifest.policy
+        return policy_from_dict(stored) if stored else DDiTPolicy()
+
+    @property
+    def default_step_cache(self) -> StepCache:
+        """The artifact's own, else `NoCache()`."""
+        stored = self._artifact.manifest.step_cache
+        return step_cache_from_dict(stored) if stored else NoCache()
+
+    def choose(
+        self, policy: PolicyChoice | None, requested: Callable[[], tuple[int, bool]]
+    ) -> ResolvedPolicy:
+        """The policy of a run, and its steps; `requested` as `resolve_choice` takes it."""
+        if policy is None:
+            policy = self.default_policy
+        return resolve_choice(policy, self._artifact.manifest, requested)
+
+    def check_model(self) -> None:
+        """Refuses a model that has changed device, or that runs with a LoRA beside its weights."""
+        model = self._compiled.steps
+        if model.device != self._device:
+            raise ArtifactMismatchError(
+                f"the model was on {self._device} when this engine was made and is on "
+                f"{model.device} now; move it back, or compile or load again"
+            )
+        refuse_unfused_lora(model.transformer)
+
+    def plan(
+        self,
+        shape: tuple[int, ...],
+        conditioning: dict[str, Tensor],
+        scheduler: Any,
+        choice: ResolvedPolicy,
+        *,
+        batched_guidance: bool,
+        guidance_interval: tuple[float, float],
+        step_cache: StepCache | None,
+    ) -> tuple[RunPlan, RunPrompt]:
+        """Fixes a run: `plan_run` with the scheduler's table, the defaults and the fits.
+
+        Args:
+            shape: As in `plan_run`.
+            conditioning: As in `plan_run`.
+            scheduler: The run's, its timesteps set.
+            choice: What `choose` gave.
+            batched_guidance: As in `plan_run`.
+            guidance_interval: As in `plan_run`.
+            step_cache: The caller's; None for the default.
+        """
+        plan, prompt = plan_run(
+            self._compiled,
+            shape=shape,
+            conditioning=conditioning,
+            timesteps=self._compiled.steps.family.linear_timesteps(scheduler),
+            solver=self._solver(scheduler),
+            policy=choice.policy,
+            batched_guidance=batched_guidance,
+            guidance_interval=guidance_interval,
+            step_cache=self.default_step_cache if step_cache is None else step_cache,
+            fits=self._artifact.manifest.cache_fits,
+        )
+        if not isinstance(choice.policy, FinePolicy):
+            self._announce(plan.notes)
+        cached = () if plan.cache is None else (f"step cache: {plan.cache.note}",)
+        return replace(plan, notes=(*plan.notes, *choice.notes, *cached)), prompt
+
+    def _solver(self, scheduler: Any) -> SolverTable:
+        """The scheduler's table; probed once per schedule."""
+        key = (
+            type(scheduler).__name__,
+            repr(sorted(scheduler.config.items())),
+            tuple(scheduler.sigmas.tolist()),
+        )
+        if key not in self._solvers:
+            if len(self._solvers) >= _SCHEDULES:
+                self._solvers.clear()
+            self._solvers[key] = probe_scheduler(scheduler)
+        return self._solvers[key]
+
+    def _announce(self, notes: Sequence[str]) -> None:
+        """Says each reason for a slower path once."""
+        for note in notes:
+            if note not in self._announced:
+                self._announced.add(note)
+                # Behind `plan`, `Engine._plan`, the engine's call and its no_grad: the caller.
+                warnings.warn(note, stacklevel=6)
+
+
+def check_latents(latents: Tensor, model: StepModel) -> None:
+    """Refuses initial latents of a shape that the model does not take.
+
+    Raises:
+        ShapeError: Not `[B, C, H, W]`, for videos `[B, C, F, H, W]`.
+    """
+    channels = model.family.latent_channels(model.transformer)
+    axes = "F, H, W" if model.family.video else "H, W"
+    if latents.ndim != 2 + axes.count(",") + 1 or latents.shape[1] != channels:
+        raise ShapeError(
+            f"latents have shape {list(latents.shape)}; expected [B, {channels}, {axes}]"
+        )
