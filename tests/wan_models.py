@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -63,6 +64,11 @@ def unipc() -> UniPCMultistepScheduler:
 def euler() -> FlowMatchEulerDiscreteScheduler:
     """The other common one."""
     return FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def heun() -> FlowMatchHeunDiscreteScheduler:
+    """Second order: the model is called twice at every noise level but the first."""
+    return FlowMatchHeunDiscreteScheduler(shift=3.0)
 
 
 def wan_pipeline(scheduler: Any = None, seed: int = 0, **config: Any) -> WanPipeline:

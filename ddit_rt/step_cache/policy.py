@@ -1,7 +1,8 @@
 """Step caches: which steps reuse what the blocks added before, instead of running them.
 
 A step cache is a frozen description that a user writes down once. `StepCache.resolve` turns it,
-for one model and number of steps, into a `CacheTable`.
+for one model and number of steps, into a `CacheTable`. As in what is published, a step is a call of
+the model, or with guidance of both halves: a Heun scheduler takes 2 N - 1 of them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class CacheModel:
 
     Attributes:
         name: Of the model, for messages.
-        steps: Denoising steps.
+        steps: Denoising steps, each a call of the model.
         fits: What was fitted for the model; of one kind, the first counts.
         time_changes: Relative change of the model's time signal at every step, `[N]`, of which the
             first is not used; takes whether the projected embedding is meant. None for a model

@@ -11,7 +11,6 @@ import torch
 from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
-    FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
     WanPipeline,
 )
@@ -20,6 +19,7 @@ from torch import Tensor
 from wan_models import (
     CHANNELS,
     euler,
+    heun,
     unipc,
     wan_conditioning,
     wan_pipeline,
@@ -48,10 +48,6 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def eager(pipeline: WanPipeline, **options: Any) -> Engine:
     return ddit_rt.compile(pipeline, backend="eager", progress=False, **options)
-
-
-def heun() -> FlowMatchHeunDiscreteScheduler:
-    return FlowMatchHeunDiscreteScheduler(shift=3.0)
 
 
 def multistep(kind: Any) -> Any:

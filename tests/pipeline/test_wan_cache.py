@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import MagCacheConfig
 from reference_teacache import ReferenceWanTeaCache
-from wan_models import euler, unipc, wan_pipeline
+from wan_models import euler, heun, unipc, wan_pipeline
 
 import ddit_rt
 from ddit_rt import FinePolicy, MagCache, StaticPolicy, TeaCache
@@ -92,6 +92,46 @@ def test_mag_cache_equals_diffusers_own(batched: bool) -> None:
     cache = MagCache(threshold=0.1, max_skip_steps=2, mag_ratios=ratios)
     actual = engine(**call, generator=seeded(), patch_policy=FinePolicy(), step_cache=cache).frames
     assert 2 < trace_of(engine).reused < STEPS - 2
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("use_ret_steps", "threshold"), [(False, 1.5), (True, 0.8)])
+def test_teacache_counts_the_two_calls_of_a_heun_step(
+    use_ret_steps: bool, threshold: float
+) -> None:
+    """As published: it sees calls of the model, not noise levels.
+
+    Time stands still between the calls at one level, so there only the constant term is added.
+    """
+    coefficients, calls = (1.0, 0.1), 2 * STEPS - 1
+    pipeline = wan_pipeline(heun())
+    reference = ReferenceWanTeaCache(
+        pipeline.transformer, threshold, coefficients, calls, passes=2, use_ret_steps=use_ret_steps
+    )
+    call = {**CALL, "guidance_scale": 5.0}
+    expected = pipeline(**call, generator=seeded()).frames
+    engine = eager(heun())
+    cache = TeaCache(threshold, coefficients=coefficients, use_ret_steps=use_ret_steps)
+    actual = engine(**call, generator=seeded(), patch_policy=FinePolicy(), step_cache=cache).frames
+    computed = [not record.reused for record in trace_of(engine)]
+    assert len(computed) == calls
+    assert [one for one in computed for _ in range(2)] == reference.computed
+    assert 2 < computed.count(False) < calls - 2
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_mag_cache_takes_a_ratio_for_each_call_of_a_heun_step() -> None:
+    calls = 2 * STEPS - 1
+    ratios = [1.0] + [0.97, 1.05, 0.99, 1.02] * 5 + [0.96, 1.04]
+    config = {"threshold": 0.1, "max_skip_steps": 2, "retention_ratio": 0.2, "mag_ratios": ratios}
+    pipeline = wan_pipeline(heun())
+    pipeline.transformer.enable_cache(MagCacheConfig(num_inference_steps=calls, **config))
+    call = {**CALL, "guidance_scale": 5.0}
+    expected = pipeline(**call, generator=seeded()).frames
+    engine = eager(heun())
+    cache = MagCache(**config)
+    actual = engine(**call, generator=seeded(), patch_policy=FinePolicy(), step_cache=cache).frames
+    assert 2 < trace_of(engine).reused < calls - 2
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
