@@ -36,19 +36,27 @@ _BASE_SAMPLES = 8
 
 def lora_config(family: Family, transformer: nn.Module, config: AdapterConfig) -> LoraConfig:
     """PEFT's configuration of an adapter's LoRA: the feed-forward layers of every block."""
-    targets = [
-        f"{block_type.path}.{index}.{layer}"
-        for block_type in family.block_types(transformer)
-        for index in range(len(block_type.blocks(transformer)))
-        for layer in block_type.feed_forward
-    ]
-    return LoraConfig(
+    targets = _lora_targets(family, transformer)
+    lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.lora_alpha,
         target_modules=targets,
         bias="none",
         inference_mode=True,
     )
+    # PEFT has made a set of them, and would write it in another order in every process.
+    lora.target_modules = targets
+    return lora
+
+
+def _lora_targets(family: Family, transformer: nn.Module) -> list[str]:
+    """Names of the layers that an adapter's LoRA changes, in the order in which they run."""
+    return [
+        f"{block_type.path}.{index}.{layer}"
+        for block_type in family.block_types(transformer)
+        for index in range(len(block_type.blocks(transformer)))
+        for layer in block_type.feed_forward
+    ]
 
 
 def save_adapters(
@@ -209,7 +217,7 @@ def _checked_lora(
     named = {name.removeprefix(_PEFT_PREFIX): value for name, value in lora.items()}
     weight = family.embedding_layers(transformer)[0].weight
     checked: dict[str, Tensor] = {}
-    for target in lora_config(family, transformer, config).target_modules or ():
+    for target in _lora_targets(family, transformer):
         linear = transformer.get_submodule(target)
         assert isinstance(linear, nn.Linear)
         shapes = {
@@ -238,7 +246,7 @@ def untrained_lora(
     """LoRA tensors as PEFT initialises them: A random, B zero, so that they change nothing."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    for target in lora_config(family, transformer, config).target_modules or ():
+    for target in _lora_targets(family, transformer):
         linear = transformer.get_submodule(target)
         assert isinstance(linear, nn.Linear)
         down = torch.empty(config.rank, linear.in_features)

@@ -125,6 +125,17 @@ def test_peft_configuration_names_the_feed_forward_layers(tmp_path: Path) -> Non
     assert not any("attn" in target for target in config["target_modules"])
 
 
+def test_lora_layers_are_in_the_order_of_the_blocks_in_every_process(tmp_path: Path) -> None:
+    """PEFT keeps a set, whose order differs with the hash seed: in the file and random draws."""
+    folder, adapter = saved(tmp_path)
+    config = json.loads((folder / "2p" / "adapter_config.json").read_text())
+    modules = [name for name, _ in tiny_transformer().named_modules()]
+    in_order = [name for name in modules if name in config["target_modules"]]
+    assert len(in_order) > 6
+    assert config["target_modules"] == in_order
+    assert list(adapter.lora)[::2] == [f"{name}.lora_A.weight" for name in in_order]
+
+
 def test_adapter_of_another_base_model_is_refused_with_both_values(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path)
     other = tiny_transformer(seed=1)
