@@ -17,6 +17,7 @@ from typing import Any
 
 from tables_cuda import flux_cuda, ops_cuda
 from tables_quality import quality_demo
+from tables_skip import skip
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -120,6 +121,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "flux_cuda": flux_cuda,
     "ops_cuda": ops_cuda,
     "quality_demo": quality_demo,
+    "skip_demo": skip,
 }
 
 

@@ -1,0 +1,90 @@
+"""The models that `bench_skip.py` runs on: pipeline, sizes, prompts, and how closeness is taken."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers import FluxPipeline
+
+from ddit_rt.demo import model_path
+from ddit_rt.demo.measure import Picture
+from ddit_rt.demo.pictures import all_attributes, is_held_out
+from ddit_rt.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_prompts
+from ddit_rt.demo.quality import fidelity
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Closeness:
+    """Closeness to reference pictures or clips, per prompt.
+
+    Attributes:
+        ssim: Of a clip the mean over its frames.
+        psnr: In dB; None where nothing differs.
+        flicker: Of clips the mean absolute error of the change from frame to frame, in units of the
+            whole range; None for pictures.
+        frames: Of clips SSIM and PSNR of every frame; None for pictures.
+    """
+
+    ssim: tuple[float, ...]
+    psnr: tuple[float | None, ...]
+    flicker: tuple[float, ...] | None = None
+    frames: tuple[tuple[tuple[float, ...], tuple[float | None, ...]], ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SkipModel:
+    """A model to compare plans on.
+
+    Attributes:
+        name: As on the command line.
+        pipeline: Its pipeline.
+        size: `height`, `width` and, of clips, `num_frames`.
+        others: Further arguments of a call.
+        held_out: Captions to report on.
+        seen: Captions for fits and for the search, none of those.
+        closeness: Compares what a plan made with the references.
+    """
+
+    name: str
+    pipeline: Any
+    size: Mapping[str, Any]
+    others: Mapping[str, Any]
+    held_out: tuple[str, ...]
+    seen: tuple[str, ...]
+    closeness: Callable[[Sequence[Picture], Sequence[Picture]], Closeness]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of an engine's call, but for the steps."""
+        return {**self.size, **self.others}
+
+
+def picture_model(*, quick: bool = False) -> SkipModel:
+    """The embedded FLUX, 128 x 128."""
+    side = 64 if quick else 128
+    return SkipModel(
+        name="demo",
+        pipeline=FluxPipeline.from_pretrained(model_path()),
+        size={"height": side, "width": side},
+        others={"max_sequence_length": MAX_SEQUENCE_LENGTH},
+        held_out=tuple(held_out_prompts()),
+        seen=_shuffled([a.caption for a in all_attributes() if not is_held_out(a)]),
+        closeness=picture_closeness,
+    )
+
+
+def picture_closeness(pictures: Sequence[Picture], references: Sequence[Picture]) -> Closeness:
+    """Of pictures `[H, W, 3]`."""
+    close = fidelity(pictures, references)
+    return Closeness(ssim=close.ssim, psnr=close.psnr)
+
+
+def _shuffled(captions: list[str]) -> tuple[str, ...]:
+    random.Random(0).shuffle(captions)  # noqa: S311 - a fixed choice, nothing secret
+    return tuple(captions)
+
+
+MODELS: dict[str, Callable[..., SkipModel]] = {"demo": picture_model}
