@@ -78,7 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     model = MODELS[args.model](quick=args.quick)
     model.pipeline.set_progress_bar_config(disable=True)
-    engine = ddit_rt.compile(model.pipeline, backend=args.backend, progress=False, **model.size)
+    engine = ddit_rt.compile(
+        model.pipeline,
+        patch_sizes=args.patch_sizes,
+        backend=args.backend,
+        progress=False,
+        **model.size,
+    )
     report = run(engine, model, args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -101,13 +107,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--levels", type=int, default=32, help="of tau, and of a threshold")
     parser.add_argument("--taus", type=int, default=4, help="taus that each cache is tried with")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds")
+    parser.add_argument("--patch-sizes", nargs="+", default=["p", "2p", "4p"])
     parser.add_argument("--backend", choices=["aot", "eager"], default="aot")
-    parser.add_argument("--quick", action="store_true", help="2 prompts, 9 steps, small, eager")
+    parser.add_argument("--quick", action="store_true", help="2 prompts, 8 steps, small, eager")
     args = parser.parse_args(argv)
     if args.quick:
-        args.targets, args.steps, args.prompts, args.search_prompts = [0.97, 0.5], 9, 2, 1
-        args.fit_prompts, args.levels, args.taus, args.repeats = 1, 6, 2, 1
-        args.backend = "eager"
+        args.targets, args.steps, args.prompts, args.search_prompts = [0.97, 0.5], 8, 2, 1
+        args.fit_prompts, args.levels, args.taus, args.repeats = 1, 3, 1, 1
+        args.backend, args.patch_sizes = "eager", ["p", "2p"]
         args.out = args.out or RESULTS / f"{default_out(args.model).stem}_quick.json"
     args.out = args.out or default_out(args.model)
     if args.prompts < 2 or min(args.search_prompts, args.fit_prompts, args.repeats) < 1:
@@ -242,7 +249,7 @@ def timed(
 
 def settings(model: SkipModel, prompts: Prompts, args: argparse.Namespace) -> dict[str, Any]:
     """The entry `settings`."""
-    names = ("targets", "steps", "levels", "taus", "repeats", "backend")
+    names = ("targets", "steps", "levels", "taus", "repeats", "patch_sizes", "backend")
     return {
         **{name: getattr(args, name) for name in names},
         "arguments": model.arguments,

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddit_rt.step_cache import CacheFit, MagCache, NoCache, TeaCache
+
+KINDS = (
+    "fewer_steps",
+    "static",
+    "ddit",
+    "teacache",
+    "magcache",
+    "ddit_teacache",
+    "ddit_magcache",
+)
+
+
+def strict(path: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    data: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse)
+    return data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("skip") / "quick.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
+        assert import_module("bench_skip").main(["--quick", "--out", str(out)]) == 0
+    return strict(out)
+
+
+def test_rows_are_plans_of_their_kind_that_the_search_found_close_enough(
+    report: dict[str, Any],
+) -> None:
+    fine = report["fine"]
+    assert fine["ssim"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert fine["psnr"] is None
+    assert fine["speedup"]["value"] == 1
+    assert [target["ssim"] for target in report["targets"]] == report["settings"]["targets"]
+    for target in report["targets"]:
+        kinds = [row["kind"] for row in target["rows"]]
+        assert kinds == [kind for kind in KINDS if kind in kinds]
+        assert set(kinds) >= set(KINDS[:5])
+        for row in target["rows"]:
+            assert row["search"]["ssim"] >= target["ssim"]
+            check_work(row)
+            assert row["loop_seconds"]["value"] > 0
+            assert len(row["ssim_per_prompt"]) == len(report["settings"]["prompts"])
+
+
+def check_work(row: dict[str, Any]) -> None:
+    """A kind does what its name says, and its steps add up."""
+    kind = row["kind"]
+    assert sum(row["steps_at"].values()) == pytest.approx(row["steps"])
+    reused = sum(count for name, count in row["steps_at"].items() if name.endswith(" reused"))
+    assert reused == pytest.approx(row["reused_share"] * row["steps"])
+    assert row["step_cache"]["step_cache"] == {
+        "teacache": "TeaCache",
+        "magcache": "MagCache",
+    }.get(kind.removeprefix("ddit_"), "NoCache")
+    if "cache" not in kind:
+        assert reused == 0
+    if kind in ("fewer_steps", "teacache", "magcache"):
+        assert row["coarse_share"] == 0
+
+
+def test_looser_target_costs_no_more(report: dict[str, Any]) -> None:
+    tight, loose = (
+        {row["kind"]: row["search"]["cost_ms"] for row in target["rows"]}
+        for target in report["targets"]
+    )
+    assert all(loose[kind] <= cost for kind, cost in tight.items())
+    assert loose["ddit_magcache"] <= loose["ddit"]
+
+
+def test_prompts_of_fit_search_and_report_are_different(report: dict[str, Any]) -> None:
+    settings = report["settings"]
+    lists = [settings[name] for name in ("prompts", "search_prompts", "fit_prompts")]
+    assert len(set().union(*lists)) == sum(map(len, lists))
+
+
+def test_table_has_a_line_per_plan_and_an_answer_per_target(report: dict[str, Any]) -> None:
+    text = import_module("tables_skip").skip(report)
+    lines = text.splitlines()
+    assert sum(line.startswith("|") for line in lines) == 3 + sum(
+        len(target["rows"]) for target in report["targets"]
+    )
+    answers = [line for line in lines if line.startswith("- At")]
+    assert len(answers) == len(report["targets"])
+    assert all("DDiT + MagCache **" in line for line in answers)
+    assert "flicker" not in text
+
+
+def test_more_prompts_than_there_are_held_out_are_refused() -> None:
+    bench = import_module("bench_skip")
+    with pytest.raises(ValueError, match="--prompts 50; demo has 49"):
+        bench.prompts_of(
+            import_module("skip_models").picture_model(), bench.parse(["--prompts", "50"])
+        )
+    with pytest.raises(SystemExit):
+        bench.parse(["--prompts", "1"])
+
+
+@pytest.mark.parametrize("last", range(9))
+def test_bisection_finds_the_last_level_that_holds(last: int) -> None:
+    asked: list[int] = []
+
+    def holds(level: int) -> bool:
+        asked.append(level)
+        return level <= last
+
+    assert import_module("skip_search").highest(8, holds) == last
+    assert 0 not in asked
+    assert len(asked) <= 4
+
+
+def test_levels_are_spread_from_the_first_to_the_last() -> None:
+    spread = import_module("skip_search").spread_levels
+    assert spread(3, 11, 5) == [3, 5, 7, 9, 11]
+    assert spread(3, 4, 5) == [3, 4]
+    assert spread(4, 4, 1) == [4]
+    assert spread(5, 4, 3) == []
+
+
+def tried(kind: str, ssim: float, cost: float, **shares: float) -> Any:
+    plans = import_module("skip_plans")
+    label = f"{kind} {cost:g}"
+    plan = plans.SkipPlan(kind=kind, label=label, policy=plans.fine(8).policy, steps=8)
+    shares = {"coarse": 0.5, "reused": 0.5, **shares}
+    return import_module("skip_search").Tried(plan=plan, ssim=ssim, cost_ms=cost, **shares)
+
+
+def test_cheapest_plan_meets_the_target_and_a_combined_one_does_both() -> None:
+    found = [
+        tried("ddit", 0.99, 9.0),
+        tried("ddit", 0.96, 5.0),
+        tried("ddit", 0.90, 2.0),
+        tried("ddit_teacache", 0.96, 3.0, coarse=0.0),
+        tried("ddit_teacache", 0.96, 4.0),
+    ]
+    search = import_module("skip_search").Search(
+        engine=None,
+        model=None,
+        prompts=(),
+        steps=8,
+        costs={},
+        tried={one.plan.label: one for one in found},
+    )
+    assert search.cheapest("ddit", 0.95).cost_ms == 5
+    assert search.cheapest("ddit_teacache", 0.95).cost_ms == 4
+    assert search.cheapest("ddit_teacache", 0.97) is None
+
+
+def fitted(kind: str) -> CacheFit:
+    if kind == "teacache":
+        evidence = {"outputs": [0.02, 0.2]}
+        return CacheFit(kind=kind, values=(1.0, 0.0), source="a test", evidence=evidence)
+    return CacheFit(kind=kind, values=(1.0, 0.9, 0.95), source="a test")
+
+
+@pytest.mark.parametrize(("kind", "cls"), [("teacache", TeaCache), ("magcache", MagCache)])
+def test_cache_dial_raises_the_threshold_on_top_of_any_plan(
+    kind: str, cls: type[TeaCache | MagCache]
+) -> None:
+    plans = import_module("skip_plans")
+    for dial in plans.cache_dials(fitted(kind), 8, 5):
+        alone = dial.alone(8)
+        assert alone.at(0) == plans.fine(8)
+        caches = [alone.at(level).cache for level in range(1, 6)]
+        assert all(isinstance(cache, cls) for cache in caches)
+        thresholds = [cache.threshold for cache in caches]
+        assert thresholds == sorted(set(thresholds))
+        assert alone.at(3).kind == kind
+        rule = plans.ddits(8, ("2p",), (1e-3, 1.0), 4)[0].at(2)
+        assert rule.cache == NoCache()
+        both = dial.on(rule, 3)
+        assert (both.kind, both.policy, both.cache) == (f"ddit_{kind}", rule.policy, caches[2])
+        assert len({plan.key for plan in (rule, both, alone.at(3))}) == 3
+
+
+def test_rule_dial_raises_tau_and_halves_it_for_the_larger_size() -> None:
+    plans = import_module("skip_plans")
+    refreshed, free = plans.ddits(8, ("2p", "4p"), (1e-3, 1.0), 3)
+    assert [refreshed.at(level).policy.tau["2p"] for level in range(4)] == [1e-3, 1e-2, 1e-1, 1.0]
+    assert refreshed.at(3).policy.tau["4p"] == 0.5
+    assert (refreshed.at(1).policy.refresh, free.at(1).policy.refresh) == (4, None)
+
+
+def row(kind: str, seconds: list[float], ssim: list[float]) -> dict[str, Any]:
+    return {"kind": kind, "loop_seconds_per_prompt": seconds, "ssim_per_prompt": ssim}
+
+
+FAST, SLOW, VARYING = [1.0, 1.1, 0.9], [2.0, 2.2, 1.8], [0.5, 1.1, 1.6]
+NEAR, FAR = [0.95, 0.96, 0.94], [0.90, 0.91, 0.89]
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "answer"),
+    [
+        ((FAST, NEAR), (SLOW, NEAR), "yes"),
+        ((FAST, NEAR), (SLOW, FAR), "yes"),
+        ((FAST, FAR), (SLOW, NEAR), "not comparable"),
+        ((SLOW, NEAR), (FAST, NEAR), "no"),
+        ((SLOW, FAR), (FAST, NEAR), "no"),
+        ((SLOW, NEAR), (FAST, FAR), "not comparable"),
+        ((VARYING, NEAR), (FAST, NEAR), "undecided"),
+        ((VARYING, NEAR), (FAST, FAR), "not comparable"),
+    ],
+)
+def test_faster_counts_at_equal_closeness(
+    own: tuple[list[float], list[float]], other: tuple[list[float], list[float]], answer: str
+) -> None:
+    compare = import_module("skip_rows").compare
+    found = compare(row("ddit_teacache", *own), row("ddit", *other))
+    assert found["faster"] == answer
+    assert found["ssim"]["value"] == pytest.approx(sum(own[1]) / 3 - sum(other[1]) / 3)
+
+
+def test_verdict_wants_both_alone_beaten_and_lists_every_rival() -> None:
+    verdicts = import_module("skip_rows").verdicts
+    rows = {
+        "fewer_steps": row("fewer_steps", FAST, NEAR),
+        "ddit": row("ddit", SLOW, NEAR),
+        "teacache": row("teacache", SLOW, NEAR),
+        "magcache": row("magcache", FAST, NEAR),
+        "ddit_teacache": row("ddit_teacache", [0.5, 0.6, 0.4], NEAR),
+    }
+    tea, mag = verdicts(rows)
+    assert tea["either_alone"] == "yes"
+    assert set(tea["against"]) == {"fewer_steps", "ddit", "teacache", "magcache"}
+    assert mag["either_alone"] == "no"
+    assert mag["reason"] == "none was close enough"
+    rows["ddit_teacache"] = row("ddit_teacache", [3.0, 3.0, 3.0], NEAR)
+    assert verdicts(rows)[0]["either_alone"] == "no"
+
+
+@pytest.mark.parametrize(
+    ("answers", "answer"),
+    [
+        (["yes", "yes"], "yes"),
+        (["yes", "undecided"], "undecided"),
+        (["not comparable", "undecided"], "not comparable"),
+        (["not comparable", "no"], "no"),
+    ],
+)
+def test_answers_join_to_the_least_favourable(answers: list[str], answer: str) -> None:
+    assert import_module("skip_rows").together(answers) == answer
