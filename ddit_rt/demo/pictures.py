@@ -21,7 +21,7 @@ COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "black"
 BACKGROUNDS = ("plain", "fade", "stripes", "dots", "checkers", "rings")
 BACKGROUND_COLOURS = ("red", "yellow", "green", "blue")
 
-_RGB: dict[str, tuple[float, float, float]] = {
+RGB: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.12, 0.12),
     "orange": (0.98, 0.55, 0.05),
     "yellow": (0.97, 0.87, 0.10),
@@ -33,7 +33,7 @@ _RGB: dict[str, tuple[float, float, float]] = {
 }
 # Backgrounds are tints: two strengths of white mixed in, so that shapes stand out from them.
 _TINT_STRONG, _TINT_WEAK = 0.40, 0.88
-_OUTLINE_SHADE = 0.4
+OUTLINE_SHADE = 0.4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,17 +164,34 @@ def draw_picture(attributes: Attributes, config: PictureConfig, seed: int, index
     centre = rng.uniform(-config.jitter, config.jitter, size=2)
     radius = rng.uniform(*config.radius)
     shade = rng.uniform(-config.shade, config.shade, size=(2, 3)).astype(np.float32)
-    weight = _TEXTURES[attributes.background](x, y, rng, config)[..., None]
-    tint = np.asarray(_RGB[attributes.background_colour], dtype=np.float32)
-    strong = tint + (1 - tint) * np.float32(_TINT_STRONG) + shade[0]
-    weak = tint + (1 - tint) * np.float32(_TINT_WEAK)
-    picture = weak + (strong - weak) * weight
-    u, v = _rotate(x - np.float32(centre[0]), y - np.float32(centre[1]), angle)
-    distance = _DISTANCES[attributes.shape](u, v, np.float32(radius))
-    fill = np.asarray(_RGB[attributes.colour], dtype=np.float32) + shade[1]
-    picture = np.where((distance < 0)[..., None], fill * np.float32(_OUTLINE_SHADE), picture)
+    picture = draw_ground(
+        attributes.background, attributes.background_colour, shade[0], rng, config
+    )
+    u, v = rotate(x - np.float32(centre[0]), y - np.float32(centre[1]), angle)
+    distance = DISTANCES[attributes.shape](u, v, np.float32(radius))
+    fill = np.asarray(RGB[attributes.colour], dtype=np.float32) + shade[1]
+    picture = np.where((distance < 0)[..., None], fill * np.float32(OUTLINE_SHADE), picture)
     picture = np.where((distance < -config.outline)[..., None], fill, picture)
-    return np.clip(_area_average(picture, config.supersample), 0, 1).astype(np.float32)
+    return np.clip(area_average(picture, config.supersample), 0, 1).astype(np.float32)
+
+
+def draw_ground(
+    background: str,
+    background_colour: str,
+    shade: Array,
+    rng: np.random.Generator,
+    config: PictureConfig,
+) -> Array:
+    """A background alone, ``[height * supersample, width * supersample, 3]`` float32, RGB.
+
+    `shade` ``[3]`` is added to its strong tint; `rng` draws period, phase and angle.
+    """
+    x, y = _grid(config)
+    weight = TEXTURES[background](x, y, rng, config)[..., None]
+    tint = np.asarray(RGB[background_colour], dtype=np.float32)
+    strong = tint + (1 - tint) * np.float32(_TINT_STRONG) + shade
+    weak = tint + (1 - tint) * np.float32(_TINT_WEAK)
+    return np.asarray(weak + (strong - weak) * weight, dtype=np.float32)
 
 
 def draw_series(
@@ -203,12 +220,14 @@ def _grid(config: PictureConfig) -> tuple[Array, Array]:
     return grid_x.astype(np.float32), grid_y.astype(np.float32)
 
 
-def _rotate(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
+def rotate(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
+    """Coordinates in axes that are turned by `angle` radians."""
     cos, sin = np.float32(math.cos(angle)), np.float32(math.sin(angle))
     return cos * x + sin * y, cos * y - sin * x
 
 
-def _area_average(picture: Array, factor: int) -> Array:
+def area_average(picture: Array, factor: int) -> Array:
+    """Means over `factor` x `factor` pixels of ``[H, W, 3]``."""
     rows, columns, channels = picture.shape
     blocks = picture.reshape(rows // factor, factor, columns // factor, factor, channels)
     return np.asarray(blocks.mean(axis=(1, 3)), dtype=np.float32)
@@ -257,12 +276,12 @@ def _plain(x: Array, _y: Array, rng: np.random.Generator, _config: PictureConfig
 
 
 def _fade(x: Array, y: Array, rng: np.random.Generator, _config: PictureConfig) -> Array:
-    _, along = _rotate(x, y, rng.uniform(-0.4, 0.4))
+    _, along = rotate(x, y, rng.uniform(-0.4, 0.4))
     return np.asarray(np.clip(along * 1.1 + 0.5, 0, 1), dtype=np.float32)
 
 
 def _stripes(x: Array, y: Array, rng: np.random.Generator, config: PictureConfig) -> Array:
-    along, _ = _rotate(x, y, math.pi / 4 + rng.uniform(-0.15, 0.15))
+    along, _ = rotate(x, y, math.pi / 4 + rng.uniform(-0.15, 0.15))
     phase = along / np.float32(rng.uniform(*config.period)) + np.float32(rng.uniform())
     return np.asarray((phase % 1) < 0.5, dtype=np.float32)
 
@@ -288,19 +307,19 @@ def _lattice(
     x: Array, y: Array, rng: np.random.Generator, config: PictureConfig
 ) -> tuple[Array, Array]:
     """Coordinates of a slightly turned square lattice, in periods, with a random phase."""
-    u, v = _rotate(x, y, rng.uniform(-0.1, 0.1))
+    u, v = rotate(x, y, rng.uniform(-0.1, 0.1))
     period = np.float32(rng.uniform(*config.period))
     phase = rng.uniform(size=2).astype(np.float32)
     return u / period + phase[0], v / period + phase[1]
 
 
-_DISTANCES: dict[str, Callable[[Array, Array, np.float32], Array]] = {
+DISTANCES: dict[str, Callable[[Array, Array, np.float32], Array]] = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
     "star": _star,
 }
-_TEXTURES: dict[str, Callable[[Array, Array, np.random.Generator, PictureConfig], Array]] = {
+TEXTURES: dict[str, Callable[[Array, Array, np.random.Generator, PictureConfig], Array]] = {
     "plain": _plain,
     "fade": _fade,
     "stripes": _stripes,
