@@ -1,4 +1,4 @@
-"""`ddit-rt demo`: compile the embedded model and compare plans on eight prompts."""
+"""`ddit-rt demo`: compile an embedded model and compare plans on a few prompts."""
 
 from __future__ import annotations
 
@@ -6,28 +6,55 @@ import argparse
 from pathlib import Path
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.models import EMBEDDED, load_pipeline
+from ddit_rt.cli.models import EMBEDDED, EMBEDDED_VIDEO, load_pipeline
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--video",
+        action="store_true",
+        help="clips by the embedded Wan model, instead of pictures by the embedded FLUX model",
+    )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("demo_out"),
         metavar="DIR",
-        help="folder for grid.png, timeline.png and report.json (default: %(default)s)",
+        help="folder for grid.png (or clips.mp4), timeline.png and report.json "
+        "(default: %(default)s)",
     )
     parser.add_argument("--steps", type=int, default=24, help="denoising steps (default: 24)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt (default: 0)")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="timed runs of each picture (default: 3)"
+        "--repeats", type=int, default=3, help="timed runs of each picture or clip (default: 3)"
     )
     parser.add_argument(
-        "--keep-artifact", action="store_true", help="keep the compiled model as DIR/demo.ddit"
+        "--keep-artifact",
+        action="store_true",
+        help="keep the compiled model as DIR/demo.ddit or video.ddit",
     )
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    return _run_video(args) if args.video else _run_pictures(args)
+
+
+def _run_video(args: argparse.Namespace) -> Outcome:
+    from ddit_rt.demo.video import VideoDemoConfig, run_video_demo, video_summary_table
+
+    config = VideoDemoConfig(
+        out=args.out,
+        steps=args.steps,
+        seed=args.seed,
+        repeats=args.repeats,
+        keep_artifact=args.keep_artifact,
+    )
+    report = run_video_demo(load_pipeline(EMBEDDED_VIDEO), config)
+    files = f"wrote {args.out / 'clips.mp4'}, timeline.png and report.json beside it"
+    return Outcome(data=report, text=f"{video_summary_table(report)}\n{files}")
+
+
+def _run_pictures(args: argparse.Namespace) -> Outcome:
     from ddit_rt.demo.report import summary_table
     from ddit_rt.demo.run import DemoConfig, run_demo
 
@@ -45,9 +72,10 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 DEMO = Command(
     name="demo",
-    summary="Compile the embedded demo model and compare patch plans on eight prompts.",
+    summary="Compile an embedded demo model and compare patch plans on a few prompts.",
     examples=(
         "ddit-rt demo",
+        "ddit-rt demo --video",
         "ddit-rt demo --out /tmp/demo --steps 12 --seed 7",
         "ddit-rt demo --keep-artifact && ddit-rt info demo_out/demo.ddit --model demo",
     ),

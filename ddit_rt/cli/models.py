@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 EMBEDDED = "demo"
 """The model name that stands for the pipeline inside the package."""
 
+EMBEDDED_VIDEO = "demo-video"
+"""The name of the video pipeline inside the package, which `ddit-rt demo --video` loads."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 MODEL_HELP = "a diffusers folder, a Hub name, or 'demo' for the model inside the package"
@@ -42,7 +45,7 @@ def load_pipeline(model: str, dtype: str | None = None, device: str = "cpu") -> 
     """A diffusers pipeline, of the class that its own index names.
 
     Args:
-        model: A folder written by `save_pretrained`, a Hub name, or `"demo"`.
+        model: A folder written by `save_pretrained`, a Hub name, `"demo"` or `"demo-video"`.
         dtype: One of `DTYPES`; by default float32.
         device: One of `DEVICES`, or `"auto"`.
 
@@ -55,7 +58,7 @@ def load_pipeline(model: str, dtype: str | None = None, device: str = "cpu") -> 
     from diffusers import DiffusionPipeline
 
     device = choose_device(device)
-    source = _embedded_path() if model == EMBEDDED else model
+    source = _embedded_path(model) if model in (EMBEDDED, EMBEDDED_VIDEO) else model
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
         raise ValueError(
             f"{source} is a folder without model_index.json; give the folder of a whole pipeline, "
@@ -100,13 +103,13 @@ def embedded_defaults(model: str) -> dict[str, int]:
     }
 
 
-def _embedded_path() -> str:
-    from ddit_rt.demo import model_path
+def _embedded_path(model: str) -> str:
+    from ddit_rt.demo import model_path, video_model_path
 
-    path = model_path()
+    path = model_path() if model == EMBEDDED else video_model_path()
     if not path.is_dir():
         raise ValueError(
-            f"this installation lacks the demo model ({path}); install ddit_rt from a complete "
+            f"this installation lacks the model {model} ({path}); install ddit_rt from a complete "
             "source tree or wheel, or name another model"
         )
     return str(path)

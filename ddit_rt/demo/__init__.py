@@ -1,7 +1,7 @@
-"""A small, real FLUX pipeline that ships with the package: for demonstrations, tests and studies.
+"""Small, real FLUX and Wan pipelines that ship with the package: to show, test and study.
 
-See `ddit_rt/demo/model/MODEL_CARD.md` for what it draws and how it was made, and
-`ddit_rt/demo/adapters/README.md` for its patch adapters.
+See `ddit_rt/demo/model/MODEL_CARD.md` and `ddit_rt/demo/video_model/MODEL_CARD.md` for what they
+draw and how they were made, and `ddit_rt/demo/adapters/README.md` for FLUX's patch adapters.
 """
 
 import pathlib
@@ -10,6 +10,11 @@ import pathlib
 def model_path() -> pathlib.Path:
     """Folder of the demo pipeline, for `FluxPipeline.from_pretrained`."""
     return pathlib.Path(__file__).parent / "model"
+
+
+def video_model_path() -> pathlib.Path:
+    """Folder of the video demo's pipeline, for `WanPipeline.from_pretrained`."""
+    return pathlib.Path(__file__).parent / "video_model"
 
 
 def adapters_path() -> pathlib.Path:

@@ -1,4 +1,4 @@
-"""Fair timing of several ways to generate the same pictures.
+"""Fair timing of several ways to generate the same pictures or clips.
 
 The denoising loop is timed from the return of `pipeline.prepare_latents` to the call of
 `pipeline.vae.decode`. diffusers' own call and `ddit_rt.Engine` both go through these two methods
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ddit_rt.executor import RunTrace
 
 Picture = npt.NDArray[np.uint8]
-"""`[H, W, 3]`, RGB."""
+"""`[H, W, 3]`, or `[F, H, W, 3]` of a clip; RGB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,4 +209,6 @@ def generators(batch: Batch) -> list[Any]:
 
 
 def _pictures(output: Any) -> tuple[Picture, ...]:
+    if hasattr(output, "frames"):  # `[B, F, H, W, 3]` in [0, 1]
+        return tuple(np.rint(np.asarray(clip) * 255).astype(np.uint8) for clip in output.frames)
     return tuple(np.asarray(image.convert("RGB"), dtype=np.uint8) for image in output.images)
