@@ -5,6 +5,8 @@ T5's tokens), which forces word order in: 'red circle on blue dots' is not 'blue
 dots'. FLUX gives all text tokens the same position, so only the encoders can tell the order.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -72,11 +74,15 @@ def build_clip_tokenizer() -> CLIPTokenizer:
 
 
 def build_t5_tokenizer() -> T5TokenizerFast:
-    """Unigram pieces: the caption words, then single printable ASCII characters."""
+    """A tokenizer over the caption words."""
+    return T5TokenizerFast(vocab=build_pieces(_words()), extra_ids=0, model_max_length=512)
+
+
+def build_pieces(words: Sequence[str]) -> list[tuple[str, float]]:
+    """Unigram pieces and their scores: the words, then single printable ASCII characters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -8.0)]
-    pieces += [(f"\u2581{word}", -2.0) for word in _words()]
-    pieces += [(chr(code), -10.0) for code in range(33, 127)]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+    pieces += [(f"\u2581{word}", -2.0) for word in words]
+    return [*pieces, *((chr(code), -10.0) for code in range(33, 127))]
 
 
 def build_encoders(
