@@ -4,7 +4,7 @@
 Examples:
   python scripts/train_video_model.py all                       everything, about 90 min on one core
   python scripts/train_video_model.py transformer --minutes 60  one stage, continued if interrupted
-  python scripts/train_video_model.py evaluate --count 16       clips of the shipped model
+  python scripts/train_video_model.py export                    the last checkpoint, as shipped
 
 A stage keeps its checkpoints in the work folder and continues from them; delete a file there to
 start that stage afresh.
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes",
         type=float,
-        help=f"of training: vae (default {_VAE_MINUTES:.0f}), "
+        help=f"of CPU time: vae (default {_VAE_MINUTES:.0f}), "
         f"transformer (default {_TRANSFORMER_MINUTES:.0f})",
     )
     parser.add_argument(

@@ -27,7 +27,7 @@ from video_training.clip_data import draw_clip_set
 CHANNELS = 8
 _COUNT, _CROP, _FRAMES, _BATCH = 1024, 32, 9, 8
 _KL_WEIGHT, _SMALL_WEIGHT, _LATENT_WEIGHT, _ANCHOR_WEIGHT = 1e-4, 0.3, 0.05, 0.3
-_CHECKPOINT_SECONDS = 120.0
+_CHECKPOINT_SECONDS = 60.0
 Whitening = tuple[torch.Tensor, torch.Tensor]
 
 
