@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO = ".mp4"
-_MP4_PACKAGES = {"imageio": "imageio", "imageio_ffmpeg": "imageio-ffmpeg"}
 
 
 def output_paths(output: Path, count: int, *, video: bool = False) -> list[Path]:
@@ -27,21 +25,13 @@ def output_paths(output: Path, count: int, *, video: bool = False) -> list[Path]
         hint = "" if video or suffix != VIDEO else "; this model makes pictures, not videos"
         raise ValueError(f"cannot write {output}: the name must end in {', '.join(known)}{hint}")
     if suffix == VIDEO:
-        _require_mp4()
+        from ddit_rt.demo.video_file import require_encoder
+
+        require_encoder()  # before minutes of work
     output.parent.mkdir(parents=True, exist_ok=True)
     if count == 1:
         return [output]
     return [output.with_stem(f"{output.stem}-{index}") for index in range(1, count + 1)]
-
-
-def _require_mp4() -> None:
-    """Refuses, before minutes of work, to start without what encodes."""
-    missing = [package for module, package in _MP4_PACKAGES.items() if find_spec(module) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"an MP4 needs {' and '.join(missing)}; pip install 'ddit_rt[video]', or write frames: "
-            "-o NAME.png"
-        )
 
 
 def write_video(frames: Sequence[Any], path: Path, fps: int) -> None:
@@ -52,7 +42,8 @@ def write_video(frames: Sequence[Any], path: Path, fps: int) -> None:
         for index, frame in enumerate(frames):
             frame.save(folder / f"{index:03d}{path.suffix}")
         return
-    from diffusers.utils import export_to_video
+    import numpy as np
 
-    # Blocks of one pixel: by default frames are enlarged to multiples of 16.
-    export_to_video(list(frames), str(path), fps=fps, macro_block_size=1)
+    from ddit_rt.demo.video_file import write_mp4
+
+    write_mp4(path, [np.asarray(frame.convert("RGB")) for frame in frames], fps)

@@ -33,7 +33,7 @@ from ddit_rt.demo.report import (
     run_entry,
     versions,
 )
-from ddit_rt.demo.video_file import require_encoder, side_by_side, write_video
+from ddit_rt.demo.video_file import require_encoder, side_by_side, write_mp4
 from ddit_rt.demo.video_quality import ClipFidelity, clip_fidelity
 from ddit_rt.pipeline import Engine
 
@@ -136,7 +136,7 @@ def compare_clips(
         for entry in report["runs"]
     }
     frames = side_by_side(config.prompts, rows)
-    write_video(config.out / "clips.mp4", frames, _FRAMES_PER_SECOND)
+    write_mp4(config.out / "clips.mp4", frames, _FRAMES_PER_SECOND)
     draw_timeline(report, config.out / "timeline.png")
     return report
 

@@ -1,4 +1,4 @@
-"""`clips.mp4`: the clips of every plan side by side, one row per plan."""
+"""MP4 files, and `clips.mp4` of the demo: the clips of every plan, one row per plan."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ _LABEL, _CAPTION, _GAP, _BLOCK = 208, 64, 8, 16
 """Pixels: width of the row labels, height of the captions, white space, what sides divide by."""
 
 
-def write_video(path: Path, frames: Sequence[Picture], frames_per_second: int) -> None:
+def write_mp4(path: Path, frames: Sequence[Picture], frames_per_second: int) -> None:
     """Writes frames `[H, W, 3]` as an H.264 MP4.
 
     Args:
         path: File to write.
-        frames: All of one size, whose sides are multiples of 16.
+        frames: All of one size, whose sides are even.
         frames_per_second: Speed.
 
     Raises:
         ModuleNotFoundError: PyAV is not installed; the message names the extra.
-        ValueError: Sides that are no multiples of 16, which encoders pad or refuse.
+        ValueError: Odd sides.
     """
     av = require_encoder()
     height, width, _ = frames[0].shape
-    if height % _BLOCK or width % _BLOCK:
-        raise ValueError(f"got frames of {height} x {width}; sides must be multiples of {_BLOCK}")
+    if height % 2 or width % 2:
+        # Half-resolution colour is the only kind that every player takes.
+        raise ValueError(
+            f"got frames of {height} x {width}; an MP4 needs even sides. Write frames as pictures, "
+            "or make another size"
+        )
     with av.open(str(path), mode="w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=frames_per_second, options={"crf": "16"})
-        # Half-resolution colour: the only kind that every player takes.
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
@@ -52,7 +55,7 @@ def require_encoder() -> Any:
         import av
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"writing an MP4 needs PyAV ({error}); pip install 'ddit_rt[demo]'"
+            f"an MP4 needs PyAV ({error}); pip install 'ddit_rt[video]', or write single frames"
         ) from error
     return av
 

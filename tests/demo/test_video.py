@@ -21,7 +21,7 @@ from ddit_rt.demo.video import (
     run_video_demo,
     video_summary_table,
 )
-from ddit_rt.demo.video_file import side_by_side, write_video
+from ddit_rt.demo.video_file import side_by_side, write_mp4
 from ddit_rt.demo.video_quality import clip_fidelity
 
 PROMPTS = ("a red circle moving left on plain blue", "a red circle moving up on blue dots")
@@ -121,16 +121,16 @@ def test_summary_has_a_line_per_way(clip_report: dict[str, Any]) -> None:
 def test_written_frames_come_back_in_order(tmp_path: Path) -> None:
     levels = (20, 120, 220)
     frames = [np.full((48, 64, 3), level, dtype=np.uint8) for level in levels]
-    write_video(tmp_path / "grey.mp4", frames, 8)
+    write_mp4(tmp_path / "grey.mp4", frames, 8)
     read = read_video(tmp_path / "grey.mp4")
     assert read.shape == (3, 48, 64, 3)
     # Lossy, in limited-range YUV: a flat grey is off by a few levels.
     assert np.abs(read.mean(axis=(1, 2, 3)) - levels).max() < 5
 
 
-def test_write_video_refuses_sides_that_would_be_padded(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="frames of 40 x 64; sides must be multiples of 16"):
-        write_video(tmp_path / "odd.mp4", [np.zeros((40, 64, 3), dtype=np.uint8)], 8)
+def test_odd_sides_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="frames of 41 x 64; an MP4 needs even sides"):
+        write_mp4(tmp_path / "odd.mp4", [np.zeros((41, 64, 3), dtype=np.uint8)], 8)
 
 
 def test_side_by_side_puts_rows_below_and_prompts_beside_each_other() -> None:
@@ -167,7 +167,7 @@ def test_missing_encoder_is_named_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ModuleNotFoundError, match=r"PyAV .*ddit_rt\[demo\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"PyAV .*ddit_rt\[video\]"):
         run_video_demo(None, VideoDemoConfig(out=tmp_path / "never"))
     assert not (tmp_path / "never").exists()
 
