@@ -11,6 +11,7 @@ from ddit_rt.cli.models import (
     DEVICES,
     DTYPES,
     EMBEDDED,
+    EMBEDDED_VIDEO,
     MODEL_HELP,
     embedded_defaults,
     load_pipeline,
@@ -62,12 +63,17 @@ def _run(args: argparse.Namespace) -> Outcome:
 
     family = family_of(pipeline.transformer)
     height, width = family.default_size(pipeline)
-    size = {"height": height, "width": width, **embedded_defaults(args.model)}
+    size = {
+        "height": height,
+        "width": width,
+        "num_frames": family.default_frames(pipeline),
+        **embedded_defaults(args.model),
+    }
     engine = ddit_rt.compile(
         pipeline,
         height=size["height"] if args.height is None else args.height,
         width=size["width"] if args.width is None else args.width,
-        num_frames=family.default_frames(pipeline) if args.num_frames is None else args.num_frames,
+        num_frames=size["num_frames"] if args.num_frames is None else args.num_frames,
         patch_sizes=sizes,
         adapter=adapter,
         patch_policy=_embedded_policy(args.model),
@@ -88,12 +94,10 @@ def _adapter_folder(name: str) -> Path:
 
 
 def _embedded_policy(model: str) -> PatchPolicy | None:
-    """The policy that was tuned on the embedded model; None, the library's, for any other."""
-    if model != EMBEDDED:
-        return None
-    from ddit_rt.demo.plans import DEMO_POLICY
+    """The policy that was tuned on an embedded model; None, the library's, for any other."""
+    from ddit_rt.demo.plans import DEMO_POLICY, VIDEO_POLICY
 
-    return DEMO_POLICY
+    return {EMBEDDED: DEMO_POLICY, EMBEDDED_VIDEO: VIDEO_POLICY}.get(model)
 
 
 def _check_output(path: Path) -> None:
@@ -118,6 +122,7 @@ COMPILE = Command(
     examples=(
         "ddit-rt compile demo -o demo.ddit",
         "ddit-rt compile demo --adapter demo -o demo.ddit",
+        "ddit-rt compile demo-video -o clip.ddit",
         "ddit-rt compile black-forest-labs/FLUX.1-dev -o flux.ddit --dtype bfloat16",
         "ddit-rt compile ./my-flux -o my-flux.ddit --height 768 --width 1024 --patch-sizes p,2p",
         "ddit-rt compile ./wan -o wan.ddit --dtype bfloat16 --height 512 --num-frames 81",

@@ -12,11 +12,13 @@ EMBEDDED = "demo"
 """The model name that stands for the pipeline inside the package."""
 
 EMBEDDED_VIDEO = "demo-video"
-"""The name of the video pipeline inside the package, which `ddit-rt demo --video` loads."""
+"""The same for the video pipeline inside the package."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-MODEL_HELP = "a diffusers folder, a Hub name, or 'demo' for the model inside the package"
+MODEL_HELP = (
+    "a diffusers folder, a Hub name, or 'demo' or 'demo-video' for the models inside the package"
+)
 
 
 DEVICES = ("cpu", "cuda")
@@ -89,17 +91,20 @@ def refuse_video(manifest: Manifest, command: str) -> None:
 
 
 def embedded_defaults(model: str) -> dict[str, int]:
-    """Call arguments that the embedded model was trained with; empty for any other model."""
-    if model != EMBEDDED:
+    """Call arguments that an embedded model was trained with; empty for any other model."""
+    if model not in (EMBEDDED, EMBEDDED_VIDEO):
         return {}
+    from ddit_rt.demo.clips import ClipConfig
     from ddit_rt.demo.pictures import PictureConfig
     from ddit_rt.demo.prompts import MAX_SEQUENCE_LENGTH
 
-    size = PictureConfig()
+    clip = ClipConfig()
+    size = clip if model == EMBEDDED_VIDEO else PictureConfig()
     return {
         "height": size.height,
         "width": size.width,
         "max_sequence_length": MAX_SEQUENCE_LENGTH,
+        **({"num_frames": clip.frames} if model == EMBEDDED_VIDEO else {}),
     }
 
 
