@@ -27,22 +27,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from bench_flux import NO_TIME, Record, merge, opened, stamped, write
 from flux_buckets import bucket_steps, step_floor, step_row
 from flux_loops import measure_loops
 from flux_setup import PATCHES
-from hardware import machine_entry
-from timing import Deadline, attempt, release, take_turns
+from real_size import RESULTS, complete, header, parser_of, settings
+from records import NO_TIME, Record, merge, opened, stamped, write
+from timing import attempt, release, take_turns
 from wan_model import PRESETS, WanCase
 from wan_setup import WanSetup, all_contenders
 
-from ddit_rt.demo.report import model_entry, versions
 from ddit_rt.pipeline.memory import memory_of
 
-SCHEMA_VERSION = 1
 SECTIONS = ("buckets", "loops", "memory")
-RESULTS = Path(__file__).resolve().parent / "results"
 NOTES = (
     "weights are random: times are real, quality is not measured",
     "relative_error is meaningful for schedule 'fine' and for compiled diffusers only",
@@ -59,8 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "memory": memory,
     }
     with tempfile.TemporaryDirectory(prefix="ddit_rt-") as scratch:
-        setup = setup_from(args, Path(scratch))
-        report = opened(args.out, header(args.preset, setup))
+        setup = WanSetup(
+            preset=PRESETS[args.preset],
+            artifact=args.artifact or Path(scratch) / "wan.ddit",
+            **settings(args),
+        )
+        report = opened(args.out, header(args.preset, "Wan", setup, NOTES))
         for section in args.sections:
             for case in cases(args):
                 print(f"{section} {case.key}", file=sys.stderr, flush=True)
@@ -74,34 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Settings, with those that depend on device and preset filled in."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="default: wan-1.3b on CUDA")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+    parser = parser_of(__doc__ or "", SECTIONS, sorted(PRESETS), "wan-1.3b")
     parser.add_argument("--videos", nargs="+", metavar="HxWxF", help="sizes, such as 480x832x81")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--contenders", nargs="+", default=["*"], help="patterns of names in loops")
-    parser.add_argument("--executors", nargs="+", choices=("auto", "loop", "step", "host"))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--budget-s", type=float, default=480.0, help="no new repeat after this")
-    parser.add_argument("--warm-up-limit-s", type=float, default=300.0, help="of one contender")
-    parser.add_argument("--backend", choices=("aot", "eager"), default="aot")
-    parser.add_argument("--artifact", type=Path, help="loaded if it exists, else compiled to it")
     parser.add_argument("--quick", action="store_true", help="the tiny model, eager, once")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     if args.quick:
         args.preset, args.backend, args.repeats, args.device = "tiny", "eager", 1, "cpu"
-    cuda = torch.device(args.device).type == "cuda"
-    if cuda and not torch.cuda.is_available():
-        parser.error(f"got --device {args.device}, but torch sees no CUDA device")
-    args.preset = args.preset or ("wan-1.3b" if cuda else "small")
-    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+        args.out = args.out or RESULTS / "wan_quick.json"
+    complete(parser, args, "wan")
     args.steps = args.steps or PRESETS[args.preset].steps[0]
-    args.executors = args.executors or (["loop", "step", "host"] if cuda else ["auto"])
-    name = f"wan_{'quick' if args.quick else torch.device(args.device).type}.json"
-    args.out = args.out or RESULTS / name
     return args
 
 
@@ -127,42 +109,6 @@ def video_size(text: str) -> tuple[int, int, int]:
         raise ValueError(f"got the size {text!r}; write height x width x frames, as 480x832x81")
     height, width, frames = map(int, parts)
     return height, width, frames
-
-
-def setup_from(args: argparse.Namespace, scratch: Path) -> WanSetup:
-    """What all sections share; nothing is built yet."""
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-    return WanSetup(
-        preset=PRESETS[args.preset],
-        device=device,
-        dtype=getattr(torch, args.dtype),
-        artifact=args.artifact or scratch / "wan.ddit",
-        backend=args.backend,
-        repeats=args.repeats,
-        deadline=Deadline(args.budget_s),
-        warm_up_limit=args.warm_up_limit_s,
-        executors=tuple(args.executors),
-    )
-
-
-def header(preset: str, setup: WanSetup) -> Record:
-    """All but the sections."""
-    transformer = setup.pipeline.transformer
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "machine": machine_entry(setup.device),
-        "versions": versions(),
-        "model": {
-            "preset": preset,
-            **model_entry("Wan, random weights", transformer),
-            "weight_bytes": sum(parameter.nbytes for parameter in transformer.parameters()),
-            "text_tokens": setup.preset.text_tokens,
-            "config": dict(setup.preset.config),
-        },
-        "notes": list(NOTES),
-    }
 
 
 def buckets(setup: WanSetup, case: WanCase) -> Record:

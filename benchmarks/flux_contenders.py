@@ -6,7 +6,7 @@ without text encoders and VAE, and all read the same weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,7 +55,7 @@ def all_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
         BASELINE: Contender(
             label="diffusers, eager", build=lambda: _call(setup, case, setup.pipeline)
         ),
-        **engine_contenders(setup, case),
+        **engine_contenders(setup, case, SCHEDULES),
         "first_block_cache": cached_contender(setup, case),
         **compiled_contenders(setup, case),
     }
@@ -90,11 +90,11 @@ def cached_contender(setup: Setup, case: Case) -> Contender:
     )
 
 
-def engine_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
+def engine_contenders(setup: Setup, case: Case, schedules: Sequence[str]) -> dict[str, Contender]:
     """Every schedule in every form of our executor."""
     contenders = {}
     for form in setup.executors:
-        for schedule in SCHEDULES:
+        for schedule in schedules:
             call = EngineCall(setup, case, schedule, form)
             contenders[f"ddit_rt_{form}_{schedule}"] = Contender(
                 label=f"ddit_rt, {schedule}",

@@ -137,6 +137,11 @@ class Case:
         """Rows and columns of the latent."""
         return self.height // VAE_SCALE, self.width // VAE_SCALE
 
+    @property
+    def latent_frames(self) -> int:
+        """Frames of the latent; 0 for a picture."""
+        return 0
+
 
 def random_transformer(
     preset: Preset, device: torch.device, dtype: torch.dtype, seed: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FluxPipeline
@@ -38,8 +38,10 @@ class Setup:
         deadline: When the run has to end.
         warm_up_limit: Seconds that one contender may take to get ready.
         executors: Forms of our executor; on a CPU there is one.
+        passes: Samples that the model sees for one picture: two with guidance.
     """
 
+    passes: ClassVar[int] = 1
     preset: Preset
     device: torch.device
     dtype: torch.dtype
@@ -116,8 +118,9 @@ class Setup:
                 model,
                 height=height,
                 width=width,
+                frames=case.latent_frames,
                 multiple=parse_patch(patch),
-                batch=case.batch,
+                batch=self.passes * case.batch,
                 text_tokens=self.preset.text_tokens,
             )
             for patch in offered

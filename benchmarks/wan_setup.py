@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import WanPipeline
-from flux_contenders import BASELINE, Contender, EngineCall
+from flux_contenders import BASELINE, Contender, engine_contenders
 from flux_model import Case
-from flux_setup import PATCHES, Setup, use_executor
+from flux_setup import Setup, use_executor
 from timing import Call
 from torch import Tensor
 from wan_model import (
@@ -20,37 +20,22 @@ from wan_model import (
     with_shared_weights,
 )
 
-import ddit_rt
-from ddit_rt.buckets import StepModel
-from ddit_rt.families import family_of
-from ddit_rt.patch_scheduler import PatchPolicy, parse_patch
-from ddit_rt.pipeline import Engine
-from ddit_rt.pipeline.cost import StepCost, step_cost
+from ddit_rt.patch_scheduler import PatchPolicy
 
 SCHEDULES = ("fine", "paper_1.60x", "paper_2.10x", "paper_3.20x", "dynamic")
 """The paper's speed-ups of Wan 2.1 1.3B; 3.2x is with skipped steps there, and without here."""
-
-_HALVES = 2
 
 
 @dataclass(kw_only=True)
 class WanSetup(Setup):
     """One run of the script; every call is guided, so each step runs two halves."""
 
+    passes: ClassVar[int] = 2
+
     @cached_property
     def pipeline(self) -> WanPipeline:
         """The model, whose weights all contenders share."""
         return pipeline_around(random_transformer(self.preset, self.device, self.dtype))
-
-    @cached_property
-    def engine(self) -> Engine:
-        """As `Setup.engine`, for videos of these sizes."""
-        if self.backend == "eager" or not self.artifact.exists():
-            engine = ddit_rt.compile(self.pipeline, backend=self.backend, progress=False)
-            if self.backend != "eager":
-                engine.save(self.artifact)
-            return engine
-        return ddit_rt.load(self.artifact, self.pipeline, progress=False)
 
     def request(self, case: Case) -> dict[str, Any]:
         """Arguments of a call."""
@@ -65,26 +50,6 @@ class WanSetup(Setup):
         latents: Tensor = self.engine(**case_request, patch_policy=policy).frames
         return latents
 
-    def _counted(self, case: Case) -> dict[str, StepCost]:
-        assert isinstance(case, WanCase)
-        transformer = self.pipeline.transformer
-        model = StepModel(family=family_of(transformer), transformer=transformer, base={})
-        height, width = case.latent
-        multiples = {patch: parse_patch(patch) for patch in PATCHES}
-        return {
-            patch: step_cost(
-                model,
-                height=height,
-                width=width,
-                frames=case.latent_frames,
-                multiple=multiple,
-                batch=_HALVES * case.batch,
-                text_tokens=self.preset.text_tokens,
-            )
-            for patch, multiple in multiples.items()
-            if not any(edge % (model.patch_size * multiple) for edge in (height, width))
-        }
-
 
 def all_contenders(setup: WanSetup, case: WanCase) -> dict[str, Contender]:
     """The baseline first; what takes longest to get ready last.
@@ -94,18 +59,9 @@ def all_contenders(setup: WanSetup, case: WanCase) -> dict[str, Contender]:
     contenders = {
         BASELINE: Contender(
             label="diffusers, eager", build=lambda: _call(setup, case, setup.pipeline)
-        )
+        ),
+        **engine_contenders(setup, case, SCHEDULES),
     }
-    for form in setup.executors:
-        for schedule in SCHEDULES:
-            own = EngineCall(setup, case, schedule, form)
-            contenders[f"ddit_rt_{form}_{schedule}"] = Contender(
-                label=f"ddit_rt, {schedule}",
-                build=own.build,
-                schedule=schedule,
-                executor=form,
-                details=own.details,
-            )
     for scope in ("regional", "full"):
         contenders[f"compile_{scope}"] = Contender(
             label=f"diffusers + torch.compile ({scope})",

@@ -143,38 +143,11 @@ def test_section_that_fails_keeps_what_an_earlier_call_measured(
         "latest_error": "MemoryError: no room",
     }
     assert sections["memory"]["128x128/batch1"]["error"] == "MemoryError: no room"
-    # So does a row; one that failed before is replaced.
-    bench = import_module("bench_flux")
-    report = {"sections": {"loops": {"a": {"rows": {"x": {"seconds": 1}, "y": {"error": "old"}}}}}}
-    bench.merge(
-        report, "loops", "a", {"rows": {"x": {"error": "new"}, "y": {"error": "new"}, "z": {}}}
-    )
-    assert report["sections"]["loops"]["a"]["rows"] == {
-        "x": {"seconds": 1, "latest_error": "new"},
-        "y": {"error": "new"},
-        "z": {},
-    }
 
 
 def test_section_without_time_left_is_not_started(tmp_path: Path) -> None:
     sections = run(tmp_path / "flux.json", "--sections", "buckets", "--budget-s", "0")["sections"]
     assert "no time was left" in sections["buckets"]["128x128/batch1"]["error"]
-
-
-def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
-    bench = import_module("bench_flux")
-    out = tmp_path / "flux.json"
-    head = {
-        "schema_version": 1,
-        "machine": {"cpu": "x", "gpu": {"name": "H100"}},
-        "versions": {"torch": "2.11"},
-        "model": {"preset": "flux-dev"},
-    }
-    assert bench.opened(out, head) == {**head, "sections": {}}
-    bench.write(out, {**head, "sections": {"buckets": {"a": {}}}})
-    assert bench.opened(out, head)["sections"] == {"buckets": {"a": {}}}
-    with pytest.raises(ValueError, match=r"device H100, and this run has H200.*another --out"):
-        bench.opened(out, {**head, "machine": {"cpu": "x", "gpu": {"name": "H200"}}})
 
 
 def test_sizes_that_do_not_pair_up_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

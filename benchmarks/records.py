@@ -1,0 +1,88 @@
+"""The file that a benchmark of many sections fills, one call after the other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from hardware import device_name
+
+Record = dict[str, Any]
+
+NO_TIME = "no time was left; call this section alone, or give a larger budget"
+"""The error of a record that was not begun."""
+
+
+def opened(path: Path, head: Record) -> Record:
+    """The report to add to: the one in the file, if there is one.
+
+    Raises:
+        ValueError: It is of another machine, model or version.
+    """
+    if not path.exists():
+        return {**head, "sections": {}}
+    report: Record = json.loads(path.read_text(encoding="utf-8"))
+    stored = identity(report)
+    for name, ours in identity(head).items():
+        if stored.get(name) != ours:
+            raise ValueError(
+                f"{path} holds results with {name} {stored.get(name)}, and this run has {ours}; "
+                "they do not belong in one file: give another --out, or remove it"
+            )
+    return {**report, **head}
+
+
+def identity(report: Record) -> Record:
+    """What must agree for results to stand beside each other, as it reads from a file."""
+    values = {
+        "schema_version": report["schema_version"],
+        "device": device_name(report["machine"]),
+        **report["versions"],
+        **report["model"],
+    }
+    plain: Record = json.loads(json.dumps(values))
+    return plain
+
+
+def merge(report: Record, section: str, key: str, record: Record) -> None:
+    """Puts a record into its place.
+
+    Rows of an earlier call that this one did not run stay, and so does what was measured before and
+    failed now, with `latest_error` beside it.
+    """
+    records = report["sections"].setdefault(section, {})
+    before = records.get(key, {})
+    merged = kept(before, record)
+    rows = dict(before.get("rows", {}))
+    for name, row in record.get("rows", {}).items():
+        rows[name] = kept(rows.get(name, {}), row)
+    records[key] = {**merged, **({"rows": rows} if rows else {})}
+
+
+def kept(before: Record, now: Record) -> Record:
+    """What was measured before where it failed now, else what it is now."""
+    if "error" in now and before and "error" not in before:
+        return {**before, "latest_error": now["error"]}
+    return now
+
+
+def stamped(record: Record, args: argparse.Namespace) -> Record:
+    """The record with the circumstances of its call."""
+    return {
+        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "repeats": args.repeats,
+        "warm_up_calls": 2,
+        **record,
+    }
+
+
+def write(path: Path, report: Record) -> None:
+    """Replaces the file, whole or not at all: the command may be killed at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    text = json.dumps(report, indent=1, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
