@@ -15,8 +15,12 @@ from timing import cuda_events
 
 from ddit_rt.demo.report import machine
 
-_MATRIX_EDGE = {"cuda": 8192, "cpu": 1024}
-_COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
+MATRIX_EDGE = {"cuda": 8192, "cpu": 1024}
+"""Rows and columns of the matrices whose product is timed, by kind of device."""
+
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
+"""Bytes of the copy that is timed."""
+
 _WARM_UP_CALLS = 3
 _WINDOWS = 7
 _WINDOW_SECONDS = 0.1
@@ -71,7 +75,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     Random, since a GPU draws less power, and so runs faster, on zeros. The median of several
     windows that follow on each other, which is what a GPU sustains.
     """
-    edge = _MATRIX_EDGE[device.type]
+    edge = MATRIX_EDGE[device.type]
     left, right = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
     result = torch.empty_like(left)
     return 2 * edge**3 / _seconds_of(lambda: torch.mm(left, right, out=result), device)
@@ -79,7 +83,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def copy_rate(device: torch.device) -> float:
     """Bytes per second, read and written together, of a copy too large for any cache."""
-    source = torch.zeros(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    source = torch.zeros(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _seconds_of(lambda: target.copy_(source), device)
 

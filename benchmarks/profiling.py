@@ -12,7 +12,7 @@ import tempfile
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,12 @@ class Event:
     name: str
     start: float
     end: float
-    correlation: int
+    correlation: int = -1
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return (self.end - self.start) * 1e-6
 
 
 def profile(call: Callable[[], Any], device: torch.device) -> list[Event]:
@@ -119,7 +124,7 @@ def work_span(events: Sequence[Event]) -> Span:
 
 def range_span(events: Sequence[Event], name: str) -> Span:
     """From the start of the first range of that name to the end of the last one."""
-    return _span([e for e in events if e.category == "user_annotation" and e.name == name])
+    return _span([event for event in ranges_of(events) if event.name == name])
 
 
 def _span(events: Sequence[Event]) -> Span:
@@ -129,24 +134,39 @@ def _span(events: Sequence[Event]) -> Span:
 
 
 def range_seconds(events: Sequence[Event], name: str, device: torch.device) -> list[float]:
-    """Seconds of every range of that name: on CUDA of the work that was launched inside it.
+    """Seconds of every range of that name: on CUDA of the work that was launched inside it."""
+    ranges = [event for event in ranges_of(events) if event.name == name]
+    if device.type == "cuda":
+        ranges = device_ranges(events, ranges)
+    return [event.seconds for event in ranges]
 
-    From the start of the first to the end of the last kernel, copy or fill.
+
+def ranges_of(events: Iterable[Event]) -> list[Event]:
+    """The ranges among them."""
+    return [event for event in events if event.category == "user_annotation"]
+
+
+def device_ranges(events: Sequence[Event], ranges: Iterable[Event]) -> list[Event]:
+    """When the device did what the host asked for inside each range.
+
+    From the start of the first to the end of the last kernel, copy or fill that a call inside the
+    range launched, a graph's among them; a range that launched nothing has none.
+
+    Args:
+        events: Of the run, by their start.
+        ranges: Some of them.
     """
-    ranges = [e for e in events if e.category == "user_annotation" and e.name == name]
-    if device.type != "cuda":
-        return [(event.end - event.start) * 1e-6 for event in ranges]
     calls = [event for event in events if event.category in _CALLS and event.correlation >= 0]
     starts = [call.start for call in calls]
     work: dict[int, list[Event]] = {}
     for event in events:
         if event.category in _WORK:
             work.setdefault(event.correlation, []).append(event)
-    seconds = []
-    for event in ranges:
-        inside = calls[bisect_left(starts, event.start) : bisect_left(starts, event.end)]
+    found = []
+    for one in ranges:
+        inside = calls[bisect_left(starts, one.start) : bisect_left(starts, one.end)]
         launched = [item for call in inside for item in work.get(call.correlation, ())]
         if launched:
             begin, end = _span(launched)
-            seconds.append((end - begin) * 1e-6)
-    return seconds
+            found.append(replace(one, start=begin, end=end))
+    return found

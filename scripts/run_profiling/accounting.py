@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+
+from profiling import Event, device_ranges, ranges_of
 
 from ddit_rt.executor import RunTrace
 from ddit_rt.patch_scheduler import parse_patch
@@ -13,28 +13,6 @@ from ddit_rt.patch_scheduler import parse_patch
 PREFIX = "ddit_rt/"
 PHASES = ("decide", "model", "solver")
 STEP, OTHER = "step", "other"
-_CALLS = ("cuda_runtime", "cuda_driver")
-_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
-    """One range of a profile.
-
-    Attributes:
-        name: Without `ddit_rt/`.
-        start: Microseconds.
-        end: Microseconds.
-    """
-
-    name: str
-    start: float
-    end: float
-
-    @property
-    def seconds(self) -> float:
-        """Its length."""
-        return (self.end - self.start) / 1e6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,55 +69,22 @@ WorkOf = Callable[[str, int], Work]
 """The least work of a phase (`PHASES` or `STEP`) in step k."""
 
 
-def host_spans(events: Iterable[Mapping[str, Any]]) -> list[Span]:
-    """The engine's ranges in a Chrome trace, in order of their start.
-
-    Args:
-        events: Its `traceEvents`.
-    """
-    spans = [
-        Span(
-            name=event["name"].removeprefix(PREFIX),
-            start=event["ts"],
-            end=event["ts"] + event["dur"],
-        )
-        for event in events
-        if event.get("cat") == "user_annotation" and event["name"].startswith(PREFIX)
+def host_spans(events: Iterable[Event]) -> list[Event]:
+    """The engine's ranges in a profile, in order of their start, without their prefix."""
+    return [
+        replace(event, name=event.name.removeprefix(PREFIX))
+        for event in ranges_of(events)
+        if event.name.startswith(PREFIX)
     ]
-    return sorted(spans, key=lambda span: span.start)
 
 
-def device_spans(events: Sequence[Mapping[str, Any]]) -> list[Span]:
-    """When the device did what the host asked for inside each of those ranges.
-
-    From the start of the first to the end of the last kernel, copy or fill that a call inside the
-    range launched, a graph's among them; a range that launched nothing has no span.
-    """
-    calls, work = [], dict[int, list[Span]]()
-    for event in events:
-        correlation = event.get("args", {}).get("correlation")
-        if correlation is None or "dur" not in event:
-            continue
-        if event["cat"] in _CALLS:
-            calls.append((event["ts"], correlation))
-        elif event["cat"] in _WORK:
-            start = event["ts"]
-            item = Span(name=event["name"], start=start, end=start + event["dur"])
-            work.setdefault(correlation, []).append(item)
-    calls.sort()
-    starts = [start for start, _ in calls]
-    spans = []
-    for span in host_spans(events):
-        inside = calls[bisect_left(starts, span.start) : bisect_right(starts, span.end)]
-        done = [item for _, correlation in inside for item in work.get(correlation, ())]
-        if done:
-            start, end = min(item.start for item in done), max(item.end for item in done)
-            spans.append(Span(name=span.name, start=start, end=end))
-    return spans
+def device_spans(events: Sequence[Event]) -> list[Event]:
+    """When the device did what was asked for inside each of those ranges."""
+    return device_ranges(events, host_spans(events))
 
 
 def account_of_spans(
-    spans: Sequence[Span], trace: RunTrace, work_of: WorkOf, clock: str
+    spans: Sequence[Event], trace: RunTrace, work_of: WorkOf, clock: str
 ) -> Account:
     """Sums the phases of every step.
 
@@ -203,5 +148,5 @@ def _rows(
     return rows
 
 
-def _phase(span: Span) -> str:
+def _phase(span: Event) -> str:
     return span.name.partition("/")[0]

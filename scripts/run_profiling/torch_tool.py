@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from profiling import Event, read_events
 from torch.profiler import ProfilerActivity, profile
 
 from ddit_rt.executor import RunTrace
@@ -63,14 +64,13 @@ def profile_run(
     )
 
 
-def _events(path: Path) -> list[dict[str, Any]]:
+def _events(path: Path) -> list[Event]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        events: list[dict[str, Any]] = json.load(file)["traceEvents"]
-    return events
+        return read_events(json.load(file)["traceEvents"])
 
 
 def _account(
-    subject: Subject, form: str | None, events: list[dict[str, Any]], trace: RunTrace
+    subject: Subject, form: str | None, events: list[Event], trace: RunTrace
 ) -> tuple[Account, list[str]]:
     work_of = floors(subject, trace)
     if form is None:

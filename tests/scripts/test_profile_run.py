@@ -87,15 +87,20 @@ def no_work(*_: Any) -> Any:
     return import_module("run_profiling.accounting").Work(flops=0, bytes=0)
 
 
+def span(name: str, start: float) -> Any:
+    """Half a microsecond."""
+    return import_module("profiling").Event("user_annotation", name, start, start + 0.5)
+
+
 def test_ranges_of_another_run_are_refused() -> None:
     accounting = import_module("run_profiling.accounting")
     trace = tiny_subject().run()
     names = [name for p in PLAN for name in ("decide", f"model/{p}", "solver")]
-    spans = [accounting.Span(name=name, start=k, end=k + 0.5) for k, name in enumerate(names)]
+    spans = [span(name, k) for k, name in enumerate(names)]
     assert accounting.account_of_spans(spans, trace, no_work, "device")
     with pytest.raises(ValueError, match="of a run of 6 steps"):
         accounting.account_of_spans(spans[:-1], trace, no_work, "device")
-    spans[1] = accounting.Span(name="model/p", start=1, end=1.5)
+    spans[1] = span("model/p", 1)
     with pytest.raises(ValueError, match="the trace says"):
         accounting.account_of_spans(spans, trace, no_work, "device")
 
@@ -104,7 +109,7 @@ def test_phases_that_a_profiler_cannot_see_are_in_the_rest() -> None:
     accounting = import_module("run_profiling.accounting")
     trace = tiny_subject().run()
     names = [f"model/{patch}" for patch in PLAN]
-    spans = [accounting.Span(name=name, start=k, end=k + 0.5) for k, name in enumerate(names)]
+    spans = [span(name, k) for k, name in enumerate(names)]
     account = accounting.account_of_spans(spans, trace, no_work, "device")
     *models, rest = account.rows
     assert [(row.patch, row.phase, row.calls) for row in models] == [
@@ -138,8 +143,9 @@ def test_device_time_is_that_of_the_work_launched_inside_a_range() -> None:
         event("kernel", "someone else's", 0, 1, 10),
         {"ph": "M", "name": "process_name"},
     ]
-    device_spans = import_module("run_profiling.accounting").device_spans
-    spans = [(span.name, span.start, span.end) for span in device_spans(events)]
+    read = import_module("profiling").read_events(events)
+    found = import_module("run_profiling.accounting").device_spans(read)
+    spans = [(one.name, one.start, one.end) for one in found]
     assert spans == [("run", 50, 173), ("decide", 50, 63), ("model/p", 70, 173)]
 
 
