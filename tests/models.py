@@ -133,3 +133,15 @@ def random_adapters(pipeline: FluxPipeline) -> AdapterSet:
         }
         adapters[adapter.config.multiple] = adapter
     return AdapterSet(adapters=adapters)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    """A generator on the CPU."""
+    return torch.Generator().manual_seed(seed)
+
+
+def latents_of(result: Any) -> Tensor:
+    """Of a pipeline that was asked for latents."""
+    images = result.images
+    assert isinstance(images, Tensor)
+    return images

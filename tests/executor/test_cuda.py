@@ -5,101 +5,29 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from emulated_graphs import EmulatedGraphs
-from models import noise, tiny_conditioning, tiny_transformer
-from torch import Tensor
+from models import noise
+from scripted_runs import (
+    FORMS,
+    MIXED,
+    SHAPE,
+    ScriptedBucket,
+    TinyModel,
+    assert_same_run,
+    euler,
+    scripted_plan,
+    unipc,
+)
 
-import ddit_rt
-from ddit_rt.buckets import RunContext, at_step
 from ddit_rt.errors import CaptureError
-from ddit_rt.executor import CpuExecutor, CudaExecutor, RunPlan
-from ddit_rt.families.flux import FluxFamily
-from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, Schedule, StaticPolicy
-from ddit_rt.pipeline.callbacks import follow_replaced
-from ddit_rt.pipeline.planning import CompiledModel, plan_run
-from ddit_rt.solver import SolverTable, probe_scheduler
+from ddit_rt.executor import CpuExecutor, CudaExecutor
+from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
+from ddit_rt.solver import SolverTable
 
-SHAPE = (1, 4, 16, 16)
-FORMS = ["loop", "step", "host"]
 HOST_NODE = 3  # cudaGraphNodeTypeHost
-
-
-class ScriptedBucket:
-    """Velocities fixed beforehand."""
-
-    def __init__(self, multiple: int, velocities: Tensor) -> None:
-        self.multiple = multiple
-        self.tokens = 64 // multiple**2
-        self._velocities = velocities
-
-    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
-        return at_step(self._velocities, step) / (self.multiple + 0.5 * reuse)
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self._velocities,)
-
-
-def euler(steps: int) -> SolverTable:
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(steps)
-    return probe_scheduler(scheduler)
-
-
-def unipc(steps: int) -> SolverTable:
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
-    scheduler.set_timesteps(steps)
-    return probe_scheduler(scheduler)
-
-
-def scripted_plan(
-    policy: PatchPolicy,
-    solver: SolverTable,
-    *,
-    seed: int = 0,
-    shape: tuple[int, ...] = SHAPE,
-    offered: tuple[int, ...] = (1, 2, 4),
-    capacity: int = 16,
-) -> RunPlan:
-    """Buckets that decay, so that scores cross thresholds."""
-    decay = torch.tensor([0.5**step for step in range(capacity)])
-    velocities = noise(capacity, *shape, seed=seed) * decay.reshape(-1, *[1] * len(shape))
-    return RunPlan(
-        buckets=[ScriptedBucket(multiple, velocities.clone()) for multiple in offered],
-        offered=offered,
-        policy=policy.resolve(Schedule(sigmas=solver.sigmas, offered=offered)),
-        solver=solver,
-        patch_size=2,
-        capacity=capacity,
-    )
-
-
-@pytest.fixture
-def graphs(emulated_runtime: Any) -> Any:
-    emulated_runtime.reset()
-    yield EmulatedGraphs(emulated_runtime)
-    assert emulated_runtime.violation() == ""
-
-
-def assert_same_run(
-    actual: tuple[Tensor, Any], expected: tuple[Tensor, Any], *, scores: bool = True
-) -> None:
-    """Equal latents to the bit; equal traces but for times and names."""
-    assert torch.equal(actual[0], expected[0])
-    assert len(actual[1]) == len(expected[1])
-    for ours, theirs in zip(actual[1], expected[1], strict=True):
-        assert replace(ours, latency_ms=0.0, scores={}) == replace(
-            theirs, latency_ms=0.0, scores={}
-        )
-        if scores:
-            # The two merge moments in another order: a few units in the last place.
-            assert ours.scores == pytest.approx(theirs.scores, rel=5e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -153,32 +81,6 @@ def test_nan_falls_back_to_the_base_patch_and_is_reported(
     assert trace.patch_sizes() == ["4p"] * 5 + ["p"] * 3
     assert trace[5].reason == "score not finite: base patch"
     assert trace.nonfinite
-
-
-class TinyModel:
-    """A real model with eager blocks, planned anew for every run."""
-
-    def __init__(self) -> None:
-        self.transformer = tiny_transformer()
-        engine = ddit_rt.compile(self.transformer, backend="eager", progress=False)
-        self.compiled: CompiledModel = engine._compiled
-
-    def plan(
-        self, policy: PatchPolicy, *, seed: int = 1, steps: int = 10
-    ) -> tuple[RunPlan, RunContext]:
-        scheduler = FlowMatchEulerDiscreteScheduler()
-        scheduler.set_timesteps(steps)
-        return plan_run(
-            self.compiled,
-            shape=SHAPE,
-            conditioning=tiny_conditioning(self.transformer, seed=seed),
-            timesteps=FluxFamily().linear_timesteps(scheduler),
-            solver=probe_scheduler(scheduler),
-            policy=policy,
-        )
-
-
-MIXED = DDiTPolicy(tau=1.0, refresh=2, fine_tail=1)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -241,138 +143,6 @@ def test_one_launch_and_no_synchronisation_per_image_in_loop_form(graphs: Emulat
     calls = graphs.runtime.calls()
     assert calls.pop("cudaGraphLaunch") == 1
     assert set(calls) <= {"cudaEventRecord", "cudaEventQuery"}, "nothing that waits"
-
-
-@pytest.mark.parametrize("form", ["auto", "loop", "step", "host"])
-def test_callback_gets_the_latents_of_every_step_and_may_replace_them(
-    graphs: EmulatedGraphs, form: str
-) -> None:
-    seen: dict[str, list[Tensor]] = {"cpu": [], "cuda": []}
-
-    def callback(name: str) -> Any:
-        def record(step: int, latents: Tensor) -> Tensor | None:
-            seen[name].append(latents.clone())
-            return latents * 0.5 if step == 2 else None
-
-        return record
-
-    plan = scripted_plan(StaticPolicy("2p:0.5,p"), euler(6))
-    expected = CpuExecutor().run(plan, noise(*SHAPE), on_step_end=callback("cpu"))
-    actual = CudaExecutor(graphs, form).run(plan, noise(*SHAPE), on_step_end=callback("cuda"))
-    assert_same_run(actual, expected)
-    assert all(torch.equal(a, b) for a, b in zip(seen["cuda"], seen["cpu"], strict=True))
-    if form in ("auto", "loop"):
-        assert actual[1].executor == "cuda-step"
-        assert "callback" in actual[1].notes[0]
-
-
-@pytest.mark.parametrize("form", ["auto", "host"])
-def test_latents_that_a_corrector_does_not_go_on_from_reach_the_captured_graphs(
-    graphs: EmulatedGraphs, form: str
-) -> None:
-    """Twice on one captured loop: the second run must not see the first one's change."""
-
-    def callback(step: int, latents: Tensor) -> Tensor | None:
-        return latents * 0.5 if step in (1, 2, 5) else None
-
-    model, executor = TinyModel(), CudaExecutor(graphs, form)
-
-    def run(runner: CpuExecutor | CudaExecutor, seed: int) -> tuple[Tensor, Any]:
-        latents = noise(*SHAPE, seed=seed)
-        plan, _ = model.plan(StaticPolicy("2p:0.5,p"), seed=seed)
-        plan = replace(plan, solver=unipc(plan.policy.steps))
-        plan, record, change = follow_replaced(plan, latents, callback)
-        final, trace = runner.run(plan, latents, on_step_end=record)
-        assert change is not None
-        return final + change, trace
-
-    for seed in (0, 1):
-        assert_same_run(run(executor, seed), run(CpuExecutor(), seed))
-
-
-def test_callback_that_changes_the_prompt_reaches_the_captured_graphs(
-    graphs: EmulatedGraphs,
-) -> None:
-    """Also on a loop that was captured for another run's prompt."""
-    model, executor = TinyModel(), CudaExecutor(graphs, "step")
-    executor.run(model.plan(FinePolicy(), seed=9)[0], noise(*SHAPE))
-
-    def run(runner: CpuExecutor | CudaExecutor) -> tuple[Tensor, Any]:
-        plan, prompt = model.plan(FinePolicy(), seed=1)
-        other = tiny_conditioning(model.transformer, seed=2)["encoder_hidden_states"]
-
-        def callback(step: int, latents: Tensor) -> None:
-            if step == 4:
-                prompt.rewrite({"encoder_hidden_states": other})
-
-        return runner.run(plan, noise(*SHAPE), on_step_end=callback)
-
-    assert_same_run(run(executor), run(CpuExecutor()))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_progress_reports_every_step_once(graphs: EmulatedGraphs, form: str) -> None:
-    done: list[int] = []
-    plan = scripted_plan(StaticPolicy("p"), euler(7))
-    CudaExecutor(graphs, form).run(plan, noise(*SHAPE), on_progress=done.append)
-    assert done == list(range(7))
-
-
-@pytest.mark.parametrize("form", ["step", "host"])
-def test_stop_ends_between_two_steps(graphs: EmulatedGraphs, form: str) -> None:
-    asked: list[int] = []
-
-    def stop() -> bool:
-        asked.append(1)
-        return len(asked) > 3
-
-    executor = CudaExecutor(graphs, form)
-    plan = scripted_plan(StaticPolicy("p"), euler(6))
-    final, trace = executor.run(plan, noise(*SHAPE), should_stop=stop)
-    assert len(trace) == 3
-    assert trace.cancelled
-    whole, trace = executor.run(plan, noise(*SHAPE))
-    assert not trace.cancelled
-    assert not torch.equal(final, whole)
-
-
-def test_stop_inside_the_loop_form_ends_it_on_the_device(graphs: EmulatedGraphs) -> None:
-    """The emulated launch returns when the loop is over, so the wish comes from within a step."""
-    executor = CudaExecutor(graphs, "loop")
-    plan = scripted_plan(StaticPolicy("p"), euler(6))
-    executor.run(plan, noise(*SHAPE))
-    (loop,) = executor._loops.values()
-    bucket = plan.buckets[0]
-    assert isinstance(bucket, ScriptedBucket)
-    velocity = bucket.velocity
-
-    def cancelling(latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
-        if int(step) == 2:
-            loop.control.cancel()
-        return velocity(latents, step)
-
-    bucket.velocity = cancelling  # type: ignore[method-assign]
-    _, trace = executor.run(plan, noise(*SHAPE))
-    assert len(trace) == 3
-    assert trace.cancelled
-    bucket.velocity = velocity  # type: ignore[method-assign]
-    _, trace = executor.run(plan, noise(*SHAPE))
-    assert len(trace) == 6
-    assert not trace.cancelled
-
-
-@pytest.mark.parametrize("form", ["step", "host"])
-def test_an_error_in_a_callback_leaves_the_executor_usable(
-    graphs: EmulatedGraphs, form: str
-) -> None:
-    def fail(step: int, latents: Tensor) -> None:
-        raise KeyError("mine")
-
-    executor = CudaExecutor(graphs, form)
-    plan = scripted_plan(StaticPolicy("p"), euler(5))
-    with pytest.raises(KeyError, match="mine"):
-        executor.run(plan, noise(*SHAPE), on_step_end=fail)
-    assert_same_run(executor.run(plan, noise(*SHAPE)), CpuExecutor().run(plan, noise(*SHAPE)))
 
 
 def test_too_old_a_driver_falls_back_to_the_host_with_one_warning(graphs: EmulatedGraphs) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -73,13 +72,6 @@ class Model:
 
     def noise(self, seed: int = 0) -> Tensor:
         return noise(*SHAPES[self.name], seed=seed)
-
-
-@pytest.fixture
-def graphs(emulated_runtime: Any) -> Iterator[EmulatedGraphs]:
-    emulated_runtime.reset()
-    yield EmulatedGraphs(emulated_runtime)
-    assert emulated_runtime.violation() == ""
 
 
 def assert_same_run(actual: tuple[Tensor, Any], expected: tuple[Tensor, Any]) -> str:

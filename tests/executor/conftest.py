@@ -1,0 +1,16 @@
+"""The emulated device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from emulated_graphs import EmulatedGraphs
+
+
+@pytest.fixture
+def graphs(emulated_runtime: Any) -> Iterator[EmulatedGraphs]:
+    emulated_runtime.reset()
+    yield EmulatedGraphs(emulated_runtime)
+    assert emulated_runtime.violation() == ""
