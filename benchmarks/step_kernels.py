@@ -17,7 +17,7 @@ from timing import Call
 
 from ddit_rt import _runtime
 from ddit_rt.executor import RunPlan
-from ddit_rt.executor.capture import LoopBuffers
+from ddit_rt.executor.buffers import LoopBuffers
 from ddit_rt.patch_scheduler import PolicyTable
 from ddit_rt.patch_scheduler.table import DYNAMIC
 from ddit_rt.solver import SolverTable

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddit_rt.evaluation.page import data_uri
+from ddit_rt.evaluation.cases import data_uri
 from ddit_rt.evaluation.plots import Mark, front, marks, pareto_plot, timeline
 
 VOID = {"meta", "img", "input", "br"}
