@@ -37,9 +37,14 @@ from ddit_rt.families.calls import (
     check_shape,
     refuse_ignored,
 )
-from ddit_rt.families.flux_calls import NEGATIVES, check_inputs, encode_prompts, wants_true_cfg
-
-_PATCH = 2
+from ddit_rt.families.flux_calls import (
+    NEGATIVES,
+    PATCH,
+    check_inputs,
+    encode_prompts,
+    finish,
+    wants_true_cfg,
+)
 
 
 class FluxFamily(Family):
@@ -58,11 +63,11 @@ class FluxFamily(Family):
 
     def base_patch_size(self, transformer: Any) -> int:
         """2: the pipeline packs 2 x 2 latent pixels into one token."""
-        return _PATCH
+        return PATCH
 
     def latent_channels(self, transformer: Any) -> int:
         """`in_channels` of the model counts the packed channels."""
-        return int(transformer.config.in_channels) // _PATCH**2
+        return int(transformer.config.in_channels) // PATCH**2
 
     def hidden_size(self, transformer: Any) -> int:
         """Heads times head width."""
@@ -230,14 +235,14 @@ class FluxFamily(Family):
         """See `Family.latent_shape`. Odd sizes round down to whole tokens, as the pipeline does."""
         if num_frames is not None:
             raise ShapeError(f"got num_frames={num_frames}; FLUX makes pictures: leave it out")
-        unit = pipeline.vae_scale_factor * _PATCH
+        unit = pipeline.vae_scale_factor * PATCH
         if height < unit or width < unit:
             raise ShapeError(
                 f"got {height} x {width} pixels; this pipeline's smallest picture is "
                 f"{unit} x {unit}"
             )
         channels = self.latent_channels(pipeline.transformer)
-        return batch, channels, _PATCH * (height // unit), _PATCH * (width // unit)
+        return batch, channels, PATCH * (height // unit), PATCH * (width // unit)
 
     def set_timesteps(
         self, scheduler: Any, num_inference_steps: int, sigmas: Sequence[float] | None, grid: Grid
@@ -293,8 +298,8 @@ class FluxFamily(Family):
             call["generator"],
             call["latents"],
         )
-        latents = ops.unpack(packed.contiguous(), _PATCH, shape[2], shape[3]).float()
-        grid = Grid(height=shape[2] // _PATCH, width=shape[3] // _PATCH)
+        latents = ops.unpack(packed.contiguous(), PATCH, shape[2], shape[3]).float()
+        grid = Grid(height=shape[2] // PATCH, width=shape[3] // PATCH)
         self.set_timesteps(scheduler, call["num_inference_steps"], call["sigmas"], grid)
         pipeline._num_timesteps = len(scheduler.timesteps)
         if pipeline.transformer.config.guidance_embeds:
@@ -306,25 +311,8 @@ class FluxFamily(Family):
             latents=latents,
             conditioning=conditioning,
             num_inference_steps=len(scheduler.timesteps),
-            finish=lambda final: self._finish(pipeline, final.to(embeds.dtype), call),
+            finish=lambda final: finish(pipeline, final.to(embeds.dtype), call),
         )
-
-    def _finish(self, pipeline: Any, latents: Tensor, call: Mapping[str, Any]) -> Any:
-        """Decodes as the pipeline does: `[B, C, H, W]` to its output object."""
-        from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
-
-        pipeline._current_timestep = None
-        if call["output_type"] == "latent":
-            images: Any = self.to_callback(latents)
-        else:
-            config = pipeline.vae.config
-            decoded = pipeline.vae.decode(
-                latents.to(pipeline.vae.dtype) / config.scaling_factor + config.shift_factor,
-                return_dict=False,
-            )[0]
-            images = pipeline.image_processor.postprocess(decoded, output_type=call["output_type"])
-        pipeline.maybe_free_model_hooks()
-        return FluxPipelineOutput(images=images) if call["return_dict"] else (images,)
 
     def encode_pictures(self, pipeline: Any, pixels: Tensor) -> Tensor:
         """See `Family.encode_pictures`. The most likely latent, not a draw."""
@@ -335,13 +323,13 @@ class FluxFamily(Family):
 
     def to_callback(self, latents: Tensor) -> Tensor:
         """Packed tokens `[B, n, 4C]`, the layout inside `FluxPipeline`."""
-        return ops.pack(latents, _PATCH)
+        return ops.pack(latents, PATCH)
 
     def from_callback(self, latents: Tensor, like: Tensor) -> Tensor:
         """See `Family.from_callback`."""
         height, width = like.shape[-2:]
         check_shape("latents", latents, _packed_shape(like.shape))
-        return ops.unpack(latents.to(like.dtype).contiguous(), _PATCH, height, width)
+        return ops.unpack(latents.to(like.dtype).contiguous(), PATCH, height, width)
 
 
 def _run_block(
@@ -359,4 +347,4 @@ def _run_block(
 def _packed_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Shape of latents `[B, C, H, W]` as the pipeline packs them."""
     batch, channels, height, width = shape
-    return batch, height * width // _PATCH**2, channels * _PATCH**2
+    return batch, height * width // PATCH**2, channels * PATCH**2

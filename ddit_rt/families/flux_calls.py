@@ -1,4 +1,4 @@
-"""`FluxPipeline.__call__` around its denoising loop: checks and prompts."""
+"""`FluxPipeline.__call__` around its denoising loop: checks, prompts, decoding."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ddit_rt import ops
+
+PATCH = 2
+"""Side of the square of latent pixels that the pipeline packs into a token."""
 
 NEGATIVES = {
     "encoder_hidden_states": "negative_encoder_hidden_states",
@@ -78,3 +83,21 @@ def encode_prompts(
             float(call["true_cfg_scale"]), device=pipeline._execution_device
         )
     return conditioning
+
+
+def finish(pipeline: Any, latents: Tensor, call: Mapping[str, Any]) -> Any:
+    """Decodes as the pipeline does: `[B, C, H, W]` to its output object."""
+    from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
+
+    pipeline._current_timestep = None
+    if call["output_type"] == "latent":
+        images: Any = ops.pack(latents, PATCH)
+    else:
+        config = pipeline.vae.config
+        decoded = pipeline.vae.decode(
+            latents.to(pipeline.vae.dtype) / config.scaling_factor + config.shift_factor,
+            return_dict=False,
+        )[0]
+        images = pipeline.image_processor.postprocess(decoded, output_type=call["output_type"])
+    pipeline.maybe_free_model_hooks()
+    return FluxPipelineOutput(images=images) if call["return_dict"] else (images,)
