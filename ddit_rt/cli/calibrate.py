@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.generate import pipeline_arguments
-from ddit_rt.cli.models import DTYPES, EMBEDDED, MODEL_HELP, load_pipeline, refuse_video
+from ddit_rt.cli.models import (
+    EMBEDDED,
+    MODEL_HELP,
+    add_call_arguments,
+    load_pipeline,
+    refuse_video,
+)
 
 if TYPE_CHECKING:
     from ddit_rt.calibration import CalibrationConfig
@@ -50,13 +56,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", type=Path, metavar="FILE", help="one prompt a line; default: a built-in list"
     )
     _add_search_arguments(parser)
-    parser.add_argument("--height", type=int, help="default: as compiled")
-    parser.add_argument("--width", type=int, help="default: as compiled")
-    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's")
-    parser.add_argument(
-        "--max-sequence-length", type=int, help="text tokens; default: the pipeline's"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as compiled")
+    add_call_arguments(parser)
     parser.add_argument(
         "--trust-code",
         action="store_true",

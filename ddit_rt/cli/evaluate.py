@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.generate import pipeline_arguments
-from ddit_rt.cli.models import DTYPES, EMBEDDED, MODEL_HELP, load_pipeline, refuse_video
+from ddit_rt.cli.models import (
+    EMBEDDED,
+    MODEL_HELP,
+    add_call_arguments,
+    load_pipeline,
+    refuse_video,
+)
 from ddit_rt.cli.policies import choose_policy
 
 if TYPE_CHECKING:
@@ -71,13 +77,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the rivals' cost is equal in: milliseconds of the loop, measured here, or image "
         "tokens (default: %(default)s)",
     )
-    parser.add_argument("--height", type=int, help="default: as compiled")
-    parser.add_argument("--width", type=int, help="default: as compiled")
-    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's")
-    parser.add_argument(
-        "--max-sequence-length", type=int, help="text tokens; default: the pipeline's"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as compiled")
+    add_call_arguments(parser)
     parser.add_argument(
         "--trust-code",
         action="store_true",

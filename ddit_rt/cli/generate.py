@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.models import DTYPES, MODEL_HELP, embedded_defaults, load_pipeline
+from ddit_rt.cli.models import (
+    MODEL_HELP,
+    add_call_arguments,
+    embedded_defaults,
+    load_pipeline,
+)
 from ddit_rt.cli.outputs import output_paths, write_video
 from ddit_rt.cli.policies import (
     add_policy_arguments,
@@ -46,11 +51,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-images", type=int, default=1, help="pictures or videos per prompt")
     parser.add_argument("--seed", type=int, help="seed of the first picture, then seed + 1, ...")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the pipeline's")
-    parser.add_argument("--height", type=int, help="default: as compiled")
-    parser.add_argument("--width", type=int, help="default: as compiled")
+    add_call_arguments(parser)
     parser.add_argument("--num-frames", type=int, help="of a video; default: as compiled")
     parser.add_argument("--fps", type=int, default=16, help="of an MP4 (default: %(default)s)")
-    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's")
     parser.add_argument(
         "--true-cfg-scale", type=float, help="FLUX's guidance by --negative-prompt; default: 1, off"
     )
@@ -61,10 +64,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("START", "STOP"),
         help="part of the steps that classifier-free guidance acts in (default: 0 1)",
     )
-    parser.add_argument(
-        "--max-sequence-length", type=int, help="text tokens; default: the pipeline's"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as compiled")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write every step as JSON")
     parser.add_argument(
         "--trust-code",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,17 @@ MODEL_HELP = (
 
 
 DEVICES = ("cpu", "cuda")
+
+
+def add_call_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what every command that runs an artifact asks of the pipeline's call."""
+    parser.add_argument("--height", type=int, help="default: as compiled")
+    parser.add_argument("--width", type=int, help="default: as compiled")
+    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's")
+    parser.add_argument(
+        "--max-sequence-length", type=int, help="text tokens; default: the pipeline's"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as compiled")
 
 
 def choose_device(device: str) -> str:
