@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ddit_rt.calibration import Candidate, Measurement, Prompt
+from ddit_rt.calibration import CacheRange, Candidate, Measurement, Prompt
+from ddit_rt.calibration.bench import NO_FIT
 from ddit_rt.patch_scheduler import DYNAMIC, PatchPolicy, Schedule
+from ddit_rt.step_cache import CacheFit, CacheModel, CacheTable, TeaCache
 
 NAMES = ("p", "2p", "4p")
+COSTS = {"p": 10.0, "2p": 4.0, "4p": 2.5}
+FIT = CacheFit(kind="teacache", values=(1.0, 0.0), source="a test")
 
 
 @dataclass
@@ -22,6 +26,10 @@ class SyntheticBench:
 
     The score of a step is its loss, so a threshold on it is the optimal rule; with `blind`, it
     falls when the loss rises, and no threshold is of any use.
+
+    With a `reuse_loss` there is TeaCache. A step changes the model's input by
+    `difficulty * (1.5 - k / N) / N`, and one that reuses loses `reuse_loss` times what has changed
+    since the latest computed step, which is what TeaCache compares with its threshold.
     """
 
     steps: int = 24
@@ -29,35 +37,41 @@ class SyntheticBench:
     step_loss: float = 0.1
     spread: float = 0.9
     blind: bool = False
+    reuse_loss: float | None = None
     offered: tuple[int, ...] = (1, 2, 4)
     evaluated: list[str] = field(default_factory=list)
     taus: tuple[float, float] = (1e-3, 1.0)
 
     @property
     def costs(self) -> dict[str, float]:
-        return (
-            dict(zip(NAMES, (10.0, 4.0, 2.5), strict=True)) if len(self.offered) > 1 else {"p": 10}
-        )
+        return COSTS if len(self.offered) > 1 else {"p": 10.0}
 
-    def evaluate(
-        self, policy: PatchPolicy, num_inference_steps: int, prompts: Sequence[Prompt]
-    ) -> Measurement:
+    @property
+    def caches(self) -> tuple[CacheRange, ...]:
+        entry = CacheRange(cache=TeaCache(0.0), thresholds=(0.02, 1.0))
+        return () if self.reuse_loss is None else (entry,)
+
+    @property
+    def cache_costs(self) -> Mapping[str, Mapping[str, float]]:
+        reused = {f"{name} reused": 1.0 for name in COSTS}
+        return {} if self.reuse_loss is None else {"TeaCache": {**COSTS, **reused}}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (NO_FIT,) if self.reuse_loss is None else ()
+
+    def evaluate(self, candidate: Candidate, prompts: Sequence[Prompt]) -> Measurement:
         self.evaluated += [prompt.text for prompt in prompts]
-        sigmas = tuple(1 - k / num_inference_steps for k in range(num_inference_steps + 1))
-        table = policy.resolve(Schedule(sigmas=sigmas, offered=self.offered))
+        steps = candidate.num_inference_steps
         costs, similarity = [], []
         for prompt in prompts:
-            sizes = [
-                self._decide(table.thresholds[k], prompt, k, num_inference_steps)
-                if forced == DYNAMIC
-                else forced
-                for k, forced in enumerate(table.forced)
-            ]
-            loss = self.step_loss * (self.steps / num_inference_steps - 1)
-            loss += sum(
-                self.loss(prompt, k, size, num_inference_steps) for k, size in enumerate(sizes)
-            )
-            costs.append(sum(self.costs[NAMES[size]] for size in sizes))
+            sizes = self._sizes(candidate.policy, prompt, steps)
+            reused = self._reused(candidate, prompt, sizes)
+            loss = self.step_loss * (self.steps / steps - 1)
+            loss += sum(self.loss(prompt, k, size, steps) for k, size in enumerate(sizes))
+            loss += sum((self.reuse_loss or 0.0) * change for change in reused.values())
+            computed = [size for k, size in enumerate(sizes) if k not in reused]
+            costs.append(sum(self.costs[NAMES[size]] for size in computed) + len(reused))
             similarity.append(math.exp(-loss))
         return Measurement(
             cost=sum(costs) / len(costs), similarity=tuple(similarity), psnr=(30.0,) * len(costs)
@@ -66,15 +80,36 @@ class SyntheticBench:
     def confirm(
         self, candidates: Sequence[Candidate], prompts: Sequence[Prompt]
     ) -> list[Measurement]:
-        return [self.evaluate(c.policy, c.num_inference_steps, prompts) for c in candidates]
+        return [self.evaluate(candidate, prompts) for candidate in candidates]
 
     def loss(self, prompt: Prompt, step: int, bucket: int, steps: int) -> float:
         if bucket == 0:
             return 0.0
+        scale = self.coarse_loss * self._difficulty(prompt) * (1.0, 2.0)[bucket - 1]
+        return scale * (2 * step + 1) / steps**2
+
+    def _difficulty(self, prompt: Prompt) -> float:
         # Spread evenly over any run of seeds: the golden ratio's multiples.
         place = (prompt.seed * 0.618034) % 1
-        difficulty = 1 + self.spread * (2 * place - 1)
-        return self.coarse_loss * difficulty * (1.0, 2.0)[bucket - 1] * (2 * step + 1) / steps**2
+        return 1 + self.spread * (2 * place - 1)
+
+    def _sizes(self, policy: PatchPolicy, prompt: Prompt, steps: int) -> list[int]:
+        sigmas = tuple(1 - k / steps for k in range(steps + 1))
+        table = policy.resolve(Schedule(sigmas=sigmas, offered=self.offered))
+        return [
+            self._decide(table.thresholds[k], prompt, k, steps) if forced == DYNAMIC else forced
+            for k, forced in enumerate(table.forced)
+        ]
+
+    def _reused(self, candidate: Candidate, prompt: Prompt, sizes: list[int]) -> dict[int, float]:
+        """The steps that reuse, with what has changed since the latest computed one."""
+        steps = len(sizes)
+        changes = [self._difficulty(prompt) * (1.5 - k / steps) / steps for k in range(steps)]
+        model = CacheModel(
+            name="test", steps=steps, fits=(FIT,), time_changes=lambda projected: changes
+        )
+        resolved = candidate.step_cache.resolve(model)
+        return {} if resolved is None else _walk(resolved.table, sizes)
 
     def _decide(self, taus: Sequence[float], prompt: Prompt, step: int, steps: int) -> int:
         chosen = 0
@@ -83,3 +118,15 @@ class SyntheticBench:
             if (0.5 - score if self.blind else score) < tau:
                 chosen = bucket
         return chosen
+
+
+def _walk(table: CacheTable, sizes: Sequence[int]) -> dict[int, float]:
+    """What `ops.decide_reuse_` does with increments that are known beforehand."""
+    reused, changed = {}, 0.0
+    for k, increment in enumerate(table.increments):
+        changed += increment
+        if math.isnan(increment) or sizes[k] != sizes[k - 1] or changed >= table.threshold:
+            changed = 0.0
+        else:
+            reused[k] = changed
+    return reused

@@ -18,7 +18,8 @@ class CalibratedPlan:
     """One measured plan; its figures are means over the calibration prompts.
 
     Attributes:
-        kind: `"fine"` (the reference), `"steps"` (fewer fine steps), `"static"` or `"dynamic"`.
+        kind: `"fine"` (the reference), `"steps"` (fewer fine steps), `"static"`, `"cached"` (fine
+            steps with a step cache), `"dynamic"`, or `"combined"` (dynamic with a step cache).
         label: The plan in a few words.
         policy: `PatchPolicy.to_dict` of its policy.
         num_inference_steps: Steps that it runs; fewer than the calibration's own where fewer
@@ -27,6 +28,7 @@ class CalibratedPlan:
         speedup: Cost of the all-fine loop over `cost`.
         ssim: Structural similarity to the all-fine pictures, at most 1.
         psnr: Peak signal-to-noise ratio in dB; None where every picture equals its reference.
+        step_cache: `StepCache.to_dict` of its step cache; None: every step computes.
     """
 
     kind: str
@@ -37,6 +39,7 @@ class CalibratedPlan:
     speedup: float
     ssim: float
     psnr: float | None
+    step_cache: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +70,11 @@ class Calibration:
                 f"a calibration needs the presets {list(PRESETS)} and a front; got the presets "
                 f"{sorted(self.presets)} and {len(self.front)} plans"
             )
+
+    @property
+    def plans(self) -> tuple[CalibratedPlan, ...]:
+        """All of them, presets and front."""
+        return (*self.presets.values(), *self.front)
 
     def plan(self, choice: str | float) -> CalibratedPlan:
         """The plan of a preset's name, or of a speed between 0 and 1.

@@ -24,10 +24,13 @@ from ddit_rt.artifact.schema import from_plain
 from ddit_rt.errors import ArtifactError
 from ddit_rt.step_cache import CacheFit
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _ADDED = {"calibrations": 2, "step_cache": 3, "cache_fits": 3}
 """The version that added an entry. A manifest stays what it was until it gets one, since its
 digest, which trust hangs on, is that of its text."""
+
+_PLANS_WITH_CACHE = 4
+"""The version that added `step_cache` to calibrated plans, to the same rule."""
 
 MANIFEST_NAME = "manifest.json"
 
@@ -170,6 +173,9 @@ class Manifest:
         for name, version in _ADDED.items():
             if version > self.schema_version:
                 del plain[name]
+        if self.schema_version < _PLANS_WITH_CACHE:
+            for plan in _plain_plans(plain):
+                del plan["step_cache"]
         return json.dumps(plain, indent=1, sort_keys=True) + "\n"
 
     def with_calibration(self, calibration: Calibration) -> Manifest:
@@ -180,14 +186,17 @@ class Manifest:
             if entry.num_inference_steps != calibration.num_inference_steps
         )
         entries = sorted((*others, calibration), key=lambda entry: entry.num_inference_steps)
-        version = max(self.schema_version, _ADDED["calibrations"])
+        cached = any(plan.step_cache is not None for entry in entries for plan in entry.plans)
+        needed = _PLANS_WITH_CACHE if cached else _ADDED["calibrations"]
+        version = max(self.schema_version, needed)
         return replace(self, schema_version=version, calibrations=tuple(entries))
 
     def with_cache_fit(self, fit: CacheFit) -> Manifest:
         """The same with a fit for a step cache, in place of an earlier one of its kind."""
         others = (entry for entry in self.cache_fits if entry.kind != fit.kind)
         entries = sorted((*others, fit), key=lambda entry: entry.kind)
-        return replace(self, schema_version=SCHEMA_VERSION, cache_fits=tuple(entries))
+        version = max(self.schema_version, _ADDED["cache_fits"])
+        return replace(self, schema_version=version, cache_fits=tuple(entries))
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -215,6 +224,11 @@ class Manifest:
                 f"{MANIFEST_NAME}: unknown entries {later} in schema {version}: it was edited"
             )
         manifest = from_plain(cls, raw, MANIFEST_NAME)
+        if version < _PLANS_WITH_CACHE and any("step_cache" in plan for plan in _plain_plans(raw)):
+            raise ArtifactError(
+                f"{MANIFEST_NAME}: unknown entry 'step_cache' of a calibrated plan in schema "
+                f"{version}: it was edited"
+            )
         if config_hash(manifest.config) != manifest.config_hash:
             raise ArtifactError(
                 f"{MANIFEST_NAME}: config does not match config_hash; the file was edited: copy "
@@ -226,6 +240,15 @@ class Manifest:
     def digest(self) -> str:
         """SHA-256 of the JSON, in hex: it stands for the whole artifact."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def _plain_plans(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The calibrated plans of a manifest as JSON has it."""
+    return [
+        plan
+        for entry in manifest.get("calibrations", ())
+        for plan in (*entry["presets"].values(), *entry["front"])
+    ]
 
 
 def mismatches(manifest: Manifest, transformer: nn.Module) -> list[str]:

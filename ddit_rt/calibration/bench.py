@@ -7,19 +7,26 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ddit_rt.calibration.plans import Candidate, all_fine
+from ddit_rt.calibration.caches import alternating, fitted_caches, threshold_range
+from ddit_rt.calibration.plans import CacheRange, Candidate, all_fine
 from ddit_rt.calibration.points import Evaluator, Measurement, Prompt
 from ddit_rt.demo.measure import Batch, Contender, Generation, Picture, engine_contender, measure
 from ddit_rt.demo.quality import fidelity
 from ddit_rt.errors import ShapeError
-from ddit_rt.executor import RunTrace
+from ddit_rt.executor import RunTrace, StepRecord
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
-from ddit_rt.step_cache import NoCache
+from ddit_rt.step_cache import NoCache, StepCache
 
 if TYPE_CHECKING:
     from ddit_rt.calibration.run import CalibrationConfig
 
 UNITS = ("ms", "tokens")
+NO_FIT = (
+    "without plans that skip steps: no step cache has a fit for this model; `ddit-rt calibrate "
+    "ARTIFACT --model MODEL --cache teacache` makes one"
+)
+"""Of a model that has none."""
+
 _NO_SCORES = (1e-5, 1e-1)
 """Range of tau where a run is too short for a score."""
 
@@ -31,11 +38,18 @@ class Bench(Evaluator, Protocol):
         steps: Steps of the reference.
         costs: Cost of one step at each patch size that the engine offers, `"p"` among them.
         taus: Range of tau: below the lowest every step is fine, above the highest none.
+        caches: Step caches that can be searched.
+        cache_costs: By class of the cache, cost of one step under it, `"p"` computed or
+            `"p reused"`.
+        notes: What the search has to do without, and why.
     """
 
     steps: int
     costs: Mapping[str, float]
     taus: tuple[float, float]
+    caches: Sequence[CacheRange]
+    cache_costs: Mapping[str, Mapping[str, float]]
+    notes: Sequence[str]
 
     def confirm(
         self, candidates: Sequence[Candidate], prompts: Sequence[Prompt]
@@ -46,13 +60,17 @@ class Bench(Evaluator, Protocol):
 class EngineBench:
     """A `Bench` of a loaded engine.
 
-    Costs in the search come from a table, measured once: the median time of a step at each patch
-    size, or its image tokens. `confirm` measures whole loops instead, interleaved.
+    Costs in the search come from tables, measured once: the median time of a step at each patch
+    size, or its image tokens; with a step cache, that of a computed and of a reused one. `confirm`
+    measures whole loops instead, interleaved.
 
     Attributes:
         steps: As in `Bench`.
         costs: As in `Bench`.
         taus: As in `Bench`.
+        caches: As in `Bench`.
+        cache_costs: As in `Bench`.
+        notes: As in `Bench`.
         runs: Generations so far.
     """
 
@@ -65,9 +83,10 @@ class EngineBench:
         arguments: Mapping[str, Any],
         unit: str = "ms",
         repeats: int = 3,
+        skipping: bool = False,
         advance: Callable[[], object] = lambda: None,
     ) -> None:
-        """Measures the table of costs and the range of tau.
+        """Measures the tables of costs and the ranges of the dials.
 
         Args:
             engine: The engine, with its pipeline.
@@ -76,6 +95,7 @@ class EngineBench:
             arguments: Further arguments of the engine's call, e.g. `height`.
             unit: `"ms"` or `"tokens"`.
             repeats: Rounds of `confirm`.
+            skipping: Whether to look for step caches that the model has a fit for.
             advance: Called after every generation.
         """
         if unit not in UNITS:
@@ -88,19 +108,23 @@ class EngineBench:
         self._repeats = repeats
         self._advance = advance
         self._references: dict[Prompt, Picture] = {}
-        self.costs: Mapping[str, float] = self._cost_table(probe)
+        self.costs: Mapping[str, float] = self._cost_table(probe, NoCache())
         self.taus = self._tau_range(probe)
+        self.caches: Sequence[CacheRange] = ()
+        self.cache_costs: Mapping[str, Mapping[str, float]] = {}
+        self.notes: Sequence[str] = ()
+        if skipping:
+            self._add_caches(probe)
 
-    def evaluate(
-        self, policy: PatchPolicy, num_inference_steps: int, prompts: Sequence[Prompt]
-    ) -> Measurement:
+    def evaluate(self, candidate: Candidate, prompts: Sequence[Prompt]) -> Measurement:
         """See `Evaluator.evaluate`."""
         pictures, costs = [], []
         references = [self._reference(prompt) for prompt in prompts]
+        cached = self.cache_costs.get(type(candidate.step_cache).__name__, self.costs)
         for prompt in prompts:
-            picture, trace = self._generate(policy, num_inference_steps, prompt)
+            picture, trace = self._generate(candidate, prompt)
             pictures.append(picture)
-            costs.append(sum(self.costs[size] for size in trace.patch_sizes()))
+            costs.append(sum(cached[_branch(record)] for record in trace))
         return _measurement(statistics.fmean(costs), pictures, references)
 
     def confirm(
@@ -132,14 +156,18 @@ class EngineBench:
             self._engine,
             patch_policy=candidate.policy,
             num_inference_steps=candidate.num_inference_steps,
-            step_cache=NoCache(),  # a plan's cost is that of its sizes
+            step_cache=candidate.step_cache,
             **self._arguments,
         )
 
-    def _generate(
-        self, policy: PatchPolicy, steps: int, prompt: Prompt
-    ) -> tuple[Picture, RunTrace]:
-        candidate = Candidate(kind="", label="", policy=policy, num_inference_steps=steps)
+    def _probe(self, policy: PatchPolicy, prompt: Prompt, cache: StepCache) -> RunTrace:
+        """A run whose picture does not count."""
+        candidate = Candidate(
+            kind="", label="", policy=policy, num_inference_steps=self.steps, step_cache=cache
+        )
+        return self._generate(candidate, prompt)[1]
+
+    def _generate(self, candidate: Candidate, prompt: Prompt) -> tuple[Picture, RunTrace]:
         batch = Batch(prompts=(prompt.text,), seeds=(prompt.seed,))
         made: Generation = self._contender(candidate).generate(batch)
         self._count()
@@ -151,52 +179,72 @@ class EngineBench:
 
     def _reference(self, prompt: Prompt) -> Picture:
         if prompt not in self._references:
-            fine = all_fine(self.steps)
-            self._references[prompt], _ = self._generate(fine.policy, self.steps, prompt)
+            self._references[prompt], _ = self._generate(all_fine(self.steps), prompt)
         return self._references[prompt]
 
-    def _cost_table(self, probe: Prompt) -> dict[str, float]:
-        """Per size that this picture offers, the median over a run's steps."""
-        table: dict[str, float] = {}
+    def _cost_table(self, probe: Prompt, cache: StepCache) -> dict[str, float]:
+        """Per size that this picture offers, and per branch, the median over a run's steps."""
+        samples: dict[str, list[float]] = {}
         for size in (entry.patch for entry in self._engine.artifact.manifest.buckets):
             policy = FinePolicy() if size == "p" else StaticPolicy([size] * self.steps)
             try:
-                self._generate(policy, self.steps, probe)  # warms up
+                self._probe(policy, probe, cache)  # warms up
             except ShapeError:
                 if size == "p":
                     raise
                 continue
-            _, trace = self._generate(policy, self.steps, probe)
-            table[size] = statistics.median(
-                record.latency_ms if self._unit == "ms" else float(record.tokens)
-                for record in trace
-            )
-        return table
+            for record in self._probe(policy, probe, cache):
+                cost = record.latency_ms if self._unit == "ms" else float(record.tokens)
+                samples.setdefault(_branch(record), []).append(cost)
+        return {branch: statistics.median(costs) for branch, costs in samples.items()}
+
+    def _add_caches(self, probe: Prompt) -> None:
+        """Ranges and costs of the step caches that the model has a fit for."""
+        fitted = fitted_caches(self._engine)
+        traces = [(cache, self._probe(FinePolicy(), probe, cache)) for cache in fitted]
+        ranges = [(cache, threshold_range(trace)) for cache, trace in traces]
+        self.caches = [CacheRange(cache=cache, thresholds=ends) for cache, ends in ranges if ends]
+        of_class = {type(entry.cache).__name__: entry.cache for entry in self.caches}
+        self.cache_costs = {
+            name: self._cost_table(probe, alternating(cache)) for name, cache in of_class.items()
+        }
+        if not fitted:
+            self.notes = [NO_FIT]
+        elif not self.caches:
+            self.notes = [f"without plans that skip steps: of {self.steps} steps none may"]
 
     def _tau_range(self, probe: Prompt) -> tuple[float, float]:
         """From the scores of an all-fine and an all-coarse run: bounds, no thresholds."""
         scores: list[float] = []
         for tau in (0.0, 1e30):
             policy = DDiTPolicy(tau=tau, refresh=None, fine_tail=0)
-            _, trace = self._generate(policy, self.steps, probe)
+            trace = self._probe(policy, probe, NoCache())
             scores += [score for record in trace for score in record.scores.values()]
         usable = [score for score in scores if score > 0 and math.isfinite(score)]
         return (min(usable) / 2, max(usable) * 2) if usable else _NO_SCORES
 
 
-def most_runs(config: CalibrationConfig, *, sizes: int, repeats: int) -> int:
+def most_runs(config: CalibrationConfig, *, sizes: int, caches: int, repeats: int) -> int:
     """Generations that a calibration takes at most.
 
     Args:
         config: Its settings.
         sizes: Patch sizes of the artifact.
+        caches: Step caches that the model has a fit for.
         repeats: Rounds of `EngineBench.confirm`.
     """
     rounds = repeats if config.cost_unit == "ms" else 1
-    search = config.calibration_prompts * (1 + 3 * config.evaluations)
-    # Three finalists, then two rivals at equal cost, each time beside all fine and warmed up.
-    confirm = (4 + 3) * (1 + rounds * config.held_out_prompts)
-    return 2 * sizes + 2 + search + confirm
+    families, adaptive = (5, 3) if caches else (3, 1)
+    probes = (1 + caches) * 2 * sizes + 2 + caches
+    search = config.calibration_prompts * (1 + families * config.evaluations)
+    # Finalists; of each adaptive one two rivals at equal cost; a static plan at the cost of fewer
+    # steps. Each time beside all fine, and warmed up.
+    confirm = (1 + families + 1 + 2 * adaptive + 1 + 1) * (1 + rounds * config.held_out_prompts)
+    return probes + search + confirm
+
+
+def _branch(record: StepRecord) -> str:
+    return f"{record.patch_size} reused" if record.reused else record.patch_size
 
 
 def _trace(trace: RunTrace | None) -> RunTrace:

@@ -6,15 +6,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ddit_rt.calibration.bench import Bench
-from ddit_rt.calibration.plans import DYNAMIC, STATIC, STEPS, Candidate, all_fine
+from ddit_rt.calibration.plans import (
+    ADAPTIVE,
+    CACHED,
+    COMBINED,
+    DYNAMIC,
+    STATIC,
+    STEPS,
+    Candidate,
+    all_fine,
+    cache_text,
+)
 from ddit_rt.calibration.points import Measurement, Point, Prompt
 from ddit_rt.calibration.search import Found
 from ddit_rt.calibration.target import SPEEDUP, Target
 
-_SIMPLEST = (STEPS, STATIC, DYNAMIC)
+_SAME = 1e-9
+"""Loss of similarity of a rival whose pictures are those of all fine."""
+
+_RIVALS = (STEPS, STATIC)
+_SIMPLEST = (*_RIVALS, *ADAPTIVE)
 """Of plans that serve equally well the simpler one is taken."""
 
-_NAMES = {STEPS: "fewer fine steps", STATIC: "a static plan", DYNAMIC: "a dynamic plan"}
+_NAMES = {
+    STEPS: "fewer fine steps",
+    STATIC: "a static plan",
+    CACHED: "fine steps with a step cache",
+    DYNAMIC: "a dynamic plan",
+    COMBINED: "a dynamic plan with a step cache",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +59,9 @@ class Confirmation:
         met: Whether it keeps the target on the held-out prompts, within 10% of cost or 0.02 SSIM.
         fine: All-fine on the held-out prompts.
         finalists: The best plan of each family, by kind.
-        equals: The rivals, at the cost that the dynamic finalist has on the held-out prompts.
-        shares: Per rival, the share of held-out prompts on which the dynamic plan's picture is
-            more similar than that of the rival at equal cost; a tie counts half.
+        equals: Per adaptive finalist, the rivals at the cost that it has on the held-out prompts.
+        shares: Per adaptive finalist and rival, the share of held-out prompts on which its picture
+            is more similar than that of the rival at equal cost; a tie counts half.
         static: The static plan at the cost that the winner has there; None if that won itself, or
             none can be as cheap.
         over_static: The share of held-out prompts on which the winner is more similar than it.
@@ -51,8 +71,8 @@ class Confirmation:
     met: bool
     fine: Measurement
     finalists: Mapping[str, Finalist]
-    equals: Mapping[str, Finalist]
-    shares: Mapping[str, float]
+    equals: Mapping[str, Mapping[str, Finalist]]
+    shares: Mapping[str, Mapping[str, float]]
     static: Finalist | None
     over_static: float | None
 
@@ -67,8 +87,11 @@ class Confirmation:
         name = _NAMES[self.winner]
         if self.winner == STEPS:
             name = f"{name} ({best.candidate.num_inference_steps})"
+        if cache := cache_text(best.candidate.step_cache):
+            name = f"{name} ({cache})"
         rivals = [_NAMES[kind] for kind in self.finalists if kind != self.winner]
-        over = f", over {' and '.join(rivals)}" if rivals else ", without a rival"
+        listed = " and ".join([", ".join(rivals[:-1]), *rivals[-1:]] if rivals[1:] else rivals)
+        over = f", over {listed}" if rivals else ", without a rival"
         missed = "" if self.met else "; it misses the target on the held-out prompts"
         return f"{name} won{over}{missed}"
 
@@ -83,8 +106,11 @@ def confirm(
 ) -> Confirmation:
     """Measures the finalists side by side with all-fine, and decides.
 
-    What a dynamic plan costs depends on the prompts. So it wins only if it is more similar than
-    every rival of the cost that it has here, whatever the target allowed.
+    What an adaptive plan (dynamic, or with a step cache) costs depends on the prompts. So it wins
+    only if it is more similar than every rival (fewer fine steps, static) of the cost that it has
+    here, whatever the target allowed. Of several the cheapest wins where similarity is the limit;
+    where cost is, their costs still differ, and the one wins that loses the smallest part of the
+    similarity that its best rival loses.
 
     Args:
         bench: Runs plans.
@@ -99,54 +125,78 @@ def confirm(
     fine, best = _measure(bench, candidates, prompts)
     if SPEEDUP in request:  # relative to all-fine, which was measured again beside the plans
         target = Target(max_cost=fine.cost / request[SPEEDUP])
-    rivals = [kind for kind in kinds if kind != DYNAMIC]
-    winner = min(rivals or kinds, key=lambda kind: target.held_out_rank(best[kind].result))
-    equals: dict[str, Finalist] = {}
-    if DYNAMIC in best:
-        dynamic = best[DYNAMIC].result
-        equals = _equals(bench, found, best, dynamic.cost / fine.cost, prompts, (STEPS, STATIC))
-        stands = target.met_on_held_out(dynamic) or not rivals
-        beaten = all(dynamic.ssim > equal.result.ssim for equal in equals.values())
-        rivals_miss = not target.met_on_held_out(best[winner].result)
-        if (stands and beaten) or (stands and rivals_miss):
-            winner = DYNAMIC
-    static = equals.get(STATIC)
+    shares = {kind: best[kind].result.cost / fine.cost for kind in kinds}
+    adaptive = {kind: shares[kind] for kind in kinds if kind in ADAPTIVE}
+    equals = _equals(bench, found, best, adaptive, prompts, _RIVALS)
+    winner = _winner(best, equals, target)
+    static = None
     if winner == STEPS:
-        share = best[STEPS].result.cost / fine.cost
-        static = _equals(bench, found, best, share, prompts, (STATIC,)).get(STATIC)
-    if winner == STATIC:
-        static = None
+        alone = {STEPS: shares[STEPS]}
+        static = _equals(bench, found, best, alone, prompts, (STATIC,))[STEPS].get(STATIC)
+    elif winner in ADAPTIVE:
+        static = equals[winner].get(STATIC)
     return Confirmation(
         winner=winner,
         met=target.met_on_held_out(best[winner].result),
         fine=fine,
         finalists=best,
         equals=equals,
-        shares={kind: _share(best[DYNAMIC].result, equal.result) for kind, equal in equals.items()},
+        shares={
+            kind: {name: _share(best[kind].result, equal.result) for name, equal in row.items()}
+            for kind, row in equals.items()
+        },
         static=static,
         over_static=_share(best[winner].result, static.result) if static else None,
     )
+
+
+def _winner(
+    best: Mapping[str, Finalist], equals: Mapping[str, Mapping[str, Finalist]], target: Target
+) -> str:
+    """The kind that wins; `best` has the simplest first."""
+    rivals = [kind for kind in best if kind in _RIVALS]
+    winner = min(rivals or best, key=lambda kind: target.held_out_rank(best[kind].result))
+    rivals_miss = not rivals or not target.met_on_held_out(best[winner].result)
+
+    def loss(kind: str) -> float:
+        rival = max((equal.result.ssim for equal in equals[kind].values()), default=0.0)
+        return (1 - best[kind].result.ssim) / max(1 - rival, _SAME)
+
+    standing = [
+        kind
+        for kind in equals
+        if target.met_on_held_out(best[kind].result) and (rivals_miss or loss(kind) < 1)
+    ]
+    if target.max_cost is None:
+        return min(standing, key=lambda kind: best[kind].result.cost, default=winner)
+    return min(standing, key=loss, default=winner)
 
 
 def _equals(
     bench: Bench,
     found: Mapping[str, Found],
     best: Mapping[str, Finalist],
-    share: float,
+    shares: Mapping[str, float],
     prompts: Sequence[Prompt],
-    kinds: Sequence[str],
-) -> dict[str, Finalist]:
-    """Families at a share of all-fine's cost, those that can be as cheap."""
-    limit = share * bench.costs["p"] * bench.steps
+    rivals: Sequence[str],
+) -> dict[str, dict[str, Finalist]]:
+    """Rivals at shares of all-fine's cost, those that can be as cheap; by the kind of the share."""
+    whole = bench.costs["p"] * bench.steps
     wanted = {
-        kind: candidate
-        for kind in kinds
-        if kind in found and (candidate := found[kind].costing(limit, bench.costs)) is not None
+        kind: {
+            rival: candidate
+            for rival in rivals
+            if rival in found
+            and (candidate := found[rival].costing(share * whole, bench.costs)) is not None
+        }
+        for kind, share in shares.items()
     }
     known = {finalist.candidate.key: finalist for finalist in best.values()}
-    fresh = {kind: c for kind, c in wanted.items() if c.key not in known}
-    measured = _measure(bench, fresh, prompts)[1] if fresh else {}
-    return {kind: measured.get(kind) or known[c.key] for kind, c in wanted.items()}
+    plans = {plan.key: plan for row in wanted.values() for plan in row.values()}
+    fresh = {key: plan for key, plan in plans.items() if key not in known}
+    if fresh:
+        known |= _measure(bench, fresh, prompts)[1]
+    return {kind: {r: known[plan.key] for r, plan in row.items()} for kind, row in wanted.items()}
 
 
 def _measure(

@@ -1,8 +1,9 @@
-"""The plans that a calibration tries: three families, each a set of templates with one dial.
+"""The plans that a calibration tries, as templates with one dial.
 
 A template fixes everything but one whole number, its level: cost and fidelity both fall as the
-level rises. The dynamic family turns tau, the static one the number of coarse steps, and the third
-takes steps away and stays fine: the rival that any cheaper plan has to beat.
+level rises. `Dynamic` turns tau, with or without a step cache, `Static` the number of coarse steps,
+`Cached` the threshold of a step cache over steps at p. `FewerSteps` takes steps away and stays
+fine: the rival that any cheaper plan has to beat.
 """
 
 from __future__ import annotations
@@ -11,14 +12,21 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
+from ddit_rt.step_cache import MagCache, NoCache, StepCache, TeaCache
 
-FINE, STEPS, STATIC, DYNAMIC = "fine", "steps", "static", "dynamic"
-_TAU_LEVELS = 48
+FINE, STEPS, STATIC = "fine", "steps", "static"
+CACHED, DYNAMIC, COMBINED = "cached", "dynamic", "combined"
+ADAPTIVE = (CACHED, DYNAMIC, COMBINED)
+"""Kinds of plans whose cost depends on the prompt."""
+
+_LOG_LEVELS = 48
+
+ThresholdCache = TeaCache | MagCache
+"""A step cache with a dial."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,21 +34,25 @@ class Candidate:
     """One plan to measure.
 
     Attributes:
-        kind: Its family: `"fine"`, `"steps"`, `"static"` or `"dynamic"`.
+        kind: Its family: `"fine"`, `"steps"`, `"static"`, `"cached"` (steps at p, with a step
+            cache), `"dynamic"`, or `"combined"` (a dynamic plan with a step cache).
         label: The plan in a few words.
         policy: Which patch size each step takes.
         num_inference_steps: How many steps.
+        step_cache: Which of them reuse.
     """
 
     kind: str
     label: str
     policy: PatchPolicy
     num_inference_steps: int
+    step_cache: StepCache = NoCache()  # noqa: RUF009 - frozen
 
     @property
     def key(self) -> str:
         """Equal for plans that do the same."""
-        return json.dumps([self.policy.to_dict(), self.num_inference_steps], sort_keys=True)
+        does = [self.policy.to_dict(), self.num_inference_steps, self.step_cache.to_dict()]
+        return json.dumps(does, sort_keys=True)
 
 
 def all_fine(steps: int) -> Candidate:
@@ -67,23 +79,10 @@ class Template(ABC):
         """How many steps run at each patch size; None where only a run can tell."""
 
 
-Change = Callable[[Any], "Template | None"]
-"""A variation of a template; None where it makes no sense."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
-    """Templates that are searched together.
-
-    Attributes:
-        kind: As `Candidate.kind`.
-        start: The first template.
-        changes: Variations, likely ones first; each is tried on the best template so far.
-    """
-
-    kind: str
-    start: Template
-    changes: tuple[Change, ...] = ()
+def _on_log_scale(ends: tuple[float, float], level: int) -> float:
+    """The level's value, of many evenly spaced on a log scale from one end to the other."""
+    low, high = ends
+    return low * math.pow(high / low, level / _LOG_LEVELS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,30 +163,33 @@ class Dynamic(Template):
         factors: Per coarse size, its tau over the level's; a size that is left out is not used.
         taus: Lowest and highest tau.
         policy: Everything else.
+        cache: Step cache that every level has; None for none.
     """
 
     steps: int
     factors: tuple[tuple[str, float], ...]
     taus: tuple[float, float]
     policy: DDiTPolicy
+    cache: ThresholdCache | None = None
 
     @property
     def levels(self) -> int:
         """A constant: a step of tau is a few per cent of a decade."""
-        return _TAU_LEVELS
+        return _LOG_LEVELS
 
     def at(self, level: int) -> Candidate:
         """See `Template.at`."""
-        low, high = self.taus
-        tau = low * math.pow(high / low, level / _TAU_LEVELS)
+        tau = _on_log_scale(self.taus, level)
         sizes = {size: float(f"{tau * factor:.4g}") for size, factor in self.factors}
         policy = replace(self.policy, tau=sizes)
         named = ", ".join(f"tau {size} {value:.2g}" for size, value in sizes.items())
+        cached = "" if self.cache is None else f", {cache_text(self.cache)}"
         return Candidate(
-            kind=DYNAMIC,
-            label=f"dynamic, {self.steps} steps, {named}{_structure(policy)}",
+            kind=DYNAMIC if self.cache is None else COMBINED,
+            label=f"dynamic, {self.steps} steps, {named}{_structure(policy)}{cached}",
             policy=policy,
             num_inference_steps=self.steps,
+            step_cache=NoCache() if self.cache is None else self.cache,
         )
 
     def sizes(self, level: int) -> None:
@@ -207,68 +209,59 @@ def _structure(policy: DDiTPolicy) -> str:
     return ", " + ", ".join([*parts, f"tail {policy.fine_tail}"])
 
 
-def families(steps: int, coarse: tuple[str, ...], taus: tuple[float, float]) -> tuple[Family, ...]:
-    """What is searched, for a number of steps.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheRange:
+    """A step cache that the model has a fit for, and which thresholds are worth trying.
 
-    Args:
-        steps: Steps of the reference.
-        coarse: Coarse sizes that the model offers, ascending.
-        taus: Range of tau.
-
-    Returns:
-        Fewer steps; and with a coarse size, and steps enough for one, static and dynamic plans.
+    Attributes:
+        cache: The cache; its own threshold does not count.
+        thresholds: Lowest and highest: at the lowest no step reuses, at the highest nearly every
+            step that may.
     """
-    found = [Family(kind=STEPS, start=FewerSteps(steps=steps))]
-    if coarse and steps > 6:
-        found += [_static_family(steps, coarse), _dynamic_family(steps, coarse, taus)]
-    return tuple(found)
+
+    cache: ThresholdCache
+    thresholds: tuple[float, float]
 
 
-def _static_family(steps: int, coarse: tuple[str, ...]) -> Family:
-    start = Static(steps=steps, coarse=coarse[-1:])
-    orders = [coarse[:1], tuple(reversed(coarse))] if len(coarse) > 1 else []
-    changes: list[Change] = [_set(coarse=order) for order in orders]
-    changes += [_set(refresh=None, head=0), _fewer(0.75), _set(refresh=2), _set(tail=1)]
-    changes += [_set(refresh=None), _fewer(0.75), _set(refresh=1), _set(head=1)]
-    changes += [_set(refresh=5), _set(tail=4), _set(head=5)]
-    return Family(kind=STATIC, start=start, changes=tuple(changes))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cached(Template):
+    """Level n sets the n-th of many thresholds, evenly spaced on a log scale; all steps are at p.
+
+    Attributes:
+        steps: Steps of the run.
+        range: The cache and its thresholds.
+    """
+
+    steps: int
+    range: CacheRange
+
+    @property
+    def levels(self) -> int:
+        """A constant, as for tau."""
+        return _LOG_LEVELS
+
+    def at(self, level: int) -> Candidate:
+        """See `Template.at`."""
+        threshold = float(f"{_on_log_scale(self.range.thresholds, level):.4g}")
+        cache = replace(self.range.cache, threshold=threshold)
+        return replace(
+            all_fine(self.steps),
+            kind=CACHED,
+            label=f"{self.steps} fine steps, {cache_text(cache)}",
+            step_cache=cache,
+        )
+
+    def sizes(self, level: int) -> None:
+        """See `Template.sizes`."""
+        del level
 
 
-def _dynamic_family(steps: int, coarse: tuple[str, ...], taus: tuple[float, float]) -> Family:
-    # A size of twice the side has about the half of the other's threshold at equal error.
-    even = tuple((size, 0.5**index) for index, size in enumerate(coarse))
-    start = Dynamic(steps=steps, factors=even, taus=taus, policy=DDiTPolicy(refresh=3))
-    changes: list[Change] = [
-        _structured(refresh=None),
-        _structured(warmup="coarse"),
-        _fewer(0.75),
-        _structured(refresh=2),
-        _structured(fine_tail=1),
-    ]
-    if len(coarse) > 1:
-        changes += [_set(factors=even[:1]), _set(factors=tuple((size, 1.0) for size in coarse))]
-    changes += [_fewer(0.75), _structured(refresh=1), _structured(refresh=5)]
-    changes += [_structured(warmup_steps=5), _structured(dwell=3), _structured(fine_tail=4)]
-    changes += [_structured(refresh=None, dwell=3, monotone=True)]
-    return Family(kind=DYNAMIC, start=start, changes=tuple(changes))
-
-
-def _set(**fields: Any) -> Change:
-    return lambda template: replace(template, **fields)
-
-
-def _structured(**fields: Any) -> Change:
-    def change(template: Dynamic) -> Template | None:
-        if template.policy.monotone:  # its refresh is None, and stays so
-            return None
-        return replace(template, policy=replace(template.policy, **fields))
-
-    return change
-
-
-def _fewer(share: float) -> Change:
-    def change(template: Any) -> Template | None:
-        steps = round(template.steps * share)
-        return replace(template, steps=steps) if steps > 6 else None
-
-    return change
+def cache_text(cache: StepCache) -> str:
+    """A step cache in a few words: `"TeaCache 0.3, first 3"`; empty for none."""
+    if isinstance(cache, NoCache):
+        return ""
+    assert isinstance(cache, TeaCache | MagCache)
+    others = [field for field in fields(cache) if field.name != "threshold"]
+    changed = {f.name: value for f in others if (value := getattr(cache, f.name)) != f.default}
+    named = [f"{name} {value}" for name, value in changed.items()]
+    return ", ".join([f"{type(cache).__name__} {cache.threshold:.3g}", *named])

@@ -9,7 +9,6 @@ from typing import Protocol
 
 from ddit_rt.calibration.plans import Candidate
 from ddit_rt.calibration.target import Target
-from ddit_rt.patch_scheduler import PatchPolicy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,9 +48,7 @@ class Measurement:
 class Evaluator(Protocol):
     """Runs a plan: the one thing that the search needs of an engine."""
 
-    def evaluate(
-        self, policy: PatchPolicy, num_inference_steps: int, prompts: Sequence[Prompt]
-    ) -> Measurement:
+    def evaluate(self, candidate: Candidate, prompts: Sequence[Prompt]) -> Measurement:
         """Generates every prompt and compares with the all-fine pictures of the same noise."""
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from ddit_rt.calibration.plans import Candidate, Family, Template
+from ddit_rt.calibration.families import Family
+from ddit_rt.calibration.plans import Candidate, Template
 from ddit_rt.calibration.points import Measurement, Point
 from ddit_rt.calibration.target import Target
 
@@ -102,7 +103,8 @@ class Race:
 
     def _race(self, family: Family) -> None:
         first = self.best.template if self.best else family.start
-        hint = self.best.level if self.best else first.levels // 2
+        middle = first.levels // 2 if family.level is None else family.level
+        hint = self.best.level if self.best else middle
         exact = self._exact(first, None)
         self._approach(first, hint if exact is None else exact, _OPENING)
         for change in family.changes:

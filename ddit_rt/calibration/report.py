@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from ddit_rt.artifact import Calibration
-from ddit_rt.calibration.plans import DYNAMIC, FINE, STATIC, STEPS
+from ddit_rt.calibration.plans import ADAPTIVE, CACHED, COMBINED, DYNAMIC, FINE, STATIC, STEPS
 from ddit_rt.calibration.points import Point
 from ddit_rt.demo.grid import new_figure
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version 2 added step caches, and has the rivals of each adaptive plan under its kind."""
 
 _STYLES = {
     FINE: ("all fine", "#000000", "*"),
     STEPS: ("fewer fine steps", "#0072B2", "s"),
     STATIC: ("static plans", "#E69F00", "^"),
+    CACHED: ("fine steps with {caches}", "#D55E00", "D"),
     DYNAMIC: ("dynamic plans", "#009E73", "o"),
+    COMBINED: ("dynamic plans with {caches}", "#56B4E9", "P"),
 }
 """Okabe and Ito's palette, told apart by colour-blind readers too."""
 
@@ -27,7 +30,8 @@ _STYLES = {
 def write_report(calibration: Calibration, points: Sequence[Point], folder: Path) -> list[Path]:
     """Writes `calibration-N.json` and `pareto-N.png` for N steps.
 
-    The JSON is the artifact's record, with the policy of every candidate added.
+    The JSON is the artifact's record, with the policy of every candidate added. A plan names its
+    step cache, `step_cache`, and has it in its label.
 
     Args:
         calibration: The record.
@@ -61,9 +65,12 @@ def draw_front(calibration: Calibration, path: Path) -> None:
     axes = figure.subplots()
     candidates = calibration.evidence["candidates"]
     base = calibration.front[0].cost
-    for kind, (label, colour, marker) in _STYLES.items():
+    for kind, (name, colour, marker) in _STYLES.items():
         row = [entry for entry in candidates if entry["kind"] == kind]
+        if not row:
+            continue
         x, y = [base / entry["cost"] for entry in row], [entry["ssim"] for entry in row]
+        label = name.format(caches=_caches(row))
         axes.scatter(x, y, s=28, color=colour, marker=marker, label=label, alpha=0.8, zorder=3)
     front = calibration.front
     x, y = [plan.speedup for plan in front], [plan.ssim for plan in front]
@@ -88,6 +95,12 @@ def draw_front(calibration: Calibration, path: Path) -> None:
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
+def _caches(candidates: Sequence[dict[str, Any]]) -> str:
+    """Names of their step caches."""
+    caches = [entry["step_cache"] for entry in candidates]
+    return " or ".join(sorted({cache["step_cache"] for cache in caches if cache is not None}))
+
+
 def summary(calibration: Calibration) -> str:
     """A few lines for a terminal."""
     evidence, unit = calibration.evidence, calibration.cost_unit
@@ -99,11 +112,11 @@ def summary(calibration: Calibration) -> str:
         f"  {'plan':<9}{unit:>9}{'speed-up':>10}{'SSIM':>8}{'PSNR':>7}",
         *(_row(kind, entry) for kind, entry in evidence["held_out"].items()),
     ]
-    if evidence["at_equal_cost"]:
-        lines.append("rivals at the cost that the dynamic plan has there")
-        for kind, entry in evidence["at_equal_cost"].items():
-            share = evidence["dynamic_is_closer_on"][kind]
-            lines.append(f"{_row(kind, entry)}  dynamic is closer on {share:.0%} of the prompts")
+    for plan in (kind for kind in ADAPTIVE if kind in evidence["at_equal_cost"]):
+        lines.append(f"rivals at the cost that the {plan} plan has there")
+        for kind, entry in evidence["at_equal_cost"][plan].items():
+            share = evidence["closer_on"][plan][kind]
+            lines.append(f"{_row(kind, entry)}  {plan} is closer on {share:.0%} of the prompts")
     if evidence["winner_is_closer_than_static_on"] is not None:
         share = evidence["winner_is_closer_than_static_on"]
         lines.append(

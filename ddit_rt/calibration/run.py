@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ddit_rt.artifact import CalibratedPlan, Calibration
+from ddit_rt.artifact import Calibration
 from ddit_rt.calibration.bench import Bench
-from ddit_rt.calibration.confirm import Confirmation, Finalist, confirm
-from ddit_rt.calibration.plans import all_fine, families
-from ddit_rt.calibration.points import Measurement, Point, Prompt, best_for, pareto_front
-from ddit_rt.calibration.search import search
-from ddit_rt.calibration.target import BUDGET_MS, MIN_SSIM, SPEEDUP, Target
-
-_GENTLE, _STRONG = 0.5, 1.5
-"""Powers of the target's speed-up at which `quality` and `fast` are searched."""
+from ddit_rt.calibration.confirm import Confirmation, confirm
+from ddit_rt.calibration.families import Family, combined_family, families
+from ddit_rt.calibration.plans import CACHED, DYNAMIC, Dynamic, ThresholdCache, all_fine
+from ddit_rt.calibration.points import Measurement, Point, Prompt, best_for
+from ddit_rt.calibration.record import calibration_record
+from ddit_rt.calibration.search import Found, search
+from ddit_rt.calibration.target import BUDGET_MS, GENTLE, MIN_SSIM, SPEEDUP, STRONG, Target
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,14 +122,20 @@ def calibrate(
     target = config.target(base)
     prompts, held_out = config.split()
     coarse = tuple(size for size in bench.costs if size != "p")
-    found = search(
-        families(bench.steps, coarse, bench.taus),
-        bench,
-        prompts,
-        costs=bench.costs,
-        targets=[target, target.shifted(_GENTLE, base), target.shifted(_STRONG, base)],
-        evaluations=config.evaluations,
-    )
+    gentle, strong = target.shifted(GENTLE, base), target.shifted(STRONG, base)
+
+    def searched(what: Sequence[Family]) -> dict[str, Found]:
+        return search(
+            what,
+            bench,
+            prompts,
+            costs=bench.costs,
+            targets=[target, gentle, strong],
+            evaluations=config.evaluations,
+        )
+
+    found = searched(families(bench.steps, coarse, bench.taus, bench.caches))
+    found |= searched(_combined(found, gentle, base))
     cheaper = {kind: [p for p in f.points if p.cost < base] for kind, f in found.items()}
     finalists = {
         kind: best
@@ -143,10 +147,24 @@ def calibrate(
     decided = confirm(bench, found, finalists, held_out, config.request, target)
     points = [_fine_point(bench.steps, base, len(prompts))]
     points += [point for row in cheaper.values() for point in row]
-    calibration = _record(
+    calibration = calibration_record(
         bench, config, conditions, decided, finalists[decided.winner], points, target
     )
     return CalibrationResult(calibration=calibration, confirmation=decided, points=points)
+
+
+def _combined(found: Mapping[str, Found], gentle: Target, base: float) -> list[Family]:
+    """The best dynamic plan with the step cache that alone would give the gentler target."""
+    if DYNAMIC not in found or CACHED not in found:
+        return []
+    faster = [point for point in found[CACHED].points if point.cost < base]
+    if not faster:
+        return []
+    point = best_for(gentle, faster) or min(faster, key=gentle.shortfall)
+    cache, dynamic = point.candidate.step_cache, found[DYNAMIC]
+    assert isinstance(cache, ThresholdCache)
+    assert isinstance(dynamic.template, Dynamic)
+    return [combined_family(dynamic.template, dynamic.level, cache)]
 
 
 def _fine_point(steps: int, base: float, prompts: int) -> Point:
@@ -165,97 +183,3 @@ def _unreachable(config: CalibrationConfig, base: float, points: Sequence[Point]
         f"{best.ssim:.4f}, {base / best.cost:.2f}x as fast as all fine, {best.cost:.1f} "
         f"{config.cost_unit} a picture. Ask for less, or for another number of steps"
     )
-
-
-def _record(
-    bench: Bench,
-    config: CalibrationConfig,
-    conditions: Mapping[str, Any],
-    decided: Confirmation,
-    winner: Point,
-    points: Sequence[Point],
-    target: Target,
-) -> Calibration:
-    base = points[0].cost
-    # A plan that looked better than the winner until the held-out prompts is no part of the front.
-    front = pareto_front([point for point in points if not point.dominates(winner)])
-    presets = {
-        "quality": _quality(front, winner, target.shifted(_GENTLE, base)),
-        "balanced": winner,
-        "fast": _fast(front, winner, target.shifted(_STRONG, base)),
-    }
-    prompts, held_out = config.split()
-    evidence = {
-        "verdict": decided.verdict,
-        "seed": config.seed,
-        "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
-        "held_out_prompts": [[prompt.text, prompt.seed] for prompt in held_out],
-        "step_costs": dict(bench.costs),
-        "candidates": [_candidate(point) for point in points],
-        "held_out_fine_cost": decided.fine.cost,
-        "held_out": {kind: _held_out(decided, plan) for kind, plan in decided.finalists.items()},
-        "at_equal_cost": {kind: _held_out(decided, plan) for kind, plan in decided.equals.items()},
-        "dynamic_is_closer_on": dict(decided.shares),
-        "static_at_the_winners_cost": decided.static and _held_out(decided, decided.static),
-        "winner_is_closer_than_static_on": decided.over_static,
-        "winner": decided.winner,
-        "met": decided.met,
-        **conditions,
-    }
-    return Calibration(
-        num_inference_steps=bench.steps,
-        cost_unit=config.cost_unit,
-        target=dict(config.request),
-        presets={name: _plan(point, base) for name, point in presets.items()},
-        front=tuple(_plan(point, base) for point in front),
-        evidence=evidence,
-    )
-
-
-def _quality(front: Sequence[Point], winner: Point, gentle: Target) -> Point:
-    """The best for the gentler target among those that are no faster than the winner."""
-    slower = [point for point in front if point.cost >= winner.cost and point.ssim >= winner.ssim]
-    return best_for(gentle, slower) or winner
-
-
-def _fast(front: Sequence[Point], winner: Point, strong: Target) -> Point:
-    """The best for the stronger target, else the fastest, of those no slower than the winner."""
-    faster = [point for point in front if point.cost <= winner.cost]
-    return best_for(strong, faster) or (faster[-1] if faster else winner)
-
-
-def _plan(point: Point, base: float) -> CalibratedPlan:
-    candidate = point.candidate
-    return CalibratedPlan(
-        kind=candidate.kind,
-        label=candidate.label,
-        # As JSON gives it back: a record equals itself after loading.
-        policy=json.loads(json.dumps(candidate.policy.to_dict())),
-        num_inference_steps=candidate.num_inference_steps,
-        cost=point.cost,
-        speedup=base / point.cost,
-        ssim=point.ssim,
-        psnr=point.measurement.mean_psnr,
-    )
-
-
-def _candidate(point: Point) -> dict[str, Any]:
-    return {
-        "kind": point.candidate.kind,
-        "label": point.candidate.label,
-        "num_inference_steps": point.candidate.num_inference_steps,
-        "cost": point.cost,
-        "ssim": point.ssim,
-        "psnr": point.measurement.mean_psnr,
-    }
-
-
-def _held_out(decided: Confirmation, plan: Finalist) -> dict[str, Any]:
-    return {
-        "label": plan.candidate.label,
-        "cost": plan.result.cost,
-        "speedup": decided.speedup(plan),
-        "ssim": plan.result.ssim,
-        "psnr": plan.result.mean_psnr,
-        "ssim_per_prompt": list(plan.result.similarity),
-    }

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ddit_rt.calibration.plans import Candidate, Family, Template
+from ddit_rt.calibration.families import Family
+from ddit_rt.calibration.plans import Candidate, Template
 from ddit_rt.calibration.points import Evaluator, Measurement, Point, Prompt
 from ddit_rt.calibration.race import Best, BudgetSpent, Ledger, Race
 from ddit_rt.calibration.target import Target
@@ -19,10 +20,12 @@ class Found:
     Attributes:
         points: Everything that was measured.
         template: The best template for the main target.
+        level: Its best level.
     """
 
     points: Sequence[Point]
     template: Template
+    level: int = 0
 
     def costing(self, cost: float, costs: Mapping[str, float]) -> Candidate | None:
         """The template's plan of at most `cost`; else the closest measured one; else None."""
@@ -60,7 +63,7 @@ def search(
     """
 
     def measure(candidate: Candidate) -> Measurement:
-        return evaluator.evaluate(candidate.policy, candidate.num_inference_steps, prompts)
+        return evaluator.evaluate(candidate, prompts)
 
     found: dict[str, Found] = {}
     for family in families:
@@ -76,7 +79,8 @@ def search(
         with suppress(BudgetSpent):
             race.spread()
         assert main is not None, "every budget is at least one evaluation"
-        found[family.kind] = Found(points=list(ledger.points.values()), template=main.template)
+        points = list(ledger.points.values())
+        found[family.kind] = Found(points=points, template=main.template, level=main.level)
     return found
 
 

@@ -8,6 +8,9 @@ from typing import Protocol
 
 SPEEDUP, MIN_SSIM, BUDGET_MS = "speedup", "min_ssim", "budget_ms"
 
+GENTLE, STRONG = 0.5, 1.5
+"""Powers of the target's speed-up at which the presets `quality` and `fast` are searched."""
+
 _COST_MARGIN, _SSIM_MARGIN = 0.10, 0.02
 """By how much a plan may miss on held-out prompts: what prompts vary by."""
 

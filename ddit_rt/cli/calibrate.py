@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -97,8 +98,9 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=24,
         metavar="N",
-        help="plans tried of each kind - fewer fine steps, static, dynamic - at most; each "
-        "generates every calibration prompt once (default: %(default)s)",
+        help="plans tried of each kind at most - fewer fine steps, static, dynamic, and where the "
+        "model has a fit, a step cache alone and with a dynamic plan; each generates every "
+        "calibration prompt once (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: 0)")
 
@@ -221,13 +223,15 @@ def _calibrate(
 
     from ddit_rt.calibration import calibrate
     from ddit_rt.calibration.bench import EngineBench, most_runs
+    from ddit_rt.calibration.caches import fitted_caches
     from ddit_rt.demo.report import machine, versions
     from ddit_rt.pipeline.presets import requested_steps
 
     steps, _ = requested_steps(engine.pipeline, arguments)
     others = {name: value for name, value in arguments.items() if name != "num_inference_steps"}
     sizes = len(engine.artifact.manifest.buckets)
-    total = most_runs(config, sizes=sizes, repeats=_REPEATS)
+    caches = len(fitted_caches(engine))
+    total = most_runs(config, sizes=sizes, caches=caches, repeats=_REPEATS)
     with tqdm(total=total, desc="calibrate (at most)", unit="run", leave=False) as bar:
         bench = EngineBench(
             engine,
@@ -236,8 +240,11 @@ def _calibrate(
             arguments=others,
             unit=config.cost_unit,
             repeats=_REPEATS,
+            skipping=True,
             advance=bar.update,
         )
+        for note in bench.notes:
+            sys.stderr.write(f"{note}\n")
         size = {**engine.artifact.manifest.pipeline_defaults, **others}
         conditions = {"machine": machine(), "versions": versions(), "arguments": size}
         return calibrate(bench, config, conditions)

@@ -78,7 +78,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     add_policy_arguments(parser)
-    add_step_cache_argument(parser, "as compiled")
+    add_step_cache_argument(parser, "the calibrated plan's, else as compiled")
 
 
 def _run(args: argparse.Namespace) -> Outcome:

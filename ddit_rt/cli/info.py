@@ -129,8 +129,14 @@ def _fit_line(entry: dict[str, Any]) -> str:
 def _calibration_line(entry: dict[str, Any]) -> str:
     from ddit_rt.artifact import PRESETS
 
+    def text(preset: str) -> str:
+        plan = entry["presets"][preset]
+        cache = plan["step_cache"]
+        cached = f" ({cache['step_cache']} {cache['threshold']:.3g})" if cache else ""
+        return f"{preset} {plan['speedup']:.2f}x{cached}"
+
     ((name, value),) = entry["target"].items()
-    presets = ", ".join(f"{key} {entry['presets'][key]['speedup']:.2f}x" for key in PRESETS)
+    presets = ", ".join(text(preset) for preset in PRESETS)
     return f"  calibrated   {entry['num_inference_steps']} steps, {name} {value:g}: {presets}"
 
 

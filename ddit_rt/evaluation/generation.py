@@ -6,7 +6,6 @@ import datetime as dt
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.calibration.bench import EngineBench
@@ -105,10 +104,9 @@ def _plans(
 ) -> tuple[tuple[NamedPlan, ...], dict[str, Any]]:
     """The plans; the rivals from what the main plan costs on some of the prompts."""
     manifest, steps = engine.artifact.manifest, config.steps
-    chosen = [
-        replace(plan, step_cache=engine.default_step_cache)
-        for plan in chosen_plans(config.policies, manifest, engine.default_policy, steps)
-    ]
+    chosen = chosen_plans(
+        config.policies, manifest, engine.default_policy, steps, engine.default_step_cache
+    )
     main = main_plan(chosen)
     items = _pilot(config)
     probe = Prompt(text=config.prompts[items[0].prompt], seed=items[0].seed)
@@ -251,7 +249,7 @@ def _contender(engine: Engine, plan: NamedPlan, config: EvaluationConfig) -> Con
         engine,
         patch_policy=plan.candidate.policy,
         num_inference_steps=plan.candidate.num_inference_steps,
-        step_cache=plan.step_cache,
+        step_cache=plan.candidate.step_cache,
         **config.arguments,
     )
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from ddit_rt.artifact import PRESETS, Calibration, Manifest
 from ddit_rt.calibration.plans import (
+    CACHED,
+    COMBINED,
     DYNAMIC,
     FINE,
     STATIC,
@@ -17,6 +19,7 @@ from ddit_rt.calibration.plans import (
     Static,
     Template,
     all_fine,
+    cache_text,
 )
 from ddit_rt.calibration.search import Found
 from ddit_rt.patch_scheduler import (
@@ -32,6 +35,7 @@ from ddit_rt.step_cache import NoCache, StepCache, TeaCache, step_cache_from_dic
 REFERENCE, CHOSEN, RIVAL = "reference", "chosen", "rival"
 
 EQUAL_STEPS, EQUAL_STATIC, TEACACHE = "equal-steps", "equal-static", "teacache"
+_DYNAMIC = (DYNAMIC, COMBINED)
 _NAMES = {
     FINE: "all fine",
     EQUAL_STEPS: "fewer steps, equal cost",
@@ -48,13 +52,11 @@ class NamedPlan:
         name: Identifier in reports and file names.
         role: `"reference"` (all fine), `"chosen"`, or `"rival"` at about the main plan's cost.
         candidate: The plan.
-        step_cache: Which of its steps reuse.
     """
 
     name: str
     role: str
     candidate: Candidate
-    step_cache: StepCache = NoCache()  # noqa: RUF009 - frozen
 
     @property
     def title(self) -> str:
@@ -74,22 +76,21 @@ class NamedPlan:
             "label": self.candidate.label,
             "policy": self.candidate.policy.to_dict(),
             "num_inference_steps": self.candidate.num_inference_steps,
-            "step_cache": self.step_cache.to_dict(),
+            "step_cache": self.candidate.step_cache.to_dict(),
         }
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> NamedPlan:
         """What `to_dict` gave."""
+        cache = step_cache_from_dict(data["step_cache"]) if "step_cache" in data else NoCache()
         candidate = Candidate(
             kind=data["kind"],
             label=data["label"],
             policy=policy_from_dict(data["policy"]),
             num_inference_steps=data["num_inference_steps"],
+            step_cache=cache,
         )
-        cache = step_cache_from_dict(data["step_cache"]) if "step_cache" in data else NoCache()
-        return NamedPlan(
-            name=data["name"], role=data["role"], candidate=candidate, step_cache=cache
-        )
+        return NamedPlan(name=data["name"], role=data["role"], candidate=candidate)
 
 
 def reference_plan(steps: int) -> NamedPlan:
@@ -102,8 +103,9 @@ def chosen_plans(
     manifest: Manifest,
     default: PatchPolicy,
     steps: int,
+    default_cache: StepCache = NoCache(),  # noqa: B008 - frozen
 ) -> list[NamedPlan]:
-    """The plans that a caller named.
+    """The plans that a caller named, each with the step cache that a call of it would have.
 
     Args:
         choices: Name and policy, preset or speed of each; none for what the artifact holds: the
@@ -112,14 +114,17 @@ def chosen_plans(
         manifest: The artifact's.
         default: Its default policy.
         steps: Steps of the reference.
+        default_cache: The artifact's step cache, which a calibrated plan does not take.
 
     Raises:
         ValueError: A preset without calibration, or nothing that differs from all fine.
     """
     if choices:
-        named = [_resolved(name, choice, manifest, steps) for name, choice in choices]
+        named = [
+            _resolved(name, choice, manifest, steps, default_cache) for name, choice in choices
+        ]
     else:
-        named = _of_artifact(manifest, default, steps)
+        named = _of_artifact(manifest, default, steps, default_cache)
     seen, found = {all_fine(steps).key}, []
     for name, candidate in named:
         if candidate.key not in seen:
@@ -140,7 +145,7 @@ def main_plan(plans: Sequence[NamedPlan]) -> NamedPlan:
         plans: Of any roles, one chosen among them.
     """
     chosen = [plan for plan in plans if plan.role == CHOSEN]
-    return next((plan for plan in chosen if plan.candidate.kind == DYNAMIC), chosen[0])
+    return next((plan for plan in chosen if plan.candidate.kind in _DYNAMIC), chosen[0])
 
 
 def rivals(
@@ -175,8 +180,10 @@ def rivals(
 
 def cached_plan(threshold: float, steps: int) -> NamedPlan:
     """All steps at p, with TeaCache."""
-    candidate = replace(all_fine(steps), label=f"{steps} fine steps, TeaCache {threshold:.3g}")
-    return NamedPlan(name=TEACACHE, role=RIVAL, candidate=candidate, step_cache=TeaCache(threshold))
+    cache = TeaCache(threshold)
+    label = f"{steps} fine steps, {cache_text(cache)}"
+    candidate = replace(all_fine(steps), kind=CACHED, label=label, step_cache=cache)
+    return NamedPlan(name=TEACACHE, role=RIVAL, candidate=candidate)
 
 
 _RIVALS = {EQUAL_STEPS: "run of fewer fine steps", EQUAL_STATIC: "static plan"}
@@ -201,18 +208,23 @@ def _costing(
 
 
 def _resolved(
-    name: str, choice: PolicyChoice, manifest: Manifest, steps: int
+    name: str, choice: PolicyChoice, manifest: Manifest, steps: int, default_cache: StepCache
 ) -> tuple[str, Candidate]:
     resolved = resolve_choice(choice, manifest, lambda: (steps, False))
     runs = resolved.num_inference_steps or steps
     label = resolved.notes[0] if resolved.notes else _describe(resolved.policy, runs)
-    return name, _candidate(resolved.policy, runs, label)
+    cache = resolved.step_cache or default_cache
+    return name, _candidate(resolved.policy, runs, label, cache)
 
 
-def _candidate(policy: PatchPolicy, steps: int, label: str) -> Candidate:
+def _candidate(policy: PatchPolicy, steps: int, label: str, cache: StepCache) -> Candidate:
     kinds = {FinePolicy: STEPS, StaticPolicy: STATIC, DDiTPolicy: DYNAMIC}
+    if not isinstance(cache, NoCache):
+        kinds |= {FinePolicy: CACHED, DDiTPolicy: COMBINED}
     kind = kinds.get(type(policy), type(policy).__name__)
-    return Candidate(kind=kind, label=label, policy=policy, num_inference_steps=steps)
+    return Candidate(
+        kind=kind, label=label, policy=policy, num_inference_steps=steps, step_cache=cache
+    )
 
 
 def _describe(policy: PatchPolicy, steps: int) -> str:
@@ -229,24 +241,27 @@ def _describe(policy: PatchPolicy, steps: int) -> str:
 
 
 def _of_artifact(
-    manifest: Manifest, default: PatchPolicy, steps: int
+    manifest: Manifest, default: PatchPolicy, steps: int, default_cache: StepCache
 ) -> list[tuple[str, Candidate]]:
     calibration = next((c for c in manifest.calibrations if c.num_inference_steps == steps), None)
-    named = [("default", _candidate(default, steps, _describe(default, steps)))]
+    named = [("default", _candidate(default, steps, _describe(default, steps), default_cache))]
     if calibration is None:
         return named
-    presets = [_resolved(name, name, manifest, steps) for name in ("balanced", *PRESETS)]
-    if all(candidate.kind != DYNAMIC for _, candidate in presets):
+    presets = [
+        _resolved(name, name, manifest, steps, default_cache) for name in ("balanced", *PRESETS)
+    ]
+    if all(candidate.kind not in _DYNAMIC for _, candidate in presets):
         presets += _dynamic_of(calibration) or named
     return presets
 
 
 def _dynamic_of(calibration: Calibration) -> list[tuple[str, Candidate]]:
     """Of the front's dynamic plans the one that costs most nearly what `balanced` does."""
-    plans = [plan for plan in calibration.front if plan.kind == DYNAMIC]
+    plans = [plan for plan in calibration.front if plan.kind in _DYNAMIC]
     balanced = calibration.presets["balanced"].cost
     nearest = min(plans, key=lambda plan: abs(plan.cost - balanced), default=None)
     if nearest is None:
         return []
     policy = policy_from_dict(nearest.policy)
-    return [("dynamic", _candidate(policy, nearest.num_inference_steps, nearest.label))]
+    cache = step_cache_from_dict(nearest.step_cache) if nearest.step_cache else NoCache()
+    return [("dynamic", _candidate(policy, nearest.num_inference_steps, nearest.label, cache))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddit_rt.artifact import public_config
 from ddit_rt.buckets import StepModel
@@ -36,8 +36,6 @@ def resolve_cache(
     if isinstance(step_cache, NoCache):
         return None
     transformer = model.transformer
-    name = type(transformer).__name__
-    published = published_fits(name, public_config(transformer.config))  # type: ignore[arg-type]
 
     def changes(projected: bool) -> list[float]:
         # The host waits for these, once and before the run: they are its table.
@@ -46,12 +44,23 @@ def resolve_cache(
 
     return step_cache.resolve(
         CacheModel(
-            name=name,
+            name=type(transformer).__name__,
             steps=len(timesteps),
-            fits=(*fits, *published),
+            fits=model_fits(transformer, fits),
             time_changes=changes if model.family.time_driven else None,
         )
     )
+
+
+def model_fits(transformer: nn.Module, fits: Sequence[CacheFit]) -> tuple[CacheFit, ...]:
+    """What step caches can take of a model: fits of its artifact, and then published ones.
+
+    Args:
+        transformer: The model.
+        fits: Those of the artifact.
+    """
+    config = public_config(transformer.config)  # type: ignore[arg-type]
+    return (*fits, *published_fits(type(transformer).__name__, config))
 
 
 def relative_changes(rows: Tensor) -> list[float]:

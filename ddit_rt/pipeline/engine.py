@@ -118,8 +118,9 @@ class Engine:
             guidance_interval: `start` and `stop` of diffusers' guiders: classifier-free guidance
                 acts in this part of the steps, and elsewhere the prompt's velocity is taken as it
                 is. Steps outside it cost as much as those inside.
-            step_cache: Which steps reuse instead of compute, `TeaCache(0.4)`; by default the
-                artifact's, and `NoCache()` for none.
+            step_cache: Which steps reuse instead of compute, `TeaCache(0.4)`, and `NoCache()` for
+                none; by default what the plan was calibrated with where `patch_policy` names one,
+                else the artifact's.
             arguments: Every other argument of the pipeline's `__call__`, with its defaults;
                 `height` and `width` default to those given to `compile`.
 

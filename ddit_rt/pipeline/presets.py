@@ -9,6 +9,7 @@ from typing import Any
 
 from ddit_rt.artifact import Manifest, calibration_for
 from ddit_rt.patch_scheduler import PatchPolicy, policy_from_dict
+from ddit_rt.step_cache import NoCache, StepCache, step_cache_from_dict
 
 PolicyChoice = PatchPolicy | str | float
 """A policy; the name of a calibrated preset; or a speed between 0 and 1."""
@@ -21,11 +22,14 @@ class ResolvedPolicy:
     Attributes:
         policy: The policy.
         num_inference_steps: Steps to run; None for as many as the caller asked for.
+        step_cache: The calibrated plan's step cache, `NoCache()` where it has none; None for a
+            policy, which says nothing of it.
         notes: For the trace: what was chosen.
     """
 
     policy: PatchPolicy
     num_inference_steps: int | None = None
+    step_cache: StepCache | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -61,9 +65,14 @@ def resolve_choice(
             f"the plan {choice!r} for {num_inference_steps} steps runs {steps} of its own, and "
             "`sigmas` was given, which fixes them; leave `sigmas` out, or pass a policy"
         )
-    note = f"{choice!r} of the calibration for {num_inference_steps} steps: {plan.label}"
+    notes = [f"{choice!r} of the calibration for {num_inference_steps} steps: {plan.label}"]
+    if plan.step_cache is None and manifest.step_cache is not None:
+        notes.append("the artifact's step cache is left out: that plan was measured without one")
     return ResolvedPolicy(
-        policy=policy_from_dict(plan.policy), num_inference_steps=steps, notes=(note,)
+        policy=policy_from_dict(plan.policy),
+        num_inference_steps=steps,
+        step_cache=step_cache_from_dict(plan.step_cache) if plan.step_cache else NoCache(),
+        notes=tuple(notes),
     )
 
 

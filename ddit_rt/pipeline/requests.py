@@ -89,7 +89,7 @@ class Planner:
             choice: What `choose` gave.
             batched_guidance: As in `plan_run`.
             guidance_interval: As in `plan_run`.
-            step_cache: The caller's; None for the default.
+            step_cache: The caller's; None for that of a calibrated plan, else the default.
         """
         plan, prompt = plan_run(
             self._compiled,
@@ -100,7 +100,7 @@ class Planner:
             policy=choice.policy,
             batched_guidance=batched_guidance,
             guidance_interval=guidance_interval,
-            step_cache=self.default_step_cache if step_cache is None else step_cache,
+            step_cache=step_cache or choice.step_cache or self.default_step_cache,
             fits=self._artifact.manifest.cache_fits,
         )
         if not isinstance(choice.policy, FinePolicy):

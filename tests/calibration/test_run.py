@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any
 
@@ -11,7 +12,9 @@ from synthetic import SyntheticBench
 
 from ddit_rt.artifact import PRESETS, Calibration
 from ddit_rt.calibration import CalibrationConfig, Prompt, calibrate
+from ddit_rt.calibration.plans import all_fine
 from ddit_rt.calibration.run import CalibrationResult
+from ddit_rt.step_cache import TeaCache
 
 PROMPTS = tuple(f"prompt {index}" for index in range(20))
 
@@ -52,15 +55,16 @@ def test_dynamic_hits_its_speed_and_beats_the_rivals_where_prompts_differ(speedu
     dynamic = decided.finalists["dynamic"]
     # The requirement's own tolerance: the target speed within 10% on held-out prompts.
     assert decided.speedup(dynamic) == pytest.approx(speedup, rel=0.1)
-    for rival, equal in decided.equals.items():
+    equals = decided.equals["dynamic"]
+    for rival, equal in equals.items():
         assert dynamic.result.ssim > equal.result.ssim
         # A rival's cost comes in steps: those of one fine step less, at most.
         assert equal.result.cost == pytest.approx(dynamic.result.cost, abs=10)
         assert equal.result.cost <= dynamic.result.cost
-        assert 0 <= decided.shares[rival] <= 1
-    assert set(decided.equals) == {"static", "steps"}
-    assert decided.static == decided.equals["static"]
-    assert decided.over_static == decided.shares["static"]
+        assert 0 <= decided.shares["dynamic"][rival] <= 1
+    assert set(equals) == {"static", "steps"}
+    assert decided.static == equals["static"]
+    assert decided.over_static == decided.shares["dynamic"]["static"]
     # The requirement: closer than the static plan of equal cost on 60% of the prompts.
     assert decided.over_static >= 0.6
 
@@ -72,7 +76,7 @@ def test_dynamic_hits_its_similarity(ssim: float) -> None:
     dynamic = decided.finalists["dynamic"].result
     # The requirement's own tolerance, on held-out prompts.
     assert dynamic.ssim == pytest.approx(ssim, abs=0.02)
-    assert dynamic.ssim > decided.equals["static"].result.ssim
+    assert dynamic.ssim > decided.equals["dynamic"]["static"].result.ssim
 
 
 @pytest.mark.parametrize("request_", [{"speedup": 1.8}, {"min_ssim": 0.95}])
@@ -118,7 +122,8 @@ def test_winner_is_never_worse_than_a_rival_at_equal_cost(
         # those of the same family by as much as the prompts differ.
         assert not equal or point.ssim <= winner.ssim + 0.01
     best = held_out.finalists[held_out.winner].result
-    for kind, other in {**held_out.finalists, **held_out.equals}.items():
+    rivals = {**held_out.finalists, **held_out.equals.get(held_out.winner, {})}
+    for kind, other in rivals.items():
         cheaper = other.result.cost <= best.cost
         assert kind == held_out.winner or not cheaper or other.result.ssim <= best.ssim
 
@@ -147,14 +152,94 @@ def test_same_seed_gives_the_same_calibration() -> None:
     assert run(SyntheticBench(), {"speedup": 1.6}, seed=1).calibration != first
 
 
-def test_every_family_has_the_same_bounded_budget() -> None:
-    bench = SyntheticBench()
+@pytest.mark.parametrize("speedup", [2.0, 3.0])
+def test_step_cache_wins_where_reuse_loses_little(speedup: float) -> None:
+    bench = SyntheticBench(step_loss=1.0, reuse_loss=1e-3)
+    result = run(bench, {"speedup": speedup})
+    decided = result.confirmation
+    assert decided.winner == "cached"
+    assert decided.met
+    assert "fine steps with a step cache (TeaCache 0." in decided.verdict
+    winner = decided.finalists["cached"].result
+    assert decided.speedup(decided.finalists["cached"]) >= speedup / 1.1
+    for equal in decided.equals["cached"].values():
+        assert equal.result.cost <= winner.cost
+        assert equal.result.ssim < winner.ssim
+    # 20 evaluations reach the best threshold of all within a quarter of its loss.
+    (found,) = [p for p in result.points if p.candidate == decided.finalists["cached"].candidate]
+    prompts = [
+        Prompt(text=text, seed=seed) for text, seed in result.calibration.evidence["prompts"]
+    ]
+    assert -math.log(found.ssim) <= 1.25 * least_cached_loss(bench, prompts, 240 / speedup)
+    balanced = result.calibration.presets["balanced"]
+    assert balanced.policy == {"policy": "FinePolicy"}
+    assert balanced.step_cache == decided.finalists["cached"].candidate.step_cache.to_dict()
+    assert f"TeaCache {balanced.step_cache['threshold']:.3g}" in balanced.label
+
+
+def least_cached_loss(bench: SyntheticBench, prompts: list[Prompt], cost: float) -> float:
+    """Of all 24 steps with TeaCache at a threshold, what costs at most `cost` on the prompts."""
+    plans = [
+        replace(all_fine(bench.steps), step_cache=TeaCache(0.005 * index)) for index in range(250)
+    ]
+    measured = [bench.evaluate(plan, prompts) for plan in plans]
+    return min(-math.log(each.ssim) for each in measured if each.cost <= cost)
+
+
+@pytest.mark.parametrize("request_", [{"speedup": 2.0}, {"min_ssim": 0.95}])
+def test_step_cache_loses_where_reuse_loses_much(request_: dict[str, float]) -> None:
+    result = run(SyntheticBench(step_loss=1.0, reuse_loss=5.0), request_)
+    assert result.confirmation.winner == "dynamic"
+    assert result.calibration.presets["balanced"].step_cache is None
+    kinds = {point.candidate.kind for point in result.points}
+    assert {"cached", "combined"} <= kinds
+
+
+def test_both_together_win_where_each_has_cheap_savings() -> None:
+    """Losses grow with what is saved one way, so at a high speed half of each loses less."""
+    decided = run(SyntheticBench(step_loss=1.0, reuse_loss=0.05), {"speedup": 3.0}).confirmation
+    assert decided.winner == "combined"
+    best = decided.finalists["combined"]
+    assert decided.speedup(best) == pytest.approx(3, rel=0.1)
+    for kind in ("cached", "dynamic"):
+        assert decided.finalists[kind].result.ssim < best.result.ssim
+    assert "a dynamic plan with a step cache (TeaCache 0." in decided.verdict
+
+
+def test_step_cache_is_no_match_for_fewer_steps_where_trajectories_are_straight() -> None:
+    result = run(SyntheticBench(step_loss=1e-4, reuse_loss=0.05), {"speedup": 2.0})
+    assert result.confirmation.winner == "steps"
+    assert "over a static plan, fine steps with a step cache, " in result.confirmation.verdict
+    assert result.confirmation.static is not None
+
+
+def test_without_a_fit_the_search_says_so_and_goes_on() -> None:
+    result = run(SyntheticBench(step_loss=1.0), {"speedup": 2.0})
+    (note,) = result.calibration.evidence["notes"]
+    assert "no step cache has a fit for this model; `ddit-rt calibrate" in note
+    assert result.calibration.evidence["step_caches"] == []
+    assert {point.candidate.kind for point in result.points} == {
+        "fine",
+        "steps",
+        "static",
+        "dynamic",
+    }
+
+
+@pytest.mark.parametrize("reuse_loss", [None, 0.05])
+def test_every_family_has_the_same_bounded_budget(reuse_loss: float | None) -> None:
+    bench = SyntheticBench(reuse_loss=reuse_loss)
     result = run(bench, {"speedup": 1.6}, evaluations=12)
     kinds = [point.candidate.kind for point in result.points]
-    assert all(kinds.count(kind) <= 12 for kind in ("steps", "static", "dynamic"))
-    # 8 calibration prompts a candidate; 12 held-out ones for three finalists and two rivals at
-    # equal cost, each time beside all fine.
-    assert len(bench.evaluated) <= 3 * 12 * 8 + (4 + 3) * 12
+    families = ["steps", "static", "dynamic"]
+    adaptive = 1 if reuse_loss is None else 3
+    families += [] if reuse_loss is None else ["cached", "combined"]
+    assert set(kinds) == {"fine", *families}
+    assert all(kinds.count(kind) <= 12 for kind in families)
+    # 8 calibration prompts a candidate; 12 held-out ones for the finalists, for two rivals at equal
+    # cost of each adaptive one, and for a static plan where fewer steps win, beside all fine.
+    confirmed = (1 + len(families)) + (1 + 2 * adaptive) + 2
+    assert len(bench.evaluated) <= len(families) * 12 * 8 + confirmed * 12
 
 
 def test_held_out_prompts_are_never_searched_on() -> None:

@@ -64,7 +64,7 @@ def test_artifact_holds_plans_and_evidence(calibrated: Path, artifact: Path) -> 
 def test_report_lies_beside_the_artifact(calibrated: Path) -> None:
     folder = calibrated.with_name("tiny-calibration")
     report = json.loads((folder / "calibration-8.json").read_text())
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     assert len(report["policies"]) == len(report["evidence"]["candidates"])
     costs = [plan["cost"] for plan in report["front"]]
     assert costs == sorted(costs, reverse=True)
@@ -216,6 +216,42 @@ def test_cache_fits_are_stored_used_and_told(
     assert run["reused"] > 0
     assert main(["info", str(path)]) == 0
     assert f"{kind}: fitted on this model: 2 prompts, 8 steps" in capsys.readouterr().out
+
+
+def test_search_has_step_caches_where_there_is_a_fit(
+    artifact: Path,
+    options: list[str],
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, trace = tmp_path / "tiny.ddit", tmp_path / "trace.json"
+    shutil.copytree(artifact, path)
+    target = [*options, "--steps", "8", "--speedup", "1.4", "--cost", "tokens"]
+    assert main(["calibrate", str(path), *target]) == 0
+    assert "no step cache has a fit for this model" in capsys.readouterr().err
+    assert main(["calibrate", str(path), *options, "--steps", "8", "--cache", "teacache"]) == 0
+    capsys.readouterr()
+    assert main(["calibrate", str(path), *target]) == 0
+    captured = capsys.readouterr()
+    assert "no step cache" not in captured.err
+    assert "rivals at the cost that the cached plan has there" in captured.out
+    manifest = read_manifest(path)
+    assert manifest.schema_version == 4
+    (calibration,) = manifest.calibrations
+    evidence = calibration.evidence
+    assert {entry["kind"] for entry in evidence["candidates"]} >= {"steps", "static", "cached"}
+    assert evidence["step_cache_costs"]["TeaCache"]["p reused"] == 0
+    cached = [index for index, plan in enumerate(calibration.front) if plan.step_cache]
+    speeds = [index / 100 for index in range(101)]
+    place, speed = next(
+        (i, s) for i in cached for s in speeds if calibration.plan(s) == calibration.front[i]
+    )
+    extra = ["--steps", "8", "--policy", str(speed), "--trace", str(trace)]
+    assert generate(path, model_folder, tmp_path, *extra) == 0
+    run = json.loads(trace.read_text())["pictures"][0]["trace"]
+    assert calibration.front[place].label in run["notes"][-2]
+    assert "step cache: TeaCache" in run["notes"][-1]
 
 
 def test_cache_and_a_target_together_are_refused(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ddit_rt import DDiTPolicy, Engine, FinePolicy, StaticPolicy
+from ddit_rt import DDiTPolicy, Engine, FinePolicy, MagCache, NoCache, StaticPolicy, TeaCache
 from ddit_rt.artifact import CalibratedPlan, Calibration, Manifest
 from ddit_rt.evaluation.plans import (
     EQUAL_STATIC,
@@ -99,6 +99,27 @@ def test_presets_and_front_without_a_dynamic_plan_get_the_default(manifest: Mani
     plans = chosen(calibrated(manifest, "steps", "steps", "static"))
     assert plans[-1].name == "default"
     assert plans[-1].candidate.policy == DEFAULT
+
+
+def test_plans_have_the_step_cache_of_a_call(manifest: Manifest) -> None:
+    record = calibrated(manifest, "steps", "dynamic", "static").calibrations[0]
+    presets = {
+        name: replace(plan, step_cache=TeaCache(0.2).to_dict() if name == "balanced" else None)
+        for name, plan in record.presets.items()
+    }
+    stored = replace(manifest, calibrations=(replace(record, presets=presets),))
+    default = MagCache(threshold=0.1)
+    named: list[tuple[str, Any]] = [
+        ("balanced", "balanced"),
+        ("quality", "quality"),
+        ("own", DEFAULT),
+    ]
+    plans = chosen_plans(named, stored, DEFAULT, 24, default)
+    caches = [plan.candidate.step_cache for plan in plans]
+    assert caches == [TeaCache(0.2), NoCache(), default]
+    assert [plan.candidate.kind for plan in plans] == ["combined", "steps", "combined"]
+    assert main_plan(plans).name == "balanced"
+    assert [NamedPlan.from_dict(plan.to_dict()) for plan in plans] == plans
 
 
 def test_equal_plans_are_kept_once(manifest: Manifest) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from models import noise, tiny_conditioning, tiny_embeds
 
-from ddit_rt import Engine, FinePolicy, StaticPolicy
+from ddit_rt import Engine, FinePolicy, MagCache, NoCache, StaticPolicy, StepCache
 from ddit_rt.artifact import PRESETS, CalibratedPlan, Calibration
 from ddit_rt.patch_scheduler import PatchPolicy
 
+CACHE = MagCache(threshold=1.0, retention_ratio=0.2, mag_ratios=(0.9,))
 
-def plan(policy: PatchPolicy, steps: int, speedup: float) -> CalibratedPlan:
+
+def plan(
+    policy: PatchPolicy, steps: int, speedup: float, cache: StepCache | None = None
+) -> CalibratedPlan:
     return CalibratedPlan(
         kind="any",
         label=f"{steps} steps",
@@ -23,17 +28,33 @@ def plan(policy: PatchPolicy, steps: int, speedup: float) -> CalibratedPlan:
         speedup=speedup,
         ssim=0.9,
         psnr=30.0,
+        step_cache=None if cache is None else cache.to_dict(),
     )
 
 
 @pytest.fixture
 def calibrated(engine: Engine) -> Engine:
     """For 8 steps: all fine; 2p for half of them; five fine steps."""
-    front = (
+    return with_front(
+        engine,
         plan(FinePolicy(), 8, 1.0),
         plan(StaticPolicy("2p:0.5,p"), 8, 1.4),
         plan(FinePolicy(), 5, 1.6),
     )
+
+
+@pytest.fixture
+def cached(engine: Engine) -> Engine:
+    """The same with a step cache in the middle one."""
+    return with_front(
+        engine,
+        plan(FinePolicy(), 8, 1.0),
+        plan(StaticPolicy("2p:0.5,p"), 8, 1.8, CACHE),
+        plan(FinePolicy(), 4, 2.0),
+    )
+
+
+def with_front(engine: Engine, *front: CalibratedPlan) -> Engine:
     calibration = Calibration(
         num_inference_steps=8,
         cost_unit="tokens",
@@ -102,6 +123,43 @@ def test_fewer_steps_do_not_fit_given_sigmas(calibrated: Engine) -> None:
     call(calibrated, sigmas=sigmas, num_inference_steps=8, patch_policy="balanced")
     with pytest.raises(ValueError, match="leave `sigmas` out"):
         call(calibrated, sigmas=sigmas, num_inference_steps=8, patch_policy="fast")
+
+
+@pytest.mark.parametrize("choice", ["balanced", 0.5])
+def test_plan_brings_its_step_cache(cached: Engine, choice: str | float) -> None:
+    policy = StaticPolicy("2p:0.5,p")
+    expected = call(cached, num_inference_steps=8, patch_policy=policy, step_cache=CACHE)
+    actual = call(cached, num_inference_steps=8, patch_policy=choice)
+    assert torch.equal(actual, expected)
+    assert cached.last_trace is not None
+    assert cached.last_trace.reused > 0
+
+
+def test_own_step_cache_takes_the_place_of_the_plans(cached: Engine) -> None:
+    policy = StaticPolicy("2p:0.5,p")
+    for own in (NoCache(), MagCache(threshold=0.01, mag_ratios=(0.999,))):
+        expected = call(cached, num_inference_steps=8, patch_policy=policy, step_cache=own)
+        actual = call(cached, num_inference_steps=8, patch_policy="balanced", step_cache=own)
+        assert torch.equal(actual, expected)
+
+
+def test_policy_of_the_callers_own_brings_no_step_cache(cached: Engine) -> None:
+    call(cached, num_inference_steps=8, patch_policy=StaticPolicy("2p:0.5,p"))
+    assert cached.last_trace is not None
+    assert cached.last_trace.reused == 0
+
+
+def test_plan_without_a_step_cache_leaves_the_artifacts_out_and_says_so(cached: Engine) -> None:
+    manifest = replace(cached.artifact.manifest, step_cache=CACHE.to_dict())
+    cached.artifact = replace(cached.artifact, manifest=manifest)
+    call(cached, num_inference_steps=8, patch_policy="quality")
+    trace = cached.last_trace
+    assert trace is not None
+    assert trace.reused == 0
+    assert "the artifact's step cache is left out" in trace.notes[-1]
+    call(cached, num_inference_steps=8, patch_policy=FinePolicy())
+    assert cached.last_trace is not None
+    assert cached.last_trace.reused > 0
 
 
 @pytest.mark.parametrize("choice", [True, ["p"], {}])
