@@ -35,7 +35,6 @@ class Engine:
     No state passes from one run to the next.
 
     Attributes:
-        artifact: What was compiled: manifest and files.
         pipeline: The diffusers pipeline, or None for a bare transformer.
         annotate: Whether profilers see named ranges of a run; see `executor.ranges`. May be set.
         batched_guidance: Whether the two halves of classifier-free guidance run as one batch of
@@ -49,7 +48,6 @@ class Engine:
         pipeline: Any = None,
         executor: str = "auto",
     ) -> None:
-        self.artifact = artifact
         self.pipeline = pipeline
         self.annotate = False
         self.batched_guidance = True
@@ -60,6 +58,15 @@ class Engine:
         self.executor = executor
         self._lock = threading.RLock()
         self._fused: FusedLora | None = None
+
+    @property
+    def artifact(self) -> Artifact:
+        """What was compiled: manifest and files. May be set, to one with a calibration or a fit."""
+        return self._planner.artifact
+
+    @artifact.setter
+    def artifact(self, artifact: Artifact) -> None:
+        self._planner.artifact = artifact
 
     @property
     def executor(self) -> str:

@@ -27,14 +27,13 @@ _SCHEDULES = 64
 class Planner:
     """Plans the runs of one engine.
 
-    Args:
-        compiled: Its model.
+    Attributes:
         artifact: What was compiled, with the defaults, calibrations and fits of its manifest.
     """
 
     def __init__(self, compiled: CompiledModel, artifact: Artifact) -> None:
         self._compiled = compiled
-        self._artifact = artifact
+        self.artifact = artifact
         self._device = compiled.steps.device
         self._solvers: dict[tuple[Any, ...], SolverTable] = {}
         self._announced: set[str] = set()
@@ -42,13 +41,13 @@ class Planner:
     @property
     def default_policy(self) -> PatchPolicy:
         """The artifact's own, else `DDiTPolicy()`."""
-        stored = self._artifact.manifest.policy
+        stored = self.artifact.manifest.policy
         return policy_from_dict(stored) if stored else DDiTPolicy()
 
     @property
     def default_step_cache(self) -> StepCache:
         """The artifact's own, else `NoCache()`."""
-        stored = self._artifact.manifest.step_cache
+        stored = self.artifact.manifest.step_cache
         return step_cache_from_dict(stored) if stored else NoCache()
 
     def choose(
@@ -57,7 +56,7 @@ class Planner:
         """The policy of a run, and its steps; `requested` as `resolve_choice` takes it."""
         if policy is None:
             policy = self.default_policy
-        return resolve_choice(policy, self._artifact.manifest, requested)
+        return resolve_choice(policy, self.artifact.manifest, requested)
 
     def check_model(self) -> None:
         """Refuses a model that has changed device, or that runs with a LoRA beside its weights."""
@@ -101,7 +100,7 @@ class Planner:
             batched_guidance=batched_guidance,
             guidance_interval=guidance_interval,
             step_cache=step_cache or choice.step_cache or self.default_step_cache,
-            fits=self._artifact.manifest.cache_fits,
+            fits=self.artifact.manifest.cache_fits,
         )
         if not isinstance(choice.policy, FinePolicy):
             self._announce(plan.notes)
