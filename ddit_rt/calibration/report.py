@@ -91,7 +91,7 @@ def draw_front(calibration: Calibration, path: Path) -> None:
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.minorticks_off()
     axes.grid(visible=True, alpha=0.3)
-    axes.legend(loc="lower left", frameon=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
