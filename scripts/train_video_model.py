@@ -2,9 +2,10 @@
 """Train the embedded video model, stage by stage.
 
 Examples:
-  python scripts/train_video_model.py all                       everything, about 90 min on one core
+  python scripts/train_video_model.py all                       everything, about 80 min on one core
   python scripts/train_video_model.py transformer --minutes 60  one stage, continued if interrupted
   python scripts/train_video_model.py export                    the last checkpoint, as shipped
+  python scripts/train_video_model.py evaluate                  what the shipped model draws
 
 A stage keeps its checkpoints in the work folder and continues from them; delete a file there to
 start that stage afresh.
@@ -16,8 +17,8 @@ import pathlib
 import torch
 from demo_training.settings import Settings
 
-STAGES = ("text", "vae", "transformer", "export")
-_VAE_MINUTES, _TRANSFORMER_MINUTES = 15.0, 60.0
+STAGES = ("text", "vae", "transformer", "export", "evaluate")
+_VAE_MINUTES, _TRANSFORMER_MINUTES = 20.0, 52.0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,6 +65,10 @@ def run_stage(stage: str, minutes: float | None, settings: Settings) -> None:
         from video_training.transformer import train_transformer
 
         train_transformer(settings, minutes or _TRANSFORMER_MINUTES)
+    elif stage == "evaluate":
+        from video_training.evaluate import evaluate
+
+        evaluate()
     else:
         from video_training.export import export_pipeline
 

@@ -32,7 +32,7 @@ GROUNDS = ("plain", "stripes", "dots", "checkers")
 GROUND_COLOURS = BACKGROUND_COLOURS
 
 # Pictures have their rows from top to bottom.
-_STEPS: dict[str, tuple[int, int]] = {
+STEPS: dict[str, tuple[int, int]] = {
     "left": (-1, 0),
     "right": (1, 0),
     "up": (0, -1),
@@ -177,7 +177,7 @@ def draw_clip(attributes: ClipAttributes, config: ClipConfig, seed: int, index: 
     ground = area_average(ground, picture.supersample)
     fill = np.asarray(RGB[attributes.colour], dtype=np.float32) + shade[1]
     times = np.arange(config.frames) - (config.frames - 1) / 2
-    centres = middle + speed * times[:, None] * np.asarray(_STEPS[attributes.direction])
+    centres = middle + speed * times[:, None] * np.asarray(STEPS[attributes.direction])
     x, y = _pixel_centres(config, centres.astype(np.float32))
     distance = DISTANCES[attributes.shape](*rotate(x, y, angle), radius)
     inside, core = (_coverage(distance + shift, config) for shift in (0.0, config.outline))
