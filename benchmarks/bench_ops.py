@@ -88,15 +88,17 @@ def eager_scores(history: Tensor, sizes: tuple[int, ...], quantile: float) -> Te
 def eager_solver(
     history: Tensor, velocities: Tensor, velocity: Tensor, row: tuple[float, ...], step: int
 ) -> None:
-    """The solver update with one torch expression, and both ring writes."""
-    velocities[-step % velocities.shape[0]].copy_(velocity)
+    """The solver update with one torch expression, and the ring writes."""
     terms = [row[i] * history[(i - step) % 4] for i in range(3) if row[i]]
     slots = velocities.shape[0]
-    terms += [row[3 + j] * velocities[(j - step) % slots] for j in range(3) if row[3 + j]]
+    terms.append(row[3] * velocity.float())
+    terms += [row[3 + j] * velocities[(step - j) % slots] for j in (1, 2) if row[3 + j]]
     total = terms[0]
     for term in terms[1:]:
         total = total + term
     history[-(step + 1) % 4].copy_(total)
+    if slots:
+        velocities[step % slots].copy_(velocity)
 
 
 def copy_of(size_bytes: int) -> Call:
@@ -134,16 +136,16 @@ def scores_case(batch: int, sizes: tuple[int, ...]) -> Case:
 
 
 def solver_case(batch: int, solver: str, dtype: torch.dtype) -> Case:
-    """`solver_step_`; the copy moves as many bytes as the terms and the two results have."""
+    """`solver_step_`; the copy moves as many bytes as the terms and the results have."""
     row = COEFFICIENT_ROWS[solver]
-    history, velocities = torch.randn(4, batch, *LATENTS), torch.randn(2, batch, *LATENTS)
+    past = sum(value != 0 for value in row[4:])
+    history, velocities = torch.randn(4, batch, *LATENTS), torch.randn(past, batch, *LATENTS)
     velocity = torch.randn(batch, *LATENTS).to(dtype)
     table = torch.tensor(row, dtype=torch.float64).repeat(8, 1)
     compiled = torch.compile(eager_solver)
-    read = (
-        sum(value != 0 for value in row) - 1
-    )  # float32 terms; the newest velocity is counted apart
-    moved = (read + 2) * history[0].nbytes + velocity.nbytes
+    # In float32: the terms but the newest velocity, the latent, and the velocity if it is kept.
+    floats = sum(value != 0 for value in row) - 1 + 1 + (past > 0)
+    moved = floats * history[0].nbytes + velocity.nbytes
     contenders: dict[str, Call] = {
         "native": lambda: ops.solver_step_(history, velocities, velocity, table, 5),
         "eager": lambda: eager_solver(history, velocities, velocity, row, 5),

@@ -153,7 +153,7 @@ def op_loops(plan: RunPlan, latents: Tensor, velocity: Tensor) -> dict[str, Call
     scores = torch.ones(latents.shape[0], len(sizes))
     decision = torch.tensor([-1, 0, 0, 0], dtype=torch.int32)
     record = torch.zeros(steps, 3 + len(sizes))
-    past = torch.zeros(plan.solver.velocity_depth, *latents.shape)
+    past = torch.zeros(plan.solver.velocity_depth - 1, *latents.shape)
 
     def score() -> None:
         for step in range(steps):

@@ -244,7 +244,7 @@ def run_cpu(plan: LoopPlan, start: Tensor, model: Model) -> CpuRun:
     """The step loop by the ops that `ddit_rt.executor.cpu` calls."""
     history = torch.zeros(4, *plan.shape)
     history[0] = start
-    ring = torch.zeros(plan.velocity_slots, *plan.shape)
+    ring = torch.zeros(plan.velocity_slots - 1, *plan.shape)
     state = torch.tensor([-1, 0, 0, 0], dtype=torch.int32)
     record = torch.zeros(plan.steps, 3 + len(plan.sizes))
     forced = torch.tensor(plan.forced, dtype=torch.int32)

@@ -194,9 +194,9 @@ SolverArgs solver_args(const Tensor& history, const Tensor& velocities, const Te
   std::vector<int64_t> shape = shape_of(velocity);
   shape.insert(shape.begin(), kHistoryLength);
   check_shape(history, shape, kOp, "history");
-  const int64_t slots = velocities.dim() > 0 ? velocities.size(0) : 0;
-  STD_TORCH_CHECK(slots >= 1 && slots <= kTerms, "ddit_rt::solver_step_: velocities have ", slots,
-                  " slots, expected 1 to ", kTerms);
+  const int64_t slots = velocities.dim() > 0 ? velocities.size(0) : kTerms;
+  STD_TORCH_CHECK(slots < kTerms, "ddit_rt::solver_step_: velocities have ", slots,
+                  " slots, expected 0 to ", kTerms - 1);
   shape[0] = slots;
   check_shape(velocities, shape, kOp, "velocities");
   const bool is_double = coefficients.scalar_type() == ScalarType::Double;
@@ -208,7 +208,7 @@ SolverArgs solver_args(const Tensor& history, const Tensor& velocities, const Te
 
   SolverArgs args{};
   args.count = velocity.numel();
-  args.velocity_slots = slots;
+  args.past_velocities = slots;
   args.double_coefficients = is_double;
   args.coefficients = offset<const char>(
       coefficients, step * kCoefficients * static_cast<int64_t>(coefficients.element_size()));
@@ -217,14 +217,12 @@ SolverArgs solver_args(const Tensor& history, const Tensor& velocities, const Te
   };
   // Adding the ring's length keeps the step index of older entries positive.
   for (int i = 0; i < kTerms; ++i) args.latents[i] = latent(step - i + kHistoryLength);
-  for (int j = 1; j < slots; ++j) {
-    const int slot = ring_slot(step - j + slots, static_cast<int>(slots));
-    args.velocities[j - 1] = offset<float>(velocities, slot * args.count);
-  }
+  // v[m] is in slot m mod D: v[k] takes over the slot of v[k-D], which this step may still read.
+  const auto past = [&](int64_t m) { return offset<float>(velocities, m % slots * args.count); };
+  for (int64_t j = 1; j <= slots; ++j) args.velocities[j - 1] = past(step - j + slots);
   args.velocity = velocity.data_ptr();
   args.velocity_dtype = velocity.scalar_type();
-  args.velocity_out =
-      offset<float>(velocities, ring_slot(step, static_cast<int>(slots)) * args.count);
+  args.velocity_out = slots > 0 ? past(step) : nullptr;
   args.latents_out = latent(step + 1);
   return args;
 }

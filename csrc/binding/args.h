@@ -57,14 +57,14 @@ ScoreArgs score_args(const Tensor& history, std::vector<int64_t> patch_sizes, do
 
 struct SolverArgs {
   int64_t count;             // values of one latent
-  int64_t velocity_slots;    // D
+  int64_t past_velocities;   // D: how many velocities before v[k] are kept
   const void* coefficients;  // row of this step
   bool double_coefficients;
   const float* latents[3];     // z[k], z[k-1], z[k-2]
   const float* velocities[2];  // v[k-1], v[k-2], null where the ring is too short
   const void* velocity;        // v[k]
   ScalarType velocity_dtype;
-  float* velocity_out;  // ring slot of v[k]
+  float* velocity_out;  // ring slot that v[k] takes over; null if D is 0
   float* latents_out;   // ring slot of z[k+1]
 };
 

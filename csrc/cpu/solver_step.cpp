@@ -1,8 +1,10 @@
-// Fused solver update: reads every latent and velocity once, writes v[k] and z[k+1].
+// Fused solver update: reads every latent and velocity once, writes z[k+1], and v[k] where later
+// steps need it.
 //
 // Works in blocks of 4096 values that stay in the L1 cache while the terms are added one by one, so
 // that any mix of zero and non-zero coefficients costs memory traffic only for what it reads. Bound
-// by bytes: 4 * (terms + 2) + the velocity's own size, per value.
+// by bytes, per value: 4 * (terms other than v[k]) + the velocity's own size, read; 4 for z[k+1],
+// and 4 more where velocities are kept, written.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
@@ -20,7 +22,7 @@ constexpr int64_t kBlock = 4096;       // values: 16 KiB of float32
 constexpr int64_t kGrain = 64 * 1024;  // values worth a thread of their own
 
 struct Term {
-  const float* values;
+  const float* values;  // null: v[k]
   float coefficient;
 };
 
@@ -53,7 +55,14 @@ DDIT_RT_CPU_CLONES void widen(const Float16* __restrict__ x, float* __restrict__
   for (int64_t i = 0; i < count; ++i) out[i] = to_float(x[i]);
 }
 
-void widen(const float* x, float* out, int64_t count) { std::copy_n(x, count, out); }
+// v[k] of one block as float32: where it is, or widened into `block`.
+const float* as_float(const float* x, float*, int64_t) { return x; }
+
+template <typename T>
+const float* as_float(const T* x, float* block, int64_t count) {
+  widen(x, block, count);
+  return block;
+}
 
 Terms nonzero_terms(const SolverArgs& args) {
   const SolverRow row = args.double_coefficients
@@ -65,31 +74,36 @@ Terms nonzero_terms(const SolverArgs& args) {
   };
   for (int i = 0; i < kTerms; ++i) push(args.latents[i], row.a[i]);
   for (int j = 0; j < kTerms; ++j) {
-    STD_TORCH_CHECK(j < args.velocity_slots || row.b[j] == 0.0f, "ddit_rt::solver_step_: b", j,
-                    " is ", row.b[j], " but the velocity ring has only ", args.velocity_slots,
+    STD_TORCH_CHECK(j <= args.past_velocities || row.b[j] == 0.0f, "ddit_rt::solver_step_: b", j,
+                    " is ", row.b[j], " but the velocity ring has only ", args.past_velocities,
                     " slots");
-    push(j == 0 ? args.velocity_out : args.velocities[j - 1], row.b[j]);
+    push(j == 0 ? nullptr : args.velocities[j - 1], row.b[j]);
   }
   return terms;
 }
 
 template <typename T>
 void run_range(const SolverArgs& args, const Terms& terms, int64_t begin, int64_t end) {
+  alignas(64) float block[kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = std::min(kBlock, end - at);
-    widen(static_cast<const T*>(args.velocity) + at, args.velocity_out + at, count);
+    const float* newest = as_float(static_cast<const T*>(args.velocity) + at, block, count);
     float* out = args.latents_out + at;
-    const Term* term = terms.list;
-    int left = terms.count;
+    Term term[kCoefficients];
+    for (int i = 0; i < terms.count; ++i) {
+      const Term& from = terms.list[i];
+      term[i] = {from.values == nullptr ? newest : from.values + at, from.coefficient};
+    }
+    const int left = terms.count;
     if (left == 0) std::fill_n(out, count, 0.0f);
-    if (left == 1) first_term(term[0].values + at, term[0].coefficient, out, count);
+    if (left == 1) first_term(term[0].values, term[0].coefficient, out, count);
     if (left >= 2) {
-      two_terms(term[0].values + at, term[0].coefficient, term[1].values + at, term[1].coefficient,
-                out, count);
+      two_terms(term[0].values, term[0].coefficient, term[1].values, term[1].coefficient, out,
+                count);
     }
-    for (int i = 2; i < left; ++i) {
-      next_term(term[i].values + at, term[i].coefficient, out, count);
-    }
+    for (int i = 2; i < left; ++i) next_term(term[i].values, term[i].coefficient, out, count);
+    // Last: the slot may be that of a velocity which was read above.
+    if (args.velocity_out != nullptr) std::copy_n(newest, count, args.velocity_out + at);
   }
 }
 

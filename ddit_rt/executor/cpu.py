@@ -101,7 +101,7 @@ class _RunState:
         self._sizes = [plan.patch_size * multiple for multiple in plan.offered[1:]]
         self._forced, self._thresholds = plan.policy.tensors()
         self._no_scores = latents.new_full((latents.shape[0], coarse), float("nan"))
-        self._velocities = latents.new_zeros((plan.solver.velocity_depth, *latents.shape))
+        self._velocities = latents.new_zeros((plan.solver.velocity_depth - 1, *latents.shape))
         self._coefficients = plan.solver.coefficients
         self.history = latents.new_zeros((_RING, *latents.shape))
         self.history[0] = latents

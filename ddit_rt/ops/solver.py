@@ -23,7 +23,7 @@ TERMS = 3
 def solver_step_(
     history: Tensor, velocities: Tensor, velocity: Tensor, coefficients: Tensor, step: int
 ) -> None:
-    """Takes one solver step in place: stores the velocity, writes the next latent.
+    """Takes one solver step in place: writes the next latent, stores the velocity.
 
     `z[k+1] = a0 z[k] + a1 z[k-1] + a2 z[k-2] + b0 v[k] + b1 v[k-1] + b2 v[k-2]`, summed from left
     to right in float32. Coefficients are rounded to float32 first and no multiply-add is fused, so
@@ -33,8 +33,8 @@ def solver_step_(
     Args:
         history: Ring of latents `[4, B, ...]`, float32; `z[k]` is in slot `-k mod 4`. The slot of
             `z[k+1]`, which held `z[k-3]`, is written.
-        velocities: Ring of velocities `[D, B, ...]`, D = 1 to 3, float32; `v[k]` is in slot
-            `-k mod D`, which is written.
+        velocities: Ring of the D velocities before `v[k]`, `[D, B, ...]`, D = 0 to 2, float32;
+            `v[m]` is in slot `m mod D`. `v[k]` is written over `v[k-D]`, after that is read.
         velocity: `v[k]`, `[B, ...]`, float32, bfloat16 or float16.
         coefficients: `[N, 6]`, float64 or float32: a row (a0, a1, a2, b0, b1, b2) per step. A
             `b` beyond D must be 0, or RuntimeError is raised.
@@ -50,9 +50,9 @@ def solver_step_(
     check_dtype(velocities, (torch.float32,), "velocities")
     check_dtype(coefficients, (torch.float64, torch.float32), "coefficients")
     check_shape(history, (HISTORY_LENGTH, *velocity.shape), "history")
-    if velocities.dim() == 0 or not 1 <= velocities.shape[0] <= TERMS:
+    if velocities.dim() == 0 or velocities.shape[0] >= TERMS:
         raise ShapeError(
-            f"velocities have shape {tuple(velocities.shape)}, expected 1 to {TERMS} slots"
+            f"velocities have shape {tuple(velocities.shape)}, expected 0 to {TERMS - 1} slots"
         )
     check_shape(velocities, (velocities.shape[0], *velocity.shape), "velocities")
     if coefficients.dim() != 2 or coefficients.shape[1] != 2 * TERMS:

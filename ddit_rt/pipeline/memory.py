@@ -61,7 +61,7 @@ class ModelMemory:
         solver: Class name of the pipeline's scheduler.
         latent_bytes: One sample's latents in float32.
         history_bytes: The latest latents.
-        velocities_bytes: Velocities that the solver combines.
+        velocities_bytes: Past velocities that the solver combines with the newest.
         detail_bytes: The clean estimate of the latest step at p.
         text_bytes: Text tokens as the blocks take them, of each pass.
         buckets: Per patch size that this picture size offers.
@@ -138,7 +138,7 @@ def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS, **size: in
         solver=type(pipeline.scheduler).__name__,
         latent_bytes=run.latent_bytes,
         history_bytes=_HISTORY * run.latent_bytes,
-        velocities_bytes=_velocity_depth(run, pipeline) * run.latent_bytes,
+        velocities_bytes=(_velocity_depth(run, pipeline) - 1) * run.latent_bytes,
         detail_bytes=run.latent_bytes if coarse else 0,
         text_bytes=text,
         buckets=tuple(_bucket_memory(run, entry) for entry in offered),

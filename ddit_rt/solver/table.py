@@ -80,7 +80,7 @@ class SolverTable:
 
     @property
     def velocity_depth(self) -> int:
-        """Velocities that must be kept: 1 for Euler, up to 3."""
+        """Velocities that a step combines, the newest among them: 1 for Euler, up to 3."""
         used = (self.coefficients[:, _TERMS:] != 0).any(dim=0).nonzero()
         return 1 + int(used.max()) if len(used) else 1
 

@@ -50,8 +50,8 @@ def test_model_adds_memory_counts(
     assert main(["info", str(artifact), "--model", str(model_folder)]) == 0
     text = capsys.readouterr().out
     assert "history               6,144 bytes" in text
-    # Four latents, one velocity (Euler), the detail and its mean over 2 x 2.
-    assert "9,600 bytes, 6.25 latents" in text
+    # Four latents, the detail and its mean over 2 x 2; Euler keeps no velocity.
+    assert "8,064 bytes, 5.25 latents" in text
 
 
 def test_other_model_is_named_as_mismatch_with_a_remedy(

@@ -119,5 +119,5 @@ def test_info_counts_the_videos_state(
     assert main(["info", str(wan_artifact), "--model", str(wan_folder)]) == 0
     text = capsys.readouterr().out
     assert "64 x 64, 5 frames, 512 text tokens, 50 steps, batch 1, guided" in text
-    # Four latents, three velocities of UniPC, a detail and a mean over 2 x 2.
-    assert "8.25 latents" in text
+    # Four latents, two velocities of UniPC, a detail and a mean over 2 x 2.
+    assert "7.25 latents" in text

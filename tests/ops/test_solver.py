@@ -47,7 +47,7 @@ def test_euler_has_the_bits_of_torch(dtype: torch.dtype, shape: tuple[int, ...])
     dt = -1.0 / 28
     table = torch.tensor([[1, 0, 0, dt, 0, 0]] * 6, dtype=torch.float64)
     velocities = [torch.randn(shape).to(dtype) for _ in range(6)]
-    _, _, latents = run(torch.randn(shape), velocities, table, slots=1)
+    _, _, latents = run(torch.randn(shape), velocities, table, slots=0)
     for k, velocity in enumerate(velocities):
         assert torch.equal(latents[k + 1], latents[k] + dt * velocity.float())
 
@@ -55,12 +55,12 @@ def test_euler_has_the_bits_of_torch(dtype: torch.dtype, shape: tuple[int, ...])
 def test_rings_hold_what_the_layout_says() -> None:
     table = torch.tensor([[1, 0, 0, 1, 0, 0]] * 7, dtype=torch.float64)
     velocities = [torch.full(SHAPE, float(2**k)) for k in range(7)]
-    history, ring, latents = run(torch.zeros(SHAPE), velocities, table, slots=3)
+    history, ring, latents = run(torch.zeros(SHAPE), velocities, table, slots=2)
     for k in range(4, 8):
         assert torch.equal(history[-k % 4], latents[k])
         assert (latents[k] == 2**k - 1).all()
-    for k in range(4, 7):
-        assert torch.equal(ring[-k % 3], velocities[k])
+    for k in range(5, 7):
+        assert torch.equal(ring[k % 2], velocities[k])
 
 
 def test_all_six_terms_worked_by_hand() -> None:
@@ -68,18 +68,18 @@ def test_all_six_terms_worked_by_hand() -> None:
     table[:2, 0] = 1.0  # hold the latent for two steps
     table[2] = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
     velocities = [torch.full((1,), v) for v in (3.0, 5.0, 7.0)]
-    _, _, latents = run(torch.full((1,), 10.0), velocities, table, slots=3)
+    _, _, latents = run(torch.full((1,), 10.0), velocities, table, slots=2)
     # z2 = z1 = z0 = 10: 10 * (1 + 2 + 4) + 8 * 7 + 16 * 5 + 32 * 3
     assert latents[3].item() == 70 + 56 + 80 + 96
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("slots", [0, 1, 2])
 def test_multistep_equals_reference(dtype: torch.dtype, slots: int) -> None:
     table = torch.randn(9, 6, dtype=dtype) * 0.4
     for k in range(9):
         table[k, k + 1 : 3] = 0.0  # latents and velocities that do not exist yet
-        table[k, 3 + min(slots, k + 1) :] = 0.0
+        table[k, 3 + min(slots + 1, k + 1) :] = 0.0
     velocities = [torch.randn(SHAPE) for _ in range(9)]
     start = torch.randn(SHAPE)
     _, _, latents = run(start, velocities, table, slots)
@@ -89,7 +89,7 @@ def test_multistep_equals_reference(dtype: torch.dtype, slots: int) -> None:
 
 
 def test_terms_with_coefficient_zero_are_not_read() -> None:
-    history, ring = rings(3)
+    history, ring = rings(2)
     history[0] = 1.0
     table = torch.tensor([[0.0, 0, 0, 0.0, 0, 0], [0, 0, 0, 2.0, 0, 0]])
     solver_step_(history, ring, torch.full(SHAPE, math.nan), table, 0)
@@ -98,20 +98,20 @@ def test_terms_with_coefficient_zero_are_not_read() -> None:
     assert (history[2] == 2).all()
 
 
-def test_half_precision_velocities_are_stored_exactly() -> None:
+def test_half_precision_velocities_are_taken_exactly() -> None:
     # Every float16 and bfloat16 there is, subnormal numbers, infinities and NaN included.
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
-    table = torch.tensor([[1.0, 0, 0, 0, 0, 0]])
+    table = torch.tensor([[0.0, 0, 0, 1, 0, 0]])
     for dtype in (torch.float16, torch.bfloat16):
         velocity = bits.view(dtype)
         history, ring = rings(1, tuple(velocity.shape))
-        history[0] = 0.0
         solver_step_(history, ring, velocity, table, 0)
-        torch.testing.assert_close(ring[0], velocity.float(), rtol=0, atol=0, equal_nan=True)
+        for taken in (ring[0], history[3]):
+            torch.testing.assert_close(taken, velocity.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_velocity_may_be_strided() -> None:
-    history, ring = rings(1)
+    history, ring = rings(0)
     history[0] = 0.0
     velocity = torch.randn(*SHAPE[:-1], 2 * SHAPE[-1])[..., ::2]
     solver_step_(history, ring, velocity, torch.tensor([[1.0, 0, 0, 1, 0, 0]]), 0)
@@ -119,8 +119,8 @@ def test_velocity_may_be_strided() -> None:
 
 
 def test_refuses_a_coefficient_beyond_the_velocity_ring() -> None:
-    history, ring = rings(1)
-    with pytest.raises(RuntimeError, match=r"b1 is 0.5 but the velocity ring has only 1"):
+    history, ring = rings(0)
+    with pytest.raises(RuntimeError, match=r"b1 is 0.5 but the velocity ring has only 0"):
         solver_step_(history, ring, torch.zeros(SHAPE), torch.tensor([[1.0, 0, 0, 1, 0.5, 0]]), 0)
 
 
@@ -128,7 +128,7 @@ def test_refuses_a_coefficient_beyond_the_velocity_ring() -> None:
     ("history", "velocities", "velocity", "table"),
     [
         ((3, *SHAPE), (1, *SHAPE), SHAPE, (5, 6)),
-        ((4, *SHAPE), (4, *SHAPE), SHAPE, (5, 6)),
+        ((4, *SHAPE), (3, *SHAPE), SHAPE, (5, 6)),
         ((4, *SHAPE), SHAPE, SHAPE, (5, 6)),
         ((4, *SHAPE), (1, *SHAPE), SHAPE[1:], (5, 6)),
         ((4, *SHAPE), (1, *SHAPE), SHAPE, (5, 4)),
