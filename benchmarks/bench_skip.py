@@ -1,6 +1,6 @@
 """DDiT and step caches, alone and together, at equal closeness to the all-fine pictures, on a CPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_skip.py [--model demo] [--quick]
+    OMP_NUM_THREADS=1 python benchmarks/bench_skip.py [--model demo | demo-video] [--quick]
 
 Compiles the model once; fits TeaCache and MagCache on prompts of their own; then looks, for every
 SSIM asked for, for the cheapest plan of each kind on a few search prompts: fewer fine steps, static
@@ -28,7 +28,8 @@ Schema, version 1:
     median over the rounds, 95% interval over the prompts), `speedup_rounds` (least and most of the
     rounds); `ssim` and `psnr` (dB; of pictures that differ) to the all-fine pictures, likewise; of
     clips means over the frames, with `flicker`, the mean absolute error of the change from frame to
-    frame, of 1; and the values `..._per_prompt`.
+    frame, of 1, and `frames`, `ssim` and `psnr` of each frame, means over the clips; and the values
+    `..._per_prompt`.
   - `verdicts`: per combined kind `either_alone`, whether it is faster than DDiT alone and than its
     cache alone at an SSIM within 0.02 (`yes`, `no`, `undecided`, `not comparable`; see
     `skip_rows.py`), and `against` each other kind `speed` (ratio of times), `ssim` (difference) and

@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import FluxPipeline
-
-from ddit_rt.demo import model_path
+from ddit_rt.cli.models import EMBEDDED, EMBEDDED_VIDEO, load_pipeline
+from ddit_rt.demo.clips import ClipConfig, all_clip_attributes, is_held_out_clip
 from ddit_rt.demo.measure import Picture
 from ddit_rt.demo.pictures import all_attributes, is_held_out
-from ddit_rt.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_prompts
-from ddit_rt.demo.quality import fidelity
+from ddit_rt.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_clip_prompts, held_out_prompts
+from ddit_rt.demo.quality import Fidelity, fidelity
+from ddit_rt.demo.video_quality import clip_fidelity
+
+_GUIDANCE_SCALE = 3.0
+"""As in the video demo."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +34,7 @@ class Closeness:
     ssim: tuple[float, ...]
     psnr: tuple[float | None, ...]
     flicker: tuple[float, ...] | None = None
-    frames: tuple[tuple[tuple[float, ...], tuple[float | None, ...]], ...] | None = None
+    frames: tuple[Fidelity, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,13 +69,28 @@ def picture_model(*, quick: bool = False) -> SkipModel:
     """The embedded FLUX, 128 x 128."""
     side = 64 if quick else 128
     return SkipModel(
-        name="demo",
-        pipeline=FluxPipeline.from_pretrained(model_path()),
+        name=EMBEDDED,
+        pipeline=load_pipeline(EMBEDDED),
         size={"height": side, "width": side},
         others={"max_sequence_length": MAX_SEQUENCE_LENGTH},
         held_out=tuple(held_out_prompts()),
         seen=_shuffled([a.caption for a in all_attributes() if not is_held_out(a)]),
         closeness=picture_closeness,
+    )
+
+
+def clip_model(*, quick: bool = False) -> SkipModel:
+    """The embedded Wan, 13 frames of 64 x 64, with guidance."""
+    clip = ClipConfig()
+    frames = 5 if quick else clip.frames
+    return SkipModel(
+        name=EMBEDDED_VIDEO,
+        pipeline=load_pipeline(EMBEDDED_VIDEO),
+        size={"height": clip.height, "width": clip.width, "num_frames": frames},
+        others={"max_sequence_length": MAX_SEQUENCE_LENGTH, "guidance_scale": _GUIDANCE_SCALE},
+        held_out=tuple(held_out_clip_prompts()),
+        seen=_shuffled([a.caption for a in all_clip_attributes() if not is_held_out_clip(a)]),
+        closeness=clip_closeness,
     )
 
 
@@ -82,9 +100,20 @@ def picture_closeness(pictures: Sequence[Picture], references: Sequence[Picture]
     return Closeness(ssim=close.ssim, psnr=close.psnr)
 
 
+def clip_closeness(clips: Sequence[Picture], references: Sequence[Picture]) -> Closeness:
+    """Of clips `[F, H, W, 3]`."""
+    close = clip_fidelity(clips, references)
+    return Closeness(
+        ssim=close.clips.ssim, psnr=close.clips.psnr, flicker=close.flicker, frames=close.frames
+    )
+
+
 def _shuffled(captions: list[str]) -> tuple[str, ...]:
     random.Random(0).shuffle(captions)  # noqa: S311 - a fixed choice, nothing secret
     return tuple(captions)
 
 
-MODELS: dict[str, Callable[..., SkipModel]] = {"demo": picture_model}
+MODELS: dict[str, Callable[..., SkipModel]] = {
+    EMBEDDED: picture_model,
+    EMBEDDED_VIDEO: clip_model,
+}

@@ -18,6 +18,7 @@ from skip_plans import CACHES, COMBINED, DDIT, FEWER, STATIC
 from skip_search import Tried, coarse_share
 
 from ddit_rt.demo.measure import Sample
+from ddit_rt.demo.quality import Fidelity
 from ddit_rt.evaluation import mean_interval
 from ddit_rt.executor import RunTrace
 
@@ -90,9 +91,24 @@ def _closeness(model: SkipModel, samples: Sequence[Sample], fine: Sequence[Sampl
         "ssim_per_prompt": list(close.ssim),
         "psnr_per_prompt": list(close.psnr),
     }
-    if close.flicker is not None:
+    if close.flicker is not None and close.frames is not None:
         entry["flicker"] = _interval(close.flicker)
+        entry["frames"] = _frames(close.frames)
     return entry
+
+
+def _frames(clips: Sequence[Fidelity]) -> list[Row]:
+    """Frame by frame the means over the clips, PSNR over those whose frame differs."""
+    frames = zip(*(zip(clip.ssim, clip.psnr, strict=True) for clip in clips), strict=True)
+    return [
+        {
+            "ssim": statistics.fmean(ssim for ssim, _ in frame),
+            "psnr": statistics.fmean(found)
+            if (found := [psnr for _, psnr in frame if psnr is not None])
+            else None,
+        }
+        for frame in frames
+    ]
 
 
 def _interval(values: Sequence[float]) -> dict[str, float | None]:

@@ -5,8 +5,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from wan_models import TEXT_TOKENS, wan_pipeline
 
+import ddit_rt
 from ddit_rt.step_cache import CacheFit, MagCache, NoCache, TeaCache
 
 KINDS = (
@@ -253,3 +256,43 @@ def test_verdict_wants_both_alone_beaten_and_lists_every_rival() -> None:
 )
 def test_answers_join_to_the_least_favourable(answers: list[str], answer: str) -> None:
     assert import_module("skip_rows").together(answers) == answer
+
+
+def test_clips_are_compared_frame_by_frame_and_by_flicker(tmp_path: Path) -> None:
+    bench, models = import_module("bench_skip"), import_module("skip_models")
+    model = models.SkipModel(
+        name="tiny",
+        pipeline=wan_pipeline(),
+        size={"height": 64, "width": 64, "num_frames": 5},
+        others={"max_sequence_length": TEXT_TOKENS, "guidance_scale": 3.0},
+        held_out=("a red circle", "a blue star"),
+        seen=("a green square", "a red star"),
+        closeness=models.clip_closeness,
+    )
+    model.pipeline.set_progress_bar_config(disable=True)
+    args = bench.parse(["--quick", "--model", "demo-video", "--out", str(tmp_path / "clips.json")])
+    engine = ddit_rt.compile(
+        model.pipeline, patch_sizes=("p", "2p"), backend="eager", progress=False, **model.size
+    )
+    report = bench.run(engine, model, args)
+    fine = report["fine"]
+    assert fine["flicker"]["value"] == 0
+    assert fine["frames"] == [{"ssim": pytest.approx(1), "psnr": None}] * 5
+    for row in (row for target in report["targets"] for row in target["rows"]):
+        means = sum(frame["ssim"] for frame in row["frames"]) / 5
+        assert row["ssim"]["value"] == pytest.approx(means)
+        # A clip that is not the reference flickers, of a random model more than that of rounding.
+        assert (row["flicker"]["value"] > 0) == (row["psnr"] is not None)
+    text = import_module("tables_skip").skip(report)
+    assert "64 x 64 x 5, 8 steps" in text
+    assert "flicker |" in text
+
+
+def test_flicker_is_the_error_of_the_change_between_frames() -> None:
+    closeness = import_module("skip_models").clip_closeness
+    still = np.zeros((3, 16, 16, 3), np.uint8)
+    darker, blinking = still + 51, still.copy()
+    blinking[1] += 51
+    assert closeness([darker], [still]).flicker == (0.0,)
+    assert closeness([blinking], [still]).flicker == (0.2,)
+    assert closeness([blinking], [still]).frames[0].psnr[0] is None
