@@ -8,7 +8,7 @@ plans, DDiT by tau, each cache by its threshold, and DDiT with a cache by both. 
 all fine, then draw the held-out prompts, taking turns picture by picture after a warm-up of each,
 so that machine drift hits all alike. `ddit_rt.demo.measure` says what the denoising loop includes.
 All run the same weights, prompts, seeds, dtype and threads. Writes the JSON, and the table of
-README.md from it. Run it on idle cores.
+README.md from it. Run it on an idle core; where there is none, with `--clock cpu`.
 
 Schema, version 1:
 
@@ -47,6 +47,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from skip_models import MODELS, SkipModel
 from skip_plans import (
     CACHES,
@@ -71,6 +72,7 @@ from ddit_rt.demo.report import machine, model_entry, versions
 from ddit_rt.step_cache import CacheFit
 
 RESULTS = Path(__file__).resolve().parent / "results"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _FIT_SEED, _SEARCH_SEED = 70_000, 50_000
 
 
@@ -101,13 +103,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=list(MODELS), default="demo")
     parser.add_argument("--out", type=Path, help="default: in benchmarks/results")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.97, 0.95, 0.9])
-    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--prompts", type=int, default=24, help="held-out ones, to report on")
-    parser.add_argument("--search-prompts", type=int, default=6)
-    parser.add_argument("--fit-prompts", type=int, default=8)
-    parser.add_argument("--levels", type=int, default=32, help="of tau, and of a threshold")
-    parser.add_argument("--taus", type=int, default=4, help="taus that each cache is tried with")
+    parser.add_argument("--search-prompts", type=int, default=4)
+    parser.add_argument("--fit-prompts", type=int, default=6)
+    parser.add_argument("--levels", type=int, default=24, help="of tau, and of a threshold")
+    parser.add_argument("--taus", type=int, default=3, help="taus that each cache is tried with")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds")
+    parser.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="cpu: processor time, for one thread on a machine with other work",
+    )
     parser.add_argument("--patch-sizes", nargs="+", default=["p", "2p", "4p"])
     parser.add_argument("--backend", choices=["aot", "eager"], default="aot")
     parser.add_argument("--quick", action="store_true", help="2 prompts, 8 steps, small, eager")
@@ -118,6 +126,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.backend, args.patch_sizes = "eager", ["p", "2p"]
         args.out = args.out or RESULTS / f"{default_out(args.model).stem}_quick.json"
     args.out = args.out or default_out(args.model)
+    if args.clock == "cpu" and torch.get_num_threads() > 1:
+        parser.error("--clock cpu adds the threads up; set OMP_NUM_THREADS=1")
     if args.prompts < 2 or min(args.search_prompts, args.fit_prompts, args.repeats) < 1:
         parser.error("needs two prompts or more, and at least one to search, one to fit, one round")
     return args
@@ -224,7 +234,7 @@ def confirmed(
     reference = search.run(fine(args.steps))
     plans: dict[str, Tried] = {reference.plan.key: reference}
     plans.update({tried.plan.key: tried for row in chosen.values() for tried in row.values()})
-    samples = timed(search, [tried.plan for tried in plans.values()], prompts, args.repeats)
+    samples = timed(search, [tried.plan for tried in plans.values()], prompts, args)
     rows = {
         key: row(search.model, tried, samples[key], samples[reference.plan.key])
         for key, tried in plans.items()
@@ -237,12 +247,20 @@ def confirmed(
 
 
 def timed(
-    search: Search, plans: Sequence[SkipPlan], prompts: Sequence[Prompt], repeats: int
+    search: Search,
+    plans: Sequence[SkipPlan],
+    prompts: Sequence[Prompt],
+    args: argparse.Namespace,
 ) -> dict[str, list[Sample]]:
     """Samples by the plan's key."""
     contenders = [contender(plan.key, search.engine, search.model, plan) for plan in plans]
     started = time.perf_counter()
-    samples = measure(contenders, [batch(prompt) for prompt in prompts], repeats=repeats)
+    samples = measure(
+        contenders,
+        [batch(prompt) for prompt in prompts],
+        repeats=args.repeats,
+        clock=CLOCKS[args.clock],
+    )
     seconds = time.perf_counter() - started
     print(f"held-out prompts: {len(plans)} plans in {seconds:.0f} s", file=sys.stderr)
     return samples
@@ -250,7 +268,7 @@ def timed(
 
 def settings(model: SkipModel, prompts: Prompts, args: argparse.Namespace) -> dict[str, Any]:
     """The entry `settings`."""
-    names = ("targets", "steps", "levels", "taus", "repeats", "patch_sizes", "backend")
+    names = ("targets", "steps", "levels", "taus", "repeats", "patch_sizes", "backend", "clock")
     return {
         **{name: getattr(args, name) for name in names},
         "arguments": model.arguments,

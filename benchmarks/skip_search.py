@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -103,6 +104,7 @@ class Search:
                 coarse=statistics.fmean(coarse_share(trace) for trace in traces),
                 reused=statistics.fmean(trace.reused / len(trace) for trace in traces),
             )
+            print(f"{self.tried[plan.key].ssim:.3f} {plan.label}", file=sys.stderr, flush=True)
         return self.tried[plan.key]
 
     def sweep(self, dial: Dial, targets: Sequence[float]) -> None:

@@ -15,6 +15,7 @@ _KINDS = {
     "ddit_teacache": "DDiT + TeaCache",
     "ddit_magcache": "DDiT + MagCache",
 }
+_CLOCKS = {"wall": "", "cpu": " in processor time, since the machine had other work"}
 _RIVALS = ("ddit", "teacache", "magcache", "fewer_steps", "static")
 
 
@@ -86,7 +87,8 @@ def _conditions(report: Mapping[str, Any], clips: bool) -> str:
         f"{settings['repeats']} interleaved rounds after a warm-up; {machine['cpu']}, {threads}, "
         f"torch {versions['torch']}, diffusers {versions['diffusers']}. Plans were chosen on "
         f"{len(settings['search_prompts'])} other prompts as the cheapest of their kind with the "
-        "SSIM asked for. `loop` is the denoising loop of one call, `speed-up` is over all fine, "
+        f"SSIM asked for. `loop` is the denoising loop of one call{_CLOCKS[settings['clock']]}, "
+        "`speed-up` is over all fine, "
         "`coarse` and `reused` are shares of the steps; intervals are over the prompts. In "
         "brackets behind an answer: how many times as fast, and the difference in SSIM."
         f"{frames if clips else ''}"
