@@ -13,9 +13,9 @@ README.md from it. Run it on an idle core; where there is none, with `--clock cp
 Schema, version 1:
 
 - `machine`, `versions`, `model` as in the demo's report; `settings`; `fits`: by cache the fitted
-  values with their evidence; `costs`: milliseconds of a step by cache, `computed` or `reused`, and
-  patch size, medians of static runs, which the search reads; `search`: `plans` that were run on the
-  search prompts, `seconds`.
+  values with their evidence; `costs`: wall milliseconds of a step by cache, `computed` or `reused`,
+  and patch size, medians of static runs, which the search reads; `search`: `plans` that were run on
+  the search prompts, `seconds`.
 - `fine`: the row of the all-fine reference.
 - `targets`: per SSIM asked for on the search prompts
   - `ssim`: that SSIM.

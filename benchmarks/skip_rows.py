@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -162,5 +162,5 @@ def together(answers: Sequence[str]) -> str:
     return next((answer for answer in (NO, UNEQUAL, UNDECIDED) if answer in answers), YES)
 
 
-def _paired(one: Row, other: Row, field: str, join: Any) -> list[float]:
+def _paired(one: Row, other: Row, field: str, join: Callable[[float, float], float]) -> list[float]:
     return [join(a, b) for a, b in zip(one[field], other[field], strict=True)]

@@ -28,8 +28,7 @@ def skip(report: Mapping[str, Any]) -> str:
     lines.append(_row("", "all fine", report["fine"], clips))
     for target in report["targets"]:
         for place, row in enumerate(target["rows"]):
-            name = f"{_KINDS[row['kind']]}: {row['label']}"
-            lines.append(_row("" if place else f"{target['ssim']:g}", name, row, clips))
+            lines.append(_row("" if place else f"{target['ssim']:g}", row["label"], row, clips))
     said = [_said(target) for target in report["targets"]]
     return "\n".join([*lines, "", *said, "", _conditions(report, clips), ""])
 
@@ -88,9 +87,9 @@ def _conditions(report: Mapping[str, Any], clips: bool) -> str:
         f"torch {versions['torch']}, diffusers {versions['diffusers']}. Plans were chosen on "
         f"{len(settings['search_prompts'])} other prompts as the cheapest of their kind with the "
         f"SSIM asked for. `loop` is the denoising loop of one call{_CLOCKS[settings['clock']]}, "
-        "`speed-up` is over all fine, "
-        "`coarse` and `reused` are shares of the steps; intervals are over the prompts. In "
-        "brackets behind an answer: how many times as fast, and the difference in SSIM."
+        "`speed-up` is over all fine, `coarse` and `reused` are shares of the steps; intervals are "
+        "over the prompts. In brackets behind an answer: how many times as fast, and the "
+        "difference in SSIM."
         f"{frames if clips else ''}"
     )
 
