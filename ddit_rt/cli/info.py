@@ -164,7 +164,7 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
         f"  state        of one run, {_conditions(memory)}:",
         f"    one latent     {latent:>12,} bytes, float32",
         f"    history        {memory['history_bytes']:>12,} bytes",
-        f"    velocities     {memory['velocities_bytes']:>12,} bytes, past ones, for {memory['solver']}",
+        f"    velocities     {memory['velocities_bytes']:>12,} bytes, for {memory['solver']}",
         f"    detail         {memory['detail_bytes']:>12,} bytes, of the latest step at p",
         *(
             f"    correction {entry['patch']:<3} {entry['correction_bytes']:>12,} bytes"
