@@ -13,6 +13,7 @@ from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.generate import pipeline_arguments
 from ddit_rt.cli.models import (
     EMBEDDED,
+    EMBEDDED_VIDEO,
     MODEL_HELP,
     add_call_arguments,
     load_pipeline,
@@ -211,6 +212,10 @@ def _prompts(file: Path | None, model: str) -> tuple[str, ...]:
         from ddit_rt.demo.prompts import held_out_prompts
 
         return tuple(held_out_prompts())
+    if model == EMBEDDED_VIDEO:
+        from ddit_rt.demo.prompts import held_out_clip_prompts
+
+        return tuple(held_out_clip_prompts())
     from ddit_rt.calibration.prompts import PROMPTS
 
     return PROMPTS

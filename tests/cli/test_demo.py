@@ -37,3 +37,21 @@ def test_video_demo_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert report == json.loads((out / "report.json").read_text())
     assert {path.name for path in out.iterdir()} == {"clips.mp4", "timeline.png", "report.json"}
     assert report["reference"]["ssim"] > 0.999
+
+
+@pytest.mark.slow
+def test_video_model_has_a_name_for_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compiled at its own size; a step cache is fitted on its own captions, and runs."""
+    artifact, clip = str(tmp_path / "clip.ddit"), tmp_path / "clip.mp4"
+    assert main(["compile", "demo-video", "-o", artifact]) == 0
+    model = ["--model", "demo-video", "--steps", "8"]
+    fit = ["--cache", "magcache", "--calibration-prompts", "1"]
+    assert main(["calibrate", artifact, *model, *fit]) == 0
+    capsys.readouterr()
+    prompt = ["--prompt", "a red circle moving left on plain blue", "--step-cache", "magcache:0.1"]
+    assert main(["generate", artifact, *model, *prompt, "-o", str(clip), "--json"]) == 0
+    (made,) = json.loads(capsys.readouterr().out)["pictures"]
+    assert made["num_frames"] == 13
+    assert clip.stat().st_size > 1000
