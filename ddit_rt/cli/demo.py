@@ -26,7 +26,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=24, help="denoising steps (default: 24)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt (default: 0)")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="timed runs of each picture or clip (default: 3)"
+        "--repeats", type=int, help="timed runs of each picture (default: 3) or clip (default: 1)"
     )
     parser.add_argument(
         "--keep-artifact",
@@ -46,7 +46,7 @@ def _run_video(args: argparse.Namespace) -> Outcome:
         out=args.out,
         steps=args.steps,
         seed=args.seed,
-        repeats=args.repeats,
+        repeats=1 if args.repeats is None else args.repeats,
         keep_artifact=args.keep_artifact,
     )
     report = run_video_demo(load_pipeline(EMBEDDED_VIDEO), config)
@@ -62,7 +62,7 @@ def _run_pictures(args: argparse.Namespace) -> Outcome:
         out=args.out,
         steps=args.steps,
         seed=args.seed,
-        repeats=args.repeats,
+        repeats=3 if args.repeats is None else args.repeats,
         keep_artifact=args.keep_artifact,
     )
     report = run_demo(load_pipeline(EMBEDDED), config)
