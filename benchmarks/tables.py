@@ -122,6 +122,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "ops_cuda": ops_cuda,
     "quality_demo": quality_demo,
     "skip_demo": skip,
+    "wan_cpu": flux_cuda,
     "skip_demo_video": skip,
 }
 

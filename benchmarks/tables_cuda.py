@@ -1,4 +1,4 @@
-"""Tables of README.md from the results on a GPU."""
+"""Tables of README.md from results with random weights, and from those on a GPU."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Any
 
 Report = Mapping[str, Any]
 
-_SHOWN_FORM = "loop"
+_SHOWN_FORMS = (None, "loop", "auto")
 _ALL_FORMS = "mixed"
 _MEANS_SOMETHING = "fine"
 
 
 def flux_cuda(report: Report) -> str:
-    """The tables of `bench_flux.py`: loops, steps against their floors, and what it takes."""
+    """The tables of `bench_flux.py` and `bench_wan.py`.
+
+    Loops, steps against their floors, and what it takes.
+    """
     sections = report["sections"]
     parts = [
         *_loops_table(sections.get("loops", {})),
@@ -36,7 +39,7 @@ def _loops_table(cases: Report) -> Iterator[str]:
     yield f"|---|{'--:|' * len(columns)}"
     # diffusers first, then ours; each in the order of the file.
     for name, row in sorted(rows.items(), key=lambda item: item[1]["executor"] is not None):
-        if row["executor"] in (None, _SHOWN_FORM) or row["schedule"] == _ALL_FORMS:
+        if row["executor"] in _SHOWN_FORMS or row["schedule"] == _ALL_FORMS:
             cells = [_label(row), *_loop_cells(row)]
             cells += [_times(other.get(name, {}).get("speedup")) for _, other in others]
             yield f"| {' | '.join(cells)} |"
@@ -45,7 +48,7 @@ def _loops_table(cases: Report) -> Iterator[str]:
 
 def _label(row: Report) -> str:
     form = row["executor"]
-    return f"{row['label']} ({form})" if form not in (None, _SHOWN_FORM) else str(row["label"])
+    return f"{row['label']} ({form})" if form not in _SHOWN_FORMS else str(row["label"])
 
 
 def _loop_cells(row: Report) -> list[str]:
@@ -89,8 +92,13 @@ def _buckets_table(cases: Report) -> Iterator[str]:
 
 def _conditions(report: Report) -> str:
     machine, versions, model = report["machine"], report["versions"], report["model"]
+    device = (
+        machine["gpu"]["name"]
+        if "gpu" in machine
+        else f"{machine['cpu']}, {machine['threads']} threads"
+    )
     return (
-        f"{machine['gpu']['name']}; torch {versions['torch']}, diffusers {versions['diffusers']}; "
+        f"{device}; torch {versions['torch']}, diffusers {versions['diffusers']}; "
         f"{model['preset']} with random weights, {model['dtype']}, {model['text_tokens']} text "
         "tokens, without text encoders and VAE; medians of interleaved runs, speed-ups over "
         "diffusers eager in the same run. `by count`: operations of all steps at p over those of "
