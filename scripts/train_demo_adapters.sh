@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains patch adapters for the embedded demo model: 29 minutes on two idle, slow virtual cores (0.78 s a
-# step). `--steps 1300` takes about 19 and gains a quarter less. A run that was cut off continues where it
+# step). `--steps 1300` takes about 19 and gains a tenth less. A run that was cut off continues where it
 # was; more arguments go to ddit-rt train.
 #
 #   scripts/train_demo_adapters.sh [OUT] [ARGUMENTS ...]      default OUT: demo_out/adapters
