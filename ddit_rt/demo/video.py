@@ -23,7 +23,7 @@ from ddit_rt.demo.measure import (
     measure,
     pipeline_contender,
 )
-from ddit_rt.demo.plans import FINE, VIDEO_POLICY, Plan, video_plans
+from ddit_rt.demo.plans import FINE, VIDEO_POLICY, Plan, demo_plans
 from ddit_rt.demo.prompts import MAX_SEQUENCE_LENGTH, VIDEO_PROMPTS
 from ddit_rt.demo.report import (
     SCHEMA_VERSION,
@@ -105,7 +105,7 @@ def run_video_demo(pipeline: Any, config: VideoDemoConfig) -> dict[str, Any]:
         if not config.keep_artifact:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ddit_rt-")))
         engine, compiling = _prepare_engine(pipeline, folder / "video.ddit", config)
-        return compare_clips(engine, video_plans(config.steps), config, compiling)
+        return compare_clips(engine, demo_plans(config.steps, VIDEO_POLICY), config, compiling)
 
 
 def compare_clips(
