@@ -62,6 +62,7 @@ class ConstantBucket:
         step: Tensor,  # noqa: ARG002
         *,
         reuse: bool = False,  # noqa: ARG002
+        guided: bool = True,  # noqa: ARG002
     ) -> Tensor:
         """The same at every step."""
         return self._velocity
@@ -126,7 +127,9 @@ def null_plan(scheduler: Any, velocity: Tensor, policy: PatchPolicy) -> RunPlan:
     """A run whose buckets cost nothing."""
     solver = probe_scheduler(scheduler)
     return RunPlan(
-        buckets=[ConstantBucket(multiple, velocity) for multiple in OFFERED],
+        buckets=[[ConstantBucket(multiple, velocity) for multiple in OFFERED]],
+        stages=(0,) * solver.steps,
+        stage_names=("",),
         offered=OFFERED,
         policy=policy.resolve(Schedule(sigmas=solver.sigmas, offered=OFFERED)),
         solver=solver,

@@ -83,7 +83,9 @@ def plan_of(size: str) -> RunPlan:
     row = torch.tensor([1.0, 0.0, 0.0, -1 / _STEPS, 0.0, 0.0], dtype=torch.float64)
     sigmas = tuple(1 - step / _STEPS for step in range(_STEPS + 1))
     return RunPlan(
-        buckets=(),
+        buckets=((),),
+        stages=(0,) * _STEPS,
+        stage_names=("",),
         offered=offered,
         policy=PolicyTable(
             forced=(DYNAMIC,) * _STEPS,

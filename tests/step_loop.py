@@ -37,6 +37,7 @@ class LoopPlan:
         dtype: Of the velocities.
         cache: The step cache.
         signals: What it goes by, `[N, R]`.
+        stages: Stage of every step; empty: there is one.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -51,6 +52,12 @@ class LoopPlan:
     monotone: bool = False
     cache: CacheTable | None = None
     signals: Tensor | None = None
+    stages: Sequence[int] = ()
+
+    @property
+    def stage_count(self) -> int:
+        """Stages that there are."""
+        return 1 + max(self.stages, default=0)
 
     @property
     def steps(self) -> int:
@@ -136,6 +143,7 @@ class StepLoop:
             device=index,
             owner=self.buffers,
             cache_rows=plan.cache_rows,
+            stages=plan.stage_count,
         )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -151,6 +159,8 @@ class StepLoop:
             self[name][: plan.steps].copy_(values)
         if plan.cache is not None:
             self["increments"][: plan.steps].copy_(plan.cache.tensors()[0])
+        if plan.stages:
+            self["stages"][: plan.steps].copy_(torch.tensor(plan.stages))
         self["settings"].copy_(plan.settings())
         self["latents"].copy_(start)
 
@@ -209,6 +219,7 @@ def make_buffers(
         "increments": unset(0 if plan.cache is None else capacity),
         "signal": unset(plan.cache_rows),
         "cache": unset(plan.cache_rows and runtime.CACHE_HEADER + plan.cache_rows),
+        "stages": integers(capacity if plan.stages else 0),
     }
 
 

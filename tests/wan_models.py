@@ -71,8 +71,10 @@ def heun() -> FlowMatchHeunDiscreteScheduler:
     return FlowMatchHeunDiscreteScheduler(shift=3.0)
 
 
-def wan_pipeline(scheduler: Any = None, seed: int = 0, **config: Any) -> WanPipeline:
-    """A whole Wan pipeline that takes prompts."""
+def wan_pipeline(
+    scheduler: Any = None, seed: int = 0, *, boundary_ratio: float | None = None, **config: Any
+) -> WanPipeline:
+    """A whole Wan pipeline that takes prompts; with a boundary, of two experts."""
     tokenizer = t5_words()
     torch.manual_seed(0)
     encoder = UMT5EncoderModel(
@@ -91,6 +93,8 @@ def wan_pipeline(scheduler: Any = None, seed: int = 0, **config: Any) -> WanPipe
         vae=wan_vae(),
         scheduler=scheduler or unipc(),
         transformer=wan_transformer(seed, **config),
+        transformer_2=None if boundary_ratio is None else wan_transformer(seed + 1, **config),
+        boundary_ratio=boundary_ratio,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

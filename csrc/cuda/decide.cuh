@@ -146,7 +146,7 @@ __device__ __forceinline__ void take_decision(const LoopParams& p, const Switche
     state->step = static_cast<int32_t>(k);
     __threadfence_system();  // a host that sees the count sees the row
     static_cast<volatile Progress*>(p.progress)->decided = static_cast<uint32_t>(k) + 1;
-    branch = static_cast<unsigned>(state->policy.branch);
+    branch = static_cast<unsigned>(p.first_branch(k) + state->policy.branch);
   }
   const bool more = state->stopped == 0 && k + 1 < p.settings->steps;
   if (switches.branches > 0) set_conditional(switches.branch, branch);

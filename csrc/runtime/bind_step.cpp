@@ -37,6 +37,7 @@ void set_addresses(LoopSpec& spec, std::map<std::string, uintptr_t> addresses) {
       {"increments", &spec.increments},
       {"signal", &spec.signal},
       {"cache", &spec.cache},
+      {"stages", &spec.stages},
   };
   for (const auto& [name, target] : fields) {
     const auto found = addresses.find(name);
@@ -113,15 +114,17 @@ void bind_control(py::module_& m) {
       .def(py::init([](std::map<std::string, uintptr_t> addresses,
                        const std::vector<int64_t>& shape, const std::vector<int64_t>& sizes,
                        const std::string& type, int velocity_slots, int64_t capacity, int device,
-                       const py::object&, int cache_rows) {
+                       const py::object&, int cache_rows, int stages) {
              LoopSpec spec = make_spec(shape, sizes, type, velocity_slots, capacity);
              set_addresses(spec, std::move(addresses));
              spec.cache_rows = cache_rows;
+             spec.stage_count = stages;
              return std::make_shared<StepControl>(spec, device);
            }),
            py::arg("addresses"), py::kw_only(), py::arg("shape"), py::arg("sizes"),
            py::arg("velocity_type"), py::arg("velocity_slots"), py::arg("capacity"),
-           py::arg("device"), py::arg("owner"), py::arg("cache_rows") = 0, py::keep_alive<1, 9>())
+           py::arg("device"), py::arg("owner"), py::arg("cache_rows") = 0, py::arg("stages") = 1,
+           py::keep_alive<1, 9>())
       .def(
           "begin", [](StepControl& c, uintptr_t s) { c.begin(stream_of(s)); }, py::arg("stream"),
           Release())
@@ -140,7 +143,8 @@ void bind_control(py::module_& m) {
            "Waits until more than `decided` steps are decided or the run is over.")
       .def("bucket", &StepControl::bucket, py::arg("step"), "The bucket of a decided step.")
       .def("branch", &StepControl::branch, py::arg("step"),
-           "What a decided step runs: its bucket, or S + 1 + i to reuse the residual of bucket i.")
+           "What a decided step runs, among the graphs of its stage: its bucket, or S + 1 + i to "
+           "reuse the residual of bucket i.")
       .def("cache_records", &cache_records_of,
            "Per decided step: CacheReason and the accumulated change.")
       .def("records", &records_of,

@@ -66,6 +66,8 @@ void check_spec(const LoopSpec& spec) {
           "patch sizes to score, but no buffers for it");
   require(spec.increments == 0 || (spec.signal != 0 && spec.cache != 0 && spec.cache_rows > 0),
           "a step cache, but no buffers for its signal and memory");
+  require(spec.stage_count >= 1 && (spec.stages != 0 || spec.stage_count == 1),
+          std::to_string(spec.stage_count) + " stages, but no table that tells each step's");
 }
 
 // Four values at a time where sizes and addresses allow it.
@@ -85,6 +87,7 @@ LoopParams loop_params(const LoopSpec& spec) {
   params.sizes = static_cast<int32_t>(spec.sizes.size());
   params.velocity_slots = spec.velocity_slots;
   params.cache_rows = spec.cache_rows;
+  params.stage_count = spec.stage_count;
   const int edge = static_cast<int>(params.shape.patch);
   params.columns = kTileColumns / edge * edge;
   params.tiles = static_cast<int32_t>((spec.width + params.columns - 1) / params.columns);
@@ -95,6 +98,7 @@ LoopParams loop_params(const LoopSpec& spec) {
   params.past_velocities = pointer<float>(spec.past_velocities);
   params.coefficients = pointer<const float>(spec.coefficients);
   params.forced = pointer<const int32_t>(spec.forced);
+  params.stages = pointer<const int32_t>(spec.stages);
   params.thresholds = pointer<const float>(spec.thresholds);
   params.mean = pointer<float>(spec.moments);
   params.m2 = params.mean + (params.sizes > 0 ? params.shape.batch * params.shape.tokens() : 0);

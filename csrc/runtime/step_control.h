@@ -22,6 +22,8 @@ struct LoopSpec {
   uintptr_t state = 0, settings = 0;
   uintptr_t increments = 0, signal = 0, cache = 0;  // of a step cache; 0: there is none
   int cache_rows = 0;
+  uintptr_t stages = 0;  // 0: there is one
+  int stage_count = 1;
   int64_t batch = 0, channels = 0, frames = 0, height = 0, width = 0;
   std::vector<int64_t> sizes;
   VelocityType velocity_type = VelocityType::kFloat32;
@@ -77,7 +79,7 @@ class StepControl {
   RunProgress wait(int64_t decided, double seconds) const;
 
   int bucket(int64_t step) const;           // of a step that is decided
-  int branch(int64_t step) const;           // likewise: the bucket, or S + 1 + i to reuse
+  int branch(int64_t step) const;           // likewise, in its stage: bucket, or S + 1 + i to reuse
   std::vector<StepRecord> records() const;  // of the steps decided so far
   uint64_t end_ns() const;
 
@@ -91,8 +93,8 @@ class StepControl {
   const LoopParams& params() const { return params_; }
   const StepKernels& kernels() const { return kernels_; }
 
-  // Graphs that a step chooses among: one per bucket, and one more each where steps may reuse.
-  int branches() const { return (params_.sizes + 1) * (params_.increments == nullptr ? 1 : 2); }
+  // Graphs that a step chooses among.
+  int branches() const { return params_.stage_count * params_.stage_branches(); }
 
  private:
   const StepRow& decided_row(int64_t step) const;

@@ -88,13 +88,14 @@ void check_bucket(const BucketGraph& bucket) {
 
 // A decision without a body would run nothing, and the update would take an old velocity.
 void check_count(size_t buckets, const StepControl& control) {
-  const int sizes = control.params().sizes;
+  const LoopParams& params = control.params();
   const int branches = control.branches();
   if (buckets == static_cast<size_t>(branches)) return;
   throw std::invalid_argument(
       "ddit_rt: a step graph of " + std::to_string(buckets) + " buckets, expected " +
-      std::to_string(branches) + ": the base patch and " + std::to_string(sizes) + " sizes" +
-      (branches > sizes + 1 ? ", and each of them once more without its blocks" : ""));
+      std::to_string(branches) + ": the base patch and " + std::to_string(params.sizes) + " sizes" +
+      (params.increments != nullptr ? ", and each of them once more without its blocks" : "") +
+      (params.stage_count > 1 ? ", in " + std::to_string(params.stage_count) + " stages" : ""));
 }
 
 #if CUDART_VERSION >= 12080

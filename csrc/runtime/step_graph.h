@@ -7,6 +7,9 @@
 //               |- bucket 0 without its blocks, where steps may reuse
 //               |- bucket 1 without its blocks
 //
+// Where steps differ in more than their size, all of these are there once for each stage, stage
+// after stage, and a table says which stage a step belongs to.
+//
 // Where a step cache goes by a signal, the graph that computes it comes before `decide`. A bucket's
 // graph is cloned into its body; its kernels go on using the caller's memory.
 #pragma once

@@ -54,7 +54,9 @@ class AdapterBucket:
             model, context, grid, context.timesteps, runners=runners, stretch=self.multiple
         )
 
-    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
+    def velocity(
+        self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
+    ) -> Tensor:
         """See `Bucket.velocity`."""
         model, context, adapter = self._model, self._context, self._adapter
         tokens = ops.pack(latents.to(model.dtype), self._patch)
@@ -63,7 +65,7 @@ class AdapterBucket:
             return adapter.project_tokens(hidden, _for_all(tokens, hidden))
 
         hidden = embed_adapted(model, adapter, tokens, None)
-        velocity = self._passes(hidden, step, project, reuse=reuse)
+        velocity = self._passes(hidden, step, project, reuse=reuse, guided=guided)
         return ops.unpack(velocity, self._patch, context.height, context.width)
 
     def residuals(self) -> tuple[Tensor, ...]:
@@ -85,7 +87,9 @@ class SnrAdapterBucket(SnrBucket):
         self._adapter = adapter
         self._patch = model.patch_size * self.multiple
 
-    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
+    def velocity(
+        self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
+    ) -> Tensor:
         """See `Bucket.velocity`."""
         model, context, adapter = self._model, self._context, self._adapter
         low, detail = self._reduce(latents, step), context.detail
@@ -101,7 +105,7 @@ class SnrAdapterBucket(SnrBucket):
             return torch.cat((own, correction), dim=-1)
 
         hidden = embed_adapted(model, adapter, tokens, small)
-        both = self._passes(hidden, step, project, reuse=reuse)
+        both = self._passes(hidden, step, project, reuse=reuse, guided=guided)
         own, correction = both[..., : small.shape[-1]], both[..., small.shape[-1] :]
         velocity = self._enlarge(latents, low, own.contiguous(), step)
         correction = ops.unpack(correction.contiguous(), self._patch, context.height, context.width)

@@ -17,6 +17,7 @@ from ddit_rt.buckets.passes import Passes
 from ddit_rt.buckets.replaced import ReplacedBucket, ReplacedSignal
 from ddit_rt.buckets.signal import Signal
 from ddit_rt.buckets.snr import SnrBucket, matched_level
+from ddit_rt.buckets.unguided import UnguidedBucket
 
 __all__ = [
     "Blocks",
@@ -32,6 +33,7 @@ __all__ = [
     "Signal",
     "SnrBucket",
     "StepModel",
+    "UnguidedBucket",
     "at_step",
     "latent_frames",
     "matched_level",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +33,18 @@ class Bucket(Protocol):
     multiple: int
     tokens: int
 
-    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
+    def velocity(
+        self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
+    ) -> Tensor:
         """The model's velocity.
 
         Args:
             latents: z_k, `[B, C, H, W]`, of a video `[B, C, F, H, W]`, float32.
             step: k, `[1]`, int32 or int64, on the latents' device.
             reuse: Whether the latest residual of this bucket stands for its blocks; then a
-                velocity was computed before, under a step cache.
+                velocity was computed before, under a step cache, and guided as this one is.
+            guided: Whether a run with guidance is guided in this step; without, the pass with the
+                prompt is all that runs.
 
         Returns:
             The same shape, in the model's dtype or float32.
@@ -115,11 +119,14 @@ class Detail:
     Attributes:
         estimate: Shape of the latents, float32; zeros until there is one.
         serial: Number of steps at p so far, a tensor, so that no step waits for the host.
+        corrections: What the coarse step of each patch size keeps of it, by multiple; made by the
+            bucket, and one for all models of the run.
     """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self.estimate = torch.zeros(shape, device=device)
         self.serial = torch.zeros(1, dtype=torch.int32, device=device)
+        self.corrections: dict[int, Any] = {}
 
     def update(self, latents: Tensor, velocity: Tensor, sigma: Tensor) -> None:
         """Takes over x0 = z - t v of a step at p."""
@@ -184,10 +191,11 @@ class RunContext:
 class Blocks:
     """The blocks of one bucket, and what they added to the image tokens when they last ran."""
 
-    def __init__(self, model: StepModel, runners: Runners, *, keeps_residual: bool = False) -> None:
+    def __init__(self, model: StepModel, runners: Runners, *, residual_rows: int = 0) -> None:
+        """`residual_rows`: samples that a residual is kept of, 0 for none."""
         self._family = model.family
         self._runners = runners
-        self._keeps_residual = keeps_residual
+        self._residual_rows = residual_rows
         self._residual: Tensor | None = None
 
     def __call__(
@@ -199,15 +207,18 @@ class Blocks:
         *,
         reuse: bool = False,
     ) -> Tensor:
-        """Image tokens `[B, n, d]` through the blocks, or with their latest residual added."""
+        """Image tokens `[B, n, d]` through the blocks, or with their latest residual added.
+
+        A residual may have more rows than B: then these are its first.
+        """
         if reuse:
-            return hidden + self.residual
+            return hidden + self.residual[: len(hidden)]
         after = self._family.run_blocks(self._runners, hidden, text, temb, positions)
-        if self._keeps_residual:
+        if self._residual_rows:
             if self._residual is None:
                 # Only now, so that a run which lends its tables to a captured bucket has none.
-                self._residual = torch.empty_like(after)
-            torch.sub(after, hidden, out=self._residual)
+                self._residual = after.new_zeros(self._residual_rows, *after.shape[1:])
+            torch.sub(after, hidden, out=self._residual[: len(hidden)])
         return after
 
     @property

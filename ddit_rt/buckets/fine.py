@@ -21,12 +21,14 @@ class FineBucket:
         self._context = context
         self._passes = Passes(model, context, grid, context.timesteps)
 
-    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
+    def velocity(
+        self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
+    ) -> Tensor:
         """See `Bucket.velocity`."""
         model, context = self._model, self._context
         tokens = ops.pack(latents.to(model.dtype), model.patch_size)
         hidden = model.family.embed_tokens(model.transformer, tokens)
-        tokens = self._passes(hidden, step, reuse=reuse)
+        tokens = self._passes(hidden, step, reuse=reuse, guided=guided)
         velocity = model.unpack(tokens, context.height, context.width, context.frames)
         if context.detail is not None:
             context.detail.update(latents, velocity, at_step(context.sigmas, step))

@@ -5,10 +5,10 @@ negative prompt, as one batch of two or one after the other, and joins what they
 
     v = v_negative + scale (v_prompt - v_negative)
 
-The scale is a step's own; where it is 1, v is v_prompt, to the bit. Both halves see one latent at
-one patch size, so they are joined as tokens, before anything is enlarged or kept: a guided run
-keeps one clean estimate, not two, and enlarges once. Only the residuals of a step cache are kept
-for every pass.
+The scale is a step's own. Both halves see one latent at one patch size, so they are joined as
+tokens, before anything is enlarged or kept: a guided run keeps one clean estimate, not two, and
+enlarges once. Only the residuals of a step cache are kept for every pass. In a step that is not
+guided the half with the prompt runs by itself, on the same tables, and v is v_prompt.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Passes:
                 blocks=Blocks(
                     model,
                     model.base if runners is None else runners,
-                    keeps_residual=context.keeps_residual,
+                    residual_rows=len(one.text) if context.keeps_residual else 0,
                 ),
                 text=one.text,
                 temb=family.embed_time(transformer, levels, one.conditioning),
@@ -80,8 +80,9 @@ class Passes:
         project: Callable[[Tensor], Tensor] | None = None,
         *,
         reuse: bool = False,
+        guided: bool = True,
     ) -> Tensor:
-        """Embedded image tokens `[B, n, d]` to the guided output `[B, n, ...]`.
+        """Embedded image tokens `[B, n, d]` to the output `[B, n, ...]`.
 
         Args:
             hidden: Image tokens.
@@ -89,11 +90,11 @@ class Passes:
             project: The de-embedding, of `[B, n, d]` or of both halves `[2 B, n, d]`; by default
                 the model's own.
             reuse: See `Bucket.velocity`.
+            guided: See `Bucket.velocity`.
         """
         project = project or self._project
-        if self._scales is None:
-            (one,) = self._passes
-            return project(self._run(one, hidden, step, reuse))
+        if self._scales is None or not guided:
+            return project(self._run(self._passes[0], hidden, step, reuse))
         if len(self._passes) == 1:
             both = torch.cat((hidden, hidden))
             prompt, negative = project(self._run(self._passes[0], both, step, reuse)).chunk(2)
@@ -102,13 +103,13 @@ class Passes:
                 project(self._run(one, hidden, step, reuse)) for one in self._passes
             )
         # Without dimensions, the scale leaves the velocities' dtype as it is, as in diffusers.
-        scale = at_step(self._scales, step)
-        return torch.where(scale == 1, prompt, negative + scale * (prompt - negative))
+        return negative + at_step(self._scales, step) * (prompt - negative)
 
     def _run(self, one: _Prepared, hidden: Tensor, step: Tensor, reuse: bool) -> Tensor:
-        """Image tokens through the blocks and the last modulation."""
-        family, temb = self._model.family, at_step(one.temb, step)
-        hidden = one.blocks(hidden, one.text, temb, one.positions, reuse=reuse)
+        """Image tokens through the blocks and the last modulation; of a pass's first rows."""
+        rows = len(hidden)
+        family, temb = self._model.family, at_step(one.temb, step)[:rows]
+        hidden = one.blocks(hidden, one.text[:rows], temb, one.positions, reuse=reuse)
         return family.modulate_output(self._model.transformer, hidden, temb)
 
     def _project(self, hidden: Tensor) -> Tensor:

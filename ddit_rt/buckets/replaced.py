@@ -30,9 +30,11 @@ class ReplacedBucket:
         self._change = change
         self._sigmas = sigmas
 
-    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
+    def velocity(
+        self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
+    ) -> Tensor:
         """See `Bucket.velocity`."""
-        velocity = self._bucket.velocity(latents + self._change, step, reuse=reuse)
+        velocity = self._bucket.velocity(latents + self._change, step, reuse=reuse, guided=guided)
         velocity = velocity - self._change / at_step(self._sigmas, step)
         self._change.zero_()
         return velocity

@@ -63,14 +63,20 @@ class SnrBucket:
         self._low = (context.height // multiple, context.width // multiple)
         self._scale, self._level = matched_level(context.sigmas, multiple)
         self._passes = Passes(model, context, grid, self._level, runners=runners)
-        self._correction = None if context.detail is None else _Correction(context.detail, multiple)
+        self._correction: _Correction | None = None
+        if (detail := context.detail) is not None:
+            if multiple not in detail.corrections:
+                detail.corrections[multiple] = _Correction(detail, multiple)
+            self._correction = detail.corrections[multiple]
 
-    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
+    def velocity(
+        self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
+    ) -> Tensor:
         """See `Bucket.velocity`."""
         model, low = self._model, self._reduce(latents, step)
         tokens = ops.pack(low.to(model.dtype), model.patch_size)
         hidden = model.family.embed_tokens(model.transformer, tokens)
-        tokens = self._passes(hidden, step, reuse=reuse)
+        tokens = self._passes(hidden, step, reuse=reuse, guided=guided)
         return self._enlarge(latents, low, tokens, step)
 
     def _reduce(self, latents: Tensor, step: Tensor) -> Tensor:

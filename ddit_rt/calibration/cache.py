@@ -94,7 +94,7 @@ def watch(plan: RunPlan, latents: Tensor) -> StepChanges:
         plan: Of `Engine.measuring_plan`.
         latents: z_0.
     """
-    bucket, cache = plan.buckets[0], plan.cache
+    bucket, cache = plan.buckets[0][0], plan.cache
     assert bucket is not None, "a fine plan"
     assert cache is not None, "a plan that keeps residuals"
     history, velocities, residuals = [latents], list[Tensor](), list[tuple[Tensor, ...]]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -49,7 +50,11 @@ class RunPlan:
     """Everything that a run needs, fixed before its first step.
 
     Attributes:
-        buckets: Bucket i of the policy table, for every i it can reach; None for the others.
+        buckets: Per stage bucket i of the policy table, for every i it can reach; None for the
+            others.
+        stages: Stage of every step: stages differ in how a step runs the model, with or without
+            guidance, or with which expert, and are known before the run.
+        stage_names: What sets each stage apart; empty for the usual one.
         offered: Patch sizes of the buckets, as multiples of p.
         policy: The patch policy as a table.
         solver: The solver as a table.
@@ -62,7 +67,9 @@ class RunPlan:
         notes: Carried into the trace.
     """
 
-    buckets: Sequence[Bucket | None]
+    buckets: Sequence[Sequence[Bucket | None]]
+    stages: tuple[int, ...]
+    stage_names: tuple[str, ...]
     offered: tuple[int, ...]
     policy: PolicyTable
     solver: SolverTable
@@ -72,6 +79,20 @@ class RunPlan:
     weights: tuple[int, ...] = ()
     cache: CachePlan | None = None
     notes: tuple[str, ...] = ()
+
+    def stage_notes(self) -> tuple[str, ...]:
+        """For the trace: which steps run the model in another than the usual way."""
+        runs = [
+            (name, [step for step, _ in steps])
+            for name, steps in itertools.groupby(
+                enumerate(self.stages), key=lambda entry: self.stage_names[entry[1]]
+            )
+        ]
+        return tuple(f"steps {steps[0]} to {steps[-1]}: {name}" for name, steps in runs if name)
+
+    def tokens(self) -> dict[int, int]:
+        """Image tokens of a step by bucket, of those that the table can reach."""
+        return {i: bucket.tokens for i, bucket in enumerate(self.buckets[0]) if bucket}
 
 
 class Executor(Protocol):

@@ -46,12 +46,14 @@ class LoopBuffers:
         self._past_velocities = floats(self._depth - 1, *shape)
         self._coefficients = floats(plan.capacity, _TERMS)
         self._forced = integers(plan.capacity)
+        # Sizes of 0, which have no address, stand for a loop of one stage, or without a step cache.
+        self._stage_count = len(plan.buckets)
+        self._stages = integers(plan.capacity if self._stage_count > 1 else 0)
         self._thresholds = floats(plan.capacity, coarse)
         self._moments = floats(moments)
         self._keys = integers(keys)
         self._scores = floats(shape[0], coarse)
         self._state = integers(runtime.STATE_WORDS)
-        # Sizes of 0, which have no address, stand for a loop without a step cache.
         self._cache_rows = 0 if plan.cache is None else plan.cache.rows
         self._increments = floats(0 if plan.cache is None else plan.capacity)
         self._cache = floats(self._cache_rows and runtime.CACHE_HEADER + self._cache_rows)
@@ -77,6 +79,7 @@ class LoopBuffers:
             "increments": self._increments,
             "signal": self.signal,
             "cache": self._cache,
+            "stages": self._stages,
         }
         return runtime.StepControl(
             {name: tensor.data_ptr() for name, tensor in tensors.items()},
@@ -88,6 +91,7 @@ class LoopBuffers:
             device=device.index or 0,
             owner=self,
             cache_rows=self._cache_rows,
+            stages=self._stage_count,
         )
 
     def load(self, plan: RunPlan, latents: Tensor) -> None:
@@ -100,6 +104,8 @@ class LoopBuffers:
             (self._forced, forced),
             (self._thresholds, thresholds),
         ]
+        if self._stage_count > 1:
+            tables.append((self._stages, torch.tensor(plan.stages, dtype=torch.int32)))
         if plan.cache is not None:
             table = plan.cache.table
             terms = [_word(value) for value in table.coefficients]

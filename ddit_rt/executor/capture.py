@@ -1,4 +1,4 @@
-"""One shape, captured: a graph per bucket, and the graphs that switch among them.
+"""One shape, captured: a graph per bucket of a stage, and the graphs that switch among them.
 
 A captured graph reads and writes fixed addresses. So the first plan of a shape lends its buckets,
 whose tensors stay; every later plan of that shape is copied into them.
@@ -28,7 +28,7 @@ class CaptureReport:
     Attributes:
         latents: Latent shape `[B, C, H, W]`.
         text_tokens: Text tokens per sample.
-        buckets: Patch sizes that are captured.
+        buckets: Patch sizes that are captured, in each stage.
         nodes: Graph nodes of each.
         capture_ms: Warm-up and capture of the buckets.
         instantiate_ms: Building and instantiating the graphs that switch.
@@ -61,9 +61,12 @@ class CapturedLoop:
         self._shared = plan.shared
         sizes = [patch_name(multiple) for multiple in plan.offered]
         reused = [] if plan.cache is None else [f"{size} reused" for size in sizes]
-        self._names = [*sizes, *reused]
+        self._names = [
+            f"{name} {stage}".rstrip() for stage in plan.stage_names for name in (*sizes, *reused)
+        ]
         self._sizes = len(sizes)
-        self._held: dict[int, Bucket] = {}
+        self._stage_branches = len(sizes) + len(reused)
+        self._held: dict[tuple[int, int], Bucket] = {}
         self._captured: dict[int, Graph] = {}
         self._signal: Graph | None = None
         self._held_signal: Signal | None = None
@@ -90,8 +93,8 @@ class CapturedLoop:
                 # From here on both are one: a callback that changes the prompt, and a bucket that
                 # is captured only now, must meet the memory that the graphs read.
                 fresh.set_(held.untyped_storage(), held.storage_offset(), held.shape, held.stride())
-        for index, bucket in self._held.items():
-            fresh_bucket = plan.buckets[index]
+        for (stage, index), bucket in self._held.items():
+            fresh_bucket = plan.buckets[stage][index]
             if fresh_bucket is not None:
                 _copy(fresh_bucket.tensors(), bucket.tensors())
         signal = None if plan.cache is None else plan.cache.signal
@@ -101,14 +104,19 @@ class CapturedLoop:
         if plan.cache is not None:
             # Behind the buckets themselves: what they reuse, the buckets have to make first.
             reachable += [index + self._sizes for index in reachable]
-        missing = [index for index in reachable if index not in self._captured]
+        missing = [
+            stage * self._stage_branches + index
+            for stage in range(len(plan.buckets))
+            for index in reachable
+            if stage * self._stage_branches + index not in self._captured
+        ]
         if missing or (signal is not None and self._signal is None):
             self._capture(plan, missing)
         self.buffers.load(plan, latents)
 
-    def graph(self, branch: int) -> Graph:
-        """The graph of a branch: bucket i, or behind all of them bucket i without its blocks."""
-        return self._captured[branch]
+    def graph(self, stage: int, branch: int) -> Graph:
+        """A stage's graph of a branch: bucket i, or behind them bucket i without its blocks."""
+        return self._captured[stage * self._stage_branches + branch]
 
     def measure(self) -> None:
         """Runs the graph that makes the step cache's signal, if there is one."""
@@ -149,14 +157,15 @@ class CapturedLoop:
         self.buffers.step.zero_()  # a run that was cancelled at once left -1, which is no row
         nodes = {}
         for index in indices:
-            reuse, place = divmod(index, self._sizes)
-            bucket = self._held.get(place) or plan.buckets[place]
+            stage, branch = divmod(index, self._stage_branches)
+            reuse, size = divmod(branch, self._sizes)
+            bucket = self._held.get((stage, size)) or plan.buckets[stage][size]
             assert bucket is not None, "the policy table can reach a bucket that was not planned"
             state = (*self._shared, *bucket.tensors())
             copies = [tensor.clone() for tensor in state]
             graph = self._graphs.capture(self._names[index], self._body(bucket, bool(reuse)))
             _copy(copies, state)
-            self._held[place], self._captured[index] = bucket, graph
+            self._held[stage, size], self._captured[index] = bucket, graph
             nodes[self._names[index]] = self._count(graph)
         signal = None if plan.cache is None else plan.cache.signal
         if signal is not None and self._signal is None:

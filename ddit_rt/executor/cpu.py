@@ -70,7 +70,7 @@ class CpuExecutor:
             seconds=seconds,
             policy=plan.policy,
             offered=plan.offered,
-            tokens={i: bucket.tokens for i, bucket in enumerate(plan.buckets) if bucket},
+            tokens=plan.tokens(),
             sigmas=plan.solver.sigmas,
             executor=self.name,
             solver=plan.solver.source,
@@ -84,7 +84,7 @@ class CpuExecutor:
 def _run_step(plan: RunPlan, state: _RunState, step: int, mark: Ranges) -> None:
     with mark("decide"):
         reuse, index = divmod(state.decide(step), len(plan.offered))
-    bucket = plan.buckets[index]
+    bucket = plan.buckets[plan.stages[step]][index]
     assert bucket is not None, "the policy table chose a bucket that it cannot reach"
     with mark(f"{'reuse' if reuse else 'model'}/{patch_name(plan.offered[index])}"):
         velocity = bucket.velocity(state.latents(step), state.index(step), reuse=bool(reuse))

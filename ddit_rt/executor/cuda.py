@@ -93,6 +93,7 @@ class CudaExecutor:
             plan.offered,
             plan.capacity,
             plan.solver.velocity_depth,
+            plan.stage_names,
             tensors,
             plan.weights,
             plan.cache is not None,
@@ -153,7 +154,7 @@ class CudaExecutor:
             seconds=[(end - start) * 1e-9 for start, end in itertools.pairwise(times)],
             policy=plan.policy,
             offered=plan.offered,
-            tokens={i: bucket.tokens for i, bucket in enumerate(plan.buckets) if bucket},
+            tokens=plan.tokens(),
             sigmas=plan.solver.sigmas,
             executor=f"cuda-{form}",
             solver=plan.solver.source,
@@ -234,7 +235,7 @@ class _Run:
                 reuse, bucket = divmod(branch, len(self._plan.offered))
                 patch = patch_name(self._plan.offered[bucket])
                 with mark(f"{'reuse' if reuse else 'model'}/{patch}"):
-                    self._loop.graph(branch).replay()
+                    self._loop.graph(self._plan.stages[step], branch).replay()
                 with mark("solver"):
                     control.update(self._stream)
             self._after(step)

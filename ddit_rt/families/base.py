@@ -129,7 +129,7 @@ class Guidance:
     Attributes:
         prompt: Conditioning of the pass with the prompt.
         negative: The same tensors for the pass with the negative prompt.
-        scale: `[]`, float32, on the model's device; not 1, which is no guidance.
+        scale: `[]`, or `[E]` with one for each expert, float32, on the model's device.
     """
 
     prompt: Mapping[str, Tensor]
@@ -175,6 +175,24 @@ class Family(ABC):
             pipeline: A pipeline of one of `pipeline_classes`, or None for a bare transformer.
         """
         del transformer, pipeline
+
+    def experts(self, pipeline: Any) -> tuple[nn.Module, ...]:
+        """Models of a pipeline that take over from its `transformer` in later steps, in order.
+
+        They have its class and shapes.
+        """
+        del pipeline
+        return ()
+
+    def expert_steps(self, pipeline: Any, scheduler: Any) -> tuple[int, ...]:
+        """Which model each step runs: 0 is the pipeline's `transformer`, then its experts.
+
+        Args:
+            pipeline: A pipeline of one of `pipeline_classes`, or None for a bare transformer.
+            scheduler: The run's, its timesteps set.
+        """
+        del pipeline
+        return (0,) * len(scheduler.timesteps)
 
     @abstractmethod
     def base_patch_size(self, transformer: nn.Module) -> int:

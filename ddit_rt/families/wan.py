@@ -1,9 +1,13 @@
-"""Wan 2.1 text-to-video (1.3B, 14B): `WanTransformer3DModel` behind `WanPipeline`.
+"""Wan text-to-video (2.1 1.3B and 14B, 2.2 A14B): `WanTransformer3DModel` behind `WanPipeline`.
 
 Latents are `[B, 16, F, H/8, W/8]` for 4F - 3 frames, and a token is 2 x 2 latent pixels of one
 frame, so a coarse patch is 4 x 4 or 8 x 8 pixels of one frame. Rotary positions count frames, rows
 and columns; text enters by cross-attention, which no patch size touches. The modulation input of a
 step is seven rows of d: six for the blocks, one for the output norm.
+
+Wan 2.2 A14B has two models of one shape: `transformer` takes the steps whose timestep is at least
+`boundary_ratio` of the whole range, and `transformer_2` those after it, with a guidance scale of
+its own.
 """
 
 from __future__ import annotations
@@ -37,15 +41,17 @@ from ddit_rt.families.wan_calls import (
     encode_prompts,
     finish,
     latent_size,
+    second_scale,
 )
 from ddit_rt.families.wan_positions import rotary_tables
+from ddit_rt.families.wan_variants import refused_parts
 
 _PATCH = (1, 2, 2)
 _BLOCK_ROWS = 6
 
 
 class WanFamily(Family):
-    """Wan text-to-video with one transformer."""
+    """Wan text-to-video, with one transformer or two experts."""
 
     name: ClassVar[str] = "wan"
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
@@ -66,31 +72,24 @@ class WanFamily(Family):
     }
 
     def check_model(self, transformer: Any, pipeline: Any) -> None:
-        """Text-to-video with one transformer; other variants are refused by name."""
-        config, refused = transformer.config, []
-        if tuple(config.patch_size) != _PATCH:
-            refused.append(f"patch_size={tuple(config.patch_size)} (expected {_PATCH})")
-        if config.image_dim is not None or config.added_kv_proj_dim is not None:
-            refused.append("image conditioning (image_dim, added_kv_proj_dim)")
-        if config.in_channels != (config.out_channels or config.in_channels):
-            refused.append(
-                f"in_channels={config.in_channels} with out_channels={config.out_channels} "
-                "(image-to-video or control latents)"
-            )
-        if pipeline is not None and (
-            pipeline.transformer_2 is not None or pipeline.config.boundary_ratio is not None
-        ):
-            refused.append(
-                "two experts (transformer_2 and boundary_ratio of Wan 2.2 A14B: a bucket holds the "
-                "weights of one model, and a step chooses a patch size only)"
-            )
-        if pipeline is not None and pipeline.config.expand_timesteps:
-            refused.append("a timestep per token (expand_timesteps of Wan 2.2 TI2V 5B)")
+        """Text-to-video; other variants are refused by name."""
+        refused = refused_parts(transformer, pipeline, _PATCH)
         if refused:
             raise UnsupportedModelError(
                 f"this Wan model has {'; '.join(refused)}, which this version does not run; it "
-                "runs text-to-video with one transformer (Wan 2.1 T2V 1.3B and 14B)"
+                "runs text-to-video (Wan 2.1 T2V 1.3B and 14B, Wan 2.2 T2V A14B)"
             )
+
+    def experts(self, pipeline: Any) -> tuple[nn.Module, ...]:
+        """`transformer_2`, where the pipeline uses it."""
+        return () if pipeline.config.boundary_ratio is None else (pipeline.transformer_2,)
+
+    def expert_steps(self, pipeline: Any, scheduler: Any) -> tuple[int, ...]:
+        """See `Family.expert_steps`; split as `WanPipeline.__call__` does."""
+        if pipeline is None or pipeline.config.boundary_ratio is None:
+            return super().expert_steps(pipeline, scheduler)
+        boundary = pipeline.config.boundary_ratio * scheduler.config.num_train_timesteps
+        return tuple(int(timestep < boundary) for timestep in scheduler.timesteps.tolist())
 
     def base_patch_size(self, transformer: Any) -> int:
         """2, in one frame."""
@@ -143,10 +142,10 @@ class WanFamily(Family):
             )
         if negative is not None:
             check_shape(NEGATIVE, negative, shape)
-            if not isinstance(scale, Tensor) or scale.ndim:
+            if not isinstance(scale, Tensor) or scale.ndim > 1:
                 raise ValueError(
                     f"got guidance_scale={scale!r}; expected a tensor without dimensions, such as "
-                    "torch.tensor(5.0)"
+                    "torch.tensor(5.0), or `[2]` with one for each expert"
                 )
 
     def guidance(self, conditioning: Mapping[str, Tensor]) -> Guidance | None:
@@ -272,7 +271,7 @@ class WanFamily(Family):
             pipeline, call["height"], call["width"], batch, call["num_frames"]
         )
         pipeline._guidance_scale = call["guidance_scale"]
-        pipeline._guidance_scale_2 = None
+        pipeline._guidance_scale_2 = second_scale(pipeline, call)
         pipeline._attention_kwargs = None
         pipeline._current_timestep = None
         pipeline._interrupt = False

@@ -68,6 +68,14 @@ def checked_batch(pipeline: Any, call: Mapping[str, Any]) -> int:
     return batch_of(call, "num_videos_per_prompt")
 
 
+def second_scale(pipeline: Any, call: Mapping[str, Any]) -> float | None:
+    """Guidance scale of the second expert, by default the first's; None where there is none."""
+    if pipeline.config.boundary_ratio is None:
+        return None
+    second = call["guidance_scale_2"]
+    return float(call["guidance_scale"] if second is None else second)
+
+
 def encode_prompts(
     pipeline: Any, call: Mapping[str, Any], batch: int, device: torch.device
 ) -> dict[str, Tensor]:
@@ -96,7 +104,9 @@ def encode_prompts(
     conditioning = {"encoder_hidden_states": repeated(embeds)}
     if guided:
         conditioning[NEGATIVE] = repeated(negative)
-        conditioning["guidance_scale"] = torch.tensor(float(call["guidance_scale"]), device=device)
+        scale, second = float(call["guidance_scale"]), second_scale(pipeline, call)
+        scales = scale if second is None else [scale, second]
+        conditioning["guidance_scale"] = torch.tensor(scales, device=device)
     return conditioning
 
 

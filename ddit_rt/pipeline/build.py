@@ -217,11 +217,14 @@ def _engine(
     """Binds runners to the model's weights and puts the parts together."""
     make = _runner_maker(artifact)
     types = family.block_types(transformer)
+    experts = () if pipeline is None else family.experts(pipeline)
     total = sum(len(block_type.blocks(transformer)) for block_type in types)
-    total *= 1 + sum(bool(adapter.lora) for adapter in adapters.adapters.values())
+    total *= 1 + len(experts) + sum(bool(one.lora) for one in adapters.adapters.values())
     with _progress_bar(progress, "load") as report:
         counter = _Counter(report, total)
-        base = _runners(types, transformer, make, None, counter)
+        base, *others = (
+            _runners(types, model, make, None, counter) for model in (transformer, *experts)
+        )
         adapted = {
             multiple: _runners(types, transformer, make, adapter, counter) if adapter.lora else base
             for multiple, adapter in adapters.adapters.items()
@@ -232,6 +235,10 @@ def _engine(
         ranges=artifact.manifest.ranges,
         adapters=adapters,
         adapter_runners=adapted,
+        experts=tuple(
+            StepModel(family=family, transformer=model, base=runners)
+            for model, runners in zip(experts, others, strict=True)
+        ),
     )
     return Engine(compiled, artifact, pipeline, executor)
 

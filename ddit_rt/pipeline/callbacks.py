@@ -12,7 +12,7 @@ from torch import Tensor
 from ddit_rt.buckets import ReplacedBucket, ReplacedSignal
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.executor import ProgressCallback, RunPlan, StepCallback
-from ddit_rt.pipeline.planning import RunPrompt
+from ddit_rt.pipeline.prompt import RunPrompt
 from ddit_rt.solver import Replacement
 
 _EMBEDS = {
@@ -37,7 +37,7 @@ def pipeline_callback(
     names = arguments.get("callback_on_step_end_tensor_inputs", ["latents"])
     if user is None or not names:
         return None
-    family = prompt.model.family
+    family = prompt.models[0].family
     conditioning = dict(prompt.conditioning)
 
     def callback(step: int, latents: Tensor) -> Tensor | None:
@@ -96,7 +96,10 @@ def follow_replaced(
     levels = torch.ones(plan.capacity)
     levels[: plan.policy.steps] = torch.tensor(solver.sigmas[:-1])
     levels = levels.to(latents.device, non_blocking=True)
-    buckets = [bucket and ReplacedBucket(bucket, change, levels) for bucket in plan.buckets]
+    buckets = [
+        [bucket and ReplacedBucket(bucket, change, levels) for bucket in stage]
+        for stage in plan.buckets
+    ]
     cache = plan.cache
     if cache is not None and cache.signal is not None:
         cache = replace(cache, signal=ReplacedSignal(cache.signal, change))

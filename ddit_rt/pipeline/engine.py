@@ -22,8 +22,9 @@ from ddit_rt.pipeline.guidance import WHOLE_RUN
 from ddit_rt.pipeline.inputs import check_executor
 from ddit_rt.pipeline.loop import Loop
 from ddit_rt.pipeline.lora import FusedLora
-from ddit_rt.pipeline.planning import CompiledModel, RunPrompt
+from ddit_rt.pipeline.planning import CompiledModel
 from ddit_rt.pipeline.presets import PolicyChoice, ResolvedPolicy, requested_steps
+from ddit_rt.pipeline.prompt import RunPrompt
 from ddit_rt.pipeline.requests import Planner, check_latents
 from ddit_rt.step_cache import StepCache, TeaCache
 
@@ -123,8 +124,7 @@ class Engine:
                 `"fast"`) or a speed between 0 and 1, which may run fewer steps. By default the
                 artifact's policy.
             guidance_interval: `start` and `stop` of diffusers' guiders: classifier-free guidance
-                acts in this part of the steps, and elsewhere the prompt's velocity is taken as it
-                is. Steps outside it cost as much as those inside.
+                acts in this part of the steps; elsewhere the pass with the prompt is all that runs.
             step_cache: Which steps reuse instead of compute, `TeaCache(0.4)`, and `NoCache()` for
                 none; by default what the plan was calibrated with where `patch_policy` names one,
                 else the artifact's.
@@ -321,6 +321,7 @@ class Engine:
             batched_guidance=self.batched_guidance,
             guidance_interval=guidance_interval,
             step_cache=step_cache,
+            experts=self._compiled.steps.family.expert_steps(self.pipeline, scheduler),
         )
 
     def _run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ WHOLE_RUN = (0.0, 1.0)
 """The interval of a run that is guided from its first step to its last."""
 
 
-def scales_of(
+def guided_steps(
     guidance: Guidance | None, interval: tuple[float, float], steps: int
-) -> Tensor | None:
-    """Guidance scale of every step, `[N]`, float32; 1, which is no guidance, outside the interval.
+) -> tuple[bool, ...]:
+    """Which steps are guided where the run is; all of a run without guidance.
 
     Args:
         guidance: The run's; None for a run without.
@@ -34,17 +34,37 @@ def scales_of(
             f"got guidance_interval={interval}; expected (start, stop), shares of the steps with "
             "0 <= start <= stop <= 1"
         )
+    if guidance is None and (start, stop) != WHOLE_RUN:
+        raise ValueError(
+            f"got guidance_interval={interval} for a run without classifier-free guidance; ask "
+            "for it (`guidance_scale` > 1 for Wan; `true_cfg_scale` > 1 and a negative prompt "
+            "for FLUX), or leave the interval out"
+        )
+    return tuple(int(start * steps) <= step < int(stop * steps) for step in range(steps))
+
+
+def scales_of(guidance: Guidance | None, experts: Sequence[int], count: int) -> Tensor | None:
+    """Guidance scale of every step, `[N]`, float32; None without guidance.
+
+    Args:
+        guidance: The run's.
+        experts: Expert of every step, `[N]`.
+        count: Experts that there are.
+
+    Raises:
+        ShapeError: Another number of scales.
+    """
     if guidance is None:
-        if (start, stop) != WHOLE_RUN:
-            raise ValueError(
-                f"got guidance_interval={interval} for a run without classifier-free guidance; ask "
-                "for it (`guidance_scale` > 1 for Wan; `true_cfg_scale` > 1 and a negative prompt "
-                "for FLUX), or leave the interval out"
-            )
         return None
-    index = torch.arange(steps, device=guidance.scale.device)
-    guided = (index >= int(start * steps)) & (index < int(stop * steps))
-    return torch.where(guided, guidance.scale, 1.0)
+    scales = guidance.scale
+    if scales.ndim == 1 and len(scales) != count:
+        raise ShapeError(
+            f"got {len(scales)} guidance scales for {count} model(s); give one for all, without "
+            "dimensions, or one for each"
+        )
+    scales = scales.expand(count)
+    index = torch.tensor(experts).to(scales.device, non_blocking=True)
+    return scales.index_select(0, index)
 
 
 def passes_of(

@@ -51,13 +51,15 @@ class ModelMemory:
     """Memory of a model with its artifact; activations are not counted.
 
     Attributes:
-        weights_bytes: The transformer's weights: one copy, whatever the number of patch sizes.
+        weights_bytes: The weights of the transformer, and of its experts: one copy, whatever the
+            number of patch sizes.
         height: Picture height that all else was counted at.
         width: Picture width of the same.
         num_frames: Frames of the same; None for a picture.
         text_tokens: Text tokens of the same.
         steps: Denoising steps of the same.
         passes: Passes of the model in a step of the same: 2 with classifier-free guidance.
+        experts: Models that take turns in a run, each with tables and text of its own.
         solver: Class name of the pipeline's scheduler.
         latent_bytes: One sample's latents in float32.
         history_bytes: The latest latents.
@@ -74,6 +76,7 @@ class ModelMemory:
     text_tokens: int
     steps: int
     passes: int
+    experts: int
     solver: str
     latent_bytes: int
     history_bytes: int
@@ -92,6 +95,7 @@ class _Run:
     text_tokens: int
     steps: int
     passes: int
+    experts: int
 
     @property
     def latent_bytes(self) -> int:
@@ -116,6 +120,7 @@ def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS, **size: in
     """
     manifest, transformer = artifact.manifest, pipeline.transformer
     family = family_of(transformer)
+    models = (transformer, *family.experts(pipeline))
     height, width, frames = _size(family, pipeline, {**manifest.pipeline_defaults, **size})
     run = _Run(
         model=StepModel(family=family, transformer=transformer, base={}),
@@ -123,18 +128,21 @@ def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS, **size: in
         text_tokens=manifest.ranges.text[1],
         steps=steps,
         passes=2 if family.guided_by_default else 1,
+        experts=len(models),
     )
     offered = [entry for entry in manifest.buckets if _divides(run, parse_patch(entry.patch))]
     coarse = len(offered) > 1
     text = run.passes * run.text_tokens * family.hidden_size(transformer) * run.itemsize
+    text *= run.experts
     return ModelMemory(
-        weights_bytes=_module_bytes(transformer),
+        weights_bytes=sum(map(_module_bytes, models)),
         height=height,
         width=width,
         num_frames=frames,
         text_tokens=run.text_tokens,
         steps=steps,
         passes=run.passes,
+        experts=run.experts,
         solver=type(pipeline.scheduler).__name__,
         latent_bytes=run.latent_bytes,
         history_bytes=_HISTORY * run.latent_bytes,
@@ -174,12 +182,12 @@ def _bucket_memory(run: _Run, entry: BucketEntry) -> BucketMemory:
     grid = model.grid(height, width, multiple, latent_frames(run.shape))
     positions = model.family.positions(model.transformer, grid, run.text_tokens)
     width = math.prod(model.family.modulation_shape(model.transformer))
-    modulation = run.steps * run.passes * width * run.itemsize
+    modulation = run.experts * run.steps * run.passes * width * run.itemsize
     correction = 0
     if multiple > 1:
         modulation += 2 * run.steps * _FLOAT
         correction = run.latent_bytes // multiple**2
-    positions_bytes = sum(_tensor_bytes(tensor) for tensor in positions)
+    positions_bytes = run.experts * sum(_tensor_bytes(tensor) for tensor in positions)
     hidden = model.family.hidden_size(model.transformer)
     return BucketMemory(
         patch=entry.patch,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,19 +14,21 @@ from ddit_rt.buckets import (
     Bucket,
     Detail,
     FineBucket,
-    Pass,
     RunContext,
     Runners,
     Signal,
     SnrBucket,
     StepModel,
+    UnguidedBucket,
     latent_frames,
 )
-from ddit_rt.errors import ShapeError
+from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.executor import CachePlan, RunPlan
 from ddit_rt.patch_scheduler import PatchPolicy, PolicyTable, Schedule, patch_name
 from ddit_rt.pipeline.caching import resolve_cache
-from ddit_rt.pipeline.guidance import WHOLE_RUN, passes_of, scales_of
+from ddit_rt.pipeline.guidance import WHOLE_RUN, guided_steps, scales_of
+from ddit_rt.pipeline.prompt import RunPrompt
+from ddit_rt.pipeline.stages import Stage, computed_at_changes, fine_at_switches, stages_of
 from ddit_rt.solver import SolverTable
 from ddit_rt.step_cache import CacheFit, NoCache, ResolvedCache, StepCache
 
@@ -45,6 +47,7 @@ class CompiledModel:
         ranges: Batch sizes and token counts that the compiled blocks accept.
         adapters: Trained adapters; a coarse size without one runs training-free.
         adapter_runners: Blocks with LoRA, by multiple, for every adapter.
+        experts: Models of the same class and size that take over in later steps; in order.
     """
 
     steps: StepModel
@@ -52,6 +55,12 @@ class CompiledModel:
     ranges: TokenRanges
     adapters: AdapterSet = field(default_factory=AdapterSet)
     adapter_runners: Mapping[int, Runners] = field(default_factory=dict)
+    experts: tuple[StepModel, ...] = ()
+
+    @property
+    def models(self) -> tuple[StepModel, ...]:
+        """All of them."""
+        return (self.steps, *self.experts)
 
     def offered(
         self, height: int, width: int, frames: int = 0
@@ -85,7 +94,8 @@ class CompiledModel:
     def rebind(self) -> bool:
         """Binds runners again whose weights the model has moved; whether there were any."""
         moved = False
-        for runners in (self.steps.base, *self.adapter_runners.values()):
+        bases = (model.base for model in self.models)
+        for runners in (*bases, *self.adapter_runners.values()):
             for blocks in runners.values():
                 for runner in blocks:
                     if runner.stale():
@@ -118,6 +128,7 @@ def plan_run(
     guidance_interval: tuple[float, float] = WHOLE_RUN,
     step_cache: StepCache = _NO_CACHE,
     fits: Sequence[CacheFit] = (),
+    experts: Sequence[int] = (),
 ) -> tuple[RunPlan, RunPrompt]:
     """Resolves the policy for this shape and schedule and builds the buckets it can reach.
 
@@ -132,6 +143,7 @@ def plan_run(
         guidance_interval: Where the run is guided, as shares of its steps.
         step_cache: Which steps reuse instead of compute.
         fits: Fits of step caches for this model, beside published ones.
+        experts: Which of the models each step runs, `[N]`; by default the first.
 
     Returns:
         The plan, and the prompt in it, which a callback may change.
@@ -140,28 +152,34 @@ def plan_run(
         ShapeError: The shape, or a size that the policy forces, cannot be run.
         ValueError: The policy cannot judge the steps of this solver, the interval is none, or the
             step cache has no fit for this model.
+        UnsupportedModelError: A step cache for several experts.
     """
     height, width, frames = *shape[-2:], latent_frames(shape)
-    model = compiled.steps
+    model, experts = compiled.steps, experts or (0,) * len(timesteps)
     on_cuda = model.device.type == "cuda"
     offered, notes = compiled.offered(height, width, frames)
     table = policy.resolve(Schedule(sigmas=solver.sigmas, offered=offered))
     _refuse_scores_of_repeated_levels(table, solver, policy)
-    cache = resolve_cache(step_cache, model, timesteps, fits)
+    table = fine_at_switches(table, experts)
     guidance = model.family.guidance(conditioning)
-    passes = tuple(
-        Pass.of(model, one) for one in passes_of(conditioning, guidance, batched_guidance)
-    )
-    for one in passes:
+    stages, stage_of = stages_of(experts, guided_steps(guidance, guidance_interval, table.steps))
+    cache = None
+    if not isinstance(step_cache, NoCache):
+        _refuse_cache_of_experts(compiled, step_cache)
+        cache = resolve_cache(step_cache, model, timesteps, fits)
+    if cache is not None:
+        cache = computed_at_changes(cache, stage_of)
+    prompt = RunPrompt.of(compiled.models, conditioning, batched=batched_guidance)
+    for one in prompt.passes[0]:
         compiled.check_sizes(len(one.text), one.text.shape[1])
     # One capture serves many step counts, and policies of any order of sizes.
     capacity = -(-table.steps // _CAPACITY) * _CAPACITY if on_cuda else table.steps
     keeps_detail = _keeps_detail(compiled, offered) and (on_cuda or table.coarse_after_fine())
-    scales = scales_of(guidance, guidance_interval, table.steps)
+    scales = scales_of(guidance, experts, len(compiled.models))
     if scales is not None:
         scales = _table(scales, capacity, model.device)
     context = RunContext(
-        passes=passes,
+        passes=prompt.passes[0],
         height=height,
         width=width,
         frames=frames,
@@ -171,47 +189,29 @@ def plan_run(
         scales=scales,
         keeps_residual=cache is not None,
     )
-    reachable = table.reachable()
-    buckets = [
-        _bucket(compiled, context, multiple) if index in reachable else None
-        for index, multiple in enumerate(offered)
+    contexts = [replace(context, passes=passes) for passes in prompt.passes]
+    own = [
+        [
+            _bucket(compiled, one, own_context, multiple) if index in table.reachable() else None
+            for index, multiple in enumerate(offered)
+        ]
+        for one, own_context in zip(compiled.models, contexts, strict=True)
     ]
     plan = RunPlan(
-        buckets=buckets,
+        buckets=[_stage_buckets(own[stage.expert], stage) for stage in stages],
+        stages=stage_of,
+        stage_names=tuple(stage.name for stage in stages),
         offered=offered,
         policy=table,
         solver=solver,
         patch_size=model.patch_size,
         capacity=capacity,
-        shared=context.tensors(),
-        weights=_unwatched_weights(model) if on_cuda else (),
+        shared=_distinct(tensor for one in contexts for tensor in one.tensors()),
+        weights=_unwatched_weights(compiled.models) if on_cuda else (),
         cache=_cache_plan(cache, model, context),
         notes=notes,
     )
-    return plan, RunPrompt(model=model, conditioning=conditioning, passes=passes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPrompt:
-    """The prompt of a run, where its buckets read it.
-
-    Attributes:
-        model: The model.
-        conditioning: As `plan_run` was given it.
-        passes: Of the model, in a step.
-    """
-
-    model: StepModel
-    conditioning: Mapping[str, Tensor]
-    passes: tuple[Pass, ...]
-
-    def rewrite(self, changes: Mapping[str, Tensor]) -> None:
-        """Gives the steps to come other conditioning tensors, by name; only the text may change."""
-        conditioning = {**self.conditioning, **changes}
-        guidance, batched = self.model.family.guidance(conditioning), len(self.passes) == 1
-        passes = passes_of(conditioning, guidance, batched)
-        for one, changed in zip(self.passes, passes, strict=True):
-            one.text.copy_(Pass.of(self.model, changed).text)
+    return plan, prompt
 
 
 def _refuse_scores_of_repeated_levels(
@@ -224,6 +224,15 @@ def _refuse_scores_of_repeated_levels(
             f"{solver.source} visits each noise level twice, and {type(policy).__name__} compares "
             "the latents of successive levels; pass patch_policy=FinePolicy() or a StaticPolicy, "
             "or use another scheduler"
+        )
+
+
+def _refuse_cache_of_experts(compiled: CompiledModel, step_cache: StepCache) -> None:
+    """What is fitted for one model says nothing of a run that changes models."""
+    if compiled.experts:
+        raise UnsupportedModelError(
+            f"got {type(step_cache).__name__} for a pipeline of {len(compiled.models)} experts; "
+            "fits of step caches are for one model. Leave step_cache out"
         )
 
 
@@ -242,28 +251,38 @@ def _table(values: Tensor, rows: int, device: torch.device) -> Tensor:
     return padded.to(device, torch.float32, non_blocking=True)
 
 
-def _unwatched_weights(model: StepModel) -> tuple[int, ...]:
+def _distinct(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Each once; experts share the tables of a run, but not its text."""
+    return tuple({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _unwatched_weights(models: Sequence[StepModel]) -> tuple[int, ...]:
     """Addresses of the weights outside the blocks: runners watch only what they are bound to."""
-    blocks = {block_type.path for block_type in model.family.block_types(model.transformer)}
-    own = [parameter.data_ptr() for parameter in model.transformer.parameters(recurse=False)]
-    return (
-        *own,
-        *(
+    addresses = []
+    for model in models:
+        blocks = {block_type.path for block_type in model.family.block_types(model.transformer)}
+        addresses += [
             parameter.data_ptr()
-            for name, child in model.transformer.named_children()
-            if name not in blocks
-            for parameter in child.parameters()
-        ),
-    )
+            for name, parameter in model.transformer.named_parameters()
+            if name.partition(".")[0] not in blocks
+        ]
+    return tuple(addresses)
 
 
-def _bucket(compiled: CompiledModel, context: RunContext, multiple: int) -> Bucket:
+def _stage_buckets(own: Sequence[Bucket | None], stage: Stage) -> Sequence[Bucket | None]:
+    """An expert's buckets, in a stage."""
+    return [bucket and UnguidedBucket(bucket) for bucket in own] if stage.unguided else own
+
+
+def _bucket(
+    compiled: CompiledModel, model: StepModel, context: RunContext, multiple: int
+) -> Bucket:
     if multiple == 1:
-        return FineBucket(compiled.steps, context)
+        return FineBucket(model, context)
     adapter = compiled.adapters.adapters.get(multiple)
     if adapter is None:
-        return SnrBucket(compiled.steps, context, multiple)
-    return adapter_bucket(compiled.steps, context, adapter, compiled.adapter_runners[multiple])
+        return SnrBucket(model, context, multiple)
+    return adapter_bucket(model, context, adapter, compiled.adapter_runners[multiple])
 
 
 def _keeps_detail(compiled: CompiledModel, offered: tuple[int, ...]) -> bool:

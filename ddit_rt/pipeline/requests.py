@@ -15,8 +15,9 @@ from ddit_rt.errors import ArtifactMismatchError, ShapeError
 from ddit_rt.executor import RunPlan
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, policy_from_dict
 from ddit_rt.pipeline.lora import refuse_unfused_lora
-from ddit_rt.pipeline.planning import CompiledModel, RunPrompt, plan_run
+from ddit_rt.pipeline.planning import CompiledModel, plan_run
 from ddit_rt.pipeline.presets import PolicyChoice, ResolvedPolicy, resolve_choice
+from ddit_rt.pipeline.prompt import RunPrompt
 from ddit_rt.solver import SolverTable, probe_scheduler
 from ddit_rt.step_cache import NoCache, StepCache, step_cache_from_dict
 
@@ -60,13 +61,13 @@ class Planner:
 
     def check_model(self) -> None:
         """Refuses a model that has changed device, or that runs with a LoRA beside its weights."""
-        model = self._compiled.steps
-        if model.device != self._device:
-            raise ArtifactMismatchError(
-                f"the model was on {self._device} when this engine was made and is on "
-                f"{model.device} now; move it back, or compile or load again"
-            )
-        refuse_unfused_lora(model.transformer)
+        for model in self._compiled.models:
+            if model.device != self._device:
+                raise ArtifactMismatchError(
+                    f"the model was on {self._device} when this engine was made and is on "
+                    f"{model.device} now; move it back, or compile or load again"
+                )
+            refuse_unfused_lora(model.transformer)
 
     def plan(
         self,
@@ -78,6 +79,7 @@ class Planner:
         batched_guidance: bool,
         guidance_interval: tuple[float, float],
         step_cache: StepCache | None,
+        experts: Sequence[int],
     ) -> tuple[RunPlan, RunPrompt]:
         """Fixes a run: `plan_run` with the scheduler's table, the defaults and the fits.
 
@@ -89,6 +91,7 @@ class Planner:
             batched_guidance: As in `plan_run`.
             guidance_interval: As in `plan_run`.
             step_cache: The caller's; None for that of a calibrated plan, else the default.
+            experts: As in `plan_run`.
         """
         plan, prompt = plan_run(
             self._compiled,
@@ -101,11 +104,13 @@ class Planner:
             guidance_interval=guidance_interval,
             step_cache=step_cache or choice.step_cache or self.default_step_cache,
             fits=self.artifact.manifest.cache_fits,
+            experts=experts,
         )
         if not isinstance(choice.policy, FinePolicy):
             self._announce(plan.notes)
         cached = () if plan.cache is None else (f"step cache: {plan.cache.note}",)
-        return replace(plan, notes=(*plan.notes, *choice.notes, *cached)), prompt
+        notes = (*plan.notes, *choice.notes, *plan.stage_notes(), *cached)
+        return replace(plan, notes=notes), prompt
 
     def _solver(self, scheduler: Any) -> SolverTable:
         """The scheduler's table; probed once per schedule."""

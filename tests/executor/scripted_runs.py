@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,9 @@ class ScriptedBucket:
         self.tokens = 64 // multiple**2
         self._velocities = velocities
 
-    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
+    def velocity(
+        self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
+    ) -> Tensor:
         return at_step(self._velocities, step) / (self.multiple + 0.5 * reuse)
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -61,14 +64,21 @@ def scripted_plan(
     shape: tuple[int, ...] = SHAPE,
     offered: tuple[int, ...] = (1, 2, 4),
     capacity: int = 16,
+    stages: Sequence[int] = (),
 ) -> RunPlan:
-    """Buckets that decay, so that scores cross thresholds."""
+    """Buckets that decay, so that scores cross thresholds; those of a later stage are smaller."""
     decay = torch.tensor([0.5**step for step in range(capacity)])
+    table = policy.resolve(Schedule(sigmas=solver.sigmas, offered=offered))
     velocities = noise(capacity, *shape, seed=seed) * decay.reshape(-1, *[1] * len(shape))
     return RunPlan(
-        buckets=[ScriptedBucket(multiple, velocities.clone()) for multiple in offered],
+        buckets=[
+            [ScriptedBucket(multiple, velocities / (1 + stage)) for multiple in offered]
+            for stage in range(1 + max(stages, default=0))
+        ],
+        stages=tuple(stages) or (0,) * table.steps,
+        stage_names=("", "second", "third")[: 1 + max(stages, default=0)],
         offered=offered,
-        policy=policy.resolve(Schedule(sigmas=solver.sigmas, offered=offered)),
+        policy=table,
         solver=solver,
         patch_size=2,
         capacity=capacity,

@@ -31,7 +31,9 @@ class ScriptedBucket:
         self._velocities = torch.stack(velocities)
         self._log = log
 
-    def velocity(self, latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
+    def velocity(
+        self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
+    ) -> Tensor:
         self._log.append((len(self._log), self.multiple))
         return at_step(self._velocities, step)
 
@@ -51,7 +53,9 @@ def scripted_plan(
     log: list[tuple[int, int]] = []
     offered = (1, 2, 4)
     plan = RunPlan(
-        buckets=[ScriptedBucket(multiple, velocities, log) for multiple in offered],
+        buckets=[[ScriptedBucket(multiple, velocities, log) for multiple in offered]],
+        stages=(0,) * solver.steps,
+        stage_names=("",),
         offered=offered,
         policy=policy.resolve(Schedule(sigmas=solver.sigmas, offered=offered)),
         solver=solver,

@@ -70,11 +70,29 @@ def test_equals_the_cpu_executor_at_other_shapes(
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_stages_have_graphs_of_their_own(graphs: EmulatedGraphs, form: str) -> None:
+    """A table says which step belongs to which, and another run may have another."""
+    policy, solver, executor = DDiTPolicy(tau=0.05, refresh=3), euler(9), CudaExecutor(graphs, form)
+    usual = CpuExecutor().run(scripted_plan(policy, solver), noise(*SHAPE))
+    for stages in ((0, 1, 1, 2, 0, 0, 1, 2, 2), (2, 0, 0, 0, 1, 1, 1, 1, 0)):
+        plan = scripted_plan(policy, solver, stages=stages)
+        expected = CpuExecutor().run(plan, noise(*SHAPE))
+        assert_same_run(executor.run(plan, noise(*SHAPE)), expected)
+        assert not torch.equal(expected[0], usual[0])
+    names = ["p", "2p", "4p"]
+    assert graphs.captured == [
+        *names, *(f"{name} second" for name in names), *(f"{name} third" for name in names)
+    ]  # fmt: skip
+    executor.run(scripted_plan(policy, solver), noise(*SHAPE))
+    assert len(executor.captures) == 2
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_nan_falls_back_to_the_base_patch_and_is_reported(
     graphs: EmulatedGraphs, form: str
 ) -> None:
     plan = scripted_plan(DDiTPolicy(tau=1e9, warmup="coarse", refresh=None, fine_tail=0), euler(8))
-    for bucket in plan.buckets:
+    for bucket in plan.buckets[0]:
         assert isinstance(bucket, ScriptedBucket)
         bucket.tensors()[0][4] = math.nan
     _, trace = CudaExecutor(graphs, form).run(plan, noise(*SHAPE))

@@ -55,6 +55,7 @@ class Model:
         *,
         seed: int = 1,
         batched: bool = True,
+        interval: tuple[float, float] = (0.0, 1.0),
     ) -> RunPlan:
         scheduler = FlowMatchEulerDiscreteScheduler()
         scheduler.set_timesteps(STEPS)
@@ -67,6 +68,7 @@ class Model:
             policy=policy,
             step_cache=cache,
             batched_guidance=batched,
+            guidance_interval=interval,
         )
         return plan
 
@@ -147,6 +149,25 @@ def test_two_passes_keep_a_residual_each(graphs: EmulatedGraphs) -> None:
     expected = CpuExecutor().run(plans[0], model.noise())
     actual = CudaExecutor(graphs, "loop").run(plans[1], model.noise())
     assert "r" in assert_same_run(actual, expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("cache", [NoCache(), TEA_WAN, MAG], ids=["none", "tea", "mag"])
+def test_steps_outside_the_guidance_interval_have_graphs_of_their_own(
+    graphs: EmulatedGraphs, form: str, batched: bool, cache: StepCache
+) -> None:
+    """Two intervals, one after the other, on one capture."""
+    model, executor = Model("wan"), CudaExecutor(graphs, form)
+    for interval in ((0.0, 0.5), (0.25, 0.75)):
+        plans = [
+            model.plan(MIXED, cache, batched=batched, interval=interval, seed=2) for _ in range(2)
+        ]
+        expected = CpuExecutor().run(plans[0], model.noise())
+        actual = executor.run(plans[1], model.noise())
+        assert ("r" in assert_same_run(actual, expected)) is (cache != NoCache())
+    (report,) = executor.captures
+    assert {"p", "p unguided"} <= set(report.buckets)
 
 
 @pytest.mark.parametrize("form", FORMS)

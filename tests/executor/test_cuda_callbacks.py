@@ -125,11 +125,13 @@ def test_stop_inside_the_loop_form_ends_it_on_the_device(graphs: EmulatedGraphs)
     plan = scripted_plan(StaticPolicy("p"), euler(6))
     executor.run(plan, noise(*SHAPE))
     (loop,) = executor._loops.values()
-    bucket = plan.buckets[0]
+    bucket = plan.buckets[0][0]
     assert isinstance(bucket, ScriptedBucket)
     velocity = bucket.velocity
 
-    def cancelling(latents: Tensor, step: Tensor, *, reuse: bool = False) -> Tensor:
+    def cancelling(
+        latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
+    ) -> Tensor:
         if int(step) == 2:
             loop.control.cancel()
         return velocity(latents, step)

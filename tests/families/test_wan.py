@@ -12,7 +12,15 @@ from wan_models import CHANNELS, TEXT_TOKENS, wan_conditioning, wan_pipeline, wa
 
 import ddit_rt
 from ddit_rt import ops
-from ddit_rt.buckets import Detail, FineBucket, Pass, RunContext, SnrBucket, StepModel
+from ddit_rt.buckets import (
+    Detail,
+    FineBucket,
+    Pass,
+    RunContext,
+    SnrBucket,
+    StepModel,
+    UnguidedBucket,
+)
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.families import family_of
 from ddit_rt.families.base import Grid
@@ -205,17 +213,20 @@ def test_guided_coarse_step_is_that_of_the_guided_model() -> None:
     torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_outside_its_interval_a_guided_step_is_the_prompt_alone() -> None:
-    """To the bit, also in bf16, where n + (p - n) would round."""
+@pytest.mark.parametrize("batched", [True, False])
+def test_an_unguided_step_is_the_prompt_alone(batched: bool) -> None:
+    """To the bit, whichever way the halves are held."""
     transformer, shape = wan_transformer().to(torch.bfloat16), (2, CHANNELS, 3, 8, 8)
-    model, latents = step_model(transformer), noise(*shape)
+    model, latents, step = step_model(transformer), noise(*shape), torch.tensor([0])
     halves = tuple(pass_of(transformer, 2, (seed,)) for seed in (1, 2))
-    levels, first, second = [0.8, 0.6], torch.tensor([0]), torch.tensor([1])
-    prompt = FineBucket(model, context_of(transformer, shape, levels, passes=halves[:1]))
-    context = context_of(transformer, shape, levels, passes=halves, scales=[1.0, 3.0])
+    prompt = FineBucket(model, context_of(transformer, shape, [0.8], passes=halves[:1]))
+    both = (pass_of(transformer, 2, (1, 2)),) if batched else halves
+    context = context_of(transformer, shape, [0.8], passes=both, scales=[3.0])
     guided = FineBucket(model, context)
-    assert torch.equal(guided.velocity(latents, first), prompt.velocity(latents, first))
-    assert not torch.equal(guided.velocity(latents, second), prompt.velocity(latents, second))
+    expected = prompt.velocity(latents, step)
+    assert torch.equal(guided.velocity(latents, step, guided=False), expected)
+    assert torch.equal(UnguidedBucket(guided).velocity(latents, step), expected)
+    assert not torch.equal(guided.velocity(latents, step), expected)
 
 
 def test_positions_are_the_models_own_and_stretch_in_space_only() -> None:
@@ -252,12 +263,15 @@ def test_other_variants_are_refused_by_name(config: dict[str, Any], message: str
 
 def test_other_pipelines_are_refused_by_name() -> None:
     pipeline = wan_pipeline()
-    pipeline.register_modules(transformer_2=wan_transformer(1))
-    with pytest.raises(UnsupportedModelError, match="two experts.*weights of one model"):
-        ddit_rt.compile(pipeline, backend="eager", progress=False)
-    pipeline = wan_pipeline()
     pipeline.register_to_config(boundary_ratio=0.875)
-    with pytest.raises(UnsupportedModelError, match="boundary_ratio"):
+    with pytest.raises(UnsupportedModelError, match="boundary_ratio without a transformer_2"):
+        ddit_rt.compile(pipeline, backend="eager", progress=False)
+    pipeline = wan_pipeline(boundary_ratio=0.875)
+    pipeline.register_modules(transformer_2=wan_transformer(1, num_layers=3))
+    with pytest.raises(UnsupportedModelError, match=r"another configuration \(num_layers\)"):
+        ddit_rt.compile(pipeline, backend="eager", progress=False)
+    pipeline.register_modules(transformer_2=wan_transformer(1).to(torch.bfloat16))
+    with pytest.raises(UnsupportedModelError, match="bfloat16 on cpu beside a transformer of"):
         ddit_rt.compile(pipeline, backend="eager", progress=False)
     pipeline = wan_pipeline()
     pipeline.register_to_config(expand_timesteps=True)

@@ -66,10 +66,10 @@ def test_counted_memory_is_what_a_run_holds(kind: str, batched: bool) -> None:
     assert counted.velocities_bytes == bytes_of(state._velocities)
     (estimate, _) = plan.shared[-2:]
     assert counted.detail_bytes == estimate.nbytes == counted.latent_bytes
-    assert counted.text_bytes == sum(one.text.nbytes for one in prompt.passes)
-    for entry, bucket in zip(counted.buckets, plan.buckets, strict=True):
+    assert counted.text_bytes == sum(one.text.nbytes for own in prompt.passes for one in own)
+    for entry, bucket in zip(counted.buckets, plan.buckets[0], strict=True):
         # Two passes hold positions of their own; as one batch they share them.
-        positions = entry.positions_bytes * len(prompt.passes)
+        positions = entry.positions_bytes * len(prompt.passes[0])
         parts = positions + entry.modulation_bytes + entry.correction_bytes
         difference = sum(tensor.nbytes for tensor in bucket.tensors()) - parts
         assert 0 <= difference <= SMALL, entry.patch

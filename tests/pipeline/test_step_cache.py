@@ -191,7 +191,7 @@ def test_reused_steps_add_the_latest_residual_of_their_size() -> None:
             policy=StaticPolicy([multiple] * 2),
             step_cache=TeaCache(1e9, coefficients=IDENTITY, last=0),
         )
-        bucket = plan.buckets[(1, 2, 4).index(multiple)]
+        bucket = plan.buckets[0][(1, 2, 4).index(multiple)]
         assert bucket is not None
         latents, step = noise(2, 4, 16, 16), torch.tensor([0])
         computed = bucket.velocity(latents, step)

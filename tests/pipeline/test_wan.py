@@ -27,8 +27,9 @@ from wan_models import (
 )
 
 import ddit_rt
-from ddit_rt import DDiTPolicy, Engine, FinePolicy, StaticPolicy, TokenRanges
+from ddit_rt import DDiTPolicy, Engine, FinePolicy, MagCache, StaticPolicy, TokenRanges
 from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.families.wan import WanFamily
 
 FINE = FinePolicy()
 CALL = {
@@ -119,6 +120,39 @@ def test_guidance_interval_without_steps_equals_no_guidance() -> None:
     assert torch.equal(finals[2], finals[3])
     assert not torch.allclose(finals[4], finals[0], atol=0.01)
     assert not torch.allclose(finals[4], finals[3], atol=0.01)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_steps_outside_the_interval_run_the_prompt_alone(
+    batched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every patch size, with a step cache too, which computes where guidance comes or goes."""
+    engine, rows = eager(wan_pipeline()), []
+    run_blocks = WanFamily.run_blocks
+
+    def counting(family: WanFamily, runners: Any, hidden: Tensor, *inputs: Any) -> Tensor:
+        rows.append(len(hidden))
+        return run_blocks(family, runners, hidden, *inputs)
+
+    monkeypatch.setattr(WanFamily, "run_blocks", counting)
+    engine.batched_guidance = batched
+    call = {**CALL, "num_inference_steps": 8, "guidance_interval": (0.25, 0.75)}
+    engine(**call, patch_policy=StaticPolicy(["p", "2p"] * 4))
+    guided = [2] if batched else [1, 1]
+    assert rows == [1, 1, *guided * 4, 1, 1]
+    trace = engine.last_trace
+    assert trace is not None
+    assert trace.notes == ("steps 0 to 1: unguided", "steps 6 to 7: unguided")
+    rows.clear()
+    ratios = (1.0,) * 8
+    cache = MagCache(threshold=1.0, max_skip_steps=9, retention_ratio=0.0, mag_ratios=ratios)
+    cached = engine(**call, generator=seeded(), patch_policy=FINE, step_cache=cache).frames
+    assert rows == [1, *guided, 1]
+    trace = engine.last_trace
+    assert trace is not None
+    assert [step.reused for step in trace] == [step not in (0, 2, 6) for step in range(8)]
+    again = engine(**call, generator=seeded(), patch_policy=FINE, step_cache=cache).frames
+    assert torch.equal(cached, again)
 
 
 def test_batches_equal_diffusers() -> None:

@@ -226,6 +226,9 @@ def test_a_number_of_graphs_that_leaves_a_decision_without_one_is_refused(
     good = runtime.typed_graph(0, 1)
     with pytest.raises(ValueError, match="2 buckets, expected 4: .* once more without its blocks"):
         runtime.StepGraph(loop.control, [("p", good), ("2p", good)], "step", owner=None)
+    staged = StepLoop(runtime, replace(mixed_run().plan, stages=(0, 1, 0, 1, 0, 1, 0)))
+    with pytest.raises(ValueError, match="3 buckets, expected 6: .* 2 sizes, in 2 stages"):
+        runtime.StepGraph(staged.control, [(name, good) for name in "abc"], "step", owner=None)
 
 
 def test_a_signal_that_may_not_stand_in_a_body_is_refused_by_name(runtime: ModuleType) -> None:

@@ -82,6 +82,12 @@ def test_a_step_cache_needs_its_buffers(runtime: ModuleType, name: str) -> None:
             make(runtime, small_plan(), changes, cache_rows=rows)
 
 
+@pytest.mark.parametrize("stages", [0, 2])
+def test_stages_need_a_table(runtime: ModuleType, stages: int) -> None:
+    with pytest.raises(ValueError, match=f"{stages} stages, but no table"):
+        make(runtime, small_plan(), {"stages": 0}, stages=stages)
+
+
 def test_buffers_that_a_loop_does_not_need_may_be_absent(runtime: ModuleType) -> None:
     unneeded = ("past_velocities", "thresholds", "moments", "keys", "scores")
     make(runtime, small_plan(sizes=()), dict.fromkeys(unneeded, 0))

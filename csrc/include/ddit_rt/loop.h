@@ -75,6 +75,7 @@ struct LoopParams {
   float* past_velocities;     // [D - 1, B, C, F, H, W], v[m] in slot m mod (D - 1)
   const float* coefficients;  // [N, 6]: a0, a1, a2, b0, b1, b2
   const int32_t* forced;      // [N]
+  const int32_t* stages;      // [N], the stage of every step; null: there is one
   const float* thresholds;    // [N, S]
   float* mean;                // [B, F, H / g, W / g] of the difference, per base patch
   float* m2;                  // likewise: sums of squared deviations
@@ -90,6 +91,7 @@ struct LoopParams {
   int32_t sizes;              // S candidate coarse sizes
   int32_t velocity_slots;     // D
   int32_t cache_rows;         // R: samples and passes that the step cache tells apart
+  int32_t stage_count;        // ways to run the model in a step, each with graphs of its own
   int32_t columns;            // pixel columns of an update tile, a multiple of g
   int32_t tiles;              // update tiles along the width
   int32_t factor[kMaxSizes];  // edge of each size, in base patches
@@ -98,6 +100,16 @@ struct LoopParams {
     return shape.batch * shape.channels * shape.frames * shape.height * shape.width;
   }
   DDIT_RT_HD PolicyRule rule() const { return {settings->dwell, settings->monotone != 0}; }
+
+  // Graphs of one stage: one per size, and one more each where steps may reuse.
+  DDIT_RT_HD int32_t stage_branches() const {
+    return (sizes + 1) * (increments == nullptr ? 1 : 2);
+  }
+
+  // The first graph of step k's stage.
+  DDIT_RT_HD int32_t first_branch(int64_t k) const {
+    return stages == nullptr ? 0 : stages[k] * stage_branches();
+  }
 
   // Whether step k is decided by scores.
   DDIT_RT_HD bool scored(int64_t k) const {
