@@ -21,7 +21,7 @@ from ddit_rt.pipeline.callbacks import pipeline_callback, progress_callback
 from ddit_rt.pipeline.guidance import WHOLE_RUN
 from ddit_rt.pipeline.inputs import check_executor
 from ddit_rt.pipeline.loop import Loop
-from ddit_rt.pipeline.lora import FusedLora
+from ddit_rt.pipeline.lora import FusedLora, lora_component
 from ddit_rt.pipeline.planning import CompiledModel
 from ddit_rt.pipeline.presets import PolicyChoice, ResolvedPolicy, requested_steps
 from ddit_rt.pipeline.prompt import RunPrompt
@@ -58,7 +58,7 @@ class Engine:
         self._loop = Loop(self._device)
         self.executor = executor
         self._lock = threading.RLock()
-        self._fused: FusedLora | None = None
+        self._fused: dict[str, FusedLora] = {}
 
     @property
     def artifact(self) -> Artifact:
@@ -274,24 +274,27 @@ class Engine:
         Args:
             lora: What the pipeline's `load_lora_weights` takes.
             scale: Strength.
-            load_arguments: Passed on to `load_lora_weights`.
+            load_arguments: Passed on to `load_lora_weights`; `load_into_transformer_2=True` is for
+                the second expert of Wan 2.2, which takes one of its own.
         """
         if self.pipeline is None:
             raise UnsupportedModelError(
                 "fuse_lora loads through the pipeline; this engine has a bare transformer"
             )
         with self._lock:
-            if self._fused is not None:
+            component = lora_component(load_arguments)
+            if component in self._fused:
                 raise ValueError("a LoRA is fused already; call unfuse_lora() first")
-            self._fused = FusedLora(self.pipeline, lora, scale, **load_arguments)
+            self._fused[component] = FusedLora(self.pipeline, lora, scale, **load_arguments)
 
     def unfuse_lora(self) -> None:
         """Restores the weights from before `fuse_lora`, bit for bit."""
         with self._lock:
-            if self._fused is None:
+            if not self._fused:
                 raise ValueError("no LoRA is fused; fuse_lora(...) comes first")
-            self._fused.restore()
-            self._fused = None
+            for fused in self._fused.values():
+                fused.restore()
+            self._fused.clear()
 
     def _default_scheduler(self) -> Any:
         if self.pipeline is not None:

@@ -7,6 +7,7 @@ there before: subtracting in floating point would not.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,13 @@ from torch import Tensor, nn
 from ddit_rt.errors import UnsupportedModelError
 
 _ADAPTER_NAME = "ddit_rt_style"
+_SECOND = "load_into_transformer_2"
+"""Argument of `load_lora_weights` by which a LoRA is for the second expert of a Wan pipeline."""
+
+
+def lora_component(load_arguments: Mapping[str, Any]) -> str:
+    """The pipeline's attribute that a LoRA is for."""
+    return "transformer_2" if load_arguments.get(_SECOND) else "transformer"
 
 
 class FusedLora:
@@ -26,13 +34,14 @@ class FusedLora:
             pipeline: The diffusers pipeline.
             lora: What its `load_lora_weights` takes: a path, a Hub name or a state dict.
             scale: Strength.
-            load_arguments: Passed on, e.g. `weight_name`.
+            load_arguments: Passed on, e.g. `weight_name`, or `load_into_transformer_2`.
 
         Raises:
             UnsupportedModelError: The pipeline has LoRA layers already, or the LoRA has none for
                 the transformer.
         """
-        self._transformer: nn.Module = pipeline.transformer
+        component = lora_component(load_arguments)
+        self._transformer: nn.Module = getattr(pipeline, component)
         self._before: dict[str, Tensor] = {}
         if getattr(self._transformer, "_hf_peft_config_loaded", False):
             raise UnsupportedModelError(
@@ -43,7 +52,7 @@ class FusedLora:
         try:
             self._before = _snapshot(self._transformer)
             pipeline.fuse_lora(
-                components=["transformer"], lora_scale=scale, adapter_names=[_ADAPTER_NAME]
+                components=[component], lora_scale=scale, adapter_names=[_ADAPTER_NAME]
             )
         except BaseException:
             self.restore()

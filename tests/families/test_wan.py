@@ -316,7 +316,7 @@ def test_adapters_are_refused() -> None:
         ({"encoder_hidden_states": torch.zeros(1, 3, 5)}, ShapeError, r"\[1, 3, 5\]; expected"),
         ({"guidance_scale": torch.tensor(2.0)}, ValueError, "both or neither"),
         (
-            {**wan_conditioning(guidance_scale=2.0), "guidance_scale": torch.ones(1)},
+            {**wan_conditioning(guidance_scale=2.0), "guidance_scale": torch.ones(1, 1)},
             ValueError,
             "without dimensions",
         ),

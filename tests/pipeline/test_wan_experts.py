@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from models import noise
+from safetensors.torch import save_file
 from wan_models import CHANNELS, euler, unipc, wan_conditioning, wan_pipeline, wan_transformer
 
 import ddit_rt
@@ -206,3 +207,32 @@ def test_experts_work_with_batches_and_intervals() -> None:
     single = {name: texts[1] for name, texts in both.items()}
     alone = engine(**{**call, **single, "latents": starts[1:]}).frames
     torch.testing.assert_close(finals[0][1:], alone, rtol=0, atol=1e-4)
+
+
+def test_each_expert_takes_a_style_lora(tmp_path: Path) -> None:
+    """Fused in place, as diffusers would run them, and taken out bit for bit."""
+    pipeline = wan_pipeline(boundary_ratio=BOUNDARY)
+    engine = eager(pipeline)
+    before = engine(**CALL, generator=seeded(), patch_policy=FINE).frames
+    name = "transformer.blocks.0.ffn.net.2"
+    files = []
+    for seed in (1, 2):
+        files.append(tmp_path / f"{seed}.safetensors")
+        factors = {"lora_A": noise(2, 48, seed=seed), "lora_B": noise(32, 2, seed=seed + 5)}
+        save_file({f"{name}.{key}.weight": value for key, value in factors.items()}, files[-1])
+    engine.fuse_lora(str(files[0]))
+    first = engine(**CALL, generator=seeded(), patch_policy=FINE).frames
+    engine.fuse_lora(str(files[1]), load_into_transformer_2=True)
+    with pytest.raises(ValueError, match="fused already"):
+        engine.fuse_lora(str(files[1]), load_into_transformer_2=True)
+    both = engine(**CALL, generator=seeded(), patch_policy=FINE).frames
+    assert not torch.allclose(first, before, atol=0.01)
+    assert not torch.allclose(both, first, atol=0.01)
+    engine.unfuse_lora()
+    assert torch.equal(engine(**CALL, generator=seeded(), patch_policy=FINE).frames, before)
+    pipeline.load_lora_weights(str(files[0]), adapter_name="high")
+    pipeline.load_lora_weights(str(files[1]), adapter_name="low", load_into_transformer_2=True)
+    expected = pipeline(**CALL, generator=seeded()).frames
+    torch.testing.assert_close(both, expected, rtol=0, atol=1e-4)
+    with pytest.raises(UnsupportedModelError, match="loaded but not fused"):
+        engine(**CALL, generator=seeded(), patch_policy=FINE)
