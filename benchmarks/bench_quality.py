@@ -15,7 +15,7 @@ cores: the measured cost of a step decides which rivals a plan gets.
 `video` is of the video demo's model, with guidance as there: its plans, shares of coarse steps and
 dynamic plans by tau, with fewer fine steps at equal cost, compared frame by frame. It has a file of
 its own, named as the other with `_video` behind. The demo's tau was found on six of the held-out
-captions with other noise. On one core it takes about ten minutes.
+captions with other noise. On one core it takes eight minutes.
 
 Schema, version 1:
 

@@ -16,7 +16,7 @@ from quality_tables import paper_rule
 from records import interval_entry
 from skip_models import SkipModel, clip_model, frame_means
 
-from ddit_rt.calibration.plans import Static
+from ddit_rt.calibration.plans import Candidate, Static
 from ddit_rt.calibration.points import Prompt
 from ddit_rt.demo.clips import parse_clip_caption
 from ddit_rt.demo.measure import Picture
@@ -152,12 +152,13 @@ def _demo_rule(tau: float) -> PatchPolicy:
 def _interleaved(steps: int, size: str, share: float) -> Entry:
     template = Static(steps=steps, coarse=(size,))
     level = max(1, min(template.levels, round(share * steps)))
-    label = f"{size} for {level} of {steps} steps, every fourth at p"
-    return f"{size}_{share:g}", label, "static", template.at(level).policy
+    return _static(f"{size}_{share:g}", template.at(level))
 
 
 def _block(steps: int, size: str, share: float) -> Entry:
-    level = round(share * steps)
     template = Static(steps=steps, coarse=(size,), head=0, tail=0, refresh=None)
-    label = f"{size} for the first {level} of {steps} steps"
-    return f"{size}_{share:g}_block", label, "static", template.at(level).policy
+    return _static(f"{size}_{share:g}_block", template.at(round(share * steps)))
+
+
+def _static(name: str, candidate: Candidate) -> Entry:
+    return name, candidate.label, "static", candidate.policy
