@@ -166,7 +166,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if VIDEO in args.tables:
         args.clips = with_defaults(args, _CLIPS)
         args.clips.out = video_out(args.out)
-        args.tables.remove(VIDEO)
+        args.tables = [name for name in args.tables if name != VIDEO]
     args = with_defaults(args, _PICTURES)
     args.grid = QUICK_GRID if args.quick else Grid()
     if args.plot is None:
