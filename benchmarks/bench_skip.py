@@ -153,15 +153,11 @@ def prompts_of(model: SkipModel, args: argparse.Namespace) -> Prompts:
     Raises:
         ValueError: The model has fewer held-out captions.
     """
-    count, total = args.prompts, len(model.held_out)
-    if count > total:
-        raise ValueError(f"got --prompts {count}; {model.name} has {total} held-out captions")
     fits, searched = args.fit_prompts, args.search_prompts
-    texts = [model.held_out[place * total // count] for place in range(count)]
     return Prompts(
         fit=_seeded(model.seen[:fits], _FIT_SEED),
         search=_seeded(model.seen[fits : fits + searched], _SEARCH_SEED),
-        held_out=_seeded(texts, 0),
+        held_out=_seeded(model.reported(args.prompts), 0),
     )
 
 

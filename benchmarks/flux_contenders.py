@@ -14,7 +14,7 @@ from typing import Any
 from diffusers import FluxPipeline
 from diffusers.hooks import FirstBlockCacheConfig
 from flux_model import Case, with_shared_weights
-from flux_plans import SCHEDULES, policy_of
+from flux_plans import SCHEDULES, cache_of, policy_of
 from flux_setup import Setup
 from timing import Call
 from torch import Tensor
@@ -81,12 +81,24 @@ def compiled_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
 
 
 def cached_contender(setup: Setup, case: Case) -> Contender:
-    """The FirstBlockCache of diffusers at its default threshold."""
-    cached = CachedCall(setup, case)
+    """The FirstBlockCache of diffusers at its default threshold.
+
+    With random weights the number of steps that it computes means nothing, and the time that
+    follows from it no more.
+    """
+    config = FirstBlockCacheConfig()
+    cached = CachedCall(
+        copy=lambda: with_shared_weights(setup.pipeline),
+        call=partial(_call, setup, case),
+        config=config,
+        # Of a block that only runs where the cache missed.
+        layer="single_transformer_blocks.0.attn.to_q",
+        steps=case.steps,
+    )
     return Contender(
-        label=f"diffusers + FirstBlockCache (default, {FirstBlockCacheConfig().threshold:g})",
+        label=f"diffusers + FirstBlockCache (default, {config.threshold:g})",
         build=cached.build,
-        details=lambda: {"computed_steps": cached.computed_steps},
+        details=cached.details,
     )
 
 
@@ -120,33 +132,45 @@ def _compiled(setup: Setup, case: Case, scope: str, mode: str | None) -> Call:
     return _call(setup, case, pipeline)
 
 
+@dataclass(kw_only=True)
 class CachedCall:
-    """The FirstBlockCache of diffusers, which decides with `.item()` and so runs uncompiled.
+    """A cache of diffusers, whose hooks decide in Python, so that it runs uncompiled.
 
     Attributes:
-        computed_steps: Steps of the first call that ran all blocks. With random weights their
-            number means nothing, and the time that follows from it no more.
+        copy: Makes a pipeline of its own.
+        call: The call of a pipeline.
+        config: The cache's.
+        layer: Name of a layer of the transformer that runs only where a step computes.
+        steps: Denoising steps.
+        passes: Times that the model runs in a step.
     """
 
-    def __init__(self, setup: Setup, case: Case) -> None:
-        self._setup, self._case = setup, case
-        self.computed_steps = 0
+    copy: Callable[[], Any]
+    call: Callable[[Any], Call]
+    config: Any
+    layer: str
+    steps: int
+    passes: int = 1
+    _ran: int = 0
 
     def build(self) -> Call:
         """The call, after one that was counted."""
-        pipeline = with_shared_weights(self._setup.pipeline)
-        pipeline.transformer.enable_cache(FirstBlockCacheConfig())
-        call = _call(self._setup, self._case, pipeline)
-        # A layer of a block that only runs where the cache missed.
-        layer = pipeline.transformer.single_transformer_blocks[0].attn.to_q
-        self.computed_steps = 0
-        hook = layer.register_forward_pre_hook(self._count)
+        pipeline = self.copy()
+        pipeline.transformer.enable_cache(self.config)
+        call = self.call(pipeline)
+        self._ran = 0
+        hook = pipeline.transformer.get_submodule(self.layer).register_forward_pre_hook(self._count)
         call()
         hook.remove()
         return call
 
+    def details(self) -> dict[str, Any]:
+        """How many steps of the counted call ran all blocks, and the share that did not."""
+        computed = self._ran // self.passes
+        return {"computed_steps": computed, "reused_share": 1 - computed / self.steps}
+
     def _count(self, _module: Any, _inputs: Any) -> None:
-        self.computed_steps += 1
+        self._ran += 1
 
 
 class EngineCall:
@@ -166,10 +190,11 @@ class EngineCall:
             raise RuntimeError(f"no engine: {problem}")
         request = setup.request(self._case)
         policy = policy_of(self._schedule, setup.flops(self._case), self._case.steps)
+        cache = cache_of(self._schedule)
 
         def call() -> Tensor:
             before = captures_of(setup.engine)
-            latents = setup.generate(request, policy, self._form)
+            latents = setup.generate(request, policy, self._form, cache)
             self._calls += 1
             self._late_captures += self._calls > 1 and captures_of(setup.engine) != before
             self._trace = setup.engine.last_trace
@@ -178,16 +203,23 @@ class EngineCall:
         return call
 
     def details(self) -> dict[str, Any]:
-        """Patch sizes, tokens and notes of the latest run, and how it was executed."""
-        sizes = self._trace.patch_sizes()
+        """Patch sizes, reuse, tokens and notes of the latest run, and how it was executed."""
+        trace = self._trace
         return {
-            "ran_on": self._trace.executor,
-            "patch_sizes": {size: sizes.count(size) for size in dict.fromkeys(sizes)},
-            "tokens": self._trace.tokens,
-            "notes": list(self._trace.notes),
+            "ran_on": trace.executor,
+            "patch_sizes": _counts(trace.patch_sizes()),
+            "computed_sizes": _counts([step.patch_size for step in trace if not step.reused]),
+            "reused_share": trace.reused / len(trace),
+            "tokens": trace.tokens,
+            "notes": list(trace.notes),
             # Other than 0: graphs were captured again while others were timed.
             "late_captures": self._late_captures,
         }
+
+
+def _counts(sizes: Sequence[str]) -> dict[str, int]:
+    """In the order in which they come up."""
+    return {size: sizes.count(size) for size in dict.fromkeys(sizes)}
 
 
 def captures_of(engine: Any) -> tuple[Any, ...]:

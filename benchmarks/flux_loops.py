@@ -68,8 +68,9 @@ def row_of(
         **contender.details(),
     }
     if "patch_sizes" in row:
-        taken = [size for size, count in row["patch_sizes"].items() for _ in range(count)]
-        row["counted_speedup"] = counted_speedup(taken, flops)
+        computed = [size for size, count in row["computed_sizes"].items() for _ in range(count)]
+        reused = sum(row["patch_sizes"].values()) - len(computed)
+        row["counted_speedup"] = counted_speedup(computed, flops, reused)
     if baseline.error is None and baseline.seconds:
         row["baseline_seconds"] = spread(baseline.seconds)
         row["speedup"] = row["baseline_seconds"]["median"] / row["seconds"]["median"]

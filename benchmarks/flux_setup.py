@@ -20,6 +20,7 @@ from ddit_rt.families import family_of
 from ddit_rt.patch_scheduler import PatchPolicy, parse_patch
 from ddit_rt.pipeline import Engine
 from ddit_rt.pipeline.cost import StepCost, step_cost
+from ddit_rt.step_cache import StepCache
 
 PATCHES = ("p", "2p", "4p")
 
@@ -91,11 +92,15 @@ class Setup:
         return request(self.pipeline, self.preset, case)
 
     def generate(
-        self, case_request: dict[str, Any], policy: PatchPolicy, executor: str = "auto"
+        self,
+        case_request: dict[str, Any],
+        policy: PatchPolicy,
+        executor: str = "auto",
+        cache: StepCache | None = None,
     ) -> Tensor:
         """Final latents `[B, n, 4C]`, packed as the pipeline packs them, from our engine."""
         use_executor(self.engine, executor)
-        latents: Tensor = self.engine(**case_request, patch_policy=policy).images
+        latents: Tensor = self.engine(**case_request, patch_policy=policy, step_cache=cache).images
         return latents
 
     def costs(self, case: Case) -> dict[str, StepCost]:

@@ -120,4 +120,5 @@ _COMPARISONS: dict[str, Callable[[Rows], Iterator[Comparison]]] = {
     "adapters": _adapters,
     "static_dynamic": _rivals,
     "steps": _rivals,
+    "video": _rivals,
 }

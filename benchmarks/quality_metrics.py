@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from quality_runs import PictureRuns, Pictures, Plan, StepCosts, fine
+from records import interval_entry
 
 from ddit_rt.calibration.points import Prompt
 from ddit_rt.demo.classifier import (
@@ -24,8 +25,8 @@ from ddit_rt.demo.classifier import (
 )
 from ddit_rt.demo.measure import Picture
 from ddit_rt.demo.pictures import PictureConfig, draw_picture, parse_caption
-from ddit_rt.demo.quality import fidelity
-from ddit_rt.evaluation import frechet_distance, gaussian, mean_interval
+from ddit_rt.demo.quality import Fidelity, fidelity
+from ddit_rt.evaluation import frechet_distance, gaussian
 
 _RENDER_SEED = 90_000
 Array = npt.NDArray[np.float64]
@@ -101,30 +102,39 @@ class Judge:
 
     def quality(self, made: Pictures, reference: Pictures) -> dict[str, Any]:
         """Closeness to the reference, distance of the features, and what the pictures show."""
-        close = fidelity(made.pictures, reference.pictures)
-        ssim = self._per_prompt(list(close.ssim))
-        psnr = [value for value in self._per_prompt(list(close.psnr)) if value is not None]
         own = gaussian(features(made.pictures))
         return {
-            "psnr": asdict(mean_interval(psnr)) if psnr else None,
-            "identical": sum(value is None for value in close.psnr),
-            "ssim": asdict(mean_interval([value for value in ssim if value is not None])),
-            "ssim_per_prompt": ssim,
+            **self.closeness(fidelity(made.pictures, reference.pictures)),
             "frechet": frechet_distance(*own, *gaussian(features(reference.pictures))),
             "frechet_renders": frechet_distance(*own, *self._of_renders),
             "correct": self.correct(made.pictures),
         }
 
+    def closeness(self, close: Fidelity) -> dict[str, Any]:
+        """PSNR and SSIM, as means over the prompts."""
+        ssim = self.per_prompt(close.ssim)
+        psnr = [value for value in self.per_prompt(close.psnr) if value is not None]
+        return {
+            "psnr": interval_entry(psnr) if psnr else None,
+            "identical": sum(value is None for value in close.psnr),
+            "ssim": interval_entry([value for value in ssim if value is not None]),
+            "ssim_per_prompt": ssim,
+        }
+
     def correct(self, pictures: Sequence[Picture]) -> dict[str, Any]:
         """Share of pictures that show what was asked: all of it, and each attribute."""
-        expected = [parse_caption(prompt.text) for prompt in self.prompts]
-        hits = attribute_hits(_classifier(), tensor(pictures), expected)
+        hits = self.hits(pictures)
         every = torch.stack(list(hits.values())).all(0).double()
-        per_prompt = [value for value in self._per_prompt(every.tolist()) if value is not None]
+        per_prompt = [value for value in self.per_prompt(every.tolist()) if value is not None]
         shares = {name: float(hit.double().mean()) for name, hit in hits.items()}
-        return {"all": asdict(mean_interval(per_prompt)), **shares}
+        return {"all": interval_entry(per_prompt), **shares}
 
-    def _per_prompt(self, values: Sequence[float | None]) -> list[float | None]:
+    def hits(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
+        """Per attribute `[N]`, whether a picture shows what its caption names."""
+        expected = [parse_caption(prompt.text) for prompt in self.prompts]
+        return attribute_hits(_classifier(), tensor(pictures), expected)
+
+    def per_prompt(self, values: Sequence[float | None]) -> list[float | None]:
         """Means over the seeds of each prompt; None where there is no value."""
         count = len(self.captions)
         columns = [[v for v in values[start::count] if v is not None] for start in range(count)]

@@ -1,7 +1,7 @@
-"""Pictures of plans on the demo model, made once and kept, and what a step costs at each size.
+"""Pictures or clips of plans on a demo model, made once and kept, and what a step costs by size.
 
 Plans that decide run each picture in a launch of its own, since a batch shares its decisions.
-Static ones run in batches, where pictures are the same up to rounding.
+Static ones may run in batches, where pictures are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from ddit_rt.demo.measure import Batch, Picture, engine_contender
 from ddit_rt.patch_scheduler import FinePolicy, PatchPolicy, StaticPolicy
 
 _SCHEMA = 1
-_BATCH = 4
 
 _NOT_DRAWING = frozenset({"calibration", "cli", "evaluation", "training"})
 """Parts of the package that no picture of the benchmark passes through."""
@@ -104,12 +103,14 @@ class PictureRuns:
         arguments: Further arguments of an engine's call.
         cache: Folder for what was made; None keeps nothing. Every file is named by a hash of the
             plan, the prompts, the model, the adapters and the package's code.
+        batch: Pictures that static plans make at once.
         generated: Pictures that were made, not found.
     """
 
     paths: Mapping[str, CoarsePath]
     arguments: Mapping[str, Any]
     cache: Path | None = None
+    batch: int = 4
     generated: int = 0
     _memory: dict[str, Pictures] = field(default_factory=dict, repr=False)
 
@@ -155,7 +156,7 @@ class PictureRuns:
 
     def _generate(self, plan: Plan, prompts: Sequence[Prompt], key: str) -> Pictures:
         make = self._host_batch if isinstance(plan.policy, HostRule) else self._engine_batch
-        size = _BATCH if isinstance(plan.policy, StaticPolicy) else 1
+        size = self.batch if isinstance(plan.policy, StaticPolicy) else 1
         made = Pictures(pictures=[], sizes=[], loop_ms=[])
         for start in range(0, len(prompts), size):
             part = make(plan, prompts[start : start + size])

@@ -1,14 +1,19 @@
-"""The file that a benchmark of many sections fills, one call after the other."""
+"""The file that a benchmark of many sections fills, one call after the other, and its entries."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hardware import device_name
+
+from ddit_rt.evaluation import mean_interval
 
 Record = dict[str, Any]
 
@@ -77,6 +82,12 @@ def stamped(record: Record, args: argparse.Namespace) -> Record:
         "warm_up_calls": 2,
         **record,
     }
+
+
+def interval_entry(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and 95% interval as strict JSON: the bounds of a single value are null."""
+    found = asdict(mean_interval(values))
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def write(path: Path, report: Record) -> None:

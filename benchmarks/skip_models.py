@@ -1,8 +1,9 @@
-"""The models that `bench_skip.py` runs on: pipeline, sizes, prompts, and how closeness is taken."""
+"""The demo models that benchmarks run on: pipeline, sizes, prompts, and how closeness is taken."""
 
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,17 @@ class SkipModel:
         """Arguments of an engine's call, but for the steps."""
         return {**self.size, **self.others}
 
+    def reported(self, count: int) -> tuple[str, ...]:
+        """Some held-out captions, spread evenly over all of them.
+
+        Raises:
+            ValueError: There are fewer.
+        """
+        total = len(self.held_out)
+        if count > total:
+            raise ValueError(f"got --prompts {count}; {self.name} has {total} held-out captions")
+        return tuple(self.held_out[place * total // count] for place in range(count))
+
 
 def picture_model(*, quick: bool = False) -> SkipModel:
     """The embedded FLUX, 128 x 128."""
@@ -106,6 +118,20 @@ def clip_closeness(clips: Sequence[Picture], references: Sequence[Picture]) -> C
     return Closeness(
         ssim=close.clips.ssim, psnr=close.clips.psnr, flicker=close.flicker, frames=close.frames
     )
+
+
+def frame_means(clips: Sequence[Fidelity]) -> list[dict[str, float | None]]:
+    """Frame by frame the means over the clips, PSNR over those whose frame differs."""
+    frames = zip(*(zip(clip.ssim, clip.psnr, strict=True) for clip in clips), strict=True)
+    return [
+        {
+            "ssim": statistics.fmean(ssim for ssim, _ in frame),
+            "psnr": statistics.fmean(found)
+            if (found := [psnr for _, psnr in frame if psnr is not None])
+            else None,
+        }
+        for frame in frames
+    ]
 
 
 def _shuffled(captions: list[str]) -> tuple[str, ...]:

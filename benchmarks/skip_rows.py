@@ -6,19 +6,18 @@ difference in SSIM, each with its 95% bootstrap interval.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from skip_models import SkipModel
+from records import interval_entry
+from skip_models import SkipModel, frame_means
 from skip_plans import CACHES, COMBINED, DDIT, FEWER, STATIC
 from skip_search import Tried, coarse_share
 
 from ddit_rt.demo.measure import Sample
-from ddit_rt.demo.quality import Fidelity
 from ddit_rt.evaluation import mean_interval
 from ddit_rt.executor import RunTrace
 
@@ -73,8 +72,8 @@ def _times(samples: Sequence[Sample], fine: Sequence[Sample]) -> Row:
     ]
     ratios = [reference.median_denoise / time for reference, time in zip(fine, own, strict=True)]
     return {
-        "loop_seconds": _interval(own),
-        "speedup": _interval(ratios),
+        "loop_seconds": interval_entry(own),
+        "speedup": interval_entry(ratios),
         "speedup_rounds": [min(rounds), max(rounds)],
         "loop_seconds_per_prompt": own,
     }
@@ -86,35 +85,15 @@ def _closeness(model: SkipModel, samples: Sequence[Sample], fine: Sequence[Sampl
     )
     psnr = [value for value in close.psnr if value is not None]
     entry: Row = {
-        "ssim": _interval(close.ssim),
-        "psnr": _interval(psnr) if psnr else None,
+        "ssim": interval_entry(close.ssim),
+        "psnr": interval_entry(psnr) if psnr else None,
         "ssim_per_prompt": list(close.ssim),
         "psnr_per_prompt": list(close.psnr),
     }
     if close.flicker is not None and close.frames is not None:
-        entry["flicker"] = _interval(close.flicker)
-        entry["frames"] = _frames(close.frames)
+        entry["flicker"] = interval_entry(close.flicker)
+        entry["frames"] = frame_means(close.frames)
     return entry
-
-
-def _frames(clips: Sequence[Fidelity]) -> list[Row]:
-    """Frame by frame the means over the clips, PSNR over those whose frame differs."""
-    frames = zip(*(zip(clip.ssim, clip.psnr, strict=True) for clip in clips), strict=True)
-    return [
-        {
-            "ssim": statistics.fmean(ssim for ssim, _ in frame),
-            "psnr": statistics.fmean(found)
-            if (found := [psnr for _, psnr in frame if psnr is not None])
-            else None,
-        }
-        for frame in frames
-    ]
-
-
-def _interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Strict JSON: the bounds of a single value are null."""
-    found = asdict(mean_interval(values))
-    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def _trace(sample: Sample) -> RunTrace:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tables_cuda import flux_cuda, ops_cuda
-from tables_quality import quality_demo
+from tables_quality import quality_demo, quality_demo_video
 from tables_skip import skip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,6 +121,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "flux_cuda": flux_cuda,
     "ops_cuda": ops_cuda,
     "quality_demo": quality_demo,
+    "quality_demo_video": quality_demo_video,
     "skip_demo": skip,
     "wan_cpu": flux_cuda,
     "skip_demo_video": skip,

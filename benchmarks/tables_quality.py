@@ -53,18 +53,73 @@ def quality_demo(report: Mapping[str, Any]) -> str:
     return "\n".join([plot, "", *lines, _conditions(report), ""])
 
 
+def quality_demo_video(report: Mapping[str, Any]) -> str:
+    """The plans of the table `video`, its claims, and SSIM and PSNR frame by frame."""
+    rows = report["tables"]["video"]
+    shown = [row for row in rows if row["kind"] != "fewer_steps"]
+    by_name = {row["name"]: row for row in rows}
+    columns = ["", "tokens", "loop, ms", "PSNR, dB (95%)", "SSIM (95%)", "flicker", "as asked"]
+    columns += ["fewer fine steps, equal time"]
+    lines = [*_header(columns), *(_clip_plan(row, by_name) for row in shown)]
+    for title, value, digits in (("SSIM", "ssim", 3), ("PSNR, dB,", "psnr", 1)):
+        lines += ["", f"<details><summary>{title} of every frame</summary>", ""]
+        lines += [*_frames(shown, value, digits), "", "</details>"]
+    return "\n".join([*lines, "", *_claims(report["claims"]), "", _clip_conditions(report), ""])
+
+
+def _clip_plan(row: Row, by_name: Mapping[str, Row]) -> str:
+    fewer = by_name.get(row.get("fewer_steps", {}).get("equal_time", ""))
+    cells = (
+        row["label"],
+        f"{row['tokens_share']:.0%}",
+        f"{row['loop_ms']:.0f}",
+        "same" if row["psnr"] is None else _interval(row["psnr"], 1),
+        _interval(row["ssim"], 3),
+        f"{row['flicker']['value']:.4f}",
+        f"{row['correct']['all']['value']:.0%}",
+        ""
+        if fewer is None
+        else f"{fewer['steps']}: {_psnr(fewer)} / {fewer['ssim']['value']:.3f} / "
+        f"{fewer['flicker']['value']:.4f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _frames(rows: Sequence[Row], value: str, digits: int) -> list[str]:
+    """One line per plan that differs from all fine, one column per frame."""
+    count = len(rows[0]["frames"])
+    lines = _header(["", *map(str, range(1, count + 1))])
+    for row in rows:
+        if row["kind"] != "fine":
+            found = [frame[value] for frame in row["frames"]]
+            cells = ["same" if one is None else f"{one:.{digits}f}" for one in found]
+            lines.append(f"| {' | '.join([row['label'], *cells])} |")
+    return lines
+
+
+def _interval(entry: Mapping[str, float | None], digits: int) -> str:
+    """A mean; its bounds too, where more than one prompt counts."""
+    value, *bounds = (
+        "" if entry[name] is None else f"{entry[name]:.{digits}f}"
+        for name in ("value", "low", "high")
+    )
+    return f"{value} ({' to '.join(bounds)})" if all(bounds) else value
+
+
+def _header(columns: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(columns)} |", f"|---|{'--:|' * (len(columns) - 1)}"]
+
+
 def _plans(rows: Sequence[Row]) -> list[str]:
     """One line per plan, its rivals beside it."""
     by_name = {row["name"]: row for row in rows}
     kept = [row for row in rows if row["kind"] in ("dynamic", "reference")]
     if not kept:
         return []
-    lines = [f"| {' | '.join(_COLUMNS)} |", f"|---|{'--:|' * (len(_COLUMNS) - 1)}"]
-    return [*lines, *(_plan(row, by_name) for row in kept)]
+    return [*_header(_COLUMNS), *(_plan(row, by_name) for row in kept)]
 
 
 def _plan(row: Row, by_name: Mapping[str, Row]) -> str:
-    ssim = row["ssim"]
     fewer = by_name.get(row.get("fewer_steps", {}).get("equal_time", ""))
     static = by_name.get(row.get("static", ""))
     tau = f", tau {row['tau']:.2g}" if "tau" in row else ""
@@ -73,7 +128,7 @@ def _plan(row: Row, by_name: Mapping[str, Row]) -> str:
         f"{row['tokens_share']:.0%}",
         f"{row['loop_ms']:.0f}",
         _psnr(row),
-        f"{ssim['value']:.3f} ({ssim['low']:.3f} to {ssim['high']:.3f})",
+        _interval(row["ssim"], 3),
         f"{row['frechet']:.3f}",
         f"{row['correct']['all']['value']:.0%}",
         "" if fewer is None else f"{fewer['steps']}: {_closeness(fewer)}",
@@ -95,7 +150,7 @@ def _adapters(rows: Sequence[Row]) -> list[str]:
     paths = [path for path in _PATHS if f"{plans[0]}/{path}" in by_name]
     titles = [_PATHS[path] for path in paths]
     header = ["", "tokens", "loop, ms", *titles, "fewer fine steps, equal time"]
-    lines = [f"| {' | '.join(header)} |", f"|---|{'--:|' * (len(header) - 1)}"]
+    lines = _header(header)
     for plan in plans:
         free = by_name[f"{plan}/training_free"]
         rival = by_name[free["fewer_steps"]["equal_time"]]
@@ -140,20 +195,42 @@ def _verdict(group: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _conditions(report: Mapping[str, Any]) -> str:
-    settings, machine, versions = report["settings"], report["machine"], report["versions"]
-    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    settings = report["settings"]
     halves = report["references"]["frechet_halves"]
     scale = "" if halves is None else f" ({halves:.4f} between all-fine pictures of two seeds)"
     missing = "".join(f" Not measured: {_PATHS[name]}." for name in report["missing"])
     return (
         f"{len(settings['prompts'])} prompts x {settings['seeds']} seeds, {settings['steps']} "
         "steps where not said otherwise; compared with all-fine pictures of the same noise and "
-        "step count. `loop` is the sum of the median times of its steps, measured in interleaved "
-        f"rounds ({machine['cpu']}, {threads}, torch {versions['torch']}). Three numbers in a cell "
-        "are PSNR in dB / SSIM / Fréchet. `Fréchet` is the Fréchet distance on the features of the "
-        "demo's classifier, not FID"
+        f"step count. {_times(report)} Three numbers in a cell are PSNR in dB / SSIM / Fréchet. "
+        "`Fréchet` is the Fréchet distance on the features of the demo's classifier, not FID"
         f"{scale}; `as asked` the share of pictures that show all four things that the caption "
         f"names ({report['references']['correct']['all']['value']:.0%} of the all-fine ones). "
         "Intervals are over prompts; a claim holds where that of the paired difference is above "
         f"0.{missing}"
+    )
+
+
+def _clip_conditions(report: Mapping[str, Any]) -> str:
+    settings = report["settings"]
+    size = " x ".join(str(settings[name]) for name in ("height", "width", "num_frames"))
+    return (
+        f"{len(settings['prompts'])} held-out prompts x {settings['seeds']} seed"
+        f"{'s' * (settings['seeds'] != 1)}, {size}, {settings['steps']} steps, guidance "
+        f"{settings['guidance_scale']:g}; compared with all-fine clips of the same noise and step "
+        f"count. {_times(report)} PSNR (of frames that differ) and SSIM are means over the "
+        "frames, `flicker` is the mean absolute error of the change from frame to frame, of 1; "
+        "three numbers in a cell are these three. `as asked`: clips that show all five things that "
+        "the caption names. Intervals are over prompts; a claim holds where that of the paired "
+        "difference is above 0."
+    )
+
+
+def _times(report: Mapping[str, Any]) -> str:
+    """What the column `loop` is."""
+    machine = report["machine"]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    return (
+        "`loop` is the sum of the median times of its steps, measured in interleaved rounds "
+        f"({machine['cpu']}, {threads}, torch {report['versions']['torch']})."
     )

@@ -67,7 +67,9 @@ def test_loops_compare_contenders_with_the_baseline(tmp_path: Path) -> None:
         assert row["seconds"]["count"] == 2
         assert row["baseline_seconds"] == baseline["seconds"]
         assert row["speedup"] == baseline["seconds"]["median"] / row["seconds"]["median"]
-    assert 1 <= rows["first_block_cache"]["computed_steps"] <= 8
+    cached = rows["first_block_cache"]
+    assert 1 <= cached["computed_steps"] <= 8
+    assert cached["reused_share"] == 1 - cached["computed_steps"] / 8
     fine = rows["ddit_rt_auto_fine"]
     # The unmodified model: rounding of float32 over 8 steps apart, the same latents.
     assert fine["relative_error"] < 1e-5

@@ -17,6 +17,9 @@ def test_plan_takes_the_wanted_share_of_the_operations(speedup: float, steps: in
     plan = plans.plan_for_speedup(speedup, FLOPS, steps)
     assert len(plan) == steps
     assert plans.counted_speedup(plan, FLOPS) == pytest.approx(speedup, rel=0.02)
+    # As many steps again that reuse, and so count for nothing.
+    skipping = plans.counted_speedup(plan, FLOPS, reused=steps)
+    assert skipping == pytest.approx(2 * speedup, rel=0.02)
     # Even shares of 2p and 4p, as the closed form of the docstring has them, as far as whole steps
     # allow: one step at p more or less is moved back to the ratio by about five from 2p to 4p.
     share = (1 - 1 / speedup) / (2 - FLOPS["2p"] / FLOPS["p"] - FLOPS["4p"] / FLOPS["p"])

@@ -69,6 +69,87 @@ def test_quick_run_matches_costs_and_goes_on_from_what_it_kept(
     assert again["costs"] == report["costs"]
 
 
+def test_quick_clips_are_compared_frame_by_frame_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, cache = tmp_path / "quick.json", tmp_path / "cache"
+    arguments = ["--quick", "--out", str(out), "--cache", str(cache), "--tables", "video"]
+    bench = import_module("bench_quality")
+    assert bench.main(arguments) == 0
+    assert not out.exists()  # the picture tables were not asked for
+    report = strict(tmp_path / "quick_video.json")
+    check_rivals(report)
+    rows = {row["name"]: row for row in report["tables"]["video"]}
+    plans = ["demo_static", "demo_dynamic", "2p_0.25", "4p_0.25", "2p_0.5_block", "4p_0.5_block"]
+    plans += ["tau_0.04", "paper_0.01"]
+    assert [name for name, row in rows.items() if row["kind"] != "fewer_steps"] == ["fine", *plans]
+    check_clips(rows, report["settings"]["num_frames"])
+    claims = [claim for claim in report["claims"] if claim["better"] == "demo_static"]
+    assert [claim["worse"] for claim in claims] == list(rows["demo_static"]["fewer_steps"].values())
+    check_clip_table(report)
+    # What was made is found again, without a single run.
+    runs = import_module("quality_runs").PictureRuns
+    monkeypatch.setattr(runs, "_engine_batch", lambda *_: pytest.fail("made again"))
+    assert bench.main(arguments) == 0
+    for row in strict(tmp_path / "quick_video.json")["tables"]["video"]:
+        before = rows.pop(row["name"])
+        assert row["steps_at"] == before["steps_at"]
+        assert row["loop_ms"] == before["loop_ms"]
+        assert row["flicker"] == before["flicker"]
+        # Sums in float32 depend on where an array lies in memory.
+        assert row["ssim_per_prompt"] == pytest.approx(before["ssim_per_prompt"], abs=1e-5)
+    assert not rows
+
+
+def check_clips(rows: dict[str, Any], frames: int) -> None:
+    fine = rows["fine"]
+    assert fine["psnr"] is None
+    assert fine["ssim"] == fine["ssim"] | {"value": 1, "low": 1, "high": 1}
+    assert fine["flicker"]["value"] == 0
+    assert rows["demo_static"]["steps_at"] == {"4p": 2, "p": 5}
+    for row in rows.values():
+        assert len(row["frames"]) == frames
+        # Every clip has as many frames, so means of means are the mean of all.
+        means = [frame["ssim"] for frame in row["frames"]]
+        assert row["ssim"]["value"] == pytest.approx(np.mean(means))
+        if row["tokens_share"] < 1:
+            assert 0 < row["flicker"]["value"] < 1
+            assert row["ssim"]["value"] < 1
+            assert row["flicker"]["low"] <= row["flicker"]["value"] <= row["flicker"]["high"]
+    psnr = [frame["psnr"] for frame in rows["demo_static"]["frames"]]
+    assert rows["demo_static"]["psnr"]["value"] == pytest.approx(np.mean(psnr))
+
+
+def check_clip_table(report: dict[str, Any]) -> None:
+    lines = import_module("tables").TABLES["quality_demo_video"](report).splitlines()
+    static = next(row for row in report["tables"]["video"] if row["name"] == "demo_static")
+    (first, *frames) = [line for line in lines if line.startswith("| static, as in the demo |")]
+    assert f" | {static['flicker']['value']:.4f} | " in first
+    assert f"{static['fewer_steps']['equal_time'].split('_')[1]}: " in first
+    assert frames == [
+        "| static, as in the demo | "
+        + " | ".join(f"{frame[value]:.{digits}f}" for frame in static["frames"])
+        + " |"
+        for value, digits in (("ssim", 3), ("psnr", 1))
+    ]
+    assert any(line.startswith("- A static plan is better than fewer fine") for line in lines)
+
+
+def test_settings_of_clips_stand_beside_those_of_pictures() -> None:
+    parse = import_module("bench_quality").parse
+    both = parse([])
+    assert (both.steps, both.prompts, both.seeds) == (28, 64, 2)
+    assert (both.clips.steps, both.clips.prompts, both.clips.seeds) == (24, 24, 1)
+    assert both.clips.out.name == "quality_demo_video.json"
+    assert "video" not in both.tables
+    assert parse(["--tables", "order", "--steps", "12"]).clips is None
+    few = parse(["--tables", "video", "--prompts", "6"])
+    assert few.tables == []
+    assert few.clips.prompts == 6
+    with pytest.raises(SystemExit):
+        parse(["--tables", "video", "--prompts", "1"])
+
+
 def check_rivals(report: dict[str, Any]) -> None:
     """Rivals cost no more than their plan, and one more step would."""
     step = report["costs"]["milliseconds"]["training_free"]["p"]

@@ -35,3 +35,10 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
     assert records.opened(out, head)["sections"] == {"buckets": {"a": {}}}
     with pytest.raises(ValueError, match=r"device H100, and this run has H200.*another --out"):
         records.opened(out, {**head, "machine": {"cpu": "x", "gpu": {"name": "H200"}}})
+
+
+def test_interval_of_one_value_is_strict_json() -> None:
+    records = import_module("records")
+    assert records.interval_entry([0.5]) == {"value": 0.5, "low": None, "high": None}
+    several = records.interval_entry([0.25, 0.5, 0.75])
+    assert several["low"] < several["value"] == 0.5 < several["high"]

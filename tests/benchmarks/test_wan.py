@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ def run(out: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_quick_run_has_a_row_of_everything(tmp_path: Path) -> None:
-    report = run(tmp_path / "wan.json", "--contenders", "ddit_rt_*")
+    report = run(tmp_path / "wan.json", "--contenders", "ddit_rt_*", "mag_cache")
     sections, key = report["sections"], "128x128x5/batch1/steps16"
     rows = sections["buckets"][key]["rows"]
     assert list(rows) == ["p", "2p", "4p"]
@@ -24,7 +25,9 @@ def test_quick_run_has_a_row_of_everything(tmp_path: Path) -> None:
         assert row["over_floor"] == row["seconds"]["median"] / row["floor_seconds"]
     loops = sections["loops"][key]["rows"]
     names = ("fine", "paper_1.60x", "paper_2.10x", "paper_3.20x", "dynamic")
-    assert set(loops) == {"diffusers_eager", *(f"ddit_rt_auto_{name}" for name in names)}
+    skipping = ("fine+teacache", "paper_2.10x+teacache")
+    ours = {f"ddit_rt_auto_{name}" for name in (*names, *skipping)}
+    assert set(loops) == {"diffusers_eager", "mag_cache", *ours}
     assert all(row["finite"] for row in loops.values())
     # The unmodified model: guidance multiplies rounding of float32 by up to ten.
     assert loops["ddit_rt_auto_fine"]["relative_error"] < 1e-4
@@ -32,9 +35,36 @@ def test_quick_run_has_a_row_of_everything(tmp_path: Path) -> None:
         wanted = float(name[6:10])
         counted = loops[f"ddit_rt_auto_{name}"]["counted_speedup"]
         assert counted == pytest.approx(wanted, rel=0.02)
+    check_skipped(loops)
+    table = import_module("tables").TABLES["wan_cpu"](report)
+    assert "| speed-up | by count | reused | error |" in table
+    assert re.search(r"\| ddit_rt, fine\+teacache \| .* \| 2\.00x \| 50% \|  \|", table)
+    assert re.search(
+        r"\| diffusers \+ MagCache \(every other step\) \| .* \|  \| 50% \|  \|", table
+    )
+    assert "every other step reuses" in table
     memory = sections["memory"][key]
     assert memory["latent_bytes"] == 4 * 16 * 2 * 16 * 16
     assert memory["history_bytes"] == 4 * memory["latent_bytes"]
+
+
+def check_skipped(loops: dict[str, Any]) -> None:
+    fine, paper = (loops[f"ddit_rt_auto_{name}+teacache"] for name in ("fine", "paper_2.10x"))
+    other = loops["mag_cache"]
+    assert fine["computed_sizes"] == {"p": 8}
+    assert fine["patch_sizes"] == {"p": 16}
+    assert fine["counted_speedup"] == 2
+    assert other["computed_steps"] == 8
+    assert fine["reused_share"] == other["reused_share"] == 0.5
+    # The same steps reuse: they are as far from those that compute all, but for rounding.
+    assert fine["relative_error"] > 0.01
+    assert fine["relative_error"] == pytest.approx(other["relative_error"], rel=1e-3)
+    # A step at another size than the one before computes, so some fewer reuse.
+    plain = loops["ddit_rt_auto_paper_2.10x"]
+    assert 0.3 < paper["reused_share"] < 0.5
+    assert paper["patch_sizes"] == plain["patch_sizes"] == plain["computed_sizes"]
+    assert paper["counted_speedup"] > 1.3 * plain["counted_speedup"]
+    assert plain["reused_share"] == 0
 
 
 @pytest.mark.filterwarnings("ignore:4p is not offered")
