@@ -18,8 +18,18 @@ KINDS = (FEWER, STATIC, DDIT, *CACHES, *COMBINED)
 """In the order of the table."""
 
 _NAMES = {TEACACHE: "TeaCache", MAGCACHE: "MagCache"}
-_MAGCACHES = (MagCache(), MagCache(max_skip_steps=6, retention_ratio=0.1))
-_REFRESH = (4, None)
+_MAGCACHES = (
+    MagCache(),
+    MagCache(max_skip_steps=6, retention_ratio=0.1),
+    MagCache(max_skip_steps=6, retention_ratio=0.0),
+)
+_RULES = {
+    "": DDiTPolicy(),
+    "no refresh": DDiTPolicy(refresh=None),
+    "coarse warm-up": DDiTPolicy(warmup="coarse"),
+    "coarse warm-up, no refresh": DDiTPolicy(warmup="coarse", refresh=None),
+}
+"""By what sets them apart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,8 +120,8 @@ def statics(steps: int, coarse: Sequence[str]) -> list[Dial]:
 
 
 def ddits(steps: int, coarse: Sequence[str], taus: tuple[float, float], levels: int) -> list[Dial]:
-    """The default rule, and without steps at p in between, by tau."""
-    return [_ddit(steps, coarse, taus, levels, refresh) for refresh in _REFRESH]
+    """The default rule, without steps at p in between, and started at the coarsest size, by tau."""
+    return [_ddit(steps, coarse, taus, levels, name) for name in _RULES]
 
 
 def _ddit(
@@ -119,17 +129,16 @@ def _ddit(
     coarse: Sequence[str],
     taus: tuple[float, float],
     levels: int,
-    refresh: int | None,
+    name: str,
 ) -> Dial:
     def at(level: int) -> SkipPlan:
         tau = _spaced(*taus, level, levels)
         # A size of twice the side has about the half of the other's threshold at equal error.
         sizes = {size: float(f"{tau * 0.5**place:.4g}") for place, size in enumerate(coarse)}
-        shape = "" if refresh == 4 else ", no refresh"
         return SkipPlan(
             kind=DDIT,
-            label=f"DDiT, tau {tau:g}{shape}",
-            policy=DDiTPolicy(tau=sizes, refresh=refresh),
+            label=", ".join(filter(None, (f"DDiT, tau {tau:g}", name))),
+            policy=replace(_RULES[name], tau=sizes),
             steps=steps,
         )
 
