@@ -13,6 +13,7 @@
 #   profile    scripts/profile.py on the demo model, with nsys too where it is -> profile.json
 #   flux       benchmarks/bench_flux.py, all sections; one of them: flux-buckets, flux-loops,
 #              flux-memory, flux-compile, flux-overhead                          -> flux.json
+#   wan        benchmarks/bench_wan.py likewise: wan-buckets, wan-loops          -> wan.json
 #   summary    one page from all that is in OUT, on any machine                  -> summary.md
 # Outcomes stand in stages.json, output in logs.txt, reports of tools in artifacts.tar.gz. Results
 # that an earlier call left in the scratch folder for the same sources are put into OUT as well.
@@ -24,7 +25,10 @@
 #   WHEELS       folder with wheels of missing packages, installed into the scratch folder
 #   LIMIT, LIMIT_BUILD, LIMIT_FLUX_LOOPS, ...   seconds for every stage, or for one
 #   FLUX_ARGS    more arguments for bench_flux.py, e.g. "--height 1024 --batch 1 --steps 28"
+#   WAN_ARGS     more arguments for bench_wan.py, e.g. "--videos 480x832x33 --steps 20"
 #   SANITIZE_TESTS   files or folders in this checkout (default: tests/ops tests/runtime)
+# All of it takes over an hour. Where a device is lent for minutes, name stages, what matters most
+# first: build tests flux-buckets ops wan-buckets, each in a call of its own if need be.
 # Exit code: 0, 1 if a stage failed, 2 for bad usage.
 set -euo pipefail
 
@@ -35,12 +39,14 @@ SCRATCH="$(realpath -m "${SCRATCH:-$root/build/gpu_battery}")"
 PYTHON="${PYTHON:-python3}"
 DRY_RUN="${DRY_RUN:-}"
 flux_stages=(flux-buckets flux-loops flux-memory flux-compile flux-overhead)
-stages=(info build tests sanitize ops profile "${flux_stages[@]}" summary)
+wan_stages=(wan-buckets wan-loops)
+stages=(info build tests sanitize ops profile "${flux_stages[@]}" "${wan_stages[@]}" summary)
 skipped_code=77
 
 declare -A limits=(
   [info]=60 [build]=400 [tests]=560 [sanitize]=560 [ops]=300 [profile]=400 [flux-buckets]=560
-  [flux-loops]=580 [flux-memory]=400 [flux-compile]=500 [flux-overhead]=560 [summary]=60)
+  [flux-loops]=580 [flux-memory]=400 [flux-compile]=500 [flux-overhead]=560 [wan-buckets]=300
+  [wan-loops]=900 [summary]=60)
 
 say() { printf '[battery] %s\n' "$*"; }
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
@@ -194,14 +200,13 @@ stage_profile() {
   return "$status"
 }
 
-# flux_section SECTION LIMIT
-flux_section() {
-  local more=()
-  read -ra more <<<"${FLUX_ARGS:-}"
+# real_size FAMILY SECTION LIMIT [ARGUMENT ...]: one section of a benchmark of a model at its real
+# size.
+real_size() {
   use_build || return 1
-  run "$PYTHON" "$root/benchmarks/bench_flux.py" --device cuda --sections "$1" \
-    --budget-s "$(($2 > 120 ? $2 - 60 : $2 / 2))" --artifact "$SCRATCH/flux.ddit" \
-    --out "$OUT/flux.json" "${more[@]}"
+  run "$PYTHON" "$root/benchmarks/bench_$1.py" --device cuda --sections "$2" \
+    --budget-s "$(($3 > 120 ? $3 - 60 : $3 / 2))" --artifact "$SCRATCH/$1.ddit" \
+    --out "$OUT/$1.json" "${@:4}"
 }
 
 stage_summary() {
@@ -216,8 +221,13 @@ limit_of() {
 
 # The body of one stage; runs in a process of its own, which can be stopped.
 run_body() {
+  local more=()
   case "$1" in
-    flux-*) flux_section "${1#flux-}" "$(limit_of "$1")" ;;
+    flux-*) read -ra more <<<"${FLUX_ARGS:-}" ;;
+    wan-*) read -ra more <<<"${WAN_ARGS:-}" ;;
+  esac
+  case "$1" in
+    flux-* | wan-*) real_size "${1%%-*}" "${1#*-}" "$(limit_of "$1")" "${more[@]}" ;;
     *) "stage_$1" ;;
   esac
 }
@@ -287,10 +297,12 @@ expand() {
   for stage in "$@"; do
     if [[ "$stage" == flux ]]; then
       printf '%s\n' "${flux_stages[@]}"
+    elif [[ "$stage" == wan ]]; then
+      printf '%s\n' "${wan_stages[@]}"
     elif [[ -n "${limits[$stage]:-}" ]]; then
       printf '%s\n' "$stage"
     else
-      printf "[battery] there is no stage '%s'; the stages are: %s, and flux for all of its own\n" \
+      printf "[battery] there is no stage '%s'; the stages are: %s; flux and wan stand for their own\n" \
         "$stage" "${stages[*]}" >&2
       return 2
     fi

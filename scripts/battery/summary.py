@@ -10,7 +10,7 @@ from typing import Any
 from battery.stages import load_stages
 from battery.targets import TARGETS, Records, Target
 
-_FILES = ("info", "ops", "profile", "flux")
+_FILES = ("info", "ops", "profile", "flux", "wan")
 _MOST_NAMES = 20
 
 
@@ -134,7 +134,11 @@ def _profile(records: Records) -> Iterator[str]:
 def _problems(records: Records) -> Iterator[str]:
     """Whatever a benchmark could not measure."""
     found = [f"ops {row['op']}, {row['size']}: {row['error']}" for row in _failed_ops(records)]
-    found += [f"flux {place}: {error}" for place, error in _errors(records.get("flux", {}), "")]
+    found += [
+        f"{model} {place}: {error}"
+        for model in ("flux", "wan")
+        for place, error in _errors(records.get(model, {}), "")
+    ]
     if found:
         yield from ("## Not measured", "")
         yield from (f"- {_cell(text)}" for text in found[:_MOST_NAMES])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Records = Mapping[str, Any]
-"""`stages`, `info`, `ops`, `profile`, `flux`, each as its file has it; those that exist."""
+"""`stages`, `info`, `ops`, `profile`, `flux`, `wan`, each as its file has it; those that exist."""
 
 Values = Iterator[tuple[str, float]]
 """Cases and their values."""
@@ -73,17 +73,18 @@ def _decide_us(records: Records) -> Values:
             yield row["op"], row["microseconds"]["native"]["median"]
 
 
-def _rows(records: Records, section: str) -> Iterator[tuple[str, str, Any]]:
-    for case, record in records.get("flux", {}).get("sections", {}).get(section, {}).items():
+def _rows(records: Records, section: str, model: str = "flux") -> Iterator[tuple[str, str, Any]]:
+    for case, record in records.get(model, {}).get("sections", {}).get(section, {}).items():
         for name, row in record.get("rows", {}).items():
             yield case, name, row
 
 
 def _step_over_floor(*patches: str) -> Callable[[Records], Values]:
     def values(records: Records) -> Values:
-        for case, patch, row in _rows(records, "buckets"):
-            if patch in patches and "over_floor" in row:
-                yield f"{case} {patch}", row["over_floor"]
+        for model in ("flux", "wan"):
+            for case, patch, row in _rows(records, "buckets", model):
+                if patch in patches and "over_floor" in row:
+                    yield f"{model} {case} {patch}", row["over_floor"]
 
     return values
 

@@ -14,7 +14,7 @@ import torch
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu_battery.sh"
 STAGES = [
     *("info", "build", "tests", "sanitize", "ops", "profile", "flux-buckets", "flux-loops"),
-    *("flux-memory", "flux-compile", "flux-overhead", "summary"),
+    *("flux-memory", "flux-compile", "flux-overhead", "wan-buckets", "wan-loops", "summary"),
 ]
 
 
@@ -46,7 +46,7 @@ def stages_of(folder: Path, out: str = "out") -> dict[str, dict[str, str]]:
 def test_help_names_every_stage_and_setting(tmp_path: Path) -> None:
     done = battery(tmp_path, "--help")
     assert done.returncode == 0
-    for name in (*STAGES, "OUT", "WHEELS", "LIMIT", "FLUX_ARGS"):
+    for name in (*STAGES, "OUT", "WHEELS", "LIMIT", "FLUX_ARGS", "WAN_ARGS"):
         assert name in done.stdout
     assert "set -euo" not in done.stdout
 
@@ -65,7 +65,7 @@ def test_dry_run_shows_all_commands_and_runs_none(tmp_path: Path) -> None:
     (wheels / "pytest-9-py3-none-any.whl").touch()
     done = battery(
         tmp_path, "--dry-run", WHEELS=str(wheels), LIMIT="90", LIMIT_FLUX_LOOPS="300",
-        FLUX_ARGS="--height 1024 --batch 1",
+        FLUX_ARGS="--height 1024 --batch 1", WAN_ARGS="--steps 20",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["wheels"]
@@ -82,16 +82,18 @@ def test_dry_run_shows_all_commands_and_runs_none(tmp_path: Path) -> None:
         assert "'--no-deps'" in command
     assert "'--no-build-isolation'" in install
     assert f"'--target' '{tmp_path}/scratch/site'" in build
-    (loops,) = (line for line in lines if "'--sections' 'loops'" in line)
+    loops, video = (line for line in lines if "'--sections' 'loops'" in line)
+    assert f"'--out' '{tmp_path}/out/wan.json' '--steps' '20'" in video
     assert "'--budget-s' '240'" in loops
     assert loops.endswith("'--height' '1024' '--batch' '1'")
     assert f"'--out' '{tmp_path}/out/flux.json'" in loops
 
 
-def test_flux_stands_for_its_sections(tmp_path: Path) -> None:
-    done = battery(tmp_path, "--dry-run", "flux", "summary")
+def test_a_model_stands_for_its_sections(tmp_path: Path) -> None:
+    done = battery(tmp_path, "--dry-run", "wan", "flux", "summary")
     titles = [line.split()[1] for line in done.stdout.splitlines() if "(limit " in line]
-    assert titles == [*(stage for stage in STAGES if stage.startswith("flux-")), "summary"]
+    wan, flux = ([one for one in STAGES if one.startswith(name)] for name in ("wan-", "flux-"))
+    assert titles == [*wan, *flux, "summary"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
