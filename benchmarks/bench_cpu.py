@@ -32,11 +32,13 @@ from tables import update_readme
 from tqdm.auto import tqdm
 
 from ddit_rt.demo import model_path
+from ddit_rt.demo.comparison import prepare_engine
 from ddit_rt.demo.measure import Batch, Contender, Sample, measure
+from ddit_rt.demo.plans import DEMO_POLICY
 from ddit_rt.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
 from ddit_rt.demo.quality import fidelity
 from ddit_rt.demo.report import machine, model_entry, versions
-from ddit_rt.demo.run import DemoConfig, prepare_engine
+from ddit_rt.demo.run import DemoConfig
 
 RESULT = Path(__file__).parent / "results" / "cpu_demo.json"
 
@@ -48,7 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     pipeline = FluxPipeline.from_pretrained(model_path())
     pipeline.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory(prefix="ddit_rt-") as folder:
-        engine, compiling = prepare_engine(pipeline, Path(folder) / "demo.ddit", config)
+        engine, compiling = prepare_engine(
+            pipeline,
+            Path(folder) / "demo.ddit",
+            height=config.height,
+            width=config.width,
+            patch_policy=DEMO_POLICY,
+        )
         results = {
             str(size): run_batch_size(engine, size, args.prompts, config) for size in args.batches
         }

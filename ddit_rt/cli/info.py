@@ -185,9 +185,10 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
 def _conditions(memory: dict[str, Any]) -> str:
     frames = "" if memory["num_frames"] is None else f", {memory['num_frames']} frames"
     guided = ", guided" if memory["passes"] == 2 else ""
+    experts = f", {memory['experts']} experts" if memory["experts"] > 1 else ""
     return (
         f"{memory['height']} x {memory['width']}{frames}, {memory['text_tokens']} text tokens, "
-        f"{memory['steps']} steps, batch 1{guided}"
+        f"{memory['steps']} steps, batch 1{guided}{experts}"
     )
 
 

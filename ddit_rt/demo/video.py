@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import json
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
-import ddit_rt
 from ddit_rt.demo.clips import ClipConfig
-from ddit_rt.demo.measure import (
-    Batch,
-    Contender,
-    Sample,
-    engine_contender,
-    measure,
-    pipeline_contender,
-)
+from ddit_rt.demo.comparison import REFERENCE, artifact_folder, prepare_engine, report_of, timed
+from ddit_rt.demo.measure import Sample
 from ddit_rt.demo.plans import FINE, VIDEO_POLICY, Plan, demo_plans
 from ddit_rt.demo.prompts import MAX_SEQUENCE_LENGTH, VIDEO_PROMPTS
-from ddit_rt.demo.report import (
-    SCHEMA_VERSION,
-    machine,
-    model_entry,
-    reference_entry,
-    run_entry,
-    versions,
-)
 from ddit_rt.demo.video_file import require_encoder, side_by_side, write_mp4
 from ddit_rt.demo.video_quality import ClipFidelity, clip_fidelity
 from ddit_rt.pipeline import Engine
 
-REFERENCE = "diffusers"
 _FRAMES_PER_SECOND = 8
 
 
@@ -100,11 +79,16 @@ def run_video_demo(pipeline: Any, config: VideoDemoConfig) -> dict[str, Any]:
     require_encoder()
     config.out.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
-    with ExitStack() as stack:
-        folder = config.out
-        if not config.keep_artifact:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ddit_rt-")))
-        engine, compiling = _prepare_engine(pipeline, folder / "video.ddit", config)
+    with artifact_folder(config.out, keep=config.keep_artifact) as folder:
+        engine, compiling = prepare_engine(
+            pipeline,
+            folder / "video.ddit",
+            height=config.height,
+            width=config.width,
+            num_frames=config.num_frames,
+            patch_policy=VIDEO_POLICY,
+            backend=config.backend,
+        )
         return compare_clips(engine, demo_plans(config.steps, VIDEO_POLICY), config, compiling)
 
 
@@ -127,7 +111,17 @@ def compare_clips(
     """
     from ddit_rt.demo.timeline import draw_timeline
 
-    samples = _measure(_contenders(engine, plans, config), config)
+    arguments = {
+        "num_inference_steps": config.steps,
+        "height": config.height,
+        "width": config.width,
+        "num_frames": config.num_frames,
+        "guidance_scale": config.guidance_scale,
+        "max_sequence_length": config.max_sequence_length,
+    }
+    samples = timed(
+        engine, plans, config.prompts, seed=config.seed, repeats=config.repeats, arguments=arguments
+    )
     report = _report(engine, plans, samples, config, compiling)
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     (config.out / "report.json").write_text(text, encoding="utf-8")
@@ -164,58 +158,6 @@ def video_summary_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _prepare_engine(
-    pipeline: Any, path: Path, config: VideoDemoConfig
-) -> tuple[Engine, dict[str, float | int]]:
-    """Compiles, saves and loads back, so that the loaded engine is what the demo runs."""
-    started = time.perf_counter()
-    compiled = ddit_rt.compile(
-        pipeline,
-        height=config.height,
-        width=config.width,
-        num_frames=config.num_frames,
-        patch_policy=VIDEO_POLICY,
-        backend=config.backend,
-    )
-    seconds = time.perf_counter() - started
-    compiled.save(path)
-    started = time.perf_counter()
-    engine = ddit_rt.load(path, pipeline)
-    return engine, {
-        "compile_seconds": seconds,
-        "load_seconds": time.perf_counter() - started,
-        "artifact_bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
-    }
-
-
-def _contenders(engine: Engine, plans: Sequence[Plan], config: VideoDemoConfig) -> list[Contender]:
-    arguments = {
-        "num_inference_steps": config.steps,
-        "height": config.height,
-        "width": config.width,
-        "num_frames": config.num_frames,
-        "guidance_scale": config.guidance_scale,
-        "max_sequence_length": config.max_sequence_length,
-    }
-    return [
-        pipeline_contender(REFERENCE, "diffusers", engine.pipeline, **arguments),
-        *(
-            engine_contender(plan.name, plan.label, engine, patch_policy=plan.policy, **arguments)
-            for plan in plans
-        ),
-    ]
-
-
-def _measure(contenders: Sequence[Contender], config: VideoDemoConfig) -> dict[str, list[Sample]]:
-    batches = [
-        Batch(prompts=(prompt,), seeds=(config.seed + index,))
-        for index, prompt in enumerate(config.prompts)
-    ]
-    total = len(contenders) * (1 + config.repeats * len(batches))
-    with tqdm(total=total, desc="generate", leave=False) as bar:
-        return measure(contenders, batches, repeats=config.repeats, advance=bar.update)
-
-
 def _report(
     engine: Engine,
     plans: Sequence[Plan],
@@ -223,42 +165,26 @@ def _report(
     config: VideoDemoConfig,
     compiling: Mapping[str, float | int],
 ) -> dict[str, Any]:
-    closeness = {name: _closeness(row, samples[FINE]) for name, row in samples.items()}
-    reference = reference_entry("diffusers", samples[REFERENCE], closeness[REFERENCE].clips)
-    runs = [
-        run_entry(
-            plan.name,
-            plan.label,
-            plan.policy.to_dict(),
-            samples[plan.name],
-            closeness[plan.name].clips,
-            reference,
-        )
-        for plan in plans
-    ]
-    fine = next(entry["seconds_denoise"] for entry in runs if entry["policy"] == FINE)
-    for name, entry in ((REFERENCE, reference), *((entry["policy"], entry) for entry in runs)):
-        entry["speedup_over_fine"] = fine / entry["seconds_denoise"]
-        _add_frames(entry, closeness[name])
+    clips = {name: [sample.pictures[0] for sample in row] for name, row in samples.items()}
+    closeness = {name: clip_fidelity(row, clips[FINE]) for name, row in clips.items()}
     settings = asdict(config)
     for name in ("out", "keep_artifact", "backend"):
         del settings[name]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "machine": machine(),
-        "versions": versions(),
-        "model": model_entry("demo-video", engine.pipeline.transformer),
-        "settings": {**settings, "prompts": list(config.prompts)},
-        "compile": dict(compiling),
-        "reference": reference,
-        "runs": runs,
-    }
-
-
-def _closeness(samples: Sequence[Sample], references: Sequence[Sample]) -> ClipFidelity:
-    return clip_fidelity(
-        [sample.pictures[0] for sample in samples], [sample.pictures[0] for sample in references]
+    report = report_of(
+        "demo-video",
+        engine,
+        plans,
+        samples,
+        {name: close.clips for name, close in closeness.items()},
+        settings={**settings, "prompts": list(config.prompts)},
+        compiling=compiling,
     )
+    runs = {entry["policy"]: entry for entry in report["runs"]}
+    fine = runs[FINE]["seconds_denoise"]
+    for name, entry in {REFERENCE: report["reference"], **runs}.items():
+        entry["speedup_over_fine"] = fine / entry["seconds_denoise"]
+        _add_frames(entry, closeness[name])
+    return report
 
 
 def _add_frames(entry: dict[str, Any], closeness: ClipFidelity) -> None:
