@@ -24,10 +24,11 @@ class CalibratedPlan:
         policy: `PatchPolicy.to_dict` of its policy.
         num_inference_steps: Steps that it runs; fewer than the calibration's own where fewer
             steps are part of the plan.
-        cost: Cost of a picture's denoising loop, in the calibration's unit.
+        cost: Cost of a picture's, or clip's, denoising loop, in the calibration's unit.
         speedup: Cost of the all-fine loop over `cost`.
-        ssim: Structural similarity to the all-fine pictures, at most 1.
-        psnr: Peak signal-to-noise ratio in dB; None where every picture equals its reference.
+        ssim: Structural similarity to the all-fine pictures, at most 1; of clips, the mean over
+            their frames.
+        psnr: Peak signal-to-noise ratio in dB; None where everything equals its reference.
         step_cache: `StepCache.to_dict` of its step cache; None: every step computes.
     """
 

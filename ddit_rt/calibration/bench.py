@@ -1,4 +1,4 @@
-"""Plans on a real engine: pictures, their similarity to all-fine ones, and what they cost."""
+"""Plans on a real engine: what they make, how similar it is to all fine, and what they cost."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ddit_rt.calibration.caches import alternating, fitted_caches, threshold_range
+from ddit_rt.calibration.caches import (
+    alternating,
+    fitted_caches,
+    several_models,
+    threshold_range,
+)
 from ddit_rt.calibration.plans import CacheRange, Candidate, all_fine
 from ddit_rt.calibration.points import Evaluator, Measurement, Prompt
 from ddit_rt.demo.measure import Batch, Contender, Generation, Picture, engine_contender, measure
-from ddit_rt.demo.quality import fidelity
+from ddit_rt.demo.quality import Fidelity, fidelity
+from ddit_rt.demo.video_quality import clip_fidelity
 from ddit_rt.errors import ShapeError
 from ddit_rt.executor import RunTrace, StepRecord
+from ddit_rt.families import family_named
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
 from ddit_rt.step_cache import NoCache, StepCache
 
@@ -26,6 +33,11 @@ NO_FIT = (
     "ARTIFACT --model MODEL --cache teacache` makes one"
 )
 """Of a model that has none."""
+SEVERAL_MODELS = (
+    "without plans that skip steps: a fit of a step cache is for one model, and in this pipeline "
+    "several take turns"
+)
+"""Of a pipeline of experts."""
 
 _NO_SCORES = (1e-5, 1e-1)
 """Range of tau where a run is too short for a score."""
@@ -42,6 +54,7 @@ class Bench(Evaluator, Protocol):
         cache_costs: By class of the cache, cost of one step under it, `"p"` computed or
             `"p reused"`.
         notes: What the search has to do without, and why.
+        makes: What a run makes, `"picture"` or `"clip"`.
     """
 
     steps: int
@@ -50,6 +63,7 @@ class Bench(Evaluator, Protocol):
     caches: Sequence[CacheRange]
     cache_costs: Mapping[str, Mapping[str, float]]
     notes: Sequence[str]
+    makes: str
 
     def confirm(
         self, candidates: Sequence[Candidate], prompts: Sequence[Prompt]
@@ -62,7 +76,7 @@ class EngineBench:
 
     Costs in the search come from tables, measured once: the median time of a step at each patch
     size, or its image tokens; with a step cache, that of a computed and of a reused one. `confirm`
-    measures whole loops instead, interleaved.
+    measures whole loops instead, interleaved. Clips are as similar as their frames are on average.
 
     Attributes:
         steps: As in `Bench`.
@@ -71,6 +85,7 @@ class EngineBench:
         caches: As in `Bench`.
         cache_costs: As in `Bench`.
         notes: As in `Bench`.
+        makes: As in `Bench`.
         runs: Generations so far.
     """
 
@@ -108,6 +123,9 @@ class EngineBench:
         self._repeats = repeats
         self._advance = advance
         self._references: dict[Prompt, Picture] = {}
+        video = family_named(engine.artifact.manifest.family).video
+        self.makes = "clip" if video else "picture"
+        self._fidelity = _frame_means if video else fidelity
         self.costs: Mapping[str, float] = self._cost_table(probe, NoCache())
         self.taus = self._tau_range(probe)
         self.caches: Sequence[CacheRange] = ()
@@ -125,7 +143,7 @@ class EngineBench:
             picture, trace = self._generate(candidate, prompt)
             pictures.append(picture)
             costs.append(sum(cached[_branch(record)] for record in trace))
-        return _measurement(statistics.fmean(costs), pictures, references)
+        return self._measurement(costs, pictures, references)
 
     def confirm(
         self, candidates: Sequence[Candidate], prompts: Sequence[Prompt]
@@ -146,8 +164,14 @@ class EngineBench:
                 for sample in row
             ]
             pictures = [sample.pictures[0] for sample in row]
-            results.append(_measurement(statistics.fmean(costs), pictures, references))
+            results.append(self._measurement(costs, pictures, references))
         return results
+
+    def _measurement(
+        self, costs: Sequence[float], made: Sequence[Picture], references: Sequence[Picture]
+    ) -> Measurement:
+        close = self._fidelity(made, references)
+        return Measurement(cost=statistics.fmean(costs), similarity=close.ssim, psnr=close.psnr)
 
     def _contender(self, candidate: Candidate) -> Contender:
         return engine_contender(
@@ -161,7 +185,7 @@ class EngineBench:
         )
 
     def _probe(self, policy: PatchPolicy, prompt: Prompt, cache: StepCache) -> RunTrace:
-        """A run whose picture does not count."""
+        """A run whose outcome does not count."""
         candidate = Candidate(
             kind="", label="", policy=policy, num_inference_steps=self.steps, step_cache=cache
         )
@@ -183,7 +207,7 @@ class EngineBench:
         return self._references[prompt]
 
     def _cost_table(self, probe: Prompt, cache: StepCache) -> dict[str, float]:
-        """Per size that this picture offers, and per branch, the median over a run's steps."""
+        """Per size that the run's shape offers, and per branch, the median over a run's steps."""
         samples: dict[str, list[float]] = {}
         for size in (entry.patch for entry in self._engine.artifact.manifest.buckets):
             policy = FinePolicy() if size == "p" else StaticPolicy([size] * self.steps)
@@ -209,7 +233,7 @@ class EngineBench:
             name: self._cost_table(probe, alternating(cache)) for name, cache in of_class.items()
         }
         if not fitted:
-            self.notes = [NO_FIT]
+            self.notes = [SEVERAL_MODELS if several_models(self._engine) else NO_FIT]
         elif not self.caches:
             self.notes = [f"without plans that skip steps: of {self.steps} steps none may"]
 
@@ -252,8 +276,6 @@ def _trace(trace: RunTrace | None) -> RunTrace:
     return trace
 
 
-def _measurement(
-    cost: float, pictures: Sequence[Picture], references: Sequence[Picture]
-) -> Measurement:
-    closeness = fidelity(pictures, references)
-    return Measurement(cost=cost, similarity=closeness.ssim, psnr=closeness.psnr)
+def _frame_means(clips: Sequence[Picture], references: Sequence[Picture]) -> Fidelity:
+    """Of clips `[F, H, W, 3]`, each the mean over its frames."""
+    return clip_fidelity(clips, references).clips

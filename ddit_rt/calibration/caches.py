@@ -8,6 +8,7 @@ from typing import Any
 
 from ddit_rt.calibration.plans import ThresholdCache
 from ddit_rt.executor import RunTrace
+from ddit_rt.families import family_named
 from ddit_rt.pipeline.caching import model_fits
 from ddit_rt.step_cache import MagCache, TeaCache
 
@@ -22,12 +23,25 @@ _BY_FIT: dict[str, ThresholdCache] = {
 def fitted_caches(engine: Any) -> tuple[ThresholdCache, ...]:
     """The step caches that an engine's model has a fit for, stored in the artifact or published.
 
+    Empty where several models take turns, since a fit is for one.
+
     Args:
         engine: The engine, with its pipeline.
     """
+    if several_models(engine):
+        return ()
     fits = model_fits(engine.pipeline.transformer, engine.artifact.manifest.cache_fits)
     kinds = {fit.kind for fit in fits}
     return tuple(cache for kind, cache in _BY_FIT.items() if kind in kinds)
+
+
+def several_models(engine: Any) -> bool:
+    """Whether the steps of a run are shared out between experts.
+
+    Args:
+        engine: The engine, with its pipeline.
+    """
+    return bool(family_named(engine.artifact.manifest.family).experts(engine.pipeline))
 
 
 def threshold_range(trace: RunTrace) -> tuple[float, float] | None:

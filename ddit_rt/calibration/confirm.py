@@ -22,7 +22,7 @@ from ddit_rt.calibration.search import Found
 from ddit_rt.calibration.target import SPEEDUP, Target
 
 _SAME = 1e-9
-"""Loss of similarity of a rival whose pictures are those of all fine."""
+"""Loss of similarity of a rival that makes what all fine makes."""
 
 _RIVALS = (STEPS, STATIC)
 _SIMPLEST = (*_RIVALS, *ADAPTIVE)
@@ -60,8 +60,8 @@ class Confirmation:
         fine: All-fine on the held-out prompts.
         finalists: The best plan of each family, by kind.
         equals: Per adaptive finalist, the rivals at the cost that it has on the held-out prompts.
-        shares: Per adaptive finalist and rival, the share of held-out prompts on which its picture
-            is more similar than that of the rival at equal cost; a tie counts half.
+        shares: Per adaptive finalist and rival, the share of held-out prompts on which it
+            is more similar than the rival at equal cost; a tie counts half.
         static: The static plan at the cost that the winner has there; None if that won itself, or
             none can be as cheap.
         over_static: The share of held-out prompts on which the winner is more similar than it.

@@ -24,9 +24,10 @@ class Measurement:
     """What an evaluation gave.
 
     Attributes:
-        cost: Mean cost of a picture's denoising loop.
-        similarity: SSIM of each prompt's picture to its all-fine reference.
-        psnr: The same in dB; None where the picture equals its reference.
+        cost: Mean cost of a denoising loop.
+        similarity: SSIM of each prompt's picture to its all-fine reference; of a clip, the mean
+            over its frames.
+        psnr: The same in dB; None where the picture or clip equals its reference.
     """
 
     cost: float
@@ -40,7 +41,7 @@ class Measurement:
 
     @property
     def mean_psnr(self) -> float | None:
-        """Mean over the pictures that differ; None when none does."""
+        """Mean over those that differ; None when none does."""
         finite = [value for value in self.psnr if value is not None]
         return fmean(finite) if finite else None
 
@@ -49,7 +50,7 @@ class Evaluator(Protocol):
     """Runs a plan: the one thing that the search needs of an engine."""
 
     def evaluate(self, candidate: Candidate, prompts: Sequence[Prompt]) -> Measurement:
-        """Generates every prompt and compares with the all-fine pictures of the same noise."""
+        """Generates every prompt and compares with all fine from the same noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +62,7 @@ class Point:
 
     @property
     def cost(self) -> float:
-        """Mean cost of a picture."""
+        """Mean cost of a run."""
         return self.measurement.cost
 
     @property

@@ -50,6 +50,7 @@ def calibration_record(
         "verdict": decided.verdict,
         "seed": config.seed,
         "notes": list(bench.notes),
+        "makes": bench.makes,
         **_prompts(config),
         **_costs(bench),
         "candidates": [_candidate(point) for point in points],

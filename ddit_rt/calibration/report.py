@@ -85,7 +85,7 @@ def draw_front(calibration: Calibration, path: Path) -> None:
             weight="bold",
         )
     axes.set_xlabel(f"speed-up of the loop over {calibration.num_inference_steps} fine steps")
-    axes.set_ylabel("SSIM to the all-fine pictures")
+    axes.set_ylabel(_similarity(calibration.evidence["makes"]))
     axes.set_xscale("log")
     ticks = [tick for tick in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if tick <= max(x) * 1.1]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
@@ -93,6 +93,11 @@ def draw_front(calibration: Calibration, path: Path) -> None:
     axes.grid(visible=True, alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
+def _similarity(makes: str) -> str:
+    frames = ", mean over their frames" if makes == "clip" else ""
+    return f"SSIM to the all-fine {makes}s{frames}"
 
 
 def _caches(candidates: Sequence[dict[str, Any]]) -> str:
@@ -105,10 +110,10 @@ def summary(calibration: Calibration) -> str:
     """A few lines for a terminal."""
     evidence, unit = calibration.evidence, calibration.cost_unit
     ((name, value),) = calibration.target.items()
-    fine = f"{evidence['held_out_fine_cost']:.1f} {unit}"
+    fine = f"{evidence['held_out_fine_cost']:.1f} {unit} a {evidence['makes']}"
     lines = [
         f"{calibration.num_inference_steps} steps, {name} {value:g}: {evidence['verdict']}",
-        f"on {len(evidence['held_out_prompts'])} held-out prompts; all fine takes {fine} a picture",
+        f"on {len(evidence['held_out_prompts'])} held-out prompts; all fine takes {fine}",
         f"  {'plan':<9}{unit:>9}{'speed-up':>10}{'SSIM':>8}{'PSNR':>7}",
         *(_row(kind, entry) for kind, entry in evidence["held_out"].items()),
     ]

@@ -113,7 +113,7 @@ def calibrate(
     Args:
         bench: Runs plans.
         config: Settings.
-        conditions: What the figures hold for: machine, versions, picture size; for the record.
+        conditions: What the figures hold for: machine, versions, size, guidance; for the record.
 
     Raises:
         ValueError: No plan reaches the target; the message says what is reachable.
@@ -143,7 +143,8 @@ def calibrate(
         if (best := best_for(target, points)) is not None
     }
     if not finalists:
-        raise ValueError(_unreachable(config, base, [p for row in cheaper.values() for p in row]))
+        tried = [point for row in cheaper.values() for point in row]
+        raise ValueError(_unreachable(config, base, tried, bench.makes))
     decided = confirm(bench, found, finalists, held_out, config.request, target)
     points = [_fine_point(bench.steps, base, len(prompts))]
     points += [point for row in cheaper.values() for point in row]
@@ -172,7 +173,9 @@ def _fine_point(steps: int, base: float, prompts: int) -> Point:
     return Point(candidate=all_fine(steps), measurement=same)
 
 
-def _unreachable(config: CalibrationConfig, base: float, points: Sequence[Point]) -> str:
+def _unreachable(
+    config: CalibrationConfig, base: float, points: Sequence[Point], makes: str
+) -> str:
     ((name, value),) = config.request.items()
     if not points:
         return f"no plan for {name}={value:g}: with these steps nothing is faster than all fine"
@@ -181,5 +184,5 @@ def _unreachable(config: CalibrationConfig, base: float, points: Sequence[Point]
     return (
         f"no plan reaches {name}={value:g}; the nearest is {best.candidate.label}: SSIM "
         f"{best.ssim:.4f}, {base / best.cost:.2f}x as fast as all fine, {best.cost:.1f} "
-        f"{config.cost_unit} a picture. Ask for less, or for another number of steps"
+        f"{config.cost_unit} a {makes}. Ask for less, or for another number of steps"
     )

@@ -20,7 +20,7 @@ class Measured(Protocol):
 
     @property
     def cost(self) -> float:
-        """Mean cost of a picture."""
+        """Mean cost of a run."""
 
     @property
     def ssim(self) -> float:
@@ -32,7 +32,7 @@ class Target:
     """A limit on cost, under which similarity counts, or one on similarity, above which cost does.
 
     Attributes:
-        max_cost: Mean cost of a picture's loop at most; None if similarity is the limit.
+        max_cost: Mean cost of a run's loop at most; None if similarity is the limit.
         min_ssim: Mean similarity at least; None if cost is the limit.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -16,8 +17,8 @@ from ddit_rt.cli.models import (
     EMBEDDED_VIDEO,
     MODEL_HELP,
     add_call_arguments,
+    add_further_arguments,
     load_pipeline,
-    refuse_video,
 )
 
 if TYPE_CHECKING:
@@ -42,9 +43,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--speedup", type=float, metavar="X", help="of the loop, over as many fine steps"
     )
     group.add_argument(
-        "--min-ssim", type=float, metavar="S", help="mean SSIM to the all-fine pictures"
+        "--min-ssim",
+        type=float,
+        metavar="S",
+        help="mean SSIM to the all-fine pictures, or to the frames of the all-fine videos",
     )
-    group.add_argument("--budget-ms", type=float, metavar="MS", help="of a picture's loop")
+    group.add_argument(
+        "--budget-ms", type=float, metavar="MS", help="of the loop of a picture or video"
+    )
     group.add_argument(
         "--cache",
         choices=("teacache", "teacache-ret", "magcache"),
@@ -59,6 +65,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_search_arguments(parser)
     add_call_arguments(parser)
+    add_further_arguments(parser)
     parser.add_argument(
         "--trust-code",
         action="store_true",
@@ -110,10 +117,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     if args.cache is not None:
         return _fit_cache(args)
     _require_extra()
-    from ddit_rt.artifact import read_manifest
-
     config = _config(args)
-    refuse_video(read_manifest(args.artifact), "calibrate")
     engine = _engine(args)
     arguments = pipeline_arguments(args)
     result = _calibrate(engine, config, arguments)
@@ -149,7 +153,6 @@ def _fit_cache(args: argparse.Namespace) -> Outcome:
 
     from ddit_rt.calibration import Prompt
     from ddit_rt.calibration.cache import fit_cache
-    from ddit_rt.demo.report import machine, versions
 
     texts = _prompts(args.prompts, args.model)[: args.calibration_prompts]
     if len(texts) < max(1, args.calibration_prompts):
@@ -159,15 +162,13 @@ def _fit_cache(args: argparse.Namespace) -> Outcome:
         )
     prompts = [Prompt(text=text, seed=args.seed + place) for place, text in enumerate(texts)]
     engine, arguments = _engine(args), pipeline_arguments(args)
-    size = {**engine.artifact.manifest.pipeline_defaults, **arguments}
-    conditions = {"machine": machine(), "versions": versions(), "arguments": size}
     with tqdm(total=len(prompts), desc="calibrate", unit="run", leave=False) as bar:
         fit = fit_cache(
             engine,
             args.cache,
             prompts,
             arguments=arguments,
-            conditions=conditions,
+            conditions=_conditions(engine, arguments),
             advance=bar.update,
         )
     engine.artifact.with_cache_fit(fit).save(args.artifact)
@@ -176,6 +177,22 @@ def _fit_cache(args: argparse.Namespace) -> Outcome:
     quality = "; ".join(f"{name} {value:.3g}" for name, value in found.items())
     text = f"{fit.kind}: {values}\n{fit.source}; {quality}\nwrote {args.artifact}"
     return Outcome(data={"artifact": str(args.artifact), "fit": asdict(fit)}, text=text)
+
+
+def _conditions(engine: Engine, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What the figures hold for: machine, versions, and the call with its size and guidance."""
+    from ddit_rt.demo.report import machine, versions
+
+    own = inspect.signature(type(engine.pipeline).__call__).parameters
+    defaults = {
+        "guidance_scale": own["guidance_scale"].default,
+        **engine.artifact.manifest.pipeline_defaults,
+    }
+    return {
+        "machine": machine(),
+        "versions": versions(),
+        "arguments": {**defaults, **arguments},
+    }
 
 
 def _require_extra() -> None:
@@ -229,7 +246,6 @@ def _calibrate(
     from ddit_rt.calibration import calibrate
     from ddit_rt.calibration.bench import EngineBench, most_runs
     from ddit_rt.calibration.caches import fitted_caches
-    from ddit_rt.demo.report import machine, versions
     from ddit_rt.pipeline.presets import requested_steps
 
     steps, _ = requested_steps(engine.pipeline, arguments)
@@ -250,9 +266,7 @@ def _calibrate(
         )
         for note in bench.notes:
             sys.stderr.write(f"{note}\n")
-        size = {**engine.artifact.manifest.pipeline_defaults, **others}
-        conditions = {"machine": machine(), "versions": versions(), "arguments": size}
-        return calibrate(bench, config, conditions)
+        return calibrate(bench, config, _conditions(engine, others))
 
 
 CALIBRATE = Command(
@@ -263,6 +277,7 @@ CALIBRATE = Command(
         "ddit-rt calibrate flux.ddit --model black-forest-labs/FLUX.1-dev --steps 50 \\",
         "    --min-ssim 0.9 --prompts prompts.txt",
         "ddit-rt calibrate flux.ddit --model ./flux --budget-ms 900 --evaluations 40",
+        "ddit-rt calibrate clip.ddit --model demo-video --steps 24 --speedup 2 --guidance-scale 3",
         "ddit-rt calibrate demo.ddit --model demo --steps 24 --cache teacache",
         "ddit-rt generate demo.ddit --model demo --steps 24 --policy balanced \\",
         '    --prompt "a red circle on plain blue"',

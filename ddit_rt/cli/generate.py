@@ -13,6 +13,7 @@ from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.models import (
     MODEL_HELP,
     add_call_arguments,
+    add_further_arguments,
     embedded_defaults,
     load_pipeline,
 )
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 _OWN_ARGUMENTS = ("negative_prompt", "num_frames", "true_cfg_scale", "guidance_interval")
-"""Arguments that other commands, which share `pipeline_arguments`, do not have."""
+"""Arguments that some commands, which share `pipeline_arguments`, do not have."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,16 +48,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="picture to write (default: out.png), or video (default: out.mp4; NAME.png: frames "
         "NAME/000.png, ...); several become FILE-1, FILE-2, ...; existing files are replaced",
     )
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="one for all prompts")
     parser.add_argument("--num-images", type=int, default=1, help="pictures or videos per prompt")
     parser.add_argument("--seed", type=int, help="seed of the first picture, then seed + 1, ...")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the pipeline's")
     add_call_arguments(parser)
-    parser.add_argument("--num-frames", type=int, help="of a video; default: as compiled")
+    add_further_arguments(parser)
     parser.add_argument("--fps", type=int, default=16, help="of an MP4 (default: %(default)s)")
-    parser.add_argument(
-        "--true-cfg-scale", type=float, help="FLUX's guidance by --negative-prompt; default: 1, off"
-    )
     parser.add_argument(
         "--guidance-interval",
         type=float,

@@ -36,6 +36,15 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: as compiled")
 
 
+def add_further_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what commands that make videos too ask of it besides."""
+    parser.add_argument("--num-frames", type=int, help="of a video; default: as compiled")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="one for all prompts")
+    parser.add_argument(
+        "--true-cfg-scale", type=float, help="FLUX's guidance by --negative-prompt; default: 1, off"
+    )
+
+
 def choose_device(device: str) -> str:
     """`"cuda"` or `"cpu"`; `"auto"` is CUDA where torch can use it.
 
@@ -97,8 +106,8 @@ def refuse_video(manifest: Manifest, command: str) -> None:
     if family_named(manifest.family).video:
         raise UnsupportedModelError(
             f"ddit-rt {command} compares pictures, and this artifact makes videos "
-            f"({manifest.transformer_class}), which this version does not score; compare plans by "
-            "eye with ddit-rt generate --policy"
+            f"({manifest.transformer_class}); compare its plans with ddit-rt calibrate, which goes "
+            "by SSIM, or by eye with ddit-rt generate --policy"
         )
 
 

@@ -56,7 +56,13 @@ def test_artifact_holds_plans_and_evidence(calibrated: Path, artifact: Path) -> 
     assert sorted(texts) == ["a cat", "a fox", "a vase", "a zebra"]
     assert {"cpu", "threads"} <= evidence["machine"].keys()
     assert "torch" in evidence["versions"]
-    assert evidence["arguments"] == {"height": 32, "width": 48, "max_sequence_length": 8}
+    assert evidence["arguments"] == {
+        "height": 32,
+        "width": 48,
+        "max_sequence_length": 8,
+        "guidance_scale": 3.5,  # of the pipeline's call, which was not told another
+    }
+    assert evidence["makes"] == "picture"
     assert {entry["kind"] for entry in evidence["candidates"]} >= {"fine", "steps", "static"}
     assert evidence["winner"] in evidence["held_out"]
 

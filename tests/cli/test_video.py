@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 from wan_models import wan_pipeline
 
+from ddit_rt.artifact import read_manifest
 from ddit_rt.cli import main
 
 
@@ -86,21 +88,55 @@ def test_sizes_that_the_model_cannot_make_are_exit_2(
     assert "such as 5 or 9" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["calibrate", "eval"])
-def test_commands_that_score_pictures_refuse_videos(
-    command: str,
+def test_eval_refuses_videos(
+    wan_artifact: Path, wan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a zebra\n")
+    prompts = ["--prompts", str(tmp_path / "prompts.txt")]
+    assert main(["eval", str(wan_artifact), "--model", str(wan_folder), *prompts]) == 2
+    message = capsys.readouterr().err
+    assert "ddit-rt eval compares pictures" in message
+    assert "ddit-rt calibrate" in message
+
+
+def test_calibrated_plans_are_for_the_call_and_run(
     wan_artifact: Path,
     wan_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    lines = [f"a zebra and {count} cats" for count in range(14)]
-    (tmp_path / "prompts.txt").write_text("\n".join(lines))
-    prompts = ["--prompts", str(tmp_path / "prompts.txt")]
-    target = ["--speedup", "2"] if command == "calibrate" else []
-    arguments = [command, str(wan_artifact), "--model", str(wan_folder), *prompts, *target]
-    assert main(arguments) == 2
-    assert f"ddit-rt {command} compares pictures" in capsys.readouterr().err
+    path, trace = tmp_path / "wan.ddit", tmp_path / "trace.json"
+    shutil.copytree(wan_artifact, path)
+    (tmp_path / "prompts.txt").write_text("a zebra\na fox\na vase\na cat\n")
+    call = ["--model", str(wan_folder), "--trust-code", "--max-sequence-length", "8"]
+    call += ["--steps", "8", "--num-frames", "9", "--height", "96", "--guidance-scale", "4"]
+    call += ["--negative-prompt", "a dog"]
+    few = ["--calibration-prompts", "2", "--held-out-prompts", "2", "--evaluations", "4"]
+    target = ["--speedup", "1.4", "--cost", "tokens", "--prompts", str(tmp_path / "prompts.txt")]
+    capsys.readouterr()
+    assert main(["calibrate", str(path), *call, *few, *target]) == 0
+    captured = capsys.readouterr()
+    assert "no step cache has a fit for this model" in captured.err
+    # Three latent frames of 12 x 8; p is 2.
+    assert "held-out prompts; all fine takes 576.0 tokens a clip" in captured.out
+    (calibration,) = read_manifest(path).calibrations
+    evidence = calibration.evidence
+    assert evidence["arguments"] == {
+        "height": 96,
+        "width": 64,
+        "num_frames": 9,
+        "guidance_scale": 4.0,
+        "negative_prompt": "a dog",
+        "max_sequence_length": 8,
+    }
+    assert evidence["step_costs"] == {"p": 72.0, "2p": 18.0}
+    assert (tmp_path / "wan-calibration" / "pareto-8.png").is_file()
+    preset = ["--policy", "balanced", "--prompt", "a zebra", "-o", str(tmp_path / "a.png")]
+    assert main(["generate", str(path), *call, *preset, "--trace", str(trace)]) == 0
+    run = json.loads(trace.read_text())["pictures"][0]["trace"]
+    plan = calibration.presets["balanced"]
+    assert len(run["steps"]) == plan.num_inference_steps
+    assert plan.label in run["notes"][-1]
 
 
 def test_training_adapters_is_refused(
