@@ -210,7 +210,7 @@ def _costing(
 def _resolved(
     name: str, choice: PolicyChoice, manifest: Manifest, steps: int, default_cache: StepCache
 ) -> tuple[str, Candidate]:
-    resolved = resolve_choice(choice, manifest, lambda: (steps, False))
+    resolved = resolve_choice(choice, manifest, lambda: (steps, False), {})
     runs = resolved.num_inference_steps or steps
     label = resolved.notes[0] if resolved.notes else _describe(resolved.policy, runs)
     cache = resolved.step_cache or default_cache

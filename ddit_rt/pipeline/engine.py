@@ -149,7 +149,7 @@ class Engine:
         with self._lock:
             arguments = {**self.artifact.manifest.pipeline_defaults, **arguments}
             choice = self._planner.choose(
-                patch_policy, lambda: requested_steps(self.pipeline, arguments)
+                patch_policy, lambda: requested_steps(self.pipeline, arguments), arguments
             )
             if choice.num_inference_steps is not None:
                 arguments["num_inference_steps"] = choice.num_inference_steps
@@ -213,7 +213,7 @@ class Engine:
         with self._lock:
             scheduler = copy.deepcopy(scheduler or self._default_scheduler())
             steps = num_inference_steps if sigmas is None else len(sigmas)
-            choice = self._planner.choose(patch_policy, lambda: (steps, sigmas is not None))
+            choice = self._planner.choose(patch_policy, lambda: (steps, sigmas is not None), {})
             height, width = latents.shape[-2:]
             grid = model.grid(height, width, frames=latent_frames(latents.shape))
             model.family.set_timesteps(scheduler, choice.num_inference_steps or steps, sigmas, grid)

@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ddit_rt.artifact import Manifest, calibration_for
+from ddit_rt.artifact import Calibration, Manifest, calibration_for
 from ddit_rt.patch_scheduler import PatchPolicy, policy_from_dict
 from ddit_rt.step_cache import NoCache, StepCache, step_cache_from_dict
 
 PolicyChoice = PatchPolicy | str | float
 """A policy; the name of a calibrated preset; or a speed between 0 and 1."""
+
+_CONDITIONS = ("height", "width", "num_frames", "guidance_scale", "true_cfg_scale")
+"""Arguments of a call that a plan's quality hangs on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,16 +28,21 @@ class ResolvedPolicy:
         step_cache: The calibrated plan's step cache, `NoCache()` where it has none; None for a
             policy, which says nothing of it.
         notes: For the trace: what was chosen.
+        warnings: What should be said aloud too.
     """
 
     policy: PatchPolicy
     num_inference_steps: int | None = None
     step_cache: StepCache | None = None
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def resolve_choice(
-    choice: PolicyChoice, manifest: Manifest, requested: Callable[[], tuple[int, bool]]
+    choice: PolicyChoice,
+    manifest: Manifest,
+    requested: Callable[[], tuple[int, bool]],
+    arguments: Mapping[str, Any],
 ) -> ResolvedPolicy:
     """Looks a preset or a speed up in the artifact's calibration.
 
@@ -44,6 +52,7 @@ def resolve_choice(
         requested: Gives the steps that the caller asked for, and whether noise levels of the
             caller's own fix them. They are those of the all-fine picture whose quality is the
             measure; the plan may run fewer.
+        arguments: Those of the call.
 
     Raises:
         ValueError: No calibration for this number of steps, an unknown preset, a speed outside
@@ -58,7 +67,8 @@ def resolve_choice(
             "calibrated preset, or a speed between 0 and 1"
         )
     num_inference_steps, own_sigmas = requested()
-    plan = calibration_for(manifest.calibrations, num_inference_steps).plan(choice)
+    calibration = calibration_for(manifest.calibrations, num_inference_steps)
+    plan = calibration.plan(choice)
     steps = plan.num_inference_steps
     if own_sigmas and steps != num_inference_steps:
         raise ValueError(
@@ -73,6 +83,23 @@ def resolve_choice(
         num_inference_steps=steps,
         step_cache=step_cache_from_dict(plan.step_cache) if plan.step_cache else NoCache(),
         notes=tuple(notes),
+        warnings=_elsewhere(calibration, arguments),
+    )
+
+
+def _elsewhere(calibration: Calibration, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Says so where a call differs from what was calibrated."""
+    known = calibration.evidence.get("arguments", {})
+    differing = [
+        f"{name}={known[name]}, not {arguments[name]}"
+        for name in _CONDITIONS
+        if name in known and name in arguments and known[name] != arguments[name]
+    ]
+    if not differing:
+        return ()
+    text = "; ".join(differing)
+    return (
+        f"the plan was calibrated with {text}: how close it comes is not known; calibrate anew",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,12 +52,18 @@ class Planner:
         return step_cache_from_dict(stored) if stored else NoCache()
 
     def choose(
-        self, policy: PolicyChoice | None, requested: Callable[[], tuple[int, bool]]
+        self,
+        policy: PolicyChoice | None,
+        requested: Callable[[], tuple[int, bool]],
+        arguments: Mapping[str, Any],
     ) -> ResolvedPolicy:
-        """The policy of a run, and its steps; `requested` as `resolve_choice` takes it."""
+        """The policy of a run, and its steps; arguments as `resolve_choice` takes them."""
         if policy is None:
             policy = self.default_policy
-        return resolve_choice(policy, self.artifact.manifest, requested)
+        choice = resolve_choice(policy, self.artifact.manifest, requested, arguments)
+        # Behind `choose`, the engine's call and its no_grad: the caller.
+        self._announce(choice.warnings, stacklevel=5)
+        return choice
 
     def check_model(self) -> None:
         """Refuses a model that has changed device, or that runs with a LoRA beside its weights."""
@@ -107,9 +113,10 @@ class Planner:
             experts=experts,
         )
         if not isinstance(choice.policy, FinePolicy):
-            self._announce(plan.notes)
+            # Behind `plan`, `Engine._plan`, the engine's call and its no_grad: the caller.
+            self._announce(plan.notes, stacklevel=6)
         cached = () if plan.cache is None else (f"step cache: {plan.cache.note}",)
-        notes = (*plan.notes, *choice.notes, *plan.stage_notes(), *cached)
+        notes = (*plan.notes, *choice.notes, *choice.warnings, *plan.stage_notes(), *cached)
         return replace(plan, notes=notes), prompt
 
     def _solver(self, scheduler: Any) -> SolverTable:
@@ -125,13 +132,12 @@ class Planner:
             self._solvers[key] = probe_scheduler(scheduler)
         return self._solvers[key]
 
-    def _announce(self, notes: Sequence[str]) -> None:
-        """Says each reason for a slower path once."""
+    def _announce(self, notes: Sequence[str], stacklevel: int) -> None:
+        """Says each thing once."""
         for note in notes:
             if note not in self._announced:
                 self._announced.add(note)
-                # Behind `plan`, `Engine._plan`, the engine's call and its no_grad: the caller.
-                warnings.warn(note, stacklevel=6)
+                warnings.warn(note, stacklevel=stacklevel)
 
 
 def check_latents(latents: Tensor, model: StepModel) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,14 +56,14 @@ def cached(engine: Engine) -> Engine:
     )
 
 
-def with_front(engine: Engine, *front: CalibratedPlan) -> Engine:
+def with_front(engine: Engine, *front: CalibratedPlan, **arguments: Any) -> Engine:
     calibration = Calibration(
         num_inference_steps=8,
         cost_unit="tokens",
         target={"speedup": 1.4},
         presets=dict(zip(PRESETS, front, strict=True)),
         front=front,
-        evidence={},
+        evidence={"arguments": arguments},
     )
     engine.artifact = engine.artifact.with_calibration(calibration)
     return engine
@@ -103,6 +105,24 @@ def test_preset_of_a_bare_loop(calibrated: Engine) -> None:
     calibrated.denoise(noise(1, 4, 16, 16), patch_policy="fast", **arguments)
     assert calibrated.last_trace is not None
     assert len(calibrated.last_trace) == 5
+
+
+def test_preset_says_where_it_was_not_calibrated(engine: Engine) -> None:
+    """Aloud once, in the trace always; not of what the call leaves at its default."""
+    fine = plan(FinePolicy(), 8, 1.0)
+    with_front(engine, fine, fine, fine, height=128, width=64, guidance_scale=3.5, num_frames=9)
+    arguments = {"num_inference_steps": 8, "patch_policy": "fast"}
+    with pytest.warns(UserWarning, match="calibrated with height=128, not 64: ") as told:
+        call(engine, **arguments)
+    assert [Path(one.filename).name for one in told] == ["test_presets.py"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(engine, **arguments)
+    trace = engine.last_trace
+    assert trace is not None
+    assert sum("calibrated with height=128, not 64" in note for note in trace.notes) == 1
+    with pytest.warns(UserWarning, match="height=128, not 64; guidance_scale=3.5, not 2.0"):
+        call(engine, **arguments, guidance_scale=2.0)
 
 
 def test_preset_for_another_number_of_steps_is_refused(calibrated: Engine) -> None:
