@@ -97,10 +97,8 @@ def _elsewhere(calibration: Calibration, arguments: Mapping[str, Any]) -> tuple[
     ]
     if not differing:
         return ()
-    text = "; ".join(differing)
-    return (
-        f"the plan was calibrated with {text}: how close it comes is not known; calibrate anew",
-    )
+    how = "; ".join(differing)
+    return (f"the plan was calibrated with {how}: how close it comes is not known; calibrate anew",)
 
 
 def requested_steps(pipeline: Any, arguments: Mapping[str, Any]) -> tuple[int, bool]:
