@@ -31,7 +31,7 @@ Schema, version 1:
     frame, of 1, and `frames`, `ssim` and `psnr` of each frame, means over the clips; and the values
     `..._per_prompt`.
   - `verdicts`: per combined kind `either_alone`, whether it is faster than DDiT alone and than its
-    cache alone at an SSIM within 0.02 (`yes`, `no`, `undecided`, `not comparable`; see
+    cache alone at an equal SSIM (`yes`, `no`, `undecided`, `not comparable`; see
     `skip_rows.py`), and `against` each other kind `speed` (ratio of times), `ssim` (difference) and
     `faster`.
 """
@@ -238,7 +238,9 @@ def confirmed(
     targets = []
     for target, kinds in chosen.items():
         own = {kind: rows[tried.plan.key] for kind, tried in kinds.items()}
-        targets.append({"ssim": target, "rows": list(own.values()), "verdicts": verdicts(own)})
+        targets.append(
+            {"ssim": target, "rows": list(own.values()), "verdicts": verdicts(own, target)}
+        )
     return {"fine": rows[reference.plan.key], "targets": targets}
 
 

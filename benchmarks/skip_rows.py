@@ -101,38 +101,46 @@ def _trace(sample: Sample) -> RunTrace:
     return sample.trace
 
 
-def verdicts(rows: Mapping[str, Row]) -> list[dict[str, Any]]:
+def verdicts(rows: Mapping[str, Row], target: float) -> list[dict[str, Any]]:
     """Per way to combine, whether it is faster than either alone, and than every other plan.
 
     Args:
-        rows: Of one target, by kind.
+        rows: By kind the cheapest that has the SSIM asked for.
+        target: That SSIM.
     """
-    return [_verdict(kind, cache, rows) for kind, cache in zip(COMBINED, CACHES, strict=True)]
+    return [
+        _verdict(kind, cache, rows, target) for kind, cache in zip(COMBINED, CACHES, strict=True)
+    ]
 
 
-def _verdict(kind: str, cache: str, rows: Mapping[str, Row]) -> dict[str, Any]:
+def _verdict(kind: str, cache: str, rows: Mapping[str, Row], target: float) -> dict[str, Any]:
     rivals = [name for name in (DDIT, cache, *CACHES, FEWER, STATIC) if name in rows]
     if kind not in rows:
         return {"kind": kind, "either_alone": NO, "against": {}, "reason": "none was close enough"}
-    against = {name: compare(rows[kind], rows[name]) for name in dict.fromkeys(rivals)}
+    against = {name: compare(rows[kind], rows[name], target) for name in dict.fromkeys(rivals)}
     either = [against[name]["faster"] for name in (DDIT, cache) if name in against]
     return {"kind": kind, "either_alone": together(either), "against": against}
 
 
-def compare(own: Row, other: Row) -> dict[str, Any]:
-    """Whether one plan is faster than another at an SSIM within `TOLERANCE` of it.
+def compare(own: Row, other: Row, target: float) -> dict[str, Any]:
+    """Whether one plan is faster than another at an equal SSIM.
 
-    Faster and closer is faster, slower and less close is not; where the faster one is less close by
-    more than the tolerance, nothing is said.
+    The SSIM of the faster one may lie `TOLERANCE` below that of the other or, if that is lower, the
+    one that both were asked for: a plan that is closer than asked is still the cheapest of its kind
+    that is close enough. Where it lies further below, nothing is said.
     """
     speed = mean_interval(_paired(other, own, "loop_seconds_per_prompt", lambda a, b: a / b))
     ssim = mean_interval(_paired(own, other, "ssim_per_prompt", lambda a, b: a - b))
+    here, there = own["ssim"]["value"], other["ssim"]["value"]
+    close, rival_close = (
+        one >= min(wanted, target) - TOLERANCE for one, wanted in ((here, there), (there, here))
+    )
     if speed.low > 1:
-        faster = YES if ssim.value >= -TOLERANCE else UNEQUAL
+        faster = YES if close else UNEQUAL
     elif speed.high < 1:
-        faster = NO if ssim.value <= TOLERANCE else UNEQUAL
+        faster = NO if rival_close else UNEQUAL
     else:
-        faster = UNDECIDED if abs(ssim.value) <= TOLERANCE else UNEQUAL
+        faster = UNDECIDED if close and rival_close else UNEQUAL
     return {"speed": asdict(speed), "ssim": asdict(ssim), "faster": faster}
 
 

@@ -199,7 +199,13 @@ def test_rule_dial_raises_tau_and_halves_it_for_the_larger_size() -> None:
 
 
 def row(kind: str, seconds: list[float], ssim: list[float]) -> dict[str, Any]:
-    return {"kind": kind, "loop_seconds_per_prompt": seconds, "ssim_per_prompt": ssim}
+    mean = {"value": sum(ssim) / len(ssim)}
+    return {
+        "kind": kind,
+        "loop_seconds_per_prompt": seconds,
+        "ssim": mean,
+        "ssim_per_prompt": ssim,
+    }
 
 
 FAST, SLOW, VARYING = [1.0, 1.1, 0.9], [2.0, 2.2, 1.8], [0.5, 1.1, 1.6]
@@ -207,23 +213,29 @@ NEAR, FAR = [0.95, 0.96, 0.94], [0.90, 0.91, 0.89]
 
 
 @pytest.mark.parametrize(
-    ("own", "other", "answer"),
+    ("own", "other", "target", "answer"),
     [
-        ((FAST, NEAR), (SLOW, NEAR), "yes"),
-        ((FAST, NEAR), (SLOW, FAR), "yes"),
-        ((FAST, FAR), (SLOW, NEAR), "not comparable"),
-        ((SLOW, NEAR), (FAST, NEAR), "no"),
-        ((SLOW, FAR), (FAST, NEAR), "no"),
-        ((SLOW, NEAR), (FAST, FAR), "not comparable"),
-        ((VARYING, NEAR), (FAST, NEAR), "undecided"),
-        ((VARYING, NEAR), (FAST, FAR), "not comparable"),
+        ((FAST, NEAR), (SLOW, NEAR), 0.95, "yes"),
+        ((FAST, NEAR), (SLOW, FAR), 0.95, "yes"),
+        ((FAST, FAR), (SLOW, NEAR), 0.95, "not comparable"),
+        ((FAST, FAR), (SLOW, NEAR), 0.91, "yes"),
+        ((SLOW, NEAR), (FAST, NEAR), 0.95, "no"),
+        ((SLOW, FAR), (FAST, NEAR), 0.95, "no"),
+        ((SLOW, NEAR), (FAST, FAR), 0.95, "not comparable"),
+        ((SLOW, NEAR), (FAST, FAR), 0.91, "no"),
+        ((VARYING, NEAR), (FAST, NEAR), 0.95, "undecided"),
+        ((VARYING, NEAR), (FAST, FAR), 0.95, "not comparable"),
+        ((VARYING, NEAR), (FAST, FAR), 0.91, "undecided"),
     ],
 )
 def test_faster_counts_at_equal_closeness(
-    own: tuple[list[float], list[float]], other: tuple[list[float], list[float]], answer: str
+    own: tuple[list[float], list[float]],
+    other: tuple[list[float], list[float]],
+    target: float,
+    answer: str,
 ) -> None:
     compare = import_module("skip_rows").compare
-    found = compare(row("ddit_teacache", *own), row("ddit", *other))
+    found = compare(row("ddit_teacache", *own), row("ddit", *other), target)
     assert found["faster"] == answer
     assert found["ssim"]["value"] == pytest.approx(sum(own[1]) / 3 - sum(other[1]) / 3)
 
@@ -237,13 +249,13 @@ def test_verdict_wants_both_alone_beaten_and_lists_every_rival() -> None:
         "magcache": row("magcache", FAST, NEAR),
         "ddit_teacache": row("ddit_teacache", [0.5, 0.6, 0.4], NEAR),
     }
-    tea, mag = verdicts(rows)
+    tea, mag = verdicts(rows, 0.95)
     assert tea["either_alone"] == "yes"
     assert set(tea["against"]) == {"fewer_steps", "ddit", "teacache", "magcache"}
     assert mag["either_alone"] == "no"
     assert mag["reason"] == "none was close enough"
     rows["ddit_teacache"] = row("ddit_teacache", [3.0, 3.0, 3.0], NEAR)
-    assert verdicts(rows)[0]["either_alone"] == "no"
+    assert verdicts(rows, 0.95)[0]["either_alone"] == "no"
 
 
 @pytest.mark.parametrize(
