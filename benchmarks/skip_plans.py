@@ -25,10 +25,8 @@ _MAGCACHES = (
 )
 _RULES = {
     "": DDiTPolicy(),
-    "refresh 8": DDiTPolicy(refresh=8),
     "no refresh": DDiTPolicy(refresh=None),
     "coarse warm-up": DDiTPolicy(warmup="coarse"),
-    "coarse warm-up, refresh 8": DDiTPolicy(warmup="coarse", refresh=8),
     "coarse warm-up, no refresh": DDiTPolicy(warmup="coarse", refresh=None),
 }
 """By what sets them apart."""
@@ -122,7 +120,7 @@ def statics(steps: int, coarse: Sequence[str]) -> list[Dial]:
 
 
 def ddits(steps: int, coarse: Sequence[str], taus: tuple[float, float], levels: int) -> list[Dial]:
-    """The default rule, with fewer steps at p in between, and started at the coarsest, by tau."""
+    """The default rule, without steps at p in between, and started at the coarsest size, by tau."""
     return [_ddit(steps, coarse, taus, levels, name) for name in _RULES]
 
 

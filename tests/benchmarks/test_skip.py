@@ -191,7 +191,7 @@ def test_cache_dial_raises_the_threshold_on_top_of_any_plan(
 
 def test_rule_dial_raises_tau_and_halves_it_for_the_larger_size() -> None:
     plans = import_module("skip_plans")
-    refreshed, _, free, coarse, *_ = plans.ddits(8, ("2p", "4p"), (1e-3, 1.0), 3)
+    refreshed, free, coarse, _ = plans.ddits(8, ("2p", "4p"), (1e-3, 1.0), 3)
     assert [refreshed.at(level).policy.tau["2p"] for level in range(4)] == [1e-3, 1e-2, 1e-1, 1.0]
     assert refreshed.at(3).policy.tau["4p"] == 0.5
     assert (refreshed.at(1).policy.refresh, free.at(1).policy.refresh) == (4, None)
