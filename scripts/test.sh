@@ -6,6 +6,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 "$root/scripts/setup.sh" "${DDIT_RT_EXTRAS:-test}"
 cd "$root"
-# A worker a core, each with whole files, whose fixtures compile; torch would take all cores for each.
+# A worker a core, each with whole files, whose fixtures compile; torch would take all cores for each,
+# and a worker takes about a GB.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec .venv/bin/python -m pytest -n auto --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"
