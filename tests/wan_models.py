@@ -18,6 +18,8 @@ from text_encoders import t5_words
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+import ddit_rt
+
 CHANNELS = 4
 TEXT_TOKENS = 12
 
@@ -108,3 +110,20 @@ def wan_conditioning(batch: int = 1, *, guidance_scale: float | None = None) -> 
         conditioning["negative_encoder_hidden_states"] = noise(*shape, seed=2)
         conditioning["guidance_scale"] = torch.tensor(guidance_scale)
     return conditioning
+
+
+CALL = {
+    "prompt": "a cat",
+    "height": 64,
+    "width": 128,
+    "num_frames": 9,
+    "num_inference_steps": 6,
+    "max_sequence_length": 12,
+    "output_type": "latent",
+}
+"""A run of six steps whose latents are `[1, 4, 3, 8, 16]`."""
+
+
+def eager(pipeline: WanPipeline, **options: Any) -> ddit_rt.Engine:
+    """An engine whose blocks are not compiled."""
+    return ddit_rt.compile(pipeline, backend="eager", progress=False, **options)

@@ -7,13 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanPipeline
-from models import noise
+from models import noise, seeded
 from safetensors.torch import save_file
-from wan_models import CHANNELS, euler, unipc, wan_conditioning, wan_pipeline, wan_transformer
+from wan_models import (
+    CHANNELS,
+    eager,
+    euler,
+    unipc,
+    wan_conditioning,
+    wan_pipeline,
+    wan_transformer,
+)
 
 import ddit_rt
-from ddit_rt import DDiTPolicy, Engine, FinePolicy, MagCache, StaticPolicy, TeaCache, TokenRanges
+from ddit_rt import DDiTPolicy, FinePolicy, MagCache, StaticPolicy, TeaCache, TokenRanges
 from ddit_rt.errors import ArtifactMismatchError, ShapeError, UnsupportedModelError
 from ddit_rt.pipeline.memory import memory_of
 
@@ -30,14 +37,6 @@ CALL = {
 }
 BOUNDARY = 0.875
 """Of Wan 2.2 A14B; with a shift of 3 and 8 steps the first three lie above it."""
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def eager(pipeline: WanPipeline, **options: Any) -> Engine:
-    return ddit_rt.compile(pipeline, backend="eager", progress=False, **options)
 
 
 @pytest.mark.parametrize("scheduler", [unipc, euler])
