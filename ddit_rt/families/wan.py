@@ -89,7 +89,7 @@ class WanFamily(Family):
         if pipeline is None or pipeline.config.boundary_ratio is None:
             return super().expert_steps(pipeline, scheduler)
         boundary = pipeline.config.boundary_ratio * scheduler.config.num_train_timesteps
-        return tuple(int(timestep < boundary) for timestep in scheduler.timesteps.tolist())
+        return tuple(map(int, (scheduler.timesteps < boundary).tolist()))
 
     def base_patch_size(self, transformer: Any) -> int:
         """2, in one frame."""

@@ -196,7 +196,7 @@ class Engine:
                 `[B, T, D]`, `pooled_projections` `[B, P]`, `guidance` `[B]`; for Wan
                 `encoder_hidden_states`. For classifier-free guidance the same with `negative_`
                 before the name (of text and pooled text), and the scale `[]`: `true_cfg_scale`
-                for FLUX, `guidance_scale` for Wan.
+                for FLUX, `guidance_scale` for Wan, `[2]` with one for each expert.
 
         Returns:
             Clean latents, of the same shape, float32.
