@@ -28,10 +28,13 @@ def guided_steps(
     Raises:
         ValueError: The interval is none, or there is no guidance for it to bound.
     """
-    start, stop = interval
+    try:
+        start, stop = map(float, interval)
+    except (TypeError, ValueError):
+        start, stop = 1.0, 0.0
     if not 0 <= start <= stop <= 1:
         raise ValueError(
-            f"got guidance_interval={interval}; expected (start, stop), shares of the steps with "
+            f"got guidance_interval={interval!r}; expected (start, stop), shares of the steps with "
             "0 <= start <= stop <= 1"
         )
     if guidance is None and (start, stop) != WHOLE_RUN:
