@@ -7,7 +7,7 @@ whose tensors stay; every later plan of that shape is copied into them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,10 +93,12 @@ class CapturedLoop:
                 # From here on both are one: a callback that changes the prompt, and a bucket that
                 # is captured only now, must meet the memory that the graphs read.
                 fresh.set_(held.untyped_storage(), held.storage_offset(), held.shape, held.stride())
+        sources: dict[Tensor, Tensor] = {}  # by target, since buckets of several stages share some
         for (stage, index), bucket in self._held.items():
             fresh_bucket = plan.buckets[stage][index]
             if fresh_bucket is not None:
-                _copy(fresh_bucket.tensors(), bucket.tensors())
+                sources.update(zip(bucket.tensors(), fresh_bucket.tensors(), strict=True))
+        _copy(sources.values(), sources.keys())
         signal = None if plan.cache is None else plan.cache.signal
         if signal is not None and self._held_signal is not None:
             _copy(signal.tensors(), self._held_signal.tensors())
@@ -104,12 +106,9 @@ class CapturedLoop:
         if plan.cache is not None:
             # Behind the buckets themselves: what they reuse, the buckets have to make first.
             reachable += [index + self._sizes for index in reachable]
-        missing = [
-            stage * self._stage_branches + index
-            for stage in range(len(plan.buckets))
-            for index in reachable
-            if stage * self._stage_branches + index not in self._captured
-        ]
+        starts = range(0, len(self._names), self._stage_branches)
+        branches = [start + index for start in starts for index in reachable]
+        missing = [branch for branch in branches if branch not in self._captured]
         if missing or (signal is not None and self._signal is None):
             self._capture(plan, missing)
         self.buffers.load(plan, latents)
@@ -212,6 +211,6 @@ class CapturedLoop:
         self.report = CaptureReport(**fields)
 
 
-def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+def _copy(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
     for source, target in zip(sources, targets, strict=True):
         target.copy_(source, non_blocking=True)
