@@ -163,10 +163,8 @@ def plan_run(
     table = fine_at_switches(table, experts)
     guidance = model.family.guidance(conditioning)
     stages, stage_of = stages_of(experts, guided_steps(guidance, guidance_interval, table.steps))
-    cache = None
-    if not isinstance(step_cache, NoCache):
-        _refuse_cache_of_experts(compiled, step_cache)
-        cache = resolve_cache(step_cache, model, timesteps, fits)
+    _refuse_cache_of_experts(compiled, step_cache)
+    cache = resolve_cache(step_cache, model, timesteps, fits)
     if cache is not None:
         cache = computed_at_changes(cache, stage_of)
     prompt = RunPrompt.of(compiled.models, conditioning, batched=batched_guidance)
@@ -190,9 +188,10 @@ def plan_run(
         keeps_residual=cache is not None,
     )
     contexts = [replace(context, passes=passes) for passes in prompt.passes]
+    reachable = table.reachable()
     own = [
         [
-            _bucket(compiled, one, own_context, multiple) if index in table.reachable() else None
+            _bucket(compiled, one, own_context, multiple) if index in reachable else None
             for index, multiple in enumerate(offered)
         ]
         for one, own_context in zip(compiled.models, contexts, strict=True)
@@ -229,7 +228,7 @@ def _refuse_scores_of_repeated_levels(
 
 def _refuse_cache_of_experts(compiled: CompiledModel, step_cache: StepCache) -> None:
     """What is fitted for one model says nothing of a run that changes models."""
-    if compiled.experts:
+    if compiled.experts and not isinstance(step_cache, NoCache):
         raise UnsupportedModelError(
             f"got {type(step_cache).__name__} for a pipeline of {len(compiled.models)} experts; "
             "fits of step caches are for one model. Leave step_cache out"
