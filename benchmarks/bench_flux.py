@@ -1,6 +1,6 @@
 """Times FLUX.1-dev at its real size with random weights on a GPU, or a small FLUX on a CPU.
 
-    python benchmarks/bench_flux.py [--sections buckets loops memory compile overhead] [--out FILE]
+    python benchmarks/bench_flux.py [--sections buckets loops kernels ...] [--out FILE]
 
 Each section fits into some minutes when it is called alone, with one size at a time where need be;
 results of earlier calls in `--out` are kept, so several calls fill one file. Within `loops`,
@@ -25,7 +25,9 @@ Schema, version 1. `spread` is `median`, `min`, `max`, `lower_quartile`, `upper_
   record with `measured_at`, `repeats`, `warm_up_calls` and, by section:
   - `buckets`: `rates` (matrix product and copy, measured in the same call); `rows` by `p`, `2p`,
     `4p`, `skip` (decision and update, no model): `seconds` (spread over steps), `flops`,
-    `weight_bytes` or `moved_bytes`, `floor_seconds`, `bound`, `over_floor`, `ran_on`, `notes`.
+    `weight_bytes` or `moved_bytes`, `floor_seconds`, `bound`, `over_floor`, `ran_on`, `notes`,
+    `first_call_seconds`, `provisional` (only the call that warmed it up was timed); `engine`: what
+    compiling or loading took.
   - `loops`: `flops_per_step`; `rows` by contender: `label`, `schedule` (`fine`; `paper_...`, see
     `flux_plans.py`; `mixed` = 4p:0.2,2p:0.4,p; `dynamic` = DDiTPolicy()), `executor`, `seconds`,
     `wall_seconds`, `first_call_seconds` (compilers' caches may be warm), `baseline_seconds`
@@ -44,6 +46,10 @@ Schema, version 1. `spread` is `median`, `min`, `max`, `lower_quartile`, `upper_
     form `wall_seconds` (of the call) and `loop_seconds` (of its steps), with `..._overhead_seconds`
     and `..._overhead_share` beside the model; on CUDA counts of what the host called: `host_calls`,
     `host_calls_during_work` (between the first and the last kernel), `host_calls_in_loop`.
+  - `kernels`: rows `p`, `4p`: `kernels`, of a step in a profile of a run that the host drives, by
+    time (`name`, `count`, `seconds` a step, `share` of all of them; on a CPU torch's operators,
+    without those that they call), `kernel_seconds`, `kernel_count`; `nodes` of each captured graph;
+    and of a run as it is otherwise, on CUDA, `ran_on` and the counts of `overhead`.
 - Whatever failed is `{"error": text}` in place of its record or row, or `latest_error` beside what
   an earlier call measured.
 """
@@ -54,20 +60,21 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from flux_buckets import buckets
 from flux_costs import compiling, memory
+from flux_kernels import kernels
 from flux_loops import loops
 from flux_model import PRESETS, Case
 from flux_overhead import overhead
 from flux_setup import Setup
 from real_size import RESULTS, complete, header, parser_of, settings
-from records import NO_TIME, Record, merge, opened, stamped, write
+from records import Record, Save, fill, opened
 from tables import update_readme
-from timing import attempt
 
-SECTIONS = ("buckets", "loops", "memory", "compile", "overhead")
+SECTIONS = ("buckets", "loops", "memory", "compile", "overhead", "kernels")
 NOTES = (
     "weights are random: times are real, quality is not measured",
     "relative_error is meaningful for schedule 'fine' and for compiled diffusers only",
@@ -88,9 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for section in args.sections:
             for key, run in jobs(section, setup, args):
                 print(f"{section} {key}", file=sys.stderr, flush=True)
-                record, problem = attempt(run) if setup.deadline.left > 0 else (None, NO_TIME)
-                merge(report, section, key, stamped(record or {"error": problem}, args))
-                write(args.out, report)
+                fill(report, section, key, run, setup.deadline, args)
     if args.out.resolve() == RESULTS / "flux_cuda.json":
         update_readme("flux_cuda", report)
     print(f"wrote {args.out}", file=sys.stderr)
@@ -118,7 +123,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def jobs(
     section: str, setup: Setup, args: argparse.Namespace
-) -> list[tuple[str, Callable[[], Record]]]:
+) -> list[tuple[str, Callable[[Save], Record]]]:
     """Key and call of every record of a section.
 
     Loops run at every number of steps; the others at the first, on which they hardly depend. To
@@ -132,18 +137,16 @@ def jobs(
         for batch in (args.batch[:1] if section in ("compile", "overhead") else args.batch)
         for steps in (args.steps if section == "loops" else args.steps[:1])
     ]
-    calls: Mapping[str, Callable[[Case], Record]] = {
-        "buckets": lambda case: buckets(setup, case),
-        "loops": lambda case: loops(setup, case, args.contenders),
-        "memory": lambda case: memory(setup, case),
-        "compile": lambda case: compiling(setup, case),
-        "overhead": lambda case: overhead(setup, case),
+    calls: Mapping[str, Callable[[Case, Save], Record]] = {
+        "buckets": lambda case, save: buckets(setup, case, save),
+        "loops": lambda case, save: loops(setup, case, args.contenders, save),
+        "memory": lambda case, _: memory(setup, case),
+        "compile": lambda case, _: compiling(setup, case),
+        "overhead": lambda case, _: overhead(setup, case),
+        "kernels": lambda case, _: kernels(setup, case),
     }
     keyed = section in ("loops", "overhead", "compile")
-    return [
-        (case.key if keyed else case.size_key, lambda case=case: calls[section](case))  # type: ignore[misc]
-        for case in cases
-    ]
+    return [(case.key if keyed else case.size_key, partial(calls[section], case)) for case in cases]
 
 
 if __name__ == "__main__":

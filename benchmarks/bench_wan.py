@@ -28,14 +28,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from flux_buckets import bucket_steps, step_floor, step_row
+from flux_buckets import measure_steps
 from flux_loops import measure_loops
-from flux_setup import PATCHES
 from real_size import RESULTS, complete, header, parser_of, settings
-from records import NO_TIME, Record, merge, opened, stamped, write
-from timing import attempt, release, take_turns
+from records import Record, Save, fill, opened
 from wan_model import PRESETS, WanCase
 from wan_setup import WanSetup, all_contenders
 
@@ -56,10 +53,13 @@ NOTES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the sections and merges their records into the file."""
     args = parse(argv)
-    calls: dict[str, Callable[[WanSetup, WanCase], Record]] = {
-        "buckets": buckets,
-        "loops": lambda setup, case: loops(setup, case, args.contenders),
-        "memory": memory,
+    calls: dict[str, Callable[[WanSetup, WanCase, Save], Record]] = {
+        # One step at each patch size that the latent offers, in turns, against its floor.
+        "buckets": lambda setup, case, save: measure_steps(setup, case, {}, save),
+        "loops": lambda setup, case, save: measure_loops(
+            setup, case, all_contenders, args.contenders, save
+        ),
+        "memory": lambda setup, case, _: memory(setup, case),
     }
     with tempfile.TemporaryDirectory(prefix="ddit_rt-") as scratch:
         setup = WanSetup(
@@ -72,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for case in cases(args):
                 print(f"{section} {case.key}", file=sys.stderr, flush=True)
                 run = partial(calls[section], setup, case)
-                record, problem = attempt(run) if setup.deadline.left > 0 else (None, NO_TIME)
-                merge(report, section, case.key, stamped(record or {"error": problem}, args))
-                write(args.out, report)
+                fill(report, section, case.key, run, setup.deadline, args)
     print(f"wrote {args.out}", file=sys.stderr)
     return 0
 
@@ -116,32 +114,6 @@ def video_size(text: str) -> tuple[int, int, int]:
         raise ValueError(f"got the size {text!r}; write height x width x frames, as 480x832x81")
     height, width, frames = map(int, parts)
     return height, width, frames
-
-
-def buckets(setup: WanSetup, case: WanCase) -> Record:
-    """One step at each patch size that the latent offers, in turns, against its floor."""
-    costs, limits = setup.costs(case), setup.rates
-    release()
-    setup.engine_error()  # compiled before, not inside, the warm-up of a contender
-    measured = take_turns(
-        {patch: partial(bucket_steps, setup, case, patch) for patch in PATCHES if patch in costs},
-        repeats=setup.repeats,
-        device=setup.device,
-        deadline=setup.deadline,
-        warm_up_limit=setup.warm_up_limit,
-    )
-    rows: dict[str, Any] = {}
-    for patch, own in measured.items():
-        if own.error is not None or not own.results:
-            rows[patch] = {"error": own.error or "no round was run"}
-        else:
-            rows[patch] = step_row(own.results, step_floor(setup, costs[patch]))
-    return {"rates": limits, "rows": rows}
-
-
-def loops(setup: WanSetup, case: WanCase, patterns: Sequence[str] = ("*",)) -> Record:
-    """The whole loop: contenders whose names match a pattern, and always the baseline."""
-    return measure_loops(setup, case, all_contenders, patterns)
 
 
 def memory(setup: WanSetup, case: WanCase) -> Record:

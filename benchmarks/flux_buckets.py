@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from bench_overhead import null_plan
 from diffusers import FlowMatchEulerDiscreteScheduler
 from flux_model import Case
-from flux_setup import PATCHES, Setup
-from timing import Call, release, spread, take_turns
+from flux_setup import Setup
+from records import Save, unsaved
+from timing import Call, Measured, release, spread, take_turns
 
 from ddit_rt.executor import CpuExecutor, CudaExecutor, Executor, RunTrace, TorchGraphs
 from ddit_rt.patch_scheduler import DDiTPolicy, StaticPolicy
@@ -22,32 +23,61 @@ _WARM_UP_STEPS = 3  # they have no third difference to score, either
 _FP32 = 4
 
 
-def buckets(setup: Setup, case: Case) -> dict[str, Any]:
-    """Steps of all kinds in turns.
+def buckets(setup: Setup, case: Case, save: Save = unsaved) -> dict[str, Any]:
+    """Steps of all kinds in turns, and one without a model."""
+    skip = {"skip": (partial(skip_steps, setup, case), skip_floor(setup, case))}
+    return measure_steps(setup, case, skip, save)
+
+
+def measure_steps(
+    setup: Setup,
+    case: Case,
+    more: Mapping[str, tuple[Callable[[], Call], dict[str, Any]]],
+    save: Save,
+) -> dict[str, Any]:
+    """Steps of every patch size that the case offers, in turns.
 
     A run takes one step at p and then the size in question: the first step pays for what later
     ones find in caches, and with it coarse steps correct themselves as they do in use. Times are
     those of the trace, decision, model and solver together.
+
+    Args:
+        setup: The run of the script.
+        case: The size.
+        more: Further kinds of steps by name: what builds their call, and their floor.
+        save: Given the record whenever there is more of it.
     """
     costs, limits = setup.costs(case), setup.rates
+    floors = {patch: step_floor(setup, cost) for patch, cost in costs.items()}
+    floors |= {name: floor for name, (_, floor) in more.items()}
+    builders = {patch: partial(bucket_steps, setup, case, patch) for patch in costs}
     release()
     setup.engine_error()  # compiled before, not inside, the warm-up of a contender
-    builders = {patch: partial(bucket_steps, setup, case, patch) for patch in PATCHES}
-    measured = take_turns(
-        {**builders, "skip": partial(skip_steps, setup, case)},
-        repeats=setup.repeats,
-        device=setup.device,
-        deadline=setup.deadline,
-        warm_up_limit=setup.warm_up_limit,
+
+    def record(measured: Mapping[str, Measured]) -> dict[str, Any]:
+        rows = {name: _row(own, floors[name]) for name, own in measured.items()}
+        return {"rates": limits, "engine": setup.engine_times, "rows": rows}
+
+    return record(
+        take_turns(
+            {**builders, **{name: build for name, (build, _) in more.items()}},
+            repeats=setup.repeats,
+            device=setup.device,
+            deadline=setup.deadline,
+            warm_up_limit=setup.warm_up_limit,
+            on_news=lambda measured: save(record(measured)),
+        )
     )
-    rows: dict[str, Any] = {}
-    for name, own in measured.items():
-        if own.error is not None or not own.results:
-            rows[name] = {"error": own.error or "no round was run"}
-        else:
-            floor = skip_floor(setup, case) if name == "skip" else step_floor(setup, costs[name])
-            rows[name] = step_row(own.results, floor)
-    return {"rates": limits, "rows": rows}
+
+
+def _row(own: Measured, floor: dict[str, Any]) -> dict[str, Any]:
+    if own.error is not None or not own.results:
+        return {"error": own.error or "no round was run"}
+    return {
+        **step_row(own.results, floor),
+        "provisional": own.provisional,
+        "first_call_seconds": own.first_call_seconds,
+    }
 
 
 def step_row(traces: Sequence[RunTrace], floor: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +131,7 @@ def bucket_steps(setup: Setup, case: Case, patch: str) -> Call:
     policy = StaticPolicy(["p"] + [patch] * (_STEPS - 1))
 
     def run() -> RunTrace | None:
-        setup.generate(arguments, policy, setup.executors[0])
+        setup.generate(arguments, policy, setup.form)
         return setup.engine.last_trace
 
     return run
@@ -123,7 +153,7 @@ def skip_steps(setup: Setup, case: Case) -> Call:
     policy = DDiTPolicy(refresh=None, fine_tail=0)
     plan = null_plan(scheduler, velocity, policy)
     executor: Executor = (
-        CudaExecutor(TorchGraphs(setup.device), setup.executors[0])
+        CudaExecutor(TorchGraphs(setup.device), setup.form)
         if setup.device.type == "cuda"
         else CpuExecutor()
     )

@@ -11,13 +11,16 @@ from flux_contenders import BASELINE, Contender, all_contenders
 from flux_model import Case
 from flux_plans import counted_speedup
 from flux_setup import Setup
+from records import Save, unsaved
 from timing import Measured, attempt, spread, take_turns
 from torch import Tensor
 
 
-def loops(setup: Setup, case: Case, patterns: Sequence[str] = ("*",)) -> dict[str, Any]:
+def loops(
+    setup: Setup, case: Case, patterns: Sequence[str] = ("*",), save: Save = unsaved
+) -> dict[str, Any]:
     """Measures the contenders whose names match a pattern, and always the baseline."""
-    return measure_loops(setup, case, all_contenders, patterns)
+    return measure_loops(setup, case, all_contenders, patterns, save)
 
 
 def measure_loops(
@@ -25,8 +28,17 @@ def measure_loops(
     case: Case,
     make: Callable[[Any, Any], Mapping[str, Contender]],
     patterns: Sequence[str],
+    save: Save = unsaved,
 ) -> dict[str, Any]:
-    """As `loops`, of the contenders that `make` gives for the setup and the case."""
+    """As `loops`, of the contenders that `make` gives for the setup and the case.
+
+    Args:
+        setup: The run of the script.
+        case: The size and the number of steps.
+        make: Its contenders by name, the baseline among them.
+        patterns: Those that are wanted.
+        save: Given the record whenever there is more of it.
+    """
     torch.compiler.reset()  # what an earlier size compiled would make this one compile for both
     setup.engine_error()  # compiled before, not inside, the warm-up of a contender
     contenders = {
@@ -34,19 +46,25 @@ def measure_loops(
         for name, contender in make(setup, case).items()
         if name == BASELINE or any(fnmatch(name, pattern) for pattern in patterns)
     }
-    measured = take_turns(
-        {name: contender.build for name, contender in contenders.items()},
-        repeats=setup.repeats,
-        device=setup.device,
-        deadline=setup.deadline,
-        warm_up_limit=setup.warm_up_limit,
-    )
     flops = setup.flops(case)
-    rows = {
-        name: row_of(contender, measured[name], measured[BASELINE], flops)
-        for name, contender in contenders.items()
-    }
-    return {"flops_per_step": flops, "rows": rows}
+
+    def record(measured: Mapping[str, Measured]) -> dict[str, Any]:
+        rows = {
+            name: row_of(contender, measured[name], measured[BASELINE], flops)
+            for name, contender in contenders.items()
+        }
+        return {"flops_per_step": flops, "rows": rows}
+
+    return record(
+        take_turns(
+            {name: contender.build for name, contender in contenders.items()},
+            repeats=setup.repeats,
+            device=setup.device,
+            deadline=setup.deadline,
+            warm_up_limit=setup.warm_up_limit,
+            on_news=lambda measured: save(record(measured)),
+        )
+    )
 
 
 def row_of(
@@ -64,6 +82,7 @@ def row_of(
         "seconds": spread(own.seconds),
         "wall_seconds": spread(own.wall_seconds),
         "first_call_seconds": own.first_call_seconds,
+        "provisional": own.provisional,
         "finite": bool(torch.isfinite(own.results[-1]).all()),
         **contender.details(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from diffusers import FluxPipeline
 from flux_model import Case, Preset, pipeline_around, random_transformer, request
 from hardware import rates
-from timing import Deadline, attempt, release
+from timing import Deadline, attempt, release, time_limit
 from torch import Tensor
 
 import ddit_rt
@@ -39,6 +40,7 @@ class Setup:
         deadline: When the run has to end.
         warm_up_limit: Seconds that one contender may take to get ready.
         executors: Forms of our executor; on a CPU there is one.
+        engine_times: Seconds that compiling and saving, or loading, the engine took.
         passes: Samples that the model sees for one picture: two with guidance.
     """
 
@@ -52,6 +54,7 @@ class Setup:
     deadline: Deadline = field(default_factory=lambda: Deadline(float("inf")))
     warm_up_limit: float = 300.0
     executors: tuple[str, ...] = ("auto",)
+    engine_times: dict[str, float] = field(default_factory=dict)
     _engine_error: str | None = None
     _costs: dict[Case, dict[str, StepCost]] = field(default_factory=dict)
 
@@ -63,17 +66,31 @@ class Setup:
     @cached_property
     def engine(self) -> Engine:
         """Our engine: loaded from `artifact`, or compiled and saved there."""
-        if self.backend == "eager" or not self.artifact.exists():
-            engine = ddit_rt.compile(self.pipeline, backend=self.backend, progress=False)
+        pipeline = self.pipeline
+        started = time.perf_counter()
+        compiles = self.backend == "eager" or not self.artifact.exists()
+        if compiles:
+            engine = ddit_rt.compile(pipeline, backend=self.backend, progress=False)
             if self.backend != "eager":
                 engine.save(self.artifact)
-            return engine
-        return ddit_rt.load(self.artifact, self.pipeline, progress=False)
+        else:
+            engine = ddit_rt.load(self.artifact, pipeline, progress=False)
+        name = "compile_seconds" if compiles else "load_seconds"
+        self.engine_times[name] = time.perf_counter() - started
+        return engine
 
     def engine_error(self) -> str | None:
-        """Why there is no engine; None if there is one. Compiles at most once, even if it fails."""
+        """Why there is no engine; None if there is one.
+
+        Compiles at most once, even if it fails, and no longer than a contender may warm up.
+        """
+
+        def make() -> Engine:
+            with time_limit(min(self.warm_up_limit, self.deadline.left)):
+                return self.engine
+
         if "engine" not in self.__dict__ and self._engine_error is None:
-            _, self._engine_error = attempt(lambda: self.engine)
+            _, self._engine_error = attempt(make)
         return self._engine_error
 
     def forget_engine(self) -> None:
@@ -81,6 +98,11 @@ class Setup:
         self.__dict__.pop("engine", None)
         torch.compiler.reset()
         release()
+
+    @property
+    def form(self) -> str:
+        """The form of a measurement that takes one: the only one there is, or what works."""
+        return self.executors[0] if len(self.executors) == 1 else "auto"
 
     @cached_property
     def rates(self) -> dict[str, float]:

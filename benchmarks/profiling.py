@@ -141,6 +141,26 @@ def range_seconds(events: Sequence[Event], name: str, device: torch.device) -> l
     return [event.seconds for event in ranges]
 
 
+def own_seconds(events: Iterable[Event]) -> list[tuple[Event, float]]:
+    """Events of one thread with the time that is not that of others inside them."""
+    found: list[tuple[Event, float]] = []
+    stack: list[tuple[Event, float]] = []  # those that are open, and the time of what they hold
+
+    def close() -> None:
+        event, held = stack.pop()
+        found.append((event, event.seconds - held))
+        if stack:
+            stack[-1] = (stack[-1][0], stack[-1][1] + event.seconds)
+
+    for event in sorted(events, key=lambda event: (event.start, -event.end)):
+        while stack and stack[-1][0].end <= event.start:
+            close()
+        stack.append((event, 0.0))
+    while stack:
+        close()
+    return found
+
+
 def ranges_of(events: Iterable[Event]) -> list[Event]:
     """The ranges among them."""
     return [event for event in events if event.category == "user_annotation"]

@@ -6,19 +6,26 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hardware import device_name
+from timing import Deadline, attempt
 
 from ddit_rt.evaluation import mean_interval
 
 Record = dict[str, Any]
+Save = Callable[[Record], None]
+"""Takes a record that is not complete yet."""
 
 NO_TIME = "no time was left; call this section alone, or give a larger budget"
 """The error of a record that was not begun."""
+
+
+def unsaved(_: Record) -> None:
+    """Of a caller who wants the complete record alone."""
 
 
 def opened(path: Path, head: Record) -> Record:
@@ -65,6 +72,24 @@ def merge(report: Record, section: str, key: str, record: Record) -> None:
     for name, row in record.get("rows", {}).items():
         rows[name] = kept(rows.get(name, {}), row)
     records[key] = {**merged, **({"rows": rows} if rows else {})}
+
+
+def fill(
+    report: Record,
+    section: str,
+    key: str,
+    run: Callable[[Save], Record],
+    deadline: Deadline,
+    args: argparse.Namespace,
+) -> None:
+    """Runs one measurement into the report and its file, as far as it comes."""
+
+    def save(record: Record) -> None:
+        merge(report, section, key, stamped(record, args))
+        write(args.out, report)
+
+    record, problem = attempt(lambda: run(save)) if deadline.left > 0 else (None, NO_TIME)
+    save(record or {"error": problem})
 
 
 def kept(before: Record, now: Record) -> Record:

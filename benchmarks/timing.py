@@ -48,6 +48,8 @@ class Measured:
         warm_seconds: Wall time of the last call that warmed it up.
         results: What every measured call returned.
         error: Why it dropped out; None if it did not.
+        provisional: Whether the values are those of the last call that warmed it up: they stand
+            until the first round, in case there is none.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -56,6 +58,17 @@ class Measured:
     warm_seconds: float = 0.0
     results: list[Any] = field(default_factory=list)
     error: str | None = None
+    provisional: bool = False
+
+    def add(self, outcome: tuple[float, float, Any], *, provisional: bool = False) -> None:
+        """Takes in what `timed` returned; the first measured call displaces a provisional one."""
+        if self.provisional or provisional:
+            self.seconds, self.wall_seconds, self.results = [], [], []
+        self.provisional = provisional
+        for values, value in zip(
+            (self.seconds, self.wall_seconds, self.results), outcome, strict=True
+        ):
+            values.append(value)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -152,6 +165,7 @@ def take_turns(
     deadline: Deadline,
     warm_up_calls: int = 2,
     warm_up_limit: float = 300.0,
+    on_news: Callable[[Mapping[str, Measured]], None] | None = None,
 ) -> dict[str, Measured]:
     """Builds and warms every contender up, then measures them in interleaved rounds.
 
@@ -163,8 +177,11 @@ def take_turns(
             ready; no further round starts that would end after it.
         warm_up_calls: Calls before the first measured one.
         warm_up_limit: Seconds that building and warming up one contender may take.
+        on_news: Told what is known whenever that is more, so that it can be written down: the
+            command may be killed at any moment.
     """
     measured = {name: Measured() for name in builders}
+    tell = on_news or (lambda _: None)
     calls: dict[str, Call] = {}
     for name, build in builders.items():
         round_seconds = sum(measured[ready].warm_seconds for ready in calls)
@@ -173,6 +190,7 @@ def take_turns(
         call, measured[name].error = attempt(warm_up)
         if measured[name].error is None:
             calls[name] = call
+        tell(measured)
     longest = 0.0
     for index in range(repeats):
         if index and deadline.left < longest:
@@ -181,20 +199,17 @@ def take_turns(
         for name, call in calls.items():
             if measured[name].error is None:
                 _turn(call, measured[name], device, deadline)
+        tell(measured)
         longest = max(longest, time.perf_counter() - started)
     return measured
 
 
 def _turn(call: Call, measured: Measured, device: torch.device, deadline: Deadline) -> None:
-    if not measured.seconds and deadline.left <= 0:
-        measured.error = "no time was left to measure it; run it alone, or give a larger budget"
+    if measured.provisional and deadline.left <= 0:
         return
     outcome, measured.error = attempt(partial(timed, call, device))
     if measured.error is None:
-        for values, value in zip(
-            (measured.seconds, measured.wall_seconds, measured.results), outcome, strict=True
-        ):
-            values.append(value)
+        measured.add(outcome)
 
 
 def _warm_up(
@@ -210,10 +225,9 @@ def _warm_up(
     with time_limit(limit):
         call = build()
         for index in range(max(calls, 1)):
-            before = time.perf_counter()
-            call()
-            synchronize(device)
-            measured.warm_seconds = time.perf_counter() - before
+            outcome = timed(call, device)
+            measured.warm_seconds = outcome[1]
             if index == 0:
                 measured.first_call_seconds = time.perf_counter() - started
+        measured.add(outcome, provisional=True)
     return call

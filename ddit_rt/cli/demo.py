@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.models import EMBEDDED, EMBEDDED_VIDEO, load_pipeline
+from ddit_rt.cli.models import DEVICES, EMBEDDED, EMBEDDED_VIDEO, load_pipeline
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for grid.png (or clips.mp4), timeline.png and report.json "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", *DEVICES), default="auto", help="default: %(default)s"
     )
     parser.add_argument("--steps", type=int, default=24, help="denoising steps (default: 24)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt (default: 0)")
@@ -49,7 +52,7 @@ def _run_video(args: argparse.Namespace) -> Outcome:
         repeats=1 if args.repeats is None else args.repeats,
         keep_artifact=args.keep_artifact,
     )
-    report = run_video_demo(load_pipeline(EMBEDDED_VIDEO), config)
+    report = run_video_demo(load_pipeline(EMBEDDED_VIDEO, device=args.device), config)
     files = f"wrote {args.out / 'clips.mp4'}, timeline.png and report.json beside it"
     return Outcome(data=report, text=f"{video_summary_table(report)}\n{files}")
 
@@ -65,7 +68,7 @@ def _run_pictures(args: argparse.Namespace) -> Outcome:
         repeats=3 if args.repeats is None else args.repeats,
         keep_artifact=args.keep_artifact,
     )
-    report = run_demo(load_pipeline(EMBEDDED), config)
+    report = run_demo(load_pipeline(EMBEDDED, device=args.device), config)
     files = f"wrote {args.out / 'grid.png'}, timeline.png and report.json beside it"
     return Outcome(data=report, text=f"{summary_table(report)}\n{files}")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,57 @@ def test_section_that_fails_keeps_what_an_earlier_call_measured(
         "latest_error": "MemoryError: no room",
     }
     assert sections["memory"]["128x128/batch1"]["error"] == "MemoryError: no room"
+
+
+def test_what_was_measured_is_written_before_the_command_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill loses what is under way, not what has been measured."""
+    loops = import_module("flux_loops")
+    turns = loops.take_turns
+
+    def killed(*arguments: Any, on_news: Any, **settings: Any) -> None:
+        def note(measured: Any) -> None:
+            on_news(measured)
+            if len(measured["diffusers_eager"].results) == 2:
+                raise KeyboardInterrupt
+
+        turns(*arguments, on_news=note, **settings)
+
+    monkeypatch.setattr(loops, "take_turns", killed)
+    out = tmp_path / "flux.json"
+    with pytest.raises(KeyboardInterrupt):
+        run(out, "--sections", "loops", "--contenders", "ddit_rt_auto_fine")
+    rows = strict(out)["sections"]["loops"]["128x128/batch1/steps8"]["rows"]
+    for row in rows.values():
+        assert row["seconds"]["count"] == 2
+        assert row["speedup"] > 0
+
+
+def test_kernels_of_a_step_are_listed_with_their_share(tmp_path: Path) -> None:
+    report = run(tmp_path / "flux.json", "--sections", "kernels")
+    rows = report["sections"]["kernels"]["128x128/batch1"]["rows"]
+    assert list(rows) == ["p", "4p"]
+    for row in rows.values():
+        seconds = [kernel["seconds"] for kernel in row["kernels"]]
+        assert seconds == sorted(seconds, reverse=True)
+        # The rest is what the list is too short for.
+        assert 0.9 < sum(kernel["share"] for kernel in row["kernels"]) <= 1 + 1e-9
+        names = {kernel["name"] for kernel in row["kernels"]}
+        # FLUX's blocks run eagerly here: products, and attention.
+        assert "aten::addmm" in names
+        assert any("attention" in name for name in names)
+
+
+def test_an_engine_that_takes_too_long_to_make_leaves_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = import_module("flux_setup")
+    monkeypatch.setattr(setup.ddit_rt, "compile", lambda *_, **__: time.sleep(60))
+    arguments = ["--sections", "buckets", "--warm-up-limit-s", "1"]
+    rows = run(tmp_path / "flux.json", *arguments)["sections"]["buckets"]["128x128/batch1"]["rows"]
+    assert "TimeoutError: not ready after 1 s" in rows["p"]["error"]
+    assert "seconds" in rows["skip"]  # needs no engine
 
 
 def test_section_without_time_left_is_not_started(tmp_path: Path) -> None:

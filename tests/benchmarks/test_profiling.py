@@ -4,6 +4,7 @@ import time
 from importlib import import_module
 from typing import Any
 
+import pytest
 import torch
 from torch.profiler import record_function
 
@@ -83,3 +84,34 @@ def test_profile_of_a_run_on_the_cpu_shows_its_ranges() -> None:
     assert len(seconds) == 3
     assert min(seconds) >= 0.002  # sleep never wakes early
     assert profiling.host_calls(events) == {}
+
+
+def test_time_of_an_event_without_those_inside_it() -> None:
+    profiling = import_module("profiling")
+    spans = {"a": (0, 10), "b": (1, 4), "c": (2, 3), "d": (4, 6), "e": (11, 12)}
+    events = [profiling.Event("cpu_op", name, *span) for name, span in spans.items()]
+    own = {event.name: seconds for event, seconds in profiling.own_seconds(events)}
+    assert own == pytest.approx({"a": 5e-6, "b": 2e-6, "c": 1e-6, "d": 2e-6, "e": 1e-6})
+
+
+def test_kernels_count_where_their_step_ran() -> None:
+    """Not those of another patch size; shares are of a mean step."""
+    profiling, table = import_module("profiling"), import_module("flux_kernels").kernel_table
+    event = profiling.Event
+    events = [
+        event("user_annotation", "ddit_rt/model/p", 0, 5),
+        event("cuda_runtime", "cudaGraphLaunch", 1, 2, 7),
+        event("user_annotation", "ddit_rt/model/2p", 5, 8),
+        event("cuda_runtime", "cudaGraphLaunch", 6, 7, 8),
+        event("kernel", "gemm", 10, 13, 7),
+        event("kernel", "norm", 13, 14, 7),
+        event("kernel", "gemm", 20, 29, 8),
+    ]
+    found = table(events, "ddit_rt/model/p", cuda=True)
+    assert found["kernel_count"] == 2
+    assert [(one["name"], one["count"], one["share"]) for one in found["kernels"]] == [
+        ("gemm", 1, pytest.approx(0.75)),
+        ("norm", 1, pytest.approx(0.25)),
+    ]
+    with pytest.raises(RuntimeError, match="4p"):
+        table(events, "ddit_rt/model/4p", cuda=True)

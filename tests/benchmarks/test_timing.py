@@ -68,7 +68,7 @@ def test_failing_contender_leaves_its_error_and_the_others_go_on(fails_at: str) 
     )
     expected = "RuntimeError: cannot" if fails_at == "build" else "OutOfMemoryError: no room"
     assert measured["bad"].error.startswith(expected)
-    assert measured["bad"].seconds == []
+    assert measured["bad"].provisional == (fails_at == "third call")
     assert measured["good"].results == [7, 7]
 
 
@@ -88,6 +88,29 @@ def test_contender_that_takes_too_long_to_get_ready_drops_out() -> None:
     )
     assert measured["slow"].error == "TimeoutError: not ready after 1 s"
     assert measured["good"].results == [7]
+
+
+def test_what_warmed_up_stands_until_it_is_measured() -> None:
+    """A command that is killed has written down what it knew."""
+    timing = import_module("timing")
+    told: list[dict[str, tuple[bool, int]]] = []
+
+    def note(measured: dict[str, Any]) -> None:
+        told.append({name: (own.provisional, len(own.results)) for name, own in measured.items()})
+
+    timing.take_turns(
+        {"one": lambda: lambda: 1, "two": lambda: lambda: 2},
+        repeats=2,
+        device=CPU,
+        deadline=timing.Deadline(60),
+        on_news=note,
+    )
+    assert told == [
+        {"one": (True, 1), "two": (False, 0)},
+        {"one": (True, 1), "two": (True, 1)},
+        {"one": (False, 1), "two": (False, 1)},
+        {"one": (False, 2), "two": (False, 2)},
+    ]
 
 
 def test_nothing_starts_after_the_deadline() -> None:

@@ -1,21 +1,42 @@
-"""The GPU battery as far as it goes without a device: its stages, and what it notes of them."""
+"""The GPU battery as far as it goes without a device: what it tries, gives up on and goes on from.
+
+`.ci/rehearse.py` runs all of it for real on a CPU; here a script stands for Python, so that each
+refusal that a device may give is tried.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu_battery.sh"
-STAGES = [
-    *("info", "build", "tests", "sanitize", "ops", "profile", "flux-buckets", "flux-loops"),
-    *("flux-memory", "flux-compile", "flux-overhead", "wan-buckets", "wan-loops", "summary"),
-]
+
+# Stands for Python: says what the rules allow, and fails what matches $REFUSES.
+PYTHON = """#!/bin/bash
+echo "$*" >>"$CALLS"
+[[ -n "$REFUSES" && "$*" =~ $REFUSES ]] && exit 1
+case "$*" in
+  *gpu_visit.py\\ card*) echo fake ;;
+  *gpu_visit.py\\ form*) echo "${FORM:-loop}" ;;
+  *gpu_visit.py\\ bench*) [[ "$3" != */flux_fake.json ]] || echo '{}' >"$3" ;;
+  *ddit_rt.cli\\ demo*) mkdir -p demo && echo '{}' >demo/report.json ;;
+esac
+exit 0
+"""
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    path = tmp_path / "python"
+    path.write_text(PYTHON)
+    path.chmod(0o755)
+    return path
 
 
 def battery(
@@ -24,125 +45,198 @@ def battery(
     places = {
         "OUT": str(folder / out),
         "SCRATCH": str(folder / "scratch"),
-        "PYTHON": sys.executable,
+        "PYTHON": str(folder / "python"),
+        "CALLS": str(folder / "calls"),
+        "REFUSES": "",
     }
     return subprocess.run(
         ["bash", str(SCRIPT), *arguments],
         check=False,
         capture_output=True,
         text=True,
-        cwd=folder,
         env={**os.environ, **places, **environment},
     )
 
 
-def stages_of(folder: Path, out: str = "out") -> dict[str, dict[str, str]]:
-    stages: dict[str, dict[str, str]] = json.loads((folder / out / "stages.json").read_text())[
-        "stages"
-    ]
-    return stages
+def steps(folder: Path, out: str = "out") -> dict[str, Any]:
+    lines = (folder / out / "steps.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    return {entry["step"]: entry["code"] for entry in entries if "code" in entry}
 
 
-def test_help_names_every_stage_and_setting(tmp_path: Path) -> None:
+def calls(folder: Path, *words: str) -> list[str]:
+    lines = (folder / "calls").read_text().splitlines()
+    return [line for line in lines if all(word in line for word in words)]
+
+
+def test_help_names_every_setting_and_other_words_are_refused(tmp_path: Path) -> None:
     done = battery(tmp_path, "--help")
     assert done.returncode == 0
-    for name in (*STAGES, "OUT", "WHEELS", "LIMIT", "FLUX_ARGS", "WAN_ARGS"):
+    for name in ("pack", "OUT", "FROM", "END", "WHEELS", "WHEEL", "SCRATCH", "MAX_MIB", "DEVICE"):
         assert name in done.stdout
-    assert "set -euo" not in done.stdout
+    assert "set -uo" not in done.stdout
+    assert battery(tmp_path, "benchmark").returncode == 2
 
 
-def test_unknown_stage_is_exit_2_and_runs_nothing(tmp_path: Path) -> None:
-    done = battery(tmp_path, "info", "benchmark")
-    assert done.returncode == 2
-    assert "no stage 'benchmark'" in done.stderr
-    assert all(stage in done.stderr for stage in STAGES)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.usefixtures("python")
+def test_what_matters_most_comes_first_and_in_the_form_that_passed(tmp_path: Path) -> None:
+    done = battery(tmp_path)
+    assert done.returncode == 0, done.stdout
+    order = [name for name in steps(tmp_path) if name != "compile"]
+    assert order == [
+        *("rules", "buckets-loop", "loops", "kernels", "loops-50", "buckets-512"),
+        *("buckets-batch-4", "wan-buckets", "ops", "demo"),
+    ]
+    assert set(steps(tmp_path).values()) == {0}
+    for line in calls(tmp_path, "gpu_visit.py bench", "--sections loops"):
+        assert "--executors loop" in line
+    (compiled,) = calls(tmp_path, "--sections compile")
+    (buckets,) = calls(tmp_path, "--sections buckets", "--height 1024 --batch 1")
+    artifact = f"--artifact {tmp_path}/scratch/flux.ddit"
+    assert artifact in compiled
+    assert artifact in buckets
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("demo.json", "flux_fake.json", "log.txt", "steps.jsonl"),
+    ]
 
 
-def test_dry_run_shows_all_commands_and_runs_none(tmp_path: Path) -> None:
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    (wheels / "pytest-9-py3-none-any.whl").touch()
-    done = battery(
-        tmp_path, "--dry-run", WHEELS=str(wheels), LIMIT="90", LIMIT_FLUX_LOOPS="300",
-        FLUX_ARGS="--height 1024 --batch 1", WAN_ARGS="--steps 20",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["wheels"]
-    lines = done.stdout.splitlines()
-    titles = [line.split()[1] for line in lines if "(limit " in line]
-    assert titles == STAGES
-    assert "[battery] info (limit 90 s)" in lines
-    assert "[battery] flux-loops (limit 300 s)" in lines
-    wheel, install, build = (line for line in lines if "'pip'" in line)
-    assert "'pytest-9-py3-none-any.whl'" not in wheel  # a path, not a name for an index
-    assert str(wheels / "pytest-9-py3-none-any.whl") in wheel
-    for command in (wheel, install, build):
-        assert "'--no-index'" in command
-        assert "'--no-deps'" in command
-    assert "'--no-build-isolation'" in install
-    assert f"'--target' '{tmp_path}/scratch/site'" in build
-    loops, video = (line for line in lines if "'--sections' 'loops'" in line)
-    assert f"'--out' '{tmp_path}/out/wan.json' '--steps' '20'" in video
-    assert "'--budget-s' '240'" in loops
-    assert loops.endswith("'--height' '1024' '--batch' '1'")
-    assert f"'--out' '{tmp_path}/out/flux.json'" in loops
+@pytest.mark.usefixtures("python")
+@pytest.mark.parametrize(
+    ("refuses", "tried", "how"),
+    [
+        ("executors loop", ["buckets-loop", "buckets-host"], "--executors host"),
+        ("buckets.*executors (loop|host)$", ["buckets-loop", "buckets-host", "buckets-eager"],
+         "--executors host --backend eager"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_gives_way_to_the_next_best(
+    tmp_path: Path, refuses: str, tried: list[str], how: str
+) -> None:
+    battery(tmp_path, REFUSES=refuses)
+    found = steps(tmp_path)
+    assert [name for name in found if name.startswith("buckets-") and name[8].islower()][
+        : len(tried)
+    ] == tried
+    assert [found[name] for name in tried] == [1] * (len(tried) - 1) + [0]
+    assert all(how in line for line in calls(tmp_path, "--sections loops"))
 
 
-def test_a_model_stands_for_its_sections(tmp_path: Path) -> None:
-    done = battery(tmp_path, "--dry-run", "wan", "flux", "summary")
-    titles = [line.split()[1] for line in done.stdout.splitlines() if "(limit " in line]
-    wan, flux = ([one for one in STAGES if one.startswith(name)] for name in ("wan-", "flux-"))
-    assert titles == [*wan, *flux, "summary"]
+@pytest.mark.usefixtures("python")
+def test_later_call_does_only_what_is_left(tmp_path: Path) -> None:
+    battery(tmp_path, REFUSES="executors loop|loops.*steps 50")
+    assert steps(tmp_path)["loops-50"] == 1
+    (tmp_path / "calls").unlink()
+    battery(tmp_path, out="second")
+    assert steps(tmp_path, "second")["loops-50"] == 0
+    assert not calls(tmp_path, "--sections buckets")
+    (left,) = calls(tmp_path, "gpu_visit.py bench", "--sections loops")
+    assert "--executors host" in left  # what the first call found, though loop is what rules allow
+    assert (tmp_path / "second" / "flux_fake.json").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_info_without_a_device_fails_in_one_line(tmp_path: Path) -> None:
-    done = battery(tmp_path, "info")
-    assert done.returncode == 1
-    assert "no CUDA device: torch" in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
-    info = json.loads((tmp_path / "out" / "info.json").read_text())
-    assert info["packages"]["torch"] == str(torch.__version__)
-    assert info["torch"]["gpus"] == []
-    entry = stages_of(tmp_path)["info"]
-    assert entry["outcome"] == "failed"
-    assert entry["reason"].startswith("no CUDA device: torch")
+@pytest.mark.usefixtures("python")
+def test_a_call_on_another_machine_goes_on_from_records_of_the_same_sources(tmp_path: Path) -> None:
+    battery(tmp_path, out="first")
+    (tmp_path / "calls").unlink()
+    elsewhere = {"SCRATCH": str(tmp_path / "elsewhere")}
+    battery(tmp_path, out="second", FROM=str(tmp_path / "first"), **elsewhere)
+    assert not calls(tmp_path, "--sections loops")
+    record = tmp_path / "first" / "steps.jsonl"
+    record.write_text(record.read_text().replace('"key": "', '"key": "other '))
+    battery(tmp_path, out="third", FROM=str(tmp_path / "first"), SCRATCH=str(tmp_path / "third-s"))
+    assert len(calls(tmp_path, "gpu_visit.py bench", "--sections loops")) == 2
 
 
-def test_failing_stage_does_not_stop_the_next(tmp_path: Path) -> None:
-    done = battery(tmp_path, "ops", "summary")
-    assert done.returncode == 1
-    stages = stages_of(tmp_path)
-    assert stages["ops"]["outcome"] == "failed"
-    assert "run the stage build first" in stages["ops"]["reason"]
-    assert stages["summary"]["outcome"] == "passed"
-    assert "| ops | failed |" in (tmp_path / "out" / "summary.md").read_text()
-    logs = (tmp_path / "out" / "logs.txt").read_text()
-    assert logs.index("===== ops: failed") < logs.index("===== summary: passed")
+@pytest.mark.usefixtures("python")
+def test_nothing_starts_when_the_time_is_over(tmp_path: Path) -> None:
+    battery(tmp_path, END="0")
+    assert set(steps(tmp_path).values()) == {"no time"}
+    assert not calls(tmp_path, "gpu_visit.py bench")
+    assert calls(tmp_path, "gpu_visit.py summary")
 
 
-def test_stage_is_stopped_at_its_limit(tmp_path: Path) -> None:
-    slow = tmp_path / "python"
-    slow.write_text(
-        f'#!/bin/sh\ncase "$*" in *"report.py info"*) exec sleep 600;; esac\n'
-        f'exec {sys.executable} "$@"\n'
+@pytest.mark.usefixtures("python")
+def test_a_machine_without_the_wheels_builds_the_package(tmp_path: Path) -> None:
+    battery(tmp_path, REFUSES="import ddit_rt._runtime", WHEELS=str(tmp_path))
+    (build,) = calls(tmp_path, "--no-build-isolation")
+    assert "--no-index" in build
+    assert "CMAKE_CUDA_ARCHITECTURES=90-real" in build
+    assert f"--target {tmp_path}/scratch/site" in build
+
+
+def passed(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "passed")
+
+
+def test_the_form_rests_on_the_rules_that_hold() -> None:
+    visit = import_module("gpu_visit")
+    alone = passed(f"{visit.ALONE}[shape0]")
+    attention = passed(*visit.LOOP[1:])
+    every = {**alone, **passed(visit.SWITCH, visit.LOOP[0]), **attention}
+    assert visit.form_of(every) == "loop"
+    assert visit.form_of({**every, visit.LOOP[2]: "skipped"}) == "loop"
+    assert visit.form_of({**every, visit.LOOP[1]: "failed"}) == "step"
+    assert visit.form_of({**every, visit.LOOP[0]: "skipped"}) == "step"
+    assert visit.form_of({**alone, visit.SWITCH: "failed"}) == "host"
+    assert visit.form_of({}) == "host"  # the rules were cut off
+    assert visit.form_of({**every, f"{visit.ALONE}[shape1]": "failed"}) == "eager"
+
+
+def test_the_names_of_the_rules_are_those_of_tests() -> None:
+    visit = import_module("gpu_visit")
+    text = (SCRIPT.parents[1] / "tests/runtime/test_step_gpu.py").read_text()
+    for name in (visit.ALONE, visit.SWITCH, *visit.LOOP):
+        assert f"def {name.partition('[')[0]}(" in text
+
+
+def test_form_is_noted_and_kept_for_a_call_that_does_not_try_the_rules(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    visit = import_module("gpu_visit")
+    notes, junit = tmp_path / "steps.jsonl", tmp_path / "rules.xml"
+    junit.write_text(
+        f'<testsuite><testcase name="{visit.ALONE}[a]"/><testcase name="{visit.SWITCH}"/>'
+        f'<testcase name="{visit.LOOP[0]}"><failure/></testcase></testsuite>'
     )
-    slow.chmod(0o755)
-    done = battery(tmp_path, "info", PYTHON=str(slow), LIMIT_INFO="1")
-    assert done.returncode == 1
-    assert stages_of(tmp_path)["info"]["outcome"] == "timed out"
+    command = ["form", str(notes), "--junit", str(junit)]
+    assert visit.main(command) == 0
+    assert json.loads(notes.read_text())["failed"] == [visit.LOOP[0]]
+    junit.unlink()
+    assert visit.main(command) == 0
+    assert capsys.readouterr().out.split() == ["step", "step"]
 
 
-def test_wheels_that_are_not_there_are_named(tmp_path: Path) -> None:
-    assert battery(tmp_path, "build", WHEELS=str(tmp_path)).returncode == 1
-    assert stages_of(tmp_path)["build"]["reason"] == f"no wheels in WHEELS={tmp_path}"
+def test_summary_holds_figures_against_their_aims_and_names_what_failed(tmp_path: Path) -> None:
+    visit = import_module("gpu_visit")
+    row = {"seconds": {"median": 0.2}, "floor_seconds": 0.1, "over_floor": 2.0, "bound": "bytes"}
+    report = {
+        "machine": {"gpu": {"name": "card"}},
+        "versions": {"torch": "2", "diffusers": "1"},
+        "model": {"preset": "flux-dev", "dtype": "bfloat16", "text_tokens": 512},
+        "sections": {"buckets": {"1024": {"rows": {"p": row, "4p": {"error": "no\nroom"}}}}},
+    }
+    (tmp_path / "flux_card.json").write_text(json.dumps(report))
+    (tmp_path / "steps.jsonl").write_text(
+        '{"step": "rules", "code": 1, "from": 0, "seconds": 9}\n'
+        '{"step": "form", "form": "host", "failed": ["a"], "passed": 3}\n'
+    )
+    text = visit.write_summary(tmp_path)
+    assert text == (tmp_path / "summary.md").read_text()
+    assert "| rules | 1 | 9 |" in text
+    assert "form host, failed: a" in text
+    assert "1024 p, step over its floor: 2, aim <= 1.25" in text
+    assert "4p: no room" in text
 
 
-def test_later_call_brings_results_of_an_earlier_one(tmp_path: Path) -> None:
-    battery(tmp_path, "ops", out="first")
-    assert battery(tmp_path, "summary", out="second").returncode == 0
-    assert list(stages_of(tmp_path, "second")) == ["ops", "summary"]
-    (tmp_path / "scratch" / "results" / "stamp").write_text("of other sources")
-    assert battery(tmp_path, "summary", out="third").returncode == 1
-    assert list(stages_of(tmp_path, "third")) == ["summary"]
+def test_what_is_too_large_to_travel_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    visit = import_module("gpu_visit")
+    (tmp_path / "diffusers-1-py3-none-any.whl").write_bytes(b"0" * 2**20)
+    command = ["size", str(tmp_path), "--limit-mib"]
+    assert visit.main([*command, "64"]) == 0
+    shown = capsys.readouterr()
+    assert "1.0 MiB  diffusers-1" in shown.out
+    assert "no wheel of ddit_rt" in shown.err
+    assert visit.main([*command, "1.5"]) == 1
+    assert "too large" in capsys.readouterr().err

@@ -1,0 +1,102 @@
+"""Section `kernels`: what a step launches, and what the host is asked for while a run goes on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from flux_contenders import captures_of
+from flux_model import Case
+from flux_overhead import annotated, call_counts
+from flux_setup import Setup
+from profiling import Event, device_ranges, own_seconds, ranges_of
+from timing import Call, attempt
+
+from ddit_rt.patch_scheduler import StaticPolicy
+
+_PATCHES = ("p", "4p")
+_STEPS = 4
+_MOST = 40
+
+
+def kernels(setup: Setup, case: Case) -> dict[str, Any]:
+    """Runs of a few steps at p, and at 4p, under torch's profiler."""
+    problem = setup.engine_error()
+    if problem is not None:
+        return {"error": f"no engine: {problem}"}
+    rows = {}
+    for patch in _PATCHES:
+        if patch in setup.costs(case):
+            row, problem = attempt(lambda patch=patch: _row(setup, case, patch))  # type: ignore[misc]
+            rows[patch] = row or {"error": problem}
+    return {"rows": rows}
+
+
+def _row(setup: Setup, case: Case, patch: str) -> dict[str, Any]:
+    cuda = setup.device.type == "cuda"
+    observed = _run(setup, case, patch, "host" if cuda else "auto")
+    observed()  # captures
+    events = annotated(setup, observed)
+    row = {
+        **kernel_table(events, f"ddit_rt/model/{patch}", cuda=cuda),
+        "nodes": {
+            name: count
+            for report in captures_of(setup.engine)
+            for name, count in report.nodes.items()
+        },
+    }
+    if cuda:
+        run = _run(setup, case, patch, setup.form)
+        run()
+        row |= call_counts(annotated(setup, run))
+    assert setup.engine.last_trace is not None, "a run leaves a trace"
+    return {**row, "ran_on": setup.engine.last_trace.executor}
+
+
+def _run(setup: Setup, case: Case, patch: str, form: str) -> Call:
+    arguments = {**setup.request(case), "num_inference_steps": _STEPS}
+    policy = StaticPolicy([patch] * _STEPS)
+    return lambda: setup.generate(arguments, policy, form)
+
+
+def kernel_table(events: Sequence[Event], name: str, *, cuda: bool) -> dict[str, Any]:
+    """What ran inside the ranges of a name, for a mean range, the longest first.
+
+    Args:
+        events: Of a run, by their start.
+        name: Of the ranges, one a step.
+        cuda: Whether kernels count; else the operators of torch, each without those it calls.
+
+    Raises:
+        RuntimeError: The profile shows no such range with work in it.
+    """
+    ranges = [event for event in ranges_of(events) if event.name == name]
+    if cuda:
+        ranges = device_ranges(events, ranges)
+        timed = [(event, event.seconds) for event in events if event.category == "kernel"]
+    else:
+        timed = own_seconds([event for event in events if event.category == "cpu_op"])
+    if not ranges:
+        raise RuntimeError(f"the profile shows no range {name!r} with work in it")
+    seconds: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    for event, own in timed:
+        if any(one.start <= event.start <= one.end for one in ranges):
+            seconds[event.name] += own / len(ranges)
+            counts[event.name] += 1
+    total = sum(seconds.values())
+    longest = sorted(seconds, key=seconds.__getitem__, reverse=True)
+    return {
+        "kernel_seconds": total,
+        "kernel_count": sum(counts.values()) / len(ranges),
+        "kernels": [
+            {
+                "name": kernel[:160],
+                "count": counts[kernel] / len(ranges),
+                "seconds": seconds[kernel],
+                "share": seconds[kernel] / total,
+            }
+            for kernel in longest[:_MOST]
+        ],
+    }
