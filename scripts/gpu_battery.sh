@@ -136,5 +136,11 @@ if [[ $PRESET == flux-dev ]]; then
 fi
 bench wan-buckets 200 wan --sections buckets "${wan[@]}" "${how[@]}"
 tests ops 60 "$root/tests/ops/test_pack_kernels.py" "$root/tests/benchmarks/test_ops_cuda.py"
+# Its cache would hide what is out of bounds, and without it nothing can be captured: ops alone.
+if [[ $DEVICE == cuda ]] && command -v compute-sanitizer >/dev/null; then
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitize 90 compute-sanitizer --tool memcheck \
+    --error-exitcode 86 "$PYTHON" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q \
+    -p no:cacheprovider -o filterwarnings=default -m gpu "$root/tests/ops/test_pack_kernels.py"
+fi
 step demo 120 "$PYTHON" -m ddit_rt.cli demo --device "$DEVICE" --out demo && cp demo/report.json "$out/demo.json"
 "${visit[@]}" summary "$out"
