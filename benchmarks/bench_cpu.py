@@ -6,7 +6,7 @@ All contenders generate the same prompts with the same seeds, threads, dtype and
 batch 1 and 4, taking turns picture by picture so that machine drift hits all alike; a warm-up of
 each is left out. `ddit_rt.demo.measure` says what the denoising loop and the whole call include.
 Fidelity is against our all-fine pictures at the full step count. Writes the JSON, and the table of
-README.md from it.
+docs/benchmarks.md from it.
 
 Schema, version 1: `machine`, `versions`, `model`, `settings`, `compile` as in the demo's report;
 `batches`: by batch size a list of entries `name`, `label`, `seconds_denoise` and `seconds` (per
@@ -28,7 +28,7 @@ from typing import Any
 
 from contenders import all_contenders, all_pictures
 from diffusers import FluxPipeline
-from tables import update_readme
+from tables import update_tables
 from tqdm.auto import tqdm
 
 from ddit_rt.demo import model_path
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if args.out == RESULT:
-        update_readme("cpu_demo", report)
+        update_tables("cpu_demo", report)
     print(f"wrote {args.out}", file=sys.stderr)
     return 0
 

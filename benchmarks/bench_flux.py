@@ -72,7 +72,7 @@ from flux_overhead import overhead
 from flux_setup import Setup
 from real_size import RESULTS, complete, header, parser_of, settings
 from records import Record, Save, fill, opened
-from tables import update_readme
+from tables import update_tables
 
 SECTIONS = ("buckets", "loops", "memory", "compile", "overhead", "kernels")
 NOTES = (
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{section} {key}", file=sys.stderr, flush=True)
                 fill(report, section, key, run, setup.deadline, args)
     if args.out.resolve() == RESULTS / "flux_cuda.json":
-        update_readme("flux_cuda", report)
+        update_tables("flux_cuda", report)
     print(f"wrote {args.out}", file=sys.stderr)
     return 0
 

@@ -9,7 +9,7 @@ cost in each. Every picture is compared with the all-fine one of the same prompt
 steps. Pictures are kept in `--cache`: a run that was cut off, or asked for other tables, goes on
 from there; those of another model, adapter or state of the package are never used again. A table
 that is not asked for stays in the file as it was, if it was made with the same settings.
-Writes the JSON, the plot `docs/quality_demo.png`, and the tables of README.md. Run it on idle
+Writes the JSON, the plot `docs/quality_demo.png`, and the tables of docs/quality.md. Run it on idle
 cores: the measured cost of a step decides which rivals a plan gets.
 
 `video` is of the video demo's model, with guidance as there: its plans, shares of coarse steps and
@@ -65,7 +65,7 @@ from quality_plot import draw_quality
 from quality_rivals import Matcher
 from quality_runs import PictureRuns, fine
 from quality_tables import QUICK_GRID, TABLES, Grid, make_table
-from tables import update_readme
+from tables import update_tables
 
 from ddit_rt.calibration.points import Prompt
 from ddit_rt.demo import model_path
@@ -119,12 +119,12 @@ def run_pictures(args: argparse.Namespace) -> None:
 
 
 def finish(report: dict[str, Any], out: Path) -> None:
-    """Adds the claims, and writes the JSON and the table of README.md."""
+    """Adds the claims, and writes the JSON and the table of docs/quality.md."""
     report["claims"] = claims(report["tables"])
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if out in (RESULT, video_out(RESULT)):
-        update_readme(out.stem, report)
+        update_tables(out.stem, report)
     print(f"wrote {out}", file=sys.stderr)
 
 

@@ -8,7 +8,7 @@ plans, DDiT by tau, each cache by its threshold, and DDiT with a cache by both. 
 all fine, then draw the held-out prompts, taking turns picture by picture after a warm-up of each,
 so that machine drift hits all alike. `ddit_rt.demo.measure` says what the denoising loop includes.
 All run the same weights, prompts, seeds, dtype and threads. Writes the JSON, and the table of
-README.md from it. Run it on an idle core; where there is none, with `--clock cpu`.
+docs/quality.md from it. Run it on an idle core; where there is none, with `--clock cpu`.
 
 Schema, version 1:
 
@@ -62,7 +62,7 @@ from skip_plans import (
 )
 from skip_rows import row, verdicts
 from skip_search import Search, Tried, batch, contender, sizes_of, step_costs, tau_range
-from tables import update_readme
+from tables import update_tables
 
 import ddit_rt
 from ddit_rt.calibration.cache import fit_cache
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if args.out == default_out(args.model):
-        update_readme(args.out.stem, report)
+        update_tables(args.out.stem, report)
     print(f"wrote {args.out}", file=sys.stderr)
     return 0
 
@@ -134,7 +134,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def default_out(model: str) -> Path:
-    """The record that README's table is made of."""
+    """The record that table is made of."""
     return RESULTS / f"skip_{model.replace('-', '_')}.json"
 
 

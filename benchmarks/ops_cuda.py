@@ -24,7 +24,7 @@ import torch
 from hardware import copy_rate, machine_entry
 from kernel_cases import LATENTS, KernelCase
 from step_kernels import step_cases
-from tables import update_readme
+from tables import update_tables
 from timing import Call, attempt, cuda_events, release, spread
 from torch import Tensor
 
@@ -204,7 +204,7 @@ def entry(case: KernelCase, rounds: int, l2_bytes: int, bandwidth: float) -> dic
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs all cases and writes the results, and the table of README.md from them."""
+    """Runs all cases and writes the results, and the table of docs/benchmarks.md from them."""
     if not torch.cuda.is_available():
         raise SystemExit(f"got --device {arguments.device}, but torch sees no CUDA device")
     device = torch.device("cuda", torch.device(arguments.device).index or 0)
@@ -228,7 +228,7 @@ def run(arguments: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if out.resolve() == RESULT:
-        update_readme("ops_cuda", report)
+        update_tables("ops_cuda", report)
     print(f"wrote {out}", file=sys.stderr)
 
 

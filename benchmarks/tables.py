@@ -1,9 +1,10 @@
-"""Tables of README.md, generated from the results of the benchmarks.
+"""Tables of README.md and docs/, generated from the results of the benchmarks.
 
     python benchmarks/tables.py
 
 rewrites what stands between `<!-- table: NAME -->` and `<!-- /table -->` for every NAME that has a
-file `benchmarks/results/NAME.json` and a function here.
+file `benchmarks/results/NAME.json` and a function here. NAME may end in `:VIEW`, for another table
+of the same file.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +21,62 @@ from tables_quality import quality_demo, quality_demo_video
 from tables_skip import skip
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def main() -> int:
     """Updates every table whose results exist."""
-    for name in TABLES:
+    for name in sorted({name.partition(":")[0] for name in TABLES}):
         path = ROOT / "benchmarks" / "results" / f"{name}.json"
         if path.exists():
-            update_readme(name, json.loads(path.read_text(encoding="utf-8")))
+            update_tables(name, json.loads(path.read_text(encoding="utf-8")))
     return 0
 
 
-def update_readme(name: str, report: Mapping[str, Any], readme: Path = README) -> None:
-    """Replaces one table.
+def update_tables(
+    record: str, report: Mapping[str, Any], documents: Sequence[Path] = DOCUMENTS
+) -> None:
+    """Replaces the tables that are made of one record.
 
     Args:
-        name: Name in the marker.
+        record: Name of its file, without the ending.
         report: The results.
-        readme: File with the marker.
+        documents: Files with the markers.
 
     Raises:
-        ValueError: The file has no such marker.
+        ValueError: No document has a marker of one of the tables.
     """
-    text = readme.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        if name.partition(":")[0] == record:
+            _replace(name, table(report), documents)
+
+
+def _replace(name: str, table: str, documents: Sequence[Path]) -> None:
     marker = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- /table -->)", re.DOTALL)
-    if not marker.search(text):
-        raise ValueError(f"{readme} has no '<!-- table: {name} -->' ... '<!-- /table -->'")
-    table = TABLES[name](report)
-    replaced = marker.sub(lambda found: f"{found[1]}{table}{found[2]}", text)
-    readme.write_text(replaced, encoding="utf-8")
+    holders = [path for path in documents if marker.search(path.read_text(encoding="utf-8"))]
+    if not holders:
+        names = [path.name for path in documents]
+        raise ValueError(f"'<!-- table: {name} -->' ... '<!-- /table -->' is in none of {names}")
+    for path in holders:
+        text = path.read_text(encoding="utf-8")
+        replaced = marker.sub(lambda found: f"{found[1]}{table}{found[2]}", text)
+        path.write_text(replaced, encoding="utf-8")
+
+
+def cpu_short(report: Mapping[str, Any]) -> str:
+    """The table of README.md: what a reader wants to know first, of the same record."""
+    (_, rows), *_ = report["batches"].items()
+    rows = {row["name"]: row for row in rows}
+    shown = [rows[name] for name in SHORT if name in rows]
+    lines = ["| | tokens | loop, ms | speed-up | SSIM |", f"|---|{'--:|' * 4}"]
+    for row in shown:
+        tokens = "" if row["tokens"] is None else f"{row['tokens']:.0f}"
+        loop = f"{row['seconds_denoise']['median'] * 1e3:.0f}"
+        cells = (row["label"], tokens, loop, f"{row['speedup_denoise']:.2f}x", f"{row['ssim']:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    machine = report["machine"]
+    note = f"{machine['cpu']}, {machine['threads']} threads, torch {report['versions']['torch']}."
+    return "\n".join([*lines, "", note, ""])
 
 
 def cpu_demo(report: Mapping[str, Any]) -> str:
@@ -115,7 +142,11 @@ def ops_cpu(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", note, ""])
 
 
+SHORT = ("diffusers", "torch_compile", "first_block_cache_best", "fine", "dynamic", "fewer_steps")
+"""Rows of README.md."""
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "cpu_demo:short": cpu_short,
     "cpu_demo": cpu_demo,
     "ops_cpu": ops_cpu,
     "flux_cuda": flux_cuda,

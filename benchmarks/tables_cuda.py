@@ -1,4 +1,4 @@
-"""Tables of README.md from results with random weights, and from those on a GPU."""
+"""Tables of docs/benchmarks.md from results with random weights, and from those on a GPU."""
 
 from __future__ import annotations
 

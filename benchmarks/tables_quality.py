@@ -1,4 +1,4 @@
-"""The quality tables of README.md, from the results of `bench_quality.py`."""
+"""The quality tables of docs/quality.md, from the results of `bench_quality.py`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def quality_demo(report: Mapping[str, Any]) -> str:
     for title, part in folded:
         if part:
             lines += [f"<details><summary>{title}</summary>", "", *part, "", "</details>", ""]
-    plot = "![SSIM and feature distance against time, plan by plan](docs/quality_demo.png)"
+    plot = "![SSIM and feature distance against time, plan by plan](quality_demo.png)"
     return "\n".join([plot, "", *lines, _conditions(report), ""])
 
 

@@ -1,4 +1,4 @@
-"""The tables of README.md from the results of `bench_skip.py`."""
+"""The tables of docs/quality.md from the results of `bench_skip.py`."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_table_replaces_what_stands_between_its_markers(
     readme.write_text(f"a\n<!-- table: cpu_demo -->\nold\n<!-- /table -->\nb\n{other}")
     tables = import_module("tables")
     for _ in range(2):  # a second time changes nothing
-        tables.update_readme("cpu_demo", report, readme)
+        tables._replace("cpu_demo", tables.cpu_demo(report), [readme])
         text = readme.read_text()
         assert "old" not in text
         assert (
@@ -50,15 +50,26 @@ def test_missing_marker_is_an_error(report: dict[str, Any], tmp_path: Path) -> N
     readme = tmp_path / "README.md"
     readme.write_text("nothing here")
     with pytest.raises(ValueError, match="table: cpu_demo"):
-        import_module("tables").update_readme("cpu_demo", report, readme)
+        import_module("tables").update_tables("cpu_demo", report, [readme])
 
 
-def test_readme_has_a_place_for_every_table_and_says_what_was_not_measured() -> None:
+def test_documents_have_a_place_for_every_table_and_say_what_was_not_measured() -> None:
     # Or the table of a run of many minutes would find no place at its end.
     tables = import_module("tables")
-    readme = tables.README.read_text()
+    text = "\n".join(path.read_text(encoding="utf-8") for path in tables.DOCUMENTS)
     for name in tables.TABLES:
-        content = readme.partition(f"<!-- table: {name} -->\n")[2].partition("<!-- /table -->")[0]
-        measured = (tables.ROOT / "benchmarks" / "results" / f"{name}.json").exists()
+        content = text.partition(f"<!-- table: {name} -->\n")[2].partition("<!-- /table -->")[0]
+        record = name.partition(":")[0]
+        measured = (tables.ROOT / "benchmarks" / "results" / f"{record}.json").exists()
         assert content, name
         assert content.startswith("Not measured yet") == (not measured)
+
+
+def test_the_short_table_is_of_the_same_record(report: dict[str, Any]) -> None:
+    tables = import_module("tables")
+    report["batches"]["1"][0]["name"] = "diffusers"
+    lines = tables.cpu_short(report).splitlines()
+    assert lines[2:4] == [
+        "| eager |  | 500 | 1.00x | 1.000 |",
+        "| dynamic | 1920 | 500 | 2.00x | 1.000 |",
+    ]

@@ -1,0 +1,74 @@
+"""What the documents say to type, and where they point, is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ddit_rt.cli.main import build_parser, main
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+BLOCK = re.compile(r"(<!-- needs: [\w ]+ -->\n)?```sh\n(.*?)```", re.DOTALL)
+
+
+def commands(document: Path, *, everywhere: bool) -> Iterator[list[str]]:
+    """Words of every command of a document that any machine can run, or of all."""
+    for marked, block in BLOCK.findall(document.read_text(encoding="utf-8")):
+        if everywhere or not marked:
+            for line in block.replace("\\\n", " ").splitlines():
+                for command in re.split(" && | [|] ", line):
+                    yield shlex.split(command, comments=True)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_are_ones_that_the_program_takes(document: Path) -> None:
+    for words in commands(document, everywhere=True):
+        if words[:1] == ["ddit-rt"]:
+            build_parser().parse_args(words[1:])
+        for word in words:
+            if word.startswith(("scripts/", "benchmarks/", ".ci/")):
+                assert (ROOT / word).exists(), words
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+def test_readme_is_short() -> None:
+    assert 110 <= len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_page_of_the_command_line_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import cli_page
+
+    assert cli_page.PAGE.read_text(encoding="utf-8") == cli_page.page(), "run scripts/cli_page.py"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_what_the_readme_shows_on_the_command_line_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = [
+        words[1:]
+        for words in commands(ROOT / "README.md", everywhere=False)
+        if words[:1] == ["ddit-rt"]
+    ]
+    assert [words[0] for words in ran] == ["compile", "generate", "info"]
+    for words in ran:
+        assert main(words) == 0
+    assert (tmp_path / "circle.png").stat().st_size > 0
