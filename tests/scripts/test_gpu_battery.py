@@ -103,7 +103,7 @@ def test_info_without_a_device_fails_in_one_line(tmp_path: Path) -> None:
     assert "no CUDA device: torch" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     info = json.loads((tmp_path / "out" / "info.json").read_text())
-    assert info["packages"]["torch"] == str(torch.__version__)
+    assert info["torch"]["version"] == str(torch.__version__)
     assert info["torch"]["gpus"] == []
     entry = stages_of(tmp_path)["info"]
     assert entry["outcome"] == "failed"
