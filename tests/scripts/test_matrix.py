@@ -16,10 +16,10 @@ import torch
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 PYTHON = f"3.{sys.version_info.minor}"
-TORCH = str(torch.__version__).partition("+")[0]
+TORCH = "2.11.0"
 OWN = f"{PYTHON}+{TORCH}"
 
-# Stands for scripts/test.sh: an environment that sees the packages of this one, and a report.
+# Stands for scripts/test.sh: the environment gets the packages of this one, whatever was asked for.
 TEST_SH = """#!/usr/bin/env bash
 echo "$DDIT_RT_TORCH $*" >"$VENV.call"
 folder="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
