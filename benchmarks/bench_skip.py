@@ -229,7 +229,7 @@ def confirmed(
     }
     reference = search.run(fine(args.steps))
     plans: dict[str, Tried] = {reference.plan.key: reference}
-    plans.update({tried.plan.key: tried for row in chosen.values() for tried in row.values()})
+    plans.update({tried.plan.key: tried for kinds in chosen.values() for tried in kinds.values()})
     samples = timed(search, [tried.plan for tried in plans.values()], prompts, args)
     rows = {
         key: row(search.model, tried, samples[key], samples[reference.plan.key])

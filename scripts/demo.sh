@@ -4,5 +4,5 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-"$root/scripts/setup.sh" "${DDIT_RT_EXTRAS:-demo}"
+VENV="$root/.venv" "$root/scripts/setup.sh" "${DDIT_RT_EXTRAS:-demo}"
 exec "$root/.venv/bin/ddit-rt" demo --out "$root/demo_out" "$@"

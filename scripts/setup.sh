@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Makes the Python environment .venv of this checkout ready: PyTorch, the other dependencies, and
+# Makes a Python environment of this checkout ready, .venv: PyTorch, the other dependencies, and
 # this package with its compiled parts. Safe to run again: it does only what is missing, and takes a
 # second when nothing changed.
 #
 #   scripts/setup.sh [EXTRAS]     EXTRAS of pyproject.toml, comma-separated; default: test
 #
 # Environment:
-#   PYTHON          the Python to make .venv with (default: the first python3 that is 3.10 or newer)
+#   VENV            the environment's folder, relative to the checkout (default: .venv)
+#   PYTHON          the Python to make it with (default: the first python3 that is 3.10 or newer)
 #   DDIT_RT_TORCH   what to install where there is no PyTorch yet (default: torch==2.13.0)
 #   DDIT_RT_CUDA    AUTO (default), ON or OFF: whether to build the CUDA kernels
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-venv="$root/.venv"
+venv="${VENV:-.venv}"
+if [[ "$venv" != /* ]]; then venv="$root/$venv"; fi
 extras="${1:-test}"
 torch_spec="${DDIT_RT_TORCH:-torch==2.13.0}"
 export DDIT_RT_CUDA="${DDIT_RT_CUDA:-AUTO}"

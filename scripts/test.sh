@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets the environment up if needed, then runs the tests. Arguments go to pytest:
 #   scripts/test.sh -m 'not slow' tests/ops
+# VENV names another environment than .venv.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -9,4 +10,4 @@ cd "$root"
 # A worker a core, each with whole files, whose fixtures compile; torch would take all cores for each,
 # and a worker takes about a GB.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"
+exec "${VENV:-.venv}/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"

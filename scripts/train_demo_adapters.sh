@@ -13,7 +13,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="${1:-$root/demo_out/adapters}"
 if (($#)); then shift; fi
-"$root/scripts/setup.sh" test
+VENV="$root/.venv" "$root/scripts/setup.sh" test
 mkdir -p "$out/run"
 "$root/.venv/bin/python" - "$out/run" <<'PYTHON'
 import pathlib

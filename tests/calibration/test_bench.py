@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from extras import need
 from models import prompting_pipeline
 
 import ddit_rt
@@ -45,6 +46,7 @@ def cached(cache: ddit_rt.StepCache, steps: int = STEPS) -> Candidate:
 
 
 def test_caches_are_those_with_a_fit_and_their_dials_go_from_none_to_all() -> None:
+    need("torchmetrics")
     made = bench(eager(TEACACHE, MAGCACHE))
     assert [type(entry.cache) for entry in made.caches] == [TeaCache, MagCache]
     assert not made.notes
@@ -71,6 +73,7 @@ def test_reused_steps_cost_no_tokens_and_some_time() -> None:
 
 
 def test_cost_of_a_plan_counts_its_reused_steps_as_the_table_has_them() -> None:
+    need("torchmetrics")
     engine = eager(MAGCACHE)
     made = bench(engine, "ms")
     table = made.cache_costs["MagCache"]
@@ -90,6 +93,7 @@ def test_search_without_a_fit_says_what_it_goes_without() -> None:
 
 
 def test_calibrated_step_cache_is_searched_told_and_run(tmp_path: Any) -> None:
+    need("matplotlib", "torchmetrics")
     engine = eager(TEACACHE)
     config = CalibrationConfig(
         request={"speedup": 1.5},

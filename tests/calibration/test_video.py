@@ -7,10 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
+from extras import need
 from wan_models import wan_pipeline
 
 import ddit_rt
@@ -75,6 +72,12 @@ def frames(engine: Engine, policy: ddit_rt.PatchPolicy) -> torch.Tensor:
 
 
 def test_clip_is_as_similar_as_its_frames_are_on_average() -> None:
+    need("torchmetrics")
+    from torchmetrics.functional.image import (
+        peak_signal_noise_ratio,
+        structural_similarity_index_measure,
+    )
+
     engine, policy = eager(), StaticPolicy("2p:0.6,p")
     coarse, fine = frames(engine, policy), frames(engine, FinePolicy())
 
@@ -113,6 +116,7 @@ def test_steps_cost_the_tokens_of_all_frames_and_some_time() -> None:
 
 
 def test_calibrated_plans_of_clips_are_told_and_run(tmp_path: Any) -> None:
+    need("matplotlib", "torchmetrics")
     engine = eager(MAGCACHE)
     made = bench(engine)
     assert made.makes == "clip"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from extras import need
 from PIL import Image
 
 from ddit_rt.artifact import PRESETS, is_trusted, read_manifest
@@ -29,6 +30,7 @@ def calibrated(
     artifact: Path, options: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A calibrated copy for 8 steps, its report beside it."""
+    need("matplotlib", "torchmetrics")
     folder = tmp_path_factory.mktemp("calibrated")
     path = folder / "tiny.ddit"
     shutil.copytree(artifact, path)
@@ -174,6 +176,7 @@ def test_bad_request_is_exit_2_and_changes_nothing(
     extra: list[str],
     message: str,
 ) -> None:
+    need("matplotlib", "torchmetrics")
     before = (artifact / "manifest.json").read_bytes()
     assert main(["calibrate", str(artifact), *options, "--steps", "8", *extra]) == 2
     captured = capsys.readouterr()
@@ -193,6 +196,7 @@ def test_missing_extra_is_named(
 
 
 def test_untrusted_artifact_is_exit_3(artifact: Path, options: list[str]) -> None:
+    need("matplotlib", "torchmetrics")
     arguments = [option for option in options if option != "--trust-code"]
     assert main(["calibrate", str(artifact), *arguments, "--speedup", "2"]) == 3
 
@@ -231,6 +235,7 @@ def test_search_has_step_caches_where_there_is_a_fit(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    need("matplotlib", "torchmetrics")
     path, trace = tmp_path / "tiny.ddit", tmp_path / "trace.json"
     shutil.copytree(artifact, path)
     target = [*options, "--steps", "8", "--speedup", "1.4", "--cost", "tokens"]

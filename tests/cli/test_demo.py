@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from extras import need
 
 from ddit_rt.cli import main
 
@@ -12,6 +13,7 @@ from ddit_rt.cli import main
 def test_demo_writes_its_files_and_reports_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    need("matplotlib", "torchmetrics")
     out = tmp_path / "demo"
     short = ["--steps", "12", "--repeats", "1", "--keep-artifact"]
     assert main(["demo", "--out", str(out), *short, "--json"]) == 0
@@ -30,6 +32,7 @@ def test_bad_count_is_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.slow
 def test_video_demo_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    need("av", "matplotlib", "torchmetrics")
     out = tmp_path / "video"
     short = ["--steps", "8", "--repeats", "1", "--json"]
     assert main(["demo", "--video", "--out", str(out), *short]) == 0
@@ -44,6 +47,7 @@ def test_video_model_has_a_name_for_every_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Compiled at its own size; a step cache is fitted on its own captions, and runs."""
+    need("av")
     artifact, clip = str(tmp_path / "clip.ddit"), tmp_path / "clip.mp4"
     assert main(["compile", "demo-video", "-o", artifact]) == 0
     model = ["--model", "demo-video", "--steps", "8"]
@@ -61,6 +65,7 @@ def test_video_model_has_a_name_for_every_command(
 def test_video_model_is_calibrated_on_its_own_captions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    need("av", "matplotlib", "torchmetrics")
     artifact, trace = str(tmp_path / "clip.ddit"), tmp_path / "trace.json"
     assert main(["compile", "demo-video", "-o", artifact]) == 0
     call = ["--model", "demo-video", "--steps", "8", "--num-frames", "5", "--guidance-scale", "3"]

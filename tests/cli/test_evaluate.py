@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from extras import need
 
 from ddit_rt.artifact import read_manifest
 from ddit_rt.cli import main
@@ -28,6 +29,7 @@ def options(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 @pytest.fixture(scope="module")
 def evaluated(artifact: Path, options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    need("torchmetrics")
     out = tmp_path_factory.mktemp("evaluated") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -100,6 +102,7 @@ def test_bad_request_is_exit_2(
 def test_prompts_are_asked_for(
     artifact: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    need("torchmetrics")
     assert main(["eval", str(artifact), "--model", str(model_folder)]) == 2
     assert "--prompts: a file with one a line, or one of demo, drawb" in capsys.readouterr().err
 
@@ -115,6 +118,7 @@ def test_missing_extra_is_named(
 
 
 def test_untrusted_artifact_is_exit_3(artifact: Path, options: list[str], tmp_path: Path) -> None:
+    need("torchmetrics")
     arguments = [option for option in options if option != "--trust-code"]
     assert main(["eval", str(artifact), *arguments, "--out", str(tmp_path / "out")]) == 3
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from extras import need
 
 from ddit_rt.cli import main
 
@@ -28,6 +29,7 @@ def prompts(tmp_path: Path) -> Path:
 def test_adapters_are_trained_and_compile_takes_them(
     model_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    need("tensorboard")
     out = tmp_path / "adapters"
     arguments = ["train", str(model_folder), "--self", str(prompts), "--out", str(out)]
     assert main([*arguments, *TINY, *SHORT, "--gain-prompts", str(prompts), "--json"]) == 0
@@ -64,6 +66,7 @@ def test_bad_request_is_exit_2(
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    need("tensorboard")
     extra = [part.format(prompts=prompts) for part in extra]
     arguments = ["train", str(model_folder), "--out", str(tmp_path / "out"), *TINY, *extra]
     assert main(arguments) == 2
@@ -73,6 +76,7 @@ def test_bad_request_is_exit_2(
 @pytest.mark.slow
 def test_two_processes_train_one_folder(model_folder: Path, prompts: Path, tmp_path: Path) -> None:
     """They share the work of every step; one of them writes and reports."""
+    need("tensorboard")
     arguments = ["train", str(model_folder), "--self", str(prompts), "--out", str(tmp_path / "out")]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ddit_rt.cli"]
     result = subprocess.run(
@@ -93,6 +97,7 @@ def test_process_that_is_killed_twice_ends_as_one_that_is_not(
     model_folder: Path, prompts: Path, tmp_path: Path
 ) -> None:
     """SIGKILL while trajectories are cached, and in the middle of training: equal to the bit."""
+    need("tensorboard")
     rest = [*TINY, *SHORT, "--steps", "16", "--limit", "16", "--encode-batch", "1"]
 
     def command(name: str) -> list[str]:

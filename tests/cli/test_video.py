@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from extras import need
 from PIL import Image
 from wan_models import wan_pipeline
 
@@ -58,7 +59,9 @@ def test_frames_become_pictures_of_a_folder(
 
 
 def test_mp4_holds_all_frames_at_their_size(generate: list[str], tmp_path: Path) -> None:
-    av = pytest.importorskip("av", reason="needs the extra 'video'")
+    need("av")
+    import av
+
     path = tmp_path / "zebra.mp4"
     size = ["--num-frames", "9", "--height", "80", "--fps", "8", "--policy", "fine"]
     assert main([*generate, "-o", str(path), *size]) == 0
@@ -91,6 +94,7 @@ def test_sizes_that_the_model_cannot_make_are_exit_2(
 def test_eval_refuses_videos(
     wan_artifact: Path, wan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    need("torchmetrics")
     (tmp_path / "prompts.txt").write_text("a zebra\n")
     prompts = ["--prompts", str(tmp_path / "prompts.txt")]
     assert main(["eval", str(wan_artifact), "--model", str(wan_folder), *prompts]) == 2
@@ -105,6 +109,7 @@ def test_calibrated_plans_are_for_the_call_and_run(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    need("matplotlib", "torchmetrics")
     path, trace = tmp_path / "wan.ddit", tmp_path / "trace.json"
     shutil.copytree(wan_artifact, path)
     (tmp_path / "prompts.txt").write_text("a zebra\na fox\na vase\na cat\n")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from extras import need
 from models import tiny_embeds, tiny_pipeline
 
 import ddit_rt
@@ -52,6 +53,7 @@ def demo_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def report(engine: Engine, plans: tuple[Plan, ...], demo_out: Path) -> dict[str, Any]:
     """The report of a tiny demo run, whose files are in `demo_out`."""
+    need("matplotlib", "torchmetrics")
     config = DemoConfig(out=demo_out, steps=8, height=32, width=32, repeats=2)
     compiling = {"compile_seconds": 1.0, "load_seconds": 0.5, "artifact_bytes": 10}
     return compare(engine, PROMPTS, plans, config, compiling)

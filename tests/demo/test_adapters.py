@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from diffusers import FluxPipeline
+from extras import need
 
 import ddit_rt
 from ddit_rt.demo import adapters_path, model_path
@@ -21,6 +22,7 @@ def test_files_stay_small() -> None:
 
 @pytest.mark.slow
 def test_pictures_of_a_coarse_start_are_closer_with_them() -> None:
+    need("torchmetrics")
     prompts = tuple(held_out_prompts(8))
     batch = Batch(prompts=prompts, seeds=tuple(range(500, 500 + len(prompts))))
     psnr = {}

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from extras import need
 
 from ddit_rt.demo.quality import fidelity
 
@@ -13,6 +14,7 @@ NOISE = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
 
 
 def test_equal_pictures_have_no_psnr_and_ssim_one() -> None:
+    need("torchmetrics")
     result = fidelity([NOISE], [NOISE])
     assert result.psnr == (None,)
     assert result.mean_psnr is None
@@ -20,6 +22,7 @@ def test_equal_pictures_have_no_psnr_and_ssim_one() -> None:
 
 
 def test_constant_offset_has_the_closed_form_psnr() -> None:
+    need("torchmetrics")
     result = fidelity([GREY + 10, GREY], [GREY, GREY])
     expected = 20 * math.log10(255 / 10)
     assert result.psnr[0] == pytest.approx(expected, abs=1e-3)
@@ -28,6 +31,7 @@ def test_constant_offset_has_the_closed_form_psnr() -> None:
 
 
 def test_noise_is_unlike_grey() -> None:
+    need("torchmetrics")
     assert fidelity([NOISE], [GREY]).mean_ssim < 0.2
 
 

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
+from extras import need
 from PIL import Image
 from wan_models import wan_pipeline
 
@@ -36,6 +36,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def clip_report(out: Path) -> dict[str, Any]:
     """The report of a tiny run, whose files are in `out`."""
+    need("av", "matplotlib", "torchmetrics")
     engine = ddit_rt.compile(
         wan_pipeline(),
         height=64,
@@ -65,6 +66,8 @@ def clip_report(out: Path) -> dict[str, Any]:
 
 def read_video(path: Path) -> np.ndarray:
     """Frames ``[F, H, W, 3]``."""
+    import av
+
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
@@ -119,6 +122,7 @@ def test_summary_has_a_line_per_way(clip_report: dict[str, Any]) -> None:
 
 
 def test_written_frames_come_back_in_order(tmp_path: Path) -> None:
+    need("av")
     levels = (20, 120, 220)
     frames = [np.full((48, 64, 3), level, dtype=np.uint8) for level in levels]
     write_mp4(tmp_path / "grey.mp4", frames, 8)
@@ -129,6 +133,7 @@ def test_written_frames_come_back_in_order(tmp_path: Path) -> None:
 
 
 def test_odd_sides_are_refused(tmp_path: Path) -> None:
+    need("av")
     with pytest.raises(ValueError, match="frames of 41 x 64; an MP4 needs even sides"):
         write_mp4(tmp_path / "odd.mp4", [np.zeros((41, 64, 3), dtype=np.uint8)], 8)
 
@@ -155,6 +160,7 @@ def test_side_by_side_puts_rows_below_and_prompts_beside_each_other() -> None:
 
 
 def test_flicker_ignores_a_constant_offset_and_counts_alternation() -> None:
+    need("torchmetrics")
     still = np.full((4, 16, 16, 3), 100, dtype=np.uint8)
     brighter = still + 10
     flickering = still.copy()

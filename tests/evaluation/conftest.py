@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from evaluations import run, settings
+from extras import need
 from models import prompting_pipeline
 
 import ddit_rt
@@ -27,6 +28,7 @@ def engine() -> Engine:
 @pytest.fixture(scope="session")
 def evaluation(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished evaluation; tests that change it copy it first."""
+    need("torchmetrics")
     out = tmp_path_factory.mktemp("evaluation") / "out"
     run(engine, settings(out, seeds=2))
     return out

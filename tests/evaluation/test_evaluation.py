@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluations import HOSTILE, PROMPTS, run, settings
+from extras import need
 from PIL import Image
 
 from ddit_rt import Engine, StaticPolicy
@@ -117,6 +118,7 @@ def test_report_names_what_is_missing(report: dict[str, Any]) -> None:
 def test_teacache_is_a_rival_where_it_was_fitted(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    need("torchmetrics")
     fit = CacheFit(kind="teacache", values=(1.0, 0.0), source="of this test")
     monkeypatch.setattr(engine, "artifact", engine.artifact.with_cache_fit(fit))
     report = run(engine, settings(tmp_path / "out"))
@@ -196,6 +198,7 @@ def test_folder_with_other_files_is_refused(engine: Engine, tmp_path: Path) -> N
 def test_batch_shares_its_time_and_one_prompt_has_no_interval(
     engine: Engine, tmp_path: Path
 ) -> None:
+    need("torchmetrics")
     report = run(engine, settings(tmp_path / "a", batch=2, prompts=("a zebra", "a vase")))
     assert any("batches of 2" in note for note in report["notes"])
     rows = [row for row in lines(tmp_path / "a" / "pictures.jsonl") if row["plan"] == "fine"]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import need
 from text_encoders import clip_words
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
@@ -47,6 +48,7 @@ def case(one: Picture, other: Picture, prompt: str = "a cat") -> Case:
 
 
 def test_psnr_is_its_formula() -> None:
+    need("torchmetrics")
     one, other = picture(0), picture(1)
     error = np.mean((one.astype(float) - other) ** 2)
     # torchmetrics computes in single precision.
@@ -54,6 +56,7 @@ def test_psnr_is_its_formula() -> None:
 
 
 def test_psnr_of_equal_pictures_is_infinite_hence_none() -> None:
+    need("torchmetrics")
     assert Psnr().score(case(picture(0), picture(0))) is None
 
 
@@ -79,6 +82,7 @@ def reference_ssim(one: Picture, other: Picture) -> float:
 
 
 def test_ssim_is_its_formula() -> None:
+    need("torchmetrics")
     one = picture(0)
     other = np.clip(one.astype(int) + np.random.default_rng(1).integers(-40, 41, one.shape), 0, 255)
     other = other.astype(np.uint8)
@@ -128,6 +132,7 @@ def reference_clip(folder: Path, shown: Picture, prompt: str) -> float:
 
 @pytest.mark.parametrize("prompt", ["a red cat", "a blue dog on a red square, and more of it"])
 def test_clip_score_is_the_models_cosine(clip_folder: Path, prompt: str) -> None:
+    need("torchmetrics")
     metric = ClipScore(str(clip_folder))
     assert metric.unavailable() is None
     scores = [metric.score(case(picture(s, 32), picture(9, 32), prompt)) for s in range(4)]
@@ -138,6 +143,7 @@ def test_clip_score_is_the_models_cosine(clip_folder: Path, prompt: str) -> None
 
 
 def test_clip_score_without_weights_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    need("torchmetrics")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     reason = ClipScore("no-such/clip-model").unavailable()
     assert reason is not None
@@ -166,6 +172,7 @@ def classifier_features(pictures: list[Picture]) -> Any:
 
 
 def test_demo_distance_is_frechets_on_the_classifiers_features() -> None:
+    need("torchmetrics")
     references = [picture(s, 64) for s in range(8)]
     dark = [picture(s, 64, scale=128) for s in range(20, 26)]
     metric = DemoFrechetDistance()
@@ -242,6 +249,8 @@ def test_image_reward_passes_prompt_picture_and_folder(
 
 
 def test_failing_library_is_skipped_with_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    need("torchmetrics")
+
     def fail(_: Any) -> None:
         raise RuntimeError("weights are " + "very " * 200 + "broken")
 

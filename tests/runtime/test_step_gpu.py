@@ -259,7 +259,6 @@ def test_the_same_bits_in_every_run(stream: int, switching: ModuleType, form: st
 # What the host may do meanwhile.
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("form", ["loop", "step"])
 def test_launches_do_not_synchronise(stream: int, switching: ModuleType, form: str) -> None:
     run = mixed_run()

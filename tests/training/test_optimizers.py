@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from extras import need
 from torch import nn
 
 from ddit_rt.training import OptimizerConfig
@@ -36,6 +37,8 @@ def test_missing_prodigy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("name", ["adamw", "prodigy"])
 def test_optimizer_descends(name: str) -> None:
+    if name == "prodigy":
+        need("prodigyopt")
     parameter = nn.Parameter(torch.ones(4))
     optimizer = build_optimizer(OptimizerConfig(name=name, lr=1.0), [parameter])
     for _ in range(3):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline
+from extras import need
 from models import prompting_pipeline, tiny_transformer
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -20,6 +21,8 @@ from ddit_rt.families.flux import FluxFamily
 from ddit_rt.training import DataConfig, OptimizerConfig, TrainConfig, TrainResult, train
 from ddit_rt.training.checkpoint import Checkpoints
 from ddit_rt.training.evaluate import TRAINED, TRAINING_FREE, UNTRAINED
+
+need("tensorboard")
 
 FLUX = FluxFamily()
 CONFIG = TrainConfig(
@@ -76,6 +79,8 @@ def test_killed_run_ends_as_the_unbroken_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bit for bit: weights, optimizer, average and the data that follow."""
+    if optimizer == "prodigy":
+        need("prodigyopt")
     settings = OptimizerConfig(name=optimizer, warmup_steps=2, ema=0.5)
     config = dataclasses.replace(CONFIG, optimizer=settings, steps=4, accumulate=2)
     cache = tmp_path / "cache"
