@@ -82,7 +82,7 @@ def _card(_args: argparse.Namespace, _rest: list[str]) -> int:
 def _form(args: argparse.Namespace, _rest: list[str]) -> int:
     """Prints the form and notes it, with the tests that failed, in the steps."""
     if args.junit.exists():
-        outcomes = outcomes_of(args.junit)
+        outcomes = dict(outcomes_of(args.junit))
         entry = {
             "step": "form",
             "form": form_of(outcomes) if args.device == "cuda" else "auto",
@@ -97,20 +97,20 @@ def _form(args: argparse.Namespace, _rest: list[str]) -> int:
     return 0
 
 
-def outcomes_of(junit: Path) -> dict[str, str]:
-    """`passed`, `skipped` or `failed` by test of a JUnit file; empty if it was cut off."""
+def outcomes_of(junit: Path) -> list[tuple[str, str]]:
+    """Name and `passed`, `skipped` or `failed` of every test of a JUnit file; none if cut off."""
+    fates = {"skipped": "skipped", "failure": "failed", "error": "failed"}
     try:
         cases = list(ET.parse(junit).iter("testcase"))  # noqa: S314 - pytest wrote it just now
     except ET.ParseError:
-        return {}
-    return {
-        str(case.get("name")): next(
-            ("skipped" if child.tag == "skipped" else "failed" for child in case if child.tag in
-             ("skipped", "failure", "error")),
-            "passed",
+        return []
+    return [
+        (
+            str(case.get("name")),
+            next((fates[child.tag] for child in case if child.tag in fates), "passed"),
         )
         for case in cases
-    }  # fmt: skip
+    ]
 
 
 def form_of(outcomes: Mapping[str, str]) -> str:

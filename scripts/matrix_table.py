@@ -7,14 +7,16 @@ The Python that ran the tests must run this too: the versions in the row are its
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import os
+import platform
 import sys
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from battery.machine import describe
-from battery.stages import read_junit
+from gpu_visit import outcomes_of
 
 PACKAGES = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 COLUMNS = (
@@ -39,21 +41,18 @@ def outcome(combination: str, report: Path) -> dict[str, str]:
     Raises:
         ValueError: No test stands in the report.
     """
-    counts, machine = read_junit(report), describe()
-    if not counts["tests"]:
+    fates = [fate for _, fate in outcomes_of(report)]
+    if not fates:
         raise ValueError(f"{report} holds no test: it is no outcome")
     (suite,) = ET.parse(report).iter("testsuite")  # noqa: S314 - pytest wrote it just now
     values = {
         "combination": combination,
         "date": time.strftime("%Y-%m-%d", time.gmtime(report.stat().st_mtime)),
-        "Python": machine["python"],
-        "torch": machine["torch"]["version"],
-        **{name: machine["packages"][name] or "none" for name in PACKAGES},
-        "passed": counts["passed"],
-        "skipped": counts["skipped"],
-        "failed": len(counts["failed"]),
+        "Python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", *PACKAGES)},
+        **{fate: fates.count(fate) for fate in ("passed", "skipped", "failed")},
         "seconds": round(float(suite.attrib["time"])),
-        "CPU": f"{machine['cpu']}, {machine['cores']} cores",
+        "CPU": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores",
     }
     return {column: str(values[column]).replace("|", "/") for column in COLUMNS}
 
@@ -79,6 +78,23 @@ def updated(page: str, row: Mapping[str, str]) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _version(package: str) -> str:
+    if package == "torch":
+        import torch
+
+        return str(torch.__version__)  # with its kind of build, which the metadata may leave out
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
