@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt.executor.base import RunPlan
+from ddit_rt.executor.graphs import STALL_SECONDS
 
 _PAST = 3
 _TERMS = 6
@@ -61,8 +62,11 @@ class LoopBuffers:
         self._settings = integers(runtime.SETTINGS_WORDS)
         self.step = self._state[:1]
 
-    def control(self, runtime: Any, device: torch.device) -> Any:
-        """A `StepControl` over these buffers, which it keeps alive."""
+    def control(self, runtime: Any, device: torch.device, patience: float = STALL_SECONDS) -> Any:
+        """A `StepControl` over these buffers, which it keeps alive.
+
+        Its destructor waits for a device that is busy, at most `patience` seconds.
+        """
         tensors = {
             "latents": self.latents,
             "past": self._past,
@@ -92,6 +96,7 @@ class LoopBuffers:
             owner=self,
             cache_rows=self._cache_rows,
             stages=self._stage_count,
+            patience=patience,
         )
 
     def load(self, plan: RunPlan, latents: Tensor) -> None:
