@@ -119,10 +119,11 @@ class Run:
         """The callback that needs latents: queued behind the step, it waits for nothing."""
         if self._on_step_end is None:
             return
-        latents = self._loop.buffers.latents
-        replacement = self._on_step_end(step, latents)
+        buffers, policy = self._loop.buffers, self._plan.policy
+        replacement = self._on_step_end(step, buffers.latents)
         if replacement is not None:
-            latents.copy_(replacement, non_blocking=True)
+            scored = step + 1 < policy.steps and policy.scored(step + 1)
+            buffers.replace(replacement, step, policy.order if scored else 0)
 
     def _wait(self, seen: int, form: str) -> Any:
         """What the device has done, once it went beyond `seen` decisions or a moment passed."""
