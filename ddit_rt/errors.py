@@ -36,4 +36,8 @@ class RunCancelled(DditError, RuntimeError):
 
 
 class CaptureError(DditError, RuntimeError):
-    """A step cannot be captured in a CUDA graph."""
+    """A step cannot be captured in a CUDA graph, or not run in the form that was asked for."""
+
+
+class StallError(DditError, RuntimeError):
+    """The device went without progress for longer than `DDIT_RT_STALL_SECONDS` allows."""

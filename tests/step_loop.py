@@ -128,6 +128,7 @@ class StepLoop:
         device: torch.device | str = "cpu",
         index: int = 0,
         buffers: dict[str, Tensor] | None = None,
+        patience: float = 60.0,
     ) -> None:
         self.runtime = runtime
         self._patience_s = 0.0 if str(device) == "cpu" else 60.0  # emulated launches return done
@@ -144,6 +145,7 @@ class StepLoop:
             owner=self.buffers,
             cache_rows=plan.cache_rows,
             stages=plan.stage_count,
+            patience=patience,
         )
 
     def __getitem__(self, name: str) -> Tensor:

@@ -109,22 +109,22 @@ void bind_control(py::module_& m) {
   py::class_<StepControl, std::shared_ptr<StepControl>>(
       m, "StepControl", py::module_local(),
       "Kernels and progress of the step loop of one captured shape. `owner` is kept alive: "
-      "whatever "
-      "holds the buffers behind the addresses.")
+      "whatever holds the buffers behind the addresses. `patience`: seconds that destructors wait "
+      "for the last launch; what it uses is left alone if that was not enough.")
       .def(py::init([](std::map<std::string, uintptr_t> addresses,
                        const std::vector<int64_t>& shape, const std::vector<int64_t>& sizes,
                        const std::string& type, int velocity_slots, int64_t capacity, int device,
-                       const py::object&, int cache_rows, int stages) {
+                       const py::object&, int cache_rows, int stages, double patience) {
              LoopSpec spec = make_spec(shape, sizes, type, velocity_slots, capacity);
              set_addresses(spec, std::move(addresses));
              spec.cache_rows = cache_rows;
              spec.stage_count = stages;
-             return std::make_shared<StepControl>(spec, device);
+             return std::make_shared<StepControl>(spec, device, patience);
            }),
            py::arg("addresses"), py::kw_only(), py::arg("shape"), py::arg("sizes"),
            py::arg("velocity_type"), py::arg("velocity_slots"), py::arg("capacity"),
            py::arg("device"), py::arg("owner"), py::arg("cache_rows") = 0, py::arg("stages") = 1,
-           py::keep_alive<1, 9>())
+           py::arg("patience") = 120.0, py::keep_alive<1, 9>())
       .def(
           "begin", [](StepControl& c, uintptr_t s) { c.begin(stream_of(s)); }, py::arg("stream"),
           Release())
@@ -138,6 +138,7 @@ void bind_control(py::module_& m) {
           "finish", [](StepControl& c, uintptr_t s) { c.finish(stream_of(s)); }, py::arg("stream"),
           Release())
       .def("cancel", &StepControl::cancel, "Stops the current run before its next step.")
+      .def("abandon", &StepControl::abandon, "The device hangs: destructors wait no more.")
       .def("progress", &StepControl::progress)
       .def("wait", &StepControl::wait, py::arg("decided"), py::arg("seconds"), Release(),
            "Waits until more than `decided` steps are decided or the run is over.")
@@ -187,6 +188,7 @@ py::tuple scratch_tuple(const std::vector<int64_t>& shape, const std::vector<int
 void bind_step(py::module_& m) {
   py::register_local_exception<SwitchUnavailable>(m, "SwitchUnavailable", PyExc_RuntimeError);
   py::register_local_exception<NodeRefused>(m, "NodeRefused", PyExc_RuntimeError);
+  py::register_local_exception<GraphRefused>(m, "GraphRefused", PyExc_RuntimeError);
   m.attr("STATE_WORDS") = kLoopStateWords;
   m.attr("SETTINGS_WORDS") = kLoopSettingsWords;
   m.attr("CACHE_HEADER") = kCacheHeader;

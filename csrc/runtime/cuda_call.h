@@ -8,11 +8,27 @@
 
 namespace ddit_rt {
 
-inline void check_cuda(cudaError_t error, const char* call) {
+// A call that CUDA refused. `reason` names the call and has CUDA's words for the error.
+class CudaError : public std::runtime_error {
+ public:
+  CudaError(const std::string& call, cudaError_t error, const std::string& details = "")
+      : CudaError(call + " failed: " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error) +
+                  details) {}
+
+  const std::string& reason() const { return reason_; }
+
+ private:
+  explicit CudaError(const std::string& reason)
+      : std::runtime_error("ddit_rt: " + reason), reason_(reason) {}
+
+  std::string reason_;
+};
+
+inline void check_cuda(cudaError_t error, const std::string& call,
+                       const std::string& details = "") {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // not for the next call to report
-  throw std::runtime_error(std::string("ddit_rt: ") + call + " failed: " + cudaGetErrorName(error) +
-                           ", " + cudaGetErrorString(error));
+  throw CudaError(call, error, details);
 }
 
 #define DDIT_RT_CUDA(call) ::ddit_rt::check_cuda((call), #call)

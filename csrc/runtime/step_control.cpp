@@ -12,6 +12,19 @@
 namespace ddit_rt {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// Between two looks at what the device has done: at first none, then short ones.
+void pause(Clock::time_point start) {
+  constexpr double kSpin = 200e-6;
+  constexpr auto kPause = std::chrono::microseconds(50);
+  if (seconds_since(start) > kSpin) std::this_thread::sleep_for(kPause);
+}
+
 template <typename T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -130,8 +143,8 @@ ScratchSizes scratch_sizes(const LoopSpec& spec) {
   return {2 * patches, static_cast<int64_t>(spec.sizes.size()) * patches};
 }
 
-StepControl::StepControl(const LoopSpec& spec, int device)
-    : device_(device), capacity_(spec.capacity), params_(loop_params(spec)) {
+StepControl::StepControl(const LoopSpec& spec, int device, double patience)
+    : device_(device), capacity_(spec.capacity), patience_(patience), params_(loop_params(spec)) {
   kernels_ = step_kernels(params_, spec.velocity_type, update_width(spec, params_));
   const DeviceScope scope(device_);
   void* host = nullptr;
@@ -154,9 +167,10 @@ StepControl::~StepControl() {
   int before = 0;
   cudaGetDevice(&before);
   cudaSetDevice(device_);
-  wait_idle();
-  cudaEventDestroy(launched_);
-  cudaFreeHost(progress_);
+  if (wait_idle()) {
+    cudaEventDestroy(launched_);
+    cudaFreeHost(progress_);
+  }
   cudaSetDevice(before);
   cudaGetLastError();
 }
@@ -204,7 +218,17 @@ void StepControl::note_launch(cudaStream_t stream) {
   DDIT_RT_CUDA(cudaEventRecord(launched_, stream));
 }
 
-void StepControl::wait_idle() noexcept { cudaEventSynchronize(launched_); }
+bool StepControl::wait_idle() noexcept {
+  const auto start = Clock::now();
+  while (cudaEventQuery(launched_) == cudaErrorNotReady) {
+    if (abandoned_ || seconds_since(start) >= patience_) {
+      abandoned_ = true;  // one wait is enough, however many graphs are destroyed
+      return false;
+    }
+    pause(start);
+  }
+  return true;  // or the device has failed, and runs nothing
+}
 
 void StepControl::cancel() { const_cast<volatile Progress*>(progress_)->cancel = generation_; }
 
@@ -224,25 +248,22 @@ RunProgress StepControl::progress() const {
 }
 
 RunProgress StepControl::wait(int64_t decided, double seconds) const {
-  using Clock = std::chrono::steady_clock;
-  constexpr auto kSpin = std::chrono::microseconds(200);
-  constexpr auto kPause = std::chrono::microseconds(50);
   const auto start = Clock::now();
-  const auto limit =
-      start + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
   while (true) {
     const RunProgress now = progress();
-    if (now.finished || now.decided > decided || Clock::now() >= limit) {
-      if (!now.finished) {
-        const DeviceScope scope(device_);
-        const cudaError_t error = cudaEventQuery(launched_);
-        if (error != cudaErrorNotReady) check_cuda(error, "the step loop");
-        cudaGetLastError();
-      }
+    if (now.finished || now.decided > decided || seconds_since(start) >= seconds) {
+      if (!now.finished) check_device();
       return now;
     }
-    if (Clock::now() - start > kSpin) std::this_thread::sleep_for(kPause);
+    pause(start);
   }
+}
+
+void StepControl::check_device() const {
+  const DeviceScope scope(device_);
+  const cudaError_t error = cudaEventQuery(launched_);
+  if (error != cudaErrorNotReady) check_cuda(error, "the step loop");
+  cudaGetLastError();
 }
 
 const StepRow& StepControl::decided_row(int64_t step) const {

@@ -53,10 +53,10 @@ struct StepRecord {
 };
 
 // Launches on a stream never wait. Methods may be called from any thread; runs of one object must
-// not overlap. The destructor waits for the last launch.
+// not overlap. The destructor waits for the last launch, but no longer than `patience` seconds.
 class StepControl {
  public:
-  StepControl(const LoopSpec& spec, int device);
+  StepControl(const LoopSpec& spec, int device, double patience);
   ~StepControl();
   StepControl(const StepControl&) = delete;
   StepControl& operator=(const StepControl&) = delete;
@@ -78,6 +78,12 @@ class StepControl {
   // what the device reports if a kernel failed.
   RunProgress wait(int64_t decided, double seconds) const;
 
+  // Throws what the device reports if a kernel failed; does not wait.
+  void check_device() const;
+
+  // The device hangs: destructors wait for it no more.
+  void abandon() { abandoned_ = true; }
+
   int bucket(int64_t step) const;           // of a step that is decided
   int branch(int64_t step) const;           // likewise, in its stage: bucket, or S + 1 + i to reuse
   std::vector<StepRecord> records() const;  // of the steps decided so far
@@ -87,7 +93,11 @@ class StepControl {
   // every launch.
   void begin_run(const std::function<void()>& launch);
   void note_launch(cudaStream_t stream);
-  void wait_idle() noexcept;  // until the last launch is over
+
+  // Waits until the last launch is over, and says whether it is. After `false`, the device may
+  // still use everything that it was given, and whoever called has to leave it where it is: to free
+  // it would pull it from under a kernel, or wait for ever, as cudaFreeHost does.
+  bool wait_idle() noexcept;
 
   int device() const { return device_; }
   const LoopParams& params() const { return params_; }
@@ -103,11 +113,13 @@ class StepControl {
 
   const int device_;
   const int64_t capacity_;
+  const double patience_;
   LoopParams params_{};
   StepKernels kernels_;
   Progress* progress_ = nullptr;  // mapped
   cudaEvent_t launched_ = nullptr;
   std::atomic<uint32_t> generation_ = 0;  // of the run that was begun last
+  std::atomic<bool> abandoned_ = false;
 };
 
 }  // namespace ddit_rt

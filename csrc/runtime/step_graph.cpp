@@ -57,7 +57,14 @@ std::vector<cudaGraphNode_t> nodes_of(cudaGraph_t graph) {
   return nodes;
 }
 
-void count_types(cudaGraph_t graph, std::map<cudaGraphNodeType, int>& counts) {
+std::string name_of(cudaGraphNodeType type) {
+  const NodeKind* kind = kind_of(type);
+  return kind != nullptr ? kind->name : "type " + std::to_string(static_cast<int>(type));
+}
+
+using Counts = std::map<cudaGraphNodeType, int>;
+
+void count_types(cudaGraph_t graph, Counts& counts) {
   for (const cudaGraphNode_t node : nodes_of(graph)) {
     cudaGraphNodeType type{};
     DDIT_RT_CUDA(cudaGraphNodeGetType(node, &type));
@@ -70,17 +77,13 @@ void count_types(cudaGraph_t graph, std::map<cudaGraphNodeType, int>& counts) {
   }
 }
 
-void check_bucket(const BucketGraph& bucket) {
-  std::map<cudaGraphNodeType, int> counts;
-  count_types(bucket.graph, counts);
+void check_bucket(const std::string& name, const Counts& counts) {
   for (const auto& [type, count] : counts) {
     const NodeKind* kind = kind_of(type);
     if (kind != nullptr && kind->allowed) continue;
-    const std::string name =
-        kind != nullptr ? kind->name : "type " + std::to_string(static_cast<int>(type));
     const std::string cause = kind != nullptr ? kind->cause : "a newer CUDA feature";
-    throw NodeRefused("ddit_rt: the graph of bucket " + bucket.name + " has " +
-                      std::to_string(count) + " " + name +
+    throw NodeRefused("ddit_rt: the graph of bucket " + name + " has " + std::to_string(count) +
+                      " " + name_of(type) +
                       " node(s), which CUDA does not allow where graphs switch on the device. " +
                       "Likely cause: " + cause + ".");
   }
@@ -100,33 +103,47 @@ void check_count(size_t buckets, const StepControl& control) {
 
 #if CUDART_VERSION >= 12080
 
-cudaGraphNode_t add_node(cudaGraph_t graph, cudaGraphNode_t after, cudaGraphNodeParams* params) {
+// `what` is for messages.
+cudaGraphNode_t add_node(cudaGraph_t graph, cudaGraphNode_t after, cudaGraphNodeParams* params,
+                         const std::string& what) {
   cudaGraphNode_t node = nullptr;
   const size_t count = after == nullptr ? 0 : 1;
 #if CUDART_VERSION >= 13000
-  DDIT_RT_CUDA(cudaGraphAddNode(&node, graph, &after, nullptr, count, params));
+  const cudaError_t error = cudaGraphAddNode(&node, graph, &after, nullptr, count, params);
 #else
-  DDIT_RT_CUDA(cudaGraphAddNode(&node, graph, &after, count, params));
+  const cudaError_t error = cudaGraphAddNode(&node, graph, &after, count, params);
 #endif
+  check_cuda(error, "cudaGraphAddNode of " + what);
   return node;
 }
 
 cudaGraphNode_t add_kernel(cudaGraph_t graph, cudaGraphNode_t after, const Kernel& kernel,
-                           void** arguments) {
+                           void** arguments, const std::string& name) {
   cudaGraphNodeParams params{};
   params.type = cudaGraphNodeTypeKernel;
   params.kernel.func = const_cast<void*>(kernel.function);
   params.kernel.gridDim = dim3(kernel.grid_x, kernel.grid_y);
   params.kernel.blockDim = dim3(kernel.threads);
   params.kernel.kernelParams = arguments;
-  return add_node(graph, after, &params);
+  return add_node(graph, after, &params, "the " + name + " kernel");
 }
 
-cudaGraphNode_t add_child(cudaGraph_t graph, cudaGraph_t child) {
+cudaGraphNode_t add_child(cudaGraph_t graph, const BucketGraph& child) {
   cudaGraphNodeParams params{};  // ownership 0: the child is cloned
   params.type = cudaGraphNodeTypeGraph;
-  params.graph.graph = child;
-  return add_node(graph, nullptr, &params);
+  params.graph.graph = child.graph;
+  return add_node(graph, nullptr, &params, "the graph of bucket " + child.name);
+}
+
+// A body without nodes is nothing that CUDA documents as allowed; one that does nothing is.
+void fill_body(cudaGraph_t body, const BucketGraph& bucket) {
+  if (bucket.graph != nullptr) {
+    add_child(body, bucket);
+    return;
+  }
+  cudaGraphNodeParams params{};
+  params.type = cudaGraphNodeTypeEmpty;
+  add_node(body, nullptr, &params, "an empty node for bucket " + bucket.name);
 }
 
 struct Conditional {
@@ -143,7 +160,8 @@ Conditional add_conditional(cudaGraph_t graph, cudaGraphNode_t after,
   params.conditional.type = type;
   params.conditional.size = bodies;
   Conditional result;
-  result.node = add_node(graph, after, &params);
+  result.node = add_node(graph, after, &params,
+                         type == cudaGraphCondTypeWhile ? "the WHILE node" : "the SWITCH node");
   const cudaGraph_t* out = params.conditional.phGraph_out;
   result.bodies.assign(out, out + bodies);
   return result;
@@ -167,26 +185,25 @@ void add_step(cudaGraph_t graph, const StepControl& control,
   }
   void* decide_arguments[] = {&params, &switches};
   void* update_arguments[] = {&params};
-  const cudaGraphNode_t first = signal == nullptr ? nullptr : add_child(graph, signal);
+  const cudaGraphNode_t first = signal == nullptr ? nullptr : add_child(graph, {"signal", signal});
   const cudaGraphNode_t decide =
-      add_kernel(graph, first, control.kernels().decide, decide_arguments);
+      add_kernel(graph, first, control.kernels().decide, decide_arguments, "decide");
   const Conditional choice = add_conditional(graph, decide, handle, cudaGraphCondTypeSwitch, count);
-  for (unsigned i = 0; i < count; ++i) {
-    if (buckets[i].graph != nullptr) add_child(choice.bodies[i], buckets[i].graph);
-  }
-  add_kernel(graph, choice.node, control.kernels().update, update_arguments);
+  for (unsigned i = 0; i < count; ++i) fill_body(choice.bodies[i], buckets[i]);
+  add_kernel(graph, choice.node, control.kernels().update, update_arguments, "update");
 }
 
 void add_loop(cudaGraph_t graph, const StepControl& control,
               const std::vector<BucketGraph>& buckets, cudaGraph_t signal) {
   LoopParams params = control.params();
   void* arguments[] = {&params};
-  const cudaGraphNode_t begin = add_kernel(graph, nullptr, control.kernels().begin, arguments);
+  const cudaGraphNode_t begin =
+      add_kernel(graph, nullptr, control.kernels().begin, arguments, "begin");
   cudaGraphConditionalHandle handle{};
   DDIT_RT_CUDA(cudaGraphConditionalHandleCreate(&handle, graph, 1, cudaGraphCondAssignDefault));
   const Conditional loop = add_conditional(graph, begin, handle, cudaGraphCondTypeWhile, 1);
   add_step(loop.bodies[0], control, buckets, signal, &handle);
-  add_kernel(graph, loop.node, control.kernels().finish, arguments);
+  add_kernel(graph, loop.node, control.kernels().finish, arguments, "finish");
 }
 
 #endif
@@ -210,30 +227,27 @@ std::string switch_problem() {
 }
 
 std::map<std::string, int> count_nodes(cudaGraph_t graph) {
-  std::map<cudaGraphNodeType, int> counts;
+  Counts counts;
   count_types(graph, counts);
   std::map<std::string, int> named;
-  for (const auto& [type, count] : counts) {
-    const NodeKind* kind = kind_of(type);
-    named[kind != nullptr ? kind->name : "type " + std::to_string(static_cast<int>(type))] = count;
-  }
+  for (const auto& [type, count] : counts) named[name_of(type)] = count;
   return named;
 }
 
 StepGraph::StepGraph(std::shared_ptr<StepControl> control, const std::vector<BucketGraph>& buckets,
                      Form form, cudaGraph_t signal)
     : control_(std::move(control)), form_(form) {
-  const std::string problem = switch_problem();
-  if (!problem.empty()) throw SwitchUnavailable("ddit_rt: " + problem);
-  check_count(buckets.size(), *control_);
-  if (signal != nullptr) check_bucket({"signal", signal});
-  for (const BucketGraph& bucket : buckets) {
-    if (bucket.graph != nullptr) check_bucket(bucket);
-  }
   const DeviceScope scope(control_->device());
   try {
-    build(buckets, signal);
-    instantiate();
+    refusable([&] {
+      const std::string problem = switch_problem();
+      if (!problem.empty()) throw SwitchUnavailable("ddit_rt: " + problem);
+      check_count(buckets.size(), *control_);
+      if (signal != nullptr) inspect({"signal", signal});
+      for (const BucketGraph& bucket : buckets) inspect(bucket);
+      build(buckets, signal);
+      instantiate();
+    });
   } catch (...) {
     if (graph_ != nullptr) cudaGraphDestroy(graph_);
     throw;
@@ -244,11 +258,34 @@ StepGraph::~StepGraph() {
   int before = 0;
   cudaGetDevice(&before);
   cudaSetDevice(control_->device());
-  control_->wait_idle();
-  cudaGraphExecDestroy(executable_);
-  cudaGraphDestroy(graph_);
+  if (control_->wait_idle()) cudaGraphExecDestroy(executable_);
+  cudaGraphDestroy(graph_);  // what it was instantiated to is a copy
   cudaSetDevice(before);
   cudaGetLastError();
+}
+
+template <typename Work>
+void StepGraph::refusable(const Work& work) const {
+  try {
+    work();
+  } catch (const CudaError& error) {
+    control_->check_device();  // CUDA also reports here that a kernel failed before
+    throw GraphRefused("ddit_rt: CUDA refused the graph of the " +
+                       std::string(form_ == Form::kLoop ? "loop" : "step") + " form: " +
+                       error.reason() + (contents_.empty() ? "" : " (nodes of " + contents_ + ")"));
+  }
+}
+
+void StepGraph::inspect(const BucketGraph& bucket) {
+  Counts counts;
+  if (bucket.graph != nullptr) count_types(bucket.graph, counts);
+  check_bucket(bucket.name, counts);
+  std::string text;
+  for (const auto& [type, count] : counts) {
+    text += (text.empty() ? "" : ", ") + std::to_string(count) + " " + name_of(type);
+  }
+  contents_ += (contents_.empty() ? "" : "; ") + bucket.name + ": " +
+               (text.empty() ? bucket.graph == nullptr ? "not captured" : "none" : text);
 }
 
 void StepGraph::build(const std::vector<BucketGraph>& buckets, cudaGraph_t signal) {
@@ -266,20 +303,23 @@ void StepGraph::instantiate() {
   cudaGraphInstantiateParams params{};
   const cudaError_t error = cudaGraphInstantiateWithParams(&executable_, graph_, &params);
   if (error == cudaSuccess) return;
-  cudaGetLastError();
-  throw std::runtime_error(
-      "ddit_rt: cudaGraphInstantiateWithParams failed: " + std::string(cudaGetErrorString(error)) +
-      ", result " + std::to_string(static_cast<int>(params.result_out)));
+  std::string details = ", result " + std::to_string(static_cast<int>(params.result_out));
+  cudaGraphNodeType type{};
+  if (params.errNode_out != nullptr &&
+      cudaGraphNodeGetType(params.errNode_out, &type) == cudaSuccess) {
+    details += ", because of a " + name_of(type) + " node";
+  }
+  check_cuda(error, "cudaGraphInstantiateWithParams", details);
 }
 
 void StepGraph::upload(cudaStream_t stream) {
   const DeviceScope scope(control_->device());
-  DDIT_RT_CUDA(cudaGraphUpload(executable_, stream));
+  refusable([&] { DDIT_RT_CUDA(cudaGraphUpload(executable_, stream)); });
 }
 
 void StepGraph::launch(cudaStream_t stream) {
   const DeviceScope scope(control_->device());
-  const auto run = [&] { DDIT_RT_CUDA(cudaGraphLaunch(executable_, stream)); };
+  const auto run = [&] { refusable([&] { DDIT_RT_CUDA(cudaGraphLaunch(executable_, stream)); }); };
   if (form_ == Form::kLoop) {
     control_->begin_run(run);
   } else {

@@ -36,6 +36,13 @@ class NodeRefused : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// CUDA refused to build, instantiate, upload or launch the graph, and the device is sound: nothing
+// has run, and another form may do. The text names the call, the form, and the nodes of every
+// bucket by kind.
+class GraphRefused : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // Why graphs cannot switch on the device here, with the version that is needed; empty if they can.
 std::string switch_problem();
 
@@ -44,36 +51,42 @@ std::map<std::string, int> count_nodes(cudaGraph_t graph);
 
 struct BucketGraph {
   std::string name;   // for messages: "2p"
-  cudaGraph_t graph;  // null: a bucket that no table may choose
+  cudaGraph_t graph;  // null: a bucket that no table may choose; its body does nothing
 };
 
 class StepGraph {
  public:
   enum class Form { kStep, kLoop };
 
-  // `signal` may be null. Throws SwitchUnavailable, NodeRefused, or std::runtime_error naming the
-  // CUDA call that failed.
+  // `signal` may be null. Throws SwitchUnavailable, NodeRefused or GraphRefused.
   StepGraph(std::shared_ptr<StepControl> control, const std::vector<BucketGraph>& buckets,
             Form form, cudaGraph_t signal = nullptr);
   ~StepGraph();
   StepGraph(const StepGraph&) = delete;
   StepGraph& operator=(const StepGraph&) = delete;
 
-  // Prepares the device, so that the first launch is as fast as the others.
+  // Prepares the device, so that the first launch is as fast as the others. Throws GraphRefused.
   void upload(cudaStream_t stream);
 
-  // Runs one step, or the whole loop with its begin and finish. Never waits.
+  // Runs one step, or the whole loop with its begin and finish. Never waits. Throws GraphRefused if
+  // CUDA refused at once.
   void launch(cudaStream_t stream);
 
   // Writes the graph in Graphviz' language.
   void write_dot(const std::string& path) const;
 
  private:
+  void inspect(const BucketGraph& bucket);
   void build(const std::vector<BucketGraph>& buckets, cudaGraph_t signal);
   void instantiate();
 
+  // Calls `work`, whose CUDA errors become GraphRefused.
+  template <typename Work>
+  void refusable(const Work& work) const;
+
   const std::shared_ptr<StepControl> control_;
   const Form form_;
+  std::string contents_;  // for messages: the nodes of every bucket by kind
   cudaGraph_t graph_ = nullptr;
   cudaGraphExec_t executable_ = nullptr;
 };

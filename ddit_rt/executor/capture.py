@@ -7,7 +7,8 @@ whose tensors stay; every later plan of that shape is copied into them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt.buckets import Bucket, Signal
+from ddit_rt.errors import CaptureError
 from ddit_rt.executor.base import RunPlan
 from ddit_rt.executor.buffers import LoopBuffers
 from ddit_rt.executor.graphs import Graph, GraphDevice
@@ -29,7 +31,7 @@ class CaptureReport:
         latents: Latent shape `[B, C, H, W]`.
         text_tokens: Text tokens per sample.
         buckets: Patch sizes that are captured, in each stage.
-        nodes: Graph nodes of each.
+        nodes: Graph nodes of each, but of those that CUDA would not list.
         capture_ms: Warm-up and capture of the buckets.
         instantiate_ms: Building and instantiating the graphs that switch.
         upload_ms: Uploading them.
@@ -52,11 +54,14 @@ class CapturedLoop:
     Attributes:
         buffers: Its memory.
         control: The `StepControl`.
+        graphs: Where it runs.
         report: What capturing took so far.
+        refused: Forms that cannot run this loop, and why. A form stays here when buckets are added
+            to the loop: its graph would hold all that it was refused with.
     """
 
     def __init__(self, graphs: GraphDevice, plan: RunPlan, shape: torch.Size) -> None:
-        self._graphs = graphs
+        self.graphs = graphs
         self._runtime = graphs.runtime
         self._shared = plan.shared
         sizes = [patch_name(multiple) for multiple in plan.offered]
@@ -71,9 +76,11 @@ class CapturedLoop:
         self._signal: Graph | None = None
         self._held_signal: Signal | None = None
         self._masters: dict[str, Any] = {}
+        self.refused: dict[str, str] = {}
         before = graphs.memory_bytes()
-        self.buffers = LoopBuffers(plan, shape, graphs.device, self._runtime)
-        self.control = self.buffers.control(self._runtime, graphs.device)
+        with _want_of_memory("the step loop's buffers", shape):
+            self.buffers = LoopBuffers(plan, shape, graphs.device, self._runtime)
+            self.control = self.buffers.control(self._runtime, graphs.device, graphs.stall_seconds)
         self.report = CaptureReport(
             latents=tuple(shape),
             text_tokens=int(plan.shared[0].shape[1]) if plan.shared else 0,
@@ -86,7 +93,14 @@ class CapturedLoop:
         )
 
     def load(self, plan: RunPlan, latents: Tensor) -> None:
-        """Makes the captured graphs compute this run; captures the buckets that are new to it."""
+        """Makes the captured graphs compute this run; captures the buckets that are new to it.
+
+        After an error the loop is of no use.
+
+        Raises:
+            CaptureError: A bucket cannot be captured, or there is not enough memory for it.
+            StallError: A bucket does not end.
+        """
         if plan.shared is not self._shared:
             for held, fresh in zip(self._shared, plan.shared, strict=True):
                 held.copy_(fresh)
@@ -126,7 +140,7 @@ class CapturedLoop:
         """The `StepGraph` of a form, built when it is first asked for.
 
         Raises:
-            SwitchUnavailable, NodeRefused: Of the runtime; see `step_graph.h`.
+            SwitchUnavailable, NodeRefused, GraphRefused: Of the runtime; see `step_graph.h`.
         """
         if form not in self._masters:
             buckets = [
@@ -150,9 +164,15 @@ class CapturedLoop:
             )
         return self._masters[form]
 
+    def refuse(self, form: str, error: Exception) -> str:
+        """Notes that a form cannot run this loop, drops its graph, and says why."""
+        self._masters.pop(form, None)
+        self.refused[form] = str(error).removeprefix("ddit_rt: ")
+        return self.refused[form]
+
     def _capture(self, plan: RunPlan, indices: Sequence[int]) -> None:
         """Captures buckets of a plan and keeps them. What they keep is as before, afterwards."""
-        before, started = self._graphs.memory_bytes(), time.perf_counter()
+        before, started = self.graphs.memory_bytes(), time.perf_counter()
         self.buffers.step.zero_()  # a run that was cancelled at once left -1, which is no row
         nodes = {}
         for index in indices:
@@ -161,26 +181,32 @@ class CapturedLoop:
             bucket = self._held.get((stage, size)) or plan.buckets[stage][size]
             assert bucket is not None, "the policy table can reach a bucket that was not planned"
             state = (*self._shared, *bucket.tensors())
-            copies = [tensor.clone() for tensor in state]
-            graph = self._graphs.capture(self._names[index], self._body(bucket, bool(reuse)))
+            with _want_of_memory(self._names[index], self.buffers.latents.shape):
+                copies = [tensor.clone() for tensor in state]
+                graph = self.graphs.capture(self._names[index], self._body(bucket, bool(reuse)))
             _copy(copies, state)
             self._held[stage, size], self._captured[index] = bucket, graph
-            nodes[self._names[index]] = self._count(graph)
+            nodes.update(self._count(self._names[index], graph))
         signal = None if plan.cache is None else plan.cache.signal
         if signal is not None and self._signal is None:
-            self._signal = self._graphs.capture("signal", self._signal_body(signal))
+            with _want_of_memory("signal", self.buffers.latents.shape):
+                self._signal = self.graphs.capture("signal", self._signal_body(signal))
             self._held_signal = signal
-            nodes["signal"] = self._count(self._signal)
+            nodes.update(self._count("signal", self._signal))
         self._masters.clear()  # they lack the new buckets
         self._update_report(
             buckets=tuple(self._names[index] for index in sorted(self._captured)),
             nodes={**self.report.nodes, **nodes},
             capture_ms=(time.perf_counter() - started) * 1e3,
-            memory_bytes=self._graphs.memory_bytes() - before,
+            memory_bytes=self.graphs.memory_bytes() - before,
         )
 
-    def _count(self, graph: Graph) -> int:
-        return sum(self._runtime.count_nodes(graph.raw).values())
+    def _count(self, name: str, graph: Graph) -> dict[str, int]:
+        """Nodes of a graph by its name; the report is nothing that a run has to fail for."""
+        try:
+            return {name: sum(self._runtime.count_nodes(graph.raw).values())}
+        except RuntimeError:
+            return {}
 
     def _body(self, bucket: Bucket, reuse: bool) -> Callable[[], None]:
         buffers = self.buffers
@@ -209,6 +235,33 @@ class CapturedLoop:
             adds = name.endswith(("_ms", "_bytes"))
             fields[name] = fields[name] + value if adds else value
         self.report = CaptureReport(**fields)
+
+
+@contextmanager
+def _want_of_memory(what: str, shape: torch.Size) -> Iterator[None]:
+    """Says what there was no memory for, and at which shape."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        latents = " x ".join(map(str, shape))
+        raise CaptureError(
+            f"out of memory while capturing {what} for latents of {latents}: run a smaller batch, "
+            f"picture or clip, or free memory of the device ({error})"
+        ) from error
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it followed from, is for want of memory.
+
+    Torch ends a capture that ran out of memory with an error of its own.
+    """
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _copy(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:

@@ -7,6 +7,9 @@ Three forms run the same kernels and the same captured buckets, and agree to the
   callback may work on the latents.
 - `host`: the host reads each decision and replays that bucket's graph. For drivers that cannot
   switch, for profilers, and as the reference.
+
+A form that CUDA refuses gives way to the next slower one: when its graph is built or uploaded, or
+at the first launch of a run, when nothing has run yet.
 """
 
 from __future__ import annotations
@@ -14,41 +17,44 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from ddit_rt.errors import CaptureError
+from ddit_rt.errors import CaptureError, StallError
 from ddit_rt.executor.base import ProgressCallback, RunPlan, StepCallback
 from ddit_rt.executor.capture import CapturedLoop, CaptureReport
-from ddit_rt.executor.graphs import GraphDevice
-from ddit_rt.executor.ranges import Ranges, ranges
+from ddit_rt.executor.drive import Run
+from ddit_rt.executor.graphs import STALL_VARIABLE, GraphDevice
+from ddit_rt.executor.ranges import ranges
 from ddit_rt.executor.trace import RunTrace, build_trace
-from ddit_rt.patch_scheduler import patch_name
 
-FORMS = ("auto", "loop", "step", "host")
+FORMS = ("auto", "loop", "step", "host")  # fastest first
 
 _KEPT = 8
 """Shapes that stay captured; the one that was not used for longest makes room."""
-
-_POLL_SECONDS = 0.02
-"""How often the host looks up while it waits for a run."""
 
 
 class CudaExecutor:
     """Runs the step loop on the device. Shapes that it has seen are captured once.
 
+    A device that decides no further step, or does not end the last one, for as long as the
+    environment variable `DDIT_RT_STALL_SECONDS` says (120; read when the device's `TorchGraphs` is
+    made) has stalled: the run is given up. Set it higher if a single step takes longer.
+
     Attributes:
-        form: `"loop"`, `"step"`, `"host"`; or `"auto"`, `loop` unless a callback needs the latents
-            between steps. May be set between runs.
+        form: `"loop"`, `"step"`, `"host"`; or `"auto"`, the fastest of them that CUDA takes, `loop`
+            unless a callback needs the latents between steps. May be set between runs.
     """
 
     def __init__(self, graphs: GraphDevice, form: str = "auto") -> None:
         self.form = form
         self._graphs = graphs
         self._loops: OrderedDict[Hashable, CapturedLoop] = OrderedDict()
-        self._host_only = ""
+        self._hanging: list[CapturedLoop] = []
+        self._announced: set[str] = set()
 
     @property
     def captures(self) -> tuple[CaptureReport, ...]:
@@ -73,16 +79,15 @@ class CudaExecutor:
         """See `Executor.run`.
 
         Raises:
-            CaptureError: A bucket cannot be captured, or not in the form that was asked for.
+            CaptureError: A bucket cannot be captured, or not run in the form that was asked for.
+            StallError: The device went without progress for too long. If it is still busy, every
+                further run raises this, too.
         """
+        self._require_idle()
         mark = ranges(annotate)
-        with self._graphs.on_stream() as stream:
-            loop = self._loop(plan, latents.shape)
-            loop.load(plan, latents)
-            form, notes = self._choose(loop, stream, on_step_end is not None)
-            run = _Run(plan, loop, stream, on_step_end, on_progress, should_stop, mark)
-            with mark("run"):
-                run.drive(form)
+        with self._graphs.on_stream() as stream, self._loaded(plan, latents) as loop:
+            run = Run(plan, loop, stream, on_step_end, on_progress, should_stop, mark)
+            form, notes = self._drive(run, loop, stream, on_step_end is not None)
         return loop.buffers.latents.clone(), self._trace(plan, loop, form, notes, latents.shape[0])
 
     def _loop(self, plan: RunPlan, shape: torch.Size) -> CapturedLoop:
@@ -106,41 +111,104 @@ class CudaExecutor:
         self._loops.move_to_end(key)
         return self._loops[key]
 
-    def _choose(
-        self, loop: CapturedLoop, stream: int, needs_latents: bool
+    @contextmanager
+    def _loaded(self, plan: RunPlan, latents: Tensor) -> Iterator[CapturedLoop]:
+        """The loop of a plan, ready to run; dropped where it cannot be used again."""
+        loop = self._loop(plan, latents.shape)
+        try:
+            loop.load(plan, latents)
+        except BaseException as error:
+            # Half a capture is of no use, and its memory may be what there was too little of.
+            self._drop(loop, hangs=isinstance(error, StallError))
+            raise
+        try:
+            yield loop
+        except StallError:
+            self._drop(loop, hangs=True)
+            raise
+
+    def _drop(self, loop: CapturedLoop, *, hangs: bool) -> None:
+        """Forgets a loop. One in which the device hangs is kept alive: its memory is in use."""
+        self._loops = OrderedDict((k, v) for k, v in self._loops.items() if v is not loop)
+        if hangs:
+            loop.control.abandon()
+            self._hanging.append(loop)
+
+    def _require_idle(self) -> None:
+        """Nothing can run behind a run that hangs. One that was only slow may be over by now."""
+        if self._hanging and not self._graphs.idle():
+            raise StallError(
+                "the device is still busy with a run that stalled before: restart the process, or "
+                f"set {STALL_VARIABLE} higher if a step takes longer"
+            )
+        self._hanging.clear()
+
+    def _drive(
+        self, run: Run, loop: CapturedLoop, stream: int, needs_latents: bool
     ) -> tuple[str, tuple[str, ...]]:
-        """The form to run, and why it is not the fastest one."""
-        form, notes = self.form, []
-        if form in ("auto", "loop") and needs_latents:
-            notes.append(
+        """Runs in the fastest form that CUDA takes: which one, and why not a faster one."""
+        wanted, notes = self._wanted(needs_latents)
+        problems: list[str] = []
+        for form in FORMS[FORMS.index(wanted) :]:
+            problem = self._refusal(loop, form, stream)
+            if not problem:
+                self._announce(form, wanted, problems)
+                problem = self._attempt(run, loop, form)
+            if not problem:
+                break
+            if self.form != "auto":
+                raise CaptureError(
+                    f'executor="{self.form}" cannot run here: {problem}; executor="auto" takes '
+                    "the fastest form that can"
+                )
+            problems.append(problem)
+        if problems:
+            reason = _joined(problems)
+            notes.append(f"executor: {form} instead of {wanted}, which is slower, because {reason}")
+        return form, tuple(notes)
+
+    def _wanted(self, needs_latents: bool) -> tuple[str, list[str]]:
+        """The form to run if CUDA takes it, and why it is not the fastest one."""
+        if self.form in ("auto", "loop") and needs_latents:
+            note = (
                 "executor: step instead of loop, because a callback needs the latents after "
                 "every step"
             )
-            form = "step"
-        elif form == "auto":
-            form = "loop"
-        if form != "host" and (problem := self._problem(loop, form, stream)):
-            if self.form != "auto":
-                raise CaptureError(f'executor="{self.form}" cannot run here: {problem}')
-            notes = [f"executor: host instead of {form}, which is slower, because {problem}"]
-            form = "host"
-        return form, tuple(notes)
+            return "step", [note]
+        return "loop" if self.form == "auto" else self.form, []
 
-    def _problem(self, loop: CapturedLoop, form: str, stream: int) -> str:
-        """Why the device cannot switch among these buckets; announced once."""
+    def _refusal(self, loop: CapturedLoop, form: str, stream: int) -> str:
+        """Why CUDA does not take the graph of a form; tried once per loop."""
         runtime = self._graphs.runtime
+        if form != "host" and form not in loop.refused:
+            try:
+                loop.master(form, stream)
+            except (
+                runtime.SwitchUnavailable,
+                runtime.NodeRefused,
+                runtime.GraphRefused,
+            ) as error:
+                loop.refuse(form, error)
+        return loop.refused.get(form, "")
+
+    def _attempt(self, run: Run, loop: CapturedLoop, form: str) -> str:
+        """Runs, or says why CUDA did not launch it: nothing has run then."""
         try:
-            loop.master(form, stream)
-        except (runtime.SwitchUnavailable, runtime.NodeRefused) as error:
-            problem = str(error).removeprefix("ddit_rt: ")
-            if self.form == "auto" and problem != self._host_only:
-                self._host_only = problem
-                warnings.warn(
-                    f"the host chooses every step's graph, which is slower: {problem}",
-                    stacklevel=2,
-                )
-            return problem
+            run.drive(form)
+        except self._graphs.runtime.GraphRefused as error:
+            return loop.refuse(form, error)
         return ""
+
+    def _announce(self, form: str, wanted: str, problems: list[str]) -> None:
+        """Warns of a slower form, once for each reason."""
+        reason = _joined(problems)
+        if not problems or reason in self._announced:
+            return
+        self._announced.add(reason)
+        warnings.warn(
+            f'executor "{form}" runs instead of "{wanted}", which is slower: {reason}',
+            stacklevel=2,
+        )
 
     def _trace(
         self, plan: RunPlan, loop: CapturedLoop, form: str, notes: tuple[str, ...], batch: int
@@ -165,116 +233,6 @@ class CudaExecutor:
         )
 
 
-class _Run:
-    """One run, as the host drives and watches it."""
-
-    def __init__(
-        self,
-        plan: RunPlan,
-        loop: CapturedLoop,
-        stream: int,
-        on_step_end: StepCallback | None,
-        on_progress: ProgressCallback | None,
-        should_stop: Callable[[], bool] | None,
-        mark: Ranges,
-    ) -> None:
-        self._plan = plan
-        self._loop = loop
-        self._control = loop.control
-        self._stream = stream
-        self._on_step_end = on_step_end
-        self._on_progress = on_progress
-        self._should_stop = should_stop
-        self._mark = mark
-        self._reported = 0
-
-    def drive(self, form: str) -> None:
-        """Runs the loop and returns when the device is done.
-
-        If anything raises here, the device is told to stop, and the buffers can be used again.
-        """
-        if form == "loop":
-            self._loop.master("loop", self._stream).launch(self._stream)
-        else:
-            self._control.begin(self._stream)
-        try:
-            if form == "step":
-                self._launch_steps()
-            if form == "host":
-                self._replay_steps()
-        except BaseException:
-            self._control.cancel()
-            raise
-        finally:
-            if form != "loop":
-                self._control.finish(self._stream)
-        self._watch()
-
-    def _launch_steps(self) -> None:
-        graph = self._loop.master("step", self._stream)
-        for step in range(self._plan.policy.steps):
-            if self._stopped():
-                return
-            with self._mark(f"step/{step}"):
-                graph.launch(self._stream)
-            self._after(step)
-            self._report(self._control.progress().decided - 1)
-
-    def _replay_steps(self) -> None:
-        control, mark = self._control, self._mark
-        for step in range(self._plan.policy.steps):
-            if self._stopped():
-                return
-            with mark(f"step/{step}"):
-                with mark("decide"):
-                    self._loop.measure()
-                    control.decide(self._stream)
-                    while control.wait(step, _POLL_SECONDS).decided <= step:
-                        pass
-                    branch = control.branch(step)
-                reuse, bucket = divmod(branch, len(self._plan.offered))
-                patch = patch_name(self._plan.offered[bucket])
-                with mark(f"{'reuse' if reuse else 'model'}/{patch}"):
-                    self._loop.graph(self._plan.stages[step], branch).replay()
-                with mark("solver"):
-                    control.update(self._stream)
-            self._after(step)
-            self._report(step)
-
-    def _after(self, step: int) -> None:
-        """The callback that needs latents: queued behind the step, it waits for nothing."""
-        if self._on_step_end is None:
-            return
-        latents = self._loop.buffers.latents
-        replacement = self._on_step_end(step, latents)
-        if replacement is not None:
-            latents.copy_(replacement, non_blocking=True)
-
-    def _watch(self) -> None:
-        """Waits for the device; meanwhile reports its progress and passes a wish to stop on."""
-        try:
-            seen = self._reported
-            while True:
-                progress = self._control.wait(seen, _POLL_SECONDS)
-                seen = progress.decided
-                if progress.finished:
-                    break
-                self._report(seen - 1)
-                self._stopped()
-        except BaseException:
-            self._control.cancel()
-            raise
-        self._report(progress.decided)
-
-    def _stopped(self) -> bool:
-        stop = self._should_stop is not None and self._should_stop()
-        if stop:
-            self._control.cancel()
-        return stop
-
-    def _report(self, done: int) -> None:
-        """Reports steps up to `done` that were not reported yet."""
-        while self._reported < done:
-            if self._on_progress is not None:
-                self._on_progress(self._reported)
-            self._reported += 1
+def _joined(problems: list[str]) -> str:
+    """Reasons in one text, each once: two forms may have the same one."""
+    return "; ".join(dict.fromkeys(problems))

@@ -23,12 +23,16 @@ class EmulatedGraphs:
     def __init__(self, runtime: Any) -> None:
         self.device = torch.device("cpu")
         self.runtime = runtime
+        self.stall_seconds = 60.0
         self.captured: list[str] = []
         self.node_type: int | None = None
 
     @contextmanager
     def on_stream(self) -> Iterator[int]:
         yield 0
+
+    def idle(self) -> bool:
+        return bool(self.runtime.idle())
 
     def capture(self, name: str, body: Callable[[], None]) -> EmulatedGraph:
         for _ in range(2):

@@ -21,8 +21,8 @@ from scripted_runs import (
 )
 from torch import Tensor
 
-from ddit_rt.executor import CpuExecutor, CudaExecutor
-from ddit_rt.patch_scheduler import FinePolicy, StaticPolicy
+from ddit_rt.executor import CpuExecutor, CudaExecutor, RunPlan
+from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, StaticPolicy
 from ddit_rt.pipeline.callbacks import follow_replaced
 
 
@@ -47,6 +47,34 @@ def test_callback_gets_the_latents_of_every_step_and_may_replace_them(
     if form in ("auto", "loop"):
         assert actual[1].executor == "cuda-step"
         assert "callback" in actual[1].notes[0]
+
+
+@pytest.mark.parametrize("form", ["step", "host"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("shape", "offered"),
+    [
+        ((2, 4, 16, 24), (1, 2, 4)),
+        ((1, 3, 3, 8, 16), (1, 4)),  # frames
+        ((1, 2, 96, 144), (1, 24)),  # base patches of 24, the widest divisor of 48 up to 32
+        (SHAPE, (1,)),
+    ],
+)
+def test_latents_that_a_callback_replaced_decide_the_next_step(
+    graphs: EmulatedGraphs, form: str, order: int, shape: tuple[int, ...], offered: tuple[int, ...]
+) -> None:
+    """And the steps after it, as long as they are among those that the difference is of."""
+
+    def callback(step: int, latents: Tensor) -> Tensor | None:
+        return latents.roll(1, -1) * 0.5 if step in (0, 4, 7) else None
+
+    def plan() -> RunPlan:
+        policy = DDiTPolicy(tau=0.05, order=order, refresh=None, fine_tail=0)
+        return scripted_plan(policy, euler(8), shape=shape, offered=offered)
+
+    expected = CpuExecutor().run(plan(), noise(*shape), on_step_end=callback)
+    actual = CudaExecutor(graphs, form).run(plan(), noise(*shape), on_step_end=callback)
+    assert_same_run(actual, expected)
 
 
 @pytest.mark.parametrize("form", ["auto", "host"])

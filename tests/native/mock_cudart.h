@@ -1,6 +1,7 @@
 // A CUDA runtime without a GPU: keeps the books of graphs, memory and events, enforces the rules
 // that CUDA documents, and executes kernels through the emulator. Work runs at once, in the
-// caller's thread, or, where a test asks for it, when somebody waits for it.
+// caller's thread, or, where a test asks for it, when it is told to or was asked about often
+// enough.
 #pragma once
 
 #include <cstddef>

@@ -179,10 +179,13 @@ cudaError_t cudaGraphInstantiateWithParams(cudaGraphExec_t* executable, cudaGrap
                                            cudaGraphInstantiateParams* params) {
   MOCK_ENTER(cudaGraphInstantiateWithParams);
   const Graph& source = *graph_of(graph);
-  if (!may_be_instantiated(source, false)) {
-    params->result_out = cudaGraphInstantiateError;
+  if (const Node* const refused = refused_node(source, false)) {
+    params->result_out = cudaGraphInstantiateInvalidStructure;
+    params->errNode_out = reinterpret_cast<cudaGraphNode_t>(const_cast<Node*>(refused));
     return cudaErrorInvalidValue;
   }
+  if (has_empty_body(source))
+    violate("a conditional body without a node, which no document allows");
   const std::vector<cudaGraphConditionalHandle> used = handles_of(source);
   for (const auto& [id, handle] : state().handles) {
     const bool own = is_within(handle.graph, &source);

@@ -8,6 +8,7 @@ namespace mock {
 namespace {
 
 bool allowed_in_body(cudaGraphNodeType type) {
+  if (state().refused_in_bodies.count(type) != 0) return false;
   switch (type) {
     case cudaGraphNodeTypeKernel:
     case cudaGraphNodeTypeMemcpy:
@@ -60,6 +61,8 @@ std::string name_of(const Node& node) {
       return "child";
     case cudaGraphNodeTypeConditional:
       return node.conditional == cudaGraphCondTypeWhile ? "WHILE" : "SWITCH";
+    case cudaGraphNodeTypeEmpty:
+      return "empty";
     default:
       return "type " + std::to_string(static_cast<int>(node.type));
   }
@@ -96,12 +99,23 @@ std::shared_ptr<Graph> clone(const Graph& graph) {
 
 bool has_conditional(const Graph& graph) { return !handles_of(graph).empty(); }
 
-bool may_be_instantiated(const Graph& graph, bool in_body) {
-  return std::all_of(graph.nodes.begin(), graph.nodes.end(), [in_body](const auto& node) {
+const Node* refused_node(const Graph& graph, bool in_body) {
+  for (const auto& node : graph.nodes) {
+    if (in_body && !allowed_in_body(node->type)) return node.get();
     const bool body = in_body || node->type == cudaGraphNodeTypeConditional;
-    return (!in_body || allowed_in_body(node->type)) &&
-           std::all_of(node->graphs.begin(), node->graphs.end(),
-                       [body](const auto& child) { return may_be_instantiated(*child, body); });
+    for (const auto& child : node->graphs) {
+      if (const Node* const refused = refused_node(*child, body)) return refused;
+    }
+  }
+  return nullptr;
+}
+
+bool has_empty_body(const Graph& graph) {
+  return std::any_of(graph.nodes.begin(), graph.nodes.end(), [](const auto& node) {
+    const bool conditional = node->type == cudaGraphNodeTypeConditional;
+    return std::any_of(node->graphs.begin(), node->graphs.end(), [conditional](const auto& child) {
+      return (conditional && child->nodes.empty()) || has_empty_body(*child);
+    });
   });
 }
 

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <limits>
 
 #include "mock_state.h"
@@ -83,11 +84,23 @@ void reset() {
   clear_calls();
   state().driver = 13000;
   state().deferred = false;
+  state().queries = 0;
   state().queue.clear();
+  state().finished = state().launched;
+  state().refused_in_bodies.clear();
   state().captured.clear();
   state().failures.clear();
   state().violation.clear();
   set_order(0);
+}
+
+// What was left to the end of the process, as after a run that hangs.
+void end_process() {
+  for (const auto& [memory, launch] : state().pinned) std::free(memory);
+  for (const auto& [event, entry] : state().events) std::free(event);
+  state().pinned.clear();
+  state().events.clear();
+  state().executables.clear();
 }
 
 void bind_mock(py::module_& m) {
@@ -98,8 +111,15 @@ void bind_mock(py::module_& m) {
   m.def("set_driver", [](int version) { state().driver = version; });
   m.def(
       "fail_after",
-      [](const std::string& call, int successes) { state().failures[call] = successes; },
-      "Makes a CUDA call fail, after it has succeeded so often.");
+      [](const std::string& call, int successes, int times, int error) {
+        state().failures[call] = {successes, times, static_cast<cudaError_t>(error)};
+      },
+      py::arg("call"), py::arg("successes"), py::arg("times") = -1,
+      py::arg("error") = static_cast<int>(cudaErrorUnknown),
+      "Makes a CUDA call fail, after it has succeeded so often; so many times, or for good.");
+  m.def(
+      "refuse_in_bodies", [](int type) { state().refused_in_bodies.insert(type); },
+      "Makes every instantiation fail of a graph with such a node in a conditional body.");
   m.def("stop_failing", [] { state().failures.clear(); });
   m.def("calls", [] { return state().calls; }, "CUDA calls by name.");
   m.def("kernel_runs", [] { return state().kernel_runs; }, "Kernels that ran, by name.");
@@ -108,14 +128,27 @@ void bind_mock(py::module_& m) {
   m.def("violation", [] { return state().violation; }, "The first rule that was broken.");
   m.def("live_objects", &live_objects, "What the runtime has made and not destroyed.");
   m.def("describe", &describe_executables, "A line per node of every executable graph.");
+  m.def("end_process", &end_process, "Frees what is left, as the end of a process does.");
   m.def("reset", &reset, "Forgets what tests told the mock, and their captured buckets.");
 }
 
 void bind_execution(py::module_& m) {
   using Release = py::call_guard<py::gil_scoped_release>;
   m.def(
-      "defer", [](bool deferred) { state().deferred = deferred; },
-      "Whether launches wait until somebody waits for them.");
+      "defer",
+      [](bool deferred, int queries) {
+        state().deferred = deferred;
+        state().queries = queries;
+      },
+      py::arg("deferred"), py::arg("queries") = 0,
+      "Whether launches wait until they are told to run, or an event was queried so often.");
+  m.def(
+      "idle",
+      [] {
+        const std::lock_guard<std::mutex> lock(state().books);
+        return state().finished == state().launched;
+      },
+      "Whether all that was launched has run.");
   m.def("run_pending", [] { run_queue(kAll); }, Release(), "Runs what was launched.");
   m.def("set_order", &set_order, py::arg("seed"),
         "In which order blocks, and a block's threads, are taken; 0: ascending.");

@@ -60,6 +60,12 @@ struct Event {
   uint64_t launch = 0;  // complete once this one is
 };
 
+struct Failure {
+  int successes;  // calls that succeed before
+  int times;      // calls that fail then; negative: all
+  cudaError_t error;
+};
+
 struct State {
   std::mutex books;             // never held while work runs
   std::recursive_mutex device;  // one piece of work at a time
@@ -74,13 +80,15 @@ struct State {
   std::map<void*, uint64_t> pinned;  // and the last launch that may use it
   std::map<void*, Event> events;
   bool deferred = false;
+  int queries = 0;  // of an event, until what is deferred runs; 0: it runs when told to
   std::deque<std::function<void()>> queue;
   uint64_t launched = 0, finished = 0, awaited = 0;  // numbers of launches
   std::set<int> launch_devices;
   std::map<std::string, int> calls;
   std::map<std::string, int> kernel_runs;
-  std::map<std::string, int> failures;  // calls that have to fail, and how often not before
-  std::string violation;                // first rule that was broken
+  std::map<std::string, Failure> failures;  // calls that have to fail
+  std::set<int> refused_in_bodies;          // node types that no instantiation takes there
+  std::string violation;                    // first rule that was broken
 };
 
 State& state();
@@ -101,7 +109,8 @@ void note_use(uint64_t number, const std::function<bool(void*)>& uses_address);
 // mock_graph.cpp
 std::shared_ptr<Graph> clone(const Graph& graph);
 bool has_conditional(const Graph& graph);
-bool may_be_instantiated(const Graph& graph, bool in_body);
+const Node* refused_node(const Graph& graph, bool in_body);  // by an instantiation; null: none
+bool has_empty_body(const Graph& graph);
 bool is_within(const Graph* graph, const Graph* ancestor);
 bool uses(const Graph& graph, const void* address);
 bool uses(const Launch& launch, const void* address);

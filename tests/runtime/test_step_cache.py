@@ -190,10 +190,12 @@ SWITCH < decide
     child
       model
   body 1
+    empty
   body 2
     child
       model
   body 3
+    empty
 update<float32, 4> < SWITCH"""
 
 

@@ -213,6 +213,7 @@ def test_wait_raises_what_the_device_reports(runtime: ModuleType) -> None:
     runtime.fail_after("cudaEventQuery", 0)
     with pytest.raises(RuntimeError, match="the step loop failed: mockError"):
         loop.control.wait(0, 0.0)
+    runtime.stop_failing()
 
 
 @pytest.mark.parametrize("call", ["cudaLaunchKernel", "cudaEventRecord"])

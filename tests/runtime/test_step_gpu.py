@@ -150,6 +150,18 @@ def test_switch_out_of_range_runs_nothing(stream: int, switching: ModuleType) ->
     assert torch.equal(loop["latents"].cpu(), run.cpu.latents[0])
 
 
+@pytest.mark.parametrize("form", ["step", "loop"])
+def test_a_bucket_that_no_table_may_choose_has_a_body_that_does_nothing(
+    stream: int, switching: ModuleType, form: str
+) -> None:
+    run = mixed_run(forced=[0, 2, 0, 2, 2, 0, 0])
+    loop, buckets = loaded(run)
+    graphs = [buckets.graphs[0], ("2p", 0), buckets.graphs[2]]
+    run_form(loop, form, graphs, buckets.replay, run.plan.steps, stream)
+    assert buckets.counts.tolist() == runs_of(run) == [4, 0, 3]
+    assert_as_cpu(loop, run)
+
+
 def test_nodes_of_a_captured_bucket_may_stand_in_a_body(stream: int) -> None:
     _, buckets = loaded(mixed_run())
     for _, raw in buckets.graphs:

@@ -20,6 +20,7 @@ SWITCH < decide
     child
       model
   body 1
+    empty
   body 2
     child
       model
@@ -152,7 +153,7 @@ def test_a_call_that_fails_at_any_point_leaves_nothing_behind(
     for name, count in points.items():
         for successes in range(count):
             runtime.fail_after(name, successes)
-            with pytest.raises(RuntimeError, match=f"{name}.*failed.*the mock refused"):
+            with pytest.raises(runtime.GraphRefused, match=f"{name}.*failed.*the mock refused"):
                 build(loop, graphs, form)
             runtime.stop_failing()
             assert runtime.live_objects() == before
@@ -225,7 +226,7 @@ def test_destroying_waits_for_what_is_still_running(runtime: ModuleType, form: s
     loop.load(run.plan, run.cpu.latents[0])
     latents = loop["latents"]
     buckets = EmulatedBuckets(loop, run.model, 3)
-    runtime.defer(True)
+    runtime.defer(True, queries=5)
     run_form(loop, form, buckets.graphs, buckets.replay, run.plan.steps)
     del loop, buckets
     assert torch.equal(latents, run.cpu.latents[-1])

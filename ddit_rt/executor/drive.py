@@ -1,0 +1,179 @@
+"""One run of a captured loop, as the host drives and watches it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ddit_rt.errors import CaptureError, StallError
+from ddit_rt.executor.base import ProgressCallback, RunPlan, StepCallback
+from ddit_rt.executor.capture import CapturedLoop
+from ddit_rt.executor.graphs import STALL_VARIABLE
+from ddit_rt.executor.ranges import Ranges
+from ddit_rt.patch_scheduler import patch_name
+
+_POLL_SECONDS = 0.02
+"""How often the host looks up while it waits for a run."""
+
+
+class Run:
+    """A run of a plan that its loop has loaded; see `Executor.run` for the callbacks."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        loop: CapturedLoop,
+        stream: int,
+        on_step_end: StepCallback | None,
+        on_progress: ProgressCallback | None,
+        should_stop: Callable[[], bool] | None,
+        mark: Ranges,
+    ) -> None:
+        self._plan = plan
+        self._loop = loop
+        self._control = loop.control
+        self._stream = stream
+        self._on_step_end = on_step_end
+        self._on_progress = on_progress
+        self._should_stop = should_stop
+        self._mark = mark
+        self._reported = 0
+        self._moved = 0.0  # when the device last did, or was given something to do
+
+    def drive(self, form: str) -> None:
+        """Runs the loop and returns when the device is done.
+
+        If anything raises here, the device is told to stop. The buffers can be used again, except
+        after a `StallError`.
+
+        Raises:
+            GraphRefused: Of the runtime, at the first launch: nothing has run.
+            CaptureError: CUDA refused a later launch.
+            StallError: The device went without progress for too long.
+        """
+        with self._mark("run"):
+            self._launch(form)
+            self._watch(form)
+
+    def _launch(self, form: str) -> None:
+        """Queues the whole run; in the host form, also follows it."""
+        if form != "loop":
+            self._control.begin(self._stream)
+        try:
+            if form == "loop":
+                self._loop.master("loop", self._stream).launch(self._stream)
+            if form == "step":
+                self._launch_steps()
+            if form == "host":
+                self._replay_steps()
+        except BaseException:
+            self._control.cancel()
+            raise
+        finally:
+            if form != "loop":
+                self._control.finish(self._stream)
+
+    def _launch_steps(self) -> None:
+        graph = self._loop.master("step", self._stream)
+        for step in range(self._plan.policy.steps):
+            if self._stopped():
+                return
+            with self._mark(f"step/{step}"):
+                self._launch_step(graph, step)
+            self._after(step)
+            self._report(self._control.progress().decided - 1)
+
+    def _launch_step(self, graph: Any, step: int) -> None:
+        try:
+            graph.launch(self._stream)
+        except self._loop.graphs.runtime.GraphRefused as error:
+            if step == 0:
+                raise
+            problem = str(error).removeprefix("ddit_rt: ")
+            raise CaptureError(f"step {step} could not be launched: {problem}") from error
+
+    def _replay_steps(self) -> None:
+        control, mark = self._control, self._mark
+        for step in range(self._plan.policy.steps):
+            if self._stopped():
+                return
+            with mark(f"step/{step}"):
+                with mark("decide"):
+                    self._loop.measure()
+                    control.decide(self._stream)
+                    self._moved = time.monotonic()
+                    while self._wait(step, "host").decided <= step:
+                        pass
+                    branch = control.branch(step)
+                reuse, bucket = divmod(branch, len(self._plan.offered))
+                patch = patch_name(self._plan.offered[bucket])
+                with mark(f"{'reuse' if reuse else 'model'}/{patch}"):
+                    self._loop.graph(self._plan.stages[step], branch).replay()
+                with mark("solver"):
+                    control.update(self._stream)
+            self._after(step)
+            self._report(step)
+
+    def _after(self, step: int) -> None:
+        """The callback that needs latents: queued behind the step, it waits for nothing."""
+        if self._on_step_end is None:
+            return
+        buffers, policy = self._loop.buffers, self._plan.policy
+        replacement = self._on_step_end(step, buffers.latents)
+        if replacement is not None:
+            scored = step + 1 < policy.steps and policy.scored(step + 1)
+            buffers.replace(replacement, step, policy.order if scored else 0)
+
+    def _wait(self, seen: int, form: str) -> Any:
+        """What the device has done, once it went beyond `seen` decisions or a moment passed."""
+        progress = self._control.wait(seen, _POLL_SECONDS)
+        now, limit = time.monotonic(), self._loop.graphs.stall_seconds
+        if progress.finished or progress.decided > seen:
+            self._moved = now
+        elif now - self._moved > limit:
+            state = "idle" if self._loop.graphs.idle() else "busy"
+            raise StallError(
+                f"no progress for {now - self._moved:.3g} s, while the device is {state}: "
+                f'{self._place(progress.decided)} did not end in form "{form}". If it takes more '
+                f"than {limit:g} s, set {STALL_VARIABLE} higher; otherwise a kernel or the loop "
+                'hangs: restart the process, with executor="host" to see which'
+            )
+        return progress
+
+    def _place(self, decided: int) -> str:
+        """The step that is under way."""
+        if decided == 0:
+            return f"the decision of step 0 of {self._plan.policy.steps}"
+        patch = patch_name(self._plan.offered[self._control.bucket(decided - 1)])
+        return f"step {decided - 1} of {self._plan.policy.steps} ({patch})"
+
+    def _watch(self, form: str) -> None:
+        """Waits for the device; meanwhile reports its progress and passes a wish to stop on."""
+        self._moved = time.monotonic()
+        try:
+            seen = self._reported
+            while True:
+                progress = self._wait(seen, form)
+                seen = progress.decided
+                if progress.finished:
+                    break
+                self._report(seen - 1)
+                self._stopped()
+        except BaseException:
+            self._control.cancel()
+            raise
+        self._report(progress.decided)
+
+    def _stopped(self) -> bool:
+        stop = self._should_stop is not None and self._should_stop()
+        if stop:
+            self._control.cancel()
+        return stop
+
+    def _report(self, done: int) -> None:
+        """Reports steps up to `done` that were not reported yet."""
+        while self._reported < done:
+            if self._on_progress is not None:
+                self._on_progress(self._reported)
+            self._reported += 1
