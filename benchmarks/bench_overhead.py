@@ -33,6 +33,7 @@ from torch import Tensor
 
 import ddit_rt
 from ddit_rt import ops
+from ddit_rt.buckets import StepInputs
 from ddit_rt.demo import model_path
 from ddit_rt.demo.measure import Batch, engine_contender
 from ddit_rt.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
@@ -74,6 +75,13 @@ class ConstantBucket:
     def tensors(self) -> tuple[Tensor, ...]:
         """Nothing that differs between runs."""
         return ()
+
+    def state(self) -> tuple[Tensor, ...]:
+        """Nothing that it keeps."""
+        return ()
+
+    def refresh(self, step: int, now: StepInputs) -> None:
+        """Nothing that it reads."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from ddit_rt import ops
 from ddit_rt.adapters.adapter import PatchAdapter
-from ddit_rt.buckets import Bucket, Passes, RunContext, Runners, SnrBucket, StepModel
+from ddit_rt.buckets import (
+    Bucket,
+    Passes,
+    RunContext,
+    Runners,
+    SnrBucket,
+    StepInputs,
+    StepModel,
+)
 
 
 def adapter_bucket(
@@ -75,6 +83,14 @@ class AdapterBucket:
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""
         return self._passes.tensors()
+
+    def state(self) -> tuple[Tensor, ...]:
+        """See `Bucket.state`."""
+        return ()
+
+    def refresh(self, step: int, now: StepInputs) -> None:
+        """See `Bucket.refresh`."""
+        self._passes.refresh(step, now.timestep, now.conditioning)
 
 
 class SnrAdapterBucket(SnrBucket):

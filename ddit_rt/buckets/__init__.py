@@ -7,6 +7,7 @@ from ddit_rt.buckets.base import (
     Pass,
     RunContext,
     Runners,
+    StepInputs,
     StepModel,
     at_step,
     latent_frames,
@@ -14,7 +15,6 @@ from ddit_rt.buckets.base import (
 )
 from ddit_rt.buckets.fine import FineBucket
 from ddit_rt.buckets.passes import Passes
-from ddit_rt.buckets.replaced import ReplacedBucket, ReplacedSignal
 from ddit_rt.buckets.signal import Signal
 from ddit_rt.buckets.snr import SnrBucket, matched_level
 from ddit_rt.buckets.unguided import UnguidedBucket
@@ -26,12 +26,11 @@ __all__ = [
     "FineBucket",
     "Pass",
     "Passes",
-    "ReplacedBucket",
-    "ReplacedSignal",
     "RunContext",
     "Runners",
     "Signal",
     "SnrBucket",
+    "StepInputs",
     "StepModel",
     "UnguidedBucket",
     "at_step",

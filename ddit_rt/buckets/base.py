@@ -22,6 +22,21 @@ Runners = Mapping[str, Sequence[Runner]]
 """Blocks ready to run, by `BlockType.path`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepInputs:
+    """What a pass of a step is given beside its latents.
+
+    Attributes:
+        sigma: Noise level, `[]`.
+        timestep: t that the model is given, `[1]`, in [0, 1].
+        conditioning: The pass's conditioning tensors.
+    """
+
+    sigma: Tensor
+    timestep: Tensor
+    conditioning: Mapping[str, Tensor]
+
+
 class Bucket(Protocol):
     """One patch size of one run.
 
@@ -63,6 +78,17 @@ class Bucket(Protocol):
 
         Two buckets of one patch size and shape have equally many, of equal shapes, in the same
         order: a captured graph is given another run by copying that run's tensors into its own.
+        """
+        ...
+
+    def state(self) -> tuple[Tensor, ...]:
+        """What it keeps from step to step beside residuals, of equal shapes as `tensors` are."""
+        ...
+
+    def refresh(self, step: int, now: StepInputs) -> None:
+        """Writes what a step reads into its text and its row of the tables, all in place.
+
+        Only of a bucket that runs one pass; the run's tables may have said something else.
         """
         ...
 
@@ -128,6 +154,10 @@ class Detail:
         self.serial = torch.zeros(1, dtype=torch.int32, device=device)
         self.corrections: dict[int, Any] = {}
 
+    def state(self) -> tuple[Tensor, ...]:
+        """What it keeps from step to step."""
+        return (self.estimate, self.serial)
+
     def update(self, latents: Tensor, velocity: Tensor, sigma: Tensor) -> None:
         """Takes over x0 = z - t v of a step at p."""
         torch.addcmul(latents, velocity, sigma, value=-1, out=self.estimate)
@@ -183,7 +213,7 @@ class RunContext:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """As `Bucket.tensors`, for what all buckets of the run share."""
-        detail = () if self.detail is None else (self.detail.estimate, self.detail.serial)
+        detail = () if self.detail is None else self.detail.state()
         scales = () if self.scales is None else (self.scales,)
         return (*(one.text for one in self.passes), self.sigmas, *scales, *detail)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.buckets.base import RunContext, StepModel, at_step
+from ddit_rt.buckets.base import RunContext, StepInputs, StepModel, at_step
 from ddit_rt.buckets.passes import Passes
 
 
@@ -41,3 +41,13 @@ class FineBucket:
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""
         return self._passes.tensors()
+
+    def state(self) -> tuple[Tensor, ...]:
+        """See `Bucket.state`."""
+        detail = self._context.detail
+        return () if detail is None else detail.state()
+
+    def refresh(self, step: int, now: StepInputs) -> None:
+        """See `Bucket.refresh`."""
+        self._context.sigmas[step].copy_(now.sigma)
+        self._passes.refresh(step, now.timestep, now.conditioning)

@@ -13,7 +13,7 @@ guided the half with the prompt runs by itself, on the same tables, and v is v_p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +114,19 @@ class Passes:
 
     def _project(self, hidden: Tensor) -> Tensor:
         return self._model.family.project_output(self._model.transformer, hidden)
+
+    def refresh(self, step: int, level: Tensor, conditioning: Mapping[str, Tensor]) -> None:
+        """As `Bucket.refresh`.
+
+        Args:
+            step: k.
+            level: t that the model is given, `[1]`.
+            conditioning: Of the only pass.
+        """
+        family, transformer = self._model.family, self._model.transformer
+        (one,) = self._passes
+        one.text.copy_(family.embed_text(transformer, conditioning))
+        one.temb[step].copy_(family.embed_time(transformer, level, conditioning)[0])
 
     def residuals(self) -> tuple[Tensor, ...]:
         """See `Bucket.residuals`."""

@@ -10,11 +10,13 @@ skipped steps, and steps at other patch sizes, count like any other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.buckets.base import RunContext, StepModel, at_step
+from ddit_rt.buckets.base import RunContext, StepInputs, StepModel, at_step
 
 
 class Signal:
@@ -33,6 +35,11 @@ class Signal:
             for one in context.passes
         ]
         self.rows = sum(table.shape[1] for table in self._tables)
+
+    @property
+    def passes(self) -> int:
+        """Passes of a step."""
+        return len(self._tables)
 
     def change(self, latents: Tensor, previous: Tensor, step: Tensor) -> Tensor:
         """The signal of a step after the first.
@@ -65,3 +72,10 @@ class Signal:
     def tensors(self) -> tuple[Tensor, ...]:
         """As `Bucket.tensors`."""
         return tuple(self._tables)
+
+    def refresh(self, step: int, passes: Sequence[StepInputs]) -> None:
+        """Writes a step's row of every pass anew; `sigma` is not read."""
+        family, transformer = self._model.family, self._model.transformer
+        for table, now in zip(self._tables, passes, strict=True):
+            row = family.embed_time(transformer, now.timestep, now.conditioning)
+            table[step].copy_(row[0])

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.buckets.base import Detail, RunContext, Runners, StepModel, at_step
+from ddit_rt.buckets.base import Detail, RunContext, Runners, StepInputs, StepModel, at_step
 from ddit_rt.buckets.passes import Passes
 
 
@@ -100,8 +100,19 @@ class SnrBucket:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""
-        correction = () if self._correction is None else self._correction.tensors()
-        return (self._scale, self._level, *self._passes.tensors(), *correction)
+        return (self._scale, self._level, *self._passes.tensors(), *self.state())
+
+    def state(self) -> tuple[Tensor, ...]:
+        """See `Bucket.state`."""
+        return () if self._correction is None else self._correction.tensors()
+
+    def refresh(self, step: int, now: StepInputs) -> None:
+        """See `Bucket.refresh`."""
+        self._context.sigmas[step].copy_(now.sigma)
+        scale, level = matched_level(now.sigma, self.multiple)
+        self._scale[step].copy_(scale)
+        self._level[step].copy_(level)
+        self._passes.refresh(step, level.reshape(1), now.conditioning)
 
 
 class _Correction:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ddit_rt.buckets.base import Bucket
+from ddit_rt.buckets.base import Bucket, StepInputs
 
 
 class UnguidedBucket:
@@ -29,3 +29,11 @@ class UnguidedBucket:
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""
         return self._bucket.tensors()
+
+    def state(self) -> tuple[Tensor, ...]:
+        """See `Bucket.state`."""
+        return self._bucket.state()
+
+    def refresh(self, step: int, now: StepInputs) -> None:
+        """See `Bucket.refresh`."""
+        self._bucket.refresh(step, now)

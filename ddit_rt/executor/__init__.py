@@ -1,6 +1,6 @@
 """Executors: who runs the step loop, and the trace of what it did."""
 
-from ddit_rt.executor.base import CachePlan, Executor, ProgressCallback, RunPlan, StepCallback
+from ddit_rt.executor.base import CachePlan, Executor, ProgressCallback, RunPlan, StepSession
 from ddit_rt.executor.capture import CaptureReport
 from ddit_rt.executor.cpu import CpuExecutor
 from ddit_rt.executor.cuda import FORMS, CudaExecutor
@@ -18,7 +18,7 @@ __all__ = [
     "ProgressCallback",
     "RunPlan",
     "RunTrace",
-    "StepCallback",
     "StepRecord",
+    "StepSession",
     "TorchGraphs",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,12 +13,6 @@ from ddit_rt.executor.trace import RunTrace
 from ddit_rt.patch_scheduler import PolicyTable
 from ddit_rt.solver import SolverTable
 from ddit_rt.step_cache import CacheTable
-
-StepCallback = Callable[[int, Tensor], Tensor | None]
-"""Called after a step with its index and the new latents; may return latents to go on from.
-
-The latents are the run's own memory, valid until the callback returns.
-"""
 
 ProgressCallback = Callable[[int], None]
 """Called with a step's index once it is done; an executor that does not wait may call it later."""
@@ -80,19 +73,62 @@ class RunPlan:
     cache: CachePlan | None = None
     notes: tuple[str, ...] = ()
 
-    def stage_notes(self) -> tuple[str, ...]:
-        """For the trace: which steps run the model in another than the usual way."""
-        runs = [
-            (name, [step for step, _ in steps])
-            for name, steps in itertools.groupby(
-                enumerate(self.stages), key=lambda entry: self.stage_names[entry[1]]
-            )
-        ]
-        return tuple(f"steps {steps[0]} to {steps[-1]}: {name}" for name, steps in runs if name)
-
     def tokens(self) -> dict[int, int]:
         """Image tokens of a step by bucket, of those that the table can reach."""
         return {i: bucket.tokens for i, bucket in enumerate(self.buckets[0]) if bucket}
+
+
+class StepSession(Protocol):
+    """A run whose solver steps are taken elsewhere: it keeps the history, decides, runs buckets.
+
+    For every step in turn: `decide`, then any number of `velocity`, then `end_step`. The plan's
+    solver names the scheduler and its noise levels; its coefficients are not read.
+    """
+
+    def decide(self, step: int, latents: Tensor) -> int:
+        """Enters z_k into the history and decides the step.
+
+        Args:
+            step: k.
+            latents: z_k, `[B, C, H, W]`, of a video `[B, C, F, H, W]`, float32.
+
+        Returns:
+            The branch: bucket i, or behind all buckets i again to reuse its residual.
+        """
+        ...
+
+    def bucket(self, stage: int, index: int) -> Bucket:
+        """The bucket that `velocity` runs; it reads what is written into its tables before."""
+        ...
+
+    def signal(self) -> Signal | None:
+        """The step cache's signal that `decide` reads, likewise; None where it reads none."""
+        ...
+
+    def velocity(self, stage: int, branch: int, latents: Tensor) -> Tensor:
+        """Runs a branch of a stage in the step that was decided last.
+
+        Args:
+            stage: Index into `RunPlan.buckets`.
+            branch: As `decide` gives it.
+            latents: What the model is given, as in `decide`.
+
+        Returns:
+            The velocity, of the same shape; the caller's own.
+        """
+        ...
+
+    def end_step(self) -> None:
+        """The step is over, but for callbacks."""
+        ...
+
+    def close(self, *, cancelled: bool) -> RunTrace:
+        """Ends the run, also one that failed; nothing else may be called then.
+
+        Args:
+            cancelled: Whether it ends before its last step.
+        """
+        ...
 
 
 class Executor(Protocol):
@@ -103,7 +139,6 @@ class Executor(Protocol):
         plan: RunPlan,
         latents: Tensor,
         *,
-        on_step_end: StepCallback | None = None,
         on_progress: ProgressCallback | None = None,
         should_stop: Callable[[], bool] | None = None,
         annotate: bool = False,
@@ -113,12 +148,24 @@ class Executor(Protocol):
         Args:
             plan: The run.
             latents: z_0, `[B, C, H, W]`, float32; left as it is.
-            on_step_end: See `StepCallback`.
             on_progress: See `ProgressCallback`.
             should_stop: Asked between steps; true ends the run with the latents so far.
             annotate: Whether profilers see the ranges of `executor.ranges`.
 
         Returns:
             Final latents `[B, C, H, W]` float32, and the trace.
+        """
+        ...
+
+    def open(
+        self, plan: RunPlan, latents: Tensor, *, driver: str, annotate: bool = False
+    ) -> StepSession:
+        """Begins a run whose solver steps are taken elsewhere.
+
+        Args:
+            plan: The run.
+            latents: z_0, as in `run`.
+            driver: Who takes the steps, for the trace.
+            annotate: As in `run`.
         """
         ...

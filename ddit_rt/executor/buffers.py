@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import struct
 from typing import Any
 
@@ -123,31 +121,6 @@ class LoopBuffers:
         for target, source in tables:
             target[: len(source)].copy_(source, non_blocking=True)
         self.latents.copy_(latents, non_blocking=True)
-
-    def replace(self, latents: Tensor, step: int, order: int) -> None:
-        """Goes on from other latents than those that a step led to.
-
-        The step's update has left the patch moments of its own latents, by which the next step
-        would be decided.
-
-        Args:
-            latents: z_{k+1}.
-            step: k.
-            order: Of the difference that decides step k + 1; 0: it is decided by none.
-        """
-        self.latents.copy_(latents, non_blocking=True)
-        if order == 0 or not self._sizes:
-            return
-        terms = [self.latents, *(self._past[(step - lag) % _PAST] for lag in range(order))]
-        while len(terms) > 1:
-            terms = [newer - older for newer, older in itertools.pairwise(terms)]
-        batch, channels, frames, height, width = self._shape
-        edge = math.isqrt(2 * batch * frames * height * width // self._moments.numel())
-        tiles = (batch, channels, frames, height // edge, edge, width // edge, edge)
-        patches = terms[0].reshape(tiles).movedim((1, 4, 6), (-3, -2, -1)).flatten(-3)
-        mean = patches.mean(-1)
-        squares = (patches - mean.unsqueeze(-1)).square().sum(-1)
-        torch.cat([mean.flatten(), squares.flatten()], out=self._moments)
 
     def previous(self, step: Tensor) -> Tensor:
         """z_{k-1} for k, `[1]`; anything at 0."""

@@ -104,8 +104,8 @@ class CapturedLoop:
         if plan.shared is not self._shared:
             for held, fresh in zip(self._shared, plan.shared, strict=True):
                 held.copy_(fresh)
-                # From here on both are one: a callback that changes the prompt, and a bucket that
-                # is captured only now, must meet the memory that the graphs read.
+                # From here on both are one: what is written between two steps, and a bucket that is
+                # captured only now, must meet the memory that the graphs read.
                 fresh.set_(held.untyped_storage(), held.storage_offset(), held.shape, held.stride())
         sources: dict[Tensor, Tensor] = {}  # by target, since buckets of several stages share some
         for (stage, index), bucket in self._held.items():
@@ -130,6 +130,15 @@ class CapturedLoop:
     def graph(self, stage: int, branch: int) -> Graph:
         """A stage's graph of a branch: bucket i, or behind them bucket i without its blocks."""
         return self._captured[stage * self._stage_branches + branch]
+
+    def bucket(self, stage: int, index: int) -> Bucket:
+        """The bucket whose graphs a stage replays."""
+        return self._held[stage, index]
+
+    @property
+    def signal(self) -> Signal | None:
+        """What the graph of the step cache's signal reads; None without one."""
+        return self._held_signal
 
     def measure(self) -> None:
         """Runs the graph that makes the step cache's signal, if there is one."""

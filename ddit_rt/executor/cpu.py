@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.executor.base import CachePlan, ProgressCallback, RunPlan, StepCallback
+from ddit_rt.buckets import Bucket, Signal
+from ddit_rt.executor.base import CachePlan, ProgressCallback, RunPlan
 from ddit_rt.executor.ranges import Ranges, ranges
 from ddit_rt.executor.trace import RunTrace, build_trace
 from ddit_rt.patch_scheduler import patch_name
@@ -33,7 +34,6 @@ class CpuExecutor:
         plan: RunPlan,
         latents: Tensor,
         *,
-        on_step_end: StepCallback | None = None,
         on_progress: ProgressCallback | None = None,
         should_stop: Callable[[], bool] | None = None,
         annotate: bool = False,
@@ -52,44 +52,101 @@ class CpuExecutor:
                 with mark(f"step/{step}"):
                     _run_step(plan, state, step, mark)
                 seconds.append(time.perf_counter() - started)
-                if on_step_end is not None:
-                    replacement = on_step_end(step, state.latents(step + 1))
-                    if replacement is not None:
-                        state.latents(step + 1).copy_(replacement)
                 if on_progress is not None:
                     on_progress(step)
         final = state.latents(len(seconds)).clone()
-        return final, self._trace(plan, state, seconds, cancelled)
+        return final, _trace(plan, state, seconds, executor=self.name, cancelled=cancelled)
 
-    def _trace(
-        self, plan: RunPlan, state: _RunState, seconds: list[float], cancelled: bool
-    ) -> RunTrace:
-        return build_trace(
-            record=state.record,
-            cache=state.cache.record.tolist() if state.cache else None,
-            seconds=seconds,
-            policy=plan.policy,
-            offered=plan.offered,
-            tokens=plan.tokens(),
-            sigmas=plan.solver.sigmas,
-            executor=self.name,
-            solver=plan.solver.source,
-            batch=state.history.shape[1],
-            nonfinite=bool(state.decision[2]),
-            cancelled=cancelled,
-            notes=plan.notes,
+    def open(
+        self, plan: RunPlan, latents: Tensor, *, driver: str, annotate: bool = False
+    ) -> CpuSession:
+        """See `Executor.open`."""
+        return CpuSession(plan, latents, f"{driver}-{self.name}", ranges(annotate))
+
+
+class CpuSession:
+    """See `StepSession`."""
+
+    def __init__(self, plan: RunPlan, latents: Tensor, name: str, mark: Ranges) -> None:
+        self._plan = plan
+        self._state = _RunState(plan, latents)
+        self._name = name
+        self._mark = mark
+        self._step = 0
+        self._started = 0.0
+        self._seconds: list[float] = []
+
+    def decide(self, step: int, latents: Tensor) -> int:
+        """See `StepSession.decide`."""
+        self._started, self._step = time.perf_counter(), step
+        with self._mark(f"step/{step}"), self._mark("decide"):
+            self._state.latents(step).copy_(latents)
+            return self._state.decide(step)
+
+    def bucket(self, stage: int, index: int) -> Bucket:
+        """See `StepSession.bucket`."""
+        bucket = self._plan.buckets[stage][index]
+        assert bucket is not None, "the policy table chose a bucket that it cannot reach"
+        return bucket
+
+    def signal(self) -> Signal | None:
+        """See `StepSession.signal`."""
+        return None if self._plan.cache is None else self._plan.cache.signal
+
+    def velocity(self, stage: int, branch: int, latents: Tensor) -> Tensor:
+        """See `StepSession.velocity`."""
+        index = self._state.index(self._step)
+        with self._mark(f"step/{self._step}"):
+            return _run_branch(self._plan, stage, branch, latents, index, self._mark)
+
+    def end_step(self) -> None:
+        """See `StepSession.end_step`."""
+        self._seconds.append(time.perf_counter() - self._started)
+
+    def close(self, *, cancelled: bool) -> RunTrace:
+        """See `StepSession.close`."""
+        return _trace(
+            self._plan, self._state, self._seconds, executor=self._name, cancelled=cancelled
         )
+
+
+def _trace(
+    plan: RunPlan, state: _RunState, seconds: list[float], *, executor: str, cancelled: bool
+) -> RunTrace:
+    return build_trace(
+        record=state.record,
+        cache=state.cache.record.tolist() if state.cache else None,
+        seconds=seconds,
+        policy=plan.policy,
+        offered=plan.offered,
+        tokens=plan.tokens(),
+        sigmas=plan.solver.sigmas,
+        executor=executor,
+        solver=plan.solver.source,
+        batch=state.history.shape[1],
+        nonfinite=bool(state.decision[2]),
+        cancelled=cancelled,
+        notes=plan.notes,
+    )
 
 
 def _run_step(plan: RunPlan, state: _RunState, step: int, mark: Ranges) -> None:
     with mark("decide"):
-        reuse, index = divmod(state.decide(step), len(plan.offered))
-    bucket = plan.buckets[plan.stages[step]][index]
-    assert bucket is not None, "the policy table chose a bucket that it cannot reach"
-    with mark(f"{'reuse' if reuse else 'model'}/{patch_name(plan.offered[index])}"):
-        velocity = bucket.velocity(state.latents(step), state.index(step), reuse=bool(reuse))
+        branch = state.decide(step)
+    stage, latents = plan.stages[step], state.latents(step)
+    velocity = _run_branch(plan, stage, branch, latents, state.index(step), mark)
     with mark("solver"):
         state.advance(velocity, step)
+
+
+def _run_branch(
+    plan: RunPlan, stage: int, branch: int, latents: Tensor, index: Tensor, mark: Ranges
+) -> Tensor:
+    reuse, place = divmod(branch, len(plan.offered))
+    bucket = plan.buckets[stage][place]
+    assert bucket is not None, "the policy table chose a bucket that it cannot reach"
+    with mark(f"{'reuse' if reuse else 'model'}/{patch_name(plan.offered[place])}"):
+        return bucket.velocity(latents, index, reuse=bool(reuse))
 
 
 class _RunState:

@@ -3,33 +3,35 @@
 Three forms run the same kernels and the same captured buckets, and agree to the bit:
 
 - `loop`: one graph holds the whole loop; one launch per image.
-- `step`: one graph holds a step and is launched N times back to back; between two launches a
-  callback may work on the latents.
+- `step`: one graph holds a step and is launched N times back to back.
 - `host`: the host reads each decision and replays that bucket's graph. For drivers that cannot
   switch, for profilers, and as the reference.
 
 A form that CUDA refuses gives way to the next slower one: when its graph is built or uploaded, or
 at the first launch of a run, when nothing has run yet.
+
+A run whose solver steps are taken elsewhere (`open`) replays the same graphs; see `session.py`.
 """
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ddit_rt.errors import CaptureError, StallError
-from ddit_rt.executor.base import ProgressCallback, RunPlan, StepCallback
+from ddit_rt.executor.base import ProgressCallback, RunPlan
 from ddit_rt.executor.capture import CapturedLoop, CaptureReport
 from ddit_rt.executor.drive import Run
 from ddit_rt.executor.graphs import STALL_VARIABLE, GraphDevice
 from ddit_rt.executor.ranges import ranges
-from ddit_rt.executor.trace import RunTrace, build_trace
+from ddit_rt.executor.session import CudaSession, captured_trace
+from ddit_rt.executor.trace import RunTrace
 
 FORMS = ("auto", "loop", "step", "host")  # fastest first
 
@@ -45,8 +47,8 @@ class CudaExecutor:
     made) has stalled: the run is given up. Set it higher if a single step takes longer.
 
     Attributes:
-        form: `"loop"`, `"step"`, `"host"`; or `"auto"`, the fastest of them that CUDA takes, `loop`
-            unless a callback needs the latents between steps. May be set between runs.
+        form: `"loop"`, `"step"`, `"host"`; or `"auto"`, the fastest of them that CUDA takes. May be
+            set between runs.
     """
 
     def __init__(self, graphs: GraphDevice, form: str = "auto") -> None:
@@ -71,7 +73,6 @@ class CudaExecutor:
         plan: RunPlan,
         latents: Tensor,
         *,
-        on_step_end: StepCallback | None = None,
         on_progress: ProgressCallback | None = None,
         should_stop: Callable[[], bool] | None = None,
         annotate: bool = False,
@@ -86,9 +87,24 @@ class CudaExecutor:
         self._require_idle()
         mark = ranges(annotate)
         with self._graphs.on_stream() as stream, self._loaded(plan, latents) as loop:
-            run = Run(plan, loop, stream, on_step_end, on_progress, should_stop, mark)
-            form, notes = self._drive(run, loop, stream, on_step_end is not None)
-        return loop.buffers.latents.clone(), self._trace(plan, loop, form, notes, latents.shape[0])
+            run = Run(plan, loop, stream, on_progress, should_stop, mark)
+            form, notes = self._drive(run, loop, stream)
+        return loop.buffers.latents.clone(), captured_trace(loop, plan, f"cuda-{form}", notes)
+
+    def open(
+        self, plan: RunPlan, latents: Tensor, *, driver: str, annotate: bool = False
+    ) -> CudaSession:
+        """See `Executor.open`.
+
+        Raises:
+            CaptureError, StallError: As in `run`; the session, too, raises these.
+        """
+        self._require_idle()
+        with self._graphs.on_stream() as stream:
+            loop = self._load(plan, latents)
+            loop.control.begin(stream)
+        drop = partial(self._drop, loop, hangs=True)
+        return CudaSession(loop, plan, f"{driver}-cuda", ranges(annotate), drop)
 
     def _loop(self, plan: RunPlan, shape: torch.Size) -> CapturedLoop:
         """The captured loop of this shape, made if need be."""
@@ -111,9 +127,8 @@ class CudaExecutor:
         self._loops.move_to_end(key)
         return self._loops[key]
 
-    @contextmanager
-    def _loaded(self, plan: RunPlan, latents: Tensor) -> Iterator[CapturedLoop]:
-        """The loop of a plan, ready to run; dropped where it cannot be used again."""
+    def _load(self, plan: RunPlan, latents: Tensor) -> CapturedLoop:
+        """The loop of a plan, ready to run."""
         loop = self._loop(plan, latents.shape)
         try:
             loop.load(plan, latents)
@@ -121,6 +136,12 @@ class CudaExecutor:
             # Half a capture is of no use, and its memory may be what there was too little of.
             self._drop(loop, hangs=isinstance(error, StallError))
             raise
+        return loop
+
+    @contextmanager
+    def _loaded(self, plan: RunPlan, latents: Tensor) -> Iterator[CapturedLoop]:
+        """The same; dropped where it cannot be used again."""
+        loop = self._load(plan, latents)
         try:
             yield loop
         except StallError:
@@ -143,11 +164,9 @@ class CudaExecutor:
             )
         self._hanging.clear()
 
-    def _drive(
-        self, run: Run, loop: CapturedLoop, stream: int, needs_latents: bool
-    ) -> tuple[str, tuple[str, ...]]:
+    def _drive(self, run: Run, loop: CapturedLoop, stream: int) -> tuple[str, tuple[str, ...]]:
         """Runs in the fastest form that CUDA takes: which one, and why not a faster one."""
-        wanted, notes = self._wanted(needs_latents)
+        wanted, notes = "loop" if self.form == "auto" else self.form, []
         problems: list[str] = []
         for form in FORMS[FORMS.index(wanted) :]:
             problem = self._refusal(loop, form, stream)
@@ -166,16 +185,6 @@ class CudaExecutor:
             reason = _joined(problems)
             notes.append(f"executor: {form} instead of {wanted}, which is slower, because {reason}")
         return form, tuple(notes)
-
-    def _wanted(self, needs_latents: bool) -> tuple[str, list[str]]:
-        """The form to run if CUDA takes it, and why it is not the fastest one."""
-        if self.form in ("auto", "loop") and needs_latents:
-            note = (
-                "executor: step instead of loop, because a callback needs the latents after "
-                "every step"
-            )
-            return "step", [note]
-        return "loop" if self.form == "auto" else self.form, []
 
     def _refusal(self, loop: CapturedLoop, form: str, stream: int) -> str:
         """Why CUDA does not take the graph of a form; tried once per loop."""
@@ -208,28 +217,6 @@ class CudaExecutor:
         warnings.warn(
             f'executor "{form}" runs instead of "{wanted}", which is slower: {reason}',
             stacklevel=2,
-        )
-
-    def _trace(
-        self, plan: RunPlan, loop: CapturedLoop, form: str, notes: tuple[str, ...], batch: int
-    ) -> RunTrace:
-        progress, rows = loop.control.progress(), loop.control.records()
-        times = [time_ns for time_ns, _ in rows] + [loop.control.end_ns()]
-        coarse = len(plan.offered) - 1
-        return build_trace(
-            record=torch.tensor([values for _, values in rows]).reshape(len(rows), 3 + coarse),
-            cache=None if plan.cache is None else loop.control.cache_records(),
-            seconds=[(end - start) * 1e-9 for start, end in itertools.pairwise(times)],
-            policy=plan.policy,
-            offered=plan.offered,
-            tokens=plan.tokens(),
-            sigmas=plan.solver.sigmas,
-            executor=f"cuda-{form}",
-            solver=plan.solver.source,
-            batch=batch,
-            nonfinite=progress.nonfinite,
-            cancelled=progress.cancelled,
-            notes=(*plan.notes, *notes),
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ddit_rt.errors import CaptureError, StallError
-from ddit_rt.executor.base import ProgressCallback, RunPlan, StepCallback
+from ddit_rt.executor.base import ProgressCallback, RunPlan
 from ddit_rt.executor.capture import CapturedLoop
 from ddit_rt.executor.graphs import STALL_VARIABLE
 from ddit_rt.executor.ranges import Ranges
@@ -15,6 +15,58 @@ from ddit_rt.patch_scheduler import patch_name
 
 _POLL_SECONDS = 0.02
 """How often the host looks up while it waits for a run."""
+
+
+class Patience:
+    """Waits for a device that runs a loaded plan, but not for ever."""
+
+    def __init__(self, plan: RunPlan, loop: CapturedLoop) -> None:
+        self._plan = plan
+        self._loop = loop
+        self._control = loop.control
+        self._moved = 0.0  # when the device last did, or was given something to do
+
+    def begin(self) -> None:
+        """The device has something to do from now on."""
+        self._moved = time.monotonic()
+
+    def until(self, done: Callable[[Any], bool], form: str) -> None:
+        """Waits until a progress is `done`, where the device was just given something to do.
+
+        Raises:
+            StallError: As `wait`.
+        """
+        self.begin()
+        seen = 0
+        while not done(progress := self.wait(seen, form)):
+            seen = progress.decided
+
+    def wait(self, seen: int, form: str) -> Any:
+        """What the device has done, once it went beyond `seen` decisions or a moment passed.
+
+        Raises:
+            StallError: It went without progress for too long.
+        """
+        progress = self._control.wait(seen, _POLL_SECONDS)
+        now, limit = time.monotonic(), self._loop.graphs.stall_seconds
+        if progress.finished or progress.decided > seen:
+            self._moved = now
+        elif now - self._moved > limit:
+            state = "idle" if self._loop.graphs.idle() else "busy"
+            raise StallError(
+                f"no progress for {now - self._moved:.3g} s, while the device is {state}: "
+                f'{self._place(progress.decided)} did not end in form "{form}". If it takes more '
+                f"than {limit:g} s, set {STALL_VARIABLE} higher; otherwise a kernel or the loop "
+                'hangs: restart the process, with executor="host" to see which'
+            )
+        return progress
+
+    def _place(self, decided: int) -> str:
+        """The step that is under way."""
+        if decided == 0:
+            return f"the decision of step 0 of {self._plan.policy.steps}"
+        patch = patch_name(self._plan.offered[self._control.bucket(decided - 1)])
+        return f"step {decided - 1} of {self._plan.policy.steps} ({patch})"
 
 
 class Run:
@@ -25,7 +77,6 @@ class Run:
         plan: RunPlan,
         loop: CapturedLoop,
         stream: int,
-        on_step_end: StepCallback | None,
         on_progress: ProgressCallback | None,
         should_stop: Callable[[], bool] | None,
         mark: Ranges,
@@ -34,12 +85,11 @@ class Run:
         self._loop = loop
         self._control = loop.control
         self._stream = stream
-        self._on_step_end = on_step_end
         self._on_progress = on_progress
         self._should_stop = should_stop
         self._mark = mark
         self._reported = 0
-        self._moved = 0.0  # when the device last did, or was given something to do
+        self._patience = Patience(plan, loop)
 
     def drive(self, form: str) -> None:
         """Runs the loop and returns when the device is done.
@@ -81,7 +131,6 @@ class Run:
                 return
             with self._mark(f"step/{step}"):
                 self._launch_step(graph, step)
-            self._after(step)
             self._report(self._control.progress().decided - 1)
 
     def _launch_step(self, graph: Any, step: int) -> None:
@@ -102,9 +151,7 @@ class Run:
                 with mark("decide"):
                     self._loop.measure()
                     control.decide(self._stream)
-                    self._moved = time.monotonic()
-                    while self._wait(step, "host").decided <= step:
-                        pass
+                    self._patience.until(lambda now, k=step: now.decided > k, "host")
                     branch = control.branch(step)
                 reuse, bucket = divmod(branch, len(self._plan.offered))
                 patch = patch_name(self._plan.offered[bucket])
@@ -112,49 +159,15 @@ class Run:
                     self._loop.graph(self._plan.stages[step], branch).replay()
                 with mark("solver"):
                     control.update(self._stream)
-            self._after(step)
             self._report(step)
-
-    def _after(self, step: int) -> None:
-        """The callback that needs latents: queued behind the step, it waits for nothing."""
-        if self._on_step_end is None:
-            return
-        buffers, policy = self._loop.buffers, self._plan.policy
-        replacement = self._on_step_end(step, buffers.latents)
-        if replacement is not None:
-            scored = step + 1 < policy.steps and policy.scored(step + 1)
-            buffers.replace(replacement, step, policy.order if scored else 0)
-
-    def _wait(self, seen: int, form: str) -> Any:
-        """What the device has done, once it went beyond `seen` decisions or a moment passed."""
-        progress = self._control.wait(seen, _POLL_SECONDS)
-        now, limit = time.monotonic(), self._loop.graphs.stall_seconds
-        if progress.finished or progress.decided > seen:
-            self._moved = now
-        elif now - self._moved > limit:
-            state = "idle" if self._loop.graphs.idle() else "busy"
-            raise StallError(
-                f"no progress for {now - self._moved:.3g} s, while the device is {state}: "
-                f'{self._place(progress.decided)} did not end in form "{form}". If it takes more '
-                f"than {limit:g} s, set {STALL_VARIABLE} higher; otherwise a kernel or the loop "
-                'hangs: restart the process, with executor="host" to see which'
-            )
-        return progress
-
-    def _place(self, decided: int) -> str:
-        """The step that is under way."""
-        if decided == 0:
-            return f"the decision of step 0 of {self._plan.policy.steps}"
-        patch = patch_name(self._plan.offered[self._control.bucket(decided - 1)])
-        return f"step {decided - 1} of {self._plan.policy.steps} ({patch})"
 
     def _watch(self, form: str) -> None:
         """Waits for the device; meanwhile reports its progress and passes a wish to stop on."""
-        self._moved = time.monotonic()
+        self._patience.begin()
         try:
             seen = self._reported
             while True:
-                progress = self._wait(seen, form)
+                progress = self._patience.wait(seen, form)
                 seen = progress.decided
                 if progress.finished:
                     break

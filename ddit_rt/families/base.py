@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from ddit_rt.families.calls import ModelCall, PipelineCall, PreparedCall
+
 BATCH = "batch"
 IMAGE = "image"
 TEXT = "text"
@@ -102,24 +104,6 @@ class Grid:
     def tokens(self) -> int:
         """Image tokens."""
         return self.frames * self.height * self.width
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PreparedCall:
-    """A pipeline call up to its denoising loop.
-
-    Attributes:
-        latents: Initial noise, `[B, C, H, W]`, of a video `[B, C, F, H, W]`, float32.
-        conditioning: The keyword arguments of `Engine.denoise` that carry the prompt.
-        num_inference_steps: Steps that the scheduler was set to; its `sigmas` and `timesteps`
-            hold the schedule.
-        finish: Turns final latents into what the pipeline returns.
-    """
-
-    latents: Tensor
-    conditioning: dict[str, Tensor]
-    num_inference_steps: int
-    finish: Callable[[Tensor], Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -351,13 +335,45 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def prepare(self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]) -> PreparedCall:
-        """The pipeline's own call up to its denoising loop.
+    def read_call(
+        self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
+    ) -> PipelineCall:
+        """Checks a pipeline call, before any work, and sets the scheduler's timesteps.
 
         Args:
             pipeline: A pipeline of one of `pipeline_classes`.
             scheduler: The copy of the pipeline's scheduler that this run may set.
             arguments: Keyword arguments of the pipeline's `__call__`.
+        """
+
+    @abstractmethod
+    def encode_call(self, pipeline: Any, scheduler: Any, call: PipelineCall) -> PreparedCall:
+        """The pipeline's own call up to its denoising loop.
+
+        Args:
+            pipeline: A pipeline of one of `pipeline_classes`.
+            scheduler: As `read_call` has set it.
+            call: What `read_call` gave.
+        """
+
+    def prepare(self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]) -> PreparedCall:
+        """`read_call`, then `encode_call`."""
+        return self.encode_call(pipeline, scheduler, self.read_call(pipeline, scheduler, arguments))
+
+    @abstractmethod
+    def read_model_call(
+        self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
+    ) -> ModelCall:
+        """A pipeline's call of its transformer, by the arguments of the transformer's `forward`.
+
+        Args:
+            transformer: The model.
+            shape: Latent shape of the run.
+            arguments: Those that were given.
+
+        Raises:
+            UnsupportedModelError: One that the compiled blocks could only ignore.
+            ShapeError: A misshapen tensor.
         """
 
     @abstractmethod
@@ -379,12 +395,12 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def to_callback(self, latents: Tensor) -> Tensor:
-        """Latents in the layout that the pipeline's step callback sees."""
+    def pack_latents(self, latents: Tensor) -> Tensor:
+        """Latents, or a velocity, in the layout that the pipeline has them in."""
 
     @abstractmethod
-    def from_callback(self, latents: Tensor, like: Tensor) -> Tensor:
-        """The inverse of `to_callback`; `like` has the shape of the latents."""
+    def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of `pack_latents`, of latents of a shape."""
 
     def linear_timesteps(self, scheduler: Any) -> Tensor:
         """Noise levels t in [0, 1] that the model is given at each step, `[N]`, float32."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,64 @@ _REFUSED_ARGUMENTS = {
     "joint_attention_kwargs": "joint_attention_kwargs",
     "attention_kwargs": "attention_kwargs",
 }
+
+_POSITIONS = ("img_ids", "txt_ids")
+"""Arguments of a transformer's call that say what its shapes say."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineCall:
+    """A pipeline call whose arguments are checked.
+
+    Attributes:
+        arguments: All of the call's, defaults filled in.
+        shape: Latent shape, `[B, C, H, W]`, of a video `[B, C, F, H, W]`.
+        scales: Scale of classifier-free guidance of each expert; empty for a call without.
+        passes: Passes that the pipeline may ask its transformer for in a step.
+    """
+
+    arguments: Mapping[str, Any]
+    shape: tuple[int, ...]
+    scales: tuple[float, ...]
+    passes: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether the call has classifier-free guidance."""
+        return bool(self.scales)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCall:
+    """A pipeline's call of its transformer.
+
+    Attributes:
+        latents: `[B, C, H, W]`, of a video `[B, C, F, H, W]`, in the pipeline's dtype.
+        timestep: t in [0, 1], `[1]`; in float64 where float32 would round it.
+        conditioning: Of this pass, every tensor with B samples.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    conditioning: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedCall:
+    """A pipeline call up to its denoising loop.
+
+    Attributes:
+        latents: Initial noise, `[B, C, H, W]`, of a video `[B, C, F, H, W]`, float32.
+        conditioning: The keyword arguments of `Engine.denoise` that carry the prompt.
+        num_inference_steps: Steps that the scheduler was set to; its `sigmas` and `timesteps`
+            hold the schedule.
+        finish: Turns final latents into what the pipeline returns.
+    """
+
+    latents: Tensor
+    conditioning: dict[str, Tensor]
+    num_inference_steps: int
+    finish: Callable[[Tensor], Any]
 
 
 def check_known(conditioning: Iterable[str], names: Sequence[str], model: str) -> None:
@@ -82,3 +141,31 @@ def batch_of(call: Mapping[str, Any], per_prompt: str = "num_images_per_prompt")
     else:
         prompts = 1 if isinstance(prompt, str) else len(prompt)
     return prompts * int(call[per_prompt])
+
+
+def model_arguments(arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Arguments of a transformer's call by name, after a refusal of what would be ignored.
+
+    Args:
+        arguments: Those that were given.
+        names: Those that are known.
+
+    Raises:
+        UnsupportedModelError: Another one has a value that means something.
+    """
+    for name, value in arguments.items():
+        if name in names or name in _POSITIONS or value is None or value is False or value == {}:
+            continue
+        raise UnsupportedModelError(
+            f"the pipeline gave its transformer `{name}`, which the compiled blocks could only "
+            "ignore; leave out what asks for it, or call the diffusers pipeline itself"
+        )
+    return {name: arguments[name] for name in names if arguments.get(name) is not None}
+
+
+def of_batch(tensors: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
+    """Tensors of one sample repeated for a batch, as diffusers broadcasts them."""
+    return {
+        name: tensor.expand(batch, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
+        for name, tensor in tensors.items()
+    }

@@ -26,15 +26,19 @@ from ddit_rt.families.base import (
     Family,
     Grid,
     Guidance,
-    PreparedCall,
     Runner,
     TensorSpec,
 )
 from ddit_rt.families.calls import (
+    ModelCall,
+    PipelineCall,
+    PreparedCall,
     batch_of,
     bind_call,
     check_known,
     check_shape,
+    model_arguments,
+    of_batch,
     refuse_ignored,
 )
 from ddit_rt.families.flux_calls import (
@@ -46,6 +50,8 @@ from ddit_rt.families.flux_calls import (
     wants_true_cfg,
 )
 
+_MODEL_CONDITIONING = ("encoder_hidden_states", "pooled_projections", "guidance")
+
 
 class FluxFamily(Family):
     """FLUX.1 text-to-image."""
@@ -54,9 +60,7 @@ class FluxFamily(Family):
     transformer_class: ClassVar[str] = "FluxTransformer2DModel"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
     conditioning_names: ClassVar[tuple[str, ...]] = (
-        "encoder_hidden_states",
-        "pooled_projections",
-        "guidance",
+        *_MODEL_CONDITIONING,
         *NEGATIVES.values(),
         "true_cfg_scale",
     )
@@ -270,48 +274,72 @@ class FluxFamily(Family):
             scheduler, num_inference_steps, sigmas=None if own_sigmas else sigmas, **shift
         )
 
-    def prepare(self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]) -> PreparedCall:
-        """See `Family.prepare`; follows `FluxPipeline.__call__` up to its section 6."""
+    def read_call(
+        self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
+    ) -> PipelineCall:
+        """See `Family.read_call`; follows `FluxPipeline.__call__`."""
         call = bind_call(pipeline, arguments)
         refuse_ignored(call)
         guided = wants_true_cfg(call)
         rows, columns = self.default_size(pipeline)
-        height, width = call["height"] or rows, call["width"] or columns
-        check_inputs(pipeline, call, height, width)
-        pipeline._guidance_scale = call["guidance_scale"]
+        call["height"], call["width"] = call["height"] or rows, call["width"] or columns
+        check_inputs(pipeline, call)
+        batch = batch_of(call)
+        shape = self.latent_shape(pipeline, call["height"], call["width"], batch)
+        if call["latents"] is not None:
+            check_shape("latents", call["latents"], _packed_shape(shape))
+        grid = Grid(height=shape[2] // PATCH, width=shape[3] // PATCH)
+        self.set_timesteps(scheduler, call["num_inference_steps"], call["sigmas"], grid)
+        scales = (float(call["true_cfg_scale"]),) if guided else ()
+        return PipelineCall(arguments=call, shape=shape, scales=scales, passes=1 + guided)
+
+    def encode_call(self, pipeline: Any, scheduler: Any, call: PipelineCall) -> PreparedCall:
+        """See `Family.encode_call`; follows `FluxPipeline.__call__` up to its section 6."""
+        arguments, shape = call.arguments, call.shape
+        pipeline._guidance_scale = arguments["guidance_scale"]
         pipeline._joint_attention_kwargs = {}
         pipeline._current_timestep = None
         pipeline._interrupt = False
+        pipeline._num_timesteps = len(scheduler.timesteps)
         device = pipeline._execution_device
-        shape = self.latent_shape(pipeline, height, width, batch_of(call))
-        conditioning = encode_prompts(pipeline, call, shape[0], guided=guided)
+        conditioning = encode_prompts(pipeline, call)
         embeds = conditioning["encoder_hidden_states"]
-        if call["latents"] is not None:
-            check_shape("latents", call["latents"], _packed_shape(shape))
         packed, _ = pipeline.prepare_latents(
             shape[0],
             shape[1],
-            height,
-            width,
+            arguments["height"],
+            arguments["width"],
             embeds.dtype,
             device,
-            call["generator"],
-            call["latents"],
+            arguments["generator"],
+            arguments["latents"],
         )
-        latents = ops.unpack(packed.contiguous(), PATCH, shape[2], shape[3]).float()
-        grid = Grid(height=shape[2] // PATCH, width=shape[3] // PATCH)
-        self.set_timesteps(scheduler, call["num_inference_steps"], call["sigmas"], grid)
-        pipeline._num_timesteps = len(scheduler.timesteps)
         if pipeline.transformer.config.guidance_embeds:
             conditioning["guidance"] = torch.full(
-                (shape[0],), float(call["guidance_scale"]), device=device
+                (shape[0],), float(arguments["guidance_scale"]), device=device
             )
         self.check_conditioning(pipeline.transformer, shape[0], conditioning)
         return PreparedCall(
-            latents=latents,
+            latents=self.unpack_latents(packed, shape).float(),
             conditioning=conditioning,
             num_inference_steps=len(scheduler.timesteps),
-            finish=lambda final: finish(pipeline, final.to(embeds.dtype), call),
+            finish=lambda final: finish(pipeline, final.to(embeds.dtype), arguments),
+        )
+
+    def read_model_call(
+        self, transformer: Any, shape: tuple[int, ...], arguments: Mapping[str, Any]
+    ) -> ModelCall:
+        """See `Family.read_model_call`. The positions are those of `shape`, as the pipeline's."""
+        given = model_arguments(arguments, ("hidden_states", "timestep", *_MODEL_CONDITIONING))
+        latents = given.pop("hidden_states")
+        check_shape("hidden_states", latents, _packed_shape(shape))
+        timestep = given.pop("timestep").reshape(-1)[:1].float()
+        conditioning = of_batch(given, shape[0])
+        self.check_conditioning(transformer, shape[0], conditioning)
+        return ModelCall(
+            latents=self.unpack_latents(latents, shape),
+            timestep=timestep,
+            conditioning=conditioning,
         )
 
     def encode_pictures(self, pipeline: Any, pixels: Tensor) -> Tensor:
@@ -321,15 +349,13 @@ class FluxFamily(Family):
         latents: Tensor = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
         return latents
 
-    def to_callback(self, latents: Tensor) -> Tensor:
+    def pack_latents(self, latents: Tensor) -> Tensor:
         """Packed tokens `[B, n, 4C]`, the layout inside `FluxPipeline`."""
         return ops.pack(latents, PATCH)
 
-    def from_callback(self, latents: Tensor, like: Tensor) -> Tensor:
-        """See `Family.from_callback`."""
-        height, width = like.shape[-2:]
-        check_shape("latents", latents, _packed_shape(like.shape))
-        return ops.unpack(latents.to(like.dtype).contiguous(), PATCH, height, width)
+    def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """See `Family.unpack_latents`."""
+        return ops.unpack(latents.contiguous(), PATCH, shape[-2], shape[-1])
 
 
 def _run_block(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt import ops
+from ddit_rt.families.calls import PipelineCall
 
 PATCH = 2
 """Side of the square of latent pixels that the pipeline packs into a token."""
@@ -37,7 +38,7 @@ def wants_true_cfg(call: Mapping[str, Any]) -> bool:
     return True
 
 
-def check_inputs(pipeline: Any, call: Mapping[str, Any], height: int, width: int) -> None:
+def check_inputs(pipeline: Any, call: Mapping[str, Any]) -> None:
     """The own checks of a FLUX pipeline."""
     names = (
         "negative_prompt",
@@ -52,16 +53,15 @@ def check_inputs(pipeline: Any, call: Mapping[str, Any], height: int, width: int
     pipeline.check_inputs(
         call["prompt"],
         call["prompt_2"],
-        height,
-        width,
+        call["height"],
+        call["width"],
         **{name: call[name] for name in names},
     )
 
 
-def encode_prompts(
-    pipeline: Any, call: Mapping[str, Any], batch: int, *, guided: bool
-) -> dict[str, Tensor]:
+def encode_prompts(pipeline: Any, checked: PipelineCall) -> dict[str, Tensor]:
     """Prompts as conditioning, with the negative ones where true guidance is asked for."""
+    call, batch, guided = checked.arguments, checked.shape[0], checked.guided
     conditioning: dict[str, Tensor] = {}
     for prefix in ("", "negative_") if guided else ("",):
         embeds, pooled, _ = pipeline.encode_prompt(
@@ -80,7 +80,7 @@ def encode_prompts(
         conditioning[f"{prefix}pooled_projections"] = pooled
     if guided:
         conditioning["true_cfg_scale"] = torch.tensor(
-            float(call["true_cfg_scale"]), device=pipeline._execution_device
+            checked.scales[0], device=pipeline._execution_device
         )
     return conditioning
 

@@ -29,11 +29,20 @@ from ddit_rt.families.base import (
     Family,
     Grid,
     Guidance,
-    PreparedCall,
     Runner,
     TensorSpec,
 )
-from ddit_rt.families.calls import bind_call, check_known, check_shape, refuse_ignored
+from ddit_rt.families.calls import (
+    ModelCall,
+    PipelineCall,
+    PreparedCall,
+    bind_call,
+    check_known,
+    check_shape,
+    model_arguments,
+    of_batch,
+    refuse_ignored,
+)
 from ddit_rt.families.wan_calls import (
     NEGATIVE,
     checked_batch,
@@ -41,6 +50,7 @@ from ddit_rt.families.wan_calls import (
     encode_prompts,
     finish,
     latent_size,
+    scales_of_call,
     second_scale,
 )
 from ddit_rt.families.wan_positions import rotary_tables
@@ -262,57 +272,78 @@ class WanFamily(Family):
                 f"got `sigmas`, which {type(scheduler).__name__} does not take; leave them out"
             )
 
-    def prepare(self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]) -> PreparedCall:
-        """See `Family.prepare`; follows `WanPipeline.__call__` up to its section 6."""
+    def read_call(
+        self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
+    ) -> PipelineCall:
+        """See `Family.read_call`; follows `WanPipeline.__call__`."""
         call = bind_call(pipeline, arguments)
         refuse_ignored(call)
         batch = checked_batch(pipeline, call)
-        shape = self.latent_shape(
-            pipeline, call["height"], call["width"], batch, call["num_frames"]
-        )
-        pipeline._guidance_scale = call["guidance_scale"]
-        pipeline._guidance_scale_2 = second_scale(pipeline, call)
+        size = (call["height"], call["width"])
+        shape = self.latent_shape(pipeline, *size, batch, call["num_frames"])
+        if call["latents"] is not None:
+            check_shape("latents", call["latents"], shape)
+        grid = Grid(frames=shape[2], height=shape[3] // _PATCH[1], width=shape[4] // _PATCH[2])
+        self.set_timesteps(scheduler, call["num_inference_steps"], None, grid)
+        scales = scales_of_call(pipeline, call)
+        # A callback may turn guidance on, where there is a negative prompt for it.
+        both = bool(scales) or call["negative_prompt_embeds"] is not None
+        return PipelineCall(arguments=call, shape=shape, scales=scales, passes=1 + both)
+
+    def encode_call(self, pipeline: Any, scheduler: Any, call: PipelineCall) -> PreparedCall:
+        """See `Family.encode_call`; follows `WanPipeline.__call__` up to its section 6."""
+        arguments, shape = call.arguments, call.shape
+        pipeline._guidance_scale = arguments["guidance_scale"]
+        pipeline._guidance_scale_2 = second_scale(pipeline, arguments)
         pipeline._attention_kwargs = None
         pipeline._current_timestep = None
         pipeline._interrupt = False
-        if call["latents"] is not None:
-            check_shape("latents", call["latents"], shape)
+        pipeline._num_timesteps = len(scheduler.timesteps)
         device = pipeline._execution_device
-        conditioning = encode_prompts(pipeline, call, batch, device)
-        self.check_conditioning(pipeline.transformer, batch, conditioning)
+        conditioning = encode_prompts(pipeline, call, device)
+        self.check_conditioning(pipeline.transformer, shape[0], conditioning)
         latents = pipeline.prepare_latents(
-            batch,
+            shape[0],
             shape[1],
-            call["height"],
-            call["width"],
-            call["num_frames"],
+            arguments["height"],
+            arguments["width"],
+            arguments["num_frames"],
             torch.float32,
             device,
-            call["generator"],
-            call["latents"],
+            arguments["generator"],
+            arguments["latents"],
         )
-        grid = Grid(frames=shape[2], height=shape[3] // _PATCH[1], width=shape[4] // _PATCH[2])
-        self.set_timesteps(scheduler, call["num_inference_steps"], None, grid)
-        pipeline._num_timesteps = len(scheduler.timesteps)
         return PreparedCall(
             latents=latents,
             conditioning=conditioning,
             num_inference_steps=len(scheduler.timesteps),
-            finish=lambda final: finish(pipeline, final, call),
+            finish=lambda final: finish(pipeline, final, arguments),
         )
+
+    def read_model_call(
+        self, transformer: Any, shape: tuple[int, ...], arguments: Mapping[str, Any]
+    ) -> ModelCall:
+        """See `Family.read_model_call`."""
+        names = ("hidden_states", "timestep", "encoder_hidden_states")
+        given = model_arguments(arguments, names)
+        latents = given.pop("hidden_states")
+        check_shape("hidden_states", latents, shape)
+        timestep = given.pop("timestep").reshape(-1)[:1].double() / 1000
+        conditioning = of_batch(given, shape[0])
+        self.check_conditioning(transformer, shape[0], conditioning)
+        return ModelCall(latents=latents, timestep=timestep, conditioning=conditioning)
 
     def encode_pictures(self, pipeline: Any, pixels: Tensor) -> Tensor:
         """Pictures are for training adapters, which this version does not do for Wan."""
         raise UnsupportedModelError("this version trains no adapters for Wan")
 
-    def to_callback(self, latents: Tensor) -> Tensor:
+    def pack_latents(self, latents: Tensor) -> Tensor:
         """The latents as they are."""
         return latents
 
-    def from_callback(self, latents: Tensor, like: Tensor) -> Tensor:
-        """See `Family.from_callback`."""
-        check_shape("latents", latents, like.shape)
-        return latents.to(like.dtype)
+    def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The latents as they are."""
+        return latents
 
 
 def _run_block(

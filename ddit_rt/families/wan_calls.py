@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt.errors import ShapeError
-from ddit_rt.families.calls import batch_of
+from ddit_rt.families.calls import PipelineCall, batch_of
 
 NEGATIVE = "negative_encoder_hidden_states"
 """Conditioning of the second pass."""
@@ -68,6 +68,15 @@ def checked_batch(pipeline: Any, call: Mapping[str, Any]) -> int:
     return batch_of(call, "num_videos_per_prompt")
 
 
+def scales_of_call(pipeline: Any, call: Mapping[str, Any]) -> tuple[float, ...]:
+    """Guidance scale of each expert; empty where the call asks for none."""
+    if call["guidance_scale"] <= 1:
+        return ()
+    second = second_scale(pipeline, call)
+    scale = float(call["guidance_scale"])
+    return (scale,) if second is None else (scale, second)
+
+
 def second_scale(pipeline: Any, call: Mapping[str, Any]) -> float | None:
     """Guidance scale of the second expert, by default the first's; None where there is none."""
     if pipeline.config.boundary_ratio is None:
@@ -76,11 +85,9 @@ def second_scale(pipeline: Any, call: Mapping[str, Any]) -> float | None:
     return float(call["guidance_scale"] if second is None else second)
 
 
-def encode_prompts(
-    pipeline: Any, call: Mapping[str, Any], batch: int, device: torch.device
-) -> dict[str, Tensor]:
+def encode_prompts(pipeline: Any, checked: PipelineCall, device: torch.device) -> dict[str, Tensor]:
     """Prompts as conditioning, with the negative half where guidance is asked for."""
-    guided = call["guidance_scale"] > 1
+    call, batch, guided = checked.arguments, checked.shape[0], checked.guided
     embeds, negative = pipeline.encode_prompt(
         prompt=call["prompt"],
         negative_prompt=call["negative_prompt"],
@@ -104,9 +111,8 @@ def encode_prompts(
     conditioning = {"encoder_hidden_states": repeated(embeds)}
     if guided:
         conditioning[NEGATIVE] = repeated(negative)
-        scale, second = float(call["guidance_scale"]), second_scale(pipeline, call)
-        scales = scale if second is None else [scale, second]
-        conditioning["guidance_scale"] = torch.tensor(scales, device=device)
+        scales = torch.tensor(checked.scales, device=device)
+        conditioning["guidance_scale"] = scales if len(scales) > 1 else scales[0]
     return conditioning
 
 

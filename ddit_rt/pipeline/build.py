@@ -31,6 +31,7 @@ from ddit_rt.errors import ArtifactMismatchError
 from ddit_rt.families import Family
 from ddit_rt.families.base import BlockType
 from ddit_rt.patch_scheduler import PatchPolicy, patch_name
+from ddit_rt.pipeline.compiled import CompiledModel
 from ddit_rt.pipeline.engine import Engine
 from ddit_rt.pipeline.inputs import (
     check_adapters,
@@ -40,7 +41,6 @@ from ddit_rt.pipeline.inputs import (
     parse_multiples,
     unwrap,
 )
-from ddit_rt.pipeline.planning import CompiledModel
 from ddit_rt.step_cache import StepCache
 from ddit_rt.version import __version__
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,21 @@ from torch import Tensor
 from ddit_rt.artifact import Artifact
 from ddit_rt.buckets import latent_frames
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.executor import CaptureReport, ProgressCallback, RunPlan, RunTrace, StepCallback
+from ddit_rt.executor import CaptureReport, ProgressCallback, RunPlan, RunTrace
+from ddit_rt.families.calls import PipelineCall
 from ddit_rt.patch_scheduler import FinePolicy, PatchPolicy
-from ddit_rt.pipeline.callbacks import pipeline_callback, progress_callback
+from ddit_rt.pipeline.compiled import CompiledModel
+from ddit_rt.pipeline.driven import PipelineRun
 from ddit_rt.pipeline.guidance import WHOLE_RUN
+from ddit_rt.pipeline.history import SeenLatents
 from ddit_rt.pipeline.inputs import check_executor
-from ddit_rt.pipeline.loop import Loop
+from ddit_rt.pipeline.loop import Loop, StepCallback, warn_of_nan
 from ddit_rt.pipeline.lora import FusedLora, lora_component
-from ddit_rt.pipeline.planning import CompiledModel
+from ddit_rt.pipeline.outline import Outline
+from ddit_rt.pipeline.planning import plan_run
 from ddit_rt.pipeline.presets import PolicyChoice, ResolvedPolicy, requested_steps
-from ddit_rt.pipeline.prompt import RunPrompt
 from ddit_rt.pipeline.requests import Planner, check_latents
+from ddit_rt.solver import SolverTable, own_steps, probe_scheduler
 from ddit_rt.step_cache import StepCache, TeaCache
 
 
@@ -39,7 +43,8 @@ class Engine:
         pipeline: The diffusers pipeline, or None for a bare transformer.
         annotate: Whether profilers see named ranges of a run; see `executor.ranges`. May be set.
         batched_guidance: Whether the two halves of classifier-free guidance run as one batch of
-            two, the default, or one after the other, which takes less memory. May be set.
+            two, the default, or one after the other, which takes less memory. May be set. Where
+            the pipeline's own loop drives, they come one after the other.
     """
 
     def __init__(
@@ -74,9 +79,9 @@ class Engine:
         """How a CUDA run is driven; may be set between runs.
 
         `"loop"`: one graph launch per image. `"step"`: one per step. `"host"`: the host chooses
-        each step's graph; slowest, for profilers. `"auto"`: `loop`, or `step` where a
-        `callback_on_step_end` asks for tensors; `last_trace` says which. A CPU model has only
-        `"auto"`.
+        each step's graph; slowest, for profilers. `"auto"`: `loop`. Where something else takes the
+        steps, the pipeline's own loop or a scheduler, it launches every step's graph, whatever is
+        set here; `last_trace` says which, and why. A CPU model has only `"auto"`.
         """
         return self._loop.form
 
@@ -129,7 +134,10 @@ class Engine:
                 none; by default what the plan was calibrated with where `patch_policy` names one,
                 else the artifact's.
             arguments: Every other argument of the pipeline's `__call__`, with its defaults;
-                `height` and `width` default to those given to `compile`.
+                `height` and `width` default to those given to `compile`. With a
+                `callback_on_step_end`, or a scheduler that is no fixed table (it draws noise,
+                say), the pipeline's own loop drives the compiled model, so that the callback may
+                see and change all that it may in diffusers.
 
         Returns:
             What the pipeline returns; `last_trace` says what the run did.
@@ -153,17 +161,27 @@ class Engine:
             )
             if choice.num_inference_steps is not None:
                 arguments["num_inference_steps"] = choice.num_inference_steps
+            arguments["prompt"] = prompt
             scheduler = copy.deepcopy(self.pipeline.scheduler)
             family = self._compiled.steps.family
-            call = family.prepare(self.pipeline, scheduler, {"prompt": prompt, **arguments})
-            plan, text = self._plan(
-                call.latents, call.conditioning, scheduler, choice, guidance_interval, step_cache
+            call = family.read_call(self.pipeline, scheduler, arguments)
+            table, problem = self._planner.solver(scheduler)
+            outline = self._outline(
+                call.shape,
+                scheduler,
+                table,
+                choice,
+                guided=call.guided,
+                guidance_interval=guidance_interval,
+                step_cache=step_cache,
             )
-            on_step_end = pipeline_callback(self.pipeline, scheduler, text, arguments)
-            with self.pipeline.progress_bar(total=call.num_inference_steps) as bar:
-                on_progress = progress_callback(self.pipeline, scheduler, arguments, bar)
-                final = self._run(plan, call.latents, on_step_end, on_progress)
-            return call.finish(final)
+            if problem or arguments.get("callback_on_step_end") is not None:
+                return self._drive(outline, call, scheduler, arguments, problem)
+            prepared = family.encode_call(self.pipeline, scheduler, call)
+            plan = self._plan(outline, prepared.conditioning)
+            with self.pipeline.progress_bar(total=prepared.num_inference_steps) as bar:
+                final = self._run(plan, prepared.latents, lambda _: bar.update(), self._interrupted)
+            return prepared.finish(final)
 
     @torch.no_grad()
     def denoise(
@@ -189,8 +207,11 @@ class Engine:
             sigmas: Noise levels of the steps, before the scheduler's own shift.
             patch_policy: As in `__call__`.
             step_cache: As in `__call__`.
-            callback: Called after every step with its index and the latents; may return latents
-                to go on from.
+            callback: Called after every step with its index and the latents, float32, which the
+                scheduler made; it may edit them in place, or return others of the same shape to
+                go on from. The copied scheduler then takes its steps itself, so that this means
+                what it means in a diffusers pipeline, correctors included. Nothing else of the
+                run may be changed.
             guidance_interval: As in `__call__`.
             conditioning: The transformer's own arguments: for FLUX `encoder_hidden_states`
                 `[B, T, D]`, `pooled_projections` `[B, P]`, `guidance` `[B]`; for Wan
@@ -218,8 +239,19 @@ class Engine:
             grid = model.grid(height, width, frames=latent_frames(latents.shape))
             model.family.set_timesteps(scheduler, choice.num_inference_steps or steps, sigmas, grid)
             latents = latents.to(model.device, torch.float32, non_blocking=True)
-            plan, _ = self._plan(latents, given, scheduler, choice, guidance_interval, step_cache)
-            return self._run(plan, latents, callback, None)
+            table, problem = self._planner.solver(scheduler)
+            outline = self._outline(
+                tuple(latents.shape),
+                scheduler,
+                table,
+                choice,
+                guided=model.family.guidance(given) is not None,
+                guidance_interval=guidance_interval,
+                step_cache=step_cache,
+            )
+            if problem or callback is not None:
+                return self._by_scheduler(outline, given, latents, scheduler, callback, problem)
+            return self._run(self._plan(outline, given), latents, None, lambda: False)
 
     @torch.no_grad()
     def measuring_plan(
@@ -243,12 +275,19 @@ class Engine:
             cache = replace(cache, use_ret_steps=True, first=1)
         with self._lock:
             scheduler = copy.deepcopy(self.pipeline.scheduler)
-            call = self._compiled.steps.family.prepare(self.pipeline, scheduler, arguments)
-            choice = ResolvedPolicy(policy=FinePolicy())
-            plan, _ = self._plan(
-                call.latents, call.conditioning, scheduler, choice, WHOLE_RUN, cache
+            call = self._compiled.steps.family.read_call(self.pipeline, scheduler, arguments)
+            outline = self._outline(
+                call.shape,
+                scheduler,
+                probe_scheduler(scheduler),
+                ResolvedPolicy(policy=FinePolicy()),
+                guided=call.guided,
+                guidance_interval=WHOLE_RUN,
+                step_cache=cache,
             )
-            return plan, call.latents.to(self._device, torch.float32)
+            prepared = self._compiled.steps.family.encode_call(self.pipeline, scheduler, call)
+            plan = self._plan(outline, prepared.conditioning)
+            return plan, prepared.latents.to(self._device, torch.float32)
 
     def cancel(self) -> None:
         """Ends the current run between two steps; its caller gets `RunCancelled`.
@@ -303,46 +342,95 @@ class Engine:
 
         return FlowMatchEulerDiscreteScheduler()
 
-    def _plan(
+    def _outline(
         self,
-        latents: Tensor,
-        conditioning: dict[str, Tensor],
+        shape: tuple[int, ...],
         scheduler: Any,
+        solver: SolverTable,
         choice: ResolvedPolicy,
+        *,
+        guided: bool,
         guidance_interval: tuple[float, float],
         step_cache: StepCache | None,
-    ) -> tuple[RunPlan, RunPrompt]:
-        """Checks the weights, then fixes the run."""
+    ) -> Outline:
+        """Checks the weights, then fixes the run but for its prompt."""
         self._planner.check_model()
         if self._compiled.rebind():
             self._loop.forget()
-        return self._planner.plan(
-            tuple(latents.shape),
-            conditioning,
+        return self._planner.outline(
+            shape,
             scheduler,
+            solver,
             choice,
-            batched_guidance=self.batched_guidance,
+            guided=guided,
             guidance_interval=guidance_interval,
             step_cache=step_cache,
             experts=self._compiled.steps.family.expert_steps(self.pipeline, scheduler),
+        )
+
+    def _plan(self, outline: Outline, conditioning: Mapping[str, Tensor]) -> RunPlan:
+        return plan_run(
+            self._compiled, outline, conditioning, batched_guidance=self.batched_guidance
         )
 
     def _run(
         self,
         plan: RunPlan,
         latents: Tensor,
-        on_step_end: StepCallback | None,
         on_progress: ProgressCallback | None,
+        interrupted: Callable[[], bool],
     ) -> Tensor:
         return self._loop.run(
-            plan,
-            latents,
-            on_step_end,
-            on_progress,
-            interrupted=self._interrupted,
-            annotate=self.annotate,
+            plan, latents, on_progress, interrupted=interrupted, annotate=self.annotate
         )
 
+    def _by_scheduler(
+        self,
+        outline: Outline,
+        conditioning: Mapping[str, Tensor],
+        latents: Tensor,
+        scheduler: Any,
+        callback: StepCallback | None,
+        problem: str,
+    ) -> Tensor:
+        """Runs the denoising loop with a scheduler that takes its steps itself."""
+        outline = self._planner.by_another(
+            replace(outline, solver=own_steps(scheduler)),
+            "the scheduler's own steps",
+            problem or "a callback comes between them",
+            aloud=bool(problem),
+        )
+        plan = self._plan(outline, conditioning)
+        return self._loop.by_scheduler(plan, latents, scheduler, callback, annotate=self.annotate)
+
+    def _drive(
+        self,
+        outline: Outline,
+        call: PipelineCall,
+        scheduler: Any,
+        arguments: Mapping[str, Any],
+        problem: str,
+    ) -> Any:
+        """Runs the pipeline's own call; see `driven.py`."""
+        reason = problem or "callback_on_step_end may see and change all that it does"
+        if call.passes > 1 and self.batched_guidance:
+            reason += "; the passes of guidance run one after the other"
+        table = None if problem or not outline.scored else outline.solver
+        outline = self._planner.by_another(
+            replace(outline, solver=own_steps(scheduler)),
+            "the pipeline's own loop",
+            reason,
+            aloud=bool(problem),
+        )
+        scales = [call.scales[expert] for expert in outline.experts] if call.guided else []
+        seen = SeenLatents(self._compiled.steps.family, call.shape, table, scales)
+        with self._loop.driven("pipeline", outline.steps, annotate=self.annotate) as run:
+            drive = PipelineRun(self.pipeline, self._compiled, outline, call, run, seen)
+            result = drive(arguments)
+        # Behind `_drive`, the engine's call and its no_grad: the caller.
+        warn_of_nan(self.last_trace, stacklevel=4)
+        return result
+
     def _interrupted(self) -> bool:
-        """Diffusers' own way to end a run: a callback sets `pipeline._interrupt`."""
-        return self.pipeline is not None and bool(getattr(self.pipeline, "_interrupt", False))
+        """Diffusers' own way to end a run: someone sets `pipeline._interrupt`."""
+        return bool(getattr(self.pipeline, "_interrupt", False))

@@ -14,13 +14,11 @@ WHOLE_RUN = (0.0, 1.0)
 """The interval of a run that is guided from its first step to its last."""
 
 
-def guided_steps(
-    guidance: Guidance | None, interval: tuple[float, float], steps: int
-) -> tuple[bool, ...]:
+def guided_steps(guided: bool, interval: tuple[float, float], steps: int) -> tuple[bool, ...]:
     """Which steps are guided where the run is; all of a run without guidance.
 
     Args:
-        guidance: The run's; None for a run without.
+        guided: Whether the run has guidance.
         interval: Start and stop as shares of the steps, rounded down to whole steps, as diffusers'
             guiders have it: steps k with int(start N) <= k < int(stop N) are guided.
         steps: N.
@@ -37,7 +35,7 @@ def guided_steps(
             f"got guidance_interval={interval!r}; expected (start, stop), shares of the steps with "
             "0 <= start <= stop <= 1"
         )
-    if guidance is None and (start, stop) != WHOLE_RUN:
+    if not guided and (start, stop) != WHOLE_RUN:
         raise ValueError(
             f"got guidance_interval={interval} for a run without classifier-free guidance; ask "
             "for it (`guidance_scale` > 1 for Wan; `true_cfg_scale` > 1 and a negative prompt "

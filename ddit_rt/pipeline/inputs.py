@@ -15,7 +15,7 @@ from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.executor import FORMS
 from ddit_rt.families import Family, family_of
 from ddit_rt.patch_scheduler import parse_patch, patch_name
-from ddit_rt.pipeline.planning import CompiledModel
+from ddit_rt.pipeline.compiled import CompiledModel
 
 
 def unwrap(model: Any) -> tuple[Any, nn.Module, Family]:

@@ -1,26 +1,39 @@
-"""The step loop of one engine: what drives it, how it ends early, and its latest trace."""
+"""The step loop of one engine: what drives it, how it ends early, and its latest trace.
+
+A run is driven in one of three ways. The executor's own loop takes its solver's steps from a table;
+on a device it needs no host. Where a callback comes between the steps, or the scheduler is no
+table, the scheduler takes them: in `by_scheduler` for `Engine.denoise`, and in the pipeline's own
+loop for `Engine.__call__` (`driven.py`).
+"""
 
 from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddit_rt.errors import RunCancelled
+from ddit_rt.errors import RunCancelled, ShapeError
 from ddit_rt.executor import (
     CaptureReport,
     CpuExecutor,
     CudaExecutor,
+    Executor,
     ProgressCallback,
     RunPlan,
     RunTrace,
-    StepCallback,
+    StepSession,
     TorchGraphs,
 )
-from ddit_rt.pipeline.callbacks import follow_replaced
+
+StepCallback = Callable[[int, Tensor], Tensor | None]
+"""Called after a step with its index and the new latents, which it may edit in place; may return
+latents to go on from."""
 
 
 class Loop:
@@ -39,6 +52,7 @@ class Loop:
             CudaExecutor(TorchGraphs(device)) if device.type == "cuda" else CpuExecutor()
         )
         self._cancelled = threading.Event()
+        self._running = False
 
     @property
     def form(self) -> str:
@@ -68,18 +82,16 @@ class Loop:
         self,
         plan: RunPlan,
         latents: Tensor,
-        on_step_end: StepCallback | None,
         on_progress: ProgressCallback | None,
         *,
         interrupted: Callable[[], bool],
         annotate: bool,
     ) -> Tensor:
-        """Runs a plan to its end.
+        """Runs a plan to its end, by its solver table.
 
         Args:
             plan: The plan.
             latents: z_0, as in `Engine.denoise`.
-            on_step_end: As in `Executor.run`; what it returns enters as the scheduler takes it.
             on_progress: As in `Executor.run`.
             interrupted: Asked before every step, beside `cancel`.
             annotate: Whether profilers see named ranges.
@@ -91,31 +103,168 @@ class Loop:
             ValueError: The initial latents are not finite.
             RunCancelled: `cancel` was called.
         """
-        self._cancelled.clear()
-        finite = FiniteCheck(latents)
-        pending = None
-        if on_step_end is not None:
-            plan, on_step_end, pending = follow_replaced(plan, latents, on_step_end)
-        final, self.trace = self._executor.run(
-            plan,
-            latents,
-            on_step_end=on_step_end,
-            on_progress=on_progress,
-            should_stop=lambda: interrupted() or self._cancelled.is_set(),
-            annotate=annotate,
-        )
-        if pending is not None:
-            final += pending  # what no further step used
+        with self._alone():
+            finite = FiniteCheck(latents)
+            final, self.trace = self._executor.run(
+                plan,
+                latents,
+                on_progress=on_progress,
+                should_stop=lambda: interrupted() or self._cancelled.is_set(),
+                annotate=annotate,
+            )
         finite.require()
         if self._cancelled.is_set():
-            raise RunCancelled(f"cancelled after {len(self.trace)} of {plan.policy.steps} steps")
-        if self.trace.nonfinite:
-            warnings.warn(
-                "the latents became NaN or infinite during the run; the patch scheduler fell "
-                "back to p, and the result is not usable (check the model's dtype and weights)",
-                stacklevel=5,  # behind `Engine._run`, the engine's call and its no_grad: the caller
-            )
+            raise cancelled(len(self.trace), plan.policy.steps)
+        # Behind `run`, `Engine._run`, the engine's call and its no_grad: the caller.
+        warn_of_nan(self.trace, stacklevel=5)
         return final
+
+    @contextmanager
+    def driven(self, driver: str, steps: int, *, annotate: bool) -> Iterator[DrivenRun]:
+        """A run whose steps are taken elsewhere; afterwards `trace` is that run's.
+
+        Args:
+            driver: Who takes them, for the trace.
+            steps: Their number.
+            annotate: Whether profilers see named ranges.
+        """
+        with self._alone():
+            run = DrivenRun(self._executor, self._cancelled, driver, steps, annotate=annotate)
+            try:
+                yield run
+                run.check_cancelled()
+            except RunCancelled:
+                self.trace = run.close(early=True)
+                raise
+            except BaseException:
+                run.close(early=True)
+                raise
+            self.trace = run.close()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One run at a time: what a shape has captured holds one run's latents."""
+        if self._running:
+            raise ValueError(
+                "a callback called the engine whose run it belongs to; let the run end first, or "
+                "call another engine"
+            )
+        self._running = True
+        self._cancelled.clear()
+        try:
+            yield
+        finally:
+            self._running = False
+
+    def by_scheduler(
+        self,
+        plan: RunPlan,
+        latents: Tensor,
+        scheduler: Any,
+        callback: StepCallback | None,
+        *,
+        annotate: bool,
+    ) -> Tensor:
+        """Runs a plan to its end, a diffusers scheduler taking its steps.
+
+        Args:
+            plan: The plan; its solver is `own_steps`.
+            latents: z_0, as in `Engine.denoise`.
+            scheduler: The run's own, its timesteps set.
+            callback: See `StepCallback`.
+            annotate: As in `run`.
+
+        Returns:
+            As `run`.
+
+        Raises:
+            ValueError, RunCancelled: As in `run`.
+        """
+        scheduler.set_begin_index(0)
+        with self.driven("scheduler", plan.policy.steps, annotate=annotate) as run:
+            session = run.open(plan, latents)
+            for step, timestep in enumerate(scheduler.timesteps):
+                run.check_cancelled()
+                branch = session.decide(step, latents)
+                velocity = session.velocity(plan.stages[step], branch, latents).float()
+                latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                run.end_step()
+                given = None if callback is None else callback(step, latents)
+                latents = latents if given is None else _like(given, latents)
+        # Behind `by_scheduler`, `Engine._by_scheduler`, the engine's call and its no_grad.
+        warn_of_nan(self.trace, stacklevel=5)
+        return latents
+
+
+class DrivenRun:
+    """What a run whose steps are taken elsewhere has of its engine.
+
+    Attributes:
+        done: Steps that are over.
+        notes: Added to the trace's.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        wish: threading.Event,
+        driver: str,
+        steps: int,
+        *,
+        annotate: bool,
+    ) -> None:
+        self.done = 0
+        self.notes: list[str] = []
+        self._executor = executor
+        self._wish = wish
+        self._driver = driver
+        self._annotate = annotate
+        self._session: StepSession | None = None
+        self._steps = steps
+        self._finite: FiniteCheck | None = None
+
+    def open(self, plan: RunPlan, latents: Tensor) -> StepSession:
+        """Begins it.
+
+        Args:
+            plan: The plan.
+            latents: z_0, float32.
+
+        Raises:
+            ValueError: They are not finite; on a device this shows at the end.
+        """
+        self._finite = FiniteCheck(latents)
+        self._session = self._executor.open(
+            plan, latents, driver=self._driver, annotate=self._annotate
+        )
+        return self._session
+
+    def end_step(self) -> None:
+        """A step is over, but for callbacks."""
+        assert self._session is not None, "the first step opens the run"
+        self._session.end_step()
+        self.done += 1
+
+    def check_cancelled(self) -> None:
+        """Raises `RunCancelled` if the engine's `cancel` was called."""
+        if self._wish.is_set():
+            raise cancelled(self.done, self._steps)
+
+    def close(self, *, early: bool = False) -> RunTrace | None:
+        """Ends it; the trace, if it had begun.
+
+        Args:
+            early: Whether something has raised.
+
+        Raises:
+            ValueError: The initial latents were not finite.
+        """
+        if self._session is None:
+            return None
+        trace = self._session.close(cancelled=early or self.done < self._steps)
+        if self._finite is not None and not early:
+            self._finite.require()
+        return replace(trace, notes=(*trace.notes, *self.notes))
 
 
 class FiniteCheck:
@@ -137,3 +286,28 @@ class FiniteCheck:
         """Raises if they were not finite. On a device: only once the run is over."""
         if not bool(self._finite):
             raise ValueError("the initial latents hold NaN or infinity; give finite noise")
+
+
+def _like(given: Tensor, latents: Tensor) -> Tensor:
+    """What a callback returned, as the run has its latents."""
+    if given.shape != latents.shape:
+        raise ShapeError(
+            f"the callback returned latents of shape {list(given.shape)}; expected "
+            f"{list(latents.shape)}"
+        )
+    return given.to(latents)
+
+
+def cancelled(done: int, steps: int) -> RunCancelled:
+    """What a run that was cancelled ends with."""
+    return RunCancelled(f"cancelled after {done} of {steps} steps")
+
+
+def warn_of_nan(trace: RunTrace | None, stacklevel: int) -> None:
+    """Says so where a run's latents became NaN or infinite."""
+    if trace is not None and trace.nonfinite:
+        warnings.warn(
+            "the latents became NaN or infinite during the run; the patch scheduler fell back to "
+            "p, and the result is not usable (check the model's dtype and weights)",
+            stacklevel=stacklevel + 1,
+        )

@@ -14,7 +14,7 @@ from ddit_rt.artifact import Artifact, BucketEntry
 from ddit_rt.buckets import StepModel, latent_frames
 from ddit_rt.families import Family, family_of
 from ddit_rt.patch_scheduler import parse_patch
-from ddit_rt.solver import probe_scheduler
+from ddit_rt.solver import solver_of
 
 _STEPS = 50
 _FLOAT = 4
@@ -173,7 +173,7 @@ def _velocity_depth(run: _Run, pipeline: Any) -> int:
     height, width = run.shape[-2:]
     grid = run.model.grid(height, width, frames=latent_frames(run.shape))
     run.model.family.set_timesteps(scheduler, run.steps, None, grid)
-    return probe_scheduler(scheduler).velocity_depth
+    return solver_of(scheduler)[0].velocity_depth
 
 
 def _bucket_memory(run: _Run, entry: BucketEntry) -> BucketMemory:

@@ -1,246 +1,196 @@
-"""From a compiled model and one request to a `RunPlan`: all that is fixed before the loop."""
+"""From a compiled model, an outline and a prompt to a `RunPlan`: what is fixed before the loop."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddit_rt.adapters import AdapterSet, adapter_bucket
-from ddit_rt.artifact import TokenRanges
+from ddit_rt.adapters import adapter_bucket
 from ddit_rt.buckets import (
     Bucket,
     Detail,
     FineBucket,
+    Pass,
     RunContext,
-    Runners,
     Signal,
     SnrBucket,
     StepModel,
     UnguidedBucket,
     latent_frames,
 )
-from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.executor import CachePlan, RunPlan
-from ddit_rt.patch_scheduler import PatchPolicy, PolicyTable, Schedule, patch_name
-from ddit_rt.pipeline.caching import resolve_cache
-from ddit_rt.pipeline.guidance import WHOLE_RUN, guided_steps, scales_of
-from ddit_rt.pipeline.prompt import RunPrompt
-from ddit_rt.pipeline.stages import Stage, computed_at_changes, fine_at_switches, stages_of
-from ddit_rt.solver import SolverTable
-from ddit_rt.step_cache import CacheFit, NoCache, ResolvedCache, StepCache
+from ddit_rt.pipeline.compiled import CompiledModel
+from ddit_rt.pipeline.guidance import passes_of, scales_of
+from ddit_rt.pipeline.outline import Outline
+from ddit_rt.pipeline.stages import Stage, stages_of
 
-_NO_CACHE = NoCache()
 _CAPACITY = 64
 """Rows of the tables of a captured run come in multiples of this."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class CompiledModel:
-    """A transformer with its blocks ready to run, for every patch size.
-
-    Attributes:
-        steps: The unmodified model.
-        multiples: Patch sizes that were asked for, as multiples of p, ascending, 1 first.
-        ranges: Batch sizes and token counts that the compiled blocks accept.
-        adapters: Trained adapters; a coarse size without one runs training-free.
-        adapter_runners: Blocks with LoRA, by multiple, for every adapter.
-        experts: Models of the same class and size that take over in later steps; in order.
-    """
-
-    steps: StepModel
-    multiples: tuple[int, ...]
-    ranges: TokenRanges
-    adapters: AdapterSet = field(default_factory=AdapterSet)
-    adapter_runners: Mapping[int, Runners] = field(default_factory=dict)
-    experts: tuple[StepModel, ...] = ()
-
-    @property
-    def models(self) -> tuple[StepModel, ...]:
-        """All of them."""
-        return (self.steps, *self.experts)
-
-    def offered(
-        self, height: int, width: int, frames: int = 0
-    ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """Patch sizes that a latent of `height` x `width` offers, and why others are not.
-
-        Raises:
-            ShapeError: Not even p divides the latent, or its tokens are out of range.
-        """
-        offered, notes = [], []
-        for multiple in self.multiples:
-            problem = self._problem(height, width, frames, multiple)
-            if problem is None:
-                offered.append(multiple)
-            elif multiple == 1:
-                raise ShapeError(f"cannot run a latent of {height} x {width}: {problem}")
-            else:
-                notes.append(f"{patch_name(multiple)} is not offered at this size: {problem}")
-        return tuple(offered), tuple(notes)
-
-    def _problem(self, height: int, width: int, frames: int, multiple: int) -> str | None:
-        patch = self.steps.patch_size * multiple
-        if height % patch or width % patch:
-            return f"patches of {patch} latent pixels do not divide {height} x {width}"
-        tokens = self.steps.grid(height, width, multiple, frames).tokens
-        low, high = self.ranges.image
-        if not low <= tokens <= high:
-            return f"{tokens} image tokens are outside the compiled range {low} to {high}"
-        return None
-
-    def rebind(self) -> bool:
-        """Binds runners again whose weights the model has moved; whether there were any."""
-        moved = False
-        bases = (model.base for model in self.models)
-        for runners in (*bases, *self.adapter_runners.values()):
-            for blocks in runners.values():
-                for runner in blocks:
-                    if runner.stale():
-                        runner.rebind()
-                        moved = True
-        return moved
-
-    def check_sizes(self, batch: int, text_tokens: int) -> None:
-        """Refuses a batch or a text length that the compiled blocks were not built for."""
-        for name, count, (low, high) in (
-            ("batch size", batch, self.ranges.batch),
-            ("text length", text_tokens, self.ranges.text),
-        ):
-            if not low <= count <= high:
-                raise ShapeError(
-                    f"got a {name} of {count}; the compiled range is {low} to {high}. Compile "
-                    "again with a wider range, or split the request"
-                )
+Groups = Sequence[Sequence[Mapping[str, Tensor]]]
+"""Conditioning of every pass; the passes of a group run as one, and are joined by guidance."""
 
 
 def plan_run(
     compiled: CompiledModel,
-    *,
-    shape: tuple[int, ...],
+    outline: Outline,
     conditioning: Mapping[str, Tensor],
-    timesteps: Tensor,
-    solver: SolverTable,
-    policy: PatchPolicy,
+    *,
     batched_guidance: bool = True,
-    guidance_interval: tuple[float, float] = WHOLE_RUN,
-    step_cache: StepCache = _NO_CACHE,
-    fits: Sequence[CacheFit] = (),
-    experts: Sequence[int] = (),
-) -> tuple[RunPlan, RunPrompt]:
-    """Resolves the policy for this shape and schedule and builds the buckets it can reach.
+) -> RunPlan:
+    """The plan of a run that joins the halves of guidance itself.
 
     Args:
         compiled: The model.
-        shape: Latent shape `[B, C, H, W]` or `[B, C, F, H, W]`.
+        outline: The run.
         conditioning: Checked conditioning tensors.
-        timesteps: t that the model is given at each step, `[N]`.
-        solver: Solver table.
-        policy: Patch policy.
         batched_guidance: Whether the halves of classifier-free guidance run as one batch.
-        guidance_interval: Where the run is guided, as shares of its steps.
-        step_cache: Which steps reuse instead of compute.
-        fits: Fits of step caches for this model, beside published ones.
-        experts: Which of the models each step runs, `[N]`; by default the first.
-
-    Returns:
-        The plan, and the prompt in it, which a callback may change.
 
     Raises:
-        ShapeError: The shape, or a size that the policy forces, cannot be run.
-        ValueError: The policy cannot judge the steps of this solver, the interval is none, or the
-            step cache has no fit for this model.
-        UnsupportedModelError: A step cache for several experts.
+        ShapeError: Halves of unequal text lengths cannot be one batch, or a batch or text length
+            that the compiled blocks were not built for.
     """
-    height, width, frames = *shape[-2:], latent_frames(shape)
-    model, experts = compiled.steps, experts or (0,) * len(timesteps)
-    on_cuda = model.device.type == "cuda"
-    offered, notes = compiled.offered(height, width, frames)
-    table = policy.resolve(Schedule(sigmas=solver.sigmas, offered=offered))
-    _refuse_scores_of_repeated_levels(table, solver, policy)
-    table = fine_at_switches(table, experts)
-    guidance = model.family.guidance(conditioning)
-    stages, stage_of = stages_of(experts, guided_steps(guidance, guidance_interval, table.steps))
-    _refuse_cache_of_experts(compiled, step_cache)
-    cache = resolve_cache(step_cache, model, timesteps, fits)
-    if cache is not None:
-        cache = computed_at_changes(cache, stage_of)
-    prompt = RunPrompt.of(compiled.models, conditioning, batched=batched_guidance)
-    for one in prompt.passes[0]:
-        compiled.check_sizes(len(one.text), one.text.shape[1])
-    # One capture serves many step counts, and policies of any order of sizes.
-    capacity = -(-table.steps // _CAPACITY) * _CAPACITY if on_cuda else table.steps
-    keeps_detail = _keeps_detail(compiled, offered) and (on_cuda or table.coarse_after_fine())
-    scales = scales_of(guidance, experts, len(compiled.models))
-    if scales is not None:
-        scales = _table(scales, capacity, model.device)
-    context = RunContext(
-        passes=prompt.passes[0],
-        height=height,
-        width=width,
-        frames=frames,
-        sigmas=_table(torch.tensor(solver.sigmas[:-1]), capacity, model.device),
-        timesteps=_table(timesteps, capacity, model.device),
-        detail=Detail(shape, model.device) if keeps_detail else None,
-        scales=scales,
-        keeps_residual=cache is not None,
-    )
-    contexts = [replace(context, passes=passes) for passes in prompt.passes]
-    reachable = table.reachable()
-    own = [
-        [
-            _bucket(compiled, one, own_context, multiple) if index in reachable else None
-            for index, multiple in enumerate(offered)
-        ]
-        for one, own_context in zip(compiled.models, contexts, strict=True)
-    ]
-    plan = RunPlan(
+    guidance = compiled.steps.family.guidance(conditioning)
+    parts = passes_of(conditioning, guidance, batched_guidance)
+    scales = scales_of(guidance, outline.experts, len(compiled.models))
+    contexts = _contexts(compiled, outline, (parts,), scales)
+    own = [_buckets(compiled, outline, model, context) for model, (context,) in contexts]
+    stages, stage_of = stages_of(outline.experts, outline.guided)
+    return _plan(
+        compiled,
+        outline,
+        contexts,
         buckets=[_stage_buckets(own[stage.expert], stage) for stage in stages],
         stages=stage_of,
         stage_names=tuple(stage.name for stage in stages),
-        offered=offered,
-        policy=table,
-        solver=solver,
-        patch_size=model.patch_size,
-        capacity=capacity,
-        shared=_distinct(tensor for one in contexts for tensor in one.tensors()),
-        weights=_unwatched_weights(compiled.models) if on_cuda else (),
-        cache=_cache_plan(cache, model, context),
-        notes=notes,
     )
-    return plan, prompt
 
 
-def _refuse_scores_of_repeated_levels(
-    table: PolicyTable, solver: SolverTable, policy: PatchPolicy
-) -> None:
-    """Differences of latents say nothing where predicted and corrected ones take turns."""
-    levels = solver.sigmas[:-1]
-    if len(levels) > len(set(levels)) and any(map(table.scored, range(table.steps))):
-        raise ValueError(
-            f"{solver.source} visits each noise level twice, and {type(policy).__name__} compares "
-            "the latents of successive levels; pass patch_policy=FinePolicy() or a StaticPolicy, "
-            "or use another scheduler"
+def plan_passes(
+    compiled: CompiledModel, outline: Outline, conditionings: Sequence[Mapping[str, Tensor]]
+) -> RunPlan:
+    """The plan of a run whose passes are asked for one by one, and joined by who asks.
+
+    Args:
+        compiled: The model.
+        outline: The run.
+        conditionings: Conditioning of every pass of a step, that with the prompt first.
+
+    Returns:
+        A plan with a stage for every pass of every model: stage `e * P + i` is pass i of model e.
+
+    Raises:
+        ShapeError: A batch or text length that the compiled blocks were not built for.
+    """
+    contexts = _contexts(compiled, outline, [(one,) for one in conditionings], None)
+    names = [
+        [f"expert {expert + 1}"] * (expert > 0) + ["negative prompt"] * (place > 0)
+        for expert, place in itertools.product(range(len(contexts)), range(len(conditionings)))
+    ]
+    return _plan(
+        compiled,
+        outline,
+        contexts,
+        buckets=[
+            _buckets(compiled, outline, model, context)
+            for model, own in contexts
+            for context in own
+        ],
+        stages=(0,) * outline.steps,
+        stage_names=tuple(", ".join(parts) for parts in names),
+    )
+
+
+Contexts = Sequence[tuple[StepModel, Sequence[RunContext]]]
+"""Every model with a context for each group of passes."""
+
+
+def _contexts(
+    compiled: CompiledModel, outline: Outline, groups: Groups, scales: Tensor | None
+) -> Contexts:
+    model, shape = compiled.steps, outline.shape
+    device, capacity = model.device, _capacity(outline, model)
+    keeps_detail = _keeps_detail(compiled, outline.offered) and (
+        device.type == "cuda" or outline.policy.coarse_after_fine()
+    )
+    context = RunContext(
+        passes=(),
+        height=shape[-2],
+        width=shape[-1],
+        frames=latent_frames(shape),
+        sigmas=_table(torch.tensor(outline.solver.sigmas[:-1]), capacity, device),
+        timesteps=_table(outline.timesteps, capacity, device),
+        detail=None,
+        scales=None if scales is None else _table(scales, capacity, device),
+        keeps_residual=outline.cache is not None,
+    )
+    details = [Detail(shape, device) if keeps_detail else None for _ in groups]
+    contexts = [
+        (
+            one,
+            [
+                replace(context, passes=tuple(Pass.of(one, part) for part in group), detail=detail)
+                for group, detail in zip(groups, details, strict=True)
+            ],
         )
+        for one in compiled.models
+    ]
+    for one in contexts[0][1]:
+        for part in one.passes:
+            compiled.check_batch(len(part.text))
+            compiled.check_text(part.text.shape[1])
+    return contexts
 
 
-def _refuse_cache_of_experts(compiled: CompiledModel, step_cache: StepCache) -> None:
-    """What is fitted for one model says nothing of a run that changes models."""
-    if compiled.experts and not isinstance(step_cache, NoCache):
-        raise UnsupportedModelError(
-            f"got {type(step_cache).__name__} for a pipeline of {len(compiled.models)} experts; "
-            "fits of step caches are for one model. Leave step_cache out"
-        )
+def _plan(compiled: CompiledModel, outline: Outline, contexts: Contexts, **stages: Any) -> RunPlan:
+    model, on_cuda = compiled.steps, compiled.steps.device.type == "cuda"
+    every = [context for _, own in contexts for context in own]
+    return RunPlan(
+        offered=outline.offered,
+        policy=outline.policy,
+        solver=outline.solver,
+        patch_size=model.patch_size,
+        capacity=_capacity(outline, model),
+        shared=_distinct(tensor for context in every for tensor in context.tensors()),
+        weights=_unwatched_weights(compiled.models) if on_cuda else (),
+        cache=_cache_plan(outline, *contexts[0]),
+        notes=outline.notes,
+        **stages,
+    )
+
+
+def _capacity(outline: Outline, model: StepModel) -> int:
+    """One capture serves many step counts, and policies of any order of sizes."""
+    steps = outline.steps
+    return -(-steps // _CAPACITY) * _CAPACITY if model.device.type == "cuda" else steps
+
+
+def _buckets(
+    compiled: CompiledModel, outline: Outline, model: StepModel, context: RunContext
+) -> list[Bucket | None]:
+    """Those that the policy can reach."""
+    reachable = outline.policy.reachable()
+    return [
+        _bucket(compiled, model, context, multiple) if index in reachable else None
+        for index, multiple in enumerate(outline.offered)
+    ]
 
 
 def _cache_plan(
-    cache: ResolvedCache | None, model: StepModel, context: RunContext
+    outline: Outline, model: StepModel, contexts: Sequence[RunContext]
 ) -> CachePlan | None:
+    cache = outline.cache
     if cache is None:
         return None
-    signal = Signal(model, context) if cache.table.coefficients else None
+    signal = None
+    if cache.table.coefficients:
+        passes = tuple(one for context in contexts for one in context.passes)
+        signal = Signal(model, replace(contexts[0], passes=passes))
     return CachePlan(table=cache.table, signal=signal, note=cache.note)
 
 

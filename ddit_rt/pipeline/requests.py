@@ -12,13 +12,12 @@ from torch import Tensor
 from ddit_rt.artifact import Artifact
 from ddit_rt.buckets import StepModel
 from ddit_rt.errors import ArtifactMismatchError, ShapeError
-from ddit_rt.executor import RunPlan
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, policy_from_dict
+from ddit_rt.pipeline.compiled import CompiledModel
 from ddit_rt.pipeline.lora import refuse_unfused_lora
-from ddit_rt.pipeline.planning import CompiledModel, plan_run
+from ddit_rt.pipeline.outline import Outline, outline_run
 from ddit_rt.pipeline.presets import PolicyChoice, ResolvedPolicy, resolve_choice
-from ddit_rt.pipeline.prompt import RunPrompt
-from ddit_rt.solver import SolverTable, probe_scheduler
+from ddit_rt.solver import SolverTable, solver_of
 from ddit_rt.step_cache import NoCache, StepCache, step_cache_from_dict
 
 _SCHEDULES = 64
@@ -36,8 +35,8 @@ class Planner:
         self._compiled = compiled
         self.artifact = artifact
         self._device = compiled.steps.device
-        self._solvers: dict[tuple[Any, ...], SolverTable] = {}
-        self._announced: set[str] = set()
+        self._solvers: dict[tuple[Any, ...], tuple[SolverTable, str]] = {}
+        self.announced: set[str] = set()
 
     @property
     def default_policy(self) -> PatchPolicy:
@@ -62,7 +61,7 @@ class Planner:
             policy = self.default_policy
         choice = resolve_choice(policy, self.artifact.manifest, requested, arguments)
         # Behind `choose`, the engine's call and its no_grad: the caller.
-        self._announce(choice.warnings, stacklevel=5)
+        self.announce(choice.warnings, stacklevel=5)
         return choice
 
     def check_model(self) -> None:
@@ -75,68 +74,82 @@ class Planner:
                 )
             refuse_unfused_lora(model.transformer)
 
-    def plan(
+    def outline(
         self,
         shape: tuple[int, ...],
-        conditioning: dict[str, Tensor],
         scheduler: Any,
+        solver: SolverTable,
         choice: ResolvedPolicy,
         *,
-        batched_guidance: bool,
+        guided: bool,
         guidance_interval: tuple[float, float],
         step_cache: StepCache | None,
         experts: Sequence[int],
-    ) -> tuple[RunPlan, RunPrompt]:
-        """Fixes a run: `plan_run` with the scheduler's table, the defaults and the fits.
+    ) -> Outline:
+        """Fixes a run but for its prompt: `outline_run` with the defaults and the fits.
 
         Args:
-            shape: As in `plan_run`.
-            conditioning: As in `plan_run`.
+            shape: As in `outline_run`.
             scheduler: The run's, its timesteps set.
+            solver: As in `outline_run`.
             choice: What `choose` gave.
-            batched_guidance: As in `plan_run`.
-            guidance_interval: As in `plan_run`.
+            guided: As in `outline_run`.
+            guidance_interval: As in `outline_run`.
             step_cache: The caller's; None for that of a calibrated plan, else the default.
-            experts: As in `plan_run`.
+            experts: As in `outline_run`.
         """
-        plan, prompt = plan_run(
+        outline = outline_run(
             self._compiled,
             shape=shape,
-            conditioning=conditioning,
             timesteps=self._compiled.steps.family.linear_timesteps(scheduler),
-            solver=self._solver(scheduler),
+            solver=solver,
             policy=choice.policy,
-            batched_guidance=batched_guidance,
+            guided=guided,
             guidance_interval=guidance_interval,
             step_cache=step_cache or choice.step_cache or self.default_step_cache,
             fits=self.artifact.manifest.cache_fits,
             experts=experts,
         )
         if not isinstance(choice.policy, FinePolicy):
-            # Behind `plan`, `Engine._plan`, the engine's call and its no_grad: the caller.
-            self._announce(plan.notes, stacklevel=6)
-        cached = () if plan.cache is None else (f"step cache: {plan.cache.note}",)
-        notes = (*plan.notes, *choice.notes, *choice.warnings, *plan.stage_notes(), *cached)
-        return replace(plan, notes=notes), prompt
+            # Behind `outline`, `Engine._outline`, the engine's call and its no_grad: the caller.
+            self.announce(outline.notes, stacklevel=6)
+        cached = () if outline.cache is None else (f"step cache: {outline.cache.note}",)
+        notes = (*outline.notes, *choice.notes, *choice.warnings, *outline.stage_notes, *cached)
+        return replace(outline, notes=notes)
 
-    def _solver(self, scheduler: Any) -> SolverTable:
-        """The scheduler's table; probed once per schedule."""
+    def solver(self, scheduler: Any) -> tuple[SolverTable, str]:
+        """`solver_of` a scheduler; probed once per schedule."""
         key = (
             type(scheduler).__name__,
             repr(sorted(scheduler.config.items())),
-            tuple(scheduler.sigmas.tolist()),
+            tuple(scheduler.sigmas.tolist()) if hasattr(scheduler, "sigmas") else (),
         )
         if key not in self._solvers:
             if len(self._solvers) >= _SCHEDULES:
                 self._solvers.clear()
-            self._solvers[key] = probe_scheduler(scheduler)
+            self._solvers[key] = solver_of(scheduler)
         return self._solvers[key]
 
-    def _announce(self, notes: Sequence[str], stacklevel: int) -> None:
+    def by_another(self, outline: Outline, driver: str, reason: str, *, aloud: bool) -> Outline:
+        """An outline whose steps are not taken by a table, with the reason in its notes.
+
+        Args:
+            outline: The run's.
+            driver: What drives it.
+            reason: Why.
+            aloud: Whether to say so once: the caller has not asked for it.
+        """
+        note = f"driven by {driver}: {reason}"
+        if aloud:
+            # Behind `by_another`, `Engine._drive`, the engine's call and its no_grad: the caller.
+            self.announce((note,), stacklevel=6)
+        return replace(outline, notes=(*outline.notes, note))
+
+    def announce(self, notes: Sequence[str], stacklevel: int) -> None:
         """Says each thing once."""
         for note in notes:
-            if note not in self._announced:
-                self._announced.add(note)
+            if note not in self.announced:
+                self.announced.add(note)
                 warnings.warn(note, stacklevel=stacklevel)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -40,6 +41,17 @@ def stages_of(
     steps = [Stage(expert, not on) for expert, on in zip(experts, guided, strict=True)]
     stages = tuple(sorted(set(steps)))
     return stages, tuple(map(stages.index, steps))
+
+
+def stage_notes(stages: Sequence[Stage], stage_of: Sequence[int]) -> tuple[str, ...]:
+    """For the trace: which steps run the model in another than the usual way."""
+    runs = [
+        (name, [step for step, _ in steps])
+        for name, steps in itertools.groupby(
+            enumerate(stage_of), key=lambda entry: stages[entry[1]].name
+        )
+    ]
+    return tuple(f"steps {steps[0]} to {steps[-1]}: {name}" for name, steps in runs if name)
 
 
 def fine_at_switches(table: PolicyTable, experts: Sequence[int]) -> PolicyTable:

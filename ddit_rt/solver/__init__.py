@@ -1,5 +1,5 @@
 """The ODE solver of a run, as a table probed from the diffusers scheduler."""
 
-from ddit_rt.solver.table import Replacement, SolverTable, probe_scheduler, replay
+from ddit_rt.solver.table import SolverTable, own_steps, probe_scheduler, replay, solver_of
 
-__all__ = ["Replacement", "SolverTable", "probe_scheduler", "replay"]
+__all__ = ["SolverTable", "own_steps", "probe_scheduler", "replay", "solver_of"]

@@ -7,21 +7,15 @@ z the latents, v the model's velocities and newest first, step k is
 
 with six numbers that depend on the schedule alone. They are found by stepping the scheduler
 object itself on one-hot tensors, so no solver is written again here, and a scheduler that is
-not of this form (it draws noise, clips, thresholds) is found out and refused by name.
-
-A step callback may put other latents z' in the place of z_k. Most solvers just go on from those,
-and their numbers are found by giving them latents of their own at every step. A solver with a
-corrector (UniPC) goes on from its own corrected latents, and sees z' only in the clean estimate
-z' - t v. This is the same as going on from z_k with the velocity v - (z' - z_k) / t: see
-`Replacement`.
+not of this form (it draws noise, clips, thresholds) is found out and refused by name. Such a one
+takes its steps itself; `own_steps` names its noise levels then.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,19 +38,6 @@ _SUPPORTS: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (1, 3), (2, 2), (2, 3)
 """Numbers of (latents, velocities) tried in turn: the fewest terms that reproduce a step win."""
 
 
-class Replacement(Enum):
-    """What the scheduler makes of latents that a callback put in the place of its own."""
-
-    LATENTS = "latents"
-    """It goes on from them: they take their place in the history."""
-
-    VELOCITY = "velocity"
-    """It goes on from its own z, and takes z' for the velocity v - (z' - z) / t."""
-
-    UNKNOWN = "unknown"
-    """Neither, so that a run cannot follow it."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SolverTable:
     """One noise schedule and its solver.
@@ -65,13 +46,11 @@ class SolverTable:
         coefficients: `[N, 6]`, float64: (a0, a1, a2, b0, b1, b2) of every step.
         sigmas: `N + 1` noise levels, from the first step's to where the last step ends.
         source: Class name of the scheduler.
-        replacement: How latents that a callback replaced enter.
     """
 
     coefficients: Tensor
     sigmas: tuple[float, ...]
     source: str
-    replacement: Replacement = Replacement.LATENTS
 
     @property
     def steps(self) -> int:
@@ -100,36 +79,63 @@ def probe_scheduler(scheduler: Any) -> SolverTable:
     steps = len(sigmas) - 1
     _refuse_noise(scheduler, steps)
     rows = _fit_replaced(scheduler, steps)
-    replacement = Replacement.LATENTS
     if rows is None:
         latents = _trajectory(scheduler, _basis(steps + 1), steps)
         rows = [_fit(latents[: step + 2], step, name) for step in range(steps)]
-        replacement = Replacement.VELOCITY
     table = SolverTable(
-        coefficients=torch.tensor(rows, dtype=torch.float64),
-        sigmas=sigmas,
-        source=name,
-        replacement=replacement,
+        coefficients=torch.tensor(rows, dtype=torch.float64), sigmas=sigmas, source=name
     )
     _check_on_random(scheduler, table)
-    if replacement is Replacement.VELOCITY and not _goes_on_from_its_own(scheduler, table):
-        return replace(table, replacement=Replacement.UNKNOWN)
     return table
+
+
+def own_steps(scheduler: Any) -> SolverTable:
+    """The table of a run in which a diffusers scheduler takes its steps itself.
+
+    Its coefficients say that z_{k+1} is what stands in the place of v_k.
+
+    Args:
+        scheduler: A flow-matching scheduler after `set_timesteps`.
+
+    Raises:
+        UnsupportedModelError: It is no flow scheduler.
+    """
+    name = type(scheduler).__name__
+    sigmas = _flow_sigmas(scheduler, name)
+    coefficients = torch.zeros(len(sigmas) - 1, 2 * _TERMS, dtype=torch.float64)
+    coefficients[:, _TERMS] = 1
+    return SolverTable(coefficients=coefficients, sigmas=sigmas, source=name)
+
+
+def solver_of(scheduler: Any) -> tuple[SolverTable, str]:
+    """What `probe_scheduler` reads; where it can read nothing `own_steps`, and why.
+
+    Args:
+        scheduler: A flow-matching scheduler after `set_timesteps`.
+
+    Raises:
+        UnsupportedModelError: It is no flow scheduler.
+    """
+    own = own_steps(scheduler)
+    try:
+        return probe_scheduler(scheduler), ""
+    except UnsupportedModelError as error:
+        return own, str(error).partition(";")[0]
 
 
 def _flow_sigmas(scheduler: Any, name: str) -> tuple[float, ...]:
     """Noise levels t of z = (1 - t) x0 + t n, after checks that they are such."""
     if getattr(scheduler, "sigmas", None) is None:
-        raise _refusal(name, "it has no noise levels `sigmas`")
+        raise _no_flow(name, "it has no noise levels `sigmas`")
     sigmas = tuple(float(sigma) for sigma in scheduler.sigmas)
     steps = len(scheduler.timesteps)
     if len(sigmas) != steps + 1:
-        raise _refusal(name, f"it has {steps} timesteps for {len(sigmas)} sigmas")
+        raise _no_flow(name, f"it has {steps} timesteps for {len(sigmas)} sigmas")
     predicted = scheduler.config.get("prediction_type", "flow_prediction")
     if predicted != "flow_prediction":
-        raise _refusal(name, f"it takes the model's output for {predicted!r}, not for a velocity")
+        raise _no_flow(name, f"it takes the model's output for {predicted!r}, not for a velocity")
     if not 0 <= min(sigmas) <= max(sigmas) <= 1 + 1e-6:
-        raise _refusal(
+        raise _no_flow(
             name, f"its sigmas reach from {min(sigmas):.3g} to {max(sigmas):.3g}, not within [0, 1]"
         )
     return sigmas
@@ -178,7 +184,10 @@ def _trajectory(
 
 
 def _fit_replaced(scheduler: Any, steps: int) -> list[list[float]] | None:
-    """Rows of a scheduler that goes on from whatever latents it is given; None for another."""
+    """Exact rows, of a scheduler that goes on from whatever latents it is given; None for another.
+
+    A corrector goes on from its own latents.
+    """
     one_hot = _basis(2 * steps)
     samples, velocities = one_hot[:steps], one_hot[steps:]
     outputs = _trajectory(scheduler, torch.cat((samples[:1], velocities)), steps, samples)[1:]
@@ -250,20 +259,6 @@ def _check_on_random(scheduler: Any, table: SolverTable) -> None:
         )
 
 
-def _goes_on_from_its_own(scheduler: Any, table: SolverTable) -> bool:
-    """Whether replaced latents enter as `Replacement.VELOCITY` says, on random tensors."""
-    steps = table.steps
-    drawn = _random_values(2 * steps + 1)
-    values, changes = drawn[: steps + 1], drawn[steps + 1 :]
-    changes[0] = 0  # nothing comes before the first step
-    levels = torch.tensor(table.sigmas[:-1], dtype=torch.float64).view(-1, 1, 1, 1)
-    moved = torch.cat((values[:1], values[1:] - changes / levels))
-    expected = replay(table, moved.flatten(1))
-    replaced = expected[:-1].view_as(changes) + changes
-    actual = _trajectory(scheduler, values, steps, replaced)
-    return _relative_error(actual, expected) <= _REPLAY_TOLERANCE
-
-
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
     return float(((actual - expected).abs().max() / expected.abs().max()).nan_to_num(1.0))
 
@@ -292,4 +287,11 @@ def _refusal(name: str, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"the scheduler {name} cannot be run as a solver table: {reason}; use a deterministic "
         "flow scheduler such as FlowMatchEulerDiscreteScheduler"
+    )
+
+
+def _no_flow(name: str, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the scheduler {name} is no flow scheduler: {reason}; use one such as "
+        "FlowMatchEulerDiscreteScheduler"
     )

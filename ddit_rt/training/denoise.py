@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddit_rt.buckets import Bucket, Detail, FineBucket, Pass, RunContext, SnrBucket, StepModel
 from ddit_rt.families import Family
-from ddit_rt.families.base import PreparedCall
+from ddit_rt.families.calls import PreparedCall
 
 MakeCoarse = Callable[[StepModel, RunContext, int], Bucket]
 """Makes the bucket of a coarse size."""

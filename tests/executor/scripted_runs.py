@@ -13,11 +13,13 @@ from models import noise, tiny_conditioning, tiny_transformer
 from torch import Tensor
 
 import ddit_rt
-from ddit_rt.buckets import RunContext, at_step
+from ddit_rt.buckets import at_step
 from ddit_rt.executor import RunPlan
 from ddit_rt.families.flux import FluxFamily
 from ddit_rt.patch_scheduler import DDiTPolicy, PatchPolicy, Schedule
-from ddit_rt.pipeline.planning import CompiledModel, plan_run
+from ddit_rt.pipeline.compiled import CompiledModel
+from ddit_rt.pipeline.outline import Outline, outline_run
+from ddit_rt.pipeline.planning import plan_run
 from ddit_rt.solver import SolverTable, probe_scheduler
 
 SHAPE = (1, 4, 16, 16)
@@ -108,16 +110,19 @@ class TinyModel:
         engine = ddit_rt.compile(self.transformer, backend="eager", progress=False)
         self.compiled: CompiledModel = engine._compiled
 
-    def plan(
-        self, policy: PatchPolicy, *, seed: int = 1, steps: int = 10
-    ) -> tuple[RunPlan, RunContext]:
+    def outline(
+        self, policy: PatchPolicy, *, steps: int = 10, solver: SolverTable | None = None
+    ) -> Outline:
         scheduler = FlowMatchEulerDiscreteScheduler()
         scheduler.set_timesteps(steps)
-        return plan_run(
+        return outline_run(
             self.compiled,
             shape=SHAPE,
-            conditioning=tiny_conditioning(self.transformer, seed=seed),
             timesteps=FluxFamily().linear_timesteps(scheduler),
-            solver=probe_scheduler(scheduler),
+            solver=solver or probe_scheduler(scheduler),
             policy=policy,
         )
+
+    def plan(self, policy: PatchPolicy, *, seed: int = 1, steps: int = 10) -> RunPlan:
+        conditioning = tiny_conditioning(self.transformer, seed=seed)
+        return plan_run(self.compiled, self.outline(policy, steps=steps), conditioning)

@@ -181,19 +181,6 @@ def test_stop_ends_between_two_steps() -> None:
     assert trace.cancelled
 
 
-def test_callback_may_replace_the_latents() -> None:
-    plan, _ = scripted_plan(StaticPolicy("p"), [torch.zeros(SHAPE)] * 3, euler(3))
-    seen: list[int] = []
-
-    def callback(step: int, latents: Tensor) -> Tensor | None:
-        seen.append(step)
-        return torch.full(SHAPE, 7.0) if step == 1 else None
-
-    final, _ = CpuExecutor().run(plan, noise(*SHAPE), on_step_end=callback)
-    assert seen == [0, 1, 2]
-    assert torch.equal(final, torch.full(SHAPE, 7.0))
-
-
 def test_input_latents_are_not_written_to() -> None:
     start = noise(*SHAPE)
     plan, _ = scripted_plan(StaticPolicy("p"), random_velocities(3), euler(3))

@@ -108,8 +108,8 @@ def test_a_captured_model_serves_other_runs_of_its_shape(graphs: EmulatedGraphs,
     runs = [(StaticPolicy(["p", "2p"] * 5), 1), (MIXED, 2), (StaticPolicy(["p", "2p"] * 5), 1)]
     finals = []
     for policy, seed in runs:
-        expected = CpuExecutor().run(model.plan(policy, seed=seed)[0], noise(*SHAPE, seed=seed))
-        actual = executor.run(model.plan(policy, seed=seed)[0], noise(*SHAPE, seed=seed))
+        expected = CpuExecutor().run(model.plan(policy, seed=seed), noise(*SHAPE, seed=seed))
+        actual = executor.run(model.plan(policy, seed=seed), noise(*SHAPE, seed=seed))
         assert_same_run(actual, expected)
         finals.append(actual[0])
     assert torch.equal(finals[0], finals[2])

@@ -12,7 +12,6 @@ import torch
 from emulated_graphs import EmulatedGraph, EmulatedGraphs
 from models import noise
 from scripted_runs import MIXED, SHAPE, assert_same_run, euler, scripted_plan
-from torch import Tensor
 
 from ddit_rt.errors import CaptureError
 from ddit_rt.executor import CpuExecutor, CudaExecutor, RunPlan
@@ -115,24 +114,6 @@ def test_a_launch_that_is_refused_in_a_later_run_gives_way(graphs: EmulatedGraph
     graphs.runtime.fail_after("cudaGraphLaunch", 0, times=1)
     assert len(assert_runs(executor, "step", plan=mixed(seed=3))) == 1
     assert assert_runs(executor, "step", plan=mixed(seed=4)) == []
-
-
-def test_a_callback_meets_each_step_once_when_its_form_is_refused(graphs: EmulatedGraphs) -> None:
-    seen: list[int] = []
-
-    def callback(step: int, latents: Tensor) -> Tensor | None:
-        seen.append(step)
-        return latents * 0.5 if step == 2 else None
-
-    graphs.runtime.fail_after("cudaGraphLaunch", 0)
-    executor = CudaExecutor(graphs)
-    (message,) = assert_runs(executor, "host", on_step_end=callback)
-    assert '"host" runs instead of "step"' in message
-    assert seen == 2 * list(range(8))
-    _, trace = executor.run(mixed(), noise(*SHAPE), on_step_end=callback)
-    callback_note, refusal_note = trace.notes
-    assert "callback" in callback_note
-    assert "host instead of step" in refusal_note
 
 
 def test_a_later_step_that_cannot_be_launched_ends_the_run(graphs: EmulatedGraphs) -> None:

@@ -14,9 +14,9 @@ from scripted_runs import SHAPE, ScriptedBucket, assert_same_run, euler, scripte
 from torch import Tensor
 
 from ddit_rt.errors import StallError
-from ddit_rt.executor import CpuExecutor, CudaExecutor, RunPlan
+from ddit_rt.executor import CpuExecutor, CudaExecutor, RunPlan, RunTrace
 from ddit_rt.executor.graphs import stall_seconds
-from ddit_rt.patch_scheduler import StaticPolicy
+from ddit_rt.patch_scheduler import DDiTPolicy, PatchPolicy, StaticPolicy
 
 STEPS, HANGS = 6, 2
 SHORT_S = 0.05
@@ -170,24 +170,51 @@ def test_a_device_that_is_idle_and_not_done_is_told_apart(graphs: EmulatedGraphs
         executor.run(plan_of_p(), noise(*SHAPE))
 
 
-def test_time_that_a_callback_takes_is_not_the_device_s(
-    graphs: EmulatedGraphs, monkeypatch: pytest.MonkeyPatch
+def drive(executor: CudaExecutor, plan: RunPlan, between: Callable[[], None]) -> RunTrace:
+    """A session whose steps something else takes."""
+    session = executor.open(plan, noise(*SHAPE), driver="test")
+    for step in range(STEPS):
+        between()
+        session.velocity(0, session.decide(step, noise(*SHAPE)), noise(*SHAPE))
+        session.end_step()
+    return session.close(cancelled=False)
+
+
+@pytest.mark.parametrize("policy", [StaticPolicy("p"), DDiTPolicy(tau=0.05)], ids=["p", "ddit"])
+def test_time_between_the_steps_of_a_session_is_not_the_device_s(
+    graphs: EmulatedGraphs, monkeypatch: pytest.MonkeyPatch, policy: PatchPolicy
 ) -> None:
-    """The clock jumps by an hour in every callback, and the device takes two looks for a step."""
+    """The clock jumps by an hour before every step, and the device takes two looks for one."""
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0])
     monkeypatch.setattr("ddit_rt.executor.drive.time", clock)
 
-    def callback(step: int, latents: Tensor) -> None:
+    def wait() -> None:
         now[0] += 3600.0
         graphs.runtime.defer(True, queries=2)
 
-    for form in ("step", "host"):
-        executor = CudaExecutor(graphs, form)
-        graphs.runtime.defer(True, queries=2)
-        _, trace = executor.run(plan_of_p(), noise(*SHAPE), on_step_end=callback)
-        assert len(trace) == STEPS
-        graphs.runtime.defer(False)
+    plan = scripted_plan(policy, euler(STEPS))
+    assert len(drive(CudaExecutor(graphs), plan, wait)) == STEPS
+    graphs.runtime.defer(False)
+
+
+def test_a_step_that_hangs_ends_a_session(graphs: EmulatedGraphs) -> None:
+    plan, executor = plan_of_p(), CudaExecutor(graphs)
+    device = Hanging(graphs, plan)
+    with device.running():
+        session = executor.open(plan, noise(*SHAPE), driver="test")
+        with pytest.raises(StallError, match=f"step {HANGS} of {STEPS} .* did not end"):
+            for step in range(STEPS):
+                session.velocity(0, session.decide(step, noise(*SHAPE)), noise(*SHAPE))
+                session.end_step()
+            session.close(cancelled=False)
+        assert executor.captures == ()
+        assert session.close(cancelled=True).cancelled  # waits for nothing
+        with pytest.raises(StallError, match="still busy with a run that stalled before"):
+            executor.open(plan, noise(*SHAPE), driver="test")
+        device.release()
+        trace = drive(executor, plan, lambda: None)
+    assert len(trace) == STEPS
 
 
 class HangsInWarmUp(EmulatedGraphs):

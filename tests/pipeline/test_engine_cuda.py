@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline
+from driving import CALLBACKS, assert_equal, runs
 from models import noise, random_adapters, tiny_conditioning, tiny_embeds, tiny_pipeline
 from torch import Tensor
 
@@ -242,16 +243,40 @@ def test_a_fused_lora_acts_without_another_capture(engine: ddit_rt.Engine) -> No
     assert len(engine.captures) == captures
 
 
-def test_callbacks_choose_the_step_form(engine: ddit_rt.Engine) -> None:
+@pytest.mark.parametrize("policy", [FinePolicy(), MIXED, DYNAMIC], ids=["fine", "mixed", "ddit"])
+def test_a_scheduler_that_takes_its_steps_agrees_with_the_table(
+    engine: ddit_rt.Engine, policy: Any
+) -> None:
     steps: list[int] = []
 
     def callback(step: int, latents: Tensor) -> None:
         steps.append(step)
 
-    denoise(engine, MIXED, callback=callback)
+    table = denoise(engine, policy)
+    sizes, captures = engine.last_trace.patch_sizes(), len(engine.captures)
+    final = denoise(engine, policy, callback=callback)
     assert steps == list(range(6))
-    assert engine.last_trace.executor == "cuda-step"
+    assert engine.last_trace.executor == "scheduler-cuda"
     assert "callback" in engine.last_trace.notes[-1]
+    assert engine.last_trace.patch_sizes() == sizes
+    assert len(engine.captures) == captures
+    torch.testing.assert_close(final, table, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("callback", CALLBACKS.values(), ids=CALLBACKS)
+@pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
+def test_the_pipelines_own_loop_does_what_it_does_in_diffusers(
+    engine: ddit_rt.Engine, callback: dict[str, Any], guided: bool
+) -> None:
+    embeds = tiny_embeds()
+    if guided:
+        embeds |= {f"negative_{name}": tensor for name, tensor in tiny_embeds(seed=9).items()}
+    call: dict[str, Any] = {name: tensor.cuda() for name, tensor in embeds.items()}
+    call |= {"height": 64, "width": 64, "num_inference_steps": 6, "output_type": "latent"}
+    call |= {"true_cfg_scale": 3.0 if guided else 1.0}
+    call |= {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"], **callback}
+    assert_equal(*runs(engine.pipeline, engine, call), tolerance=2e-3)
+    assert engine.last_trace.executor == "pipeline-cuda"
 
 
 def test_cancel_from_another_thread(engine: ddit_rt.Engine) -> None:

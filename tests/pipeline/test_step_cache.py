@@ -19,6 +19,7 @@ import ddit_rt
 from ddit_rt import DDiTPolicy, FinePolicy, MagCache, NoCache, PatchPolicy, StaticPolicy, TeaCache
 from ddit_rt.artifact import Manifest
 from ddit_rt.executor import RunTrace
+from ddit_rt.pipeline.outline import outline_run
 from ddit_rt.pipeline.planning import plan_run
 from ddit_rt.solver import SolverTable
 from ddit_rt.step_cache import step_cache_from_dict
@@ -178,10 +179,9 @@ def test_reused_steps_add_the_latest_residual_of_their_size() -> None:
     engine = eager()
     model = engine._compiled
     for multiple in (1, 2, 4):
-        plan, _ = plan_run(
+        outline = outline_run(
             model,
             shape=(2, 4, 16, 16),
-            conditioning=tiny_conditioning(model.steps.transformer, 2),
             timesteps=torch.tensor([0.7, 0.6]),
             solver=SolverTable(
                 coefficients=torch.tensor([[1.0, 0, 0, -0.1, 0, 0]] * 2, dtype=torch.float64),
@@ -191,6 +191,7 @@ def test_reused_steps_add_the_latest_residual_of_their_size() -> None:
             policy=StaticPolicy([multiple] * 2),
             step_cache=TeaCache(1e9, coefficients=IDENTITY, last=0),
         )
+        plan = plan_run(model, outline, tiny_conditioning(model.steps.transformer, 2))
         bucket = plan.buckets[0][(1, 2, 4).index(multiple)]
         assert bucket is not None
         latents, step = noise(2, 4, 16, 16), torch.tensor([0])

@@ -11,10 +11,8 @@ import torch
 from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
-    UniPCMultistepScheduler,
 )
 from models import noise, seeded
-from torch import Tensor
 from wan_models import (
     CALL,
     CHANNELS,
@@ -49,14 +47,9 @@ SCHEDULERS = [
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_solver_equals_diffusers(scheduler: Any) -> None:
-    """Also where the step callback puts other latents in the place of the solver's own."""
     pipeline = wan_pipeline(scheduler())
     engine = eager(pipeline)
-
-    def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> Any:
-        return {"latents": tensors["latents"] * 0.8} if step in (0, 3) else {}
-
-    call = {**CALL, "guidance_scale": 1.0, "callback_on_step_end": callback}
+    call = {**CALL, "guidance_scale": 1.0}
     expected = pipeline(**call, generator=seeded()).frames
     actual = engine(**call, generator=seeded(), patch_policy=FINE).frames
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
@@ -208,52 +201,6 @@ def test_denoise_runs_a_bare_transformer() -> None:
     torch.testing.assert_close(final, expected, rtol=0, atol=1e-4)
     with pytest.raises(ShapeError, match=r"expected \[B, 4, F, H, W\]"):
         engine.denoise(noise(1, CHANNELS, 8, 8), **conditioning)
-
-
-@pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("scheduler", [unipc, euler])
-def test_callback_may_change_latents_and_both_prompts(scheduler: Any, batched: bool) -> None:
-    """In two steps of the middle and after the last; UniPC corrects its own latents in between."""
-    pipeline = wan_pipeline(scheduler())
-    engine = eager(pipeline)
-    engine.batched_guidance = batched
-
-    def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> Any:
-        if step not in (2, 3, 5):
-            return {}
-        return {
-            "latents": tensors["latents"] * 0.9,
-            "prompt_embeds": tensors["prompt_embeds"].flip(1),
-            "negative_prompt_embeds": tensors["negative_prompt_embeds"] + 1,
-        }
-
-    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-    call = {**CALL, "callback_on_step_end_tensor_inputs": names, "callback_on_step_end": callback}
-    expected = pipeline(**call, generator=seeded()).frames
-    actual = engine(**call, generator=seeded(), patch_policy=FINE).frames
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
-
-
-def test_cancelled_run_has_the_latents_of_its_callback() -> None:
-    engine = eager(wan_pipeline())
-
-    def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> Any:
-        pipe._interrupt = step == 2
-        return {"latents": torch.full_like(tensors["latents"], 0.5)} if step == 2 else {}
-
-    final = engine(**CALL, callback_on_step_end=callback, patch_policy=FINE).frames
-    assert engine.last_trace is not None
-    assert engine.last_trace.cancelled
-    torch.testing.assert_close(final, torch.full_like(final, 0.5))
-
-
-def test_latents_that_no_step_could_follow_are_refused() -> None:
-    scheduler = UniPCMultistepScheduler.from_config(unipc().config, disable_corrector=[4])
-    engine = eager(wan_pipeline(scheduler))
-    call = {**CALL, "num_inference_steps": 8, "patch_policy": FINE}
-    engine(**call, callback_on_step_end=lambda *_: {})
-    with pytest.raises(UnsupportedModelError, match="UniPCMultistepScheduler.*corrector"):
-        engine(**call, callback_on_step_end=lambda _, k, t, x: {"latents": x["latents"] * 0.9})
 
 
 def test_half_precision_keeps_what_diffusers_keeps_in_float32() -> None:

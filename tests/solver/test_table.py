@@ -16,7 +16,7 @@ from diffusers import (
 )
 
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.solver import Replacement, SolverTable, probe_scheduler, replay
+from ddit_rt.solver import SolverTable, own_steps, probe_scheduler, replay, solver_of
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
@@ -75,37 +75,22 @@ def velocity_of(latents: torch.Tensor, timestep: Any) -> torch.Tensor:
     return torch.sin(3 * latents) + latents.roll(1, -1) * (1 + float(timestep) / 1000)
 
 
-def replaced(step: int, latents: torch.Tensor) -> torch.Tensor:
-    """What a callback may make of the latents of some steps."""
-    return latents.roll(2, -1) * 0.7 if step in (0, 1, 4, 5, 6) else latents
-
-
-def loop_of(scheduler: Any, latents: torch.Tensor, *, replacing: bool = False) -> torch.Tensor:
+def loop_of(scheduler: Any, latents: torch.Tensor) -> torch.Tensor:
     """The loop of a diffusers pipeline."""
     scheduler.set_begin_index(0)
-    for step, timestep in enumerate(scheduler.timesteps):
+    for timestep in scheduler.timesteps:
         velocity = velocity_of(latents, timestep)
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        if replacing:
-            latents = replaced(step, latents)
     return latents
 
 
-def loop_of_table(
-    table: SolverTable, timesteps: Any, latents: torch.Tensor, *, replacing: bool = False
-) -> torch.Tensor:
+def loop_of_table(table: SolverTable, timesteps: Any, latents: torch.Tensor) -> torch.Tensor:
     """The same, step by step from the table."""
     history, velocities = [latents], []
-    change = torch.zeros_like(latents)
-    for step, row in enumerate(table.coefficients):
-        seen = history[0] + change
-        velocities.insert(0, velocity_of(seen, timesteps[step]) - change / table.sigmas[step])
+    for row, timestep in zip(table.coefficients, timesteps, strict=True):
+        velocities.insert(0, velocity_of(history[0], timestep))
         terms = [*zip(row[:3], history, strict=False), *zip(row[3:], velocities, strict=False)]
         history.insert(0, sum((a * x for a, x in terms), torch.zeros_like(latents)))
-        change = replaced(step, history[0]) - history[0] if replacing else change
-        last = step == table.steps - 1
-        if last or table.replacement is Replacement.LATENTS:
-            history[0], change = history[0] + change, torch.zeros_like(latents)
     return history[0]
 
 
@@ -113,24 +98,24 @@ def loop_of_table(
 @pytest.mark.parametrize(
     ("kind", "dynamic", "tolerance"), [*SHIFTED, (FlowMatchHeunDiscreteScheduler, False, 5e-6)]
 )
-@pytest.mark.parametrize("replacing", [False, True])
 def test_solver_equals_the_loop_of_diffusers(
-    kind: type, dynamic: bool, tolerance: float, steps: int, replacing: bool
+    kind: type, dynamic: bool, tolerance: float, steps: int
 ) -> None:
     scheduler = scheduled(kind, steps, dynamic=dynamic)
     table = probe_scheduler(scheduler)
     latents = torch.randn(1, 1, 12, generator=torch.Generator().manual_seed(1)).double()
-    expected = loop_of(scheduler, latents, replacing=replacing)
-    actual = loop_of_table(table, scheduler.timesteps, latents, replacing=replacing)
+    expected = loop_of(scheduler, latents)
+    actual = loop_of_table(table, scheduler.timesteps, latents)
     error = (actual - expected).abs().max() / expected.abs().max()
     assert error <= tolerance
-    uses_corrector = kind is UniPCMultistepScheduler
-    assert (table.replacement is Replacement.VELOCITY) == uses_corrector
 
 
-def test_corrector_that_is_off_in_some_steps_follows_no_replaced_latents() -> None:
-    table = probe_scheduler(make(UniPCMultistepScheduler, 8, **FLOW, disable_corrector=[2, 3]))
-    assert table.replacement is Replacement.UNKNOWN
+def test_a_shift_of_the_latents_passes_through_every_table() -> None:
+    """So differences of latents do not see it. Some schedulers round to float32."""
+    for kind, _ in SOLVERS:
+        coefficients = probe_scheduler(scheduled(kind, 8, dynamic=False)).coefficients
+        shifted = coefficients[:, :3].sum(1)
+        torch.testing.assert_close(shifted, torch.ones_like(shifted), rtol=0, atol=1e-4)
 
 
 def test_heun_takes_two_steps_a_level() -> None:
@@ -172,8 +157,22 @@ def test_scheduler_that_draws_noise_is_refused_by_name(kind: type, config: Any) 
 def test_scheduler_of_another_process_is_refused_by_name(
     kind: type, config: Any, reason: str
 ) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"{kind.__name__} .*{reason}"):
-        probe_scheduler(make(kind, 8, **config))
+    scheduler = make(kind, 8, **config)
+    for read in (probe_scheduler, solver_of, own_steps):
+        with pytest.raises(UnsupportedModelError, match=f"{kind.__name__} is no flow.*{reason}"):
+            read(scheduler)
+
+
+def test_a_scheduler_that_is_no_table_takes_its_own_steps() -> None:
+    scheduler = make(FlowMatchEulerDiscreteScheduler, 8, shift=3.0, stochastic_sampling=True)
+    table, why = solver_of(scheduler)
+    assert why.endswith("it draws noise in its steps")
+    assert table.sigmas == tuple(scheduler.sigmas.tolist())
+    values = torch.arange(9.0, dtype=torch.float64)[:, None]
+    assert torch.equal(replay(table, values), values)  # z_{k+1} is what stands for v_k
+    table, why = solver_of(make(FlowMatchEulerDiscreteScheduler, 8, shift=3.0))
+    assert why == ""
+    assert table.coefficients[:, 0].tolist() == [1] * 8
 
 
 def test_scheduler_that_is_not_linear_is_refused_by_name() -> None:

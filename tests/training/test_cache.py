@@ -48,7 +48,7 @@ def test_trajectories_are_the_pipelines_own(
     assert len(found) == 6
     assert len(sigmas) == 8
     last = found.values("latents", [1], [7]) - sigmas[7] * found.values("velocities", [1], [7])
-    torch.testing.assert_close(FLUX.to_callback(last), expected, **HALF)
+    torch.testing.assert_close(FLUX.pack_latents(last), expected, **HALF)
 
 
 def test_pictures_are_the_autoencoders_latents(
@@ -113,4 +113,4 @@ def test_denoising_at_p_is_the_pipelines_call(student: Student, pipeline: FluxPi
     generator = torch.Generator().manual_seed(3)
     expected = pipeline("a fox", generator=generator, output_type="latent", **call).images
     # Time embeddings of all steps are one matrix product here.
-    torch.testing.assert_close(FLUX.to_callback(latents), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(FLUX.pack_latents(latents), expected, rtol=1e-4, atol=1e-4)
