@@ -15,6 +15,10 @@ class ShapeError(DditError, ValueError):
     """A size, token count or tensor shape is outside what the engine can run."""
 
 
+class ScheduleError(DditError, ValueError):
+    """A noise schedule whose levels or steps are NaN or infinite."""
+
+
 class ArtifactError(DditError, ValueError):
     """An artifact cannot be read: missing, truncated, tampered with, or of another schema."""
 

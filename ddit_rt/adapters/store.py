@@ -121,6 +121,8 @@ def load_adapters(
             both are shown.
     """
     root = Path(folder)
+    if not root.exists():
+        raise ArtifactError(f"no such file: {root}; give the folder that holds the adapters")
     files = sorted(root.glob(f"*/{_PATCH_FILE}")) or sorted(root.glob(_PATCH_FILE))
     if not files:
         raise ArtifactError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddit_rt import checks
 from ddit_rt.errors import ShapeError
 from ddit_rt.families.base import BATCH, IMAGE, JOINT, TEXT, TensorSpec
 
@@ -37,8 +38,10 @@ class TokenRanges:
     text: tuple[int, int] = (1, 512)
 
     def __post_init__(self) -> None:
+        expected = "(smallest, largest), two whole numbers"
         for symbol in SYMBOLS:
-            low, high = self.of(symbol)
+            low, high = checks.pair(symbol, getattr(self, symbol), checks.whole, expected)
+            checks.settle(self, **{symbol: (low, high)})
             if not 1 <= low <= high:
                 raise ShapeError(
                     f"range of {symbol}: got {low}..{high}, expected 1 <= smallest <= largest"

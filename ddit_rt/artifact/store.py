@@ -19,6 +19,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from ddit_rt import checks
 from ddit_rt.artifact.calibration import Calibration
 from ddit_rt.artifact.folder import replace_folder, sync
 from ddit_rt.artifact.manifest import MANIFEST_NAME, FileEntry, Manifest, PackageEntry
@@ -112,8 +113,9 @@ class Artifact:
 
         Raises:
             ArtifactError: Something else than an artifact is there, or nothing was compiled.
+            TypeError, ValueError: No path.
         """
-        directory, path = self.directory, Path(path)
+        directory, path = self.directory, checks.path("path", path)
         if directory is None:
             raise ArtifactError(
                 'nothing was compiled, so there is nothing to save: compile with backend="aot"'
@@ -163,13 +165,20 @@ def read_manifest(path: str | Path) -> Manifest:
     Raises:
         ArtifactError: There is none, or it cannot be read.
     """
-    file = Path(path) / MANIFEST_NAME
+    root = checks.path("path", path)
+    if not root.exists():
+        raise ArtifactError(f"no such file: {root}; give the folder that `compile` wrote")
+    if not root.is_dir():
+        raise ArtifactError(f"{root} is a file; an artifact is a folder: give what `compile` wrote")
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = (root / MANIFEST_NAME).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
         raise ArtifactError(
-            f"{path} is not an artifact: cannot read {MANIFEST_NAME} ({error})"
+            f"{root} is not an artifact: it has no {MANIFEST_NAME}; give the folder that `compile` "
+            "wrote"
         ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"cannot read {root / MANIFEST_NAME} ({error})") from error
     manifest = Manifest.from_json(text)
     for name in _all_files(manifest):
         _check_name(name)

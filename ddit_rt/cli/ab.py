@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddit_rt.cli.command import Command, Outcome
+from ddit_rt.cli.options import existing_folder, whole
 
 if TYPE_CHECKING:
     from ddit_rt.evaluation.preferences import Study
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("evaluation", type=Path, metavar="DIR", help="what eval wrote")
+    parser.add_argument("evaluation", type=existing_folder, metavar="DIR", help="what eval wrote")
     parser.add_argument(
         "--plan", metavar="NAME", help="plan that is judged; default: the evaluation's main plan"
     )
@@ -22,7 +22,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against", metavar="NAME", help="plan that it is judged against; default: fine"
     )
     parser.add_argument(
-        "--port", type=int, default=8321, help="of the page; 0: a free one (default: %(default)s)"
+        "--port",
+        type=whole(0, 65535),
+        default=8321,
+        help="of the page; 0: a free one (default: %(default)s)",
     )
     parser.add_argument(
         "--summary", action="store_true", help="show the shares so far and serve nothing"
@@ -32,8 +35,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> Outcome:
     from ddit_rt.evaluation.preferences import Study, summary_text
 
-    if not 0 <= args.port <= 65535:
-        raise ValueError(f"got --port {args.port}; it lies between 0 and 65535")
     study = Study(args.evaluation, args.plan, args.against)
     if not args.summary:
         _serve(study, args.port)

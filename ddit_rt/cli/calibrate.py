@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddit_rt import checks
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.generate import pipeline_arguments
 from ddit_rt.cli.models import (
@@ -20,6 +21,7 @@ from ddit_rt.cli.models import (
     add_further_arguments,
     load_pipeline,
 )
+from ddit_rt.cli.options import existing_file, folder_to_write, number, seed, whole
 
 if TYPE_CHECKING:
     from ddit_rt.calibration import CalibrationConfig
@@ -40,16 +42,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=f"the weights: {MODEL_HELP}")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument(
-        "--speedup", type=float, metavar="X", help="of the loop, over as many fine steps"
+        "--speedup", type=number(), metavar="X", help="of the loop, over as many fine steps"
     )
     group.add_argument(
         "--min-ssim",
-        type=float,
+        type=number(),
         metavar="S",
         help="mean SSIM to the all-fine pictures, or to the frames of the all-fine videos",
     )
     group.add_argument(
-        "--budget-ms", type=float, metavar="MS", help="of the loop of a picture or video"
+        "--budget-ms", type=number(), metavar="MS", help="of the loop of a picture or video"
     )
     group.add_argument(
         "--cache",
@@ -58,10 +60,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "the calibration prompts",
     )
     parser.add_argument(
-        "--steps", type=int, help="denoising steps to calibrate for; default: the pipeline's"
+        "--steps", type=whole(1), help="denoising steps to calibrate for; default: the pipeline's"
     )
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one prompt a line; default: a built-in list"
+        "--prompts",
+        type=existing_file,
+        metavar="FILE",
+        help="one prompt a line; default: a built-in list",
     )
     _add_search_arguments(parser)
     add_call_arguments(parser)
@@ -74,7 +79,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=folder_to_write,
         metavar="DIR",
         help="folder for calibration-N.json and pareto-N.png; default: beside the artifact",
     )
@@ -89,28 +94,28 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--calibration-prompts",
-        type=int,
+        type=whole(1),
         default=6,
         metavar="N",
         help="prompts that the search uses (default: %(default)s)",
     )
     parser.add_argument(
         "--held-out-prompts",
-        type=int,
+        type=whole(1),
         default=8,
         metavar="N",
         help="other prompts that decide between the finalists (default: %(default)s)",
     )
     parser.add_argument(
         "--evaluations",
-        type=int,
+        type=whole(1),
         default=24,
         metavar="N",
         help="plans tried of each kind at most - fewer fine steps, static, dynamic, and where the "
         "model has a fit, a step cache alone and with a dynamic plan; each generates every "
         "calibration prompt once (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of prompts and noise (default: 0)")
 
 
 def _run(args: argparse.Namespace) -> Outcome:
@@ -223,8 +228,7 @@ def _config(args: argparse.Namespace) -> CalibrationConfig:
 
 def _prompts(file: Path | None, model: str) -> tuple[str, ...]:
     if file is not None:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        return tuple(text for line in lines if (text := line.strip()))
+        return tuple(checks.text_lines(file))
     if model == EMBEDDED:
         from ddit_rt.demo.prompts import held_out_prompts
 

@@ -16,7 +16,8 @@ from ddit_rt.cli.models import (
     embedded_defaults,
     load_pipeline,
 )
-from ddit_rt.cli.policies import add_step_cache_argument, parse_step_cache
+from ddit_rt.cli.options import whole, writable
+from ddit_rt.cli.policies import add_step_cache_argument, patch_sizes
 
 if TYPE_CHECKING:
     from ddit_rt.patch_scheduler import PatchPolicy
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="OUT.ddit", help="artifact to write"
+        "-o", "--output", required=True, type=writable, metavar="OUT.ddit", help="artifact to write"
     )
-    parser.add_argument("--height", type=int, help="picture height; default: the model's own")
-    parser.add_argument("--width", type=int, help="picture width; default: the model's own")
-    parser.add_argument("--num-frames", type=int, help="of a video; default: the model's own")
+    parser.add_argument("--height", type=whole(1), help="picture height; default: the model's own")
+    parser.add_argument("--width", type=whole(1), help="picture width; default: the model's own")
+    parser.add_argument("--num-frames", type=whole(1), help="of a video; default: the model's own")
     parser.add_argument(
         "--patch-sizes",
+        type=patch_sizes,
         default="p,2p,4p",
         metavar="SIZES",
         help="patch sizes to offer, multiples of the model's own p (default: %(default)s)",
@@ -54,9 +56,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> Outcome:
     _check_output(args.output)
-    cache = parse_step_cache(args.step_cache)
     adapter = None if args.adapter is None else _adapter_folder(args.adapter)
-    sizes = tuple(size.strip() for size in args.patch_sizes.split(","))
     pipeline = load_pipeline(args.model, args.dtype, args.device)
     import ddit_rt
     from ddit_rt.families import family_of
@@ -74,10 +74,10 @@ def _run(args: argparse.Namespace) -> Outcome:
         height=size["height"] if args.height is None else args.height,
         width=size["width"] if args.width is None else args.width,
         num_frames=size["num_frames"] if args.num_frames is None else args.num_frames,
-        patch_sizes=sizes,
+        patch_sizes=args.patch_sizes,
         adapter=adapter,
         patch_policy=_embedded_policy(args.model),
-        step_cache=cache,
+        step_cache=args.step_cache,
     )
     path = engine.save(args.output)
     return _outcome(path)
@@ -89,7 +89,7 @@ def _adapter_folder(name: str) -> Path:
 
         return adapters_path()
     if not Path(name).is_dir():
-        raise ValueError(f"there is no folder {name}; --adapter names one with adapters")
+        raise ValueError(f"no such folder: {name}; --adapter names one with adapters")
     return Path(name)
 
 

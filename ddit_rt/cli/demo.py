@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.models import DEVICES, EMBEDDED, EMBEDDED_VIDEO, load_pipeline
+from ddit_rt.cli.options import folder_to_write, seed, whole
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +18,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=folder_to_write,
         default=Path("demo_out"),
         metavar="DIR",
         help="folder for grid.png (or clips.mp4), timeline.png and report.json "
@@ -26,10 +27,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("auto", *DEVICES), default="auto", help="default: %(default)s"
     )
-    parser.add_argument("--steps", type=int, default=24, help="denoising steps (default: 24)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt (default: 0)")
+    parser.add_argument("--steps", type=whole(1), default=24, help="denoising steps (default: 24)")
     parser.add_argument(
-        "--repeats", type=int, help="timed runs of each picture (default: 3) or clip (default: 1)"
+        "--seed", type=seed, default=0, help="seed of the first prompt (default: 0)"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=whole(1),
+        help="timed runs of each picture (default: 3) or clip (default: 1)",
     )
     parser.add_argument(
         "--keep-artifact",

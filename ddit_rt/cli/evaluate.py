@@ -17,7 +17,8 @@ from ddit_rt.cli.models import (
     load_pipeline,
     refuse_video,
 )
-from ddit_rt.cli.policies import choose_policy
+from ddit_rt.cli.options import existing_folder, folder_to_write, seed, whole
+from ddit_rt.cli.policies import choose_policy, policy_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,10 +38,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one prompt a line; or demo (captions of the demo model), drawbench, parti, coco, "
         "from the Hub by the package datasets; default for the model demo: demo",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="prompts at most, spread over all")
+    parser.add_argument(
+        "--limit", type=whole(1), metavar="N", help="prompts at most, spread over all"
+    )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=folder_to_write,
         metavar="DIR",
         help="folder of pictures and report; a run that was cut off goes on there; default: "
         "beside the artifact",
@@ -48,6 +51,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         action="append",
+        type=policy_text,
         metavar="POLICY",
         help="a plan to evaluate, as for generate; repeatable, the first dynamic one gets rivals "
         "of equal cost; default: the presets of the artifact's calibration, else its policy",
@@ -58,17 +62,21 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--steps", type=int, help="steps of the all-fine reference; default: the pipeline's"
+        "--steps", type=whole(1), help="steps of the all-fine reference; default: the pipeline's"
     )
     parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)"
+        "--seeds",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="pictures of each prompt (default: 1)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the first picture (default: 0)")
     parser.add_argument(
-        "--batch", type=int, default=1, metavar="N", help="prompts in a call (default: 1)"
+        "--batch", type=whole(1), default=1, metavar="N", help="prompts in a call (default: 1)"
     )
     parser.add_argument(
-        "--repeats", type=int, default=1, help="timed runs of each picture (default: 1)"
+        "--repeats", type=whole(1), default=1, help="timed runs of each picture (default: 1)"
     )
     parser.add_argument(
         "--cost",
@@ -85,7 +93,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shown",
-        type=int,
+        type=whole(1),
         default=12,
         metavar="N",
         help="prompts with pictures in report.html, worst first (default: %(default)s)",
@@ -95,7 +103,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_metric_arguments(group: Any) -> None:
     group.add_argument(
         "--references",
-        type=Path,
+        type=existing_folder,
         metavar="DIR",
         help="pictures that FID compares with; default: the all-fine ones",
     )
@@ -106,7 +114,7 @@ def _add_metric_arguments(group: Any) -> None:
     )
     group.add_argument(
         "--weights",
-        type=Path,
+        type=existing_folder,
         metavar="DIR",
         help="folder with the weights of LPIPS and FID (in checkpoints/, as torch.hub keeps them) "
         "and of ImageReward; default: their own caches",
@@ -142,8 +150,6 @@ def _require_extra() -> None:
 def _prompts(args: argparse.Namespace) -> tuple[tuple[str, ...], str]:
     from ddit_rt.evaluation.prompt_sets import DEMO, NAMES, read_prompts
 
-    if args.shown < 1:
-        raise ValueError(f"got --shown {args.shown}; show at least one prompt")
     source = args.prompts or (DEMO if args.model == EMBEDDED else None)
     if source is None:
         raise ValueError(

@@ -17,12 +17,12 @@ from ddit_rt.cli.models import (
     embedded_defaults,
     load_pipeline,
 )
+from ddit_rt.cli.options import file_to_write, number, seed, whole
 from ddit_rt.cli.outputs import output_paths, write_video
 from ddit_rt.cli.policies import (
     add_policy_arguments,
     add_step_cache_argument,
     choose_policy,
-    parse_step_cache,
 )
 
 if TYPE_CHECKING:
@@ -43,25 +43,29 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=file_to_write,
         metavar="FILE",
         help="picture to write (default: out.png), or video (default: out.mp4; NAME.png: frames "
         "NAME/000.png, ...); several become FILE-1, FILE-2, ...; existing files are replaced",
     )
-    parser.add_argument("--num-images", type=int, default=1, help="pictures or videos per prompt")
-    parser.add_argument("--seed", type=int, help="seed of the first picture, then seed + 1, ...")
-    parser.add_argument("--steps", type=int, help="denoising steps; default: the pipeline's")
+    parser.add_argument(
+        "--num-images", type=whole(1), default=1, help="pictures or videos per prompt"
+    )
+    parser.add_argument("--seed", type=seed, help="seed of the first picture, then seed + 1, ...")
+    parser.add_argument("--steps", type=whole(1), help="denoising steps; default: the pipeline's")
     add_call_arguments(parser)
     add_further_arguments(parser)
-    parser.add_argument("--fps", type=int, default=16, help="of an MP4 (default: %(default)s)")
+    parser.add_argument("--fps", type=whole(1), default=16, help="of an MP4 (default: %(default)s)")
     parser.add_argument(
         "--guidance-interval",
-        type=float,
+        type=number(0, 1),
         nargs=2,
         metavar=("START", "STOP"),
         help="part of the steps that classifier-free guidance acts in (default: 0 1)",
     )
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="write every step as JSON")
+    parser.add_argument(
+        "--trace", type=file_to_write, metavar="FILE", help="write every step as JSON"
+    )
     parser.add_argument(
         "--trust-code",
         action="store_true",
@@ -79,8 +83,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    cache = parse_step_cache(args.step_cache)
-    seed = random.randrange(2**31) if args.seed is None else args.seed  # noqa: S311 - no secret
+    first = random.randrange(2**31) if args.seed is None else args.seed  # noqa: S311 - no secret
+    _check_options(args)
     from ddit_rt.artifact import read_manifest
     from ddit_rt.families import family_named
 
@@ -98,15 +102,25 @@ def _run(args: argparse.Namespace) -> Outcome:
     )
     policy = choose_policy(args.policy, args.tau, args.rho, engine.default_policy)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
-    arguments = {**pipeline_arguments(args), "step_cache": cache}
+    arguments = {**pipeline_arguments(args), "step_cache": args.step_cache}
     pictures = [
-        _generate(engine, policy, prompt, seed + index, path, arguments, args.fps)
+        _generate(engine, policy, prompt, first + index, path, arguments, args.fps)
         for index, (prompt, path) in enumerate(zip(prompts, paths, strict=True))
     ]
     data = {"artifact": str(args.artifact), "policy": _policy_entry(policy), "pictures": pictures}
     if args.trace is not None:
         _write_json(args.trace, data)
     return Outcome(data=_without_traces(data), text=_text(pictures))
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuses options that do not go together, before the model is loaded."""
+    from ddit_rt.patch_scheduler import DDiTPolicy
+    from ddit_rt.pipeline.guidance import check_interval
+
+    choose_policy(args.policy, args.tau, args.rho, DDiTPolicy())
+    if args.guidance_interval is not None:
+        check_interval(args.guidance_interval)
 
 
 def pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
+from ddit_rt import checks
 from ddit_rt.cli.ab import AB
 from ddit_rt.cli.calibrate import CALIBRATE
 from ddit_rt.cli.command import EXIT_CODES, Command, ExitCode
@@ -29,6 +31,16 @@ _CALLER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 """What a user can cause: bad values, unreadable or missing files, a missing extra."""
 
 
+class Parser(argparse.ArgumentParser):
+    """An option's bad value is one line; where arguments are missing or unknown, usage helps."""
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse.ArgumentParser.error`."""
+        if not message.startswith("argument ") or message.startswith("argument COMMAND"):
+            self.print_usage(sys.stderr)
+        self.exit(int(ExitCode.USAGE), f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `ddit-rt`.
 
@@ -39,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         An `ExitCode`.
     """
     try:
-        args = build_parser().parse_args(argv)
+        args, unknown = build_parser().parse_known_args(argv)
+        if unknown:
+            args.parser.error(_unrecognized(unknown, args.parser.format_usage()))
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
@@ -56,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of `ddit-rt` and its commands."""
     from ddit_rt.version import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ddit-rt",
         description="Low-latency inference for diffusion transformers with dynamic patch sizes.",
         epilog=f"ddit-rt COMMAND --help shows options and examples.\n\n{EXIT_CODES}",
@@ -75,13 +89,28 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_arguments(subparser)
         subparser.add_argument("--json", action="store_true", help="print the result as JSON")
         subparser.add_argument("--debug", action="store_true", help="show tracebacks")
-        subparser.set_defaults(command=command)
+        subparser.set_defaults(command=command, parser=subparser)
     return parser
+
+
+def _unrecognized(unknown: Sequence[str], usage: str) -> str:
+    """What to say of options that a command does not have."""
+    advice = checks.did_you_mean(unknown[0], re.findall(r"--[\w-]+", usage))
+    return f"unrecognized arguments: {' '.join(unknown)}" + (f" ({advice})" if advice else "")
+
+
+def _text(error: BaseException) -> str:
+    """An error's message; of one of the file system without its number."""
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"no such file: {error.filename}"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return str(error)
 
 
 def explain(error: BaseException) -> tuple[ExitCode, str]:
     """Exit code and one line for an error."""
-    message = " ".join(str(error).split())
+    message = " ".join(_text(error).split())
     if isinstance(error, (KeyboardInterrupt, RunCancelled)):
         return ExitCode.INTERRUPTED, "interrupted"
     if isinstance(error, ArtifactError):

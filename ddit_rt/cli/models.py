@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ddit_rt.cli.options import number, whole
 
 if TYPE_CHECKING:
     from ddit_rt.artifact import Manifest
@@ -24,24 +27,28 @@ MODEL_HELP = (
 
 DEVICES = ("cpu", "cuda")
 
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
 
 def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what every command that runs an artifact asks of the pipeline's call."""
-    parser.add_argument("--height", type=int, help="default: as compiled")
-    parser.add_argument("--width", type=int, help="default: as compiled")
-    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's")
+    parser.add_argument("--height", type=whole(1), help="default: as compiled")
+    parser.add_argument("--width", type=whole(1), help="default: as compiled")
+    parser.add_argument("--guidance-scale", type=number(), help="default: the pipeline's")
     parser.add_argument(
-        "--max-sequence-length", type=int, help="text tokens; default: the pipeline's"
+        "--max-sequence-length", type=whole(1), help="text tokens; default: the pipeline's"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: as compiled")
 
 
 def add_further_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what commands that make videos too ask of it besides."""
-    parser.add_argument("--num-frames", type=int, help="of a video; default: as compiled")
+    parser.add_argument("--num-frames", type=whole(1), help="of a video; default: as compiled")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="one for all prompts")
     parser.add_argument(
-        "--true-cfg-scale", type=float, help="FLUX's guidance by --negative-prompt; default: 1, off"
+        "--true-cfg-scale",
+        type=number(),
+        help="FLUX's guidance by --negative-prompt; default: 1, off",
     )
 
 
@@ -73,8 +80,8 @@ def load_pipeline(model: str, dtype: str | None = None, device: str = "cpu") -> 
         device: One of `DEVICES`, or `"auto"`.
 
     Raises:
-        ValueError: A folder that holds no pipeline, a package without the demo model, or no CUDA
-            device.
+        ValueError: No such folder, one that holds no pipeline, a package without the demo model,
+            or no CUDA device.
         OSError: Neither a folder nor a name that the Hub knows.
     """
     import torch
@@ -82,6 +89,10 @@ def load_pipeline(model: str, dtype: str | None = None, device: str = "cpu") -> 
 
     device = choose_device(device)
     source = _embedded_path(model) if model in (EMBEDDED, EMBEDDED_VIDEO) else model
+    if not Path(source).exists() and _HUB_NAME.fullmatch(source) is None:
+        raise ValueError(f"no such folder: {source}; expected {MODEL_HELP}")
+    if Path(source).is_file():
+        raise ValueError(f"{source} is a file; expected {MODEL_HELP}")
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
         raise ValueError(
             f"{source} is a folder without model_index.json; give the folder of a whole pipeline, "

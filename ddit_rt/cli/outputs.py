@@ -28,10 +28,13 @@ def output_paths(output: Path, count: int, *, video: bool = False) -> list[Path]
         from ddit_rt.demo.video_file import require_encoder
 
         require_encoder()  # before minutes of work
+    several = [output.with_stem(f"{output.stem}-{index}") for index in range(1, count + 1)]
+    paths = several if count > 1 else [output]
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name a file")
     output.parent.mkdir(parents=True, exist_ok=True)
-    if count == 1:
-        return [output]
-    return [output.with_stem(f"{output.stem}-{index}") for index in range(1, count + 1)]
+    return paths
 
 
 def write_video(frames: Sequence[Any], path: Path, fps: int) -> None:

@@ -6,13 +6,12 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ddit_rt.cli.options import number, text
+
 if TYPE_CHECKING:
     from ddit_rt.patch_scheduler import DDiTPolicy, PatchPolicy
     from ddit_rt.pipeline.presets import PolicyChoice
     from ddit_rt.step_cache import StepCache
-
-DEFAULT_STATIC_PLAN = "2p:0.4,p"
-"""The plan of `--policy static`: layout at 2p, then detail at p."""
 
 Tau = float | dict[str, float]
 
@@ -22,9 +21,10 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("patch policy")
     group.add_argument(
         "--policy",
+        type=policy_text,
         metavar="POLICY",
         help="fine (the unmodified model), static (the plan "
-        f"{DEFAULT_STATIC_PLAN}), dynamic (a score per step and prompt), or a plan of your own as "
+        "2p:0.4,p), dynamic (a score per step and prompt), or a plan of your own as "
         'shares of the steps, "4p:0.2,2p:0.4,p"; default: the policy of the artifact',
     )
     group.add_argument(
@@ -35,7 +35,7 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         "(2p=0.002,4p=0.0005); larger is faster and coarser",
     )
     group.add_argument(
-        "--rho", type=float, metavar="RHO", help="quantile over patches, 0 to 1, of the same"
+        "--rho", type=number(0, 1), metavar="RHO", help="quantile over patches, 0 to 1, of the same"
     )
 
 
@@ -48,6 +48,7 @@ def add_step_cache_argument(parser: argparse.ArgumentParser, default: str) -> No
     """
     parser.add_argument(
         "--step-cache",
+        type=step_cache,
         metavar="CACHE",
         help="steps that reuse instead of compute: teacache:THRESHOLD, teacache-ret:THRESHOLD "
         "(Wan, with use_ret_steps), magcache:THRESHOLD, or none; larger thresholds are faster and "
@@ -55,44 +56,56 @@ def add_step_cache_argument(parser: argparse.ArgumentParser, default: str) -> No
     )
 
 
-def parse_step_cache(text: str | None) -> StepCache | None:
-    """The step cache of `--step-cache`; None: the option was left out.
+@text
+def step_cache(value: str) -> StepCache:
+    """The step cache of `--step-cache`."""
+    from ddit_rt.step_cache import parse_step_cache
 
-    Raises:
-        ValueError: An unknown cache, or no threshold.
-    """
-    from ddit_rt.step_cache import MagCache, NoCache, TeaCache
-
-    if text is None:
-        return None
-    name, _, number = text.partition(":")
-    threshold = _number(number)
-    if name == "none" and not number:
-        return NoCache()
-    if name == "magcache" and threshold is not None:
-        return MagCache(threshold=threshold)
-    if name in ("teacache", "teacache-ret") and threshold is not None:
-        return TeaCache(threshold, use_ret_steps=name == "teacache-ret")
-    raise ValueError(
-        f"got --step-cache {text}; use teacache:0.4, teacache-ret:0.1, magcache:0.06, or none"
-    )
+    return parse_step_cache(value)
 
 
-def parse_tau(text: str) -> Tau:
+@text
+def policy_text(value: str) -> str:
+    """The text of `--policy`, which can be read; what it stands for hangs on the artifact."""
+    from ddit_rt.patch_scheduler import DDiTPolicy
+    from ddit_rt.pipeline.presets import parse_choice
+
+    parse_choice(value, DDiTPolicy())
+    return value
+
+
+@text
+def patch_sizes(value: str) -> str:
+    """The text of `--patch-sizes`, which can be read."""
+    from ddit_rt.pipeline.inputs import parse_multiples
+
+    parse_multiples(value)
+    return value
+
+
+def parse_tau(value: str) -> Tau:
     """`"0.001"` to 0.001, `"2p=0.002,4p=0.0005"` to a dict.
 
     Raises:
         argparse.ArgumentTypeError: Anything else.
     """
+    from ddit_rt.patch_scheduler import DDiTPolicy
+
     try:
-        if "=" not in text:
-            return float(text)
-        entries = (entry.split("=") for entry in text.split(","))
-        return {size.strip(): float(tau) for size, tau in entries}
+        if "=" not in value:
+            tau: Tau = float(value)
+        else:
+            entries = (entry.split("=") for entry in value.split(","))
+            tau = {size.strip(): float(threshold) for size, threshold in entries}
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"got {text!r}; write one number (0.001) or one per size (2p=0.002,4p=0.0005)"
+            f"got {value!r}; write one number (0.001) or one per size (2p=0.002,4p=0.0005)"
         ) from error
+    try:
+        DDiTPolicy(tau)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return tau
 
 
 def choose_policy(
@@ -109,35 +122,13 @@ def choose_policy(
     Raises:
         ValueError: An unknown policy, or thresholds for a policy that has none.
     """
-    from ddit_rt.artifact import PRESETS
-    from ddit_rt.patch_scheduler import FinePolicy, StaticPolicy
+    from ddit_rt.pipeline.presets import parse_choice
 
-    tuned = tau is not None or rho is not None
-    if name == "dynamic" or (name is None and tuned):
-        return _dynamic(tau, rho, default)
-    if tuned:
+    if tau is None and rho is None:
+        return default if name is None else parse_choice(name, default)
+    if name not in (None, "dynamic"):
         raise ValueError(f"--tau and --rho belong to --policy dynamic; got --policy {name}")
-    if name is None:
-        return default
-    if name == "fine":
-        return FinePolicy()
-    if name in PRESETS:
-        return name
-    if (speed := _number(name)) is not None:
-        return speed
-    if name != "static" and not any(character in name for character in "p:,"):
-        raise ValueError(
-            f"got --policy {name}; use fine, static, dynamic, a plan such as 4p:0.2,2p:0.4,p, or "
-            f"of a calibration {', '.join(PRESETS)} or a speed from 0 to 1"
-        )
-    return StaticPolicy(DEFAULT_STATIC_PLAN if name == "static" else name)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+    return _dynamic(tau, rho, default)
 
 
 def _dynamic(tau: Tau | None, rho: float | None, default: PatchPolicy) -> DDiTPolicy:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import glob
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.models import DEVICES, DTYPES, MODEL_HELP, embedded_defaults, load_pipeline
+from ddit_rt.cli.options import existing_file, folder_to_write, number, seed, whole
 
 if TYPE_CHECKING:
     from ddit_rt.training import DataConfig, TrainConfig, TrainResult
@@ -19,7 +21,12 @@ _TAR = (".tar",)
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
-        "-o", "--out", required=True, type=Path, metavar="DIR", help="folder of the adapters"
+        "-o",
+        "--out",
+        required=True,
+        type=folder_to_write,
+        metavar="DIR",
+        help="folder of the adapters",
     )
     _add_data_arguments(parser.add_argument_group("data"))
     _add_recipe_arguments(parser.add_argument_group("recipe"))
@@ -37,27 +44,31 @@ def _add_data_arguments(group: Any) -> None:
     source.add_argument(
         "--self",
         dest="prompts",
+        type=existing_file,
         metavar="PROMPTS",
         help="train on the model's own trajectories for the prompts in this file, one a line",
     )
-    group.add_argument("--height", type=int, help="picture height; default: the model's own")
-    group.add_argument("--width", type=int, help="picture width; default: the model's own")
-    group.add_argument("--limit", type=int, help="most pictures, or number of trajectories")
+    group.add_argument("--height", type=whole(1), help="picture height; default: the model's own")
+    group.add_argument("--width", type=whole(1), help="picture width; default: the model's own")
+    group.add_argument("--limit", type=whole(1), help="most pictures, or number of trajectories")
     group.add_argument(
         "--sampling-steps",
-        type=int,
+        type=whole(1),
         default=24,
         help="steps of a trajectory, a sample and the measured gain (default: %(default)s)",
     )
-    group.add_argument("--guidance-scale", type=float, help="default: the pipeline's")
-    group.add_argument("--max-sequence-length", type=int, help="text tokens")
+    group.add_argument("--guidance-scale", type=number(), help="default: the pipeline's")
+    group.add_argument("--max-sequence-length", type=whole(1), help="text tokens")
     group.add_argument("--image-column", default="image", help="of a data set of the Hub")
     group.add_argument("--caption-column", default="text", help="of a data set of the Hub")
     group.add_argument(
-        "--encode-batch", type=int, default=8, help="encoded at once (default: %(default)s)"
+        "--encode-batch", type=whole(1), default=8, help="encoded at once (default: %(default)s)"
     )
     group.add_argument(
-        "--cache", type=Path, metavar="DIR", help="latents and embeddings; default: OUT/run/cache"
+        "--cache",
+        type=folder_to_write,
+        metavar="DIR",
+        help="latents and embeddings; default: OUT/run/cache",
     )
 
 
@@ -70,24 +81,26 @@ def _add_recipe_arguments(group: Any) -> None:
         "(default: %(default)s)",
     )
     group.add_argument("--patch-sizes", default="2p,4p", help="default: %(default)s")
-    group.add_argument("--rank", type=int, default=32, help="LoRA rank (default: %(default)s)")
-    group.add_argument("--steps", type=int, default=2000, help="default: %(default)s")
-    group.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
-    group.add_argument("--accumulate", type=int, default=1, help="batches per step")
+    group.add_argument("--rank", type=whole(1), default=32, help="LoRA rank (default: %(default)s)")
+    group.add_argument("--steps", type=whole(1), default=2000, help="default: %(default)s")
+    group.add_argument("--batch-size", type=whole(1), default=8, help="default: %(default)s")
+    group.add_argument("--accumulate", type=whole(1), default=1, help="batches per step")
     group.add_argument("--optimizer", choices=("adamw", "prodigy"), default="adamw")
-    group.add_argument("--lr", type=float, help="default: 1e-4 for adamw, 1 for prodigy")
+    group.add_argument(
+        "--lr", type=number(0, open_low=True), help="default: 1e-4 for adamw, 1 for prodigy"
+    )
     group.add_argument("--schedule", choices=("cosine", "constant"), default="cosine")
-    group.add_argument("--warmup-steps", type=int, default=50, help="default: %(default)s")
-    group.add_argument("--ema", type=float, default=0.99, help="default: %(default)s")
+    group.add_argument("--warmup-steps", type=whole(0), default=50, help="default: %(default)s")
+    group.add_argument("--ema", type=number(0, 1), default=0.99, help="default: %(default)s")
     group.add_argument("--weighting", choices=("velocity", "clean"), default="velocity")
     group.add_argument(
         "--detail-share",
-        type=float,
+        type=number(0, 1),
         default=0.5,
         help="share of samples that follow a step at p, snr only (default: %(default)s)",
     )
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=seed, default=0)
 
 
 def _add_run_arguments(group: Any) -> None:
@@ -96,11 +109,13 @@ def _add_run_arguments(group: Any) -> None:
         "--device", choices=("auto", *DEVICES), default="auto", help="default: %(default)s"
     )
     group.add_argument("--save-dtype", choices=DTYPES, help="of the files; default: float32")
-    group.add_argument("--sample-every", type=int, default=500, help="steps; 0: no sample grids")
-    group.add_argument("--checkpoint-every", type=int, default=250, help="steps")
+    group.add_argument(
+        "--sample-every", type=whole(0), default=500, help="steps; 0: no sample grids"
+    )
+    group.add_argument("--checkpoint-every", type=whole(1), default=250, help="steps")
     group.add_argument(
         "--gain-prompts",
-        type=Path,
+        type=existing_file,
         metavar="FILE",
         help="prompts to measure the gain on; default: some of the training data",
     )
@@ -116,6 +131,7 @@ def _run(args: argparse.Namespace) -> Outcome | None:
     gain = None if args.gain_prompts is None else read_prompts(args.gain_prompts)
     if args.prompts is not None:
         read_prompts(args.prompts)  # before the model: a bad file should not cost loading one
+    _source(args)
     pipeline = load_pipeline(args.model, args.dtype, args.device)
     pipeline.set_progress_bar_config(disable=True)
     import torch
@@ -189,12 +205,19 @@ def _data(args: argparse.Namespace, pipeline: Any) -> DataConfig:
 
 
 def _source(args: argparse.Namespace) -> tuple[str, str]:
-    """Kind and source of the data."""
+    """Kind and source of the data.
+
+    Raises:
+        ValueError: No such file or folder.
+    """
     if args.prompts is not None:
-        return "self", args.prompts
+        return "self", str(args.prompts)
     source: str = args.data
     if source.startswith("hf:"):
         return "datasets", source.removeprefix("hf:")
+    if not Path(source).exists() and not glob.glob(source):  # noqa: PTH207 - it may be absolute
+        what = "no file matches" if glob.has_magic(source) else "no such file or folder:"
+        raise ValueError(f"{what} {source}; --data names pictures with captions")
     if source.endswith(_TAR):
         return "webdataset", source
     if (Path(source) / "dataset_info.json").is_file():

@@ -63,8 +63,11 @@ class Study:
         file = folder / "report.json"
         if not file.is_file():
             raise ValueError(f"{folder} holds no report.json; run ddit-rt eval into it first")
-        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        names = [entry["name"] for entry in report["plans"]]
+        try:
+            report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            names = [entry["name"] for entry in report["plans"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is no report of ddit-rt eval; run it again") from error
         self.plan, self.against = plan or report["main"], against or names[0]
         unknown = [name for name in (self.plan, self.against) if name not in names]
         if unknown or self.plan == self.against:

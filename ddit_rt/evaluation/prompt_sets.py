@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from ddit_rt import checks
 
 DEMO = "demo"
 
@@ -64,7 +65,7 @@ def _lines(source: str) -> Sequence[str]:
         return held_out_prompts()
     if source in HUB_SETS:
         return _hub_lines(HUB_SETS[source])
-    return Path(source).read_text(encoding="utf-8").splitlines()
+    return checks.text_lines(source)
 
 
 def _hub_lines(wanted: HubSet) -> list[str]:

@@ -54,8 +54,8 @@ class RunTrace:
         executor: Which executor ran it.
         solver: Class name of the scheduler behind the solver table.
         batch: Samples in the run.
-        nonfinite: Whether a score or a signal was NaN or infinite, so that p was forced, or no
-            step reused.
+        nonfinite: Whether the final latents, a score or a signal were NaN or infinite; with such
+            a score p is forced, and with such a signal no step reuses.
         cancelled: Whether the run stopped early on request.
         notes: Slower paths that were taken and sizes that were not offered, with their reasons.
     """
@@ -86,6 +86,13 @@ class RunTrace:
     def reused(self) -> int:
         """Steps that reused instead of computing."""
         return sum(record.reused for record in self.steps)
+
+    @property
+    def first_nonfinite(self) -> int | None:
+        """First step whose score or signal was NaN or infinite; None where none was taken."""
+        said = (_REASON_TEXT[Reason.NONFINITE], _CACHE_TEXT[CacheReason.NONFINITE])
+        steps = (r.step for r in self.steps if r.reason == said[0] or r.cache_reason == said[1])
+        return next(steps, None)
 
     @property
     def latency_ms(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.families.arguments import call_defaults, check_arguments, check_tensor
 
 _REFUSED_ARGUMENTS = {
     "ip_adapter_image": "IP-Adapter images",
@@ -33,12 +33,14 @@ class PipelineCall:
         shape: Latent shape, `[B, C, H, W]`, of a video `[B, C, F, H, W]`.
         scales: Scale of classifier-free guidance of each expert; empty for a call without.
         passes: Passes that the pipeline may ask its transformer for in a step.
+        ignored: Arguments that were given and that the pipeline ignores, each with its reason.
     """
 
     arguments: Mapping[str, Any]
     shape: tuple[int, ...]
     scales: tuple[float, ...]
     passes: int
+    ignored: tuple[str, ...] = ()
 
     @property
     def guided(self) -> bool:
@@ -79,6 +81,10 @@ class PreparedCall:
     finish: Callable[[Tensor], Any]
 
 
+PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
+"""Arguments that say how many pictures, or videos, of each prompt are made."""
+
+
 def check_known(conditioning: Iterable[str], names: Sequence[str], model: str) -> None:
     """Refuses conditioning that a model would ignore."""
     unknown = sorted(set(conditioning) - set(names))
@@ -86,61 +92,61 @@ def check_known(conditioning: Iterable[str], names: Sequence[str], model: str) -
         raise ValueError(f"unknown conditioning {unknown}; {model} takes {list(names)}")
 
 
-def check_shape(name: str, value: Tensor | None, expected: Sequence[int | str]) -> None:
+def check_shape(
+    name: str, value: Any, expected: Sequence[int | str], *, floating: bool = True
+) -> None:
     """Refuses a missing or misshapen tensor.
 
     Args:
         name: The argument's name, for the message.
         value: What came.
         expected: Size of each dimension; a string names one that may be anything.
+        floating: Whether its data type must be one of floating-point numbers.
 
     Raises:
+        TypeError: No tensor, or of another data type.
         ValueError: It is missing.
         ShapeError: It has another shape.
     """
     wanted = "[" + ", ".join(str(dim) for dim in expected) + "]"
     if value is None:
         raise ValueError(f"`{name}` is missing; this model needs it as a tensor {wanted}")
-    fits = value.ndim == len(expected) and all(
-        isinstance(dim, str) or dim == size for dim, size in zip(expected, value.shape, strict=True)
+    shape = check_tensor(name, value, wanted, floating=floating).shape
+    fits = len(shape) == len(expected) and all(
+        isinstance(dim, str) or dim == size for dim, size in zip(expected, shape, strict=True)
     )
     if not fits:
-        raise ShapeError(f"`{name}` has shape {list(value.shape)}; expected {wanted}")
+        raise ShapeError(f"`{name}` has shape {list(shape)}; expected {wanted}")
 
 
 def bind_call(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of the pipeline's call, defaults filled in; an unknown one is an error."""
-    signature = inspect.signature(type(pipeline).__call__)
-    unknown = sorted(set(arguments) - set(signature.parameters))
-    if unknown:
-        raise ValueError(
-            f"unknown arguments {unknown}; {type(pipeline).__name__} takes "
-            f"{[name for name in signature.parameters if name != 'self']}"
-        )
-    bound = signature.bind(pipeline, **arguments)
-    bound.apply_defaults()
-    return dict(bound.arguments)
+    """All arguments of the pipeline's call, checked, defaults filled in."""
+    return {**call_defaults(pipeline), **check_arguments(pipeline, arguments)}
 
 
 def refuse_ignored(call: Mapping[str, Any]) -> None:
     """Refuses, by name, the arguments that the compiled model could only ignore."""
     for name, feature in _REFUSED_ARGUMENTS.items():
         value = call.get(name)
-        if value is not None and value != {}:
+        if value is not None and not (isinstance(value, dict) and not value):
             raise UnsupportedModelError(
                 f"got `{name}`: {feature} change the blocks that were compiled, and would be "
                 "ignored; leave the argument out, or call the diffusers pipeline itself"
             )
 
 
-def batch_of(call: Mapping[str, Any], per_prompt: str = "num_images_per_prompt") -> int:
-    """Pictures, or videos, that the call makes; `per_prompt` names the argument that counts."""
-    prompt = call["prompt"]
+def prompts_of(call: Mapping[str, Any]) -> int:
+    """Prompts of the call; 1 where there is none, which is refused elsewhere."""
+    prompt, embeds = call["prompt"], call["prompt_embeds"]
     if prompt is None:
-        prompts = int(call["prompt_embeds"].shape[0])
-    else:
-        prompts = 1 if isinstance(prompt, str) else len(prompt)
-    return prompts * int(call[per_prompt])
+        return 1 if embeds is None or not embeds.ndim else len(embeds)
+    return 1 if isinstance(prompt, str) else len(prompt)
+
+
+def batch_of(call: Mapping[str, Any]) -> int:
+    """Pictures, or videos, that the call makes."""
+    per_prompt = (call[name] for name in PER_PROMPT if name in call)
+    return prompts_of(call) * int(next(per_prompt))
 
 
 def model_arguments(arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

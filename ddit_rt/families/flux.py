@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ddit_rt import ops
 from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.families.arguments import check_steps
 from ddit_rt.families.base import (
     BATCH,
     IMAGE,
@@ -47,6 +48,7 @@ from ddit_rt.families.flux_calls import (
     check_inputs,
     encode_prompts,
     finish,
+    ignored_arguments,
     wants_true_cfg,
 )
 
@@ -132,7 +134,7 @@ class FluxFamily(Family):
         scale = conditioning.get("true_cfg_scale")
         second = [scale, *map(conditioning.get, NEGATIVES.values())]
         if any(tensor is not None for tensor in second):
-            check_shape("true_cfg_scale", scale, ())
+            check_shape("true_cfg_scale", scale, (), floating=False)
             expected |= {negative: expected[name] for name, negative in NEGATIVES.items()}
         for name, shape in expected.items():
             check_shape(name, conditioning.get(name), shape)
@@ -255,8 +257,13 @@ class FluxFamily(Family):
         # Imported here: it pulls in all of transformers, which takes seconds.
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
-        if num_inference_steps < 1:
-            raise ValueError(f"got num_inference_steps={num_inference_steps}; it must be positive")
+        check_steps(scheduler, num_inference_steps)
+        own_sigmas = scheduler.config.get("use_flow_sigmas", False)
+        if sigmas is not None and own_sigmas:
+            raise ValueError(
+                f"got sigmas for a {type(scheduler).__name__} with use_flow_sigmas=True, which "
+                "makes its own and would ignore them; leave them out"
+            )
         if sigmas is None:
             sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
         config = scheduler.config
@@ -269,7 +276,6 @@ class FluxFamily(Family):
                 config.get("base_shift", 0.5),
                 config.get("max_shift", 1.15),
             )
-        own_sigmas = config.get("use_flow_sigmas", False)
         retrieve_timesteps(
             scheduler, num_inference_steps, sigmas=None if own_sigmas else sigmas, **shift
         )
@@ -282,7 +288,8 @@ class FluxFamily(Family):
         refuse_ignored(call)
         guided = wants_true_cfg(call)
         rows, columns = self.default_size(pipeline)
-        call["height"], call["width"] = call["height"] or rows, call["width"] or columns
+        call["height"] = rows if call["height"] is None else call["height"]
+        call["width"] = columns if call["width"] is None else call["width"]
         check_inputs(pipeline, call)
         batch = batch_of(call)
         shape = self.latent_shape(pipeline, call["height"], call["width"], batch)
@@ -291,7 +298,14 @@ class FluxFamily(Family):
         grid = Grid(height=shape[2] // PATCH, width=shape[3] // PATCH)
         self.set_timesteps(scheduler, call["num_inference_steps"], call["sigmas"], grid)
         scales = (float(call["true_cfg_scale"]),) if guided else ()
-        return PipelineCall(arguments=call, shape=shape, scales=scales, passes=1 + guided)
+        distilled = bool(pipeline.transformer.config.guidance_embeds)
+        return PipelineCall(
+            arguments=call,
+            shape=shape,
+            scales=scales,
+            passes=1 + guided,
+            ignored=ignored_arguments(arguments, distilled=distilled),
+        )
 
     def encode_call(self, pipeline: Any, scheduler: Any, call: PipelineCall) -> PreparedCall:
         """See `Family.encode_call`; follows `FluxPipeline.__call__` up to its section 6."""

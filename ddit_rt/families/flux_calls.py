@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.families.calls import PipelineCall
+from ddit_rt.families.arguments import (
+    check_counts,
+    check_exclusive,
+    check_given_embeds,
+    check_output,
+    check_text_encoders,
+    is_empty,
+)
+from ddit_rt.families.calls import PipelineCall, batch_of, prompts_of
 
 PATCH = 2
 """Side of the square of latent pixels that the pipeline packs into a token."""
@@ -19,6 +27,10 @@ NEGATIVES = {
     "pooled_projections": "negative_pooled_projections",
 }
 """Conditioning of the second pass, by that of the first."""
+
+
+_PROMPTS = ("prompt", "prompt_2")
+_EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")
 
 
 def wants_true_cfg(call: Mapping[str, Any]) -> bool:
@@ -38,8 +50,33 @@ def wants_true_cfg(call: Mapping[str, Any]) -> bool:
     return True
 
 
+def ignored_arguments(given: Mapping[str, Any], *, distilled: bool) -> tuple[str, ...]:
+    """Arguments that the pipeline ignores too, each with what makes it count.
+
+    Args:
+        given: What the caller gave.
+        distilled: Whether the model takes `guidance_scale`.
+    """
+    notes = []
+    if not distilled and given.get("guidance_scale"):
+        notes.append(
+            f"guidance_scale={given['guidance_scale']:g} is ignored: this model was made without "
+            "guidance embeddings (guidance_embeds=False)"
+        )
+    if "true_cfg_scale" not in given:  # at 1 or below, the caller has turned it off
+        notes += [
+            f"{name} is ignored without a true_cfg_scale above 1"
+            for name in (f"negative_{name}" for name in (*_PROMPTS, *_EMBEDS))
+            if not is_empty(given.get(name))
+        ]
+    return tuple(notes)
+
+
 def check_inputs(pipeline: Any, call: Mapping[str, Any]) -> None:
-    """The own checks of a FLUX pipeline."""
+    """The own checks of a FLUX pipeline, and those of what it would take and fail at."""
+    for prefix in ("", "negative_"):
+        given = f"{prefix}{_EMBEDS[0]}"
+        check_exclusive(call, *((f"{prefix}{name}", given) for name in _PROMPTS))
     names = (
         "negative_prompt",
         "negative_prompt_2",
@@ -57,6 +94,19 @@ def check_inputs(pipeline: Any, call: Mapping[str, Any]) -> None:
         call["width"],
         **{name: call[name] for name in names},
     )
+    config, batch = pipeline.transformer.config, batch_of(call)
+    for prefix in ("", "negative_"):
+        for name, shape in (
+            ("prompt_embeds", ("text tokens", config.joint_attention_dim)),
+            ("pooled_prompt_embeds", (config.pooled_projection_dim,)),
+        ):
+            given = call[f"{prefix}{name}"]
+            check_given_embeds(f"{prefix}{name}", given, shape, batch, "num_images_per_prompt")
+    texts = ("prompt_2", "negative_prompt", "negative_prompt_2")
+    check_counts(call, texts, prompts_of(call))
+    check_output(pipeline, call)
+    negative = wants_true_cfg(call) and call["negative_prompt"] is not None
+    check_text_encoders(pipeline, prompt=call["prompt"] is not None, negative=negative)
 
 
 def encode_prompts(pipeline: Any, checked: PipelineCall) -> dict[str, Tensor]:
@@ -65,10 +115,7 @@ def encode_prompts(pipeline: Any, checked: PipelineCall) -> dict[str, Tensor]:
     conditioning: dict[str, Tensor] = {}
     for prefix in ("", "negative_") if guided else ("",):
         embeds, pooled, _ = pipeline.encode_prompt(
-            prompt=call[f"{prefix}prompt"],
-            prompt_2=call[f"{prefix}prompt_2"],
-            prompt_embeds=call[f"{prefix}prompt_embeds"],
-            pooled_prompt_embeds=call[f"{prefix}pooled_prompt_embeds"],
+            **{name: call[f"{prefix}{name}"] for name in (*_PROMPTS, *_EMBEDS)},
             device=pipeline._execution_device,
             num_images_per_prompt=call["num_images_per_prompt"],
             max_sequence_length=call["max_sequence_length"],

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.families.arguments import check_steps
 from ddit_rt.families.base import (
     BATCH,
     IMAGE,
@@ -49,6 +50,7 @@ from ddit_rt.families.wan_calls import (
     default_of,
     encode_prompts,
     finish,
+    ignored_arguments,
     latent_size,
     scales_of_call,
     second_scale,
@@ -261,8 +263,7 @@ class WanFamily(Family):
         self, scheduler: Any, num_inference_steps: int, sigmas: Sequence[float] | None, grid: Grid
     ) -> None:
         """See `Family.set_timesteps`. Wan shifts by a constant of the scheduler's own."""
-        if num_inference_steps < 1:
-            raise ValueError(f"got num_inference_steps={num_inference_steps}; it must be positive")
+        check_steps(scheduler, num_inference_steps)
         if sigmas is None:
             scheduler.set_timesteps(num_inference_steps)
         elif "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
@@ -288,7 +289,13 @@ class WanFamily(Family):
         scales = scales_of_call(pipeline, call)
         # A callback may turn guidance on, where there is a negative prompt for it.
         both = bool(scales) or call["negative_prompt_embeds"] is not None
-        return PipelineCall(arguments=call, shape=shape, scales=scales, passes=1 + both)
+        return PipelineCall(
+            arguments=call,
+            shape=shape,
+            scales=scales,
+            passes=1 + both,
+            ignored=ignored_arguments(call),
+        )
 
     def encode_call(self, pipeline: Any, scheduler: Any, call: PipelineCall) -> PreparedCall:
         """See `Family.encode_call`; follows `WanPipeline.__call__` up to its section 6."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,13 @@ import torch
 from torch import Tensor
 
 from ddit_rt.errors import ShapeError
+from ddit_rt.families.arguments import (
+    call_defaults,
+    check_exclusive,
+    check_given_embeds,
+    check_output,
+    check_text_encoders,
+)
 from ddit_rt.families.calls import PipelineCall, batch_of
 
 NEGATIVE = "negative_encoder_hidden_states"
@@ -20,7 +26,7 @@ _PATCH = 2
 
 def default_of(pipeline: Any, name: str) -> int:
     """What the pipeline's call takes for a size that is not given."""
-    return int(inspect.signature(type(pipeline).__call__).parameters[name].default)
+    return int(call_defaults(pipeline)[name])
 
 
 def latent_size(
@@ -56,16 +62,33 @@ def _nearest(size: int, unit: int) -> int:
 
 def checked_batch(pipeline: Any, call: Mapping[str, Any]) -> int:
     """Videos of the call, after the pipeline's own checks but that of the size, which is ours."""
+    embeds = ("prompt_embeds", "negative_prompt_embeds")
+    check_exclusive(call, ("prompt", embeds[0]), ("negative_prompt", embeds[1]))
     names = (
-        "prompt_embeds",
-        "negative_prompt_embeds",
+        *embeds,
         "callback_on_step_end_tensor_inputs",
         "guidance_scale_2",
     )
     pipeline.check_inputs(
         call["prompt"], call["negative_prompt"], 16, 16, **{name: call[name] for name in names}
     )
-    return batch_of(call, "num_videos_per_prompt")
+    batch = batch_of(call)
+    for name in embeds:
+        shape = ("text tokens", pipeline.transformer.config.text_dim)
+        check_given_embeds(name, call[name], shape, batch, "num_videos_per_prompt")
+    check_output(pipeline, call)
+    negative = call["guidance_scale"] > 1 and call["negative_prompt_embeds"] is None
+    check_text_encoders(pipeline, prompt=call["prompt"] is not None, negative=negative)
+    return batch
+
+
+def ignored_arguments(call: Mapping[str, Any]) -> tuple[str, ...]:
+    """Arguments that the pipeline ignores too, each with what makes it count."""
+    first, second = call["guidance_scale"], call["guidance_scale_2"]
+    if first > 1 or second is None or second <= 1:
+        return ()
+    off = f"guidance_scale={first:g}, which turns guidance off for both experts"
+    return (f"guidance_scale_2={second:g} is ignored at {off}",)
 
 
 def scales_of_call(pipeline: Any, call: Mapping[str, Any]) -> tuple[float, ...]:

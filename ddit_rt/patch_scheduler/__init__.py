@@ -10,9 +10,11 @@ from ddit_rt.patch_scheduler.policy import (
 )
 from ddit_rt.patch_scheduler.sizes import parse_patch, patch_name
 from ddit_rt.patch_scheduler.table import DYNAMIC, PolicyTable
+from ddit_rt.patch_scheduler.written import POLICY_NAMES, parse_policy
 
 __all__ = [
     "DYNAMIC",
+    "POLICY_NAMES",
     "DDiTPolicy",
     "FinePolicy",
     "PatchPolicy",
@@ -20,6 +22,7 @@ __all__ = [
     "Schedule",
     "StaticPolicy",
     "parse_patch",
+    "parse_policy",
     "patch_name",
     "policy_from_dict",
 ]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any
 
+from ddit_rt import checks
 from ddit_rt.errors import ShapeError
 from ddit_rt.patch_scheduler.sizes import parse_patch, patch_name
 from ddit_rt.patch_scheduler.table import DYNAMIC, PolicyTable
@@ -51,6 +52,11 @@ class PatchPolicy(ABC):
             ValueError: The policy does not fit the number of steps.
         """
 
+    @property
+    def sizes(self) -> frozenset[int]:
+        """Patch sizes that it names, as multiples of p."""
+        return frozenset()
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready description; `policy_from_dict` is the inverse."""
         return {"policy": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
@@ -81,8 +87,20 @@ class StaticPolicy(PatchPolicy):
         """Parses the plan once, so that a typing error shows where it was made."""
         if isinstance(self.plan, str):
             _parse_shares(self.plan)
-        else:
-            object.__setattr__(self, "plan", tuple(patch_name(parse_patch(p)) for p in self.plan))
+            return
+        expected = 'one patch size per step, ["2p", "p"], or shares of the steps, "2p:0.5,p"'
+        entries = checks.items("plan", self.plan, expected)
+        if not entries:
+            raise ValueError(checks.got("plan", self.plan, expected))
+        multiples = [parse_patch(entry, f"plan[{at}]") for at, entry in enumerate(entries)]
+        checks.settle(self, plan=tuple(map(patch_name, multiples)))
+
+    @property
+    def sizes(self) -> frozenset[int]:
+        """See `PatchPolicy.sizes`."""
+        if isinstance(self.plan, str):
+            return frozenset(multiple for multiple, _ in _parse_shares(self.plan))
+        return frozenset(map(parse_patch, self.plan))
 
     def resolve(self, schedule: Schedule) -> PolicyTable:
         """See `PatchPolicy.resolve`."""
@@ -99,7 +117,7 @@ class StaticPolicy(PatchPolicy):
         return _forced_table(schedule, buckets, "static plan")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class DDiTPolicy(PatchPolicy):
     """The largest patch whose latent is still smooth, judged at every step (arXiv 2602.16968).
 
@@ -137,6 +155,7 @@ class DDiTPolicy(PatchPolicy):
     """
 
     tau: float | Mapping[str, float] = 1e-3
+    _: KW_ONLY
     rho: float = 0.4
     order: int = 3
     warmup: str = "fine"
@@ -150,36 +169,30 @@ class DDiTPolicy(PatchPolicy):
 
     def __post_init__(self) -> None:
         """Checks every field; a message names the value and the range."""
-        taus = self.tau.values() if isinstance(self.tau, Mapping) else (self.tau,)
-        if isinstance(self.tau, Mapping):
-            object.__setattr__(
-                self, "tau", {patch_name(parse_patch(k)): float(v) for k, v in self.tau.items()}
-            )
-        if not all(math.isfinite(tau) and tau >= 0 for tau in taus):
-            raise ValueError(f"got tau={self.tau}; every threshold must be finite and >= 0")
-        if not 0 <= self.rho <= 1:
-            raise ValueError(f"got rho={self.rho}; a quantile lies in [0, 1]")
-        if self.order not in (1, 2, 3):
-            raise ValueError(f"got order={self.order}; the difference has order 1, 2 or 3")
-        if self.warmup not in ("coarse", "fine"):
-            parse_patch(self.warmup)
+        checks.settle(
+            self,
+            tau=_checked_tau(self.tau),
+            rho=checks.number("rho", self.rho, 0, 1),
+            order=checks.whole("order", self.order, 1, 3),
+            warmup=_checked_warmup(self.warmup),
+            dwell=checks.whole("dwell", self.dwell, 0),
+            monotone=checks.flag("monotone", self.monotone),
+            refresh=checks.optional(checks.whole, "refresh", self.refresh, 1),
+            fine_tail=checks.whole("fine_tail", self.fine_tail, 0),
+            criterion=checks.choice("criterion", self.criterion, ("raw", "normalised")),
+            step_exponent=checks.number("step_exponent", self.step_exponent, 0),
+            warmup_steps=checks.optional(checks.whole, "warmup_steps", self.warmup_steps, 1),
+        )
         if self.warmup_steps is not None and self.warmup_steps < self.order:
             raise ValueError(
                 f"got warmup_steps={self.warmup_steps}; order {self.order} needs at least "
                 f"{self.order}, the steps before {self.order + 1} latents exist"
             )
-        if self.dwell < 0 or self.fine_tail < 0:
+        if self.refresh is not None and self.monotone:
             raise ValueError(
-                f"got dwell={self.dwell}, fine_tail={self.fine_tail}; both count steps, >= 0"
+                f"got refresh={self.refresh}, monotone=True; refresh needs monotone=False, since "
+                "coarse steps follow fine ones; pass refresh=None for a monotone policy"
             )
-        if self.refresh is not None and (self.refresh < 1 or self.monotone):
-            raise ValueError(
-                f"got refresh={self.refresh}, monotone={self.monotone}; refresh counts steps, at "
-                "least 1, and needs monotone=False, since coarse steps follow fine ones; pass "
-                "refresh=None for a monotone policy"
-            )
-        if self.criterion not in ("raw", "normalised"):
-            raise ValueError(f'got criterion={self.criterion!r}; use "raw" or "normalised"')
 
     @classmethod
     def paper(cls, tau: float = 1e-3, rho: float = 0.4) -> DDiTPolicy:
@@ -187,7 +200,14 @@ class DDiTPolicy(PatchPolicy):
 
         The paper is silent on the steps before the third difference exists; they run at p.
         """
-        return cls(tau=tau, rho=rho, refresh=None, fine_tail=0)
+        return cls(tau, rho=rho, refresh=None, fine_tail=0)
+
+    @property
+    def sizes(self) -> frozenset[int]:
+        """See `PatchPolicy.sizes`."""
+        named = [*self.tau] if isinstance(self.tau, Mapping) else []
+        named += [self.warmup] * (self.warmup not in ("coarse", "fine"))
+        return frozenset(map(parse_patch, named))
 
     def resolve(self, schedule: Schedule) -> PolicyTable:
         """See `PatchPolicy.resolve`."""
@@ -256,6 +276,23 @@ def policy_from_dict(data: Mapping[str, Any]) -> PatchPolicy:
         raise ValueError(f"bad fields for {name}: {sorted(fields)} ({error})") from error
 
 
+def _checked_tau(tau: Any) -> float | dict[str, float]:
+    if not isinstance(tau, Mapping):
+        return checks.number("tau", tau, 0)
+    if not tau:
+        raise ValueError(checks.got("tau", tau, 'a threshold for one size at least, {"2p": 1e-3}'))
+    return {
+        patch_name(parse_patch(size, "tau's size")): checks.number(f"tau[{size!r}]", value, 0)
+        for size, value in tau.items()
+    }
+
+
+def _checked_warmup(warmup: Any) -> str:
+    if isinstance(warmup, str) and warmup in ("coarse", "fine"):
+        return warmup
+    return patch_name(parse_patch(warmup, "warmup"))
+
+
 def _forced_table(schedule: Schedule, buckets: tuple[int, ...], label: str) -> PolicyTable:
     coarse = len(schedule.offered) - 1
     return PolicyTable(
@@ -290,8 +327,11 @@ def _parse_shares(text: str) -> list[tuple[int, float | None]]:
     shares = [share for _, share in entries if share is not None]
     open_entries = [index for index, (_, share) in enumerate(entries) if share is None]
     total = sum(shares)
-    if any(share < 0 for share in shares) or open_entries not in ([], [len(entries) - 1]):
-        raise ValueError(f"the plan {text!r} needs shares >= 0, and only its last may be left out")
+    usable = all(0 <= share < math.inf for share in shares)
+    if not usable or open_entries not in ([], [len(entries) - 1]):
+        raise ValueError(
+            f"the plan {text!r} needs finite shares >= 0, and only its last may be left out"
+        )
     if total > 1 + 1e-9 or (not open_entries and abs(total - 1) > 1e-9):
         raise ValueError(f"the shares of the plan {text!r} add up to {total:g} instead of 1")
     return entries

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import re
+from typing import Any
+
+from ddit_rt import checks
 
 _PATTERN = re.compile(r"([1-9][0-9]*)?p")
 
 
-def parse_patch(patch: str | int) -> int:
+def parse_patch(patch: Any, name: str = "patch_size") -> int:
     """The multiple of p that a name stands for: `"p"` is 1, `"4p"` is 4; an int is itself.
 
+    Args:
+        patch: What came.
+        name: What the caller calls it, for messages.
+
     Raises:
+        TypeError: Neither text nor a whole number.
         ValueError: Not a patch name, or not a power of two.
     """
-    if isinstance(patch, int):
-        multiple = patch
+    if isinstance(patch, str):
+        if not is_patch(patch):
+            raise ValueError(f'got {name}={patch!r}; patch sizes are written "p", "2p", "4p"')
+        multiple = int(patch.strip()[:-1] or 1)
     else:
-        match = _PATTERN.fullmatch(patch.strip())
-        if match is None:
-            raise ValueError(f'got the patch size {patch!r}; sizes are written "p", "2p", "4p"')
-        multiple = int(match.group(1) or 1)
+        multiple = checks.whole(name, patch)
     if multiple < 1 or multiple & (multiple - 1):
-        raise ValueError(f"got the patch size {patch!r}; multiples of p are powers of two")
+        raise ValueError(f"got {name}={patch!r}; multiples of p are powers of two")
     return multiple
+
+
+def is_patch(text: str) -> bool:
+    """Whether a text is written like a patch size."""
+    return _PATTERN.fullmatch(text.strip()) is not None
 
 
 def patch_name(multiple: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from ddit_rt import checks
 from ddit_rt.adapters import AdapterSet, PatchAdapter, load_adapters, save_adapters
 from ddit_rt.artifact import (
     Artifact,
@@ -37,8 +38,11 @@ from ddit_rt.pipeline.inputs import (
     check_adapters,
     check_executor,
     check_size,
+    default_sizes,
     find_adapters,
     parse_multiples,
+    stored_cache,
+    stored_policy,
     unwrap,
 )
 from ddit_rt.step_cache import StepCache
@@ -55,10 +59,10 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
-    patch_sizes: Sequence[str | int] = ("p", "2p", "4p"),
+    patch_sizes: str | Sequence[str | int] = ("p", "2p", "4p"),
     adapter: str | Path | AdapterSet | None = None,
-    patch_policy: PatchPolicy | None = None,
-    step_cache: StepCache | None = None,
+    patch_policy: PatchPolicy | str | None = None,
+    step_cache: StepCache | str | None = None,
     ranges: TokenRanges | None = None,
     backend: str = "aot",
     executor: str = "auto",
@@ -74,11 +78,13 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         height: Default picture height of the engine's calls, in pixels; checked here already.
         width: Default picture width, in pixels.
         num_frames: Default number of frames, of a video model.
-        patch_sizes: Patch sizes to offer, `"p"` among them.
+        patch_sizes: Patch sizes to offer, `"p"` among them; `"p,2p"` is `("p", "2p")`.
         adapter: Trained patch adapters: a folder, or loaded ones. A coarse size without one runs
             training-free.
-        patch_policy: Policy of calls that name none; by default `DDiTPolicy()`.
-        step_cache: Step cache of calls that name none; by default every step computes.
+        patch_policy: Policy of calls that name none, by value or as text (`"fine"`, `"static"`,
+            `"dynamic"`, `"4p:0.2,2p:0.4,p"`); by default `DDiTPolicy()`.
+        step_cache: Step cache of calls that name none, by value or as text (`"teacache:0.4"`); by
+            default every step computes.
         ranges: Batch sizes and token counts to compile for; by default the family's.
         backend: `"aot"`; or `"eager"`, which runs the model's own blocks uncompiled, for
             debugging. An eager engine cannot be saved.
@@ -92,29 +98,33 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         UnsupportedModelError: A model, pipeline or scheduler that no family handles, or one with
             unfused adapters or hooks.
         ShapeError: `height`, `width` or `num_frames` cannot be run.
+        ValueError, TypeError: A value that is none for its name.
         CompileError: A block cannot be compiled; the message says what is missing.
     """
-    if backend not in ("aot", "eager"):
-        raise ValueError(f'got backend={backend!r}; use "aot" or "eager"')
+    checks.choice("backend", backend, ("aot", "eager"))
+    checks.flag("progress", progress)
     pipeline, transformer, family = unwrap(model)
+    check_executor(executor, transformer)
     multiples = parse_multiples(patch_sizes)
+    policy, cache = stored_policy(patch_policy, multiples), stored_cache(step_cache)
+    defaults = default_sizes(pipeline, height, width, num_frames)
+    if ranges is None:
+        ranges = TokenRanges(**family.default_ranges)
+    checks.instance("ranges", ranges, TokenRanges, "TokenRanges(batch=..., image=..., text=...)")
+    if pipeline is not None:
+        check_size(family, pipeline, defaults, multiples, ranges)
     adapters = find_adapters(adapter, family, transformer)
     check_adapters(adapters, multiples)
-    ranges = ranges or TokenRanges(**family.default_ranges)
-    defaults = {"height": height, "width": width, "num_frames": num_frames}
     manifest = Manifest.describe(
         transformer,
         project_version=__version__,
         family=family.name,
         ranges=ranges,
         buckets=tuple(_bucket_entry(multiple, adapters) for multiple in multiples),
-        policy=patch_policy.to_dict() if patch_policy else None,
-        step_cache=step_cache.to_dict() if step_cache else None,
-        pipeline_defaults={name: size for name, size in defaults.items() if size},
+        policy=policy.to_dict() if policy else None,
+        step_cache=cache.to_dict() if cache else None,
+        pipeline_defaults=defaults,
     )
-    if pipeline is not None:
-        check_size(family, pipeline, height, width, num_frames, multiples, ranges)
-    check_executor(executor, transformer)
     if backend == "eager":
         artifact = Artifact.unsaved(None, manifest)
     else:
@@ -184,7 +194,15 @@ def load(
         ArtifactMismatchError: It does not fit this model, torch build or machine; each reason
             comes with its remedy.
         UntrustedArtifactError: See `trust_code`.
+        ValueError, TypeError: A value that is none for its name.
     """
+    path = checks.path("path", path)
+    for name, value in (
+        ("trust_code", trust_code),
+        ("check_weights", check_weights),
+        ("progress", progress),
+    ):
+        checks.flag(name, value)
     pipeline, transformer, family = unwrap(model)
     check_executor(executor, transformer)
     artifact = open_artifact(path, trust_code=trust_code)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ddit_rt import checks
 from ddit_rt.artifact import public_config
 from ddit_rt.buckets import StepModel
 from ddit_rt.step_cache import (
@@ -15,8 +17,22 @@ from ddit_rt.step_cache import (
     NoCache,
     ResolvedCache,
     StepCache,
+    parse_step_cache,
     published_fits,
 )
+
+
+def as_step_cache(step_cache: Any) -> StepCache | None:
+    """The step cache that a caller passed, by value or as text.
+
+    Raises:
+        TypeError: Neither, nor None.
+        ValueError: A text that stands for none.
+    """
+    if isinstance(step_cache, str):
+        return parse_step_cache(step_cache)
+    expected = 'a step cache, such as TeaCache(0.4), "teacache:0.4", or NoCache()'
+    return checks.optional(checks.instance, "step_cache", step_cache, StepCache, expected)
 
 
 def resolve_cache(

@@ -12,18 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddit_rt import checks
 from ddit_rt.artifact import Artifact
 from ddit_rt.buckets import latent_frames
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.executor import CaptureReport, ProgressCallback, RunPlan, RunTrace
+from ddit_rt.families.arguments import check_callback
 from ddit_rt.families.calls import PipelineCall
 from ddit_rt.patch_scheduler import FinePolicy, PatchPolicy
+from ddit_rt.pipeline.caching import as_step_cache
+from ddit_rt.pipeline.call_inputs import (
+    check_artifact,
+    check_call,
+    check_schedule,
+    check_scheduler,
+)
 from ddit_rt.pipeline.compiled import CompiledModel
 from ddit_rt.pipeline.driven import PipelineRun
-from ddit_rt.pipeline.guidance import WHOLE_RUN
+from ddit_rt.pipeline.guidance import WHOLE_RUN, check_interval
 from ddit_rt.pipeline.history import SeenLatents
 from ddit_rt.pipeline.inputs import check_executor
-from ddit_rt.pipeline.loop import Loop, StepCallback, warn_of_nan
+from ddit_rt.pipeline.loop import Loop, StepCallback
 from ddit_rt.pipeline.lora import FusedLora, lora_component
 from ddit_rt.pipeline.outline import Outline
 from ddit_rt.pipeline.planning import plan_run
@@ -41,10 +50,6 @@ class Engine:
 
     Attributes:
         pipeline: The diffusers pipeline, or None for a bare transformer.
-        annotate: Whether profilers see named ranges of a run; see `executor.ranges`. May be set.
-        batched_guidance: Whether the two halves of classifier-free guidance run as one batch of
-            two, the default, or one after the other, which takes less memory. May be set. Where
-            the pipeline's own loop drives, they come one after the other.
     """
 
     def __init__(
@@ -55,8 +60,8 @@ class Engine:
         executor: str = "auto",
     ) -> None:
         self.pipeline = pipeline
-        self.annotate = False
-        self.batched_guidance = True
+        self._annotate = False
+        self._batched_guidance = True
         self._compiled = compiled
         self._planner = Planner(compiled, artifact)
         self._device = compiled.steps.device
@@ -72,7 +77,29 @@ class Engine:
 
     @artifact.setter
     def artifact(self, artifact: Artifact) -> None:
-        self._planner.artifact = artifact
+        self._planner.artifact = check_artifact(artifact, self._planner.artifact)
+
+    @property
+    def annotate(self) -> bool:
+        """Whether profilers see named ranges of a run; see `executor.ranges`. May be set."""
+        return self._annotate
+
+    @annotate.setter
+    def annotate(self, annotate: bool) -> None:
+        self._annotate = checks.flag("annotate", annotate)
+
+    @property
+    def batched_guidance(self) -> bool:
+        """Whether the two halves of classifier-free guidance run as one batch of two. May be set.
+
+        That is the default; one after the other, they take less memory. Where the pipeline's own
+        loop drives, they come one after the other.
+        """
+        return self._batched_guidance
+
+    @batched_guidance.setter
+    def batched_guidance(self, batched: bool) -> None:
+        self._batched_guidance = checks.flag("batched_guidance", batched)
 
     @property
     def executor(self) -> str:
@@ -117,22 +144,22 @@ class Engine:
         *,
         patch_policy: PolicyChoice | None = None,
         guidance_interval: tuple[float, float] = WHOLE_RUN,
-        step_cache: StepCache | None = None,
+        step_cache: StepCache | str | None = None,
         **arguments: Any,
     ) -> Any:
         """Generates, as the pipeline's own call does.
 
         Args:
             prompt: Prompt or prompts.
-            patch_policy: Which patch size each step takes: a policy; or, from the artifact's
-                calibration for this number of steps, a preset (`"quality"`, `"balanced"`,
-                `"fast"`) or a speed between 0 and 1, which may run fewer steps. By default the
-                artifact's policy.
+            patch_policy: Which patch size each step takes: a policy, by value or as text (`"fine"`,
+                `"static"`, `"dynamic"`, `"4p:0.2,2p:0.4,p"`); or, from the artifact's calibration
+                for this number of steps, a preset (`"quality"`, `"balanced"`, `"fast"`) or a speed
+                between 0 and 1, which may run fewer steps. By default the artifact's policy.
             guidance_interval: `start` and `stop` of diffusers' guiders: classifier-free guidance
                 acts in this part of the steps; elsewhere the pass with the prompt is all that runs.
-            step_cache: Which steps reuse instead of compute, `TeaCache(0.4)`, and `NoCache()` for
-                none; by default what the plan was calibrated with where `patch_policy` names one,
-                else the artifact's.
+            step_cache: Which steps reuse instead of compute, `TeaCache(0.4)` or `"teacache:0.4"`,
+                and `NoCache()` or `"none"` for none; by default what the plan was calibrated with
+                where `patch_policy` names one, else the artifact's.
             arguments: Every other argument of the pipeline's `__call__`, with its defaults;
                 `height` and `width` default to those given to `compile`. With a
                 `callback_on_step_end`, or a scheduler that is no fixed table (it draws noise,
@@ -144,8 +171,9 @@ class Engine:
 
         Raises:
             ShapeError: A size that the compiled blocks or the policy cannot run.
-            ValueError: A preset or speed without a calibration for this number of steps, or a step
-                cache without a fit for this model.
+            ValueError, TypeError: An unknown argument, or a value that is none for its name; a
+                preset or speed without a calibration for this number of steps, or a step cache
+                without a fit for this model.
             UnsupportedModelError: An argument that the compiled model could only ignore.
             RunCancelled: `cancel` was called.
         """
@@ -154,17 +182,18 @@ class Engine:
                 "this engine was compiled from a bare transformer; call engine.denoise(latents, "
                 "...), or compile the whole pipeline"
             )
+        step_cache, guidance_interval = as_step_cache(step_cache), check_interval(guidance_interval)
         with self._lock:
-            arguments = {**self.artifact.manifest.pipeline_defaults, **arguments}
+            arguments = self._checked({"prompt": prompt, **arguments})
             choice = self._planner.choose(
                 patch_policy, lambda: requested_steps(self.pipeline, arguments), arguments
             )
             if choice.num_inference_steps is not None:
                 arguments["num_inference_steps"] = choice.num_inference_steps
-            arguments["prompt"] = prompt
             scheduler = copy.deepcopy(self.pipeline.scheduler)
             family = self._compiled.steps.family
             call = family.read_call(self.pipeline, scheduler, arguments)
+            choice = self._planner.ignored(choice, call.ignored)
             table, problem = self._planner.solver(scheduler)
             outline = self._outline(
                 call.shape,
@@ -189,10 +218,10 @@ class Engine:
         latents: Tensor,
         *,
         scheduler: Any = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         patch_policy: PolicyChoice | None = None,
-        step_cache: StepCache | None = None,
+        step_cache: StepCache | str | None = None,
         callback: StepCallback | None = None,
         guidance_interval: tuple[float, float] = WHOLE_RUN,
         **conditioning: Tensor | None,
@@ -203,8 +232,9 @@ class Engine:
             latents: Initial noise, `[B, C, H, W]`, for videos `[B, C, F, H, W]`.
             scheduler: A diffusers flow scheduler, copied for the run; by default the pipeline's,
                 or `FlowMatchEulerDiscreteScheduler()` for a bare transformer.
-            num_inference_steps: Steps N; ignored when `sigmas` is given.
-            sigmas: Noise levels of the steps, before the scheduler's own shift.
+            num_inference_steps: Steps N; by default as many as `sigmas`, else 50.
+            sigmas: Noise levels of the steps, before the scheduler's own shift: falling, from 1 at
+                most to 1e-6 at least.
             patch_policy: As in `__call__`.
             step_cache: As in `__call__`.
             callback: Called after every step with its index and the latents, float32, which the
@@ -223,17 +253,22 @@ class Engine:
             Clean latents, of the same shape, float32.
 
         Raises:
-            ValueError: Missing, unknown or misshapen conditioning, latents that are not finite, or
-                a step cache without a fit for this model.
+            ValueError, TypeError: Missing, unknown or misshapen conditioning, latents that are not
+                finite, a value that is none for its name, or a step cache without a fit for this
+                model.
             ShapeError, RunCancelled: As in `__call__`.
         """
         model = self._compiled.steps
         check_latents(latents, model)
         model.family.check_conditioning(model.transformer, latents.shape[0], conditioning)
         given = {name: value for name, value in conditioning.items() if value is not None}
+        step_cache, guidance_interval = as_step_cache(step_cache), check_interval(guidance_interval)
+        steps, sigmas = check_schedule(num_inference_steps, sigmas)
+        check_callback("callback", callback)
+        if scheduler is None:
+            scheduler = self._default_scheduler()
         with self._lock:
-            scheduler = copy.deepcopy(scheduler or self._default_scheduler())
-            steps = num_inference_steps if sigmas is None else len(sigmas)
+            scheduler = copy.deepcopy(check_scheduler(scheduler))
             choice = self._planner.choose(patch_policy, lambda: (steps, sigmas is not None), {})
             height, width = latents.shape[-2:]
             grid = model.grid(height, width, frames=latent_frames(latents.shape))
@@ -304,6 +339,10 @@ class Engine:
 
         Returns:
             The path.
+
+        Raises:
+            ArtifactError: Something else than an artifact is there, or nothing was compiled.
+            TypeError, ValueError: No path.
         """
         return self.artifact.save(path)
 
@@ -334,6 +373,12 @@ class Engine:
             for fused in self._fused.values():
                 fused.restore()
             self._fused.clear()
+
+    def _checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's arguments with the artifact's defaults, checked."""
+        defaults = self.artifact.manifest.pipeline_defaults
+        own = ("patch_policy", "guidance_interval", "step_cache")
+        return check_call(self.pipeline, arguments, defaults, own)
 
     def _default_scheduler(self) -> Any:
         if self.pipeline is not None:
@@ -428,7 +473,7 @@ class Engine:
             drive = PipelineRun(self.pipeline, self._compiled, outline, call, run, seen)
             result = drive(arguments)
         # Behind `_drive`, the engine's call and its no_grad: the caller.
-        warn_of_nan(self.last_trace, stacklevel=4)
+        self._loop.look_at(seen.latest, stacklevel=4)
         return result
 
     def _interrupted(self) -> bool:

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddit_rt import checks
 from ddit_rt.errors import ShapeError
 from ddit_rt.families.base import Guidance
 
 WHOLE_RUN = (0.0, 1.0)
 """The interval of a run that is guided from its first step to its last."""
+
+
+def check_interval(interval: Any) -> tuple[float, float]:
+    """Start and stop of the guided steps.
+
+    Raises:
+        TypeError: No pair of numbers.
+        ValueError: No interval within 0 and 1.
+    """
+    expected = "(start, stop), shares of the steps with 0 <= start <= stop <= 1"
+    start, stop = checks.pair("guidance_interval", interval, checks.number, expected)
+    if not 0 <= start <= stop <= 1:
+        raise ValueError(checks.got("guidance_interval", interval, expected))
+    return start, stop
 
 
 def guided_steps(guided: bool, interval: tuple[float, float], steps: int) -> tuple[bool, ...]:
@@ -25,16 +41,9 @@ def guided_steps(guided: bool, interval: tuple[float, float], steps: int) -> tup
 
     Raises:
         ValueError: The interval is none, or there is no guidance for it to bound.
+        TypeError: It is no pair of numbers.
     """
-    try:
-        start, stop = map(float, interval)
-    except (TypeError, ValueError):
-        start, stop = 1.0, 0.0
-    if not 0 <= start <= stop <= 1:
-        raise ValueError(
-            f"got guidance_interval={interval!r}; expected (start, stop), shares of the steps with "
-            "0 <= start <= stop <= 1"
-        )
+    start, stop = check_interval(interval)
     if not guided and (start, stop) != WHOLE_RUN:
         raise ValueError(
             f"got guidance_interval={interval} for a run without classifier-free guidance; ask "

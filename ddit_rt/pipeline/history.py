@@ -29,6 +29,7 @@ class SeenLatents:
 
     Attributes:
         rounded: Whether latents entered rounded that no table could follow.
+        latest: What the pipeline goes on from, in its layout; at the end the final latents.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class SeenLatents:
                 velocities; not read without a second.
         """
         self.rounded = False
+        self.latest: Tensor | None = None
         self._family = family
         self._shape = shape
         self._table: list[list[float]] = [] if table is None else table.coefficients.tolist()
@@ -60,6 +62,7 @@ class SeenLatents:
 
     def returned(self, latents: Tensor) -> None:
         """Notes the latents that the pipeline goes on from, in its layout."""
+        self.latest = latents
         self._full = latents if latents.dtype in _FULL else None
 
     def entry(self, given: Tensor) -> Tensor:

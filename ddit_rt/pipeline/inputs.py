@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ddit_rt import checks
 from ddit_rt.adapters import AdapterSet, adaptable_layers, load_adapters
 from ddit_rt.artifact import TokenRanges
 from ddit_rt.buckets import StepModel, latent_frames
-from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.executor import FORMS
 from ddit_rt.families import Family, family_of
-from ddit_rt.patch_scheduler import parse_patch, patch_name
+from ddit_rt.patch_scheduler import (
+    DDiTPolicy,
+    PatchPolicy,
+    parse_patch,
+    patch_name,
+    policy_from_dict,
+)
+from ddit_rt.pipeline.caching import as_step_cache
 from ddit_rt.pipeline.compiled import CompiledModel
+from ddit_rt.pipeline.presets import parse_choice
+from ddit_rt.step_cache import StepCache, step_cache_from_dict
+
+_NOT_STORED = "an artifact cannot hold one of a class of your own: pass it to the engine's call"
 
 
 def unwrap(model: Any) -> tuple[Any, nn.Module, Family]:
@@ -54,8 +66,7 @@ def _check_device(transformer: nn.Module) -> None:
 
 def check_executor(executor: str, transformer: nn.Module) -> None:
     """Refuses an executor that the model's device does not have."""
-    if executor not in FORMS:
-        raise ValueError(f"got executor={executor!r}; use one of {list(FORMS)}")
+    checks.choice("executor", executor, FORMS)
     device = next(transformer.parameters()).device
     if executor != "auto" and device.type != "cuda":
         raise ValueError(
@@ -64,13 +75,16 @@ def check_executor(executor: str, transformer: nn.Module) -> None:
         )
 
 
-def parse_multiples(patch_sizes: Sequence[str | int]) -> tuple[int, ...]:
-    """Patch sizes as ascending multiples of p, 1 among them."""
-    multiples = tuple(sorted({parse_patch(patch) for patch in patch_sizes}))
+def parse_multiples(patch_sizes: str | Sequence[str | int]) -> tuple[int, ...]:
+    """Patch sizes, `("p", "2p")` or `"p,2p"`, as ascending multiples of p, 1 among them."""
+    sizes = patch_sizes.split(",") if isinstance(patch_sizes, str) else patch_sizes
+    expected = 'patch sizes, such as ("p", "2p")'
+    named = checks.items("patch_sizes", sizes, expected)
+    multiples = tuple(sorted({parse_patch(size, "patch_sizes") for size in named}))
     if not multiples or multiples[0] != 1:
         raise ValueError(
-            f'got patch_sizes={list(patch_sizes)}; "p", the model\'s own, must be among them: the '
-            "last steps need it"
+            f'got patch_sizes={checks.show(patch_sizes)}; "p", the model\'s own, must be among '
+            "them: the last steps need it"
         )
     return multiples
 
@@ -81,6 +95,8 @@ def find_adapters(
     """Adapters that were passed, loaded from their folder if need be."""
     if adapter is None:
         return AdapterSet()
+    if not isinstance(adapter, AdapterSet):
+        adapter = checks.path("adapter", adapter)
     adaptable_layers(family, transformer)
     if isinstance(adapter, AdapterSet):
         return adapter
@@ -98,18 +114,99 @@ def check_adapters(adapters: AdapterSet, multiples: tuple[int, ...]) -> None:
         )
 
 
+def check_policy(policy: PatchPolicy, multiples: Sequence[int]) -> None:
+    """Refuses a policy for patch sizes that the model was not compiled with.
+
+    Raises:
+        ShapeError: See above.
+    """
+    missing = sorted(policy.sizes - set(multiples))
+    if missing:
+        raise ShapeError(
+            f"the policy asks for {', '.join(map(patch_name, missing))}, but the compiled sizes "
+            f"offer only {[patch_name(multiple) for multiple in multiples]}; choose another "
+            "policy, or compile with that size among patch_sizes"
+        )
+
+
+def stored_policy(policy: PatchPolicy | str | None, multiples: Sequence[int]) -> PatchPolicy | None:
+    """The default policy of a new artifact, as `compile` takes it.
+
+    Args:
+        policy: What came.
+        multiples: Patch sizes of the artifact.
+
+    Raises:
+        TypeError: No policy.
+        ValueError: A preset or a speed, or a policy that a manifest cannot hold.
+        ShapeError: A policy for patch sizes that the artifact does not have.
+    """
+    if policy is None:
+        return None
+    choice = parse_choice(policy, DDiTPolicy())
+    stored = choice if isinstance(choice, PatchPolicy) else None
+    if stored is None:
+        raise ValueError(
+            f"got patch_policy={policy!r}; presets and speeds come from a calibration, which a new "
+            "artifact does not have yet: calibrate it, and pass them to the engine's call"
+        )
+    if _reread(stored, policy_from_dict) != stored:
+        raise ValueError(f"got patch_policy={checks.show(policy)}; {_NOT_STORED}")
+    check_policy(stored, multiples)
+    return stored
+
+
+def stored_cache(step_cache: StepCache | str | None) -> StepCache | None:
+    """The default step cache of a new artifact, as `compile` takes it.
+
+    Raises:
+        TypeError: No step cache.
+        ValueError: One that a manifest cannot hold.
+    """
+    cache = as_step_cache(step_cache)
+    if cache is not None and _reread(cache, step_cache_from_dict) != cache:
+        raise ValueError(f"got step_cache={checks.show(step_cache)}; {_NOT_STORED}")
+    return cache
+
+
+def default_sizes(
+    pipeline: Any, height: int | None, width: int | None, num_frames: int | None
+) -> dict[str, int]:
+    """Sizes that were passed to `compile`, by name.
+
+    Raises:
+        TypeError, ValueError: No whole number, or a bare transformer, whose latents say the size.
+    """
+    given = {"height": height, "width": width, "num_frames": num_frames}
+    sizes = {name: checks.whole(name, size) for name, size in given.items() if size is not None}
+    if sizes and pipeline is None:
+        name, size = next(iter(sizes.items()))
+        raise ValueError(
+            f"got {name}={size} for a bare transformer, whose engine takes latents of any size; "
+            "leave it out, or compile the whole pipeline"
+        )
+    return sizes
+
+
 def check_size(
     family: Family,
     pipeline: Any,
-    height: int | None,
-    width: int | None,
-    num_frames: int | None,
+    sizes: Mapping[str, int],
     multiples: tuple[int, ...],
     ranges: TokenRanges,
 ) -> None:
     """Refuses a default picture size that could not run, before minutes of compiling."""
     rows, columns = family.default_size(pipeline)
-    shape = family.latent_shape(pipeline, height or rows, width or columns, 1, num_frames)
+    height, width = sizes.get("height", rows), sizes.get("width", columns)
+    shape = family.latent_shape(pipeline, height, width, 1, sizes.get("num_frames"))
     steps = StepModel(family=family, transformer=pipeline.transformer, base={})
     model = CompiledModel(steps=steps, multiples=multiples, ranges=ranges)
     model.offered(shape[-2], shape[-1], latent_frames(shape))
+
+
+def _reread(stored: Any, from_dict: Any) -> Any:
+    """What a manifest would give back; None where it cannot."""
+    try:
+        return from_dict(stored.to_dict())
+    except (TypeError, ValueError):
+        return None

@@ -9,7 +9,6 @@ loop for `Engine.__call__` (`driven.py`).
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +29,7 @@ from ddit_rt.executor import (
     StepSession,
     TorchGraphs,
 )
+from ddit_rt.pipeline.finite import announce_nonfinite
 
 StepCallback = Callable[[int, Tensor], Tensor | None]
 """Called after a step with its index and the new latents, which it may edit in place; may return
@@ -116,8 +116,13 @@ class Loop:
         if self._cancelled.is_set():
             raise cancelled(len(self.trace), plan.policy.steps)
         # Behind `run`, `Engine._run`, the engine's call and its no_grad: the caller.
-        warn_of_nan(self.trace, stacklevel=5)
+        self.look_at(final, stacklevel=5)
         return final
+
+    def look_at(self, final: Tensor | None, stacklevel: int) -> None:
+        """Announces and records final latents that are not finite; see `announce_nonfinite`."""
+        if self.trace is not None and final is not None:
+            self.trace = announce_nonfinite(final, self.trace, stacklevel=stacklevel + 1)
 
     @contextmanager
     def driven(self, driver: str, steps: int, *, annotate: bool) -> Iterator[DrivenRun]:
@@ -192,7 +197,7 @@ class Loop:
                 given = None if callback is None else callback(step, latents)
                 latents = latents if given is None else _like(given, latents)
         # Behind `by_scheduler`, `Engine._by_scheduler`, the engine's call and its no_grad.
-        warn_of_nan(self.trace, stacklevel=5)
+        self.look_at(latents, stacklevel=5)
         return latents
 
 
@@ -301,13 +306,3 @@ def _like(given: Tensor, latents: Tensor) -> Tensor:
 def cancelled(done: int, steps: int) -> RunCancelled:
     """What a run that was cancelled ends with."""
     return RunCancelled(f"cancelled after {done} of {steps} steps")
-
-
-def warn_of_nan(trace: RunTrace | None, stacklevel: int) -> None:
-    """Says so where a run's latents became NaN or infinite."""
-    if trace is not None and trace.nonfinite:
-        warnings.warn(
-            "the latents became NaN or infinite during the run; the patch scheduler fell back to "
-            "p, and the result is not usable (check the model's dtype and weights)",
-            stacklevel=stacklevel + 1,
-        )

@@ -12,11 +12,18 @@ from torch import Tensor
 from ddit_rt.artifact import Artifact
 from ddit_rt.buckets import StepModel
 from ddit_rt.errors import ArtifactMismatchError, ShapeError
+from ddit_rt.families.arguments import check_tensor
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, policy_from_dict
 from ddit_rt.pipeline.compiled import CompiledModel
+from ddit_rt.pipeline.inputs import check_policy
 from ddit_rt.pipeline.lora import refuse_unfused_lora
 from ddit_rt.pipeline.outline import Outline, outline_run
-from ddit_rt.pipeline.presets import PolicyChoice, ResolvedPolicy, resolve_choice
+from ddit_rt.pipeline.presets import (
+    PolicyChoice,
+    ResolvedPolicy,
+    parse_choice,
+    resolve_choice,
+)
 from ddit_rt.solver import SolverTable, solver_of
 from ddit_rt.step_cache import NoCache, StepCache, step_cache_from_dict
 
@@ -57,12 +64,19 @@ class Planner:
         arguments: Mapping[str, Any],
     ) -> ResolvedPolicy:
         """The policy of a run, and its steps; arguments as `resolve_choice` takes them."""
-        if policy is None:
-            policy = self.default_policy
+        default = self.default_policy
+        policy = default if policy is None else parse_choice(policy, default)
         choice = resolve_choice(policy, self.artifact.manifest, requested, arguments)
+        check_policy(choice.policy, self._compiled.multiples)
         # Behind `choose`, the engine's call and its no_grad: the caller.
         self.announce(choice.warnings, stacklevel=5)
         return choice
+
+    def ignored(self, choice: ResolvedPolicy, notes: tuple[str, ...]) -> ResolvedPolicy:
+        """Says what a call asks for in vain: aloud once, and in the trace."""
+        # Behind `ignored`, the engine's call and its no_grad: the caller.
+        self.announce(notes, stacklevel=5)
+        return replace(choice, notes=(*choice.notes, *notes))
 
     def check_model(self) -> None:
         """Refuses a model that has changed device, or that runs with a LoRA beside its weights."""
@@ -157,10 +171,12 @@ def check_latents(latents: Tensor, model: StepModel) -> None:
     """Refuses initial latents of a shape that the model does not take.
 
     Raises:
+        TypeError: No tensor of floating-point numbers.
         ShapeError: Not `[B, C, H, W]`, for videos `[B, C, F, H, W]`.
     """
     channels = model.family.latent_channels(model.transformer)
     axes = "F, H, W" if model.family.video else "H, W"
+    check_tensor("latents", latents, f"[B, {channels}, {axes}]")
     if latents.ndim != 2 + axes.count(",") + 1 or latents.shape[1] != channels:
         raise ShapeError(
             f"latents have shape {list(latents.shape)}; expected [B, {channels}, {axes}]"

@@ -14,6 +14,8 @@ takes its steps itself; `own_steps` names its noise levels then.
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.errors import ScheduleError, UnsupportedModelError
 
 _TERMS = 3
 _FIT_TOLERANCE = 1e-6
@@ -36,6 +38,10 @@ _REPLAY_TOLERANCE = 1e-4
 
 _SUPPORTS: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (3, 3))
 """Numbers of (latents, velocities) tried in turn: the fewest terms that reproduce a step win."""
+
+
+_REQUIRED = ("prediction_type", "use_flow_sigmas")
+"""Options by which a scheduler is one of flow matching; others than the defaults of some."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,9 +78,26 @@ def probe_scheduler(scheduler: Any) -> SolverTable:
 
     Raises:
         UnsupportedModelError: It is no deterministic flow scheduler, or its step is not a fixed
-            linear combination of at most three latents and three velocities.
+            linear combination of at most three latents and three velocities, or fails.
+        ScheduleError: Its levels or its steps are NaN or infinite.
     """
-    name = type(scheduler).__name__
+    try:
+        return _probe(scheduler, type(scheduler).__name__)
+    except _UnusableStep as error:
+        reason = f"{error}{_option_to_blame(scheduler)}"
+        make = _nonfinite if error.nonfinite else _refusal
+        raise make(type(scheduler).__name__, reason) from error
+
+
+class _UnusableStep(Exception):
+    """A scheduler's own step raises, or gives NaN or infinity."""
+
+    def __init__(self, reason: str, *, nonfinite: bool) -> None:
+        super().__init__(reason)
+        self.nonfinite = nonfinite
+
+
+def _probe(scheduler: Any, name: str) -> SolverTable:
     sigmas = _flow_sigmas(scheduler, name)
     steps = len(sigmas) - 1
     _refuse_noise(scheduler, steps)
@@ -134,6 +157,9 @@ def _flow_sigmas(scheduler: Any, name: str) -> tuple[float, ...]:
     predicted = scheduler.config.get("prediction_type", "flow_prediction")
     if predicted != "flow_prediction":
         raise _no_flow(name, f"it takes the model's output for {predicted!r}, not for a velocity")
+    unusable = [level for level in sigmas if not math.isfinite(level)]
+    if unusable:
+        raise _nonfinite(name, f"its sigmas hold {unusable[0]}")
     if not 0 <= min(sigmas) <= max(sigmas) <= 1 + 1e-6:
         raise _no_flow(
             name, f"its sigmas reach from {min(sigmas):.3g} to {max(sigmas):.3g}, not within [0, 1]"
@@ -150,6 +176,26 @@ def _refuse_noise(scheduler: Any, steps: int) -> None:
             runs.append(_trajectory(scheduler, values, steps))
     if float((runs[0] - runs[1]).abs().max()) > 0:
         raise _refusal(type(scheduler).__name__, "it draws noise in its steps")
+
+
+def _option_to_blame(scheduler: Any) -> str:
+    """The one option without which the scheduler's steps are of use, for its refusal."""
+    steps = len(scheduler.timesteps)
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    for name, value in scheduler.config.items():
+        default = parameters[name].default if name in parameters else value
+        if default == value or name in _REQUIRED:
+            continue
+        trial = copy.deepcopy(scheduler)
+        trial.register_to_config(**{name: default})
+        if name in vars(trial):  # some schedulers keep an option beside their configuration
+            setattr(trial, name, default)
+        try:
+            _trajectory(trial, _random_values(steps + 1), steps)
+        except _UnusableStep:
+            continue
+        return f" with {name}={value!r}, and not with its default, {default!r}"
+    return ""
 
 
 def _basis(count: int) -> Tensor:
@@ -172,14 +218,25 @@ def _trajectory(
         values: `[N + 1, 1, 1, n]`: z_0, then v_0 .. v_{N-1}.
         steps: N.
         replaced: `[N, 1, 1, n]`: latents to go on from in each step, instead of z_k.
+
+    Raises:
+        _UnusableStep: A step fails, or is not finite.
     """
     probe = copy.deepcopy(scheduler)
     probe.set_begin_index(0)
     latents = [values[0]]
     for step in range(steps):
         sample = latents[-1] if replaced is None else replaced[step]
-        output = probe.step(values[step + 1], probe.timesteps[step], sample, return_dict=False)[0]
-        latents.append(output.to(torch.float64))
+        try:
+            output = probe.step(values[step + 1], probe.timesteps[step], sample, return_dict=False)
+        except Exception as error:
+            came = f"{type(error).__name__}: {error}"
+            reason = f"its step {step} of {steps} fails ({came})"
+            raise _UnusableStep(reason, nonfinite=False) from error
+        if not output[0].isfinite().all():
+            reason = f"its step {step} of {steps} gives NaN or infinity"
+            raise _UnusableStep(reason, nonfinite=True)
+        latents.append(output[0].to(torch.float64))
     return torch.stack([latent.flatten() for latent in latents])
 
 
@@ -294,4 +351,11 @@ def _no_flow(name: str, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"the scheduler {name} is no flow scheduler: {reason}; use one such as "
         "FlowMatchEulerDiscreteScheduler"
+    )
+
+
+def _nonfinite(name: str, reason: str) -> ScheduleError:
+    return ScheduleError(
+        f"the scheduler {name} cannot be run: {reason}, so that every result would be of no use; "
+        "set its options otherwise, or use another one, such as FlowMatchEulerDiscreteScheduler"
     )

@@ -12,6 +12,7 @@ from ddit_rt.step_cache.policy import (
     step_cache_from_dict,
 )
 from ddit_rt.step_cache.table import CacheTable
+from ddit_rt.step_cache.written import parse_step_cache
 
 __all__ = [
     "KINDS",
@@ -24,6 +25,7 @@ __all__ = [
     "StepCache",
     "TeaCache",
     "nearest_ratios",
+    "parse_step_cache",
     "published_fits",
     "step_cache_from_dict",
 ]

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from ddit_rt import checks
 from ddit_rt.step_cache.fit import CacheFit
-from ddit_rt.step_cache.table import CacheTable
+from ddit_rt.step_cache.table import NO_LIMIT, CacheTable
 
 _MAX_TERMS = 7
 
@@ -125,17 +126,17 @@ class TeaCache(StepCache):
 
     def __post_init__(self) -> None:
         """Checks every field; a message names the value and the range."""
-        _check_threshold(self.threshold)
-        if self.coefficients is not None:
-            values = _finite_values("coefficients", self.coefficients)
-            if len(values) > _MAX_TERMS:
-                raise ValueError(f"got {len(values)} coefficients; at most {_MAX_TERMS} are taken")
-            object.__setattr__(self, "coefficients", values)
-        if (self.first is not None and self.first < 1) or (self.last is not None and self.last < 0):
-            raise ValueError(
-                f"got first={self.first}, last={self.last}; both count steps, and the first step "
-                "has nothing to reuse: first is at least 1, last at least 0"
-            )
+        values = checks.optional(checks.numbers, "coefficients", self.coefficients)
+        if values is not None and len(values) > _MAX_TERMS:
+            raise ValueError(f"got {len(values)} coefficients; at most {_MAX_TERMS} are taken")
+        checks.settle(
+            self,
+            threshold=checks.number("threshold", self.threshold, 0),
+            coefficients=values,
+            first=checks.optional(checks.whole, "first", self.first, 1),
+            last=checks.optional(checks.whole, "last", self.last, 0),
+            use_ret_steps=checks.flag("use_ret_steps", self.use_ret_steps),
+        )
 
     def resolve(self, model: CacheModel) -> ResolvedCache:
         """See `StepCache.resolve`."""
@@ -170,7 +171,7 @@ class TeaCache(StepCache):
         return [step < first or step >= steps - last for step in range(steps)]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class MagCache(StepCache):
     """Reuses while the size of what the blocks add has changed little (arXiv 2506.09045).
 
@@ -188,21 +189,20 @@ class MagCache(StepCache):
     """
 
     threshold: float = 0.06
+    _: KW_ONLY
     max_skip_steps: int = 3
     retention_ratio: float = 0.2
     mag_ratios: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         """Checks every field; a message names the value and the range."""
-        _check_threshold(self.threshold)
-        if self.max_skip_steps < 1 or not 0 <= self.retention_ratio <= 1:
-            raise ValueError(
-                f"got max_skip_steps={self.max_skip_steps}, retention_ratio="
-                f"{self.retention_ratio}; the first is at least 1, the second in [0, 1]"
-            )
-        if self.mag_ratios is not None:
-            values = _finite_values("mag_ratios", self.mag_ratios)
-            object.__setattr__(self, "mag_ratios", values)
+        checks.settle(
+            self,
+            threshold=checks.number("threshold", self.threshold, 0),
+            max_skip_steps=checks.whole("max_skip_steps", self.max_skip_steps, 1, NO_LIMIT),
+            retention_ratio=checks.number("retention_ratio", self.retention_ratio, 0, 1),
+            mag_ratios=checks.optional(checks.numbers, "mag_ratios", self.mag_ratios),
+        )
 
     def resolve(self, model: CacheModel) -> ResolvedCache:
         """See `StepCache.resolve`."""
@@ -249,15 +249,3 @@ def step_cache_from_dict(data: Mapping[str, Any]) -> StepCache:
         return kinds[name](**fields)
     except TypeError as error:
         raise ValueError(f"bad fields for {name}: {sorted(fields)} ({error})") from error
-
-
-def _check_threshold(threshold: float) -> None:
-    if not (math.isfinite(threshold) and threshold >= 0):
-        raise ValueError(f"got threshold={threshold}; it must be finite and >= 0")
-
-
-def _finite_values(name: str, values: Sequence[float]) -> tuple[float, ...]:
-    result = tuple(float(value) for value in values)
-    if not result or not all(math.isfinite(value) for value in result):
-        raise ValueError(f"got {name}={list(result)}; at least one value, all finite, is needed")
-    return result

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ddit_rt import checks
 from ddit_rt.adapters import AdapterConfig
 from ddit_rt.patch_scheduler import parse_patch, patch_name
 
@@ -238,10 +239,9 @@ def read_prompts(path: str | Path) -> list[str]:
     """Prompts of a text file, one a line; blank lines and lines that begin with # are left out.
 
     Raises:
-        ValueError: None in it.
+        OSError, ValueError: No such file, or none that holds prompts.
     """
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    prompts = [line for line in lines if line and not line.startswith("#")]
+    prompts = [line for line in checks.text_lines(path) if not line.startswith("#")]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
     return prompts

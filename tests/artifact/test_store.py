@@ -149,7 +149,7 @@ def test_open_path_traversal(saved: Path, name: str, section: str) -> None:
 
 
 def test_open_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="is not an artifact"):
+    with pytest.raises(ArtifactError, match="no such file"):
         open_artifact(tmp_path / "none.ddit")
 
 

@@ -106,7 +106,7 @@ def test_generate_runs_what_was_calibrated(
     ("extra", "message"),
     [
         (["--steps", "6", "--policy", "balanced"], "calibrated only for [8] steps"),
-        (["--steps", "8", "--policy", "2"], "got the speed 2.0; it lies between 0"),
+        (["--steps", "8", "--policy", "2"], "got patch_policy=2.0; a speed lies between 0"),
         (["--steps", "8", "--policy", "quick"], "quality, balanced, fast or a speed"),
         (["--steps", "8", "--policy", "fast", "--tau", "0.1"], "belong to --policy dynamic"),
     ],
@@ -164,7 +164,7 @@ def test_second_step_count_joins_the_first(
         (["--budget-ms", "5", "--cost", "tokens"], "a budget in ms needs cost ms"),
         (["--speedup", "2", "--held-out-prompts", "9"], "got 4 different prompts"),
         (["--speedup", "2", "--steps", "1"], "fewer than 2 steps"),
-        (["--speedup", "2", "--prompts", "none.txt"], "none.txt"),
+        (["--speedup", "2", "--prompts", "none.txt"], "no such file: none.txt"),
         (["--speedup", "2", "--min-ssim", "0.5"], "not allowed with"),
         ([], "one of the arguments --speedup --min-ssim --budget-ms --cache is required"),
     ],

@@ -27,7 +27,7 @@ def test_demo_writes_its_files_and_reports_json(
 
 def test_bad_count_is_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--out", str(tmp_path), "--steps", "0"]) == 2
-    assert "steps=0" in capsys.readouterr().err
+    assert "argument --steps: got '0'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -70,14 +70,14 @@ def test_second_run_goes_on_and_prints_json(
     ("extra", "message"),
     [
         (["--seed", "7"], "seed: 0 there, 7 now"),
-        (["--seeds", "0"], "seeds=0"),
-        (["--limit", "0"], "got a limit of 0 prompts"),
-        (["--shown", "0"], "got --shown 0"),
-        (["--prompts", "none.txt"], "none.txt"),
-        (["--references", "nowhere"], "there is no folder nowhere"),
-        (["--weights", "nowhere"], "there is no folder nowhere"),
+        (["--seeds", "0"], "argument --seeds: got '0'"),
+        (["--limit", "0"], "argument --limit: got '0'"),
+        (["--shown", "0"], "argument --shown: got '0'"),
+        (["--prompts", "none.txt"], "no such file: none.txt"),
+        (["--references", "nowhere"], "no such folder: nowhere"),
+        (["--weights", "nowhere"], "no such folder: nowhere"),
         (["--policy", "balanced"], "not calibrated at all"),
-        (["--policy", "nonsense"], "got --policy nonsense"),
+        (["--policy", "nonsense"], "argument --policy: got patch_policy='nonsense'"),
         (["--policy", "fine"], "only plans that run all 8 steps at p"),
         (["--cost", "euro"], "invalid choice"),
     ],
@@ -139,7 +139,7 @@ def test_ab_summary_before_and_after_an_answer(
     ("extra", "message"),
     [
         (["--plan", "nonsense"], "choose two different ones of fine, policy-1, dynamic"),
-        (["--port", "70000"], "it lies between 0 and 65535"),
+        (["--port", "70000"], "expected a whole number from 0 to 65535"),
     ],
 )
 def test_ab_refuses(

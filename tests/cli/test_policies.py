@@ -4,13 +4,8 @@ import argparse
 
 import pytest
 
-from ddit_rt import DDiTPolicy, FinePolicy, MagCache, NoCache, StaticPolicy, StepCache, TeaCache
-from ddit_rt.cli.policies import (
-    DEFAULT_STATIC_PLAN,
-    choose_policy,
-    parse_step_cache,
-    parse_tau,
-)
+from ddit_rt import DDiTPolicy, FinePolicy, StaticPolicy
+from ddit_rt.cli.policies import choose_policy, parse_tau
 
 DEFAULT = DDiTPolicy(tau={"2p": 3e-3}, dwell=5)
 
@@ -21,7 +16,7 @@ def test_no_option_keeps_the_default() -> None:
 
 def test_names_and_plans() -> None:
     assert choose_policy("fine", None, None, DEFAULT) == FinePolicy()
-    assert choose_policy("static", None, None, DEFAULT) == StaticPolicy(DEFAULT_STATIC_PLAN)
+    assert choose_policy("static", None, None, DEFAULT) == StaticPolicy("2p:0.4,p")
     plan = "4p:0.2,2p:0.4,p"
     assert choose_policy(plan, None, None, DEFAULT) == StaticPolicy(plan)
 
@@ -54,23 +49,5 @@ def test_tau_for_all_sizes_or_one_each() -> None:
     assert parse_tau("2p=0.002, 4p=1e-4") == {"2p": 0.002, "4p": 1e-4}
     with pytest.raises(argparse.ArgumentTypeError, match="write one number"):
         parse_tau("2p:0.002")
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("teacache:0.4", TeaCache(0.4)),
-        ("teacache-ret:0.1", TeaCache(0.1, use_ret_steps=True)),
-        ("magcache:0.06", MagCache(threshold=0.06)),
-        ("none", NoCache()),
-        (None, None),
-    ],
-)
-def test_step_caches(text: str | None, expected: StepCache | None) -> None:
-    assert parse_step_cache(text) == expected
-
-
-@pytest.mark.parametrize("text", ["teacache", "teacache:fast", "none:1", "fbcache:0.1", ""])
-def test_unknown_step_cache_is_refused_with_the_known_ones(text: str) -> None:
-    with pytest.raises(ValueError, match=r"use teacache:0.4, teacache-ret:0.1, magcache"):
-        parse_step_cache(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="got tau=nan"):
+        parse_tau("nan")

@@ -50,9 +50,9 @@ def test_adapters_are_trained_and_compile_takes_them(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--data", "no-such-folder"], "there is no folder no-such-folder"),
+        (["--data", "no-such-folder"], "no such file or folder: no-such-folder"),
         (["--data", "none-*.tar"], "no file matches none-*.tar"),
-        (["--self", "no-such-file"], "No such file"),
+        (["--self", "no-such-file"], "no such file: no-such-file"),
         (["--self", "{prompts}", "--patch-sizes", "p"], 'got patch="p"'),
         (["--self", "{prompts}", "--width", "80"], "does not divide"),
         ([], "one of the arguments --data --self is required"),

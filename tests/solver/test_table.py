@@ -15,7 +15,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.errors import ScheduleError, UnsupportedModelError
 from ddit_rt.solver import SolverTable, own_steps, probe_scheduler, replay, solver_of
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -189,3 +189,35 @@ def test_replay_of_euler_by_hand() -> None:
     table = SolverTable(coefficients=coefficients, sigmas=(1.0, 0.5, 0.0), source="Euler")
     values = torch.tensor([[10.0], [2.0], [4.0]]).double()
     assert replay(table, values).flatten().tolist() == [10.0, 9.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"solver_type": "bh1"}, r"step 7 of 8 gives NaN .* with solver_type='bh1'.*'bh2'"),
+        ({"lower_order_final": False}, "step 7 of 8 gives NaN .* with lower_order_final=False"),
+        (
+            {"solver_order": 3, "lower_order_final": False},
+            "step 7 of 8 fails .*singular.* with low",
+        ),
+        ({"predict_x0": False}, "step 0 of 8 fails .* with predict_x0=False"),
+        ({"solver_type": "bh1", "lower_order_final": False}, "step 7 of 8 gives NaN or infinity,"),
+    ],
+)
+def test_steps_that_fail_or_are_not_finite_are_refused_with_the_option(
+    config: dict[str, Any], reason: str
+) -> None:
+    error = ScheduleError if "NaN" in reason else UnsupportedModelError
+    with pytest.raises(error, match=f"UniPCMultistepScheduler .*{reason}"):
+        probe_scheduler(make(UniPCMultistepScheduler, 8, **FLOW, **config))
+
+
+@pytest.mark.parametrize("place", [0, 4, 8])
+@pytest.mark.parametrize("level", [float("nan"), float("inf")])
+def test_noise_levels_that_are_not_finite_are_refused_wherever_they_are(
+    level: float, place: int
+) -> None:
+    scheduler = make(FlowMatchEulerDiscreteScheduler, 8)
+    scheduler.sigmas[place] = level
+    with pytest.raises(ScheduleError, match=f"its sigmas hold {level}"):
+        probe_scheduler(scheduler)

@@ -1,0 +1,284 @@
+"""Arguments of a pipeline's call, checked by name before any work is done.
+
+One table serves all pipelines: an argument of one name means the same in each.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddit_rt import checks
+from ddit_rt.errors import ShapeError
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+_ENCODERS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+_MOST_NOISE = 1 + 1e-6
+"""1, with the rounding of those who compute it in float32."""
+
+_LEAST_NOISE = 1e-6
+"""Below it schedulers divide by what is 0 in float32."""
+
+
+def check_arguments(
+    pipeline: Any, arguments: Mapping[str, Any], own: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Arguments of the pipeline's call as plain values; those that were given, no others.
+
+    Args:
+        pipeline: A diffusers pipeline.
+        arguments: What came.
+        own: Names that the caller takes besides, for messages.
+
+    Raises:
+        ValueError, TypeError: An unknown argument, or a value that is none for its name.
+    """
+    defaults = call_defaults(pipeline)
+    checks.refuse_unknown(arguments, [*own, *defaults], f"an engine of {type(pipeline).__name__}")
+    return {name: _checked(name, value, defaults[name]) for name, value in arguments.items()}
+
+
+def call_defaults(pipeline: Any) -> Mapping[str, Any]:
+    """Defaults of the pipeline's call by argument; `inspect.Parameter.empty` where it has none."""
+    return _defaults_of(type(pipeline).__call__)
+
+
+@lru_cache(maxsize=8)
+def _defaults_of(call: Callable[..., Any]) -> Mapping[str, Any]:
+    parameters = inspect.signature(call).parameters
+    return {name: one.default for name, one in parameters.items() if name != "self"}
+
+
+def check_sigmas(name: str, value: Any) -> list[float]:
+    """Noise levels of the steps: at least one, falling, from 1 to 1e-6.
+
+    Raises:
+        TypeError: No sequence of numbers.
+        ValueError: Other numbers.
+    """
+    sigmas = checks.numbers(name, value)
+    expected = (
+        f"noise levels that fall from step to step, from 1 at most to {_LEAST_NOISE} at least"
+    )
+    if sigmas[-1] == 0:
+        advice = "leave the 0 at the end out, which the scheduler adds"
+        raise ValueError(checks.got(name, value, expected, advice))
+    levels = np.asarray(sigmas, dtype=np.float32)
+    falls = bool((levels[1:] < levels[:-1]).all())
+    if not falls or sigmas[0] > _MOST_NOISE or sigmas[-1] < _LEAST_NOISE:
+        raise ValueError(checks.got(name, value, expected))
+    return list(sigmas)
+
+
+def check_steps(scheduler: Any, steps: int) -> None:
+    """Refuses a number of steps that the model has not as many noise levels for.
+
+    Raises:
+        ValueError: It is not positive, or larger than the scheduler's training steps.
+    """
+    most = int(scheduler.config.get("num_train_timesteps", 1000))
+    checks.whole("num_inference_steps", steps, 1, most)
+
+
+def check_tensor(name: str, value: Any, expected: str, *, floating: bool = True) -> Tensor:
+    """A tensor with data.
+
+    Args:
+        name: The argument's name.
+        value: What came.
+        expected: Its shape, for the message.
+        floating: Whether its data type must be one of floating-point numbers.
+
+    Raises:
+        TypeError: No tensor, or of another data type.
+        ValueError: A tensor without data, on the device `meta`.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(checks.got(name, value, f"a tensor {expected}"))
+    if floating and not value.is_floating_point():
+        advice = "convert it with .float()"
+        raise TypeError(checks.got(name, value, "a tensor of floating-point numbers", advice))
+    if value.is_meta:
+        raise ValueError(checks.got(name, value, "a tensor with data, not on the device meta"))
+    return value
+
+
+def check_given_embeds(
+    name: str, value: Tensor | None, shape: Sequence[int | str], batch: int, per_prompt: str
+) -> None:
+    """Refuses embeddings of another shape, and of another number of prompts than the call's.
+
+    Args:
+        name: The argument's name.
+        value: What came, if anything.
+        shape: Sizes of the dimensions behind the first; a string names one that may be anything.
+        batch: Pictures, or videos, that the call makes.
+        per_prompt: The argument that counts those of a prompt.
+
+    Raises:
+        ShapeError: See above.
+    """
+    if value is None:
+        return
+    fits = value.ndim == len(shape) + 1 and all(
+        isinstance(dim, str) or dim == size
+        for dim, size in zip(shape, value.shape[1:], strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(dim) for dim in ("prompts", *shape))
+        raise ShapeError(f"`{name}` has shape {list(value.shape)}; expected [{wanted}]")
+    if len(value) not in (1, batch):
+        raise ShapeError(
+            f"`{name}` has shape {list(value.shape)} for a call that makes {batch}; expected 1 or "
+            f"{batch} rows: embeddings are not repeated by {per_prompt}"
+        )
+
+
+def check_exclusive(call: Mapping[str, Any], *pairs: tuple[str, str]) -> None:
+    """Refuses arguments that say the same in two ways.
+
+    Raises:
+        ValueError: Both of a pair are given.
+    """
+    for one, other in pairs:
+        if call[one] is not None and call[other] is not None:
+            raise ValueError(f"got both {one} and {other}; give one of them")
+
+
+def is_empty(value: Any) -> bool:
+    """Whether an argument says nothing: None, or no text."""
+    if isinstance(value, list):
+        return all(map(is_empty, value))
+    return value is None or (isinstance(value, str) and not value)
+
+
+def check_counts(call: Mapping[str, Any], names: Sequence[str], prompts: int) -> None:
+    """Refuses lists of texts that are not as many as the prompts.
+
+    Raises:
+        ValueError: See above.
+    """
+    for name in names:
+        texts = call[name]
+        if isinstance(texts, list) and len(texts) != prompts:
+            raise ValueError(
+                f"got {name} with {len(texts)} texts for {prompts} prompts; give one for each, or "
+                "one text for all"
+            )
+
+
+def check_output(pipeline: Any, call: Mapping[str, Any]) -> None:
+    """Refuses an output that the pipeline cannot make, before it would fail at it.
+
+    Raises:
+        ValueError: Pictures or videos are asked of a pipeline without a VAE.
+    """
+    if call["output_type"] != "latent" and pipeline.vae is None:
+        raise ValueError(
+            f"got output_type={call['output_type']!r} for a pipeline without a VAE, which decodes; "
+            'pass output_type="latent", or load the VAE'
+        )
+
+
+def check_callback(name: str, value: Any) -> Any:
+    """A function, or None.
+
+    Raises:
+        TypeError: Something that cannot be called.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(checks.got(name, value, "a function"))
+    return value
+
+
+def check_text_encoders(pipeline: Any, *, prompt: bool, negative: bool) -> None:
+    """Refuses texts for a pipeline that has nothing to encode them with.
+
+    Args:
+        pipeline: The pipeline; an `encode_prompt` that is not diffusers' own may do without.
+        prompt: Whether the prompt comes as text.
+        negative: Whether the negative one does, where it counts; none at all is an empty text.
+
+    Raises:
+        ValueError: See above.
+    """
+    missing = [name for name in _ENCODERS if getattr(pipeline, name, pipeline) is None]
+    own = str(getattr(pipeline.encode_prompt, "__module__", "")).startswith("diffusers.")
+    if (prompt or negative) and missing and own:
+        which = "prompt" if prompt else "negative_prompt"
+        raise ValueError(
+            f"got {which} as text for a pipeline without {', '.join(missing)}; pass "
+            f"{which}_embeds, or load what is missing"
+        )
+
+
+def _checked(name: str, value: Any, default: Any) -> Any:
+    check = _CHECKS.get(name)
+    if check is None or (value is None and default is None):
+        return value
+    if value is None:
+        raise TypeError(f"got {name}=None; leave it out for its default, {checks.show(default)}")
+    return check(name, value)
+
+
+def _prompt(name: str, value: Any) -> str | list[str]:
+    if isinstance(value, str):
+        return value
+    expected = "a text, or a list of at least one text"
+    if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
+        raise TypeError(checks.got(name, value, expected))
+    if not value:
+        raise ValueError(checks.got(name, value, expected))
+    return list(value)
+
+
+def _generator(name: str, value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return value
+    if isinstance(value, (list, tuple)) and all(isinstance(g, torch.Generator) for g in value):
+        return list(value)
+    advice = f"torch.Generator().manual_seed({value})" if isinstance(value, int) else ""
+    expected = "a torch.Generator, or a list with one for each picture or video"
+    raise TypeError(checks.got(name, value, expected, advice))
+
+
+def _names(name: str, value: Any) -> list[str]:
+    names = checks.items(name, value, "a list of names")
+    for place, one in enumerate(names):
+        checks.instance(f"{name}[{place}]", one, str, "a name")
+    return list(names)
+
+
+_count = partial(checks.whole, least=1)
+_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"), _prompt),
+    # What sizes a model can make, its family says.
+    **dict.fromkeys(("height", "width", "num_frames"), checks.whole),
+    **dict.fromkeys(
+        ("num_inference_steps", "num_images_per_prompt", "num_videos_per_prompt"), _count
+    ),
+    **dict.fromkeys(("guidance_scale", "guidance_scale_2", "true_cfg_scale"), checks.number),
+    **dict.fromkeys(
+        ("prompt_embeds", "negative_prompt_embeds"),
+        partial(check_tensor, expected="[prompts, text tokens, width]"),
+    ),
+    **dict.fromkeys(
+        ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+        partial(check_tensor, expected="[prompts, width]"),
+    ),
+    "latents": partial(check_tensor, expected="as the pipeline takes it"),
+    "max_sequence_length": _count,
+    "sigmas": check_sigmas,
+    "generator": _generator,
+    "output_type": partial(checks.choice, options=OUTPUT_TYPES),
+    "return_dict": checks.flag,
+    "callback_on_step_end": check_callback,
+    "callback_on_step_end_tensor_inputs": _names,
+}
