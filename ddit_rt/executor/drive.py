@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ddit_rt.errors import CaptureError, StallError
@@ -151,7 +152,7 @@ class Run:
                 with mark("decide"):
                     self._loop.measure()
                     control.decide(self._stream)
-                    self._patience.until(lambda now, k=step: now.decided > k, "host")
+                    self._patience.until(partial(_has_decided, step), "host")
                     branch = control.branch(step)
                 reuse, bucket = divmod(branch, len(self._plan.offered))
                 patch = patch_name(self._plan.offered[bucket])

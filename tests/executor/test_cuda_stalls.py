@@ -203,11 +203,15 @@ def test_a_step_that_hangs_ends_a_session(graphs: EmulatedGraphs) -> None:
     device = Hanging(graphs, plan)
     with device.running():
         session = executor.open(plan, noise(*SHAPE), driver="test")
-        with pytest.raises(StallError, match=f"step {HANGS} of {STEPS} .* did not end"):
+
+        def run() -> None:
             for step in range(STEPS):
                 session.velocity(0, session.decide(step, noise(*SHAPE)), noise(*SHAPE))
                 session.end_step()
             session.close(cancelled=False)
+
+        with pytest.raises(StallError, match=f"step {HANGS} of {STEPS} .* did not end"):
+            run()
         assert executor.captures == ()
         assert session.close(cancelled=True).cancelled  # waits for nothing
         with pytest.raises(StallError, match="still busy with a run that stalled before"):
