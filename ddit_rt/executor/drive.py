@@ -191,3 +191,7 @@ class Run:
             if self._on_progress is not None:
                 self._on_progress(self._reported)
             self._reported += 1
+
+
+def _has_decided(step: int, progress: Any) -> bool:
+    return bool(progress.decided > step)
