@@ -112,7 +112,9 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         ranges = TokenRanges(**family.default_ranges)
     checks.instance("ranges", ranges, TokenRanges, "TokenRanges(batch=..., image=..., text=...)")
     if pipeline is not None:
-        check_size(family, pipeline, defaults, multiples, ranges)
+        steps = StepModel(family=family, transformer=transformer, base={})
+        sized = CompiledModel(steps=steps, multiples=multiples, ranges=ranges)
+        check_size(sized, pipeline, defaults)
     adapters = find_adapters(adapter, family, transformer)
     check_adapters(adapters, multiples)
     manifest = Manifest.describe(

@@ -31,7 +31,7 @@ from ddit_rt.pipeline.compiled import CompiledModel
 from ddit_rt.pipeline.driven import PipelineRun
 from ddit_rt.pipeline.guidance import WHOLE_RUN, check_interval
 from ddit_rt.pipeline.history import SeenLatents
-from ddit_rt.pipeline.inputs import check_executor
+from ddit_rt.pipeline.inputs import check_executor, check_size
 from ddit_rt.pipeline.loop import Loop, StepCallback
 from ddit_rt.pipeline.lora import FusedLora, lora_component
 from ddit_rt.pipeline.outline import Outline
@@ -378,7 +378,9 @@ class Engine:
         """The pipeline's arguments with the artifact's defaults, checked."""
         defaults = self.artifact.manifest.pipeline_defaults
         own = ("patch_policy", "guidance_interval", "step_cache")
-        return check_call(self.pipeline, arguments, defaults, own)
+        checked = check_call(self.pipeline, arguments, defaults, own)
+        check_size(self._compiled, self.pipeline, checked)
+        return checked
 
     def _default_scheduler(self) -> Any:
         if self.pipeline is not None:

@@ -10,8 +10,7 @@ from torch import nn
 
 from ddit_rt import checks
 from ddit_rt.adapters import AdapterSet, adaptable_layers, load_adapters
-from ddit_rt.artifact import TokenRanges
-from ddit_rt.buckets import StepModel, latent_frames
+from ddit_rt.buckets import latent_frames
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.executor import FORMS
 from ddit_rt.families import Family, family_of
@@ -188,20 +187,28 @@ def default_sizes(
     return sizes
 
 
-def check_size(
-    family: Family,
-    pipeline: Any,
-    sizes: Mapping[str, int],
-    multiples: tuple[int, ...],
-    ranges: TokenRanges,
-) -> None:
-    """Refuses a default picture size that could not run, before minutes of compiling."""
+def check_size(compiled: CompiledModel, pipeline: Any, sizes: Mapping[str, Any]) -> None:
+    """Refuses a picture's or a video's size that could not run, before any work.
+
+    Args:
+        compiled: The model; its runners need not be there yet.
+        pipeline: The diffusers pipeline.
+        sizes: `height`, `width` and `num_frames`; what is not there is the pipeline's default.
+
+    Raises:
+        ShapeError: See above.
+    """
+    family = compiled.steps.family
     rows, columns = family.default_size(pipeline)
-    height, width = sizes.get("height", rows), sizes.get("width", columns)
-    shape = family.latent_shape(pipeline, height, width, 1, sizes.get("num_frames"))
-    steps = StepModel(family=family, transformer=pipeline.transformer, base={})
-    model = CompiledModel(steps=steps, multiples=multiples, ranges=ranges)
-    model.offered(shape[-2], shape[-1], latent_frames(shape))
+    height, width = sizes.get("height"), sizes.get("width")
+    shape = family.latent_shape(
+        pipeline,
+        rows if height is None else height,
+        columns if width is None else width,
+        1,
+        sizes.get("num_frames"),
+    )
+    compiled.offered(shape[-2], shape[-1], latent_frames(shape))
 
 
 def _reread(stored: Any, from_dict: Any) -> Any:
