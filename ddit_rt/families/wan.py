@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -267,7 +268,7 @@ class WanFamily(Family):
         if sigmas is None:
             scheduler.set_timesteps(num_inference_steps)
         elif "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-            scheduler.set_timesteps(sigmas=list(sigmas))
+            scheduler.set_timesteps(sigmas=np.asarray(sigmas))  # UniPC takes no list
         else:
             raise ValueError(
                 f"got `sigmas`, which {type(scheduler).__name__} does not take; leave them out"

@@ -281,10 +281,14 @@ def _checked_tau(tau: Any) -> float | dict[str, float]:
         return checks.number("tau", tau, 0)
     if not tau:
         raise ValueError(checks.got("tau", tau, 'a threshold for one size at least, {"2p": 1e-3}'))
-    return {
+    checked = {
         patch_name(parse_patch(size, "tau's size")): checks.number(f"tau[{size!r}]", value, 0)
         for size, value in tau.items()
     }
+    if "p" in checked or len(checked) < len(tau):
+        expected = "each coarse size once: p is what is left when no score is below its threshold"
+        raise ValueError(checks.got("tau", tau, expected))
+    return checked
 
 
 def _checked_warmup(warmup: Any) -> str:

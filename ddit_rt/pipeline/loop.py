@@ -29,7 +29,7 @@ from ddit_rt.executor import (
     StepSession,
     TorchGraphs,
 )
-from ddit_rt.pipeline.finite import announce_nonfinite
+from ddit_rt.pipeline.finite import FiniteCheck, announce_nonfinite
 
 StepCallback = Callable[[int, Tensor], Tensor | None]
 """Called after a step with its index and the new latents, which it may edit in place; may return
@@ -270,27 +270,6 @@ class DrivenRun:
         if self._finite is not None and not early:
             self._finite.require()
         return replace(trace, notes=(*trace.notes, *self.notes))
-
-
-class FiniteCheck:
-    """Refuses initial latents that are not finite: before the run, or after it on a device.
-
-    There the answer is on its way while the run goes on, so that the host need not wait for it.
-    """
-
-    def __init__(self, latents: Tensor) -> None:
-        finite = torch.isfinite(latents).all()
-        if finite.is_cuda:
-            self._finite = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._finite.copy_(finite, non_blocking=True)
-        else:
-            self._finite = finite
-            self.require()
-
-    def require(self) -> None:
-        """Raises if they were not finite. On a device: only once the run is over."""
-        if not bool(self._finite):
-            raise ValueError("the initial latents hold NaN or infinity; give finite noise")
 
 
 def _like(given: Tensor, latents: Tensor) -> Tensor:

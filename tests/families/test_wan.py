@@ -8,7 +8,16 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from models import noise
-from wan_models import CHANNELS, TEXT_TOKENS, wan_conditioning, wan_pipeline, wan_transformer
+from wan_models import (
+    CHANNELS,
+    TEXT_TOKENS,
+    euler,
+    heun,
+    unipc,
+    wan_conditioning,
+    wan_pipeline,
+    wan_transformer,
+)
 
 import ddit_rt
 from ddit_rt import ops
@@ -326,3 +335,17 @@ def test_adapters_are_refused() -> None:
 def test_bad_conditioning_is_named(change: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         WAN.check_conditioning(wan_transformer(), 1, {**wan_conditioning(), **change})
+
+
+@pytest.mark.parametrize("scheduler", [unipc, euler])
+def test_given_noise_levels_are_shifted_and_taken(scheduler: Any) -> None:
+    given = scheduler()
+    WAN.set_timesteps(given, 3, [1.0, 0.6, 0.2], Grid(height=4, width=4))
+    expected = torch.tensor([3 * level / (1 + 2 * level) for level in (1.0, 0.6, 0.2)])
+    # UniPC starts 1e-6 below 1, where it would divide by 0.
+    torch.testing.assert_close(given.sigmas[:-1], expected, rtol=0, atol=2e-6)
+
+
+def test_scheduler_that_takes_no_noise_levels_is_named() -> None:
+    with pytest.raises(ValueError, match="`sigmas`, which FlowMatchHeunDiscreteScheduler does not"):
+        WAN.set_timesteps(heun(), 1, [1.0], Grid(height=4, width=4))

@@ -115,6 +115,24 @@ def test_a_step_cache_of_wan_equals_the_cpu(graphs: EmulatedGraphs) -> None:
     assert trace_of(engines[1]).reused == trace_of(engines[0]).reused > 0
 
 
+@pytest.mark.parametrize("drive", ["table", "callback"])
+@pytest.mark.parametrize("policy", ["fine", MIXED, DDiTPolicy(0.3)], ids=["fine", "mixed", "ddit"])
+def test_latents_that_are_not_finite_are_announced(
+    graphs: EmulatedGraphs, policy: Any, drive: str
+) -> None:
+    engine = on_device(eager(tiny_pipeline()), graphs)
+    call = {**FLUX, **tiny_embeds()}
+    call["prompt_embeds"][0, 0, 0] = float("nan")
+    callback = {"callback_on_step_end": keep} if drive == "callback" else {}
+    with pytest.warns(UserWarning, match="became NaN or infinite during the run") as warned:
+        engine(**call, **callback, patch_policy=policy)
+    told = [str(one.message) for one in warned]
+    assert sum("became NaN" in message for message in told) == 1
+    assert trace_of(engine).nonfinite
+    engine(**{**call, **tiny_embeds()}, **callback, patch_policy=policy)
+    assert not trace_of(engine).nonfinite
+
+
 def test_a_run_that_ends_early_leaves_the_engine_usable(graphs: EmulatedGraphs) -> None:
     pipeline = tiny_pipeline()
     engine = on_device(eager(pipeline), graphs)

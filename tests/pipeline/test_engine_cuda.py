@@ -184,6 +184,19 @@ def test_step_form_is_one_launch_per_step(engine: ddit_rt.Engine) -> None:
     assert not [name for name in calls if "Synchronize" in name or "Memcpy" in name]
 
 
+@pytest.mark.parametrize("policy", [FinePolicy(), MIXED, DYNAMIC], ids=["fine", "mixed", "ddit"])
+def test_latents_that_are_not_finite_are_announced(engine: ddit_rt.Engine, policy: Any) -> None:
+    given = conditioning(engine.pipeline)
+    given["encoder_hidden_states"][0, 0, 0] = float("nan")
+    options = {"num_inference_steps": 6, "patch_policy": policy}
+    with pytest.warns(UserWarning, match="became NaN or infinite during the run"):
+        engine.denoise(noise(*SHAPE).cuda(), **options, **given)
+    assert engine.last_trace is not None
+    assert engine.last_trace.nonfinite
+    denoise(engine, policy)
+    assert not engine.last_trace.nonfinite
+
+
 def test_no_state_passes_between_runs(engine: ddit_rt.Engine) -> None:
     first = denoise(engine, MIXED, seed=1)
     denoise(engine, DYNAMIC, seed=5, steps=9)

@@ -335,6 +335,8 @@ RECORD_MISTAKES = [
     (lambda: DDiTPolicy({}), "got tau={}"),
     (lambda: DDiTPolicy({"2p": NAN}), "got tau.'2p'.=nan"),
     (lambda: DDiTPolicy({2.5: 1.0}), "got tau's size=2.5"),
+    (lambda: DDiTPolicy({"p": 1.0, "2p": 1.0}), "got tau=.*expected each coarse size once"),
+    (lambda: DDiTPolicy({"2p": 1.0, 2: 0.5}), "got tau=.*expected each coarse size once"),
     (lambda: DDiTPolicy(tau=True), "got tau=True"),
     (lambda: DDiTPolicy(rho="half"), "got rho='half'"),
     (lambda: DDiTPolicy(rho=NAN), "got rho=nan"),
