@@ -148,8 +148,9 @@ class CudaExecutor:
         progress, rows = loop.control.progress(), loop.control.records()
         times = [time_ns for time_ns, _ in rows] + [loop.control.end_ns()]
         coarse = len(plan.offered) - 1
+        record = torch.tensor([values for _, values in rows], dtype=torch.float32, device="cpu")
         return build_trace(
-            record=torch.tensor([values for _, values in rows]).reshape(len(rows), 3 + coarse),
+            record=record.reshape(len(rows), 3 + coarse),
             cache=None if plan.cache is None else loop.control.cache_records(),
             seconds=[(end - start) * 1e-9 for start, end in itertools.pairwise(times)],
             policy=plan.policy,

@@ -173,9 +173,11 @@ class FluxFamily(Family):
         """Rotary cos and sin, each `[T + n, head width]`; text tokens all sit at (0, 0, 0)."""
         device = transformer.x_embedder.weight.device
         centre = (stretch - 1) / 2
-        rows = torch.arange(grid.height, device=device) * stretch + centre
-        columns = torch.arange(grid.width, device=device) * stretch + centre
-        ids = torch.zeros(text_tokens + grid.tokens, 3, device=device)
+        rows, columns = (
+            torch.arange(count, dtype=torch.float32, device=device) * stretch + centre
+            for count in (grid.height, grid.width)
+        )
+        ids = torch.zeros(text_tokens + grid.tokens, 3, dtype=torch.float32, device=device)
         ids[text_tokens:, 1] = rows.repeat_interleave(grid.width)
         ids[text_tokens:, 2] = columns.repeat(grid.height)
         cos, sin = transformer.pos_embed(ids)
@@ -303,8 +305,9 @@ class FluxFamily(Family):
         self.set_timesteps(scheduler, call["num_inference_steps"], call["sigmas"], grid)
         pipeline._num_timesteps = len(scheduler.timesteps)
         if pipeline.transformer.config.guidance_embeds:
+            scale = float(call["guidance_scale"])
             conditioning["guidance"] = torch.full(
-                (shape[0],), float(call["guidance_scale"]), device=device
+                (shape[0],), scale, dtype=torch.float32, device=device
             )
         self.check_conditioning(pipeline.transformer, shape[0], conditioning)
         return PreparedCall(

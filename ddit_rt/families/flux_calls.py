@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt import ops
+from ddit_rt.torch_state import callers_modes
 
 PATCH = 2
 """Side of the square of latent pixels that the pipeline packs into a token."""
@@ -64,15 +65,16 @@ def encode_prompts(
     """Prompts as conditioning, with the negative ones where true guidance is asked for."""
     conditioning: dict[str, Tensor] = {}
     for prefix in ("", "negative_") if guided else ("",):
-        embeds, pooled, _ = pipeline.encode_prompt(
-            prompt=call[f"{prefix}prompt"],
-            prompt_2=call[f"{prefix}prompt_2"],
-            prompt_embeds=call[f"{prefix}prompt_embeds"],
-            pooled_prompt_embeds=call[f"{prefix}pooled_prompt_embeds"],
-            device=pipeline._execution_device,
-            num_images_per_prompt=call["num_images_per_prompt"],
-            max_sequence_length=call["max_sequence_length"],
-        )
+        with callers_modes():
+            embeds, pooled, _ = pipeline.encode_prompt(
+                prompt=call[f"{prefix}prompt"],
+                prompt_2=call[f"{prefix}prompt_2"],
+                prompt_embeds=call[f"{prefix}prompt_embeds"],
+                pooled_prompt_embeds=call[f"{prefix}pooled_prompt_embeds"],
+                device=pipeline._execution_device,
+                num_images_per_prompt=call["num_images_per_prompt"],
+                max_sequence_length=call["max_sequence_length"],
+            )
         if embeds.shape[0] == 1:
             # Given embeddings are not repeated for `num_images_per_prompt`; diffusers broadcasts.
             embeds, pooled = embeds.expand(batch, -1, -1), pooled.expand(batch, -1)
@@ -80,7 +82,9 @@ def encode_prompts(
         conditioning[f"{prefix}pooled_projections"] = pooled
     if guided:
         conditioning["true_cfg_scale"] = torch.tensor(
-            float(call["true_cfg_scale"]), device=pipeline._execution_device
+            float(call["true_cfg_scale"]),
+            dtype=torch.float32,
+            device=pipeline._execution_device,
         )
     return conditioning
 
@@ -94,10 +98,9 @@ def finish(pipeline: Any, latents: Tensor, call: Mapping[str, Any]) -> Any:
         images: Any = ops.pack(latents, PATCH)
     else:
         config = pipeline.vae.config
-        decoded = pipeline.vae.decode(
-            latents.to(pipeline.vae.dtype) / config.scaling_factor + config.shift_factor,
-            return_dict=False,
-        )[0]
-        images = pipeline.image_processor.postprocess(decoded, output_type=call["output_type"])
+        scaled = latents.to(pipeline.vae.dtype) / config.scaling_factor + config.shift_factor
+        with callers_modes():
+            decoded = pipeline.vae.decode(scaled, return_dict=False)[0]
+            images = pipeline.image_processor.postprocess(decoded, output_type=call["output_type"])
     pipeline.maybe_free_model_hooks()
     return FluxPipelineOutput(images=images) if call["return_dict"] else (images,)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddit_rt.errors import ShapeError
 from ddit_rt.families.calls import batch_of
+from ddit_rt.torch_state import callers_modes
 
 NEGATIVE = "negative_encoder_hidden_states"
 """Conditioning of the second pass."""
@@ -81,16 +82,17 @@ def encode_prompts(
 ) -> dict[str, Tensor]:
     """Prompts as conditioning, with the negative half where guidance is asked for."""
     guided = call["guidance_scale"] > 1
-    embeds, negative = pipeline.encode_prompt(
-        prompt=call["prompt"],
-        negative_prompt=call["negative_prompt"],
-        do_classifier_free_guidance=guided,
-        num_videos_per_prompt=call["num_videos_per_prompt"],
-        prompt_embeds=call["prompt_embeds"],
-        negative_prompt_embeds=call["negative_prompt_embeds"],
-        max_sequence_length=call["max_sequence_length"],
-        device=device,
-    )
+    with callers_modes():
+        embeds, negative = pipeline.encode_prompt(
+            prompt=call["prompt"],
+            negative_prompt=call["negative_prompt"],
+            do_classifier_free_guidance=guided,
+            num_videos_per_prompt=call["num_videos_per_prompt"],
+            prompt_embeds=call["prompt_embeds"],
+            negative_prompt_embeds=call["negative_prompt_embeds"],
+            max_sequence_length=call["max_sequence_length"],
+            device=device,
+        )
     dtype = pipeline.transformer.patch_embedding.weight.dtype
 
     def repeated(text: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ def encode_prompts(
         conditioning[NEGATIVE] = repeated(negative)
         scale, second = float(call["guidance_scale"]), second_scale(pipeline, call)
         scales = scale if second is None else [scale, second]
-        conditioning["guidance_scale"] = torch.tensor(scales, device=device)
+        conditioning["guidance_scale"] = torch.tensor(scales, dtype=torch.float32, device=device)
     return conditioning
 
 
@@ -123,7 +125,10 @@ def finish(pipeline: Any, latents: Tensor, call: Mapping[str, Any]) -> Any:
             torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        decoded = vae.decode(latents * std + mean, return_dict=False)[0]
-        video = pipeline.video_processor.postprocess_video(decoded, output_type=call["output_type"])
+        with callers_modes():
+            decoded = vae.decode(latents * std + mean, return_dict=False)[0]
+            video = pipeline.video_processor.postprocess_video(
+                decoded, output_type=call["output_type"]
+            )
     pipeline.maybe_free_model_hooks()
     return WanPipelineOutput(frames=video) if call["return_dict"] else (video,)

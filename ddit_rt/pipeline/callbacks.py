@@ -14,6 +14,7 @@ from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.executor import ProgressCallback, RunPlan, StepCallback
 from ddit_rt.pipeline.prompt import RunPrompt
 from ddit_rt.solver import Replacement
+from ddit_rt.torch_state import callers_modes
 
 _EMBEDS = {
     "prompt_embeds": "encoder_hidden_states",
@@ -46,7 +47,8 @@ def pipeline_callback(
         embeds = {name: conditioning.get(key) for name, key in _EMBEDS.items()}
         seen = {"latents": family.to_callback(latents), **embeds}
         given = {name: seen[name] for name in names}
-        changed = user(pipeline, step, timestep, dict(given)) or {}
+        with callers_modes():
+            changed = user(pipeline, step, timestep, dict(given)) or {}
         new_embeds = {
             key: changed[name]
             for name, key in _EMBEDS.items()
@@ -93,8 +95,8 @@ def follow_replaced(
     if solver.replacement is Replacement.UNKNOWN:
         return plan, refuse, None
     change = torch.zeros_like(latents)
-    levels = torch.ones(plan.capacity)
-    levels[: plan.policy.steps] = torch.tensor(solver.sigmas[:-1])
+    levels = torch.ones(plan.capacity, dtype=torch.float32, device="cpu")
+    levels[: plan.policy.steps] = solver.levels()
     levels = levels.to(latents.device, non_blocking=True)
     buckets = [
         [bucket and ReplacedBucket(bucket, change, levels) for bucket in stage]
@@ -135,7 +137,8 @@ def progress_callback(
 
     def advance(step: int) -> None:
         if user is not None:
-            changed = user(pipeline, step, scheduler.timesteps[step], {})
+            with callers_modes():
+                changed = user(pipeline, step, scheduler.timesteps[step], {})
             if changed:
                 raise ValueError(
                     f"callback_on_step_end returned {sorted(changed)} but asked for no tensors; "

@@ -127,7 +127,7 @@ class FiniteCheck:
     def __init__(self, latents: Tensor) -> None:
         finite = torch.isfinite(latents).all()
         if finite.is_cuda:
-            self._finite = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._finite = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
             self._finite.copy_(finite, non_blocking=True)
         else:
             self._finite = finite

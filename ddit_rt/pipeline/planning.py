@@ -181,7 +181,7 @@ def plan_run(
         height=height,
         width=width,
         frames=frames,
-        sigmas=_table(torch.tensor(solver.sigmas[:-1]), capacity, model.device),
+        sigmas=_table(solver.levels(), capacity, model.device),
         timesteps=_table(timesteps, capacity, model.device),
         detail=Detail(shape, model.device) if keeps_detail else None,
         scales=scales,

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.torch_state import plain_defaults
 
 _TERMS = 3
 _FIT_TOLERANCE = 1e-6
@@ -78,6 +79,10 @@ class SolverTable:
         """Number of steps N."""
         return len(self.sigmas) - 1
 
+    def levels(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Noise level of every step, `[N]`, on the CPU."""
+        return torch.tensor(self.sigmas[:-1], dtype=dtype, device="cpu")
+
     @property
     def velocity_depth(self) -> int:
         """Velocities that a step combines, the newest among them: 1 for Euler, up to 3."""
@@ -85,6 +90,7 @@ class SolverTable:
         return 1 + int(used.max()) if len(used) else 1
 
 
+@plain_defaults()
 def probe_scheduler(scheduler: Any) -> SolverTable:
     """Reads the table off a diffusers scheduler whose timesteps are set.
 
@@ -106,7 +112,7 @@ def probe_scheduler(scheduler: Any) -> SolverTable:
         rows = [_fit(latents[: step + 2], step, name) for step in range(steps)]
         replacement = Replacement.VELOCITY
     table = SolverTable(
-        coefficients=torch.tensor(rows, dtype=torch.float64),
+        coefficients=torch.tensor(rows, dtype=torch.float64, device="cpu"),
         sigmas=sigmas,
         source=name,
         replacement=replacement,
@@ -148,12 +154,13 @@ def _refuse_noise(scheduler: Any, steps: int) -> None:
 
 def _basis(count: int) -> Tensor:
     """`[n, 1, 1, n]` one-hot; two leading dimensions, because UniPC's einsum needs them."""
-    return torch.eye(count, dtype=torch.float64)[:, None, None, :]
+    return torch.eye(count, dtype=torch.float64, device="cpu")[:, None, None, :]
 
 
 def _random_values(count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, 1, 1, 16, generator=generator, dtype=torch.float64) * 10
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randn(count, 1, 1, 16, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn * 10
 
 
 def _trajectory(
@@ -256,7 +263,7 @@ def _goes_on_from_its_own(scheduler: Any, table: SolverTable) -> bool:
     drawn = _random_values(2 * steps + 1)
     values, changes = drawn[: steps + 1], drawn[steps + 1 :]
     changes[0] = 0  # nothing comes before the first step
-    levels = torch.tensor(table.sigmas[:-1], dtype=torch.float64).view(-1, 1, 1, 1)
+    levels = table.levels(torch.float64).view(-1, 1, 1, 1)
     moved = torch.cat((values[:1], values[1:] - changes / levels))
     expected = replay(table, moved.flatten(1))
     replaced = expected[:-1].view_as(changes) + changes
@@ -278,13 +285,13 @@ def replay(table: SolverTable, values: Tensor) -> Tensor:
     Returns:
         `[N + 1, n]`.
     """
-    latents: list[Tensor] = [values[0]]
+    latents, nothing = [values[0]], torch.zeros_like(values[0])
     for step, row in enumerate(table.coefficients.tolist()):
         terms: Sequence[tuple[float, Tensor]] = [
             *((row[i], latents[step - i]) for i in range(min(_TERMS, step + 1))),
             *((row[_TERMS + j], values[step - j + 1]) for j in range(min(_TERMS, step + 1))),
         ]
-        latents.append(sum((weight * tensor for weight, tensor in terms), torch.zeros(())))
+        latents.append(sum((weight * tensor for weight, tensor in terms), nothing))
     return torch.stack(latents)
 
 
