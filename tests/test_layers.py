@@ -9,7 +9,7 @@ import ddit_rt
 
 ROOT = Path(ddit_rt.__file__).parent
 LAYERS = (
-    {"checks", "errors", "ops", "version"},
+    {"checks", "errors", "ops", "torch_state", "version"},
     {"families", "patch_scheduler", "solver", "step_cache"},
     {"buckets", "artifact"},
     {"adapters"},

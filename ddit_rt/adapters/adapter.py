@@ -86,12 +86,12 @@ class PatchAdapter(nn.Module):
         # The snr variant also sees what the latest step at p found.
         seen = features if config.variant == "paper" else 2 * features
         self.config = config
-        self.embed = nn.Linear(seen, hidden_size)
-        self.project = nn.Linear(hidden_size, features)
-        self.identifier = nn.Parameter(torch.zeros(hidden_size))
+        self.embed = _linear(seen, hidden_size)
+        self.project = _linear(hidden_size, features)
+        self.identifier = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32, device="cpu"))
         # Only the last layer starts at zero: with both at zero no gradient would ever flow.
-        self.residual_in = nn.Linear(seen, config.rank)
-        self.residual_out = nn.Linear(config.rank, features)
+        self.residual_in = _linear(seen, config.rank)
+        self.residual_out = _linear(config.rank, features)
         nn.init.zeros_(self.residual_out.weight)
         nn.init.zeros_(self.residual_out.bias)
         self.lora: dict[str, Tensor] = {}
@@ -153,6 +153,11 @@ def adaptable_layers(family: Family, transformer: nn.Module) -> tuple[nn.Linear,
             f"embedding is a {type(embed).__name__}; leave the adapter out: coarse steps need none"
         )
     return embed, project
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    # In float32 whatever the process's default is: the base's weights are resized into it.
+    return nn.Linear(inputs, outputs, dtype=torch.float32, device="cpu")
 
 
 def _bias(linear: nn.Linear) -> Tensor:

@@ -20,7 +20,7 @@ def bilinear_matrix(patch: int, new_patch: int) -> Tensor:
     Returns:
         `[new_patch**2, patch**2]`, float64.
     """
-    units = torch.eye(patch * patch, dtype=torch.float64).reshape(-1, 1, patch, patch)
+    units = torch.eye(patch * patch, dtype=torch.float64, device="cpu").reshape(-1, 1, patch, patch)
     resized = F.interpolate(
         units, size=(new_patch, new_patch), mode="bilinear", align_corners=False
     )

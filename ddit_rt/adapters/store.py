@@ -138,7 +138,9 @@ def _base_sample(family: Family, transformer: nn.Module) -> list[float]:
     values: list[float] = []
     for layer in family.embedding_layers(transformer):
         flat = layer.weight.detach().flatten()
-        places = torch.linspace(0, flat.numel() - 1, _BASE_SAMPLES, dtype=torch.float64).long()
+        places = torch.linspace(
+            0, flat.numel() - 1, _BASE_SAMPLES, dtype=torch.float64, device="cpu"
+        ).long()
         values += flat[places.to(flat.device)].float().tolist()
     return values
 
@@ -148,7 +150,8 @@ def _check_base(
 ) -> None:
     found = _base_sample(family, transformer)
     # Two parts in a hundred: the same weights rounded to bfloat16 are still the same model.
-    close = torch.isclose(torch.tensor(found), torch.tensor(made_for), rtol=0.02, atol=1e-5)
+    here, there = (torch.tensor(x, dtype=torch.float32, device="cpu") for x in (found, made_for))
+    close = torch.isclose(here, there, rtol=0.02, atol=1e-5)
     if not bool(close.all()):
         raise ArtifactMismatchError(
             f"the adapter in {folder} was made for a base model whose embedding weights begin "
@@ -246,14 +249,15 @@ def untrained_lora(
     family: Family, transformer: nn.Module, config: AdapterConfig, seed: int = 0
 ) -> dict[str, Tensor]:
     """LoRA tensors as PEFT initialises them: A random, B zero, so that they change nothing."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for target in _lora_targets(family, transformer):
         linear = transformer.get_submodule(target)
         assert isinstance(linear, nn.Linear)
-        down = torch.empty(config.rank, linear.in_features)
+        down = torch.empty(config.rank, linear.in_features, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(down, a=5**0.5, generator=generator)
         tensors[f"{target}.lora_A.weight"] = down.to(linear.weight)
-        up = torch.zeros(linear.out_features, config.rank)
-        tensors[f"{target}.lora_B.weight"] = up.to(linear.weight)
+        tensors[f"{target}.lora_B.weight"] = linear.weight.new_zeros(
+            linear.out_features, config.rank
+        )
     return tensors

@@ -11,9 +11,9 @@ from ddit_rt.artifact.fingerprint import config_hash, public_config, weight_fing
 from ddit_rt.artifact.inputs import InputCheck, TokenRanges
 from ddit_rt.artifact.lora import block_lora
 from ddit_rt.artifact.manifest import BucketEntry, FileEntry, Manifest, PackageEntry, mismatches
-from ddit_rt.artifact.package import PackageInfo, package_path
-from ddit_rt.artifact.runner import CompiledRunner, EagerRunner, load_runner
-from ddit_rt.artifact.store import Artifact, open_artifact, read_manifest
+from ddit_rt.artifact.package import PackageInfo, package_path, read_info
+from ddit_rt.artifact.runner import CompiledRunner, EagerRunner, LoadedPackage, load_runner
+from ddit_rt.artifact.store import Artifact, open_artifact, read_manifest, require_savable
 from ddit_rt.artifact.template import BlockTemplate, LoraSpec
 from ddit_rt.artifact.trust import is_trusted, trust
 
@@ -29,6 +29,7 @@ __all__ = [
     "Environment",
     "FileEntry",
     "InputCheck",
+    "LoadedPackage",
     "LoraSpec",
     "Manifest",
     "PackageEntry",
@@ -43,7 +44,9 @@ __all__ = [
     "open_artifact",
     "package_path",
     "public_config",
+    "read_info",
     "read_manifest",
+    "require_savable",
     "trust",
     "weight_fingerprint",
 ]

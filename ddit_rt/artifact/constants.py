@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +48,8 @@ def live_slots(block: nn.Module) -> dict[str, Slot]:
 class Binding:
     """The constants of one runner, resolved against a block of the user's transformer.
 
-    Holds the tensors it handed out, so their storage lives as long as the binding does, also
-    after the module moved on to new storage; `stale` tells when that happened.
+    Holds the tensors it handed out, so their storage lives exactly as long as the binding does,
+    also after the module moved on to new storage; `stale` tells when that happened.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Binding:
             for name, tensor in self.tensors.items()
             if name in self._slots
         ]
+        weakref.finalize(self, _let_go, list(self.tensors.values())).atexit = False
 
     def stale(self) -> bool:
         """Whether the module has put one of the bound tensors into other storage."""
@@ -100,6 +102,17 @@ class Binding:
     def _live(self, name: str) -> Tensor | None:
         slot = self._slots.get(name)
         return None if slot is None else slot.read()
+
+
+def _let_go(aliases: Iterable[Tensor]) -> None:
+    """Gives storage back that torch's loader would keep for good.
+
+    The loader copies the handles of constants that their user manages, and never deletes a copy
+    (`MaybeOwningAtenTensorHandle`), so the aliases stay, with whatever storage they have.
+    """
+    with torch.inference_mode():  # where aliases of inference tensors can be changed, too
+        for alias in aliases:
+            alias.set_()  # type: ignore[call-overload] # its stub lacks the form without arguments
 
 
 def _missing(owner: str, name: str) -> str:

@@ -107,7 +107,11 @@ def _cpu_features() -> tuple[str, ...]:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return ()
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    found = re.search(
+        r"^(?:flags|Features)\s*:\s*(.*)$",
+        cpuinfo.read_text(encoding="utf-8", errors="replace"),
+        re.MULTILINE,
+    )
     words = found.group(1).split() if found else []
     return tuple(sorted({word for word in words if _INSTRUCTION_SETS.match(word)}))
 
@@ -117,7 +121,9 @@ def _libstdcxx_version() -> str:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return ""
-    found = re.search(r"(/\S*libstdc\+\+\.so\S*)", maps.read_text())
+    found = re.search(
+        r"(/\S*libstdc\+\+\.so\S*)", maps.read_text(encoding="utf-8", errors="surrogateescape")
+    )
     if not found:
         return ""
     return Path(found.group(1)).resolve().name.rpartition(".so.")[2]

@@ -61,6 +61,6 @@ def _sample(tensor: Tensor) -> Tensor:
     count = flat.numel()
     if count > _SAMPLE:
         # Integer arithmetic: the same positions on every device and in every version.
-        steps = torch.arange(_SAMPLE, device=flat.device)
+        steps = torch.arange(_SAMPLE, dtype=torch.int64, device=flat.device)
         flat = flat[steps * (count - 1) // (_SAMPLE - 1)]
     return flat.contiguous().view(torch.uint8)

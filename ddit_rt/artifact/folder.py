@@ -42,6 +42,39 @@ def replace_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def unwritable(folder: Path) -> str:
+    """Why nothing can be written to a folder, as the end of a sentence; empty if it can.
+
+    Args:
+        folder: Made if need be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        return f"which cannot be written ({error.strerror})"
+    return ""
+
+
+def no_place_for_code(folder: Path, room: int) -> str:
+    """Why code cannot be written to a folder and run from there, as `unwritable`.
+
+    Args:
+        folder: Made if need be.
+        room: Bytes that it has to hold.
+    """
+    if problem := unwritable(folder):
+        return problem
+    status = os.statvfs(folder)
+    if status.f_flag & os.ST_NOEXEC:
+        return "whose file system is mounted noexec, so that no code can be loaded from it"
+    free = status.f_bavail * status.f_frsize
+    if free < room:
+        return f"which has {free >> 20} MiB of room for the {room >> 20} MiB that it may take"
+    return ""
+
+
 def sync(path: Path) -> None:
     """Waits until a file or folder has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)

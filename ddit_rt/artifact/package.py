@@ -2,14 +2,18 @@
 
 The layout is the Hugging Face Hub's for such packages, `{BlockName}[.variant]/package.pt2`. Each
 package carries one metadata entry with all that a runner has to check: the inputs with their
-types, the sizes it was compiled for, and the constants it expects.
+types, the sizes it was compiled for, and the constants it expects. A package is a zip archive, and
+is read here as one: nothing of it is executed.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +24,12 @@ from ddit_rt.errors import ArtifactError
 from ddit_rt.families.base import BATCH, TensorSpec
 
 METADATA_KEY = "ddit_rt"
+
+_METADATA_SUFFIX = "_metadata.json"
+_SOURCE_SUFFIXES = (".cpp", ".json")
+_ATTENTION = re.compile(
+    rb"(?:aoti_torch_[a-z]+_|aten::|aten\.)_scaled_dot_product_(\w+?)(?:\.default)?[(\"]"
+)
 
 
 def package_path(block: str, variant: str | None = None) -> str:
@@ -43,6 +53,8 @@ class PackageInfo:
         device: Device type, `cpu` or `cuda`.
         ranges: Sizes that it was compiled for.
         constants: Shape and type of every constant, by canonical name.
+        attention: The fused attention kernels that its code calls, such as `cudnn_attention` or
+            `flash_attention_for_cpu`; `math` where there are none. Empty: not recorded.
     """
 
     block: str
@@ -51,6 +63,7 @@ class PackageInfo:
     device: str
     ranges: TokenRanges
     constants: Mapping[str, ConstantSpec]
+    attention: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """One line of JSON for the package's metadata."""
@@ -70,6 +83,7 @@ class PackageInfo:
                 "device": self.device,
                 "ranges": ranges,
                 "constants": constants,
+                "attention": list(self.attention),
             }
         )
 
@@ -88,11 +102,61 @@ class PackageInfo:
                     name: ConstantSpec(tuple(shape), parse_dtype(dtype))
                     for name, (shape, dtype) in raw["constants"].items()
                 },
+                attention=tuple(raw.get("attention", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"unreadable package metadata ({error!r}): compile the block again"
             ) from error
+
+
+def read_info(package: Path) -> PackageInfo:
+    """What a package says about itself.
+
+    Args:
+        package: Path of a `.pt2` file.
+
+    Raises:
+        ArtifactError: The file is missing, damaged, or no package of this project.
+    """
+    if not package.is_file():
+        raise ArtifactError(f"no package at {package}")
+    try:
+        with zipfile.ZipFile(package) as archive:
+            names = [name for name in archive.namelist() if name.endswith(_METADATA_SUFFIX)]
+            metadata = json.loads(archive.read(names[0])) if names else {}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ArtifactError(f"{package} cannot be loaded ({error}): compile it again") from error
+    if METADATA_KEY not in metadata:
+        raise ArtifactError(
+            f"{package} was not written by ddit_rt: it does not say what it expects"
+        )
+    return PackageInfo.from_json(metadata[METADATA_KEY])
+
+
+def record_attention(package: Path, info: PackageInfo) -> PackageInfo:
+    """Writes into a package which attention its code really calls, and returns the whole info.
+
+    What is asked for when a block is compiled is a wish: torch chooses by shape, data type and
+    device. So it is read off the generated source, which lies beside the compiled code.
+
+    Args:
+        package: A package that was just compiled; replaced.
+        info: What it says about itself so far.
+    """
+    with zipfile.ZipFile(package) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    sources = [text for name, text in contents.items() if name.endswith(_SOURCE_SUFFIXES)]
+    found = {kind.decode() for text in sources for kind in _ATTENTION.findall(text)}
+    info = replace(info, attention=tuple(sorted(found)) or ("math",))
+    with zipfile.ZipFile(package, "w") as archive:
+        for name, content in contents.items():
+            if name.endswith(_METADATA_SUFFIX):
+                metadata = {**json.loads(content), METADATA_KEY: info.to_json()}
+                archive.writestr(name, json.dumps(metadata))
+            else:
+                archive.writestr(name, content)
+    return info
 
 
 def input_dtypes(

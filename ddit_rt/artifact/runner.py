@@ -11,6 +11,7 @@ A runner is not thread-safe and performs no synchronisation, so that a CUDA grap
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,15 +20,86 @@ import torch
 from torch import Tensor, nn
 
 from ddit_rt.artifact.constants import Binding, ConstantSpec
+from ddit_rt.artifact.folder import no_place_for_code
 from ddit_rt.artifact.inputs import InputCheck, TokenRanges
-from ddit_rt.artifact.package import METADATA_KEY, PackageInfo
 from ddit_rt.artifact.package import input_dtypes as resolve_dtypes
+from ddit_rt.artifact.package import read_info
 from ddit_rt.artifact.template import BlockTemplate, LoraSpec, canonical_name
 from ddit_rt.errors import ArtifactError, ArtifactMismatchError
 from ddit_rt.families.base import BlockType
 
 if TYPE_CHECKING:
     from torch.export.pt2_archive._package import AOTICompiledModel
+
+
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+_WAITS = (2, 13)
+"""From this torch on, the first run after a change of tensors waits for its stream
+(`AOTInductorModelBase::run_const_fold`), which no capture allows."""
+
+
+class LoadedPackage:
+    """The code of a package in this process, computing with one block's tensors at a time.
+
+    Blocks of one type may share it: it takes the tensors of whoever runs next, by their addresses.
+    That costs 13 to 41 us for a FLUX block (14 and 32 tensors), up to a tenth of a small block's
+    time on a CPU, where each block therefore has its own. On CUDA it happens only while a graph is
+    captured, which keeps the addresses, and copies for 57 blocks would be 57 sets of GPU modules.
+
+    Attributes:
+        info: What the package expects.
+        device: Device of the blocks that it serves.
+    """
+
+    def __init__(self, package: Path, *, device: torch.device) -> None:
+        """Loads a package. This executes native code of it.
+
+        Args:
+            package: Path of a `.pt2` file.
+            device: Device of the blocks that it will be bound to.
+
+        Raises:
+            ArtifactError: The file is missing or is no package of this project.
+            ArtifactMismatchError: It was compiled for another kind of device.
+        """
+        self.info = read_info(package)
+        self.device = device
+        if self.info.device != device.type:
+            raise ArtifactMismatchError(
+                f"{package} was compiled for {self.info.device}, the block is on {device}: move "
+                "the pipeline, or compile for that device"
+            )
+        self._model = _load(package, device)
+        self._fqns = {canonical_name(fqn): fqn for fqn in self._model.get_constant_fqns()}
+        self._run: Callable[[Sequence[Tensor]], list[Tensor]] = self._model.loader.run  # type: ignore[assignment] # its stub is wrong
+        self._bound: Binding | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether blocks should share it: on CUDA, where torch can change tensors in a capture."""
+        return self.device.type == "cuda" and _TORCH < _WAITS
+
+    def resolve(self, block: nn.Module, lora: Mapping[str, Tensor] | None) -> Binding:
+        """A block's tensors, checked; arguments and errors as of `CompiledRunner.bind`."""
+        specs = {name: self._spec(name) for name in self._fqns}
+        return Binding(self.info.block, specs, block, lora)
+
+    def run(self, binding: Binding, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Runs the code on checked inputs, with the tensors of a binding."""
+        if self._bound is not binding:
+            constants = {self._fqns[name]: tensor for name, tensor in binding.tensors.items()}
+            self._model.load_constants(constants, check_full_update=True, user_managed=True)
+            self._bound = binding
+        return self._run(tensors)
+
+    def _spec(self, name: str) -> ConstantSpec:
+        try:
+            return self.info.constants[name]
+        except KeyError:
+            raise ArtifactError(
+                f"{self.info.block}: the package asks for {name}, which its metadata does not "
+                "list: compile the block again"
+            ) from None
 
 
 class CompiledRunner:
@@ -37,28 +109,17 @@ class CompiledRunner:
         info: What the package expects.
     """
 
-    def __init__(self, package: Path, *, device: torch.device) -> None:
-        """Loads a package; `bind` has to follow. This executes native code of the package.
+    def __init__(self, package: LoadedPackage) -> None:
+        """Prepares the runner; `bind` has to follow.
 
         Args:
-            package: Path of a `.pt2` file.
-            device: Device of the block that it will be bound to.
-
-        Raises:
-            ArtifactError: The file is missing or is no package of this project.
-            ArtifactMismatchError: It was compiled for another kind of device.
+            package: The code, which other runners may use as well.
         """
-        self._model = _load(package, device)
-        self.info = PackageInfo.from_json(_metadata(self._model, package))
-        if self.info.device != device.type:
-            raise ArtifactMismatchError(
-                f"{package} was compiled for {self.info.device}, the block is on {device}: move "
-                "the pipeline, or compile for that device"
-            )
-        self._fqns = {canonical_name(fqn): fqn for fqn in self._model.get_constant_fqns()}
-        info = self.info
-        self._check = InputCheck(info.block, info.inputs, info.ranges, info.input_dtypes, device)
-        self._run: Callable[[Sequence[Tensor]], list[Tensor]] = self._refuse
+        self.info = info = package.info
+        self._package = package
+        self._check = InputCheck(
+            info.block, info.inputs, info.ranges, info.input_dtypes, package.device
+        )
         self._binding: Binding | None = None
         self._source: tuple[nn.Module, Mapping[str, Tensor] | None] | None = None
 
@@ -73,7 +134,9 @@ class CompiledRunner:
             RuntimeError: No constants are bound.
         """
         self._check(tensors)
-        return tuple(self._run(tensors))
+        if self._binding is None:
+            raise RuntimeError(f"{self.info.block}: bind the runner to a block before running it")
+        return tuple(self._package.run(self._binding, tensors))
 
     def bind(self, block: nn.Module, lora: Mapping[str, Tensor] | None = None) -> None:
         """Makes the package compute with a block's own tensors.
@@ -85,12 +148,8 @@ class CompiledRunner:
         Raises:
             ArtifactMismatchError: Tensors are missing or of another shape or type.
         """
-        specs = {name: self._spec(name) for name in self._fqns}
-        binding = Binding(self.info.block, specs, block, lora)
-        constants = {self._fqns[name]: tensor for name, tensor in binding.tensors.items()}
-        self._model.load_constants(constants, check_full_update=True, user_managed=True)
-        self._binding, self._source = binding, (block, lora)
-        self._run = self._model.loader.run  # type: ignore[assignment] # its stub is wrong
+        self._binding = self._package.resolve(block, lora)
+        self._source = block, lora
 
     def stale(self) -> bool:
         """Whether the module has moved a bound tensor to other storage since `bind`."""
@@ -100,18 +159,6 @@ class CompiledRunner:
         """Binds again to the tensors that the module holds now."""
         if self._source is not None:
             self.bind(*self._source)
-
-    def _spec(self, name: str) -> ConstantSpec:
-        try:
-            return self.info.constants[name]
-        except KeyError:
-            raise ArtifactError(
-                f"{self.info.block}: the package asks for {name}, which its metadata does not "
-                "list: compile the block again"
-            ) from None
-
-    def _refuse(self, _: Sequence[Tensor]) -> list[Tensor]:
-        raise RuntimeError(f"{self.info.block}: bind the runner to a block before running it")
 
 
 class EagerRunner:
@@ -184,7 +231,7 @@ def load_runner(
         ArtifactError: The file is no package of this project.
         ArtifactMismatchError: The package does not fit the block.
     """
-    runner = CompiledRunner(package, device=next(block.parameters()).device)
+    runner = CompiledRunner(LoadedPackage(package, device=next(block.parameters()).device))
     runner.bind(block, lora)
     return runner
 
@@ -198,22 +245,23 @@ def constant_specs(template: BlockTemplate) -> dict[str, ConstantSpec]:
 
 
 def _load(package: Path, device: torch.device) -> AOTICompiledModel:
-    if not package.is_file():
-        raise ArtifactError(f"no package at {package}")
-    # Imported here: it takes a second.
-    from torch._inductor import aoti_load_package
+    # Imported here: it takes a second. `aoti_load_package` would do the same, but first compile a
+    # program to find out about the processor; the manifest has that checked already.
+    from torch.export.pt2_archive._package import AOTICompiledModel
 
     index = -1 if device.type == "cpu" else device.index
     try:
-        return aoti_load_package(str(package), run_single_threaded=True, device_index=index)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise ArtifactError(f"{package} cannot be loaded ({error}): compile it again") from error
+        return AOTICompiledModel(
+            torch._C._aoti.AOTIModelPackageLoader(str(package), "model", True, 1, index)  # noqa: SLF001
+        )
+    except RuntimeError as error:
+        raise ArtifactError(f"{package} cannot be loaded {_advice(package, error)}") from error
 
 
-def _metadata(model: AOTICompiledModel, package: Path) -> str:
-    try:
-        return model.get_metadata()[METADATA_KEY]
-    except KeyError:
-        raise ArtifactError(
-            f"{package} was not written by ddit_rt: it does not say what it expects"
-        ) from None
+def _advice(package: Path, error: RuntimeError) -> str:
+    # As the loader chooses it, which unpacks a package before it loads the code.
+    folder = Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108
+    problem = no_place_for_code(folder, 2 * package.stat().st_size)
+    if problem:
+        return f"from {folder}, {problem}: set TMPDIR to another folder"
+    return f"({error}): compile it again"

@@ -21,10 +21,10 @@ from pathlib import Path, PurePosixPath
 
 from ddit_rt import checks
 from ddit_rt.artifact.calibration import Calibration
-from ddit_rt.artifact.folder import replace_folder, sync
+from ddit_rt.artifact.folder import replace_folder, sync, unwritable
 from ddit_rt.artifact.manifest import MANIFEST_NAME, FileEntry, Manifest, PackageEntry
 from ddit_rt.artifact.package import package_path
-from ddit_rt.artifact.trust import require_trust, trust
+from ddit_rt.artifact.trust import require_trust, require_trust_list, trust
 from ddit_rt.errors import ArtifactError
 from ddit_rt.step_cache import CacheFit
 
@@ -112,7 +112,7 @@ class Artifact:
             The path.
 
         Raises:
-            ArtifactError: Something else than an artifact is there, or nothing was compiled.
+            ArtifactError: Nothing was compiled; or, as of `require_savable`, before any work.
             TypeError, ValueError: No path.
         """
         directory, path = self.directory, checks.path("path", path)
@@ -120,18 +120,34 @@ class Artifact:
             raise ArtifactError(
                 'nothing was compiled, so there is nothing to save: compile with backend="aot"'
             )
-        _check_replaceable(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        require_savable(path)
         with replace_folder(path) as staging:
             for name in _all_files(self.manifest):
                 target = staging / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(directory / name, target)
                 sync(target)
-            (staging / MANIFEST_NAME).write_text(self.manifest.to_json())
+            (staging / MANIFEST_NAME).write_text(self.manifest.to_json(), encoding="utf-8")
             sync(staging / MANIFEST_NAME)
         trust(self.manifest.digest)
         return path
+
+
+def require_savable(path: str | Path) -> None:
+    """Refuses a path at which no artifact can be saved.
+
+    Args:
+        path: Where one is to go; its parent is made if need be.
+
+    Raises:
+        ArtifactError: Something else is there, its parent cannot be written, or the list of
+            trusted artifacts cannot; the message says what to set.
+    """
+    path = Path(path)
+    _check_replaceable(path)
+    if problem := unwritable(path.parent):
+        raise ArtifactError(f"{path} would go to {path.parent}, {problem}: choose another path")
+    require_trust_list()
 
 
 def open_artifact(path: str | Path, *, trust_code: bool = False) -> Artifact:

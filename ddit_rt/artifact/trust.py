@@ -11,6 +11,7 @@ The list is `trusted.json` in `$DDIT_RT_HOME`, by default `~/.cache/ddit_rt`.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -19,15 +20,43 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ddit_rt.artifact.folder import unwritable
 from ddit_rt.errors import ArtifactError, UntrustedArtifactError
 
 HOME_VARIABLE = "DDIT_RT_HOME"
 
 
-def trust_list_path() -> Path:
-    """Where the user's list is."""
+def trust_list_path() -> Path | None:
+    """Where the user's list is; None for a user without a home folder, who has none."""
     home = os.environ.get(HOME_VARIABLE)
-    return Path(home or "~/.cache/ddit_rt").expanduser() / "trusted.json"
+    try:
+        return Path(home or "~/.cache/ddit_rt").expanduser() / "trusted.json"
+    except RuntimeError:
+        return None
+
+
+def require_trust_list() -> Path:
+    """Where the user's list is, with its folder.
+
+    Raises:
+        ArtifactError: It cannot be written; the message names the setting that helps.
+        UntrustedArtifactError: It can be written by other users.
+    """
+    path = trust_list_path()
+    if path is None:
+        raise ArtifactError(
+            "this user has no home folder for the list of artifacts that were built here: set "
+            f"{HOME_VARIABLE} to a folder that you can write"
+        )
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if problem := unwritable(path.parent):
+        raise ArtifactError(
+            f"the list of artifacts that were built here is in {path.parent}, {problem}: set "
+            f"{HOME_VARIABLE} to a folder that you can write"
+        )
+    _read(path)
+    return path
 
 
 def trust(digest: str) -> None:
@@ -36,14 +65,13 @@ def trust(digest: str) -> None:
     Args:
         digest: `Manifest.digest`.
     """
-    path = trust_list_path()
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = require_trust_list()
     with _locked(path.with_suffix(".lock")):
         digests = _read(path) | {digest}
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             temporary.touch(mode=0o600)
-            temporary.write_text(json.dumps({"digests": sorted(digests)}, indent=1))
+            temporary.write_text(json.dumps({"digests": sorted(digests)}, indent=1), "utf-8")
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -51,7 +79,8 @@ def trust(digest: str) -> None:
 
 def is_trusted(digest: str) -> bool:
     """Whether an artifact is in the user's list."""
-    return digest in _read(trust_list_path())
+    path = trust_list_path()
+    return path is not None and digest in _read(path)
 
 
 def require_trust(digest: str, name: str) -> None:
@@ -71,9 +100,13 @@ def require_trust(digest: str, name: str) -> None:
 
 def _read(path: Path) -> set[str]:
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return set()
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be read ({error.strerror}): set {HOME_VARIABLE} to a folder of yours"
+        ) from error
     _check_owner(path)
     try:
         return set(json.loads(text)["digests"])
@@ -96,6 +129,6 @@ def _check_owner(path: Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -150,7 +150,7 @@ class Detail:
     """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self.estimate = torch.zeros(shape, device=device)
+        self.estimate = torch.zeros(shape, dtype=torch.float32, device=device)
         self.serial = torch.zeros(1, dtype=torch.int32, device=device)
         self.corrections: dict[int, Any] = {}
 

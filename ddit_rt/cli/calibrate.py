@@ -142,9 +142,10 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 
 def _engine(args: argparse.Namespace) -> Engine:
-    from ddit_rt.artifact import read_manifest
+    from ddit_rt.artifact import read_manifest, require_savable
 
     manifest = read_manifest(args.artifact)
+    require_savable(args.artifact)
     pipeline = load_pipeline(args.model, args.dtype or manifest.dtype, manifest.environment.device)
     pipeline.set_progress_bar_config(disable=True)
     import ddit_rt

@@ -108,6 +108,9 @@ def _check_output(path: Path) -> None:
         raise ValueError(
             f"{path} holds other files and is no artifact; name a new folder such as {path}.ddit"
         )
+    from ddit_rt.artifact import require_savable
+
+    require_savable(path)
 
 
 def _outcome(path: Path) -> Outcome:

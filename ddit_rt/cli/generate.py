@@ -150,7 +150,7 @@ def _generate(
     """One picture or video in its own run, so that it can be made again alone, with its seed."""
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     started = time.perf_counter()
     arguments = {"output_type": "pil", **arguments}
     output = engine(prompt, patch_policy=policy, generator=generator, **arguments)

@@ -51,9 +51,18 @@ def _run(args: argparse.Namespace) -> Outcome:
         "default_policy": _default_policy(manifest),
         "default_step_cache": _default_step_cache(manifest),
         "memory": memory,
+        "attention": {name: list(_attention(artifact, name)) for name in manifest.packages},
         "manifest": asdict(manifest),
     }
     return Outcome(data=data, text=_text(data))
+
+
+def _attention(artifact: Artifact, package: str) -> tuple[str, ...]:
+    """Attention kernels that a package calls; none where it is older than their record."""
+    from ddit_rt.artifact import read_info
+
+    assert artifact.directory is not None, "an opened artifact has a folder"
+    return read_info(artifact.directory / package).attention
 
 
 def _machine_mismatches(manifest: Manifest) -> list[str]:
@@ -109,7 +118,8 @@ def _text(data: dict[str, Any]) -> str:
         *_fit_lines(data),
         f"  packages     {memory['packages_bytes'] / _MIB:.1f} MiB",
         *(
-            f"    {name}  {entry['bytes'] / _MIB:.1f} MiB  sha256 {entry['sha256'][:16]}"
+            f"    {name}  {entry['bytes'] / _MIB:.1f} MiB  sha256 {entry['sha256'][:16]}  "
+            f"attention: {', '.join(data['attention'][name]) or 'not recorded'}"
             for name, entry in manifest["packages"].items()
         ),
         *_memory_lines(memory),

@@ -4,15 +4,6 @@ A transformer repeats few block classes many times, so one block of each is expo
 with AOTInductor. Batch, image and text counts stay open (`TokenRanges`); weights stay outside the
 package and are the user's own at run time. All patch sizes whose blocks carry LoRA share one
 package with different constants.
-
-Inductor options, measured on FluxTransformerBlock (d = 128, fp32, one thread, 256 + 16 tokens):
-
-- `cpp.dynamic_threads`: a package otherwise keeps the thread count of the machine that compiled
-  it. No measurable cost (< 1 %).
-- `cpp.use_decompose_tanh`: GELU through `exp` instead of a library `tanh`: 13 % less time a block.
-- not `enable_line_tables`: a third of the package size, and less to unpack for every block.
-- not `freezing` and not `use_runtime_constant_folding`: both replace the user's tensors by folded
-  copies, which ends the sharing of weights (the latter then cannot be bound at all).
 """
 
 from __future__ import annotations
@@ -20,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,29 +20,24 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ddit_rt.artifact.inputs import SYMBOLS, TokenRanges
-from ddit_rt.artifact.package import METADATA_KEY, PackageInfo, package_path
+from ddit_rt.artifact.package import PackageInfo, package_path
 from ddit_rt.artifact.package import input_dtypes as resolve_dtypes
 from ddit_rt.artifact.runner import constant_specs
 from ddit_rt.artifact.template import BlockTemplate, LoraSpec
+from ddit_rt.compilation.inductor import compile_program, torch_as_tested
+from ddit_rt.compilation.machine import compiler_ready
 from ddit_rt.errors import CompileError, UnsupportedModelError
 from ddit_rt.families.base import BATCH, IMAGE, JOINT, TEXT, BlockType, TensorSpec
 
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, label)`, first with `done = 0`."""
 
-_OPTIONS: Mapping[str, Any] = {
-    "aot_inductor.package_constants_in_so": False,
-    "cpp.dynamic_threads": True,
-    "cpp.use_decompose_tanh": True,
+# Preferred sizes of the example that is traced. On CUDA kernels are tuned on it, so it is a picture
+# of 1024 x 1024; on a CPU nothing is, and a small one costs less.
+_EXAMPLES: Mapping[str, Mapping[str, int]] = {
+    "cpu": {BATCH: 2, IMAGE: 22, TEXT: 13},
+    "cuda": {BATCH: 2, IMAGE: 4096, TEXT: 512},
 }
-# Left out where this torch does not know them: they change no result.
-_OPTIONAL: Mapping[str, Any] = {
-    "aot_inductor.enable_line_tables": False,
-    # The tracer notes every open size as 2 or more; code made from it runs with 1 as well.
-    "aot_inductor.check_lowerbound": False,
-}
-# Preferred sizes of the example that is traced.
-_EXAMPLE = {BATCH: 2, IMAGE: 22, TEXT: 13}
 
 
 def compile_blocks(
@@ -139,18 +124,16 @@ def compile_block(
         constants=constant_specs(template),
     )
     try:
-        with _replacing(package) as temporary, warnings.catch_warnings():
-            # torch warns about its own internals; there is nothing that a caller could do.
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            _require_compiler()
+        with torch_as_tested(), compiler_ready(info.device), _replacing(package) as temporary:
             program = export_block(template, info, weight.device)
-            _compile(program, info, temporary)
+            return compile_program(program, info, temporary)
     except CompileError:
         raise
     except Exception as error:
-        raise CompileError(_advice(block_type.name, error)) from error
-    return info
+        reason = str(error).strip() or type(error).__name__
+        raise CompileError(
+            f"{block_type.name} cannot be compiled ahead of time: {reason}"
+        ) from error
 
 
 def check_identical(block_type: BlockType, blocks: Sequence[nn.Module]) -> None:
@@ -179,7 +162,7 @@ def export_block(
         info: Its inputs and ranges.
         device: Device of the block.
     """
-    sizes = _example_sizes(info.ranges)
+    sizes = _example_sizes(info.ranges, _EXAMPLES[info.device])
     example = tuple(
         torch.zeros(spec.shape(sizes), dtype=dtype, device=device)
         for spec, dtype in zip(info.inputs, info.input_dtypes, strict=True)
@@ -196,31 +179,14 @@ def export_block(
     return program
 
 
-def _require_compiler() -> None:
-    """Raises inductor's error at once, not after the minute that tracing takes."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    get_cpp_compiler()
-
-
-def _compile(program: ExportedProgram, info: PackageInfo, target: Path) -> None:
-    # Imported here: it takes a second.
-    from torch._inductor import aoti_compile_and_package, config
-
-    known = config.get_config_copy()
-    optional = {name: value for name, value in _OPTIONAL.items() if name in known}
-    options = {**_OPTIONS, **optional, "aot_inductor.metadata": {METADATA_KEY: info.to_json()}}
-    with torch.no_grad():
-        aoti_compile_and_package(program, package_path=str(target), inductor_configs=options)
-
-
-def _example_sizes(ranges: TokenRanges) -> dict[str, int]:
+def _example_sizes(ranges: TokenRanges, preferred: Mapping[str, int]) -> dict[str, int]:
     """Sizes in range, none of them 1 and all different: the tracer takes equal sizes for one."""
     choices = []
     for symbol in SYMBOLS:
         low, high = _traced_range(ranges, symbol)
-        near = range(max(low, 2), min(high, max(low, _EXAMPLE[symbol]) + 4) + 1)
-        choices.append(sorted(near, key=lambda size: abs(size - _EXAMPLE[symbol])))
+        wanted = preferred[symbol]
+        near = range(max(low, 2), min(high, max(low, wanted) + 4) + 1)
+        choices.append(sorted(near, key=lambda size: abs(size - wanted)))
     for batch, image, text in itertools.product(*choices):
         if len({batch, image, text, image + text}) == 4:
             return {BATCH: batch, IMAGE: image, TEXT: text, JOINT: image + text}
@@ -261,13 +227,3 @@ def _replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _advice(block: str, error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    if type(error).__name__ == "InvalidCxxCompiler":
-        return (
-            f"{block}: {text.splitlines()[0]}: install g++ (e.g. apt-get install g++), or point "
-            "the environment variable CXX at a compiler"
-        )
-    return f"{block} cannot be compiled ahead of time: {text}"

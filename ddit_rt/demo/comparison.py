@@ -15,6 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import ddit_rt
+from ddit_rt.artifact import require_savable
 from ddit_rt.demo.measure import (
     Batch,
     Sample,
@@ -60,6 +61,7 @@ def prepare_engine(
     Returns:
         The engine, and the entry `compile` of the report.
     """
+    require_savable(path)
     started = time.perf_counter()
     compiled = ddit_rt.compile(pipeline, **arguments)
     seconds = time.perf_counter() - started

@@ -110,14 +110,16 @@ class LoopBuffers:
             (self._thresholds, thresholds),
         ]
         if self._stage_count > 1:
-            tables.append((self._stages, torch.tensor(plan.stages, dtype=torch.int32)))
+            stages = torch.tensor(plan.stages, dtype=torch.int32, device="cpu")
+            tables.append((self._stages, stages))
         if plan.cache is not None:
             table = plan.cache.table
             terms = [_word(value) for value in table.coefficients]
             settings += [int(table.product), _word(table.threshold), table.limit, len(terms)]
             settings += terms
             tables.append((self._increments, table.tensors()[0]))
-        tables.append((self._settings, torch.tensor(settings, dtype=torch.int32)))
+        words = torch.tensor(settings, dtype=torch.int32, device="cpu")
+        tables.append((self._settings, words))
         for target, source in tables:
             target[: len(source)].copy_(source, non_blocking=True)
         self.latents.copy_(latents, non_blocking=True)

@@ -162,9 +162,9 @@ class _RunState:
         self._coefficients = plan.solver.coefficients
         self.history = latents.new_zeros((_RING, *latents.shape))
         self.history[0] = latents
-        self.decision = torch.tensor([-1, 0, 0, 0], dtype=torch.int32)
-        self.record = torch.zeros(plan.policy.steps, 3 + coarse)
-        self._indices = torch.arange(plan.policy.steps, dtype=torch.int32)
+        self.decision = torch.tensor([-1, 0, 0, 0], dtype=torch.int32, device="cpu")
+        self.record = _zeros(plan.policy.steps, 3 + coarse)
+        self._indices = torch.arange(plan.policy.steps, dtype=torch.int32, device="cpu")
         self.cache = _CacheState(plan.cache) if plan.cache else None
 
     def latents(self, step: int) -> Tensor:
@@ -213,9 +213,9 @@ class _CacheState:
     def __init__(self, plan: CachePlan) -> None:
         self._plan = plan
         self._increments, self._coefficients = plan.table.tensors()
-        self._memory = torch.zeros(ops.CACHE_HEADER + plan.rows)
-        self._no_signal = torch.zeros(0)
-        self.record = torch.zeros(len(self._increments), ops.CACHE_RECORD)
+        self._memory = _zeros(ops.CACHE_HEADER + plan.rows)
+        self._no_signal = _zeros(0)
+        self.record = _zeros(len(self._increments), ops.CACHE_RECORD)
 
     def decide(self, state: _RunState, step: int, buckets: int) -> None:
         """Turns the decided bucket into a branch."""
@@ -237,3 +237,7 @@ class _CacheState:
             table.limit,
             table.product,
         )
+
+
+def _zeros(*sizes: int) -> Tensor:
+    return torch.zeros(sizes, dtype=torch.float32, device="cpu")

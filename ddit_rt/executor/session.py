@@ -134,7 +134,9 @@ def captured_trace(
     rows = rows[:steps]
     coarse = len(plan.offered) - 1
     return build_trace(
-        record=torch.tensor([values for _, values in rows]).reshape(len(rows), 3 + coarse),
+        record=torch.tensor(
+            [values for _, values in rows], dtype=torch.float32, device="cpu"
+        ).reshape(len(rows), 3 + coarse),
         cache=None if plan.cache is None else loop.control.cache_records(),
         seconds=[(end - start) * 1e-9 for start, end in itertools.pairwise(times)][: len(rows)],
         policy=plan.policy,

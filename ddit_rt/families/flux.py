@@ -179,9 +179,11 @@ class FluxFamily(Family):
         """Rotary cos and sin, each `[T + n, head width]`; text tokens all sit at (0, 0, 0)."""
         device = transformer.x_embedder.weight.device
         centre = (stretch - 1) / 2
-        rows = torch.arange(grid.height, device=device) * stretch + centre
-        columns = torch.arange(grid.width, device=device) * stretch + centre
-        ids = torch.zeros(text_tokens + grid.tokens, 3, device=device)
+        rows, columns = (
+            torch.arange(count, dtype=torch.float32, device=device) * stretch + centre
+            for count in (grid.height, grid.width)
+        )
+        ids = torch.zeros(text_tokens + grid.tokens, 3, dtype=torch.float32, device=device)
         ids[text_tokens:, 1] = rows.repeat_interleave(grid.width)
         ids[text_tokens:, 2] = columns.repeat(grid.height)
         cos, sin = transformer.pos_embed(ids)
@@ -330,7 +332,10 @@ class FluxFamily(Family):
         )
         if pipeline.transformer.config.guidance_embeds:
             conditioning["guidance"] = torch.full(
-                (shape[0],), float(arguments["guidance_scale"]), device=device
+                (shape[0],),
+                float(arguments["guidance_scale"]),
+                dtype=torch.float32,
+                device=device,
             )
         self.check_conditioning(pipeline.transformer, shape[0], conditioning)
         return PreparedCall(

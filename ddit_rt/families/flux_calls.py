@@ -18,6 +18,7 @@ from ddit_rt.families.arguments import (
     is_empty,
 )
 from ddit_rt.families.calls import PipelineCall, batch_of, prompts_of
+from ddit_rt.torch_state import callers_modes
 
 PATCH = 2
 """Side of the square of latent pixels that the pipeline packs into a token."""
@@ -114,12 +115,13 @@ def encode_prompts(pipeline: Any, checked: PipelineCall) -> dict[str, Tensor]:
     call, batch, guided = checked.arguments, checked.shape[0], checked.guided
     conditioning: dict[str, Tensor] = {}
     for prefix in ("", "negative_") if guided else ("",):
-        embeds, pooled, _ = pipeline.encode_prompt(
-            **{name: call[f"{prefix}{name}"] for name in (*_PROMPTS, *_EMBEDS)},
-            device=pipeline._execution_device,
-            num_images_per_prompt=call["num_images_per_prompt"],
-            max_sequence_length=call["max_sequence_length"],
-        )
+        with callers_modes():
+            embeds, pooled, _ = pipeline.encode_prompt(
+                **{name: call[f"{prefix}{name}"] for name in (*_PROMPTS, *_EMBEDS)},
+                device=pipeline._execution_device,
+                num_images_per_prompt=call["num_images_per_prompt"],
+                max_sequence_length=call["max_sequence_length"],
+            )
         if embeds.shape[0] == 1:
             # Given embeddings are not repeated for `num_images_per_prompt`; diffusers broadcasts.
             embeds, pooled = embeds.expand(batch, -1, -1), pooled.expand(batch, -1)
@@ -127,7 +129,7 @@ def encode_prompts(pipeline: Any, checked: PipelineCall) -> dict[str, Tensor]:
         conditioning[f"{prefix}pooled_projections"] = pooled
     if guided:
         conditioning["true_cfg_scale"] = torch.tensor(
-            checked.scales[0], device=pipeline._execution_device
+            checked.scales[0], dtype=torch.float32, device=pipeline._execution_device
         )
     return conditioning
 
@@ -141,10 +143,9 @@ def finish(pipeline: Any, latents: Tensor, call: Mapping[str, Any]) -> Any:
         images: Any = ops.pack(latents, PATCH)
     else:
         config = pipeline.vae.config
-        decoded = pipeline.vae.decode(
-            latents.to(pipeline.vae.dtype) / config.scaling_factor + config.shift_factor,
-            return_dict=False,
-        )[0]
-        images = pipeline.image_processor.postprocess(decoded, output_type=call["output_type"])
+        scaled = latents.to(pipeline.vae.dtype) / config.scaling_factor + config.shift_factor
+        with callers_modes():
+            decoded = pipeline.vae.decode(scaled, return_dict=False)[0]
+            images = pipeline.image_processor.postprocess(decoded, output_type=call["output_type"])
     pipeline.maybe_free_model_hooks()
     return FluxPipelineOutput(images=images) if call["return_dict"] else (images,)

@@ -17,6 +17,7 @@ from ddit_rt.families.arguments import (
     check_text_encoders,
 )
 from ddit_rt.families.calls import PipelineCall, batch_of
+from ddit_rt.torch_state import callers_modes
 
 NEGATIVE = "negative_encoder_hidden_states"
 """Conditioning of the second pass."""
@@ -111,16 +112,17 @@ def second_scale(pipeline: Any, call: Mapping[str, Any]) -> float | None:
 def encode_prompts(pipeline: Any, checked: PipelineCall, device: torch.device) -> dict[str, Tensor]:
     """Prompts as conditioning, with the negative half where guidance is asked for."""
     call, batch, guided = checked.arguments, checked.shape[0], checked.guided
-    embeds, negative = pipeline.encode_prompt(
-        prompt=call["prompt"],
-        negative_prompt=call["negative_prompt"],
-        do_classifier_free_guidance=guided,
-        num_videos_per_prompt=call["num_videos_per_prompt"],
-        prompt_embeds=call["prompt_embeds"],
-        negative_prompt_embeds=call["negative_prompt_embeds"],
-        max_sequence_length=call["max_sequence_length"],
-        device=device,
-    )
+    with callers_modes():
+        embeds, negative = pipeline.encode_prompt(
+            prompt=call["prompt"],
+            negative_prompt=call["negative_prompt"],
+            do_classifier_free_guidance=guided,
+            num_videos_per_prompt=call["num_videos_per_prompt"],
+            prompt_embeds=call["prompt_embeds"],
+            negative_prompt_embeds=call["negative_prompt_embeds"],
+            max_sequence_length=call["max_sequence_length"],
+            device=device,
+        )
     dtype = pipeline.transformer.patch_embedding.weight.dtype
 
     def repeated(text: Tensor) -> Tensor:
@@ -134,7 +136,7 @@ def encode_prompts(pipeline: Any, checked: PipelineCall, device: torch.device) -
     conditioning = {"encoder_hidden_states": repeated(embeds)}
     if guided:
         conditioning[NEGATIVE] = repeated(negative)
-        scales = torch.tensor(checked.scales, device=device)
+        scales = torch.tensor(checked.scales, dtype=torch.float32, device=device)
         conditioning["guidance_scale"] = scales if len(scales) > 1 else scales[0]
     return conditioning
 
@@ -152,7 +154,10 @@ def finish(pipeline: Any, latents: Tensor, call: Mapping[str, Any]) -> Any:
             torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        decoded = vae.decode(latents * std + mean, return_dict=False)[0]
-        video = pipeline.video_processor.postprocess_video(decoded, output_type=call["output_type"])
+        with callers_modes():
+            decoded = vae.decode(latents * std + mean, return_dict=False)[0]
+            video = pipeline.video_processor.postprocess_video(
+                decoded, output_type=call["output_type"]
+            )
     pipeline.maybe_free_model_hooks()
     return WanPipelineOutput(frames=video) if call["return_dict"] else (video,)

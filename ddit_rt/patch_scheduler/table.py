@@ -63,7 +63,7 @@ class PolicyTable:
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """`forced` as int32 `[N]` and `thresholds` as float32 `[N, S]`."""
-        forced = torch.tensor(self.forced, dtype=torch.int32)
+        forced = torch.tensor(self.forced, dtype=torch.int32, device="cpu")
         width = len(self.thresholds[0]) if self.thresholds else 0
-        thresholds = torch.tensor(self.thresholds, dtype=torch.float32)
+        thresholds = torch.tensor(self.thresholds, dtype=torch.float32, device="cpu")
         return forced, thresholds.reshape(self.steps, width)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -17,12 +18,13 @@ from ddit_rt.adapters import AdapterSet, PatchAdapter, load_adapters, save_adapt
 from ddit_rt.artifact import (
     Artifact,
     BucketEntry,
+    CompiledRunner,
     EagerRunner,
+    LoadedPackage,
     LoraSpec,
     Manifest,
     TokenRanges,
     block_lora,
-    load_runner,
     mismatches,
     open_artifact,
 )
@@ -46,6 +48,7 @@ from ddit_rt.pipeline.inputs import (
     unwrap,
 )
 from ddit_rt.step_cache import StepCache
+from ddit_rt.torch_state import plain_defaults, shielded
 from ddit_rt.version import __version__
 
 _ADAPTER_FOLDER = "adapters"
@@ -53,6 +56,8 @@ _ADAPTER_FOLDER = "adapters"
 MakeRunner = Callable[[BlockType, nn.Module, LoraSpec | None, "Mapping[str, Any] | None"], Any]
 
 
+@shielded()
+@plain_defaults()
 def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.compile
     model: Any,
     *,
@@ -168,6 +173,8 @@ def _compile_artifact(
     return artifact
 
 
+@shielded()
+@plain_defaults()
 def load(
     path: str | Path,
     model: Any,
@@ -299,9 +306,19 @@ def _runner_maker(artifact: Artifact) -> MakeRunner:
     def eager(block_type: BlockType, block: nn.Module, spec: LoraSpec | None, lora: Any) -> Any:
         return EagerRunner(block_type, block, ranges=ranges, lora_spec=spec, lora=lora)
 
+    shared: dict[tuple[Path, torch.device], LoadedPackage] = {}
+
     def compiled(block_type: BlockType, block: nn.Module, spec: LoraSpec | None, lora: Any) -> Any:
-        variant = spec.variant if spec else None
-        return load_runner(artifact.package(block_type.name, variant), block, lora=lora)
+        path = artifact.package(block_type.name, spec.variant if spec else None)
+        device = next(block.parameters()).device
+        package = shared.get((path, device))
+        if package is None:
+            package = LoadedPackage(path, device=device)
+            if package.shared:
+                shared[path, device] = package
+        runner = CompiledRunner(package)
+        runner.bind(block, lora)
+        return runner
 
     return compiled if artifact.manifest.packages else eager
 

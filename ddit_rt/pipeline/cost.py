@@ -89,8 +89,8 @@ def step_cost(
 def _ends(family: Family, twin: nn.Module, sizes: dict[str, int]) -> tuple[int, int]:
     """Patch embedding, final modulated norm and de-embedding."""
     inputs = family.embedding_layers(twin)[0].weight[0].numel()
-    tokens = torch.empty(sizes[BATCH], sizes[IMAGE], inputs, device="meta")
-    temb = torch.empty(sizes[BATCH], *family.modulation_shape(twin), device="meta")
+    tokens = _input(sizes[BATCH], sizes[IMAGE], inputs)
+    temb = _input(sizes[BATCH], *family.modulation_shape(twin))
 
     def run() -> None:
         hidden = family.embed_tokens(twin, tokens)
@@ -102,9 +102,13 @@ def _ends(family: Family, twin: nn.Module, sizes: dict[str, int]) -> tuple[int, 
 def _blocks(block_type: BlockType, twin: nn.Module, sizes: dict[str, int]) -> tuple[int, int]:
     """All blocks of one type: they differ in their values only, so one stands for all."""
     block, *others = block_type.blocks(twin)
-    inputs = [torch.empty(spec.shape(sizes), device="meta") for spec in block_type.inputs]
+    inputs = [_input(*spec.shape(sizes)) for spec in block_type.inputs]
     flops, size = _count(block, lambda: block_type.forward(block, *inputs))
     return flops * (1 + len(others)), size * (1 + len(others))
+
+
+def _input(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="meta")
 
 
 def _count(module: nn.Module, run: Callable[[], Any]) -> tuple[int, int]:

@@ -43,6 +43,7 @@ from ddit_rt.pipeline.history import SeenLatents
 from ddit_rt.pipeline.loop import DrivenRun
 from ddit_rt.pipeline.outline import Outline
 from ddit_rt.pipeline.planning import plan_passes
+from ddit_rt.torch_state import callers_modes, shielded
 
 
 class PipelineRun:
@@ -95,7 +96,7 @@ class PipelineRun:
             What it returns.
         """
         step_end = StepEnd(arguments, self._after_step, self._seen.returned)
-        with self._in_place():
+        with callers_modes(), self._in_place():
             result = self._pipeline(**{**arguments, **step_end.arguments()})
         if self._seen.rounded and self._outline.scored:
             self._run.notes.append(
@@ -148,6 +149,7 @@ class PipelineRun:
 
         return Transformer2DModelOutput(sample=velocity)
 
+    @shielded()
     def _velocity(self, expert: int, place: int, call: ModelCall) -> Tensor:
         """The velocity of a call, in the pipeline's layout and dtype."""
         self._run.check_cancelled()
@@ -239,6 +241,7 @@ class PipelineRun:
                 "prompt and negative prompt alike, and let a callback keep their length"
             )
 
+    @shielded()
     def _after_step(self, index: int, latents: Tensor) -> None:
         """At the end of every step of the pipeline's loop, before the user's callback."""
         step = self._step

@@ -40,13 +40,15 @@ from ddit_rt.pipeline.presets import PolicyChoice, ResolvedPolicy, requested_ste
 from ddit_rt.pipeline.requests import Planner, check_latents
 from ddit_rt.solver import SolverTable, own_steps, probe_scheduler
 from ddit_rt.step_cache import StepCache, TeaCache
+from ddit_rt.torch_state import shielded, without_autocast
 
 
 class Engine:
     """A compiled model, ready to generate.
 
     Made by `ddit_rt.compile` or `ddit_rt.load`, not directly. Calls from several threads queue.
-    No state passes from one run to the next.
+    No state passes from one run to the next. The denoising loop runs in the model's own dtype,
+    whatever autocast the caller is in; text encoders, VAE and callbacks run as the caller has it.
 
     Attributes:
         pipeline: The diffusers pipeline, or None for a bare transformer.
@@ -137,7 +139,7 @@ class Engine:
         """The step cache of a call that names none: the artifact's own, else `NoCache()`."""
         return self._planner.default_step_cache
 
-    @torch.no_grad()
+    @shielded()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -212,7 +214,7 @@ class Engine:
                 final = self._run(plan, prepared.latents, lambda _: bar.update(), self._interrupted)
             return prepared.finish(final)
 
-    @torch.no_grad()
+    @shielded()
     def denoise(
         self,
         latents: Tensor,
@@ -288,7 +290,7 @@ class Engine:
                 return self._by_scheduler(outline, given, latents, scheduler, callback, problem)
             return self._run(self._plan(outline, given), latents, None, lambda: False)
 
-    @torch.no_grad()
+    @shielded()
     def measuring_plan(
         self, *, projected: bool = False, **arguments: Any
     ) -> tuple[RunPlan, Tensor]:
@@ -346,6 +348,7 @@ class Engine:
         """
         return self.artifact.save(path)
 
+    @without_autocast()
     def fuse_lora(self, lora: Any, scale: float = 1.0, **load_arguments: Any) -> None:
         """Fuses a style LoRA into the weights. Nothing is compiled again.
 
@@ -365,6 +368,7 @@ class Engine:
                 raise ValueError("a LoRA is fused already; call unfuse_lora() first")
             self._fused[component] = FusedLora(self.pipeline, lora, scale, **load_arguments)
 
+    @without_autocast()
     def unfuse_lora(self) -> None:
         """Restores the weights from before `fuse_lora`, bit for bit."""
         with self._lock:

@@ -18,7 +18,7 @@ class Finite:
         self._answer = torch.isfinite(tensor).all()
         self._arrived: torch.cuda.Event | None = None
         if self._answer.is_cuda:
-            pinned = torch.empty((), dtype=torch.bool, pin_memory=True)
+            pinned = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
             self._answer = pinned.copy_(self._answer, non_blocking=True)
             stream = torch.cuda.current_stream(tensor.device)
             self._arrived = stream.record_event()

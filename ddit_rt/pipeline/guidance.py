@@ -73,7 +73,9 @@ def scales_of(guidance: Guidance | None, experts: Sequence[int], count: int) -> 
             "dimensions, or one for each"
         )
     scales = scales.expand(count)
-    index = torch.tensor(experts).to(scales.device, non_blocking=True)
+    index = torch.tensor(experts, dtype=torch.int64, device="cpu").to(
+        scales.device, non_blocking=True
+    )
     return scales.index_select(0, index)
 
 

@@ -30,6 +30,7 @@ from ddit_rt.executor import (
     TorchGraphs,
 )
 from ddit_rt.pipeline.finite import FiniteCheck, announce_nonfinite
+from ddit_rt.torch_state import callers_modes
 
 StepCallback = Callable[[int, Tensor], Tensor | None]
 """Called after a step with its index and the new latents, which it may edit in place; may return
@@ -194,7 +195,8 @@ class Loop:
                 velocity = session.velocity(plan.stages[step], branch, latents).float()
                 latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
                 run.end_step()
-                given = None if callback is None else callback(step, latents)
+                with callers_modes():
+                    given = None if callback is None else callback(step, latents)
                 latents = latents if given is None else _like(given, latents)
         # Behind `by_scheduler`, `Engine._by_scheduler`, the engine's call and its no_grad.
         self.look_at(latents, stacklevel=5)

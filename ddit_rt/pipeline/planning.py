@@ -123,7 +123,7 @@ def _contexts(
         height=shape[-2],
         width=shape[-1],
         frames=latent_frames(shape),
-        sigmas=_table(torch.tensor(outline.solver.sigmas[:-1]), capacity, device),
+        sigmas=_table(outline.solver.levels(), capacity, device),
         timesteps=_table(outline.timesteps, capacity, device),
         detail=None,
         scales=None if scales is None else _table(scales, capacity, device),

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt.errors import ScheduleError, UnsupportedModelError
+from ddit_rt.torch_state import plain_defaults
 
 _TERMS = 3
 _FIT_TOLERANCE = 1e-6
@@ -63,6 +64,10 @@ class SolverTable:
         """Number of steps N."""
         return len(self.sigmas) - 1
 
+    def levels(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Noise level of every step, `[N]`, on the CPU."""
+        return torch.tensor(self.sigmas[:-1], dtype=dtype, device="cpu")
+
     @property
     def velocity_depth(self) -> int:
         """Velocities that a step combines, the newest among them: 1 for Euler, up to 3."""
@@ -70,6 +75,7 @@ class SolverTable:
         return 1 + int(used.max()) if len(used) else 1
 
 
+@plain_defaults()
 def probe_scheduler(scheduler: Any) -> SolverTable:
     """Reads the table off a diffusers scheduler whose timesteps are set.
 
@@ -106,7 +112,9 @@ def _probe(scheduler: Any, name: str) -> SolverTable:
         latents = _trajectory(scheduler, _basis(steps + 1), steps)
         rows = [_fit(latents[: step + 2], step, name) for step in range(steps)]
     table = SolverTable(
-        coefficients=torch.tensor(rows, dtype=torch.float64), sigmas=sigmas, source=name
+        coefficients=torch.tensor(rows, dtype=torch.float64, device="cpu"),
+        sigmas=sigmas,
+        source=name,
     )
     _check_on_random(scheduler, table)
     return table
@@ -125,7 +133,7 @@ def own_steps(scheduler: Any) -> SolverTable:
     """
     name = type(scheduler).__name__
     sigmas = _flow_sigmas(scheduler, name)
-    coefficients = torch.zeros(len(sigmas) - 1, 2 * _TERMS, dtype=torch.float64)
+    coefficients = torch.zeros(len(sigmas) - 1, 2 * _TERMS, dtype=torch.float64, device="cpu")
     coefficients[:, _TERMS] = 1
     return SolverTable(coefficients=coefficients, sigmas=sigmas, source=name)
 
@@ -200,12 +208,13 @@ def _option_to_blame(scheduler: Any) -> str:
 
 def _basis(count: int) -> Tensor:
     """`[n, 1, 1, n]` one-hot; two leading dimensions, because UniPC's einsum needs them."""
-    return torch.eye(count, dtype=torch.float64)[:, None, None, :]
+    return torch.eye(count, dtype=torch.float64, device="cpu")[:, None, None, :]
 
 
 def _random_values(count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, 1, 1, 16, generator=generator, dtype=torch.float64) * 10
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randn(count, 1, 1, 16, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn * 10
 
 
 def _trajectory(
@@ -330,13 +339,13 @@ def replay(table: SolverTable, values: Tensor) -> Tensor:
     Returns:
         `[N + 1, n]`.
     """
-    latents: list[Tensor] = [values[0]]
+    latents, nothing = [values[0]], torch.zeros_like(values[0])
     for step, row in enumerate(table.coefficients.tolist()):
         terms: Sequence[tuple[float, Tensor]] = [
             *((row[i], latents[step - i]) for i in range(min(_TERMS, step + 1))),
             *((row[_TERMS + j], values[step - j + 1]) for j in range(min(_TERMS, step + 1))),
         ]
-        latents.append(sum((weight * tensor for weight, tensor in terms), torch.zeros(())))
+        latents.append(sum((weight * tensor for weight, tensor in terms), nothing))
     return torch.stack(latents)
 
 

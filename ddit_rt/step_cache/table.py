@@ -43,6 +43,6 @@ class CacheTable:
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Increments `[N]` and coefficients `[T]`, float32."""
         return (
-            torch.tensor(self.increments, dtype=torch.float32),
-            torch.tensor(self.coefficients, dtype=torch.float32),
+            torch.tensor(self.increments, dtype=torch.float32, device="cpu"),
+            torch.tensor(self.coefficients, dtype=torch.float32, device="cpu"),
         )

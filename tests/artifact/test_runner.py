@@ -11,7 +11,13 @@ from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from ddit_rt.artifact import CompiledRunner, EagerRunner, TokenRanges, load_runner
+from ddit_rt.artifact import (
+    CompiledRunner,
+    EagerRunner,
+    LoadedPackage,
+    TokenRanges,
+    load_runner,
+)
 from ddit_rt.errors import ArtifactError, ArtifactMismatchError, ShapeError
 from ddit_rt.families import family_of
 from ddit_rt.families.base import BlockType
@@ -172,7 +178,7 @@ def test_stale_parameter_replaced(
 
 
 def test_run_before_bind_is_refused(compiled_blocks: CompiledBlocks, block_type: BlockType) -> None:
-    runner = CompiledRunner(compiled_blocks.package(block_type.name), device=CPU)
+    runner = CompiledRunner(LoadedPackage(compiled_blocks.package(block_type.name), device=CPU))
     with pytest.raises(RuntimeError, match="bind the runner"):
         runner(*block_inputs(block_type, 1, 16, 5))
 
@@ -271,6 +277,20 @@ def test_load_damaged_package(tmp_path: Path, transformer: FluxTransformer2DMode
     path.write_bytes(b"PK not a package")
     with pytest.raises(ArtifactError, match="cannot be loaded.*compile it again"):
         load_runner(path, transformer.transformer_blocks[0])
+
+
+def test_load_without_a_place_to_unpack(
+    compiled_blocks: CompiledBlocks,
+    transformer: FluxTransformer2DModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "file"))
+    with pytest.raises(ArtifactError, match="file, which cannot be written.*set TMPDIR"):
+        load_runner(
+            compiled_blocks.package("FluxTransformerBlock"), transformer.transformer_blocks[0]
+        )
 
 
 def test_load_foreign_package(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -317,3 +318,65 @@ def test_unsaved_ignores_an_old_manifest(artifact: Artifact) -> None:
     again = Artifact.unsaved(artifact.directory, artifact.manifest)
     assert "manifest.json" not in again.manifest.files
     assert dataclasses.replace(again.manifest) == artifact.manifest
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the user of `docker run --user 12345`, without HOME and without a name."""
+
+    def nowhere(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("DDIT_RT_HOME")
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_user_without_a_home_saves_nothing_unnoticed(artifact: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no home folder.*set DDIT_RT_HOME"):
+        artifact.save(tmp_path / "out" / "a.ddit")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_user_without_a_home_opens_what_is_vouched_for(
+    saved: Path, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue("homeless")
+    digest = open_artifact(saved, trust_code=True).manifest.digest
+    assert not is_trusted(digest)
+    with pytest.raises(UntrustedArtifactError, match="trust_code=True"):
+        open_artifact(saved)
+
+
+def test_list_that_cannot_be_written_is_named_before_any_work(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DDIT_RT_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(ArtifactError, match="home, which cannot be written.*set DDIT_RT_HOME"):
+        artifact.save(tmp_path / "a.ddit")
+    assert not (tmp_path / "a.ddit").exists()
+
+
+def test_full_disk_is_named_before_any_work(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(ArtifactError, match="No space left on device.*choose another path"):
+        artifact.save(tmp_path / "a.ddit")
+    assert not (tmp_path / "a.ddit").exists()
+
+
+def test_list_of_another_user_is_named(
+    saved: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path, *_: Any, **__: Any) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    digest = open_artifact(saved, trust_code=True).manifest.digest
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(ArtifactError, match="cannot be read .Permission denied.: set DDIT_RT_HOME"):
+        is_trusted(digest)

@@ -33,6 +33,17 @@ def test_folder_in_the_way_is_exit_2_before_any_work(
     assert "holds other files" in capsys.readouterr().err
 
 
+def test_no_place_for_the_list_of_trusted_artifacts_is_exit_3_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DDIT_RT_HOME", str(tmp_path / "file"))
+    out = tmp_path / "a.ddit"
+    assert main(["compile", "no-such-model", "-o", str(out)]) == 3
+    assert "set DDIT_RT_HOME to a folder" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

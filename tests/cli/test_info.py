@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ddit_rt.cli import main
 
@@ -32,6 +31,7 @@ def test_json_tells_what_the_artifact_holds(
     on_disk = sum(path.stat().st_size for path in artifact.rglob("*.pt2"))
     assert data["memory"]["packages_bytes"] == on_disk
     assert sum(entry["bytes"] for entry in packages.values()) == on_disk
+    assert data["attention"] == {name: ["flash_attention_for_cpu"] for name in packages}
 
 
 def test_model_adds_memory_counts(
@@ -68,11 +68,12 @@ def test_nothing_of_the_artifact_is_executed(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("info loaded a package")
 
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", refuse)
+    monkeypatch.setattr("torch._C._aoti.AOTIModelPackageLoader", refuse)
     assert main(["info", str(artifact)]) == 0
     text = capsys.readouterr().out
     assert "--trust-code" in text
     assert "FluxTransformerBlock" in text
+    assert text.count("attention: flash_attention_for_cpu") == 2
 
 
 def test_altered_package_is_exit_3(

@@ -26,6 +26,7 @@ from peft import PeftModel
 import ddit_rt
 from ddit_rt import FinePolicy, StaticPolicy
 from ddit_rt.adapters import save_adapters
+from ddit_rt.artifact import LoadedPackage
 from ddit_rt.errors import (
     ArtifactError,
     ArtifactMismatchError,
@@ -42,6 +43,36 @@ def picture(engine: ddit_rt.Engine, **call: Any) -> torch.Tensor:
     )
     assert isinstance(result.images, torch.Tensor)
     return result.images
+
+
+def test_blocks_that_share_their_packages_have_the_same_bits(
+    artifact_path: Path,
+    engine: ddit_rt.Engine,
+    pipeline: FluxPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on CUDA: one loaded package for all blocks of a type and variant, adapters included."""
+    loaded = []
+    original = LoadedPackage.__init__
+
+    def counted(package: LoadedPackage, path: Path, **options: Any) -> None:
+        loaded.append(path)
+        original(package, path, **options)
+
+    monkeypatch.setattr(LoadedPackage, "__init__", counted)
+    monkeypatch.setattr(LoadedPackage, "shared", True)
+    sharing = ddit_rt.load(artifact_path, pipeline, progress=False)
+    packages = sharing.artifact.manifest.packages
+    assert sorted(loaded) == sorted(artifact_path / name for name in packages)
+    plan = StaticPolicy("4p:0.34,2p:0.33,p")
+    expected = picture(engine, patch_policy=plan)
+    assert torch.equal(picture(sharing, patch_policy=plan), expected)
+    pipeline.transformer.to(torch.float64).to(torch.float32)  # new storage, as after pipe.to(...)
+    for parameter in pipeline.transformer.parameters():
+        parameter.mul_(0.9)
+    moved = picture(sharing, patch_policy=plan)
+    assert torch.equal(moved, picture(engine, patch_policy=plan))
+    assert not torch.equal(moved, expected)
 
 
 def test_compiled_adapters_equal_the_eager_ones(
