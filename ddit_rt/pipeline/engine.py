@@ -147,6 +147,7 @@ class Engine:
                 "...), or compile the whole pipeline"
             )
         with self._lock:
+            self._planner.check_model()
             arguments = {**self.artifact.manifest.pipeline_defaults, **arguments}
             choice = self._planner.choose(
                 patch_policy, lambda: requested_steps(self.pipeline, arguments), arguments
@@ -211,6 +212,7 @@ class Engine:
         model.family.check_conditioning(model.transformer, latents.shape[0], conditioning)
         given = {name: value for name, value in conditioning.items() if value is not None}
         with self._lock:
+            self._planner.check_model()
             scheduler = copy.deepcopy(scheduler or self._default_scheduler())
             steps = num_inference_steps if sigmas is None else len(sigmas)
             choice = self._planner.choose(patch_policy, lambda: (steps, sigmas is not None), {})
@@ -242,6 +244,7 @@ class Engine:
         if projected:
             cache = replace(cache, use_ret_steps=True, first=1)
         with self._lock:
+            self._planner.check_model()
             scheduler = copy.deepcopy(self.pipeline.scheduler)
             call = self._compiled.steps.family.prepare(self.pipeline, scheduler, arguments)
             choice = ResolvedPolicy(policy=FinePolicy())
@@ -271,30 +274,49 @@ class Engine:
     def fuse_lora(self, lora: Any, scale: float = 1.0, **load_arguments: Any) -> None:
         """Fuses a style LoRA into the weights. Nothing is compiled again.
 
+        Its layers for the text encoder and its norms are taken in too, as the pipeline's own
+        `load_lora_weights` does; a file of which a part has no place is refused. On any error
+        everything is as it was.
+
         Args:
             lora: What the pipeline's `load_lora_weights` takes.
-            scale: Strength.
-            load_arguments: Passed on to `load_lora_weights`; `load_into_transformer_2=True` is for
-                the second expert of Wan 2.2, which takes one of its own.
+            scale: Strength, a finite number.
+            load_arguments: As of `load_lora_weights`, such as `weight_name`;
+                `load_into_transformer_2=True` is for the second expert of Wan 2.2, which takes one
+                of its own.
+
+        Raises:
+            TypeError, ValueError: An argument that is none, an unreadable LoRA, or one while
+                another is fused.
+            UnsupportedModelError: A part of the LoRA has no place, or the pipeline has LoRA layers
+                of its own there.
         """
         if self.pipeline is None:
             raise UnsupportedModelError(
                 "fuse_lora loads through the pipeline; this engine has a bare transformer"
             )
         with self._lock:
+            self._planner.check_model()
             component = lora_component(load_arguments)
             if component in self._fused:
                 raise ValueError("a LoRA is fused already; call unfuse_lora() first")
-            self._fused[component] = FusedLora(self.pipeline, lora, scale, **load_arguments)
+            models = [model.transformer for model in self._compiled.models]
+            self._fused[component] = FusedLora(self.pipeline, lora, scale, models, **load_arguments)
 
     def unfuse_lora(self) -> None:
-        """Restores the weights from before `fuse_lora`, bit for bit."""
+        """Restores the weights from before `fuse_lora`, bit for bit, in every model it changed.
+
+        Raises:
+            ValueError: No LoRA is fused, or the pipeline has fused another since.
+        """
         with self._lock:
             if not self._fused:
                 raise ValueError("no LoRA is fused; fuse_lora(...) comes first")
             for fused in self._fused.values():
-                fused.restore()
-            self._fused.clear()
+                fused.check_removable()
+            for component in list(self._fused):
+                self._fused[component].restore()
+                del self._fused[component]
 
     def _default_scheduler(self) -> Any:
         if self.pipeline is not None:
@@ -312,8 +334,7 @@ class Engine:
         guidance_interval: tuple[float, float],
         step_cache: StepCache | None,
     ) -> tuple[RunPlan, RunPrompt]:
-        """Checks the weights, then fixes the run."""
-        self._planner.check_model()
+        """Fixes the run."""
         if self._compiled.rebind():
             self._loop.forget()
         return self._planner.plan(

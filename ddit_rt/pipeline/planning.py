@@ -27,6 +27,7 @@ from ddit_rt.executor import CachePlan, RunPlan
 from ddit_rt.patch_scheduler import PatchPolicy, PolicyTable, Schedule, patch_name
 from ddit_rt.pipeline.caching import resolve_cache
 from ddit_rt.pipeline.guidance import WHOLE_RUN, guided_steps, scales_of
+from ddit_rt.pipeline.live import LiveModel
 from ddit_rt.pipeline.prompt import RunPrompt
 from ddit_rt.pipeline.stages import Stage, computed_at_changes, fine_at_switches, stages_of
 from ddit_rt.solver import SolverTable
@@ -48,6 +49,7 @@ class CompiledModel:
         adapters: Trained adapters; a coarse size without one runs training-free.
         adapter_runners: Blocks with LoRA, by multiple, for every adapter.
         experts: Models of the same class and size that take over in later steps; in order.
+        live: What the models were when the engine was made; None without an engine.
     """
 
     steps: StepModel
@@ -56,6 +58,7 @@ class CompiledModel:
     adapters: AdapterSet = field(default_factory=AdapterSet)
     adapter_runners: Mapping[int, Runners] = field(default_factory=dict)
     experts: tuple[StepModel, ...] = ()
+    live: LiveModel | None = None
 
     @property
     def models(self) -> tuple[StepModel, ...]:

@@ -14,7 +14,6 @@ from ddit_rt.buckets import StepModel
 from ddit_rt.errors import ArtifactMismatchError, ShapeError
 from ddit_rt.executor import RunPlan
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, policy_from_dict
-from ddit_rt.pipeline.lora import refuse_unfused_lora
 from ddit_rt.pipeline.planning import CompiledModel, plan_run
 from ddit_rt.pipeline.presets import PolicyChoice, ResolvedPolicy, resolve_choice
 from ddit_rt.pipeline.prompt import RunPrompt
@@ -66,14 +65,15 @@ class Planner:
         return choice
 
     def check_model(self) -> None:
-        """Refuses a model that has changed device, or that runs with a LoRA beside its weights."""
+        """Refuses models that have changed device, or are not what the engine was made for."""
         for model in self._compiled.models:
             if model.device != self._device:
                 raise ArtifactMismatchError(
                     f"the model was on {self._device} when this engine was made and is on "
                     f"{model.device} now; move it back, or compile or load again"
                 )
-            refuse_unfused_lora(model.transformer)
+        if self._compiled.live is not None:
+            self._compiled.live.check()
 
     def plan(
         self,
