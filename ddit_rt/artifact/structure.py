@@ -9,7 +9,7 @@ for messages, and for artifacts, which another process reads.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -108,6 +108,16 @@ def differences(was: Mapping[str, Part], now: Mapping[str, Part]) -> Differences
         for name, change in _changes(was.get(path), part):
             found[f"{path}.{name}".strip(".")] = change
     return found
+
+
+def relevant(live: Mapping[str, Part], plain: Mapping[str, Part]) -> dict[str, Part]:
+    """A description without attributes that nothing reads, such as notes that users leave.
+
+    Args:
+        live: Of the model.
+        plain: Of the one that its configuration describes.
+    """
+    return {path: _relevant(part, plain.get(path)) for path, part in live.items()}
 
 
 def departures(live: Mapping[str, Part], plain: Mapping[str, Part]) -> dict[str, str]:
@@ -219,15 +229,25 @@ def _changes(was: Part | None, now: Part) -> Iterator[tuple[str, tuple[str, str]
         return
     if was.forward is not now.forward:
         yield "forward", (function_name(was.forward), function_name(now.forward))
-    # One that is new changes nothing, unless it stands before one of the class.
-    new = {name for name in now.values.keys() - was.values.keys() if _counts(now.kind, name, now)}
+    new = {name for name in now.values.keys() - was.values.keys() if _counts(now, name)}
     for name in [*was.values, *new]:
         if was.values.get(name, MISSING) != now.values.get(name, MISSING):
             yield name, (was.words.get(name, MISSING), now.words.get(name, MISSING))
 
 
-def _counts(cls: type, name: str, part: Part) -> bool:
-    return hasattr(cls, name) or part.words[name].startswith("a tensor")
+def _counts(part: Part, name: str) -> bool:
+    """Whether an attribute counts that its class did not make: where it stands before one."""
+    return hasattr(part.kind, name) or part.words[name].startswith("a tensor")
+
+
+def _relevant(part: Part, like: Part | None) -> Part:
+    if like is None or like.kind is not part.kind:
+        return part
+    names = [name for name in part.values if name in like.values or _counts(part, name)]
+    if len(names) == len(part.values):
+        return part
+    values, words = ({name: of[name] for name in names} for of in (part.values, part.words))
+    return replace(part, values=values, words=words)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -25,6 +25,7 @@ from ddit_rt.artifact.structure import (
     differences,
     parts,
     reference,
+    relevant,
 )
 from ddit_rt.compilation import check_identical
 from ddit_rt.errors import ArtifactMismatchError, UnsupportedModelError
@@ -61,6 +62,7 @@ class LiveModel:
         experts = () if pipeline is None else family.experts(pipeline)
         self._models = {_name(index): model for index, model in enumerate((transformer, *experts))}
         self._check_plain()
+        self._plain = {name: self._configured(name) for name in self._models}
         described = self._describe()
         found = [self._block_changes(name, described[name]) for name in self._models]
         self.block_changes = found[0]
@@ -118,8 +120,20 @@ class LiveModel:
         for name, model in self._models.items():
             check_plain(model, name)
 
+    def _configured(self, name: str) -> dict[str, Part]:
+        """What a model is by its configuration, in which it must agree on the number of blocks."""
+        model = self._models[name]
+        self._check_class(name, model)
+        plain = reference(model)
+        for block_type in self._family.block_types(model):
+            _check_count(name, block_type, model, plain)
+        return describe_parts(plain)
+
     def _describe(self) -> dict[str, dict[str, Part]]:
-        return {name: describe_parts(model) for name, model in self._models.items()}
+        return {
+            name: relevant(describe_parts(model), self._plain[name])
+            for name, model in self._models.items()
+        }
 
     def _remember(self, described: dict[str, dict[str, Part]]) -> None:
         self._described, self._kept_backend = described, self._backend()
@@ -138,12 +152,8 @@ class LiveModel:
     def _block_changes(self, name: str, described: Mapping[str, Part]) -> dict[str, str]:
         """Compares a model with its configuration, and its blocks with each other."""
         model = self._models[name]
-        self._check_class(name, model)
-        plain = reference(model)
         types = self._family.block_types(model)
-        for block_type in types:
-            _check_count(name, block_type, model, plain)
-        blocks, around = _by_block(departures(described, describe_parts(plain)), types)
+        blocks, around = _by_block(departures(described, self._plain[name]), types)
         _refuse_around(name, around)
         changes: dict[str, str] = {}
         for block_type in types:

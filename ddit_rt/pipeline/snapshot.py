@@ -42,6 +42,8 @@ class Snapshot:
         self._hooks = [
             vars(module)[registry] for module in self._modules for registry in FORWARD_HOOKS
         ]
+        self._parameters = [vars(module)["_parameters"] for module in self._modules]
+        self._tensors = self._tensors_now()
         self._kinds = list(map(type, self._modules))
         functions = {(kind, "forward") for kind in self._kinds}
         functions |= {(type(one), "__call__") for one in objects}
@@ -60,10 +62,16 @@ class Snapshot:
         return (
             same
             and not any(self._hooks)
+            and self._tensors == self._tensors_now()
             and self._kinds == list(map(type, self._modules))
             and all(getattr(cls, name, None) is kept for cls, name, kept in self._functions)
             and process_state() == self._process
         )
+
+    def _tensors_now(self) -> tuple[list[int], list[type]]:
+        """Weights by identity and class; quantisers exchange either."""
+        tensors = [tensor for registry in self._parameters for tensor in registry.values()]
+        return list(map(id, tensors)), list(map(type, tensors))
 
 
 def _objects_of(modules: Iterable[nn.Module]) -> list[Any]:

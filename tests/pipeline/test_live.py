@@ -585,6 +585,7 @@ HONOURED: dict[str, Callable[[FluxPipeline], Any]] = {
     "a LoRA fused by the pipeline": fuse_in_pipeline,
     "a LoRA that is disabled": disable_unfused,
     "a note on the model": lambda pipe: setattr(pipe.transformer, "my_note", [1, 2]),
+    "a note on a block": lambda pipe: setattr(deepest(pipe), "my_note", object()),
 }
 
 
@@ -624,6 +625,25 @@ def test_compiled_blocks_have_what_the_live_ones_have(tmp_path: Path) -> None:
         torch.testing.assert_close(run(one), expected(pipeline), rtol=0, atol=1e-4)
     with pytest.raises(ArtifactMismatchError, match=r"blocks: .*Flipped.*the model has it as"):
         ddit_rt.load(path, tiny_pipeline(), check_weights=False, progress=False)
+
+
+def test_notes_and_loras_may_come_and_go(pipeline: FluxPipeline) -> None:
+    transformer = pipeline.transformer
+    transformer.my_note, deepest(pipeline).my_note = 1, [2]
+    fuse_in_pipeline(pipeline)
+    engine = eager(pipeline)
+    run(engine)
+    transformer.my_note = 3
+    del deepest(pipeline).my_note
+    pipeline.unload_lora_weights()
+    check_equal(engine, pipeline)
+    fuse_in_pipeline(pipeline)
+    check_equal(engine, pipeline)
+    pipeline.unfuse_lora(components=["transformer"])
+    with pytest.raises(UnsupportedModelError, match="loaded but not fused"):
+        run(engine)
+    pipeline.unload_lora_weights()
+    check_equal(engine, pipeline)
 
 
 def test_the_users_adapters_in_the_text_encoder_stay(pipeline: FluxPipeline) -> None:
