@@ -157,6 +157,8 @@ class Manifest:
         parameter = next(transformer.parameters())
         config = public_config(transformer.config)  # type: ignore[arg-type]
         return cls(
+            # As old as its entries allow, so that as many versions as can read it.
+            schema_version=SCHEMA_VERSION if block_changes else _PLANS_WITH_CACHE,
             project_version=project_version,
             family=family,
             transformer_class=type(transformer).__name__,

@@ -16,14 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ddit_rt.artifact.structure import (
-    attributes_of,
-    class_name,
-    describe,
-    function_name,
-    parts,
-    walk,
-)
+from ddit_rt.artifact.structure import class_name, describe, function_name
 from ddit_rt.errors import UnsupportedModelError
 
 _QUANTISERS = {
@@ -62,7 +55,6 @@ def check_plain(model: nn.Module, name: str) -> None:
         _refuse_other_types,
         _refuse_adapters,
         _refuse_dropout,
-        _refuse_hidden,
     ):
         check(model, name)
 
@@ -76,6 +68,12 @@ def check_process() -> None:
                 f"torch has a hook for all modules ({describe(next(iter(hooks.values())))}), which "
                 "compiled blocks would not run; remove it with its handle's remove()"
             )
+    called = function_name(nn.Module.__call__)
+    if called != "torch.nn.modules.module._wrapped_call_impl":
+        raise UnsupportedModelError(
+            f"torch's nn.Module.__call__ has been replaced ({called}), which compiled blocks would "
+            "not call; put it back"
+        )
     attention = F.scaled_dot_product_attention
     if not isinstance(attention, BuiltinFunctionType):
         raise UnsupportedModelError(
@@ -88,7 +86,8 @@ def check_process() -> None:
 def process_state() -> tuple[Any, ...]:
     """What `check_process` looks at, and the attention backend, to be compared later."""
     hooks = (len(getattr(torch_module, registry)) for registry in _GLOBAL_HOOKS)
-    return (F.scaled_dot_product_attention, attention_backend(), *hooks)
+    called = nn.Module.__call__
+    return (called, F.scaled_dot_product_attention, attention_backend(), *hooks)
 
 
 def attention_backend() -> str:
@@ -256,17 +255,6 @@ def _refuse_dropout(model: nn.Module, name: str) -> None:
                 f"{_at(name, path)} drops values at random, because the model is in training mode; "
                 "call transformer.eval()"
             )
-
-
-def _refuse_hidden(model: nn.Module, name: str) -> None:
-    """Refuses tensors that cannot be found by name: nobody would notice when they change."""
-    for path, module in parts(model):
-        for attribute, value in attributes_of(module).items():
-            if any(isinstance(one, (Tensor, nn.Module)) for one in walk(value)):
-                raise UnsupportedModelError(
-                    f"{_at(name, path)}.{attribute} holds tensors that are not parameters or "
-                    "buffers of the model; make what holds them an nn.Module and register them"
-                )
 
 
 def _at(name: str, path: str) -> str:

@@ -35,6 +35,9 @@ _IGNORED = frozenset(vars(nn.Module())) | {
     "forward",
     "gradient_checkpointing",
 }
+METHODS = ("forward", "__call__")
+"""By which a module is run; nothing but PyTorch's own class has the second."""
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 _BY_IDENTITY = (nn.Module, Tensor, FunctionType, BuiltinFunctionType, type)
 _DEPTH = 4
@@ -50,15 +53,17 @@ class Part:
 
     Attributes:
         kind: Its class.
-        forward: The function of that class.
+        methods: The functions that class runs it with, by name.
         values: Its attributes and the shapes of its tensors, as values that can be compared later.
         words: The same in words.
+        hidden: Those attributes that hold tensors which no name leads to.
     """
 
     kind: type
-    forward: Any
+    methods: Mapping[str, Any]
     values: Mapping[str, Any]
     words: Mapping[str, str]
+    hidden: frozenset[str]
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -124,9 +129,10 @@ def departures(live: Mapping[str, Part], plain: Mapping[str, Part]) -> dict[str,
     """What a model has that the one of its configuration does not, in words, by place."""
     found = {place: now for place, (_, now) in differences(plain, live).items()}
     for path, part in live.items():
-        replaced = replaced_function(part.kind, "forward")
-        if replaced is not None:
-            found[f"{path}.forward".strip(".")] = replaced
+        for name in METHODS:
+            replaced = replaced_function(part.kind, name)
+            if replaced is not None:
+                found[f"{path}.{name}".strip(".")] = replaced
     return found
 
 
@@ -216,9 +222,13 @@ def _part(module: nn.Module) -> Part:
         for name, tensor in registry.items():
             if tensor is not None:
                 values[name] = words[name] = f"a tensor {list(tensor.shape)}"
+    hidden = set()
     for name, value in attributes_of(module).items():
         values[name], words[name] = _frozen(value), describe(value)
-    return Part(type(module), type(module).forward, values, words)
+        if any(isinstance(one, (Tensor, nn.Module)) for one in walk(value)):
+            hidden.add(name)
+    methods = {name: own_method(type(module), name) for name in METHODS}
+    return Part(type(module), methods, values, words, frozenset(hidden))
 
 
 def _changes(was: Part | None, now: Part) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -227,8 +237,9 @@ def _changes(was: Part | None, now: Part) -> Iterator[tuple[str, tuple[str, str]
         for name, words in now.words.items():
             yield name, (MISSING, words)
         return
-    if was.forward is not now.forward:
-        yield "forward", (function_name(was.forward), function_name(now.forward))
+    for name in METHODS:
+        if was.methods[name] is not now.methods[name]:
+            yield name, (function_name(was.methods[name]), function_name(now.methods[name]))
     new = {name for name in now.values.keys() - was.values.keys() if _counts(now, name)}
     for name in [*was.values, *new]:
         if was.values.get(name, MISSING) != now.values.get(name, MISSING):
@@ -247,7 +258,7 @@ def _relevant(part: Part, like: Part | None) -> Part:
     if len(names) == len(part.values):
         return part
     values, words = ({name: of[name] for name in names} for of in (part.values, part.words))
-    return replace(part, values=values, words=words)
+    return replace(part, values=values, words=words, hidden=part.hidden & values.keys())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

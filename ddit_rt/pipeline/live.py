@@ -130,10 +130,11 @@ class LiveModel:
         return describe_parts(plain)
 
     def _describe(self) -> dict[str, dict[str, Part]]:
-        return {
-            name: relevant(describe_parts(model), self._plain[name])
-            for name, model in self._models.items()
-        }
+        found = {}
+        for name, model in self._models.items():
+            found[name] = relevant(describe_parts(model), self._plain[name])
+            _refuse_hidden(name, found[name])
+        return found
 
     def _remember(self, described: dict[str, dict[str, Part]]) -> None:
         self._described, self._kept_backend = described, self._backend()
@@ -250,6 +251,16 @@ def _refuse_around(name: str, around: Mapping[str, str]) -> None:
             "engine would not run it as the model does; load the model as its configuration "
             "describes it"
         )
+
+
+def _refuse_hidden(name: str, described: Mapping[str, Part]) -> None:
+    """Refuses tensors that no name leads to: nobody would notice when they change."""
+    for path, part in described.items():
+        for attribute in sorted(part.hidden):
+            raise UnsupportedModelError(
+                f"{name}.{path}.{attribute} holds tensors that are not parameters or buffers of "
+                "the model; make what holds them an nn.Module and register them"
+            )
 
 
 def _check_alike(name: str, block_type: BlockType, described: Mapping[str, Part]) -> None:

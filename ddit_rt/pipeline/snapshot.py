@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ddit_rt.artifact.plain import FORWARD_HOOKS, process_state
-from ddit_rt.artifact.structure import attributes_of, own_method, walk
+from ddit_rt.artifact.structure import METHODS, attributes_of, own_method, walk
 
 _TORCH_OWN = frozenset(vars(nn.Module()))
 
@@ -45,7 +45,7 @@ class Snapshot:
         self._parameters = [vars(module)["_parameters"] for module in self._modules]
         self._tensors = self._tensors_now()
         self._kinds = list(map(type, self._modules))
-        functions = {(kind, "forward") for kind in self._kinds}
+        functions = {(kind, name) for kind in set(self._kinds) for name in METHODS}
         functions |= {(type(one), "__call__") for one in objects}
         # A class without one answers with a new object at every question.
         functions = {key for key in functions if own_method(*key) is not None}

@@ -141,8 +141,21 @@ def integers(pipe: FluxPipeline) -> None:
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
 
 
-def named_quantiser(pipe: FluxPipeline) -> None:
-    pipe.transformer.quantization_method = "bitsandbytes"
+def layer_from(module: str, name: str) -> Callable[[FluxPipeline], None]:
+    """A layer of a class that a quantiser's package would bring."""
+
+    def apply(pipe: FluxPipeline) -> None:
+        kind = type(name, (nn.Linear,), {"__module__": module})
+        deepest(pipe).__class__ = kind
+
+    return apply
+
+
+def quantizer_object(pipe: FluxPipeline) -> None:
+    class TorchAoHfQuantizer:
+        pass
+
+    pipe.transformer.hf_quantizer = TorchAoHfQuantizer()
 
 
 def ip_adapter(pipe: FluxPipeline) -> None:
@@ -225,7 +238,20 @@ KINDS: dict[str, tuple[Callable[[FluxPipeline], Any], str]] = {
     "quanto": (quanto, "quantised with quanto"),
     "weights of another class": (packed, r"weights of the class \S*Packed.*attn\.to_v"),
     "whole numbers": (integers, r"to_v\.weight is torch\.int8"),
-    "quantiser's name": (named_quantiser, "quantised with bitsandbytes"),
+    "quantiser's name": (
+        lambda pipe: setattr(pipe.transformer, "quantization_method", "bitsandbytes"),
+        "quantised with bitsandbytes",
+    ),
+    "quantiser's object": (quantizer_object, "quantised with TorchAoHfQuantizer"),
+    "quantiser's configuration": (
+        lambda pipe: pipe.transformer.register_to_config(quantization_config={"bits": 4}),
+        "transformer is quantised",
+    ),
+    "layer of bitsandbytes": (
+        layer_from("bitsandbytes.nn.modules", "Linear4bit"),
+        r"bitsandbytes \(first at single_transformer_blocks\.1\.attn\.to_v\)",
+    ),
+    "layer of GGUF": (layer_from("diffusers.quantizers.gguf.utils", "GGUFLinear"), "with GGUF"),
     "IP-Adapter": (ip_adapter, r"IP-Adapter.*unload_ip_adapter\(\)"),
     "LoRA beside the weights": (
         lambda pipe: pipe.load_lora_weights(dict(LORA), adapter_name="style"),
@@ -390,6 +416,24 @@ def test_a_replaced_forward_of_the_transformer_is_refused(
     forward = functools.wraps(own)(teacache_forward) if decorated else teacache_forward
     monkeypatch.setattr(FluxTransformer2DModel, "forward", forward)
     with pytest.raises(REFUSED, match=r"forward.*teacache_forward"):
+        run(engine or eager(pipeline))
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(nn.Linear, "forward"), (nn.Module, "__call__"), (nn.Linear, "__call__")]
+)
+def test_a_replaced_method_of_torchs_own_is_refused(
+    pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, before: bool
+) -> None:
+    engine = None if before else eager(pipeline)
+    own = getattr(owner, name)
+
+    def other_product(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, other_product, raising=False)
+    with pytest.raises(REFUSED, match="other_product"):
         run(engine or eager(pipeline))
 
 
@@ -627,13 +671,41 @@ def test_compiled_blocks_have_what_the_live_ones_have(tmp_path: Path) -> None:
         ddit_rt.load(path, tiny_pipeline(), check_weights=False, progress=False)
 
 
+def test_quantised_text_encoders_stay(pipeline: FluxPipeline) -> None:
+    words = clip_words()
+    pipeline.register_modules(text_encoder=clip_model(words), tokenizer=words)
+    layer_of_text = pipeline.text_encoder.encoder.layers[0].mlp.fc1
+    layer_of_text.weight = Packed(layer_of_text.weight.detach(), requires_grad=False)
+    check_equal(eager(pipeline), pipeline)
+
+
+def test_a_pipeline_loaded_quantised_is_refused(pipeline: FluxPipeline, tmp_path: Path) -> None:
+    """Through `PipelineQuantizationConfig`, as diffusers documents it."""
+    from diffusers import PipelineQuantizationConfig, TorchAoConfig
+
+    torchao_quantization = pytest.importorskip("torchao.quantization")
+    pipeline.save_pretrained(tmp_path)
+    config = TorchAoConfig(torchao_quantization.Int8WeightOnlyConfig())
+    quantised = FluxPipeline.from_pretrained(
+        tmp_path,
+        quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": config}),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+    )
+    for backend in ("eager", "aot"):
+        with pytest.raises(UnsupportedModelError, match="quantised with torchao"):
+            ddit_rt.compile(quantised, backend=backend, progress=False)
+
+
 def test_notes_and_loras_may_come_and_go(pipeline: FluxPipeline) -> None:
     transformer = pipeline.transformer
-    transformer.my_note, deepest(pipeline).my_note = 1, [2]
+    transformer.my_note, deepest(pipeline).my_note = torch.ones(3), [2]
     fuse_in_pipeline(pipeline)
     engine = eager(pipeline)
     run(engine)
-    transformer.my_note = 3
+    transformer.my_note = torch.zeros(3)
     del deepest(pipeline).my_note
     pipeline.unload_lora_weights()
     check_equal(engine, pipeline)
