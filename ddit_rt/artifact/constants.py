@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddit_rt.artifact.template import canonical_name, is_lora_name
+from ddit_rt.artifact.structure import parts
+from ddit_rt.artifact.template import is_lora_name
 from ddit_rt.errors import ArtifactMismatchError
 
 
@@ -34,15 +35,14 @@ class Slot:
 
 
 def live_slots(block: nn.Module) -> dict[str, Slot]:
-    """Parameters and buffers of a block by canonical name, adapters' factors left out."""
-    slots = {}
-    for prefix, module in block.named_modules():
-        for registry in (module._parameters, module._buffers):  # noqa: SLF001
-            for key, tensor in registry.items():
-                name = canonical_name(f"{prefix}.{key}" if prefix else key)
-                if tensor is not None and not is_lora_name(name):
-                    slots[name] = Slot(registry, key)
-    return slots
+    """Parameters and buffers of a block by canonical name, without those of PEFT's layers."""
+    return {
+        f"{path}.{key}" if path else key: Slot(registry, key)
+        for path, module in parts(block)
+        for registry in (module._parameters, module._buffers)  # noqa: SLF001
+        for key, tensor in registry.items()
+        if tensor is not None
+    }
 
 
 class Binding:

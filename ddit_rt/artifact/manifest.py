@@ -24,8 +24,8 @@ from ddit_rt.artifact.schema import from_plain
 from ddit_rt.errors import ArtifactError
 from ddit_rt.step_cache import CacheFit
 
-SCHEMA_VERSION = 4
-_ADDED = {"calibrations": 2, "step_cache": 3, "cache_fits": 3}
+SCHEMA_VERSION = 5
+_ADDED = {"calibrations": 2, "step_cache": 3, "cache_fits": 3, "block_changes": 5}
 """The version that added an entry. A manifest stays what it was until it gets one, since its
 digest, which trust hangs on, is that of its text."""
 
@@ -103,6 +103,8 @@ class Manifest:
         calibrations: Calibrated plans, one entry per number of steps.
         step_cache: The step cache of a call that names none; None: every step computes.
         cache_fits: What was fitted for step caches of this model, one entry per kind.
+        block_changes: What the blocks had that the configuration does not say, such as an
+            attention processor: a description by class and place.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -123,6 +125,7 @@ class Manifest:
     calibrations: tuple[Calibration, ...] = ()
     step_cache: dict[str, Any] | None = None
     cache_fits: tuple[CacheFit, ...] = ()
+    block_changes: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def describe(
@@ -136,6 +139,7 @@ class Manifest:
         policy: Mapping[str, Any] | None = None,
         step_cache: Mapping[str, Any] | None = None,
         pipeline_defaults: Mapping[str, Any] | None = None,
+        block_changes: Mapping[str, str] | None = None,
     ) -> Manifest:
         """A manifest of a transformer and this machine, as yet without files.
 
@@ -148,10 +152,13 @@ class Manifest:
             policy: As the attribute.
             step_cache: As the attribute.
             pipeline_defaults: As the attribute.
+            block_changes: As the attribute.
         """
         parameter = next(transformer.parameters())
         config = public_config(transformer.config)  # type: ignore[arg-type]
         return cls(
+            # As old as its entries allow, so that as many versions as can read it.
+            schema_version=SCHEMA_VERSION if block_changes else _PLANS_WITH_CACHE,
             project_version=project_version,
             family=family,
             transformer_class=type(transformer).__name__,
@@ -165,6 +172,7 @@ class Manifest:
             policy=dict(policy) if policy else None,
             step_cache=dict(step_cache) if step_cache else None,
             pipeline_defaults=dict(pipeline_defaults or {}),
+            block_changes=dict(block_changes or {}),
         )
 
     def to_json(self) -> str:
@@ -251,12 +259,16 @@ def _plain_plans(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def mismatches(manifest: Manifest, transformer: nn.Module) -> list[str]:
+def mismatches(
+    manifest: Manifest, transformer: nn.Module, block_changes: Mapping[str, str] | None = None
+) -> list[str]:
     """Why an artifact does not fit a model and this machine.
 
     Args:
         manifest: The artifact's.
         transformer: The model to run it with.
+        block_changes: What its blocks have that its configuration does not say, as
+            `Manifest.block_changes`; not compared where None.
 
     Returns:
         One sentence for each reason, with what came, what is needed and what to do; empty when
@@ -268,6 +280,8 @@ def mismatches(manifest: Manifest, transformer: nn.Module) -> list[str]:
         return [f"model: compiled for {compiled}, got {name}; pass such a model, or compile this"]
     parameter = next(transformer.parameters())
     problems = _config_mismatches(manifest, public_config(transformer.config))  # type: ignore[arg-type]
+    if block_changes is not None:
+        problems += _block_mismatches(manifest.block_changes, block_changes)
     dtype = dtype_name(_dtype(transformer))
     if dtype != manifest.dtype:
         problems.append(
@@ -290,6 +304,19 @@ def _config_mismatches(manifest: Manifest, config: Mapping[str, Any]) -> list[st
         f"{config.get(name)!r}; load that model, or compile this one"
         for name in names
         if manifest.config.get(name) != config.get(name)
+    ]
+
+
+def _block_mismatches(compiled: Mapping[str, str], live: Mapping[str, str]) -> list[str]:
+    """The first of the places where blocks differ: one change shows in several."""
+    plain = "as the configuration says"
+    places = sorted(compiled.keys() | live.keys(), key=lambda one: (one.count("."), one))
+    changed = [place for place in places if compiled.get(place) != live.get(place)]
+    return [
+        f"blocks: {place} was {compiled.get(place, plain)} when compiled, the model has it "
+        f"{live.get(place, plain)}; change it before loading (attention processors: "
+        "transformer.set_attn_processor), or compile this model"
+        for place in changed[:1]
     ]
 
 

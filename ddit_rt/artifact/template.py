@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.artifact.plain import check_plain
+from ddit_rt.artifact.structure import base_of
 from ddit_rt.families.base import BlockType
 
 _PREFIX = "block."
@@ -85,7 +86,7 @@ class BlockTemplate(nn.Module):
             UnsupportedModelError: The block carries PEFT layers or hooks.
         """
         super().__init__()
-        _check_plain(block_type, block)
+        check_plain(block, block_type.name)
         self.block = copy_block(block)
         self._forward_block = block_type.forward
         if lora is not None:
@@ -102,29 +103,23 @@ class BlockTemplate(nn.Module):
 
 
 def copy_block(block: nn.Module) -> nn.Module:
-    """A new module tree over the same storage: no weight is copied, no attribute is shared."""
+    """A new module tree over the same storage: no weight is copied, no attribute is shared.
+
+    PEFT's layers are left out; `check_plain` has told that they change nothing.
+    """
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
         for parameter in block.parameters()
     }
     memo |= {id(buffer): buffer.detach() for buffer in block.buffers()}
-    return copy.deepcopy(block, memo).eval()
+    return _without_adapters(copy.deepcopy(block, memo)).eval()
 
 
-def _check_plain(block_type: BlockType, block: nn.Module) -> None:
-    for name, module in block.named_modules():
-        where = f"{block_type.name}.{name}".rstrip(".")
-        if hasattr(module, "base_layer"):
-            raise UnsupportedModelError(
-                f"{where} carries an adapter that is not fused ({type(module).__name__}): call "
-                "pipe.fuse_lora() and then pipe.unload_lora_weights(), or only the latter"
-            )
-        state = vars(module)
-        if "forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"]:
-            raise UnsupportedModelError(
-                f"{where} has a hook around its forward (offloading, caching, layerwise casting): "
-                "remove it first, e.g. with transformer.disable_cache() or pipe.remove_all_hooks()"
-            )
+def _without_adapters(module: nn.Module) -> nn.Module:
+    """PEFT's layers, where fused or idle, give way to those that they wrap."""
+    for name, child in list(module.named_children()):
+        setattr(module, name, _without_adapters(base_of(child)))
+    return module
 
 
 def _inject(block: nn.Module, block_type: BlockType, lora: LoraSpec) -> None:

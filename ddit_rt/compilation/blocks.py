@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from ddit_rt.artifact.constants import live_slots
 from ddit_rt.artifact.inputs import SYMBOLS, TokenRanges
 from ddit_rt.artifact.package import PackageInfo, package_path
 from ddit_rt.artifact.package import input_dtypes as resolve_dtypes
@@ -213,8 +214,8 @@ def _open_dims(spec: TensorSpec, ranges: TokenRanges) -> dict[int, Any]:
 
 
 def _signature(block: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    tensors: dict[str, Tensor] = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-    return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    tensors = {name: slot.read() for name, slot in live_slots(block).items()}
+    return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items() if t is not None}
 
 
 @contextlib.contextmanager

@@ -47,6 +47,7 @@ from ddit_rt.pipeline.inputs import (
     stored_policy,
     unwrap,
 )
+from ddit_rt.pipeline.live import LiveModel
 from ddit_rt.step_cache import StepCache
 from ddit_rt.torch_state import plain_defaults, shielded
 from ddit_rt.version import __version__
@@ -100,8 +101,8 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         An engine that is ready to run, and to `save`.
 
     Raises:
-        UnsupportedModelError: A model, pipeline or scheduler that no family handles, or one with
-            unfused adapters or hooks.
+        UnsupportedModelError: A model, pipeline or scheduler that no family handles, or a model
+            with what compiled blocks cannot honour, such as hooks or quantised weights.
         ShapeError: `height`, `width` or `num_frames` cannot be run.
         ValueError, TypeError: A value that is none for its name.
         CompileError: A block cannot be compiled; the message says what is missing.
@@ -110,6 +111,7 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     checks.flag("progress", progress)
     pipeline, transformer, family = unwrap(model)
     check_executor(executor, transformer)
+    live = LiveModel(family, transformer, pipeline)
     multiples = parse_multiples(patch_sizes)
     policy, cache = stored_policy(patch_policy, multiples), stored_cache(step_cache)
     defaults = default_sizes(pipeline, height, width, num_frames)
@@ -131,12 +133,13 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         policy=policy.to_dict() if policy else None,
         step_cache=cache.to_dict() if cache else None,
         pipeline_defaults=defaults,
+        block_changes=live.block_changes,
     )
     if backend == "eager":
         artifact = Artifact.unsaved(None, manifest)
     else:
         artifact = _compile_artifact(transformer, family, adapters, manifest, progress)
-    return _engine(pipeline, transformer, family, artifact, adapters, multiples, executor, progress)
+    return _engine(pipeline, live, family, artifact, adapters, multiples, executor, progress)
 
 
 def _compile_artifact(
@@ -202,6 +205,7 @@ def load(
         ArtifactError: Missing, truncated, tampered with, or of another schema.
         ArtifactMismatchError: It does not fit this model, torch build or machine; each reason
             comes with its remedy.
+        UnsupportedModelError: As for `compile`.
         UntrustedArtifactError: See `trust_code`.
         ValueError, TypeError: A value that is none for its name.
     """
@@ -213,9 +217,10 @@ def load(
     ):
         checks.flag(name, value)
     pipeline, transformer, family = unwrap(model)
+    live = LiveModel(family, transformer, pipeline)
     check_executor(executor, transformer)
     artifact = open_artifact(path, trust_code=trust_code)
-    problems = mismatches(artifact.manifest, transformer)
+    problems = mismatches(artifact.manifest, transformer, live.block_changes)
     if not check_weights:
         problems = [problem for problem in problems if not problem.startswith("weights:")]
     if problems:
@@ -228,12 +233,12 @@ def load(
     adapters = AdapterSet()
     if folder.exists():
         adapters = load_adapters(folder, family, transformer, check_base=check_weights)
-    return _engine(pipeline, transformer, family, artifact, adapters, multiples, executor, progress)
+    return _engine(pipeline, live, family, artifact, adapters, multiples, executor, progress)
 
 
 def _engine(
     pipeline: Any,
-    transformer: nn.Module,
+    live: LiveModel,
     family: Family,
     artifact: Artifact,
     adapters: AdapterSet,
@@ -243,15 +248,13 @@ def _engine(
 ) -> Engine:
     """Binds runners to the model's weights and puts the parts together."""
     make = _runner_maker(artifact)
+    transformer, *experts = live.models
     types = family.block_types(transformer)
-    experts = () if pipeline is None else family.experts(pipeline)
     total = sum(len(block_type.blocks(transformer)) for block_type in types)
     total *= 1 + len(experts) + sum(bool(one.lora) for one in adapters.adapters.values())
     with _progress_bar(progress, "load") as report:
         counter = _Counter(report, total)
-        base, *others = (
-            _runners(types, model, make, None, counter) for model in (transformer, *experts)
-        )
+        base, *others = (_runners(types, model, make, None, counter) for model in live.models)
         adapted = {
             multiple: _runners(types, transformer, make, adapter, counter) if adapter.lora else base
             for multiple, adapter in adapters.adapters.items()
@@ -266,6 +269,7 @@ def _engine(
             StepModel(family=family, transformer=model, base=runners)
             for model, runners in zip(experts, others, strict=True)
         ),
+        live=live,
     )
     return Engine(compiled, artifact, pipeline, executor)
 

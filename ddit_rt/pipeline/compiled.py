@@ -10,6 +10,7 @@ from ddit_rt.artifact import TokenRanges
 from ddit_rt.buckets import Runners, StepModel
 from ddit_rt.errors import ShapeError
 from ddit_rt.patch_scheduler import patch_name
+from ddit_rt.pipeline.live import LiveModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class CompiledModel:
         adapters: Trained adapters; a coarse size without one runs training-free.
         adapter_runners: Blocks with LoRA, by multiple, for every adapter.
         experts: Models of the same class and size that take over in later steps; in order.
+        live: What the models were when the engine was made; None without an engine.
     """
 
     steps: StepModel
@@ -31,6 +33,7 @@ class CompiledModel:
     adapters: AdapterSet = field(default_factory=AdapterSet)
     adapter_runners: Mapping[int, Runners] = field(default_factory=dict)
     experts: tuple[StepModel, ...] = ()
+    live: LiveModel | None = None
 
     @property
     def models(self) -> tuple[StepModel, ...]:

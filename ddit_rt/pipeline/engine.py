@@ -186,6 +186,7 @@ class Engine:
             )
         step_cache, guidance_interval = as_step_cache(step_cache), check_interval(guidance_interval)
         with self._lock:
+            self._planner.check_model()
             arguments = self._checked({"prompt": prompt, **arguments})
             choice = self._planner.choose(
                 patch_policy, lambda: requested_steps(self.pipeline, arguments), arguments
@@ -270,6 +271,7 @@ class Engine:
         if scheduler is None:
             scheduler = self._default_scheduler()
         with self._lock:
+            self._planner.check_model()
             scheduler = copy.deepcopy(check_scheduler(scheduler))
             choice = self._planner.choose(patch_policy, lambda: (steps, sigmas is not None), {})
             height, width = latents.shape[-2:]
@@ -311,6 +313,7 @@ class Engine:
         if projected:
             cache = replace(cache, use_ret_steps=True, first=1)
         with self._lock:
+            self._planner.check_model()
             scheduler = copy.deepcopy(self.pipeline.scheduler)
             call = self._compiled.steps.family.read_call(self.pipeline, scheduler, arguments)
             outline = self._outline(
@@ -352,31 +355,50 @@ class Engine:
     def fuse_lora(self, lora: Any, scale: float = 1.0, **load_arguments: Any) -> None:
         """Fuses a style LoRA into the weights. Nothing is compiled again.
 
+        Its layers for the text encoder and its norms are taken in too, as the pipeline's own
+        `load_lora_weights` does; a file of which a part has no place is refused. On any error
+        everything is as it was.
+
         Args:
             lora: What the pipeline's `load_lora_weights` takes.
-            scale: Strength.
-            load_arguments: Passed on to `load_lora_weights`; `load_into_transformer_2=True` is for
-                the second expert of Wan 2.2, which takes one of its own.
+            scale: Strength, a finite number.
+            load_arguments: As of `load_lora_weights`, such as `weight_name`;
+                `load_into_transformer_2=True` is for the second expert of Wan 2.2, which takes one
+                of its own.
+
+        Raises:
+            TypeError, ValueError: An argument that is none, an unreadable LoRA, or one while
+                another is fused.
+            UnsupportedModelError: A part of the LoRA has no place, or the pipeline has LoRA layers
+                of its own there.
         """
         if self.pipeline is None:
             raise UnsupportedModelError(
                 "fuse_lora loads through the pipeline; this engine has a bare transformer"
             )
         with self._lock:
+            self._planner.check_model()
             component = lora_component(load_arguments)
             if component in self._fused:
                 raise ValueError("a LoRA is fused already; call unfuse_lora() first")
-            self._fused[component] = FusedLora(self.pipeline, lora, scale, **load_arguments)
+            models = [model.transformer for model in self._compiled.models]
+            self._fused[component] = FusedLora(self.pipeline, lora, scale, models, **load_arguments)
 
     @without_autocast()
     def unfuse_lora(self) -> None:
-        """Restores the weights from before `fuse_lora`, bit for bit."""
+        """Restores the weights from before `fuse_lora`, bit for bit, in every model it changed.
+
+        Raises:
+            ValueError: No LoRA is fused, or the pipeline has fused another since.
+        """
         with self._lock:
             if not self._fused:
                 raise ValueError("no LoRA is fused; fuse_lora(...) comes first")
             for fused in self._fused.values():
-                fused.restore()
-            self._fused.clear()
+                fused.check_removable()
+            for component in list(self._fused):
+                self._fused[component].restore()
+                del self._fused[component]
 
     def _checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's arguments with the artifact's defaults, checked."""
@@ -404,8 +426,7 @@ class Engine:
         guidance_interval: tuple[float, float],
         step_cache: StepCache | None,
     ) -> Outline:
-        """Checks the weights, then fixes the run but for its prompt."""
-        self._planner.check_model()
+        """Fixes the run but for its prompt."""
         if self._compiled.rebind():
             self._loop.forget()
         return self._planner.outline(

@@ -10,6 +10,7 @@ from torch import nn
 
 from ddit_rt import checks
 from ddit_rt.adapters import AdapterSet, adaptable_layers, load_adapters
+from ddit_rt.artifact.plain import check_plain, check_unwrapped
 from ddit_rt.buckets import latent_frames
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.executor import FORMS
@@ -32,7 +33,9 @@ _NOT_STORED = "an artifact cannot hold one of a class of your own: pass it to th
 def unwrap(model: Any) -> tuple[Any, nn.Module, Family]:
     """Pipeline (or None), transformer and family of what the user passed."""
     if isinstance(model, nn.Module):
+        check_unwrapped(model, "transformer")
         family = family_of(model)
+        check_plain(model, "transformer")
         family.check_model(model, None)
         _check_device(model)
         return None, model, family
@@ -42,7 +45,9 @@ def unwrap(model: Any) -> tuple[Any, nn.Module, Family]:
             f"got a {type(model).__name__}; pass a diffusers pipeline with a transformer, or the "
             "transformer itself"
         )
+    check_unwrapped(transformer, "transformer")
     family = family_of(transformer)
+    check_plain(transformer, "transformer")
     _check_device(transformer)
     if type(model).__name__ not in family.pipeline_classes:
         raise UnsupportedModelError(

@@ -16,7 +16,6 @@ from ddit_rt.families.arguments import check_tensor
 from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, policy_from_dict
 from ddit_rt.pipeline.compiled import CompiledModel
 from ddit_rt.pipeline.inputs import check_policy
-from ddit_rt.pipeline.lora import refuse_unfused_lora
 from ddit_rt.pipeline.outline import Outline, outline_run
 from ddit_rt.pipeline.presets import (
     PolicyChoice,
@@ -79,14 +78,15 @@ class Planner:
         return replace(choice, notes=(*choice.notes, *notes))
 
     def check_model(self) -> None:
-        """Refuses a model that has changed device, or that runs with a LoRA beside its weights."""
+        """Refuses models that have changed device, or are not what the engine was made for."""
         for model in self._compiled.models:
             if model.device != self._device:
                 raise ArtifactMismatchError(
                     f"the model was on {self._device} when this engine was made and is on "
                     f"{model.device} now; move it back, or compile or load again"
                 )
-            refuse_unfused_lora(model.transformer)
+        if self._compiled.live is not None:
+            self._compiled.live.check()
 
     def outline(
         self,

@@ -63,6 +63,32 @@ def test_from_json_other_schema(manifest: Manifest) -> None:
         Manifest.from_json(edited(manifest, schema_version=99))
 
 
+def test_changes_of_blocks_stand_in_a_manifest_of_the_version_that_knows_them(
+    manifest: Manifest, transformer: FluxTransformer2DModel
+) -> None:
+    """Others stay readable for older versions."""
+    assert manifest.schema_version == 4
+    assert "block_changes" not in json.loads(manifest.to_json())
+    with pytest.raises(ArtifactError, match=r"unknown entries \['block_changes'\] in schema 4"):
+        Manifest.from_json(edited(manifest, block_changes={}))
+    changes = {"FluxTransformerBlock.attn.processor": "mine.Processor"}
+    changed = Manifest.describe(
+        transformer,
+        project_version="1.2.3",
+        family="flux",
+        ranges=TokenRanges(),
+        buckets=(),
+        block_changes=changes,
+    )
+    assert changed.schema_version == 5
+    assert Manifest.from_json(changed.to_json()) == changed
+    assert not mismatches(changed, transformer, changes)
+    (problem,) = mismatches(changed, transformer, {})
+    assert "attn.processor was mine.Processor when compiled" in problem
+    (problem,) = mismatches(manifest, transformer, changes)
+    assert "the model has it mine.Processor; change it before loading" in problem
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '"x"', "{}"])
 def test_from_json_no_manifest(text: str) -> None:
     with pytest.raises(ArtifactError, match="not JSON|has schema None"):
