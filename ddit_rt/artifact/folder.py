@@ -46,11 +46,10 @@ def unwritable(folder: Path) -> str:
     """Why nothing can be written to a folder, as the end of a sentence; empty if it can.
 
     Args:
-        folder: Made if need be.
+        folder: Where it does not exist, the nearest one above it is tried. None is made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=_existing(folder)) as file:
             file.write(bytes(4096))
     except OSError as error:
         return f"which cannot be written ({error.strerror})"
@@ -61,18 +60,23 @@ def no_place_for_code(folder: Path, room: int) -> str:
     """Why code cannot be written to a folder and run from there, as `unwritable`.
 
     Args:
-        folder: Made if need be.
+        folder: As for `unwritable`.
         room: Bytes that it has to hold.
     """
     if problem := unwritable(folder):
         return problem
-    status = os.statvfs(folder)
+    status = os.statvfs(_existing(folder))
     if status.f_flag & os.ST_NOEXEC:
         return "whose file system is mounted noexec, so that no code can be loaded from it"
     free = status.f_bavail * status.f_frsize
     if free < room:
         return f"which has {free >> 20} MiB of room for the {room >> 20} MiB that it may take"
     return ""
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def sync(path: Path) -> None:

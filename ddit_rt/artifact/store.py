@@ -121,6 +121,7 @@ class Artifact:
                 'nothing was compiled, so there is nothing to save: compile with backend="aot"'
             )
         require_savable(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replace_folder(path) as staging:
             for name in _all_files(self.manifest):
                 target = staging / name
@@ -137,7 +138,7 @@ def require_savable(path: str | Path) -> None:
     """Refuses a path at which no artifact can be saved.
 
     Args:
-        path: Where one is to go; its parent is made if need be.
+        path: Where one is to go.
 
     Raises:
         ArtifactError: Something else is there, its parent cannot be written, or the list of

@@ -11,7 +11,6 @@ The list is `trusted.json` in `$DDIT_RT_HOME`, by default `~/.cache/ddit_rt`.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -36,7 +35,7 @@ def trust_list_path() -> Path | None:
 
 
 def require_trust_list() -> Path:
-    """Where the user's list is, with its folder.
+    """Where the user's list is, which can be written.
 
     Raises:
         ArtifactError: It cannot be written; the message names the setting that helps.
@@ -48,8 +47,6 @@ def require_trust_list() -> Path:
             "this user has no home folder for the list of artifacts that were built here: set "
             f"{HOME_VARIABLE} to a folder that you can write"
         )
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if problem := unwritable(path.parent):
         raise ArtifactError(
             f"the list of artifacts that were built here is in {path.parent}, {problem}: set "
@@ -66,6 +63,7 @@ def trust(digest: str) -> None:
         digest: `Manifest.digest`.
     """
     path = require_trust_list()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
         digests = _read(path) | {digest}
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
