@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +16,10 @@ from scripted_runs import SHAPE, ScriptedBucket, assert_same_run, euler, scripte
 from torch import Tensor
 
 from ddit_rt.errors import StallError
-from ddit_rt.executor import CpuExecutor, CudaExecutor, RunPlan, RunTrace
+from ddit_rt.executor import CachePlan, CpuExecutor, CudaExecutor, RunPlan
 from ddit_rt.executor.graphs import stall_seconds
-from ddit_rt.patch_scheduler import DDiTPolicy, PatchPolicy, StaticPolicy
+from ddit_rt.patch_scheduler import StaticPolicy
+from ddit_rt.step_cache import CacheTable
 
 STEPS, HANGS = 6, 2
 SHORT_S = 0.05
@@ -170,55 +173,44 @@ def test_a_device_that_is_idle_and_not_done_is_told_apart(graphs: EmulatedGraphs
         executor.run(plan_of_p(), noise(*SHAPE))
 
 
-def drive(executor: CudaExecutor, plan: RunPlan, between: Callable[[], None]) -> RunTrace:
-    """A session whose steps something else takes."""
-    session = executor.open(plan, noise(*SHAPE), driver="test")
-    for step in range(STEPS):
-        between()
-        session.velocity(0, session.decide(step, noise(*SHAPE)), noise(*SHAPE))
-        session.end_step()
-    return session.close(cancelled=False)
-
-
-@pytest.mark.parametrize("policy", [StaticPolicy("p"), DDiTPolicy(tau=0.05)], ids=["p", "ddit"])
 def test_time_between_the_steps_of_a_session_is_not_the_device_s(
-    graphs: EmulatedGraphs, monkeypatch: pytest.MonkeyPatch, policy: PatchPolicy
+    graphs: EmulatedGraphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clock jumps by an hour before every step, and the device takes two looks for one."""
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0])
     monkeypatch.setattr("ddit_rt.executor.drive.time", clock)
-
-    def wait() -> None:
+    # With a step cache that never reuses, so that every decision is waited for.
+    computes = CacheTable(increments=(math.nan,) * STEPS, threshold=0.0)
+    plan = replace(plan_of_p(), cache=CachePlan(table=computes))
+    graphs.runtime.defer(True, queries=2)
+    session = CudaExecutor(graphs).open(plan, noise(*SHAPE), driver="test")
+    for step in range(STEPS):
         now[0] += 3600.0
         graphs.runtime.defer(True, queries=2)
-
-    plan = scripted_plan(policy, euler(STEPS))
-    assert len(drive(CudaExecutor(graphs), plan, wait)) == STEPS
+        session.velocity(0, session.decide(step, noise(*SHAPE)), noise(*SHAPE))
+        session.end_step()
+    now[0] += 3600.0
+    graphs.runtime.defer(True, queries=2)
+    assert len(session.close(cancelled=False)) == STEPS
     graphs.runtime.defer(False)
 
 
-def test_a_step_that_hangs_ends_a_session(graphs: EmulatedGraphs) -> None:
+def test_a_session_that_stalls_is_given_up(graphs: EmulatedGraphs) -> None:
     plan, executor = plan_of_p(), CudaExecutor(graphs)
-    device = Hanging(graphs, plan)
-    with device.running():
-        session = executor.open(plan, noise(*SHAPE), driver="test")
-
-        def run() -> None:
-            for step in range(STEPS):
-                session.velocity(0, session.decide(step, noise(*SHAPE)), noise(*SHAPE))
-                session.end_step()
-            session.close(cancelled=False)
-
-        with pytest.raises(StallError, match=f"step {HANGS} of {STEPS} .* did not end"):
-            run()
-        assert executor.captures == ()
-        assert session.close(cancelled=True).cancelled  # waits for nothing
-        with pytest.raises(StallError, match="still busy with a run that stalled before"):
-            executor.open(plan, noise(*SHAPE), driver="test")
-        device.release()
-        trace = drive(executor, plan, lambda: None)
-    assert len(trace) == STEPS
+    session = executor.open(plan, noise(*SHAPE), driver="test")
+    graphs.runtime.defer(True)
+    graphs.stall_seconds = SHORT_S
+    with pytest.raises(StallError, match="while the device is busy: the decision of step 0 of 6"):
+        session.close(cancelled=True)
+    assert executor.captures == ()
+    assert session.close(cancelled=True).cancelled  # and waits for nothing
+    with pytest.raises(StallError, match="still busy with a run that stalled before"):
+        executor.open(plan, noise(*SHAPE), driver="test")
+    graphs.runtime.run_pending()
+    graphs.runtime.defer(False)
+    graphs.stall_seconds = 60.0
+    executor.open(plan, noise(*SHAPE), driver="test").close(cancelled=True)
 
 
 class HangsInWarmUp(EmulatedGraphs):
