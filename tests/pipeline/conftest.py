@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from diffusers import FluxPipeline
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from models import tiny_pipeline
 
 import ddit_rt
@@ -28,3 +30,11 @@ def pipeline() -> FluxPipeline:
 def engine(artifact_path: Path, pipeline: FluxPipeline) -> ddit_rt.Engine:
     """The compiled engine, loaded for a fresh pipeline."""
     return ddit_rt.load(artifact_path, pipeline, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def own_backend() -> Iterator[None]:
+    """`set_attention_backend` sets it for the whole process."""
+    backend = _AttentionBackendRegistry._active_backend
+    yield
+    _AttentionBackendRegistry.set_active_backend(backend)
