@@ -104,6 +104,10 @@ def multistep() -> FluxPipeline:
 RUNS: dict[str, tuple[Callable[[], FluxPipeline], dict[str, Any]]] = {
     "adapters": (tiny_pipeline, {"patch_policy": MIXED}),
     "dynamic": (tiny_pipeline, {"patch_policy": ddit_rt.DDiTPolicy()}),
+    "the pipeline's own loop": (
+        tiny_pipeline,
+        {"patch_policy": ddit_rt.DDiTPolicy(), "callback_on_step_end": lambda *_: {}},
+    ),
     "multistep": (multistep, {"patch_policy": ddit_rt.FinePolicy()}),
     "step cache": (
         tiny_pipeline,
@@ -140,13 +144,19 @@ def test_compiled_engine_has_the_same_bits_in_any_state(engine: ddit_rt.Engine, 
     assert torch.equal(inside, expected)
 
 
-def test_denoise_computes_on_the_models_device_whatever_the_default_is() -> None:
+@pytest.mark.parametrize("callback", [None, lambda *_: None])
+def test_denoise_computes_on_the_models_device_whatever_the_default_is(callback: Any) -> None:
     """Not through the pipeline, whose own call fails with a default device that it is not on."""
     pipeline = tiny_pipeline()
     adapters, latents = random_adapters(pipeline), noise(1, 4, 16, 16)
     engine = adapted(pipeline, adapters)
     conditioning = tiny_conditioning(pipeline.transformer)
-    arguments: dict[str, Any] = {"num_inference_steps": 8, "patch_policy": MIXED, **conditioning}
+    arguments: dict[str, Any] = {
+        "num_inference_steps": 8,
+        "patch_policy": MIXED,
+        "callback": callback,
+        **conditioning,
+    }
     expected = engine.denoise(latents, **arguments)
     with default_device("meta"):
         inside = engine.denoise(latents, **arguments)
