@@ -113,25 +113,31 @@ def check_unwrapped(model: nn.Module, name: str) -> None:
         )
 
 
-def _refuse_quantised(model: nn.Module, name: str) -> None:
-    how, where = _quantised_by(model), ""
-    if how is None:
-        for path, module in model.named_modules():
-            held = (one for one in vars(module)["_parameters"].values() if one is not None)
-            for kind in (type(module), *map(type, held)):
-                how = how or _quantiser(kind)
+def quantised_by(model: nn.Module) -> str | None:
+    """With what, and where first, a model is quantised; None if it is not."""
+    whole = _quantiser_of(model)
+    if whole is not None:
+        return whole
+    for path, module in model.named_modules():
+        held = (one for one in vars(module)["_parameters"].values() if one is not None)
+        for kind in (type(module), *map(type, held)):
+            how = _quantiser(kind)
             if how is not None:
-                where = f" (first at {path})"
-                break
+                return f"{how} (first at {path})"
+    return None
+
+
+def _refuse_quantised(model: nn.Module, name: str) -> None:
+    how = quantised_by(model)
     if how is not None:
         raise UnsupportedModelError(
-            f"the {name} is quantised with {how}{where}, and compiled blocks compute with plain "
-            "tensors; load it in bfloat16 or float32 without a quantization_config (text encoders "
-            "may stay quantised)"
+            f"the {name} is quantised with {how}, and compiled blocks compute with plain tensors; "
+            "load it in bfloat16 or float32 without a quantization_config (text encoders may stay "
+            "quantised)"
         )
 
 
-def _quantised_by(model: nn.Module) -> str | None:
+def _quantiser_of(model: nn.Module) -> str | None:
     """What diffusers says of the model as a whole."""
     config = getattr(model, "config", None) or {}
     found = getattr(model, "quantization_method", None) or getattr(model, "hf_quantizer", None)

@@ -104,7 +104,7 @@ class LiveModel:
         pipeline = self._pipeline
         if pipeline is None:
             return
-        now = (pipeline.transformer, *self._family.experts(pipeline))
+        now = (getattr(pipeline, "transformer", None), *self._family.experts(pipeline))
         for index in range(max(len(now), len(self._models))):
             was = self._models.get(_name(index))
             live = now[index] if index < len(now) else None

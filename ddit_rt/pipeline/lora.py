@@ -15,6 +15,7 @@ from numbers import Real
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
 
 from ddit_rt.artifact.structure import base_of
@@ -121,9 +122,7 @@ class FusedLora:
                 for name, model in touched.items()
             ]
             for model in touched.values():
-                for layer in _adapter_layers(model):
-                    layer.scale_layer(scale)
-                    layer.merge(adapter_names=[_ADAPTER_NAME])
+                _merge(model, scale)
             for name, value in file.norms.items():
                 _parameter(touched["transformer"], name).copy_(value)
         except BaseException:
@@ -145,7 +144,7 @@ class _Frame:
             for module in model.modules()
         ]
         self._state = {k: v for k, v in vars(model).items() if k not in _TORCH_OWN}
-        self._trained = [(one, one.requires_grad) for one in model.parameters()]
+        self._weights = [(one, one.data, one.requires_grad) for one in model.parameters()]
 
     def restore(self) -> None:
         """Puts them back in their places."""
@@ -157,7 +156,11 @@ class _Frame:
         for name in own.keys() - self._state.keys() - _TORCH_OWN:
             del own[name]
         own.update(self._state)
-        for parameter, trained in self._trained:
+        for parameter, data, trained in self._weights:
+            if parameter.data_ptr() != data.data_ptr():
+                # DoRA is fused into a new tensor; the old one is what others may read.
+                data.copy_(parameter.data)
+                parameter.data = data
             parameter.requires_grad_(trained)
 
 
@@ -214,6 +217,14 @@ def _load(pipeline: Any, file: LoraFile, touched: Mapping[str, Any]) -> None:
             lora_scale=pipeline.lora_scale,
             **common,
         )
+
+
+def _merge(model: nn.Module, scale: float) -> None:
+    """Adds the factors' products to the weights, in the precision of these."""
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        for layer in _adapter_layers(model):
+            layer.scale_layer(scale)
+            layer.merge(adapter_names=[_ADAPTER_NAME])
 
 
 def _adapter_layers(model: nn.Module) -> Iterator[Any]:

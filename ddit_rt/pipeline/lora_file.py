@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ddit_rt.artifact.plain import quantised_by
 from ddit_rt.artifact.structure import parts
 from ddit_rt.errors import UnsupportedModelError
 
@@ -95,6 +96,7 @@ def read_lora(
     _refuse_not_finite(converted)
     norm_keys = getattr(pipeline, "_control_lora_supported_norm_keys", ())
     norms, layers, strange = _sort(converted, norm_keys, targets)
+    strange += [name for name in alphas or {} if name.partition(".")[0] not in targets]
     strange += _strange_norms(norms, targets[_PREFIX])
     for prefix, state in layers.items():
         strange += _check_layers(prefix, targets[prefix], state, alphas or {})
@@ -209,12 +211,19 @@ def _check_layers(
     prefix: str, model: nn.Module | None, state: Mapping[str, Tensor], alphas: Mapping[str, Any]
 ) -> list[str]:
     """Entries of one component that belong to none of its layers."""
+    scales = [name for name in alphas if name.startswith(f"{prefix}.")]
     if not state:
-        return []
+        return scales
     if model is None:
         raise UnsupportedModelError(
             f"the LoRA has layers for a {prefix}, and this pipeline has none; load the pipeline "
             f"with its {prefix}, or leave these layers out"
+        )
+    how = quantised_by(model)
+    if how is not None:
+        raise UnsupportedModelError(
+            f"the LoRA has layers for the {prefix}, which is quantised with {how}; load it in "
+            "bfloat16 or float32, or leave these layers out"
         )
     strange, found = _by_layer(_peft_names(prefix, model, state))
     modules = dict(parts(model))
@@ -226,13 +235,17 @@ def _check_layers(
         else:
             _check_shape(f"{prefix}.{path}", layer, factors)
             _refuse_fused_projection(prefix, path, modules)
-    own = [name for name in alphas if name.startswith(f"{prefix}.")]
-    strange += [name for name in own if _alpha_layer(name, prefix) not in found]
+    cut = _cut(prefix, model)
+    for name in scales:
+        path = name.removeprefix(f"{prefix}.").removeprefix(cut).removesuffix(".alpha")
+        if path not in found:
+            strange.append(name)
     return [name if name.startswith(f"{prefix}.") else f"{prefix}.{name}" for name in strange]
 
 
-def _alpha_layer(name: str, prefix: str) -> str:
-    return name.removeprefix(f"{prefix}.").removesuffix(".alpha")
+def _cut(prefix: str, model: nn.Module) -> str:
+    """What a file's names have in front that the model's have not: newer CLIP models are flat."""
+    return "text_model." if prefix == _TEXT and not hasattr(model, "text_model") else ""
 
 
 def _peft_names(prefix: str, model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -251,8 +264,7 @@ def _peft_names(prefix: str, model: nn.Module, state: Mapping[str, Tensor]) -> d
         renamed = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
     except ValueError:
         return own
-    # As in `load_lora_into_text_encoder`: newer CLIP models are flat.
-    cut = "" if hasattr(model, "text_model") else "text_model."
+    cut = _cut(prefix, model)
     return {name.removeprefix(cut): tensor for name, tensor in renamed.items()}
 
 

@@ -92,14 +92,49 @@ def old_names(pipeline: FluxPipeline) -> State:
     return state
 
 
-def flat_text_names(pipeline: FluxPipeline) -> State:
-    state = words(pipeline)
+def flat_text_names(pipeline: FluxPipeline, state: State | None = None) -> State:
+    state = state or words(pipeline)
     return {
         name.replace("encoder.encoder", "encoder.text_model.encoder"): state[name] for name in state
     }
 
 
-@pytest.mark.parametrize("make", [kohya, with_alphas, old_names, flat_text_names])
+def with_biases(pipeline: FluxPipeline) -> State:
+    state = style(pipeline)
+    ups = {name: value for name, value in state.items() if "lora_B" in name}
+    biases = {name.replace("lora_B.weight", "lora_B.bias"): one[:, 0] for name, one in ups.items()}
+    return state | biases
+
+
+def with_magnitudes(pipeline: FluxPipeline) -> State:
+    """DoRA as PEFT writes it, which diffusers takes."""
+    state = style(pipeline)
+    ups = {name: value for name, value in state.items() if "lora_B" in name}
+    return state | {
+        name.replace("lora_B.weight", "lora_magnitude_vector"): one[:, 0].abs() + 1
+        for name, one in ups.items()
+    }
+
+
+def with_alphas_of_words(pipeline: FluxPipeline) -> State:
+    state = words(pipeline)
+    names = {name.rsplit(".lora_", 1)[0] for name in state}
+    return state | {f"{name}.alpha": torch.tensor(2.0) for name in names}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        kohya,
+        with_alphas,
+        with_alphas_of_words,
+        with_biases,
+        with_magnitudes,
+        old_names,
+        flat_text_names,
+        lambda pipeline: flat_text_names(pipeline, with_alphas_of_words(pipeline)),
+    ],
+)
 def test_formats_act_as_in_diffusers(
     pipe: FluxPipeline, make: Callable[[FluxPipeline], State], tmp_path: Path
 ) -> None:
@@ -113,10 +148,12 @@ def test_formats_act_as_in_diffusers(
     save_file({name: value.contiguous() for name, value in lora.items()}, file)
     engine = eager(pipe)
     names = set(lora)
+    before = everything(pipe)
     for source in (lora, file, str(file)):
         engine.fuse_lora(source)
         torch.testing.assert_close(run(engine), expected, rtol=0, atol=2e-6)
         engine.unfuse_lora()
+        check_unchanged(pipe, before)
     engine.fuse_lora(str(tmp_path), weight_name=file.name)
     torch.testing.assert_close(run(engine), expected, rtol=0, atol=2e-6)
     assert set(lora) == names  # diffusers takes alphas out of the caller's own
@@ -237,6 +274,27 @@ def test_two_engines_of_one_pipeline_take_turns(pipe: FluxPipeline) -> None:
     second.fuse_lora(words(pipe))
     second.unfuse_lora()
     check_unchanged(pipe, before)
+
+
+def test_pipelines_of_one_transformer_take_turns(pipe: FluxPipeline) -> None:
+    first, second = eager(pipe), eager(FluxPipeline(**pipe.components))
+    first.fuse_lora(style(pipe))
+    with pytest.raises(ValueError, match="another engine has fused"):
+        second.fuse_lora(style(pipe))
+
+
+def test_autocast_takes_no_precision_from_the_weights(pipe: FluxPipeline) -> None:
+    other = speaking_pipeline()
+    eager(other).fuse_lora(style(other) | words(other))
+    engine = eager(pipe)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        engine.fuse_lora(style(pipe) | words(pipe))
+    for one, same in zip(weights(pipe), weights(other), strict=True):
+        assert torch.equal(one, same)
+
+
+def weights(pipeline: FluxPipeline) -> list[Tensor]:
+    return [*pipeline.transformer.parameters(), *pipeline.text_encoder.parameters()]
 
 
 def test_an_engine_that_is_gone_holds_nobody_up(pipe: FluxPipeline) -> None:

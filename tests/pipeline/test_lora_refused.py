@@ -104,6 +104,14 @@ REFUSED: dict[str, tuple[Callable[[FluxPipeline], Any], str]] = {
         lambda pipe: style(pipe) | {"transformer.proj_out.alpha": torch.tensor(1.0)},
         r"proj_out\.alpha",
     ),
+    "an alpha for words without words": (
+        lambda pipe: style(pipe) | {"text_encoder.encoder.layers.0.mlp.fc1.alpha": torch.ones(())},
+        r"fc1\.alpha",
+    ),
+    "an alpha of another model": (
+        lambda pipe: style(pipe) | {"unet.x.alpha": torch.ones(())},
+        r"unet\.x\.alpha",
+    ),
     "words that are not there": (
         lambda pipe: renamed(words(pipe), "layers.0", "layers.5"),
         r"text_encoder\.encoder\.layers\.5",
@@ -162,6 +170,13 @@ def test_words_without_a_text_encoder_are_refused(pipe: FluxPipeline) -> None:
     engine = eager(pipe)
     with pytest.raises(UnsupportedModelError, match="layers for a text_encoder.*has none"):
         engine.fuse_lora(lora)
+
+
+def test_words_for_a_quantised_text_encoder_are_refused(pipe: FluxPipeline) -> None:
+    lora = words(pipe)
+    pipe.text_encoder.quantization_method = "bitsandbytes"
+    with pytest.raises(UnsupportedModelError, match="text_encoder, which is quantised with bits"):
+        eager(pipe).fuse_lora(lora)
 
 
 @pytest.mark.parametrize(
