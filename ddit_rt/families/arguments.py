@@ -198,21 +198,23 @@ def check_callback(name: str, value: Any) -> Any:
     return value
 
 
-def check_text_encoders(pipeline: Any, *, prompt: bool, negative: bool) -> None:
+def check_text_encoders(pipeline: Any, call: Mapping[str, Any], *, guided: bool) -> None:
     """Refuses texts for a pipeline that has nothing to encode them with.
 
     Args:
         pipeline: The pipeline; an `encode_prompt` that is not diffusers' own may do without.
-        prompt: Whether the prompt comes as text.
-        negative: Whether the negative one does, where it counts; none at all is an empty text.
+        call: All arguments of its call.
+        guided: Whether there is classifier-free guidance. Without a negative prompt its text is
+            empty, but a text.
 
     Raises:
         ValueError: See above.
     """
+    negative = guided and call["negative_prompt_embeds"] is None
     missing = [name for name in _ENCODERS if getattr(pipeline, name, pipeline) is None]
     own = str(getattr(pipeline.encode_prompt, "__module__", "")).startswith("diffusers.")
-    if (prompt or negative) and missing and own:
-        which = "prompt" if prompt else "negative_prompt"
+    if own and missing and (negative or call["prompt"] is not None):
+        which = "prompt" if call["prompt"] is not None else "negative_prompt"
         raise ValueError(
             f"got {which} as text for a pipeline without {', '.join(missing)}; pass "
             f"{which}_embeds, or load what is missing"

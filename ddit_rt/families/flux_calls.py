@@ -14,7 +14,6 @@ from ddit_rt.families.arguments import (
     check_exclusive,
     check_given_embeds,
     check_output,
-    check_text_encoders,
     is_empty,
 )
 from ddit_rt.families.calls import PipelineCall, batch_of, prompts_of
@@ -59,7 +58,9 @@ def ignored_arguments(given: Mapping[str, Any], *, distilled: bool) -> tuple[str
         distilled: Whether the model takes `guidance_scale`.
     """
     notes = []
-    if not distilled and given.get("guidance_scale"):
+    # A callback may read it.
+    unread = given.get("callback_on_step_end") is None
+    if not distilled and unread and given.get("guidance_scale"):
         notes.append(
             f"guidance_scale={given['guidance_scale']:g} is ignored: this model was made without "
             "guidance embeddings (guidance_embeds=False)"
@@ -106,8 +107,6 @@ def check_inputs(pipeline: Any, call: Mapping[str, Any]) -> None:
     texts = ("prompt_2", "negative_prompt", "negative_prompt_2")
     check_counts(call, texts, prompts_of(call))
     check_output(pipeline, call)
-    negative = wants_true_cfg(call) and call["negative_prompt"] is not None
-    check_text_encoders(pipeline, prompt=call["prompt"] is not None, negative=negative)
 
 
 def encode_prompts(pipeline: Any, checked: PipelineCall) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ from ddit_rt.families.arguments import (
     check_exclusive,
     check_given_embeds,
     check_output,
-    check_text_encoders,
 )
 from ddit_rt.families.calls import PipelineCall, batch_of
 from ddit_rt.torch_state import callers_modes
@@ -78,8 +77,6 @@ def checked_batch(pipeline: Any, call: Mapping[str, Any]) -> int:
         shape = ("text tokens", pipeline.transformer.config.text_dim)
         check_given_embeds(name, call[name], shape, batch, "num_videos_per_prompt")
     check_output(pipeline, call)
-    negative = call["guidance_scale"] > 1 and call["negative_prompt_embeds"] is None
-    check_text_encoders(pipeline, prompt=call["prompt"] is not None, negative=negative)
     return batch
 
 

@@ -17,7 +17,7 @@ from ddit_rt.artifact import Artifact
 from ddit_rt.buckets import latent_frames
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.executor import CaptureReport, ProgressCallback, RunPlan, RunTrace
-from ddit_rt.families.arguments import check_callback
+from ddit_rt.families.arguments import check_callback, check_text_encoders
 from ddit_rt.families.calls import PipelineCall
 from ddit_rt.patch_scheduler import FinePolicy, PatchPolicy
 from ddit_rt.pipeline.caching import as_step_cache
@@ -207,6 +207,7 @@ class Engine:
                 guidance_interval=guidance_interval,
                 step_cache=step_cache,
             )
+            check_text_encoders(self.pipeline, call.arguments, guided=call.guided)
             if problem or arguments.get("callback_on_step_end") is not None:
                 return self._drive(outline, call, scheduler, arguments, problem)
             prepared = family.encode_call(self.pipeline, scheduler, call)
