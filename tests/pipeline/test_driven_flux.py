@@ -369,3 +369,17 @@ def test_a_callback_object_is_asked_what_it_needs() -> None:
         for more in ({}, names)
     ]
     assert torch.equal(*runs_of)
+
+
+def test_what_compile_left_on_the_transformer_is_not_called() -> None:
+    """`transformer.compile()` puts a function before `forward`; the engine's own blocks run."""
+    pipeline = tiny_pipeline()
+    expected = latents_of(pipeline(**CALL, **tiny_embeds(), generator=seeded()))
+    engine = eager(pipeline)
+    pipeline.transformer.compile(backend="eager")
+    compiled = vars(pipeline.transformer)["_compiled_call_impl"]
+    call = {**CALL, **tiny_embeds(), "patch_policy": FINE, "callback_on_step_end": keep}
+    assert_equal(latents_of(engine(**call, generator=seeded())), expected)
+    assert engine.last_trace is not None
+    assert len(engine.last_trace) == 6
+    assert vars(pipeline.transformer)["_compiled_call_impl"] is compiled
