@@ -186,7 +186,7 @@ class Engine:
             )
         step_cache, guidance_interval = as_step_cache(step_cache), check_interval(guidance_interval)
         with self._lock:
-            self._planner.check_model()
+            self._check_state()
             arguments = self._checked({"prompt": prompt, **arguments})
             choice = self._planner.choose(
                 patch_policy, lambda: requested_steps(self.pipeline, arguments), arguments
@@ -272,7 +272,7 @@ class Engine:
         if scheduler is None:
             scheduler = self._default_scheduler()
         with self._lock:
-            self._planner.check_model()
+            self._check_state()
             scheduler = copy.deepcopy(check_scheduler(scheduler))
             choice = self._planner.choose(patch_policy, lambda: (steps, sigmas is not None), {})
             height, width = latents.shape[-2:]
@@ -314,7 +314,7 @@ class Engine:
         if projected:
             cache = replace(cache, use_ret_steps=True, first=1)
         with self._lock:
-            self._planner.check_model()
+            self._check_state()
             scheduler = copy.deepcopy(self.pipeline.scheduler)
             call = self._compiled.steps.family.read_call(self.pipeline, scheduler, arguments)
             outline = self._outline(
@@ -378,7 +378,7 @@ class Engine:
                 "fuse_lora loads through the pipeline; this engine has a bare transformer"
             )
         with self._lock:
-            self._planner.check_model()
+            self._check_state()
             component = lora_component(load_arguments)
             if component in self._fused:
                 raise ValueError("a LoRA is fused already; call unfuse_lora() first")
@@ -400,6 +400,11 @@ class Engine:
             for component in list(self._fused):
                 self._fused[component].restore()
                 del self._fused[component]
+
+    def _check_state(self) -> None:
+        """Refuses a call from within a run, and a model that is not what was compiled."""
+        self._loop.check_alone()
+        self._planner.check_model()
 
     def _checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's arguments with the artifact's defaults, checked."""

@@ -147,14 +147,17 @@ class Loop:
                 raise
             self.trace = run.close()
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One run at a time: what a shape has captured holds one run's latents."""
+    def check_alone(self) -> None:
+        """Refuses a second run within a run: what a shape has captured holds one run's latents."""
         if self._running:
             raise ValueError(
                 "a callback called the engine whose run it belongs to; let the run end first, or "
                 "call another engine"
             )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.check_alone()
         self._running = True
         self._cancelled.clear()
         try:

@@ -29,6 +29,19 @@ def test_overhead_of_a_null_model_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
+def test_quick_run_sets_the_pipelines_loop_beside_the_tables(tmp_path: Path) -> None:
+    out = tmp_path / "drivers.json"
+    assert import_module("bench_drivers").main(["--quick", "--out", str(out)]) == 0
+    runs = {(run["model"], run["plan"]): run for run in strict(out)["runs"]}
+    assert len(runs) == 6
+    for (model, plan), run in runs.items():
+        names = {"table", "pipeline"} | ({"table_apart"} if model == "demo-video" else set())
+        assert set(run["microseconds"]) == names | ({"diffusers"} if plan == "fine" else set())
+        assert run["relative_error"] < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
 def test_quick_run_compares_all_contenders(tmp_path: Path) -> None:
     out = tmp_path / "quick.json"
     arguments = ["--quick", "--batches", "1", "--out", str(out)]

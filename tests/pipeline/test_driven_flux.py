@@ -8,12 +8,13 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from driving import CALLBACKS, FINE, assert_equal, keep, latents_of, relative_error, runs
-from models import seeded, tiny_embeds, tiny_pipeline
+from models import noise, seeded, tiny_conditioning, tiny_embeds, tiny_pipeline
 from torch import Tensor
 
 import ddit_rt
 from ddit_rt import DDiTPolicy, Engine, PatchPolicy, StaticPolicy, TeaCache
 from ddit_rt.errors import RunCancelled, ShapeError, UnsupportedModelError
+from ddit_rt.families.flux import FluxFamily
 
 CALL = {"height": 64, "width": 64, "num_inference_steps": 6, "output_type": "latent"}
 NEGATIVE = tiny_embeds(seed=9)
@@ -97,7 +98,7 @@ def test_a_preview_decodes_what_it_is_given_in_half_precision() -> None:
 
 
 def test_the_callback_sees_the_users_own_pipeline() -> None:
-    pipeline = tiny_pipeline()
+    pipeline = tiny_pipeline(guidance_embeds=True)
     engine = eager(pipeline)
     states: list[list[Any]] = []
 
@@ -196,15 +197,22 @@ def test_half_precision_does_not_blind_the_policy() -> None:
 
 
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.34, 0.67)])
-def test_a_guidance_interval_holds(interval: tuple[float, float]) -> None:
+def test_a_guidance_interval_holds(
+    interval: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = tiny_pipeline()
     engine = eager(pipeline)
     call = {**CALL, **tiny_embeds(), **GUIDED, "guidance_interval": interval, "patch_policy": FINE}
     table = latents_of(engine(**call, generator=seeded()))
     calls: list[int] = []
-    hook = pipeline.transformer.x_embedder.register_forward_hook(lambda *_: calls.append(1))
+    run_blocks = FluxFamily.run_blocks
+
+    def counted(self: FluxFamily, *args: Any) -> Tensor:
+        calls.append(1)
+        return run_blocks(self, *args)
+
+    monkeypatch.setattr(FluxFamily, "run_blocks", counted)
     driven = latents_of(engine(**call, generator=seeded(), callback_on_step_end=keep))
-    hook.remove()
     assert_equal(driven, table)
     assert len(calls) == (12 if interval == (0.0, 1.0) else 8)  # the other half is not run
 
@@ -311,12 +319,13 @@ def test_a_prompt_of_another_length_is_refused_in_the_middle() -> None:
 
 def test_a_callback_cannot_start_another_run_of_its_engine() -> None:
     engine = eager(tiny_pipeline())
-
-    def again(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
-        return engine(**CALL, **tiny_embeds())
-
-    with pytest.raises(ValueError, match="let the run end first"):
-        engine(**CALL, **tiny_embeds(), callback_on_step_end=again)
+    conditioning = tiny_conditioning(engine.pipeline.transformer)
+    for again in (
+        lambda *_: engine(**CALL, **tiny_embeds()),
+        lambda *_: engine.denoise(noise(1, 4, 16, 16), **conditioning),
+    ):
+        with pytest.raises(ValueError, match="let the run end first"):
+            engine(**CALL, **tiny_embeds(), callback_on_step_end=again)
     engine(**CALL, **tiny_embeds())
 
 
@@ -360,3 +369,17 @@ def test_a_callback_object_is_asked_what_it_needs() -> None:
         for more in ({}, names)
     ]
     assert torch.equal(*runs_of)
+
+
+def test_what_compile_left_on_the_transformer_is_not_called() -> None:
+    """`transformer.compile()` puts a function before `forward`; the engine's own blocks run."""
+    pipeline = tiny_pipeline()
+    expected = latents_of(pipeline(**CALL, **tiny_embeds(), generator=seeded()))
+    engine = eager(pipeline)
+    pipeline.transformer.compile(backend="eager")
+    compiled = vars(pipeline.transformer)["_compiled_call_impl"]
+    call = {**CALL, **tiny_embeds(), "patch_policy": FINE, "callback_on_step_end": keep}
+    assert_equal(latents_of(engine(**call, generator=seeded())), expected)
+    assert engine.last_trace is not None
+    assert len(engine.last_trace) == 6
+    assert vars(pipeline.transformer)["_compiled_call_impl"] is compiled

@@ -124,10 +124,12 @@ def test_a_callback_that_changes_nothing_changes_nothing(
     assert_equal(driven, table, tolerance=2e-6)
 
 
-def test_scores_over_repeated_noise_levels_are_refused_before_any_work() -> None:
+def test_scores_over_repeated_noise_levels_are_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pipeline = wan_pipeline(heun())
     engine = eager(pipeline)
-    pipeline.text_encoder = None  # it would be missed
+    monkeypatch.setattr(pipeline.text_encoder, "forward", lambda *_, **__: 1 / 0)
     with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler visits.*StaticPolicy"):
         engine(**{**CALL, "height": 128}, callback_on_step_end=keep)
     assert engine.last_trace is None

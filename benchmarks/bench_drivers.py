@@ -1,0 +1,189 @@
+"""What it costs that the pipeline's own loop drives a run, beside the loop that a table drives.
+
+    python benchmarks/bench_drivers.py [--out benchmarks/results/drivers_cpu.json] [--quick]
+
+The same call, noise and plan with and without a callback that changes nothing, on the demo models:
+pictures (FLUX) without guidance, and clips (Wan), guided, so with two passes a step. There the
+table-driven loop runs the passes as one batch, its default, and one after the other, as the
+pipeline's loop always does. Diffusers' own pipeline stands beside them. Whole calls without VAE,
+text encoders included, in all alike. Contenders take turns; medians over the rounds.
+`--quick` runs uncompiled and once, to see that the script works.
+
+Schema, version 1: `machine`, `versions`, `backend`; `runs`: one entry per model and plan:
+
+- `model`, `plan`, `steps`, `guided`.
+- `microseconds`: per step, `median`, `min` and `max` of `table`, `table_apart` (guided runs only),
+  `pipeline` and, at the plan `fine`, `diffusers`.
+- `added`: what `pipeline` takes more than the table-driven run of equal passes, per step.
+- `ratio`: `pipeline` over `table`.
+- `relative_error`: largest difference of the final latents of the two, in units of the largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+import ddit_rt
+from ddit_rt.demo import model_path, video_model_path
+from ddit_rt.demo.clips import ClipConfig
+from ddit_rt.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH, VIDEO_PROMPTS
+from ddit_rt.demo.report import machine, versions
+
+RESULT = Path(__file__).parent / "results" / "drivers_cpu.json"
+PLANS: dict[str, ddit_rt.PatchPolicy] = {
+    "fine": ddit_rt.FinePolicy(),
+    "static": ddit_rt.StaticPolicy("p:0.2,4p:0.3,2p:0.3,p"),
+    "dynamic": ddit_rt.DDiTPolicy(),
+}
+CLIP = ClipConfig()
+MODELS: dict[str, tuple[Callable[[], Path], dict[str, Any]]] = {
+    "demo": (model_path, {"prompt": DEMO_PROMPTS[0], "height": 128, "width": 128}),
+    "demo-video": (
+        video_model_path,
+        {
+            "prompt": VIDEO_PROMPTS[0],
+            "height": CLIP.height,
+            "width": CLIP.width,
+            "num_frames": CLIP.frames,
+        },
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the measurements."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--quick", action="store_true", help="uncompiled, one round of six steps")
+    args = parser.parse_args(argv)
+    rounds, steps, backend = args.rounds, args.steps, "aot"
+    if args.quick:
+        rounds, steps, backend = 1, 6, "eager"
+    report: dict[str, Any] = {
+        "schema_version": 1,
+        "machine": machine(),
+        "versions": versions(),
+        "backend": backend,
+        "runs": [
+            run
+            for name, (path, call) in MODELS.items()
+            for run in runs_of(name, path(), {**call, **common(steps)}, rounds, backend)
+        ],
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    print(f"wrote {args.out}", file=sys.stderr)
+    return 0
+
+
+def common(steps: int) -> dict[str, Any]:
+    """Arguments of every call."""
+    return {
+        "num_inference_steps": steps,
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+        "output_type": "latent",
+    }
+
+
+def runs_of(
+    name: str, path: Path, call: Mapping[str, Any], rounds: int, backend: str
+) -> list[dict[str, Any]]:
+    """Every plan of one model."""
+    pipeline = DiffusionPipeline.from_pretrained(path)
+    pipeline.set_progress_bar_config(disable=True)
+    size = {name: call[name] for name in ("height", "width", "num_frames") if name in call}
+    engine = ddit_rt.compile(pipeline, backend=backend, progress=False, **size)
+    return [measure(name, plan, pipeline, engine, call, rounds) for plan in PLANS]
+
+
+def measure(
+    name: str,
+    plan: str,
+    pipeline: Any,
+    engine: ddit_rt.Engine,
+    call: Mapping[str, Any],
+    rounds: int,
+) -> dict[str, Any]:
+    """One plan of one model."""
+    guided = name == "demo-video"
+    own = {**call, "patch_policy": PLANS[plan]}
+    calls: dict[str, Callable[[], Any]] = {
+        "table": lambda: generate(engine, own),
+        "pipeline": lambda: generate(engine, {**own, "callback_on_step_end": keep}),
+    }
+    if guided:
+        calls["table_apart"] = lambda: apart(engine, own)
+    if plan == "fine":
+        calls["diffusers"] = lambda: generate(pipeline, call)
+    steps = int(call["num_inference_steps"])
+    times, finals = rounds_of(calls, rounds, steps)
+    equal_passes = times["table_apart" if guided else "table"]["median"]
+    error = (finals["pipeline"] - finals["table"]).abs().max() / finals["table"].abs().max()
+    return {
+        "model": name,
+        "plan": plan,
+        "steps": steps,
+        "guided": guided,
+        "microseconds": times,
+        "added": times["pipeline"]["median"] - equal_passes,
+        "ratio": times["pipeline"]["median"] / times["table"]["median"],
+        "relative_error": float(error),
+    }
+
+
+def keep(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """A callback that changes nothing."""
+    del step, timestep
+    return tensors
+
+
+def generate(run: Callable[..., Any], call: Mapping[str, Any]) -> Tensor:
+    """Final latents of a call."""
+    result = run(**call, generator=torch.Generator().manual_seed(0))
+    latents = result.images if hasattr(result, "images") else result.frames
+    assert isinstance(latents, Tensor)
+    return latents
+
+
+def apart(engine: ddit_rt.Engine, call: Mapping[str, Any]) -> Tensor:
+    """The same with the passes of guidance one after the other."""
+    engine.batched_guidance = False
+    try:
+        return generate(engine, call)
+    finally:
+        engine.batched_guidance = True
+
+
+def rounds_of(
+    calls: Mapping[str, Callable[[], Tensor]], rounds: int, steps: int
+) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
+    """Microseconds per step of every call over interleaved rounds, and what it gave."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    finals: dict[str, Tensor] = {}
+    for index in range(rounds + 1):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            finals[name] = call()
+            if index:  # the first round warms up
+                times[name].append((time.perf_counter() - started) * 1e6 / steps)
+    return {
+        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        for name, values in times.items()
+    }, finals
+
+
+if __name__ == "__main__":
+    sys.exit(main())
