@@ -16,6 +16,7 @@ from ddit_rt import DDiTPolicy, TokenRanges
 from ddit_rt.executor.cpu import _RunState
 from ddit_rt.pipeline.memory import memory_of
 from ddit_rt.pipeline.presets import ResolvedPolicy
+from ddit_rt.solver import probe_scheduler
 
 STEPS = 12
 SMALL = 64
@@ -33,11 +34,17 @@ def held(engine: ddit_rt.Engine, conditioning: dict[str, Tensor], shape: tuple[i
     model, pipeline = engine._compiled.steps, engine.pipeline
     grid = model.grid(*shape[-2:], frames=shape[2] if len(shape) == 5 else 0)
     model.family.set_timesteps(pipeline.scheduler, STEPS, None, grid)
-    choice = ResolvedPolicy(policy=DDiTPolicy())
-    plan, prompt = engine._plan(
-        torch.zeros(shape), conditioning, pipeline.scheduler, choice, (0.0, 1.0), None
+    outline = engine._outline(
+        shape,
+        pipeline.scheduler,
+        probe_scheduler(pipeline.scheduler),
+        ResolvedPolicy(policy=DDiTPolicy()),
+        guided=model.family.guidance(conditioning) is not None,
+        guidance_interval=(0.0, 1.0),
+        step_cache=None,
     )
-    return plan, prompt, _RunState(plan, torch.zeros(shape))
+    plan = engine._plan(outline, conditioning)
+    return plan, _RunState(plan, torch.zeros(shape))
 
 
 def run_of(kind: str) -> tuple[DiffusionPipeline, dict[str, Tensor], dict[str, int]]:
@@ -61,15 +68,16 @@ def test_counted_memory_is_what_a_run_holds(kind: str, batched: bool) -> None:
     counted = memory_of(engine.artifact, pipeline, STEPS)
     family = engine._compiled.steps.family
     shape = family.latent_shape(pipeline, size["height"], size["width"], 1, size.get("num_frames"))
-    plan, prompt, state = held(engine, conditioning, shape)
+    plan, state = held(engine, conditioning, shape)
     assert counted.history_bytes == bytes_of(state.history)
     assert counted.velocities_bytes == bytes_of(state._velocities)
     (estimate, _) = plan.shared[-2:]
     assert counted.detail_bytes == estimate.nbytes == counted.latent_bytes
-    assert counted.text_bytes == sum(one.text.nbytes for own in prompt.passes for one in own)
+    texts = [tensor for tensor in plan.shared if tensor.ndim == 3]  # [B, T, d] of every pass
+    assert counted.text_bytes == sum(text.nbytes for text in texts)
     for entry, bucket in zip(counted.buckets, plan.buckets[0], strict=True):
         # Two passes hold positions of their own; as one batch they share them.
-        positions = entry.positions_bytes * len(prompt.passes[0])
+        positions = entry.positions_bytes * len(texts)
         parts = positions + entry.modulation_bytes + entry.correction_bytes
         difference = sum(tensor.nbytes for tensor in bucket.tensors()) - parts
         assert 0 <= difference <= SMALL, entry.patch
