@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from extras import need
 
 from ddit_rt.cli import main, options
 from ddit_rt.cli.main import build_parser
@@ -96,6 +97,8 @@ def test_bad_value_is_one_line_and_exit_2(
     arguments: list[str],
     message: str,
 ) -> None:
+    if arguments[:1] == ["eval"]:
+        need("torchmetrics")  # told of before the files are read
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("mine")
     Path("bytes.txt").write_bytes(b"\xff\xfe")
