@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from extras import need
 
 from ddit_rt import ops
 from ddit_rt.adapters import AdapterConfig, AdapterSet, PatchAdapter, save_adapters
@@ -47,6 +48,7 @@ def folders(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def test_quick_run_matches_costs_and_goes_on_from_what_it_kept(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    need("matplotlib", "torchmetrics")
     out, cache = tmp_path / "quick.json", tmp_path / "cache"
     arguments = ["--quick", "--out", str(out), "--cache", str(cache)]
     arguments += ["--adapters-snr", str(folders["snr"]), "--adapters-paper", str(folders["paper"])]
@@ -72,6 +74,7 @@ def test_quick_run_matches_costs_and_goes_on_from_what_it_kept(
 def test_quick_clips_are_compared_frame_by_frame_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    need("matplotlib", "torchmetrics")
     out, cache = tmp_path / "quick.json", tmp_path / "cache"
     arguments = ["--quick", "--out", str(out), "--cache", str(cache), "--tables", "video"]
     bench = import_module("bench_quality")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from extras import need
 
 
 def strict(path: Path) -> dict[str, Any]:
@@ -43,6 +44,7 @@ def test_quick_run_sets_the_pipelines_loop_beside_the_tables(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_quick_run_compares_all_contenders(tmp_path: Path) -> None:
+    need("torchmetrics")
     out = tmp_path / "quick.json"
     arguments = ["--quick", "--batches", "1", "--out", str(out)]
     assert import_module("bench_cpu").main(arguments) == 0

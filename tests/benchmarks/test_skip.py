@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from extras import need
 from wan_models import TEXT_TOKENS, wan_pipeline
 
 import ddit_rt
@@ -33,6 +34,7 @@ def strict(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    need("torchmetrics")
     out = tmp_path_factory.mktemp("skip") / "quick.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
@@ -272,6 +274,7 @@ def test_answers_join_to_the_least_favourable(answers: list[str], answer: str) -
 
 
 def test_clips_are_compared_frame_by_frame_and_by_flicker(tmp_path: Path) -> None:
+    need("torchmetrics")
     bench, models = import_module("bench_skip"), import_module("skip_models")
     model = models.SkipModel(
         name="tiny",
@@ -302,6 +305,7 @@ def test_clips_are_compared_frame_by_frame_and_by_flicker(tmp_path: Path) -> Non
 
 
 def test_flicker_is_the_error_of_the_change_between_frames() -> None:
+    need("torchmetrics")
     closeness = import_module("skip_models").clip_closeness
     still = np.zeros((3, 16, 16, 3), np.uint8)
     darker, blinking = still + 51, still.copy()

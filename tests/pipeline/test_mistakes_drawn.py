@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from models import noise, seeded, tiny_conditioning, tiny_embeds, tiny_pipeline, tiny_transformer
 from torch import Tensor
 from wan_models import eager, wan_pipeline
@@ -23,6 +21,10 @@ from wan_models import eager, wan_pipeline
 import ddit_rt
 from ddit_rt import DDiTPolicy, Engine, FinePolicy, MagCache, StaticPolicy, TeaCache, TokenRanges
 from ddit_rt.errors import DditError
+
+hypothesis = pytest.importorskip("hypothesis", reason="pip install 'ddit_rt[test]'")
+HealthCheck, given, settings = hypothesis.HealthCheck, hypothesis.given, hypothesis.settings
+st = hypothesis.strategies
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
