@@ -97,7 +97,7 @@ def reference(model: nn.Module) -> nn.Module:
     try:
         with torch.device("meta"):
             built = type(model).from_config(fields)  # type: ignore[attr-defined]
-    except (TypeError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise UnsupportedModelError(
             f"the {type(model).__name__} cannot be built from its own configuration ({error}), so "
             "nothing tells what it is; load it with from_pretrained"

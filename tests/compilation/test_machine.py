@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -201,7 +202,13 @@ def test_place_for_code(
     assert said in problem if said else not problem
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_read_only_folder_is_no_place(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    assert "cannot be written (Permission denied)" in no_place_for_code(tmp_path, 1)
+def test_read_only_folder_is_no_place() -> None:
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        folder.chmod(0o555)
+        stack.callback(folder.chmod, 0o755)
+        if os.geteuid() == 0:  # root may write anywhere, so for a moment it is nobody
+            stack.callback(os.seteuid, 0)
+            os.seteuid(65534)
+        problem = no_place_for_code(folder, 1)
+    assert "cannot be written (Permission denied)" in problem
