@@ -4,9 +4,9 @@
 
 All contenders generate the same prompts with the same seeds, threads, dtype and step count, at
 batch 1 and 4, taking turns picture by picture so that machine drift hits all alike; a warm-up of
-each is left out. `ddit_rt.demo.measure` says what the denoising loop and the whole call include.
-Fidelity is against our all-fine pictures at the full step count. Writes the JSON, and the table of
-docs/benchmarks.md from it.
+each is left out. `ddit_rt.lab.measure.timing` says what the denoising loop and the whole call
+include. Fidelity is against our all-fine pictures at the full step count. Writes the JSON, and the
+table of docs/benchmarks.md from it.
 
 Schema, version 1: `machine`, `versions`, `model`, `settings`, `compile` as in the demo's report;
 `batches`: by batch size a list of entries `name`, `label`, `seconds_denoise` and `seconds` (per
@@ -31,14 +31,14 @@ from diffusers import FluxPipeline
 from tables import update_tables
 from tqdm.auto import tqdm
 
-from ddit_rt.demo import model_path
-from ddit_rt.demo.comparison import prepare_engine
-from ddit_rt.demo.measure import Batch, Contender, Sample, measure
-from ddit_rt.demo.plans import DEMO_POLICY
-from ddit_rt.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
-from ddit_rt.demo.quality import fidelity
-from ddit_rt.demo.report import machine, model_entry, versions
-from ddit_rt.demo.run import DemoConfig
+from ddit_rt.lab.demo import model_path
+from ddit_rt.lab.demo.comparison import prepare_engine
+from ddit_rt.lab.demo.plans import DEMO_POLICY
+from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
+from ddit_rt.lab.demo.run import DemoConfig
+from ddit_rt.lab.measure.fidelity import fidelity
+from ddit_rt.lab.measure.report import machine, model_entry, versions
+from ddit_rt.lab.measure.timing import Batch, Contender, Sample, measure
 
 RESULT = Path(__file__).parent / "results" / "cpu_demo.json"
 

@@ -35,10 +35,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import ddit_rt
-from ddit_rt.demo import model_path, video_model_path
-from ddit_rt.demo.clips import ClipConfig
-from ddit_rt.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH, VIDEO_PROMPTS
-from ddit_rt.demo.report import machine, versions
+from ddit_rt.lab.demo import model_path, video_model_path
+from ddit_rt.lab.demo.clips import ClipConfig
+from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH, VIDEO_PROMPTS
+from ddit_rt.lab.measure.report import machine, versions
 
 RESULT = Path(__file__).parent / "results" / "drivers_cpu.json"
 PLANS: dict[str, ddit_rt.PatchPolicy] = {

@@ -33,15 +33,15 @@ from torch import Tensor
 
 import ddit_rt
 from ddit_rt import ops
-from ddit_rt.buckets import StepInputs
-from ddit_rt.demo import model_path
-from ddit_rt.demo.measure import Batch, engine_contender
-from ddit_rt.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
-from ddit_rt.demo.report import machine, versions
-from ddit_rt.executor import CpuExecutor, RunPlan
-from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, Schedule, StaticPolicy
-from ddit_rt.pipeline.memory import memory_of
+from ddit_rt.engine.memory import memory_of
+from ddit_rt.lab.demo import model_path
+from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
+from ddit_rt.lab.measure.report import machine, versions
+from ddit_rt.lab.measure.timing import Batch, engine_contender
+from ddit_rt.loop import CpuExecutor, RunPlan
+from ddit_rt.policies import DDiTPolicy, FinePolicy, PatchPolicy, Schedule, StaticPolicy
 from ddit_rt.solver import probe_scheduler
+from ddit_rt.steps import StepInputs
 
 RESULT = Path(__file__).parent / "results" / "overhead_cpu.json"
 SHAPES = ((1, 16, 32, 32), (1, 16, 128, 128), (4, 16, 128, 128))

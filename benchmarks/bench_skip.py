@@ -6,9 +6,9 @@ Compiles the model once; fits TeaCache and MagCache on prompts of their own; the
 SSIM asked for, for the cheapest plan of each kind on a few search prompts: fewer fine steps, static
 plans, DDiT by tau, each cache by its threshold, and DDiT with a cache by both. The plans found, and
 all fine, then draw the held-out prompts, taking turns picture by picture after a warm-up of each,
-so that machine drift hits all alike. `ddit_rt.demo.measure` says what the denoising loop includes.
-All run the same weights, prompts, seeds, dtype and threads. Writes the JSON, and the table of
-docs/quality.md from it. Run it on an idle core; where there is none, with `--clock cpu`.
+so that machine drift hits all alike. `ddit_rt.lab.measure.timing` says what the denoising loop
+includes. All run the same weights, prompts, seeds, dtype and threads. Writes the JSON, and the table
+of docs/quality.md from it. Run it on an idle core; where there is none, with `--clock cpu`.
 
 Schema, version 1:
 
@@ -65,11 +65,11 @@ from skip_search import Search, Tried, batch, contender, sizes_of, step_costs, t
 from tables import update_tables
 
 import ddit_rt
-from ddit_rt.calibration.cache import fit_cache
-from ddit_rt.calibration.points import Prompt
-from ddit_rt.demo.measure import Sample, measure
-from ddit_rt.demo.report import machine, model_entry, versions
-from ddit_rt.step_cache import CacheFit
+from ddit_rt.lab.calibrate.cache import fit_cache
+from ddit_rt.lab.measure.report import machine, model_entry, versions
+from ddit_rt.lab.measure.timing import Sample, measure
+from ddit_rt.lab.plans.points import Prompt
+from ddit_rt.policies import CacheFit
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

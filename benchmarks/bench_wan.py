@@ -16,7 +16,7 @@ Schema, version 1, as that of `bench_flux.py` but for:
   other step where its size is that of the step before; `mag_cache` is diffusers' own with the steps
   of `fine+teacache`. Which steps reuse on a model depends on its weights, what a step that reuses
   costs does not.
-- `memory`: what the engine's state beside the model takes, see `ddit_rt.pipeline.memory`.
+- `memory`: what the engine's state beside the model takes, see `ddit_rt.engine.memory`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from records import Record, Save, fill, opened
 from wan_model import PRESETS, WanCase
 from wan_setup import WanSetup, all_contenders
 
-from ddit_rt.pipeline.memory import memory_of
+from ddit_rt.engine.memory import memory_of
 
 SECTIONS = ("buckets", "loops", "memory")
 NOTES = (

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ddit_rt.demo.measure import (
+from ddit_rt.engine import Engine
+from ddit_rt.lab.demo.plans import demo_plans
+from ddit_rt.lab.measure.fidelity import fidelity
+from ddit_rt.lab.measure.timing import (
     Batch,
     Contender,
     Sample,
@@ -17,10 +20,7 @@ from ddit_rt.demo.measure import (
     measure,
     pipeline_contender,
 )
-from ddit_rt.demo.plans import demo_plans
-from ddit_rt.demo.quality import fidelity
-from ddit_rt.patch_scheduler import FinePolicy
-from ddit_rt.pipeline import Engine
+from ddit_rt.policies import FinePolicy
 
 CACHE_THRESHOLDS = (0.02, 0.05, 0.08, 0.12, 0.16, 0.2, 0.3, 0.4, 0.6)
 CACHE_DEFAULT = 0.05

@@ -14,9 +14,9 @@ from flux_setup import Setup
 from records import Save, unsaved
 from timing import Call, Measured, release, spread, take_turns
 
-from ddit_rt.executor import CpuExecutor, CudaExecutor, Executor, RunTrace, TorchGraphs
-from ddit_rt.patch_scheduler import DDiTPolicy, StaticPolicy
-from ddit_rt.pipeline.cost import StepCost
+from ddit_rt.engine.cost import StepCost
+from ddit_rt.loop import CpuExecutor, CudaExecutor, Executor, RunTrace, TorchGraphs
+from ddit_rt.policies import DDiTPolicy, StaticPolicy
 
 _STEPS = 8
 _WARM_UP_STEPS = 3  # they have no third difference to score, either

@@ -18,7 +18,7 @@ from hardware import MemoryProbe
 from timing import Call, attempt, release, synchronize
 
 import ddit_rt
-from ddit_rt.patch_scheduler import StaticPolicy
+from ddit_rt.policies import StaticPolicy
 
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 

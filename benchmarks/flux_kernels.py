@@ -13,7 +13,7 @@ from flux_setup import Setup
 from profiling import Event, device_ranges, own_seconds, ranges_of
 from timing import Call, attempt
 
-from ddit_rt.patch_scheduler import StaticPolicy
+from ddit_rt.policies import StaticPolicy
 
 _PATCHES = ("p", "4p")
 _STEPS = 4

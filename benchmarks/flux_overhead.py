@@ -12,7 +12,7 @@ from flux_setup import Setup
 from profiling import Event, host_calls, profile, range_seconds, range_span, work_span
 from timing import Call, Measured, attempt, spread, take_turns
 
-from ddit_rt.patch_scheduler import StaticPolicy
+from ddit_rt.policies import StaticPolicy
 
 _PATCHES = ("p", "4p")
 _PROFILES = 3

@@ -2,7 +2,7 @@
 
 The paper reports 2.18x and 3.52x for FLUX.1-dev but not how many steps took which patch size. The
 plans here give the model that many times fewer floating-point operations than all steps at p, by
-the operations of one step at each size that `ddit_rt.pipeline.cost.step_cost` counts: of all
+the operations of one step at each size that `ddit_rt.engine.cost.step_cost` counts: of all
 numbers of steps at 2p and at 4p that come within 2% of the wanted ratio, the most even pair. With
 costs 1, r2 and r4 (relative to p) and equal shares x of 2p and 4p the ratio S is reached at about
 x = (1 - 1/S) / (2 - r2 - r4). Coarse steps come first, as where latents are smooth. A step's time
@@ -15,8 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
-from ddit_rt.step_cache import NoCache, StepCache, TeaCache
+from ddit_rt.policies import (
+    DDiTPolicy,
+    FinePolicy,
+    NoCache,
+    PatchPolicy,
+    StaticPolicy,
+    StepCache,
+    TeaCache,
+)
 
 PAPER_SPEEDUPS = (2.18, 3.52)
 MIXED_PLAN = "4p:0.2,2p:0.4,p"

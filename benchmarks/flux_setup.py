@@ -16,12 +16,11 @@ from timing import Deadline, attempt, release, time_limit
 from torch import Tensor
 
 import ddit_rt
-from ddit_rt.buckets import StepModel
-from ddit_rt.families import family_of
-from ddit_rt.patch_scheduler import PatchPolicy, parse_patch
-from ddit_rt.pipeline import Engine
-from ddit_rt.pipeline.cost import StepCost, step_cost
-from ddit_rt.step_cache import StepCache
+from ddit_rt.engine import Engine
+from ddit_rt.engine.cost import StepCost, step_cost
+from ddit_rt.models import family_of
+from ddit_rt.policies import PatchPolicy, StepCache, parse_patch
+from ddit_rt.steps import StepModel
 
 PATCHES = ("p", "2p", "4p")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from timing import cuda_events
 
-from ddit_rt.demo.report import machine
+from ddit_rt.lab.measure.report import machine
 
 MATRIX_EDGE = {"cuda": 8192, "cpu": 1024}
 """Rows and columns of the matrices whose product is timed, by kind of device."""

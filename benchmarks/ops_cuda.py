@@ -29,7 +29,7 @@ from timing import Call, attempt, cuda_events, release, spread
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.demo.report import versions
+from ddit_rt.lab.measure.report import versions
 
 RESULT = Path(__file__).resolve().parent / "results" / "ops_cuda.json"
 PATCH_SIZES = (2, 4, 8)

@@ -16,14 +16,15 @@ from quality_tables import paper_rule
 from records import interval_entry
 from skip_models import SkipModel, clip_model, frame_means
 
-from ddit_rt.calibration.plans import Candidate, Static
-from ddit_rt.calibration.points import Prompt
-from ddit_rt.demo.clips import parse_clip_caption
-from ddit_rt.demo.measure import Picture
-from ddit_rt.demo.plans import VIDEO_POLICY, demo_plans
-from ddit_rt.demo.report import machine, model_entry, versions
-from ddit_rt.demo.video_quality import clip_fidelity, clip_hits
-from ddit_rt.patch_scheduler import PatchPolicy
+from ddit_rt.lab.demo.clip_hits import clip_hits
+from ddit_rt.lab.demo.clips import parse_clip_caption
+from ddit_rt.lab.demo.plans import VIDEO_POLICY, demo_plans
+from ddit_rt.lab.measure.report import machine, model_entry, versions
+from ddit_rt.lab.measure.timing import Picture
+from ddit_rt.lab.measure.video_fidelity import clip_fidelity
+from ddit_rt.lab.plans.candidates import Candidate, Static
+from ddit_rt.lab.plans.points import Prompt
+from ddit_rt.policies import PatchPolicy
 
 VIDEO = "video"
 _COARSE = ("2p", "4p")

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddit_rt.artifact import EagerRunner, load_runner
-from ddit_rt.buckets import Bucket, Detail, FineBucket, Pass, RunContext, SnrBucket, StepModel
-from ddit_rt.calibration.points import Prompt
-from ddit_rt.demo.measure import Picture
-from ddit_rt.families import family_of
-from ddit_rt.patch_scheduler import parse_patch, patch_name
+from ddit_rt.blocks import EagerRunner, load_runner
+from ddit_rt.lab.measure.timing import Picture
+from ddit_rt.lab.plans.points import Prompt
+from ddit_rt.models import family_of
+from ddit_rt.policies import parse_patch, patch_name
+from ddit_rt.steps import Bucket, Detail, FineBucket, Pass, RunContext, SnrBucket, StepModel
 
 STATISTICS = ("quantile", "mean")
 _WEIGHTS = {1: (1, -1), 2: (1, -2, 1), 3: (1, -3, 3, -1)}

@@ -16,17 +16,17 @@ import torch
 from quality_runs import PictureRuns, Pictures, Plan, StepCosts, fine
 from records import interval_entry
 
-from ddit_rt.calibration.points import Prompt
-from ddit_rt.demo.classifier import (
+from ddit_rt.lab.demo.classifier import (
     AttributeClassifier,
     attribute_hits,
     load_classifier,
     picture_features,
 )
-from ddit_rt.demo.measure import Picture
-from ddit_rt.demo.pictures import PictureConfig, draw_picture, parse_caption
-from ddit_rt.demo.quality import Fidelity, fidelity
-from ddit_rt.evaluation import frechet_distance, gaussian
+from ddit_rt.lab.demo.pictures import PictureConfig, draw_picture, parse_caption
+from ddit_rt.lab.evaluate import frechet_distance, gaussian
+from ddit_rt.lab.measure.fidelity import Fidelity, fidelity
+from ddit_rt.lab.measure.timing import Picture
+from ddit_rt.lab.plans.points import Prompt
 
 _RENDER_SEED = 90_000
 Array = npt.NDArray[np.float64]

@@ -12,8 +12,8 @@ import torch
 
 import ddit_rt
 from ddit_rt.adapters import AdapterConfig, AdapterSet, PatchAdapter, load_adapters
-from ddit_rt.families import family_of
-from ddit_rt.patch_scheduler import patch_name
+from ddit_rt.models import family_of
+from ddit_rt.policies import patch_name
 
 TRAINING_FREE = "training_free"
 PAPER_UNTRAINED, PAPER_TRAINED, SNR_TRAINED = "paper_untrained", "paper_trained", "snr_trained"

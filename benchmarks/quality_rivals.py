@@ -20,10 +20,10 @@ from quality_metrics import Judge
 from quality_paths import TRAINING_FREE
 from quality_runs import Plan, fine
 
-from ddit_rt.calibration.plans import Static
-from ddit_rt.calibration.points import Prompt
-from ddit_rt.demo.quality import fidelity
-from ddit_rt.patch_scheduler import PatchPolicy
+from ddit_rt.lab.measure.fidelity import fidelity
+from ddit_rt.lab.plans.candidates import Static
+from ddit_rt.lab.plans.points import Prompt
+from ddit_rt.policies import PatchPolicy
 
 Row = dict[str, Any]
 MakePolicy = Callable[[float], PatchPolicy | HostRule]

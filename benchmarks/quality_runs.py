@@ -22,10 +22,10 @@ from quality_loop import HostRule, host_model, offered_multiples, run_host_rule
 from quality_paths import TRAINING_FREE, CoarsePath
 
 import ddit_rt
-from ddit_rt.buckets import StepModel
-from ddit_rt.calibration.points import Prompt
-from ddit_rt.demo.measure import Batch, Picture, engine_contender
-from ddit_rt.patch_scheduler import FinePolicy, PatchPolicy, StaticPolicy
+from ddit_rt.lab.measure.timing import Batch, Picture, engine_contender
+from ddit_rt.lab.plans.points import Prompt
+from ddit_rt.policies import FinePolicy, PatchPolicy, StaticPolicy
+from ddit_rt.steps import StepModel
 
 _SCHEMA = 1
 

@@ -11,8 +11,8 @@ from quality_paths import LABELS, TRAINING_FREE
 from quality_rivals import MakePolicy, Matcher, with_fewer_steps
 from quality_runs import Plan, fine
 
-from ddit_rt.calibration.plans import Static
-from ddit_rt.patch_scheduler import DDiTPolicy, StaticPolicy
+from ddit_rt.lab.plans.candidates import Static
+from ddit_rt.policies import DDiTPolicy, StaticPolicy
 
 Row = dict[str, Any]
 PAPER_TAU, PAPER_RHO = 1e-3, 0.4

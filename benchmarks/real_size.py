@@ -13,7 +13,7 @@ from hardware import machine_entry
 from records import Record
 from timing import Deadline
 
-from ddit_rt.demo.report import model_entry, versions
+from ddit_rt.lab.measure.report import model_entry, versions
 
 SCHEMA_VERSION = 1
 RESULTS = Path(__file__).resolve().parent / "results"

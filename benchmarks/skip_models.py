@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddit_rt.cli.models import EMBEDDED, EMBEDDED_VIDEO, load_pipeline
-from ddit_rt.demo.clips import ClipConfig, all_clip_attributes, is_held_out_clip
-from ddit_rt.demo.measure import Picture
-from ddit_rt.demo.pictures import all_attributes, is_held_out
-from ddit_rt.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_clip_prompts, held_out_prompts
-from ddit_rt.demo.quality import Fidelity, fidelity
-from ddit_rt.demo.video_quality import clip_fidelity
+from ddit_rt.lab.demo.clips import ClipConfig, all_clip_attributes, is_held_out_clip
+from ddit_rt.lab.demo.pictures import all_attributes, is_held_out
+from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_clip_prompts, held_out_prompts
+from ddit_rt.lab.measure.fidelity import Fidelity, fidelity
+from ddit_rt.lab.measure.timing import Picture
+from ddit_rt.lab.measure.video_fidelity import clip_fidelity
 
 _GUIDANCE_SCALE = 3.0
 """As in the video demo."""

@@ -6,9 +6,16 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from ddit_rt.calibration.plans import Candidate, FewerSteps, Static, Template, all_fine
-from ddit_rt.patch_scheduler import DDiTPolicy, PatchPolicy
-from ddit_rt.step_cache import CacheFit, MagCache, NoCache, StepCache, TeaCache
+from ddit_rt.lab.plans.candidates import Candidate, FewerSteps, Static, Template, all_fine
+from ddit_rt.policies import (
+    CacheFit,
+    DDiTPolicy,
+    MagCache,
+    NoCache,
+    PatchPolicy,
+    StepCache,
+    TeaCache,
+)
 
 FINE, FEWER, STATIC, DDIT = "fine", "fewer_steps", "static", "ddit"
 TEACACHE, MAGCACHE = "teacache", "magcache"

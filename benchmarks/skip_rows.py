@@ -17,9 +17,9 @@ from skip_models import SkipModel, frame_means
 from skip_plans import CACHES, COMBINED, DDIT, FEWER, STATIC
 from skip_search import Tried, coarse_share
 
-from ddit_rt.demo.measure import Sample
-from ddit_rt.evaluation import mean_interval
-from ddit_rt.executor import RunTrace
+from ddit_rt.lab.evaluate import mean_interval
+from ddit_rt.lab.measure.timing import Sample
+from ddit_rt.loop import RunTrace
 
 Row = dict[str, Any]
 YES, NO, UNDECIDED, UNEQUAL = "yes", "no", "undecided", "not comparable"

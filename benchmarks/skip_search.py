@@ -19,11 +19,10 @@ from typing import Any
 from skip_models import SkipModel
 from skip_plans import COMBINED, CacheDial, Dial, SkipPlan, fine
 
-from ddit_rt.calibration.points import Prompt
-from ddit_rt.demo.measure import Batch, Contender, Generation, Picture, engine_contender
-from ddit_rt.executor import RunTrace
-from ddit_rt.patch_scheduler import DDiTPolicy, StaticPolicy
-from ddit_rt.step_cache import NoCache, StepCache
+from ddit_rt.lab.measure.timing import Batch, Contender, Generation, Picture, engine_contender
+from ddit_rt.lab.plans.points import Prompt
+from ddit_rt.loop import RunTrace
+from ddit_rt.policies import DDiTPolicy, NoCache, StaticPolicy, StepCache
 
 Costs = dict[str, dict[str, dict[str, float]]]
 """Milliseconds of a step by class of its step cache, then `"computed"` or `"reused"`, then size."""

@@ -16,10 +16,10 @@ from kernel_cases import LATENTS, KernelCase
 from timing import Call
 
 from ddit_rt import _runtime
-from ddit_rt.executor import RunPlan
-from ddit_rt.executor.buffers import LoopBuffers
-from ddit_rt.patch_scheduler import PolicyTable
-from ddit_rt.patch_scheduler.table import DYNAMIC
+from ddit_rt.loop import RunPlan
+from ddit_rt.loop.buffers import LoopBuffers
+from ddit_rt.policies import PolicyTable
+from ddit_rt.policies.patch_table import DYNAMIC
 from ddit_rt.solver import SolverTable
 
 _STEPS = 4096  # a decision is for the next step each time: enough for all replays of a graph

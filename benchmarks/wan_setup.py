@@ -20,8 +20,7 @@ from wan_model import (
     with_shared_weights,
 )
 
-from ddit_rt.patch_scheduler import PatchPolicy
-from ddit_rt.step_cache import StepCache
+from ddit_rt.policies import PatchPolicy, StepCache
 
 SCHEDULES = (
     *("fine", "paper_1.60x", "paper_2.10x", "paper_3.20x", "dynamic"),

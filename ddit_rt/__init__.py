@@ -14,11 +14,19 @@ from typing import TYPE_CHECKING, Any
 from ddit_rt.version import __version__
 
 if TYPE_CHECKING:
-    from ddit_rt.artifact import TokenRanges
-    from ddit_rt.executor import RunTrace, StepRecord
-    from ddit_rt.patch_scheduler import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
-    from ddit_rt.pipeline import Engine, compile, load  # noqa: A004 - the field's word
-    from ddit_rt.step_cache import MagCache, NoCache, StepCache, TeaCache
+    from ddit_rt.blocks import TokenRanges
+    from ddit_rt.engine import Engine, compile, load  # noqa: A004 - the field's word
+    from ddit_rt.loop import RunTrace, StepRecord
+    from ddit_rt.policies import (
+        DDiTPolicy,
+        FinePolicy,
+        MagCache,
+        NoCache,
+        PatchPolicy,
+        StaticPolicy,
+        StepCache,
+        TeaCache,
+    )
 
 __all__ = [
     "DDiTPolicy",
@@ -39,20 +47,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DDiTPolicy": "patch_scheduler",
-    "Engine": "pipeline",
-    "FinePolicy": "patch_scheduler",
-    "MagCache": "step_cache",
-    "NoCache": "step_cache",
-    "PatchPolicy": "patch_scheduler",
-    "RunTrace": "executor",
-    "StaticPolicy": "patch_scheduler",
-    "StepCache": "step_cache",
-    "StepRecord": "executor",
-    "TeaCache": "step_cache",
-    "TokenRanges": "artifact",
-    "compile": "pipeline",
-    "load": "pipeline",
+    "DDiTPolicy": "policies",
+    "Engine": "engine",
+    "FinePolicy": "policies",
+    "MagCache": "policies",
+    "NoCache": "policies",
+    "PatchPolicy": "policies",
+    "RunTrace": "loop",
+    "StaticPolicy": "policies",
+    "StepCache": "policies",
+    "StepRecord": "loop",
+    "TeaCache": "policies",
+    "TokenRanges": "blocks",
+    "compile": "engine",
+    "load": "engine",
 }
 
 

@@ -21,8 +21,8 @@ import sys
 
 from PIL import Image
 
-from ddit_rt.demo.pictures import PictureConfig, draw_series
-from ddit_rt.demo.prompts import held_out_prompts
+from ddit_rt.lab.demo.pictures import PictureConfig, draw_series
+from ddit_rt.lab.demo.prompts import held_out_prompts
 
 COUNT, SEED = 2048, 1000
 folder = pathlib.Path(sys.argv[1])

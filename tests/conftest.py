@@ -9,13 +9,13 @@ from types import ModuleType
 import emulated
 import pytest
 import torch
-from blocks import CompiledBlocks
+from block_models import CompiledBlocks
 from diffusers import FluxTransformer2DModel
 from models import random_adapters, tiny_pipeline, tiny_transformer
 
 import ddit_rt
 from ddit_rt import _runtime
-from ddit_rt.artifact import LoraSpec
+from ddit_rt.blocks import LoraSpec
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ddit_rt import Engine
-from ddit_rt.evaluation.config import EvaluationConfig
-from ddit_rt.evaluation.metrics import DemoFrechetDistance, Metric, Psnr, Skipped, Ssim
-from ddit_rt.evaluation.run import Subject, evaluate
+from ddit_rt.lab.evaluate.config import EvaluationConfig
+from ddit_rt.lab.evaluate.metrics import DemoFrechetDistance, Metric, Psnr, Skipped, Ssim
+from ddit_rt.lab.evaluate.run import Subject, evaluate
 
 HOSTILE = "<script>alert('a')</script> & \"a cat\""
 PROMPTS = ("a zebra", HOSTILE, "a vase")

@@ -15,7 +15,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from ddit_rt.adapters import AdapterConfig, AdapterSet, PatchAdapter, untrained_lora
-from ddit_rt.families.flux import FluxFamily
+from ddit_rt.models.flux import FluxFamily
 
 TEXT_WIDTH = 24
 POOLED_WIDTH = 20

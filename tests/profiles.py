@@ -9,8 +9,8 @@ from typing import Any
 from models import noise, tiny_conditioning, tiny_pipeline
 
 import ddit_rt
-from ddit_rt.buckets import StepModel
-from ddit_rt.families import family_of
+from ddit_rt.models import family_of
+from ddit_rt.steps import StepModel
 
 PLAN = ["4p", "4p", "2p", "2p", "2p", "p"]
 

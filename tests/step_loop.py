@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.step_cache import CacheTable
+from ddit_rt.policies import CacheTable
 
 PAST = 3
 """Latents that the loop keeps beside the newest."""
@@ -254,7 +254,7 @@ class CpuRun:
 
 
 def run_cpu(plan: LoopPlan, start: Tensor, model: Model) -> CpuRun:
-    """The step loop by the ops that `ddit_rt.executor.cpu` calls."""
+    """The step loop by the ops that `ddit_rt.loop.cpu` calls."""
     history = torch.zeros(4, *plan.shape)
     history[0] = start
     ring = torch.zeros(plan.velocity_slots - 1, *plan.shape)

@@ -6,10 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ddit_rt.calibration import CacheRange, Candidate, Measurement, Prompt
-from ddit_rt.calibration.bench import NO_FIT
-from ddit_rt.patch_scheduler import DYNAMIC, PatchPolicy, Schedule
-from ddit_rt.step_cache import CacheFit, CacheModel, CacheTable, TeaCache
+from ddit_rt.lab.calibrate import CacheRange, Candidate, Measurement, Prompt
+from ddit_rt.lab.plans.bench import NO_FIT
+from ddit_rt.policies import (
+    DYNAMIC,
+    CacheFit,
+    CacheModel,
+    CacheTable,
+    PatchPolicy,
+    Schedule,
+    TeaCache,
+)
 
 NAMES = ("p", "2p", "4p")
 COSTS = {"p": 10.0, "2p": 4.0, "4p": 2.5}

@@ -1,55 +1,71 @@
-"""Imports point one way: a module may import its own layer's packages and lower ones."""
+"""Imports point one way: a room imports itself and those above it in ARCHITECTURE.md's table."""
 
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import ddit_rt
 
 ROOT = Path(ddit_rt.__file__).parent
-LAYERS = (
-    {"checks", "errors", "ops", "torch_state", "version"},
-    {"families", "patch_scheduler", "solver", "step_cache"},
-    {"buckets", "artifact"},
-    {"adapters"},
-    {"compilation", "executor", "training"},
-    {"pipeline"},
-    {"demo"},
-    {"calibration", "evaluation"},
-    {"cli"},
-)
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+ARCHITECTURE = Path(__file__).parent.parent / "ARCHITECTURE.md"
 
 
-def imported_packages(tree: ast.AST) -> set[str]:
-    """Sub-packages of `ddit_rt` that a module imports, wherever in the file."""
-    names = set()
+def rooms() -> list[str]:
+    """The rooms of the table, lowest first."""
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    table = text.split("| room | owns |", 1)[1].split("\n\n", 1)[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    names = [name for cell in cells for name in re.findall("`(.+?)`", cell)]
+    return [name.removesuffix(".py").rstrip("/") for name in names]
+
+
+def room_of(parts: tuple[str, ...]) -> str:
+    """The room that a module, given by the parts of its name, stands in."""
+    return "/".join(parts[:2]) if parts[0] == "lab" else parts[0]
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, ...]]:
+    """Modules of `ddit_rt` that a file imports, wherever in it, as parts of their names."""
     for node in ast.walk(tree):
+        names = []
         if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "ddit_rt":
-                names.update(f"ddit_rt.{alias.name}" for alias in node.names)
-            names.add(node.module)
-    return {name.split(".")[1] for name in names if name.startswith("ddit_rt.")}
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from (tuple(n.split(".")[1:]) for n in names if n.startswith("ddit_rt."))
+
+
+def files() -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """Every module with the parts of its name, but for the package's own front."""
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts not in {("__init__",), ("lab", "__init__")}:
+            yield path, parts
 
 
 def test_imports_point_one_way() -> None:
-    problems = []
-    for path in ROOT.rglob("*.py"):
-        package = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        if package in ("__init__", "__main__"):
-            continue
-        assert package in LEVEL, f"give {package} a place in LAYERS"
-        problems += [
-            f"{path.relative_to(ROOT)} imports {imported}"
-            for imported in imported_packages(ast.parse(path.read_text()))
-            if imported in LEVEL and LEVEL[imported] > LEVEL[package]
-        ]
+    level = {room: index for index, room in enumerate(rooms())}
+    problems = [
+        f"{path.relative_to(ROOT)} imports {room_of(name)}"
+        for path, parts in files()
+        for name in imported(ast.parse(path.read_text(encoding="utf-8")))
+        if level.get(room_of(name), -1) > level[room_of(parts)]
+    ]
     assert not problems
 
 
-def test_every_package_has_a_place() -> None:
-    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert packages <= set(LEVEL)
+def test_the_runtime_never_imports_the_lab() -> None:
+    problems = [
+        str(path.relative_to(ROOT))
+        for path, parts in files()
+        if parts[0] not in ("lab", "cli")
+        and any(name[0] == "lab" for name in imported(ast.parse(path.read_text(encoding="utf-8"))))
+    ]
+    assert not problems
+
+
+def test_the_table_names_every_room_and_nothing_else() -> None:
+    assert sorted(rooms()) == sorted({room_of(parts) for _, parts in files()})

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from ddit_rt.adapters.resize import resize_embedding, resize_projection
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.families.base import Family
-from ddit_rt.patch_scheduler import parse_patch, patch_name
+from ddit_rt.models.base import Family
+from ddit_rt.policies import parse_patch, patch_name
 
 VARIANTS = ("paper", "snr")
 

@@ -7,15 +7,7 @@ from torch import Tensor
 
 from ddit_rt import ops
 from ddit_rt.adapters.adapter import PatchAdapter
-from ddit_rt.buckets import (
-    Bucket,
-    Passes,
-    RunContext,
-    Runners,
-    SnrBucket,
-    StepInputs,
-    StepModel,
-)
+from ddit_rt.steps import Bucket, Passes, RunContext, Runners, SnrBucket, StepInputs, StepModel
 
 
 def adapter_bucket(

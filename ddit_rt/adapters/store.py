@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ddit_rt.adapters.adapter import AdapterConfig, AdapterSet, PatchAdapter
 from ddit_rt.errors import ArtifactError, ArtifactMismatchError
-from ddit_rt.families.base import Family
-from ddit_rt.patch_scheduler import patch_name
+from ddit_rt.models.base import Family
+from ddit_rt.policies import patch_name
 
 _PATCH_FILE = "patch_adapter.safetensors"
 _LORA_FILE = "adapter_model.safetensors"

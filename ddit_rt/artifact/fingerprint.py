@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddit_rt.artifact.constants import live_slots
+from ddit_rt.blocks.constants import live_slots
 
 _SAMPLE = 128
 

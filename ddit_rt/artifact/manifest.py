@@ -18,11 +18,11 @@ from torch import nn
 from ddit_rt.artifact.calibration import Calibration
 from ddit_rt.artifact.environment import Environment
 from ddit_rt.artifact.fingerprint import config_hash, public_config, weight_fingerprint
-from ddit_rt.artifact.inputs import TokenRanges
-from ddit_rt.artifact.package import dtype_name
 from ddit_rt.artifact.schema import from_plain
+from ddit_rt.blocks.inputs import TokenRanges
+from ddit_rt.blocks.package import dtype_name
 from ddit_rt.errors import ArtifactError
-from ddit_rt.step_cache import CacheFit
+from ddit_rt.policies import CacheFit
 
 SCHEMA_VERSION = 5
 _ADDED = {"calibrations": 2, "step_cache": 3, "cache_fits": 3, "block_changes": 5}

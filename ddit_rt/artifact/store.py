@@ -21,12 +21,12 @@ from pathlib import Path, PurePosixPath
 
 from ddit_rt import checks
 from ddit_rt.artifact.calibration import Calibration
-from ddit_rt.artifact.folder import replace_folder, sync, unwritable
 from ddit_rt.artifact.manifest import MANIFEST_NAME, FileEntry, Manifest, PackageEntry
-from ddit_rt.artifact.package import package_path
 from ddit_rt.artifact.trust import require_trust, require_trust_list, trust
+from ddit_rt.blocks.package import package_path
 from ddit_rt.errors import ArtifactError
-from ddit_rt.step_cache import CacheFit
+from ddit_rt.folder import replace_folder, sync, unwritable
+from ddit_rt.policies import CacheFit
 
 _NATIVE_CODE = {".pt2", ".so"}
 

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ddit_rt.artifact.folder import unwritable
 from ddit_rt.errors import ArtifactError, UntrustedArtifactError
+from ddit_rt.folder import unwritable
 
 HOME_VARIABLE = "DDIT_RT_HOME"
 

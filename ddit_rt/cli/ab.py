@@ -10,7 +10,7 @@ from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.options import existing_folder, whole
 
 if TYPE_CHECKING:
-    from ddit_rt.evaluation.preferences import Study
+    from ddit_rt.lab.evaluate.preferences import Study
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    from ddit_rt.evaluation.preferences import Study, summary_text
+    from ddit_rt.lab.evaluate.preferences import Study, summary_text
 
     study = Study(args.evaluation, args.plan, args.against)
     if not args.summary:
@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 def _serve(study: Study, port: int) -> None:
     """Serves the page until the command is interrupted."""
-    from ddit_rt.evaluation.server import StudyServer
+    from ddit_rt.lab.evaluate.server import StudyServer
 
     with StudyServer(study, port) as server:
         sys.stderr.write(f"open {server.url} on this machine; Ctrl-C ends and shows the shares\n")

@@ -24,9 +24,9 @@ from ddit_rt.cli.models import (
 from ddit_rt.cli.options import existing_file, folder_to_write, number, seed, whole
 
 if TYPE_CHECKING:
-    from ddit_rt.calibration import CalibrationConfig
-    from ddit_rt.calibration.run import CalibrationResult
-    from ddit_rt.pipeline import Engine
+    from ddit_rt.engine import Engine
+    from ddit_rt.lab.calibrate import CalibrationConfig
+    from ddit_rt.lab.calibrate.run import CalibrationResult
 
 _REPEATS = 3
 """Timed rounds on the held-out prompts."""
@@ -126,7 +126,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     engine = _engine(args)
     arguments = pipeline_arguments(args)
     result = _calibrate(engine, config, arguments)
-    from ddit_rt.calibration.report import summary, write_report
+    from ddit_rt.lab.calibrate.report import summary, write_report
 
     calibration = result.calibration
     engine.artifact.with_calibration(calibration).save(args.artifact)
@@ -157,8 +157,8 @@ def _fit_cache(args: argparse.Namespace) -> Outcome:
     """`--cache`: a fit into the artifact."""
     from tqdm.auto import tqdm
 
-    from ddit_rt.calibration import Prompt
-    from ddit_rt.calibration.cache import fit_cache
+    from ddit_rt.lab.calibrate import Prompt
+    from ddit_rt.lab.calibrate.cache import fit_cache
 
     texts = _prompts(args.prompts, args.model)[: args.calibration_prompts]
     if len(texts) < max(1, args.calibration_prompts):
@@ -187,7 +187,7 @@ def _fit_cache(args: argparse.Namespace) -> Outcome:
 
 def _conditions(engine: Engine, arguments: dict[str, Any]) -> dict[str, Any]:
     """What the figures hold for: machine, versions, and the call with its size and guidance."""
-    from ddit_rt.demo.report import machine, versions
+    from ddit_rt.lab.measure.report import machine, versions
 
     own = inspect.signature(type(engine.pipeline).__call__).parameters
     defaults = {
@@ -211,7 +211,7 @@ def _require_extra() -> None:
 
 
 def _config(args: argparse.Namespace) -> CalibrationConfig:
-    from ddit_rt.calibration import CalibrationConfig
+    from ddit_rt.lab.calibrate import CalibrationConfig
 
     if args.steps is not None and args.steps < 2:
         raise ValueError(f"got --steps {args.steps}; of fewer than 2 steps none can be saved")
@@ -231,14 +231,14 @@ def _prompts(file: Path | None, model: str) -> tuple[str, ...]:
     if file is not None:
         return tuple(checks.text_lines(file))
     if model == EMBEDDED:
-        from ddit_rt.demo.prompts import held_out_prompts
+        from ddit_rt.lab.demo.prompts import held_out_prompts
 
         return tuple(held_out_prompts())
     if model == EMBEDDED_VIDEO:
-        from ddit_rt.demo.prompts import held_out_clip_prompts
+        from ddit_rt.lab.demo.prompts import held_out_clip_prompts
 
         return tuple(held_out_clip_prompts())
-    from ddit_rt.calibration.prompts import PROMPTS
+    from ddit_rt.lab.calibrate.prompts import PROMPTS
 
     return PROMPTS
 
@@ -248,10 +248,11 @@ def _calibrate(
 ) -> CalibrationResult:
     from tqdm.auto import tqdm
 
-    from ddit_rt.calibration import calibrate
-    from ddit_rt.calibration.bench import EngineBench, most_runs
-    from ddit_rt.calibration.caches import fitted_caches
-    from ddit_rt.pipeline.presets import requested_steps
+    from ddit_rt.lab.calibrate import calibrate
+    from ddit_rt.lab.calibrate.run import most_runs
+    from ddit_rt.lab.plans.bench import EngineBench
+    from ddit_rt.lab.plans.caches import fitted_caches
+    from ddit_rt.planning.presets import requested_steps
 
     steps, _ = requested_steps(engine.pipeline, arguments)
     others = {name: value for name, value in arguments.items() if name != "num_inference_steps"}

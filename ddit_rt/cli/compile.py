@@ -20,7 +20,7 @@ from ddit_rt.cli.options import whole, writable
 from ddit_rt.cli.policies import add_step_cache_argument, patch_sizes
 
 if TYPE_CHECKING:
-    from ddit_rt.patch_scheduler import PatchPolicy
+    from ddit_rt.policies import PatchPolicy
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     adapter = None if args.adapter is None else _adapter_folder(args.adapter)
     pipeline = load_pipeline(args.model, args.dtype, args.device)
     import ddit_rt
-    from ddit_rt.families import family_of
+    from ddit_rt.models import family_of
 
     family = family_of(pipeline.transformer)
     height, width = family.default_size(pipeline)
@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 def _adapter_folder(name: str) -> Path:
     if name == EMBEDDED:
-        from ddit_rt.demo import adapters_path
+        from ddit_rt.lab.demo import adapters_path
 
         return adapters_path()
     if not Path(name).is_dir():
@@ -95,7 +95,7 @@ def _adapter_folder(name: str) -> Path:
 
 def _embedded_policy(model: str) -> PatchPolicy | None:
     """The policy that was tuned on an embedded model; None, the library's, for any other."""
-    from ddit_rt.demo.plans import DEMO_POLICY, VIDEO_POLICY
+    from ddit_rt.lab.demo.plans import DEMO_POLICY, VIDEO_POLICY
 
     return {EMBEDDED: DEMO_POLICY, EMBEDDED_VIDEO: VIDEO_POLICY}.get(model)
 

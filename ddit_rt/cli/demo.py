@@ -48,7 +48,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 
 def _run_video(args: argparse.Namespace) -> Outcome:
-    from ddit_rt.demo.video import VideoDemoConfig, run_video_demo, video_summary_table
+    from ddit_rt.lab.demo.video import VideoDemoConfig, run_video_demo, video_summary_table
 
     config = VideoDemoConfig(
         out=args.out,
@@ -63,8 +63,8 @@ def _run_video(args: argparse.Namespace) -> Outcome:
 
 
 def _run_pictures(args: argparse.Namespace) -> Outcome:
-    from ddit_rt.demo.report import summary_table
-    from ddit_rt.demo.run import DemoConfig, run_demo
+    from ddit_rt.lab.demo.run import DemoConfig, run_demo
+    from ddit_rt.lab.measure.report import summary_table
 
     config = DemoConfig(
         out=args.out,

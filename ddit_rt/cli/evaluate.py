@@ -10,23 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.generate import pipeline_arguments
-from ddit_rt.cli.models import (
-    EMBEDDED,
-    MODEL_HELP,
-    add_call_arguments,
-    load_pipeline,
-    refuse_video,
-)
+from ddit_rt.cli.models import EMBEDDED, MODEL_HELP, add_call_arguments, load_pipeline, refuse_video
 from ddit_rt.cli.options import existing_folder, folder_to_write, seed, whole
 from ddit_rt.cli.policies import choose_policy, policy_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ddit_rt.evaluation.config import EvaluationConfig
-    from ddit_rt.evaluation.metrics import Skipped
-    from ddit_rt.pipeline import Engine
-    from ddit_rt.pipeline.presets import PolicyChoice
+    from ddit_rt.engine import Engine
+    from ddit_rt.lab.evaluate.config import EvaluationConfig
+    from ddit_rt.lab.evaluate.metrics import Skipped
+    from ddit_rt.planning.presets import PolicyChoice
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +118,7 @@ def _add_metric_arguments(group: Any) -> None:
 def _run(args: argparse.Namespace) -> Outcome:
     _require_extra()
     from ddit_rt.artifact import read_manifest
-    from ddit_rt.evaluation.metrics import weights_folder
+    from ddit_rt.lab.evaluate.metrics import weights_folder
 
     prompts, source = _prompts(args)
     manifest = read_manifest(args.artifact)
@@ -148,7 +142,7 @@ def _require_extra() -> None:
 
 
 def _prompts(args: argparse.Namespace) -> tuple[tuple[str, ...], str]:
-    from ddit_rt.evaluation.prompt_sets import DEMO, NAMES, read_prompts
+    from ddit_rt.lab.evaluate.prompt_sets import DEMO, NAMES, read_prompts
 
     source = args.prompts or (DEMO if args.model == EMBEDDED else None)
     if source is None:
@@ -161,8 +155,8 @@ def _prompts(args: argparse.Namespace) -> tuple[tuple[str, ...], str]:
 def _config(
     args: argparse.Namespace, engine: Engine, prompts: Sequence[str], source: str
 ) -> EvaluationConfig:
-    from ddit_rt.evaluation.config import EvaluationConfig
-    from ddit_rt.pipeline.presets import requested_steps
+    from ddit_rt.lab.evaluate.config import EvaluationConfig
+    from ddit_rt.planning.presets import requested_steps
 
     arguments = pipeline_arguments(args)
     steps, _ = requested_steps(engine.pipeline, arguments)
@@ -193,8 +187,8 @@ def _policies(texts: Sequence[str], engine: Engine) -> tuple[tuple[str, PolicyCh
 
 
 def _evaluate(args: argparse.Namespace, engine: Engine, config: EvaluationConfig) -> Outcome:
-    from ddit_rt.evaluation.metrics import CLIP_MODEL, all_metrics, usable
-    from ddit_rt.evaluation.run import Subject, evaluate, summary
+    from ddit_rt.lab.evaluate.metrics import CLIP_MODEL, all_metrics, usable
+    from ddit_rt.lab.evaluate.run import Subject, evaluate, summary
 
     metrics = all_metrics(
         device=str(engine.pipeline.transformer.device),

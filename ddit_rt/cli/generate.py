@@ -19,15 +19,11 @@ from ddit_rt.cli.models import (
 )
 from ddit_rt.cli.options import file_to_write, number, seed, whole
 from ddit_rt.cli.outputs import output_paths, write_video
-from ddit_rt.cli.policies import (
-    add_policy_arguments,
-    add_step_cache_argument,
-    choose_policy,
-)
+from ddit_rt.cli.policies import add_policy_arguments, add_step_cache_argument, choose_policy
 
 if TYPE_CHECKING:
-    from ddit_rt.pipeline import Engine
-    from ddit_rt.pipeline.presets import PolicyChoice
+    from ddit_rt.engine import Engine
+    from ddit_rt.planning.presets import PolicyChoice
 
 
 _OWN_ARGUMENTS = ("negative_prompt", "num_frames", "true_cfg_scale", "guidance_interval")
@@ -86,7 +82,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     first = random.randrange(2**31) if args.seed is None else args.seed  # noqa: S311 - no secret
     _check_options(args)
     from ddit_rt.artifact import read_manifest
-    from ddit_rt.families import family_named
+    from ddit_rt.models import family_named
 
     # Before the model: a missing artifact should not cost the minutes of loading one.
     manifest = read_manifest(args.artifact)
@@ -115,8 +111,8 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 def _check_options(args: argparse.Namespace) -> None:
     """Refuses options that do not go together, before the model is loaded."""
-    from ddit_rt.patch_scheduler import DDiTPolicy
-    from ddit_rt.pipeline.guidance import check_interval
+    from ddit_rt.planning.guidance import check_interval
+    from ddit_rt.policies import DDiTPolicy
 
     choose_policy(args.policy, args.tau, args.rho, DDiTPolicy())
     if args.guidance_interval is not None:
@@ -180,7 +176,7 @@ def _generate(
 
 def _policy_entry(policy: PolicyChoice) -> dict[str, Any]:
     """A preset or speed by its name; the notes of the trace say which plan it stands for."""
-    from ddit_rt.patch_scheduler import PatchPolicy
+    from ddit_rt.policies import PatchPolicy
 
     return policy.to_dict() if isinstance(policy, PatchPolicy) else {"calibrated": policy}
 

@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 def _attention(artifact: Artifact, package: str) -> tuple[str, ...]:
     """Attention kernels that a package calls; none where it is older than their record."""
-    from ddit_rt.artifact import read_info
+    from ddit_rt.blocks import read_info
 
     assert artifact.directory is not None, "an opened artifact has a folder"
     return read_info(artifact.directory / package).attention
@@ -76,19 +76,19 @@ def _machine_mismatches(manifest: Manifest) -> list[str]:
 
 
 def _default_policy(manifest: Manifest) -> dict[str, Any]:
-    from ddit_rt.patch_scheduler import DDiTPolicy
+    from ddit_rt.policies import DDiTPolicy
 
     return manifest.policy or DDiTPolicy().to_dict()
 
 
 def _default_step_cache(manifest: Manifest) -> dict[str, Any]:
-    from ddit_rt.step_cache import NoCache
+    from ddit_rt.policies import NoCache
 
     return manifest.step_cache or NoCache().to_dict()
 
 
 def _model_memory(artifact: Artifact, pipeline: Any) -> dict[str, Any]:
-    from ddit_rt.pipeline.memory import memory_of
+    from ddit_rt.engine.memory import memory_of
 
     return asdict(memory_of(artifact, pipeline))
 

@@ -112,7 +112,7 @@ def refuse_video(manifest: Manifest, command: str) -> None:
         UnsupportedModelError: It is one.
     """
     from ddit_rt.errors import UnsupportedModelError
-    from ddit_rt.families import family_named
+    from ddit_rt.models import family_named
 
     if family_named(manifest.family).video:
         raise UnsupportedModelError(
@@ -126,9 +126,9 @@ def embedded_defaults(model: str) -> dict[str, int]:
     """Call arguments that an embedded model was trained with; empty for any other model."""
     if model not in (EMBEDDED, EMBEDDED_VIDEO):
         return {}
-    from ddit_rt.demo.clips import ClipConfig
-    from ddit_rt.demo.pictures import PictureConfig
-    from ddit_rt.demo.prompts import MAX_SEQUENCE_LENGTH
+    from ddit_rt.lab.demo.clips import ClipConfig
+    from ddit_rt.lab.demo.pictures import PictureConfig
+    from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH
 
     clip = ClipConfig()
     size = clip if model == EMBEDDED_VIDEO else PictureConfig()
@@ -141,7 +141,7 @@ def embedded_defaults(model: str) -> dict[str, int]:
 
 
 def _embedded_path(model: str) -> str:
-    from ddit_rt.demo import model_path, video_model_path
+    from ddit_rt.lab.demo import model_path, video_model_path
 
     path = model_path() if model == EMBEDDED else video_model_path()
     if not path.is_dir():

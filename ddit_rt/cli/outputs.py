@@ -25,7 +25,7 @@ def output_paths(output: Path, count: int, *, video: bool = False) -> list[Path]
         hint = "" if video or suffix != VIDEO else "; this model makes pictures, not videos"
         raise ValueError(f"cannot write {output}: the name must end in {', '.join(known)}{hint}")
     if suffix == VIDEO:
-        from ddit_rt.demo.video_file import require_encoder
+        from ddit_rt.lab.measure.video_file import require_encoder
 
         require_encoder()  # before minutes of work
     several = [output.with_stem(f"{output.stem}-{index}") for index in range(1, count + 1)]
@@ -47,6 +47,6 @@ def write_video(frames: Sequence[Any], path: Path, fps: int) -> None:
         return
     import numpy as np
 
-    from ddit_rt.demo.video_file import write_mp4
+    from ddit_rt.lab.measure.video_file import write_mp4
 
     write_mp4(path, [np.asarray(frame.convert("RGB")) for frame in frames], fps)

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from ddit_rt.cli.options import number, text
 
 if TYPE_CHECKING:
-    from ddit_rt.patch_scheduler import DDiTPolicy, PatchPolicy
-    from ddit_rt.pipeline.presets import PolicyChoice
-    from ddit_rt.step_cache import StepCache
+    from ddit_rt.planning.presets import PolicyChoice
+    from ddit_rt.policies import DDiTPolicy, PatchPolicy, StepCache
 
 Tau = float | dict[str, float]
 
@@ -59,7 +58,7 @@ def add_step_cache_argument(parser: argparse.ArgumentParser, default: str) -> No
 @text
 def step_cache(value: str) -> StepCache:
     """The step cache of `--step-cache`."""
-    from ddit_rt.step_cache import parse_step_cache
+    from ddit_rt.policies import parse_step_cache
 
     return parse_step_cache(value)
 
@@ -67,8 +66,8 @@ def step_cache(value: str) -> StepCache:
 @text
 def policy_text(value: str) -> str:
     """The text of `--policy`, which can be read; what it stands for hangs on the artifact."""
-    from ddit_rt.patch_scheduler import DDiTPolicy
-    from ddit_rt.pipeline.presets import parse_choice
+    from ddit_rt.planning.presets import parse_choice
+    from ddit_rt.policies import DDiTPolicy
 
     parse_choice(value, DDiTPolicy())
     return value
@@ -77,7 +76,7 @@ def policy_text(value: str) -> str:
 @text
 def patch_sizes(value: str) -> str:
     """The text of `--patch-sizes`, which can be read."""
-    from ddit_rt.pipeline.inputs import parse_multiples
+    from ddit_rt.engine.inputs import parse_multiples
 
     parse_multiples(value)
     return value
@@ -89,7 +88,7 @@ def parse_tau(value: str) -> Tau:
     Raises:
         argparse.ArgumentTypeError: Anything else.
     """
-    from ddit_rt.patch_scheduler import DDiTPolicy
+    from ddit_rt.policies import DDiTPolicy
 
     try:
         if "=" not in value:
@@ -122,7 +121,7 @@ def choose_policy(
     Raises:
         ValueError: An unknown policy, or thresholds for a policy that has none.
     """
-    from ddit_rt.pipeline.presets import parse_choice
+    from ddit_rt.planning.presets import parse_choice
 
     if tau is None and rho is None:
         return default if name is None else parse_choice(name, default)
@@ -132,7 +131,7 @@ def choose_policy(
 
 
 def _dynamic(tau: Tau | None, rho: float | None, default: PatchPolicy) -> DDiTPolicy:
-    from ddit_rt.patch_scheduler import DDiTPolicy
+    from ddit_rt.policies import DDiTPolicy
 
     policy = default if isinstance(default, DDiTPolicy) else DDiTPolicy()
     if tau is not None:

@@ -13,7 +13,7 @@ from ddit_rt.cli.models import DEVICES, DTYPES, MODEL_HELP, embedded_defaults, l
 from ddit_rt.cli.options import existing_file, folder_to_write, number, seed, whole
 
 if TYPE_CHECKING:
-    from ddit_rt.training import DataConfig, TrainConfig, TrainResult
+    from ddit_rt.lab.train import DataConfig, TrainConfig, TrainResult
 
 _TAR = (".tar",)
 
@@ -125,7 +125,7 @@ def _add_run_arguments(group: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome | None:
-    from ddit_rt.training import read_prompts, train
+    from ddit_rt.lab.train import read_prompts, train
 
     config = _config(args)
     gain = None if args.gain_prompts is None else read_prompts(args.gain_prompts)
@@ -137,7 +137,7 @@ def _run(args: argparse.Namespace) -> Outcome | None:
     import torch
 
     from ddit_rt.adapters import adaptable_layers
-    from ddit_rt.families import family_of
+    from ddit_rt.models import family_of
 
     adaptable_layers(family_of(pipeline.transformer), pipeline.transformer)
     result = train(
@@ -155,7 +155,7 @@ def _run(args: argparse.Namespace) -> Outcome | None:
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:
-    from ddit_rt.training import OptimizerConfig, TrainConfig
+    from ddit_rt.lab.train import OptimizerConfig, TrainConfig
 
     return TrainConfig(
         patch_sizes=tuple(size.strip() for size in args.patch_sizes.split(",")),
@@ -181,7 +181,7 @@ def _config(args: argparse.Namespace) -> TrainConfig:
 
 
 def _data(args: argparse.Namespace, pipeline: Any) -> DataConfig:
-    from ddit_rt.training import DataConfig
+    from ddit_rt.lab.train import DataConfig
 
     kind, source = _source(args)
     side = pipeline.default_sample_size * pipeline.vae_scale_factor

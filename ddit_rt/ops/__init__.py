@@ -13,12 +13,7 @@ _load()
 from ddit_rt.ops import _fakes  # noqa: E402, F401
 from ddit_rt.ops.decide import Reason, decide_  # noqa: E402
 from ddit_rt.ops.pack import pack, unpack  # noqa: E402
-from ddit_rt.ops.reuse import (  # noqa: E402
-    CACHE_HEADER,
-    CACHE_RECORD,
-    CacheReason,
-    decide_reuse_,
-)
+from ddit_rt.ops.reuse import CACHE_HEADER, CACHE_RECORD, CacheReason, decide_reuse_  # noqa: E402
 from ddit_rt.ops.scores import patch_scores  # noqa: E402
 from ddit_rt.ops.solver import solver_step_  # noqa: E402
 

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ddit_rt.demo.classifier import AttributeClassifier, weights_path
-from ddit_rt.demo.pictures import ATTRIBUTE_SIZES, PictureConfig
+from ddit_rt.lab.demo.classifier import AttributeClassifier, weights_path
+from ddit_rt.lab.demo.pictures import ATTRIBUTE_SIZES, PictureConfig
 from demo_training.picture_data import draw_set
 from demo_training.settings import Settings
 from demo_training.text import attribute_loss

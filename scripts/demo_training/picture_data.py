@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import torch
 
-from ddit_rt.demo.pictures import PictureConfig, draw_series
+from ddit_rt.lab.demo.pictures import PictureConfig, draw_series
 
 _CHUNK = 64
 

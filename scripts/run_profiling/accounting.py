@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from profiling import Event, device_ranges, ranges_of
 
-from ddit_rt.executor import RunTrace
-from ddit_rt.patch_scheduler import parse_patch
+from ddit_rt.loop import RunTrace
+from ddit_rt.policies import parse_patch
 
 PREFIX = "ddit_rt/"
 PHASES = ("decide", "model", "solver")

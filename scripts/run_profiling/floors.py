@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ddit_rt.executor import RunTrace
-from ddit_rt.patch_scheduler import DDiTPolicy, parse_patch
-from ddit_rt.pipeline.cost import step_cost
+from ddit_rt.engine.cost import step_cost
+from ddit_rt.loop import RunTrace
+from ddit_rt.policies import DDiTPolicy, parse_patch
 from run_profiling.accounting import STEP, Work, WorkOf
 from run_profiling.subject import Subject
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from ddit_rt.demo.report import machine, model_entry, versions
-from ddit_rt.executor import RunTrace
+from ddit_rt.lab.measure.report import machine, model_entry, versions
+from ddit_rt.loop import RunTrace
 from run_profiling.accounting import Account, Row
 from run_profiling.ceilings import Ceilings
 from run_profiling.subject import Subject

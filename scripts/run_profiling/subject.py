@@ -12,12 +12,12 @@ from torch import Tensor
 
 import ddit_rt
 from ddit_rt.artifact import read_manifest
-from ddit_rt.buckets import StepModel
 from ddit_rt.cli.models import EMBEDDED, embedded_defaults, load_pipeline
 from ddit_rt.cli.policies import choose_policy
-from ddit_rt.executor import RunTrace
-from ddit_rt.families import family_of
-from ddit_rt.patch_scheduler import PatchPolicy
+from ddit_rt.loop import RunTrace
+from ddit_rt.models import family_of
+from ddit_rt.policies import PatchPolicy
+from ddit_rt.steps import StepModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
 
 
 def _embedded_engine(args: argparse.Namespace) -> ddit_rt.Engine:
-    from ddit_rt.demo.plans import DEMO_POLICY
+    from ddit_rt.lab.demo.plans import DEMO_POLICY
 
     if args.model not in (None, EMBEDDED):
         raise ValueError(

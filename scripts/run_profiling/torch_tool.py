@@ -11,7 +11,7 @@ import torch
 from profiling import Event, read_events
 from torch.profiler import ProfilerActivity, profile
 
-from ddit_rt.executor import RunTrace
+from ddit_rt.loop import RunTrace
 from run_profiling.accounting import (
     Account,
     account_of_spans,

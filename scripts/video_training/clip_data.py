@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import torch
 
-from ddit_rt.demo.clips import ClipConfig, draw_clips
+from ddit_rt.lab.demo.clips import ClipConfig, draw_clips
 
 _CHUNK = 32
 

@@ -4,15 +4,15 @@ import torch
 from diffusers import WanPipeline
 from tqdm import tqdm
 
-from ddit_rt.demo import video_model_path
-from ddit_rt.demo.clips import (
+from ddit_rt.lab.demo import video_model_path
+from ddit_rt.lab.demo.clip_hits import clip_hits
+from ddit_rt.lab.demo.clips import (
     ClipAttributes,
     ClipConfig,
     all_clip_attributes,
     draw_clip,
     is_held_out_clip,
 )
-from ddit_rt.demo.video_quality import clip_hits
 from video_training.latents import FRAMES
 from video_training.text import MAX_SEQUENCE_LENGTH
 

@@ -4,7 +4,7 @@ import torch
 from demo_training.settings import Settings, load_checkpoint
 from tqdm import tqdm
 
-from ddit_rt.demo import video_model_path
+from ddit_rt.lab.demo import video_model_path
 from video_training.latents import build_pipeline, build_transformer
 
 

@@ -6,7 +6,7 @@ import torch
 from demo_training.settings import Settings
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
-from ddit_rt.demo.clips import ClipConfig, all_clip_attributes
+from ddit_rt.lab.demo.clips import ClipConfig, all_clip_attributes
 from video_training.clip_data import draw_clip_set
 from video_training.text import MAX_SEQUENCE_LENGTH, WIDTH, load_text
 from video_training.vae import CHANNELS, load_vae

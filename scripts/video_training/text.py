@@ -11,7 +11,7 @@ from demo_training.text import build_pieces
 from tqdm import tqdm
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-from ddit_rt.demo.clips import (
+from ddit_rt.lab.demo.clips import (
     CLIP_ATTRIBUTE_SIZES,
     COLOURS,
     DIRECTIONS,

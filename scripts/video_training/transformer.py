@@ -18,7 +18,7 @@ from demo_training.settings import Settings, load_checkpoint, save_checkpoint, s
 from diffusers import WanTransformer3DModel
 from tqdm import tqdm
 
-from ddit_rt.demo.clips import random_clip_attributes
+from ddit_rt.lab.demo.clips import random_clip_attributes
 from video_training.latents import (
     FRAMES,
     build_pipeline,

@@ -21,7 +21,7 @@ from demo_training.settings import (
 from diffusers import AutoencoderKLWan
 from tqdm import tqdm
 
-from ddit_rt.demo.clips import ClipConfig
+from ddit_rt.lab.demo.clips import ClipConfig
 from video_training.clip_data import draw_clip_set
 
 CHANNELS = 8

@@ -16,7 +16,7 @@ from ddit_rt.adapters import (
     save_adapters,
     untrained_lora,
 )
-from ddit_rt.families.flux import FluxFamily
+from ddit_rt.models.flux import FluxFamily
 
 FLUX = FluxFamily()
 
@@ -69,7 +69,7 @@ def test_buckets_of_two_runs_list_tensors_of_equal_shapes() -> None:
 
 
 def step_context(transformer, seed: int):
-    from ddit_rt.buckets import Detail, Pass, RunContext, StepModel
+    from ddit_rt.steps import Detail, Pass, RunContext, StepModel
 
     conditioning = tiny_conditioning(transformer, seed=seed)
     sigmas = torch.tensor([1.0, 0.5])

@@ -20,7 +20,7 @@ from ddit_rt.adapters import (
     untrained_lora,
 )
 from ddit_rt.errors import ArtifactError, ArtifactMismatchError
-from ddit_rt.families.flux import FluxFamily
+from ddit_rt.models.flux import FluxFamily
 
 FLUX = FluxFamily()
 

@@ -6,16 +6,10 @@ from typing import Any
 
 import pytest
 
-from ddit_rt.artifact import (
-    PRESETS,
-    CalibratedPlan,
-    Calibration,
-    Manifest,
-    TokenRanges,
-    calibration_for,
-)
+from ddit_rt.artifact import PRESETS, CalibratedPlan, Calibration, Manifest, calibration_for
+from ddit_rt.blocks import TokenRanges
 from ddit_rt.errors import ArtifactError
-from ddit_rt.step_cache import CacheFit
+from ddit_rt.policies import CacheFit
 
 
 def plan(speedup: float) -> CalibratedPlan:

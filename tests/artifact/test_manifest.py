@@ -16,10 +16,10 @@ from ddit_rt.artifact import (
     FileEntry,
     Manifest,
     PackageEntry,
-    TokenRanges,
     mismatches,
     weight_fingerprint,
 )
+from ddit_rt.blocks import TokenRanges
 from ddit_rt.errors import ArtifactError
 
 CPU = torch.device("cpu")

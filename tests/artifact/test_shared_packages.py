@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import CompiledBlocks, block_inputs, eager, random_lora
+from block_models import CompiledBlocks, block_inputs, eager, random_lora
 from diffusers import FluxTransformer2DModel
 
-from ddit_rt.artifact import CompiledRunner, LoadedPackage, load_runner
-from ddit_rt.families import family_of
+from ddit_rt.blocks import CompiledRunner, LoadedPackage, load_runner
+from ddit_rt.models import family_of
 
 CPU = torch.device("cpu")
 # float32 sums of about 100 terms in another order: a few units in the last place of values near 4.
@@ -70,11 +70,11 @@ def test_packages_are_shared_where_a_capture_may_change_their_tensors(
     compiled_blocks: CompiledBlocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = LoadedPackage(compiled_blocks.package("FluxTransformerBlock"), device=CPU)
-    monkeypatch.setattr("ddit_rt.artifact.runner._TORCH", (2, 11))
+    monkeypatch.setattr("ddit_rt.blocks.runner._TORCH", (2, 11))
     assert not package.shared
     package.device = torch.device("cuda", 0)
     assert package.shared
-    monkeypatch.setattr("ddit_rt.artifact.runner._TORCH", (2, 13))
+    monkeypatch.setattr("ddit_rt.blocks.runner._TORCH", (2, 13))
     assert not package.shared
 
 

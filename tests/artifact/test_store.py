@@ -15,12 +15,12 @@ from ddit_rt.artifact import (
     Artifact,
     BucketEntry,
     Manifest,
-    TokenRanges,
     is_trusted,
     open_artifact,
     read_manifest,
     trust,
 )
+from ddit_rt.blocks import TokenRanges
 from ddit_rt.errors import ArtifactError, UntrustedArtifactError
 
 PACKAGE = "FluxTransformerBlock/package.pt2"
@@ -294,7 +294,7 @@ def test_save_where_folders_cannot_be_swapped(
     transformer: FluxTransformer2DModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ddit_rt.artifact import folder
+    from ddit_rt.folder import folder
 
     monkeypatch.setattr(folder, "_exchange", folder._exchange_in_two_steps)
     make_artifact(tmp_path / "second", transformer, salt="2").save(saved)

@@ -4,7 +4,7 @@ from importlib import import_module
 
 import pytest
 
-from ddit_rt.patch_scheduler import Schedule
+from ddit_rt.policies import Schedule
 
 # FLUX.1-dev at 1024 x 1024, by count: TFLOP a step.
 FLOPS = {"p": 74_400, "2p": 21_500, "4p": 10_300}

@@ -13,11 +13,11 @@ from extras import need
 
 from ddit_rt import ops
 from ddit_rt.adapters import AdapterConfig, AdapterSet, PatchAdapter, save_adapters
-from ddit_rt.calibration.points import Prompt
-from ddit_rt.demo import model_path
-from ddit_rt.demo.prompts import held_out_prompts
-from ddit_rt.families import family_of
-from ddit_rt.patch_scheduler import DDiTPolicy
+from ddit_rt.lab.demo import model_path
+from ddit_rt.lab.demo.prompts import held_out_prompts
+from ddit_rt.lab.plans.points import Prompt
+from ddit_rt.models import family_of
+from ddit_rt.policies import DDiTPolicy
 
 ARGUMENTS = {"height": 64, "width": 64, "max_sequence_length": 16}
 TABLES = ["statistic", "adapters", "static_dynamic"]

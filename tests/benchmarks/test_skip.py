@@ -11,7 +11,7 @@ from extras import need
 from wan_models import TEXT_TOKENS, wan_pipeline
 
 import ddit_rt
-from ddit_rt.step_cache import CacheFit, MagCache, NoCache, TeaCache
+from ddit_rt.policies import CacheFit, MagCache, NoCache, TeaCache
 
 KINDS = (
     "fewer_steps",

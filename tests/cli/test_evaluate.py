@@ -128,7 +128,7 @@ def test_ab_summary_before_and_after_an_answer(
 ) -> None:
     assert main(["ab", str(evaluated), "--summary"]) == 0
     assert "dynamic against fine: no answers yet" in capsys.readouterr().out
-    from ddit_rt.evaluation.preferences import Study
+    from ddit_rt.lab.evaluate.preferences import Study
 
     Study(evaluated).record({"rater": "ada", "pair": 0, "choice": "equal"})
     assert main(["ab", str(evaluated), "--summary", "--json"]) == 0

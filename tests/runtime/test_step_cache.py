@@ -23,7 +23,7 @@ from step_loop import (
 
 from ddit_rt import ops
 from ddit_rt.ops import CacheReason
-from ddit_rt.step_cache import CacheTable
+from ddit_rt.policies import CacheTable
 
 FORMS = ["loop", "step", "host"]
 

@@ -18,7 +18,7 @@ from profiles import PLAN, profiled, tiny_subject
 from text_encoders import save_tiny
 
 import ddit_rt
-from ddit_rt.pipeline.cost import step_cost
+from ddit_rt.engine.cost import step_cost
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "profile.py"
 

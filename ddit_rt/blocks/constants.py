@@ -1,0 +1,134 @@
+"""The tensors that a package computes with: found in the user's module, never copied."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ddit_rt.blocks.template import is_lora_name
+from ddit_rt.errors import ArtifactMismatchError
+from ddit_rt.models.structure import parts
+
+
+@dataclass(frozen=True, slots=True)
+class ConstantSpec:
+    """Shape and data type that a compiled block expects of one constant."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a module keeps a tensor: it is read anew each time, so a replaced one is seen."""
+
+    registry: Mapping[str, Tensor | None]
+    key: str
+
+    def read(self) -> Tensor | None:
+        """The tensor that the module holds now."""
+        return self.registry.get(self.key)
+
+
+def live_slots(block: nn.Module) -> dict[str, Slot]:
+    """Parameters and buffers of a block by canonical name, without those of PEFT's layers."""
+    return {
+        f"{path}.{key}" if path else key: Slot(registry, key)
+        for path, module in parts(block)
+        for registry in (module._parameters, module._buffers)  # noqa: SLF001
+        for key, tensor in registry.items()
+        if tensor is not None
+    }
+
+
+class Binding:
+    """The constants of one runner, resolved against a block of the user's transformer.
+
+    Holds the tensors it handed out, so their storage lives exactly as long as the binding does,
+    also after the module moved on to new storage; `stale` tells when that happened.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        names: Mapping[str, ConstantSpec],
+        block: nn.Module,
+        lora: Mapping[str, Tensor] | None,
+    ) -> None:
+        """Resolves every constant.
+
+        Args:
+            owner: Name of the block type, for messages.
+            names: The constants that the package asks for, by canonical name.
+            block: The user's block.
+            lora: Factors of the adapter, by canonical name.
+
+        Raises:
+            ArtifactMismatchError: A tensor is missing, superfluous or not as compiled.
+        """
+        self._slots = live_slots(block)
+        lora = dict(lora or {})
+        self.tensors: dict[str, Tensor] = {}
+        for name, spec in names.items():
+            tensor = lora.pop(name, None) if is_lora_name(name) else self._live(name)
+            if tensor is None:
+                raise ArtifactMismatchError(_missing(owner, name))
+            _check_constant(f"{owner}.{name}", tensor, spec)
+            self.tensors[name] = tensor.detach()
+        if lora:
+            raise ArtifactMismatchError(
+                f"{owner}: the package has no place for {', '.join(sorted(lora))}: "
+                "load the variant that was compiled with LoRA, or leave the adapter out"
+            )
+        self._watched = [
+            (self._slots[name], tensor.data_ptr())
+            for name, tensor in self.tensors.items()
+            if name in self._slots
+        ]
+        weakref.finalize(self, _let_go, list(self.tensors.values())).atexit = False
+
+    def stale(self) -> bool:
+        """Whether the module has put one of the bound tensors into other storage."""
+        for slot, pointer in self._watched:
+            tensor = slot.read()
+            if tensor is None or tensor.data_ptr() != pointer:
+                return True
+        return False
+
+    def _live(self, name: str) -> Tensor | None:
+        slot = self._slots.get(name)
+        return None if slot is None else slot.read()
+
+
+def _let_go(aliases: Iterable[Tensor]) -> None:
+    """Gives storage back that torch's loader would keep for good.
+
+    The loader copies the handles of constants that their user manages, and never deletes a copy
+    (`MaybeOwningAtenTensorHandle`), so the aliases stay, with whatever storage they have.
+    """
+    with torch.inference_mode():  # where aliases of inference tensors can be changed, too
+        for alias in aliases:
+            alias.set_()  # type: ignore[call-overload] # its stub lacks the form without arguments
+
+
+def _missing(owner: str, name: str) -> str:
+    if is_lora_name(name):
+        return f"{owner}: this variant carries LoRA and needs {name}: pass the adapter's factors"
+    return f"{owner} has no tensor {name}, but was compiled with one: compile for this model"
+
+
+def _check_constant(name: str, tensor: Tensor, spec: ConstantSpec) -> None:
+    if tuple(tensor.shape) != spec.shape or tensor.dtype is not spec.dtype:
+        raise ArtifactMismatchError(
+            f"{name} is {tuple(tensor.shape)} {tensor.dtype}, but the package was compiled for "
+            f"{spec.shape} {spec.dtype}: cast the transformer, or compile again"
+        )
+    if not tensor.is_contiguous():
+        raise ArtifactMismatchError(
+            f"{name} is not contiguous (strides {tensor.stride()}): the package reads it as dense "
+            "memory; store it contiguously"
+        )

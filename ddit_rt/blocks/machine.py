@@ -1,0 +1,209 @@
+"""What a compile needs of the machine: looked at before the minute that tracing takes.
+
+Torch compiles with the C++ compiler, into folders of its own. Blocks on CUDA also need the header
+`cuda.h` and a `libcuda.so` to link with. Torch looks for them in the CUDA toolkit that it finds
+(`CUDA_HOME`, else that of `nvcc`, else `/usr/local/cuda`), and adds the toolkit's own stub of the
+driver only where `CUDA_HOME` is set. So what it would miss is looked for in the other usual places,
+and handed to the compiler for the time of the compile:
+
+- `cuda.h`: `CUDA_HOME`, `CUDA_PATH`, `/usr/local/cuda`;
+- `libcuda.so`: the stubs of these toolkits, else the installed driver, which has it under the name
+  `libcuda.so.1` alone. Whichever it is linked with, a package runs with the driver of the machine.
+"""
+
+from __future__ import annotations
+
+import locale
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ddit_rt.errors import CompileError
+from ddit_rt.folder import no_place_for_code
+
+_TOOLKIT = Path("/usr/local/cuda")
+_STUBS = ("lib64/stubs", "lib/stubs", "targets/*/lib/stubs")
+_LDCONFIG = "/sbin/ldconfig"
+
+_HEADER_ROOM = 256 * 2**20
+_CODE_ROOM = 32 * 2**20
+"""Bytes that a first compile may take: 150 MiB for torch's precompiled headers, a few for code."""
+
+
+@contextmanager
+def compiler_ready(device_type: str) -> Iterator[None]:
+    """Holds while a block is compiled.
+
+    Args:
+        device_type: `cpu` or `cuda`.
+
+    Raises:
+        CompileError: Something is missing; the message names the setting that helps.
+    """
+    _check_encoding()
+    _check_folders()
+    compiler = _cpp_compiler()
+    if device_type == "cpu":
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="ddit_rt-") as scratch:
+        added = _cuda_paths(compiler, Path(scratch))
+        with _environment(added):
+            yield
+
+
+def _check_encoding() -> None:
+    """Torch reads sources of its own, some with such signs, in the encoding of the locale."""
+    encoding = locale.getpreferredencoding(False)
+    try:
+        "\u2013\u2264\u00e9".encode().decode(encoding)
+    except (UnicodeDecodeError, LookupError) as error:
+        raise CompileError(
+            f"torch cannot read its own sources in the encoding of this locale, {encoding}: set "
+            "PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+        ) from error
+
+
+def _cpp_compiler() -> str:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return str(get_cpp_compiler())
+    except InvalidCxxCompiler as error:
+        raise CompileError(
+            f"{str(error).strip().splitlines()[0]}: install g++ (e.g. apt-get install g++), or "
+            "point the environment variable CXX at a compiler"
+        ) from error
+
+
+def _check_folders() -> None:
+    """Refuses folders that torch could not use: what it compiles, and its precompiled headers."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    places: list[tuple[str, Callable[[], str], int]] = [
+        ("TMPDIR", default_cache_dir, _HEADER_ROOM),
+        ("TORCHINDUCTOR_CACHE_DIR", cache_dir, _CODE_ROOM),
+    ]
+    for variable, place, room in places:
+        try:
+            folder = Path(place())
+        except (KeyError, OSError) as error:
+            # Older versions of torch want the name of the user, for the name of the folder.
+            raise CompileError(
+                f"torch has no folder for what it compiles ({error}): set {variable} to a folder "
+                "that you can write, and USER to any name if this user has none"
+            ) from error
+        if problem := no_place_for_code(folder, room):
+            raise CompileError(
+                f"torch compiles in {folder}, {problem}: set {variable} to another folder"
+            )
+
+
+def _cuda_paths(compiler: str, scratch: Path) -> dict[str, Path]:
+    """Folders that the compiler needs beside those that torch names, by environment variable."""
+    headers, libraries = _torch_folders()
+    added: dict[str, Path] = {}
+    if not _finds_header(compiler, headers):
+        found = (kit / "include" for kit in _toolkits())
+        header = next((path for path in found if _finds_header(compiler, [*headers, path])), None)
+        if header is None:
+            raise CompileError(
+                f"cuda.h is neither in {_listed(headers)}, where torch looks for it, nor in a "
+                "toolkit known here: install one, or export CUDA_HOME=/usr/local/cuda (or wherever "
+                "yours is) before Python starts"
+            )
+        added["CPATH"] = header
+    if not _links(compiler, libraries, scratch):
+        folders = _driver_folders(scratch)
+        library = next((path for path in folders if _links(compiler, [path], scratch)), None)
+        if library is None:
+            raise CompileError(
+                "the linker finds no libcuda.so (-lcuda), with which blocks on CUDA are linked: "
+                "export LIBRARY_PATH=$CUDA_HOME/lib64/stubs, or another folder with a libcuda.so"
+            )
+        added["LIBRARY_PATH"] = library
+    return added
+
+
+def _torch_folders() -> tuple[list[str], list[str]]:
+    """Where torch lets the compiler look for headers and for libraries."""
+    from torch._inductor.cpp_builder import get_cpp_torch_device_options
+
+    try:
+        _, headers, _, _, libraries, _, _ = get_cpp_torch_device_options("cuda", aot_mode=True)
+    except OSError as error:
+        raise CompileError(
+            f"torch finds no CUDA toolkit ({error}): install one, or export "
+            "CUDA_HOME=/usr/local/cuda (or wherever yours is) before Python starts"
+        ) from error
+    return headers, libraries
+
+
+def _toolkits() -> list[Path]:
+    named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    return [*(Path(name) for name in named if name), _TOOLKIT]
+
+
+def _driver_folders(scratch: Path) -> Iterator[Path]:
+    """Where a `libcuda.so` may be; of the driver, one is made in `scratch`."""
+    for kit in _toolkits():
+        for pattern in _STUBS:
+            yield from kit.glob(pattern)
+    for library in _known_to_loader("libcuda.so.1"):
+        link = scratch / "libcuda.so"
+        link.unlink(missing_ok=True)
+        link.symlink_to(library)
+        yield scratch
+
+
+def _known_to_loader(name: str) -> list[str]:
+    """Paths of a library that programs are started with."""
+    ldconfig = shutil.which("ldconfig") or _LDCONFIG
+    try:
+        listed = subprocess.run([ldconfig, "-p"], capture_output=True, check=True).stdout  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    lines = (line.split() for line in os.fsdecode(listed).splitlines())
+    return [words[-1] for words in lines if words and words[0] == name]
+
+
+def _finds_header(compiler: str, folders: Iterable[str | Path]) -> bool:
+    return _runs(
+        [compiler, "-fsyntax-only", "-xc++", "-", *(f"-I{folder}" for folder in folders)],
+        b"#include <cuda.h>\n",
+    )
+
+
+def _links(compiler: str, folders: Iterable[str | Path], scratch: Path) -> bool:
+    target = ["-shared", "-fPIC", "-xc++", "-", "-o", str(scratch / "linked.so")]
+    return _runs([compiler, *target, *(f"-L{folder}" for folder in folders), "-lcuda"], b"")
+
+
+def _runs(command: list[str], source: bytes) -> bool:
+    # The compiler and its arguments are torch's own, or folders named by the user.
+    return not subprocess.run(command, input=source, capture_output=True, check=False).returncode  # noqa: S603
+
+
+def _listed(folders: Iterable[str]) -> str:
+    return ", ".join(folder for folder in folders if "torch" not in Path(folder).parts)
+
+
+@contextmanager
+def _environment(folders: dict[str, Path]) -> Iterator[None]:
+    """Puts folders before those of the process's search paths."""
+    before = {name: os.environ.get(name) for name in folders}
+    try:
+        for name, folder in folders.items():
+            os.environ[name] = os.pathsep.join(filter(None, (str(folder), before[name])))
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,161 @@
+"""What one denoising step must do at least: operations, and bytes of weights to read.
+
+The model is copied onto the meta device, where tensors have shapes and no memory, and the step
+runs there under a counter. So nothing here knows a family's formulas, and no weight is touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddit_rt.errors import ShapeError
+from ddit_rt.models.base import BATCH, IMAGE, JOINT, TEXT, BlockType, Family
+from ddit_rt.steps import StepModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepCost:
+    """One step of the unmodified model on the tokens of one patch size.
+
+    What is computed once per run (text tokens, time embedding, positions) is not in it, nor are
+    scores and solver, which are bound by the latents' bytes, nor an adapter's own layers.
+
+    Attributes:
+        flops: Floating-point operations of matrix products and attention, over the whole batch;
+            a multiply-add is two.
+        weight_bytes: Weights that the step reads, each once.
+        image_tokens: Image tokens per sample.
+        text_tokens: Text tokens per sample.
+    """
+
+    flops: int
+    weight_bytes: int
+    image_tokens: int
+    text_tokens: int
+
+
+@torch.no_grad()
+def step_cost(
+    model: StepModel,
+    *,
+    height: int,
+    width: int,
+    multiple: int,
+    batch: int,
+    text_tokens: int,
+    frames: int = 0,
+) -> StepCost:
+    """Counts one step of a bucket.
+
+    Args:
+        model: The model; its weights may be anywhere, the meta device included.
+        height: Latent rows.
+        width: Latent columns.
+        multiple: Patch size as a multiple of p.
+        batch: Samples, both halves of classifier-free guidance counted.
+        text_tokens: Text tokens per sample.
+        frames: Latent frames; 0 for pictures.
+
+    Raises:
+        ShapeError: The patch size does not divide the latent.
+    """
+    patch = model.patch_size * multiple
+    if min(height, width) < patch or height % patch or width % patch:
+        raise ShapeError(
+            f"got latents of {height} x {width}; patches of {patch} pixels do not divide them"
+        )
+    tokens = model.grid(height, width, multiple, frames).tokens
+    sizes = {BATCH: batch, IMAGE: tokens, TEXT: text_tokens, JOINT: tokens + text_tokens}
+    twin = _meta_copy(model.family, model.transformer)
+    parts = [_ends(model.family, twin, sizes)]
+    parts += [_blocks(block_type, twin, sizes) for block_type in model.family.block_types(twin)]
+    return StepCost(
+        flops=sum(flops for flops, _ in parts),
+        weight_bytes=sum(size for _, size in parts),
+        image_tokens=tokens,
+        text_tokens=text_tokens,
+    )
+
+
+def _ends(family: Family, twin: nn.Module, sizes: dict[str, int]) -> tuple[int, int]:
+    """Patch embedding, final modulated norm and de-embedding."""
+    inputs = family.embedding_layers(twin)[0].weight[0].numel()
+    tokens = _input(sizes[BATCH], sizes[IMAGE], inputs)
+    temb = _input(sizes[BATCH], *family.modulation_shape(twin))
+
+    def run() -> None:
+        hidden = family.embed_tokens(twin, tokens)
+        family.project_output(twin, family.modulate_output(twin, hidden, temb))
+
+    return _count(twin, run)
+
+
+def _blocks(block_type: BlockType, twin: nn.Module, sizes: dict[str, int]) -> tuple[int, int]:
+    """All blocks of one type: they differ in their values only, so one stands for all."""
+    block, *others = block_type.blocks(twin)
+    inputs = [_input(*spec.shape(sizes)) for spec in block_type.inputs]
+    flops, size = _count(block, lambda: block_type.forward(block, *inputs))
+    return flops * (1 + len(others)), size * (1 + len(others))
+
+
+def _input(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="meta")
+
+
+def _count(module: nn.Module, run: Callable[[], Any]) -> tuple[int, int]:
+    """Operations of a call, and bytes of those tensors of the module that it reads."""
+    reads = _Reads(module)
+    with FlopCounterMode(display=False) as counter, reads:
+        run()
+    return counter.get_total_flops(), sum(reads.sizes.values())
+
+
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it untyped
+    """Notes which tensors of a module are read.
+
+    Attributes:
+        sizes: Bytes of each, by identity, in the dtype of the model that was copied.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._owned = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if id(leaf) in self._owned:
+                self.sizes[id(leaf)] = leaf.numel() * leaf.bytes_each
+        return func(*args, **(kwargs or {}))
+
+
+def _meta_copy(family: Family, transformer: nn.Module) -> nn.Module:
+    """A copy without memory, in which an empty module stands for all blocks but the first ones.
+
+    All in float32: mixed dtypes change no count, but fail in a product.
+    """
+    memo: dict[int, nn.Module | Tensor] = {
+        id(block): nn.Identity()
+        for block_type in family.block_types(transformer)
+        for block in block_type.blocks(transformer)[1:]
+    }
+    memo |= {id(parameter): _meta(parameter) for parameter in transformer.parameters()}
+    memo |= {id(buffer): _meta(buffer) for buffer in transformer.buffers()}
+    return copy.deepcopy(transformer, memo).eval()
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
+    twin = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    twin.bytes_each = tensor.element_size()  # type: ignore[attr-defined]
+    return twin

@@ -1,0 +1,508 @@
+"""The engine: what a user calls in place of the diffusers pipeline."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddit_rt import checks
+from ddit_rt.artifact import Artifact
+from ddit_rt.engine.call_inputs import check_artifact, check_call, check_schedule, check_scheduler
+from ddit_rt.engine.history import SeenLatents
+from ddit_rt.engine.inputs import check_executor, check_size
+from ddit_rt.engine.pipeline_driven import PipelineRun
+from ddit_rt.engine.table_driven import Loop, StepCallback
+from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.loop import CaptureReport, ProgressCallback, RunPlan, RunTrace
+from ddit_rt.lora.fused import FusedLora, lora_component
+from ddit_rt.models.arguments import check_callback, check_text_encoders
+from ddit_rt.models.calls import PipelineCall
+from ddit_rt.planning.caching import as_step_cache
+from ddit_rt.planning.compiled import CompiledModel
+from ddit_rt.planning.guidance import WHOLE_RUN, check_interval
+from ddit_rt.planning.outline import Outline
+from ddit_rt.planning.plan import plan_run
+from ddit_rt.planning.presets import PolicyChoice, ResolvedPolicy, requested_steps
+from ddit_rt.planning.requests import Planner, check_latents
+from ddit_rt.policies import FinePolicy, PatchPolicy, StepCache, TeaCache
+from ddit_rt.solver import SolverTable, own_steps, probe_scheduler
+from ddit_rt.steps import latent_frames
+from ddit_rt.torch_state import shielded, without_autocast
+
+
+class Engine:
+    """A compiled model, ready to generate.
+
+    Made by `ddit_rt.compile` or `ddit_rt.load`, not directly. Calls from several threads queue.
+    No state passes from one run to the next. The denoising loop runs in the model's own dtype,
+    whatever autocast the caller is in; text encoders, VAE and callbacks run as the caller has it.
+
+    Attributes:
+        pipeline: The diffusers pipeline, or None for a bare transformer.
+    """
+
+    def __init__(
+        self,
+        compiled: CompiledModel,
+        artifact: Artifact,
+        pipeline: Any = None,
+        executor: str = "auto",
+    ) -> None:
+        self.pipeline = pipeline
+        self._annotate = False
+        self._batched_guidance = True
+        self._compiled = compiled
+        self._planner = Planner(compiled, artifact)
+        self._device = compiled.steps.device
+        self._loop = Loop(self._device)
+        self.executor = executor
+        self._lock = threading.RLock()
+        self._fused: dict[str, FusedLora] = {}
+
+    @property
+    def artifact(self) -> Artifact:
+        """What was compiled: manifest and files. May be set, to one with a calibration or a fit."""
+        return self._planner.artifact
+
+    @artifact.setter
+    def artifact(self, artifact: Artifact) -> None:
+        self._planner.artifact = check_artifact(artifact, self._planner.artifact)
+
+    @property
+    def annotate(self) -> bool:
+        """Whether profilers see named ranges of a run; see `executor.ranges`. May be set."""
+        return self._annotate
+
+    @annotate.setter
+    def annotate(self, annotate: bool) -> None:
+        self._annotate = checks.flag("annotate", annotate)
+
+    @property
+    def batched_guidance(self) -> bool:
+        """Whether the two halves of classifier-free guidance run as one batch of two. May be set.
+
+        That is the default; one after the other, they take less memory. Where the pipeline's own
+        loop drives, they come one after the other.
+        """
+        return self._batched_guidance
+
+    @batched_guidance.setter
+    def batched_guidance(self, batched: bool) -> None:
+        self._batched_guidance = checks.flag("batched_guidance", batched)
+
+    @property
+    def executor(self) -> str:
+        """How a CUDA run is driven; may be set between runs.
+
+        `"loop"`: one graph launch per image. `"step"`: one per step. `"host"`: the host chooses
+        each step's graph; slowest, for profilers. `"auto"`: `loop`. Where something else takes the
+        steps, the pipeline's own loop or a scheduler, it launches every step's graph, whatever is
+        set here; `last_trace` says which, and why. A CPU model has only `"auto"`.
+        """
+        return self._loop.form
+
+    @executor.setter
+    def executor(self, form: str) -> None:
+        check_executor(form, self._compiled.steps.transformer)
+        self._loop.form = form
+
+    @property
+    def captures(self) -> tuple[CaptureReport, ...]:
+        """What capturing CUDA graphs took, per shape that is captured now; empty on a CPU."""
+        return self._loop.captures
+
+    @property
+    def last_trace(self) -> RunTrace | None:
+        """The trace of the latest run, or None."""
+        return self._loop.trace
+
+    @property
+    def default_policy(self) -> PatchPolicy:
+        """The policy of a call that names none: the artifact's own, else `DDiTPolicy()`."""
+        return self._planner.default_policy
+
+    @property
+    def default_step_cache(self) -> StepCache:
+        """The step cache of a call that names none: the artifact's own, else `NoCache()`."""
+        return self._planner.default_step_cache
+
+    @shielded()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        patch_policy: PolicyChoice | None = None,
+        guidance_interval: tuple[float, float] = WHOLE_RUN,
+        step_cache: StepCache | str | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Generates, as the pipeline's own call does.
+
+        Args:
+            prompt: Prompt or prompts.
+            patch_policy: Which patch size each step takes: a policy, by value or as text (`"fine"`,
+                `"static"`, `"dynamic"`, `"4p:0.2,2p:0.4,p"`); or, from the artifact's calibration
+                for this number of steps, a preset (`"quality"`, `"balanced"`, `"fast"`) or a speed
+                between 0 and 1, which may run fewer steps. By default the artifact's policy.
+            guidance_interval: `start` and `stop` of diffusers' guiders: classifier-free guidance
+                acts in this part of the steps; elsewhere the pass with the prompt is all that runs.
+            step_cache: Which steps reuse instead of compute, `TeaCache(0.4)` or `"teacache:0.4"`,
+                and `NoCache()` or `"none"` for none; by default what the plan was calibrated with
+                where `patch_policy` names one, else the artifact's.
+            arguments: Every other argument of the pipeline's `__call__`, with its defaults;
+                `height` and `width` default to those given to `compile`. With a
+                `callback_on_step_end`, or a scheduler that is no fixed table (it draws noise,
+                say), the pipeline's own loop drives the compiled model, so that the callback may
+                see and change all that it may in diffusers.
+
+        Returns:
+            What the pipeline returns; `last_trace` says what the run did.
+
+        Raises:
+            ShapeError: A size that the compiled blocks or the policy cannot run.
+            ValueError, TypeError: An unknown argument, or a value that is none for its name; a
+                preset or speed without a calibration for this number of steps, or a step cache
+                without a fit for this model.
+            UnsupportedModelError: An argument that the compiled model could only ignore.
+            RunCancelled: `cancel` was called.
+        """
+        if self.pipeline is None:
+            raise UnsupportedModelError(
+                "this engine was compiled from a bare transformer; call engine.denoise(latents, "
+                "...), or compile the whole pipeline"
+            )
+        step_cache, guidance_interval = as_step_cache(step_cache), check_interval(guidance_interval)
+        with self._lock:
+            self._check_state()
+            arguments = self._checked({"prompt": prompt, **arguments})
+            choice = self._planner.choose(
+                patch_policy, lambda: requested_steps(self.pipeline, arguments), arguments
+            )
+            if choice.num_inference_steps is not None:
+                arguments["num_inference_steps"] = choice.num_inference_steps
+            scheduler = copy.deepcopy(self.pipeline.scheduler)
+            family = self._compiled.steps.family
+            call = family.read_call(self.pipeline, scheduler, arguments)
+            choice = self._planner.ignored(choice, call.ignored)
+            table, problem = self._planner.solver(scheduler)
+            outline = self._outline(
+                call.shape,
+                scheduler,
+                table,
+                choice,
+                guided=call.guided,
+                guidance_interval=guidance_interval,
+                step_cache=step_cache,
+            )
+            check_text_encoders(self.pipeline, call.arguments, guided=call.guided)
+            if problem or arguments.get("callback_on_step_end") is not None:
+                return self._drive(outline, call, scheduler, arguments, problem)
+            prepared = family.encode_call(self.pipeline, scheduler, call)
+            plan = self._plan(outline, prepared.conditioning)
+            with self.pipeline.progress_bar(total=prepared.num_inference_steps) as bar:
+                final = self._run(plan, prepared.latents, lambda _: bar.update(), self._interrupted)
+            return prepared.finish(final)
+
+    @shielded()
+    def denoise(
+        self,
+        latents: Tensor,
+        *,
+        scheduler: Any = None,
+        num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        patch_policy: PolicyChoice | None = None,
+        step_cache: StepCache | str | None = None,
+        callback: StepCallback | None = None,
+        guidance_interval: tuple[float, float] = WHOLE_RUN,
+        **conditioning: Tensor | None,
+    ) -> Tensor:
+        """Runs the denoising loop alone.
+
+        Args:
+            latents: Initial noise, `[B, C, H, W]`, for videos `[B, C, F, H, W]`.
+            scheduler: A diffusers flow scheduler, copied for the run; by default the pipeline's,
+                or `FlowMatchEulerDiscreteScheduler()` for a bare transformer.
+            num_inference_steps: Steps N; by default as many as `sigmas`, else 50.
+            sigmas: Noise levels of the steps, before the scheduler's own shift: falling, from 1 at
+                most to 1e-6 at least.
+            patch_policy: As in `__call__`.
+            step_cache: As in `__call__`.
+            callback: Called after every step with its index and the latents, float32, which the
+                scheduler made; it may edit them in place, or return others of the same shape to
+                go on from. The copied scheduler then takes its steps itself, so that this means
+                what it means in a diffusers pipeline, correctors included. Nothing else of the
+                run may be changed.
+            guidance_interval: As in `__call__`.
+            conditioning: The transformer's own arguments: for FLUX `encoder_hidden_states`
+                `[B, T, D]`, `pooled_projections` `[B, P]`, `guidance` `[B]`; for Wan
+                `encoder_hidden_states`. For classifier-free guidance the same with `negative_`
+                before the name (of text and pooled text), and the scale `[]`: `true_cfg_scale`
+                for FLUX, `guidance_scale` for Wan, `[2]` with one for each expert.
+
+        Returns:
+            Clean latents, of the same shape, float32.
+
+        Raises:
+            ValueError, TypeError: Missing, unknown or misshapen conditioning, latents that are not
+                finite, a value that is none for its name, or a step cache without a fit for this
+                model.
+            ShapeError, RunCancelled: As in `__call__`.
+        """
+        model = self._compiled.steps
+        check_latents(latents, model)
+        model.family.check_conditioning(model.transformer, latents.shape[0], conditioning)
+        given = {name: value for name, value in conditioning.items() if value is not None}
+        step_cache, guidance_interval = as_step_cache(step_cache), check_interval(guidance_interval)
+        steps, sigmas = check_schedule(num_inference_steps, sigmas)
+        check_callback("callback", callback)
+        if scheduler is None:
+            scheduler = self._default_scheduler()
+        with self._lock:
+            self._check_state()
+            scheduler = copy.deepcopy(check_scheduler(scheduler))
+            choice = self._planner.choose(patch_policy, lambda: (steps, sigmas is not None), {})
+            height, width = latents.shape[-2:]
+            grid = model.grid(height, width, frames=latent_frames(latents.shape))
+            model.family.set_timesteps(scheduler, choice.num_inference_steps or steps, sigmas, grid)
+            latents = latents.to(model.device, torch.float32, non_blocking=True)
+            table, problem = self._planner.solver(scheduler)
+            outline = self._outline(
+                tuple(latents.shape),
+                scheduler,
+                table,
+                choice,
+                guided=model.family.guidance(given) is not None,
+                guidance_interval=guidance_interval,
+                step_cache=step_cache,
+            )
+            if problem or callback is not None:
+                return self._by_scheduler(outline, given, latents, scheduler, callback, problem)
+            return self._run(self._plan(outline, given), latents, None, lambda: False)
+
+    @shielded()
+    def measuring_plan(
+        self, *, projected: bool = False, **arguments: Any
+    ) -> tuple[RunPlan, Tensor]:
+        """A run of the pipeline with every step computed at p, for measuring what step caches need.
+
+        Its buckets keep their residuals, and its step cache holds the model's bare signal: a
+        `Signal`, or the relative changes of a time embedding as the increments.
+
+        Args:
+            projected: Whether that embedding is the projected one.
+            arguments: Of the pipeline's `__call__`.
+
+        Returns:
+            The plan and z_0; nothing has run.
+        """
+        arguments = {**self.artifact.manifest.pipeline_defaults, **arguments}
+        cache = TeaCache(0.0, coefficients=(1.0, 0.0), last=0)
+        if projected:
+            cache = replace(cache, use_ret_steps=True, first=1)
+        with self._lock:
+            self._check_state()
+            scheduler = copy.deepcopy(self.pipeline.scheduler)
+            call = self._compiled.steps.family.read_call(self.pipeline, scheduler, arguments)
+            outline = self._outline(
+                call.shape,
+                scheduler,
+                probe_scheduler(scheduler),
+                ResolvedPolicy(policy=FinePolicy()),
+                guided=call.guided,
+                guidance_interval=WHOLE_RUN,
+                step_cache=cache,
+            )
+            prepared = self._compiled.steps.family.encode_call(self.pipeline, scheduler, call)
+            plan = self._plan(outline, prepared.conditioning)
+            return plan, prepared.latents.to(self._device, torch.float32)
+
+    def cancel(self) -> None:
+        """Ends the current run between two steps; its caller gets `RunCancelled`.
+
+        Safe to call from another thread. Without a run in progress it does nothing.
+        """
+        self._loop.cancel()
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the artifact to a folder, whole or not at all.
+
+        Args:
+            path: Where to; by custom it ends in `.ddit`. An artifact already there is replaced.
+
+        Returns:
+            The path.
+
+        Raises:
+            ArtifactError: Something else than an artifact is there, or nothing was compiled.
+            TypeError, ValueError: No path.
+        """
+        return self.artifact.save(path)
+
+    @without_autocast()
+    def fuse_lora(self, lora: Any, scale: float = 1.0, **load_arguments: Any) -> None:
+        """Fuses a style LoRA into the weights. Nothing is compiled again.
+
+        Its layers for the text encoder and its norms are taken in too, as the pipeline's own
+        `load_lora_weights` does; a file of which a part has no place is refused. On any error
+        everything is as it was.
+
+        Args:
+            lora: What the pipeline's `load_lora_weights` takes.
+            scale: Strength, a finite number.
+            load_arguments: As of `load_lora_weights`, such as `weight_name`;
+                `load_into_transformer_2=True` is for the second expert of Wan 2.2, which takes one
+                of its own.
+
+        Raises:
+            TypeError, ValueError: An argument that is none, an unreadable LoRA, or one while
+                another is fused.
+            UnsupportedModelError: A part of the LoRA has no place, or the pipeline has LoRA layers
+                of its own there.
+        """
+        if self.pipeline is None:
+            raise UnsupportedModelError(
+                "fuse_lora loads through the pipeline; this engine has a bare transformer"
+            )
+        with self._lock:
+            self._check_state()
+            component = lora_component(load_arguments)
+            if component in self._fused:
+                raise ValueError("a LoRA is fused already; call unfuse_lora() first")
+            models = [model.transformer for model in self._compiled.models]
+            self._fused[component] = FusedLora(self.pipeline, lora, scale, models, **load_arguments)
+
+    @without_autocast()
+    def unfuse_lora(self) -> None:
+        """Restores the weights from before `fuse_lora`, bit for bit, in every model it changed.
+
+        Raises:
+            ValueError: No LoRA is fused, or the pipeline has fused another since.
+        """
+        with self._lock:
+            if not self._fused:
+                raise ValueError("no LoRA is fused; fuse_lora(...) comes first")
+            for fused in self._fused.values():
+                fused.check_removable()
+            for component in list(self._fused):
+                self._fused[component].restore()
+                del self._fused[component]
+
+    def _check_state(self) -> None:
+        """Refuses a call from within a run, and a model that is not what was compiled."""
+        self._loop.check_alone()
+        self._planner.check_model()
+
+    def _checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's arguments with the artifact's defaults, checked."""
+        defaults = self.artifact.manifest.pipeline_defaults
+        own = ("patch_policy", "guidance_interval", "step_cache")
+        checked = check_call(self.pipeline, arguments, defaults, own)
+        check_size(self._compiled, self.pipeline, checked)
+        return checked
+
+    def _default_scheduler(self) -> Any:
+        if self.pipeline is not None:
+            return self.pipeline.scheduler
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler()
+
+    def _outline(
+        self,
+        shape: tuple[int, ...],
+        scheduler: Any,
+        solver: SolverTable,
+        choice: ResolvedPolicy,
+        *,
+        guided: bool,
+        guidance_interval: tuple[float, float],
+        step_cache: StepCache | None,
+    ) -> Outline:
+        """Fixes the run but for its prompt."""
+        if self._compiled.rebind():
+            self._loop.forget()
+        return self._planner.outline(
+            shape,
+            scheduler,
+            solver,
+            choice,
+            guided=guided,
+            guidance_interval=guidance_interval,
+            step_cache=step_cache,
+            experts=self._compiled.steps.family.expert_steps(self.pipeline, scheduler),
+        )
+
+    def _plan(self, outline: Outline, conditioning: Mapping[str, Tensor]) -> RunPlan:
+        return plan_run(
+            self._compiled, outline, conditioning, batched_guidance=self.batched_guidance
+        )
+
+    def _run(
+        self,
+        plan: RunPlan,
+        latents: Tensor,
+        on_progress: ProgressCallback | None,
+        interrupted: Callable[[], bool],
+    ) -> Tensor:
+        return self._loop.run(
+            plan, latents, on_progress, interrupted=interrupted, annotate=self.annotate
+        )
+
+    def _by_scheduler(
+        self,
+        outline: Outline,
+        conditioning: Mapping[str, Tensor],
+        latents: Tensor,
+        scheduler: Any,
+        callback: StepCallback | None,
+        problem: str,
+    ) -> Tensor:
+        """Runs the denoising loop with a scheduler that takes its steps itself."""
+        outline = self._planner.by_another(
+            replace(outline, solver=own_steps(scheduler)),
+            "the scheduler's own steps",
+            problem or "a callback comes between them",
+            aloud=bool(problem),
+        )
+        plan = self._plan(outline, conditioning)
+        return self._loop.by_scheduler(plan, latents, scheduler, callback, annotate=self.annotate)
+
+    def _drive(
+        self,
+        outline: Outline,
+        call: PipelineCall,
+        scheduler: Any,
+        arguments: Mapping[str, Any],
+        problem: str,
+    ) -> Any:
+        """Runs the pipeline's own call; see `driven.py`."""
+        reason = problem or "callback_on_step_end may see and change all that it does"
+        if call.passes > 1 and self.batched_guidance:
+            reason += "; the passes of guidance run one after the other"
+        table = None if problem or not outline.scored else outline.solver
+        outline = self._planner.by_another(
+            replace(outline, solver=own_steps(scheduler)),
+            "the pipeline's own loop",
+            reason,
+            aloud=bool(problem),
+        )
+        scales = [call.scales[expert] for expert in outline.experts] if call.guided else []
+        seen = SeenLatents(self._compiled.steps.family, call.shape, table, scales)
+        with self._loop.driven("pipeline", outline.steps, annotate=self.annotate) as run:
+            drive = PipelineRun(self.pipeline, self._compiled, outline, call, run, seen)
+            result = drive(arguments)
+        # Behind `_drive`, the engine's call and its no_grad: the caller.
+        self._loop.look_at(seen.latest, stacklevel=4)
+        return result
+
+    def _interrupted(self) -> bool:
+        """Diffusers' own way to end a run: someone sets `pipeline._interrupt`."""
+        return bool(getattr(self.pipeline, "_interrupt", False))

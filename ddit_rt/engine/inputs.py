@@ -1,0 +1,210 @@
+"""What a user passes to `compile` and `load`, checked before minutes are spent on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ddit_rt import checks
+from ddit_rt.adapters import AdapterSet, adaptable_layers, load_adapters
+from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.loop import FORMS
+from ddit_rt.models import Family, family_of
+from ddit_rt.models.plain import check_plain, check_unwrapped
+from ddit_rt.planning.caching import as_step_cache
+from ddit_rt.planning.compiled import CompiledModel
+from ddit_rt.planning.presets import check_policy, parse_choice
+from ddit_rt.policies import (
+    DDiTPolicy,
+    PatchPolicy,
+    StepCache,
+    parse_patch,
+    patch_name,
+    policy_from_dict,
+    step_cache_from_dict,
+)
+from ddit_rt.steps import latent_frames
+
+_NOT_STORED = "an artifact cannot hold one of a class of your own: pass it to the engine's call"
+
+
+def unwrap(model: Any) -> tuple[Any, nn.Module, Family]:
+    """Pipeline (or None), transformer and family of what the user passed."""
+    if isinstance(model, nn.Module):
+        check_unwrapped(model, "transformer")
+        family = family_of(model)
+        check_plain(model, "transformer")
+        family.check_model(model, None)
+        _check_device(model)
+        return None, model, family
+    transformer = getattr(model, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise UnsupportedModelError(
+            f"got a {type(model).__name__}; pass a diffusers pipeline with a transformer, or the "
+            "transformer itself"
+        )
+    check_unwrapped(transformer, "transformer")
+    family = family_of(transformer)
+    check_plain(transformer, "transformer")
+    _check_device(transformer)
+    if type(model).__name__ not in family.pipeline_classes:
+        raise UnsupportedModelError(
+            f"got a {type(model).__name__}; for this transformer the supported pipelines are "
+            f"{list(family.pipeline_classes)}. Compile the bare transformer to run its loop alone"
+        )
+    family.check_model(transformer, model)
+    return model, transformer, family
+
+
+def _check_device(transformer: nn.Module) -> None:
+    devices = {str(parameter.device) for parameter in transformer.parameters()}
+    kinds = {name.partition(":")[0] for name in devices}
+    if len(devices) > 1 or not kinds <= {"cpu", "cuda"}:
+        raise UnsupportedModelError(
+            f"the transformer is on {sorted(devices)}; it must be whole on the CPU or on one CUDA "
+            'device: move it with pipe.to("cuda"), and do not use CPU offload'
+        )
+
+
+def check_executor(executor: str, transformer: nn.Module) -> None:
+    """Refuses an executor that the model's device does not have."""
+    checks.choice("executor", executor, FORMS)
+    device = next(transformer.parameters()).device
+    if executor != "auto" and device.type != "cuda":
+        raise ValueError(
+            f"got executor={executor!r} for a model on {device}, which has one executor; leave it "
+            'at "auto", or move the model with pipe.to("cuda") first'
+        )
+
+
+def parse_multiples(patch_sizes: str | Sequence[str | int]) -> tuple[int, ...]:
+    """Patch sizes, `("p", "2p")` or `"p,2p"`, as ascending multiples of p, 1 among them."""
+    sizes = patch_sizes.split(",") if isinstance(patch_sizes, str) else patch_sizes
+    expected = 'patch sizes, such as ("p", "2p")'
+    named = checks.items("patch_sizes", sizes, expected)
+    multiples = tuple(sorted({parse_patch(size, "patch_sizes") for size in named}))
+    if not multiples or multiples[0] != 1:
+        raise ValueError(
+            f'got patch_sizes={checks.show(patch_sizes)}; "p", the model\'s own, must be among '
+            "them: the last steps need it"
+        )
+    return multiples
+
+
+def find_adapters(
+    adapter: str | Path | AdapterSet | None, family: Family, transformer: nn.Module
+) -> AdapterSet:
+    """Adapters that were passed, loaded from their folder if need be."""
+    if adapter is None:
+        return AdapterSet()
+    if not isinstance(adapter, AdapterSet):
+        adapter = checks.path("adapter", adapter)
+    adaptable_layers(family, transformer)
+    if isinstance(adapter, AdapterSet):
+        return adapter
+    return load_adapters(adapter, family, transformer)
+
+
+def check_adapters(adapters: AdapterSet, multiples: tuple[int, ...]) -> None:
+    """Refuses adapters for sizes that are not offered."""
+    unused = sorted(set(adapters.adapters) - set(multiples))
+    if unused:
+        raise ValueError(
+            f"the adapters are for {adapters.names}, but patch_sizes offers only "
+            f"{[patch_name(multiple) for multiple in multiples]}; add the sizes, or leave the "
+            "adapters out"
+        )
+
+
+def stored_policy(policy: PatchPolicy | str | None, multiples: Sequence[int]) -> PatchPolicy | None:
+    """The default policy of a new artifact, as `compile` takes it.
+
+    Args:
+        policy: What came.
+        multiples: Patch sizes of the artifact.
+
+    Raises:
+        TypeError: No policy.
+        ValueError: A preset or a speed, or a policy that a manifest cannot hold.
+        ShapeError: A policy for patch sizes that the artifact does not have.
+    """
+    if policy is None:
+        return None
+    choice = parse_choice(policy, DDiTPolicy())
+    stored = choice if isinstance(choice, PatchPolicy) else None
+    if stored is None:
+        raise ValueError(
+            f"got patch_policy={policy!r}; presets and speeds come from a calibration, which a new "
+            "artifact does not have yet: calibrate it, and pass them to the engine's call"
+        )
+    if _reread(stored, policy_from_dict) != stored:
+        raise ValueError(f"got patch_policy={checks.show(policy)}; {_NOT_STORED}")
+    check_policy(stored, multiples)
+    return stored
+
+
+def stored_cache(step_cache: StepCache | str | None) -> StepCache | None:
+    """The default step cache of a new artifact, as `compile` takes it.
+
+    Raises:
+        TypeError: No step cache.
+        ValueError: One that a manifest cannot hold.
+    """
+    cache = as_step_cache(step_cache)
+    if cache is not None and _reread(cache, step_cache_from_dict) != cache:
+        raise ValueError(f"got step_cache={checks.show(step_cache)}; {_NOT_STORED}")
+    return cache
+
+
+def default_sizes(
+    pipeline: Any, height: int | None, width: int | None, num_frames: int | None
+) -> dict[str, int]:
+    """Sizes that were passed to `compile`, by name.
+
+    Raises:
+        TypeError, ValueError: No whole number, or a bare transformer, whose latents say the size.
+    """
+    given = {"height": height, "width": width, "num_frames": num_frames}
+    sizes = {name: checks.whole(name, size) for name, size in given.items() if size is not None}
+    if sizes and pipeline is None:
+        name, size = next(iter(sizes.items()))
+        raise ValueError(
+            f"got {name}={size} for a bare transformer, whose engine takes latents of any size; "
+            "leave it out, or compile the whole pipeline"
+        )
+    return sizes
+
+
+def check_size(compiled: CompiledModel, pipeline: Any, sizes: Mapping[str, Any]) -> None:
+    """Refuses a picture's or a video's size that could not run, before any work.
+
+    Args:
+        compiled: The model; its runners need not be there yet.
+        pipeline: The diffusers pipeline.
+        sizes: `height`, `width` and `num_frames`; what is not there is the pipeline's default.
+
+    Raises:
+        ShapeError: See above.
+    """
+    family = compiled.steps.family
+    rows, columns = family.default_size(pipeline)
+    height, width = sizes.get("height"), sizes.get("width")
+    shape = family.latent_shape(
+        pipeline,
+        rows if height is None else height,
+        columns if width is None else width,
+        1,
+        sizes.get("num_frames"),
+    )
+    compiled.offered(shape[-2], shape[-1], latent_frames(shape))
+
+
+def _reread(stored: Any, from_dict: Any) -> Any:
+    """What a manifest would give back; None where it cannot."""
+    try:
+        return from_dict(stored.to_dict())
+    except (TypeError, ValueError):
+        return None

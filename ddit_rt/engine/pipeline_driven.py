@@ -1,0 +1,308 @@
+"""A run that the pipeline's own `__call__` drives, with compiled buckets as its transformer.
+
+Scheduler, guidance, callbacks, dtypes and interrupts are then diffusers' own code, with the user's
+own pipeline. For the time of the call alone, two attributes of every transformer instance are
+others: `forward` runs a bucket, and `cache_context` notes which pass a call is.
+
+How a call finds its place, from what the pipeline itself says:
+
+- The step: the pipeline calls its step callback once at the end of each, with its index. Ours
+  stands before the user's.
+- The pass: `cache_context` names it, "cond" or "uncond". A call outside one is no call of the
+  pipeline's loop, but a callback's own, and runs the model as it is.
+- Time, prompt and latents: the call carries them. Text and time are embedded again at every call,
+  as diffusers' own forward does, so that tensors edited in place are seen; beside a step's blocks
+  this costs nothing. The noise level is the scheduler's.
+
+The first call of a step decides its patch size, for every pass. Passes stay apart until the
+pipeline joins them, so each keeps detail and residuals of its own. All that a coarse step does to a
+clean estimate is linear, so this is the same, but for rounding, as one detail that is joined first,
+as long as guidance stays as it is. A pass that a step leaves out takes over what the first one
+keeps, as if they had been joined; a coarse step after the end of guidance builds on the prompt's
+own estimate.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ddit_rt.engine.callbacks import StepEnd
+from ddit_rt.engine.history import SeenLatents
+from ddit_rt.engine.table_driven import DrivenRun
+from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.loop import StepSession
+from ddit_rt.models.calls import ModelCall, PipelineCall
+from ddit_rt.planning.compiled import CompiledModel
+from ddit_rt.planning.outline import Outline
+from ddit_rt.planning.plan import plan_passes
+from ddit_rt.steps import StepInputs
+from ddit_rt.torch_state import callers_modes, shielded
+
+
+class PipelineRun:
+    """One run."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        compiled: CompiledModel,
+        outline: Outline,
+        call: PipelineCall,
+        run: DrivenRun,
+        seen: SeenLatents,
+    ) -> None:
+        """Prepares it; nothing of the pipeline is touched.
+
+        Args:
+            pipeline: The user's.
+            compiled: Its compiled model.
+            outline: The run; its solver is `own_steps`.
+            call: The checked call.
+            run: Where the engine keeps it.
+            seen: What enters the history.
+        """
+        self._pipeline = pipeline
+        self._compiled = compiled
+        self._outline = outline
+        self._call = call
+        self._run = run
+        self._seen = seen
+        self._family = compiled.steps.family
+        self._signature = inspect.signature(type(compiled.steps.transformer).forward)
+        self._context: str | None = None
+        self._passes: list[str] = []
+        self._inputs: dict[int, StepInputs] = {}
+        self._timesteps: list[Tensor] = []
+        self._tokens: list[int] = []
+        self._reachable: list[int] = []
+        self._session: StepSession | None = None
+        self._step = _Step(0)
+        self._computed: set[int] = set()
+
+    def __call__(self, arguments: Mapping[str, Any]) -> Any:
+        """Runs the pipeline's own call.
+
+        Args:
+            arguments: Its keyword arguments, `callback_on_step_end` as the user gave it.
+
+        Returns:
+            What it returns.
+        """
+        step_end = StepEnd(arguments, self._after_step, self._seen.returned)
+        with callers_modes(), self._in_place():
+            result = self._pipeline(**{**arguments, **step_end.arguments()})
+        if self._seen.rounded and self._outline.scored:
+            self._run.notes.append(
+                "the pipeline keeps its latents in half precision, whose rounding the policy's "
+                "scores contain; it may choose finer sizes than it would otherwise"
+            )
+        return result
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Stands in for the transformers; and sees the noise before it is rounded for them."""
+        with ExitStack() as stack:
+            for expert, model in enumerate(self._compiled.models):
+                transformer: Any = model.transformer
+                stand_in = partial(self._forward, expert, transformer.forward)
+                parts = {"forward": stand_in, "cache_context": self._cache_context}
+                # What `nn.Module.compile` leaves would be called instead of `forward`.
+                parts |= {"_compiled_call_impl": None}
+                stack.enter_context(_replaced(transformer, **parts))
+            noise = partial(self._prepare_latents, self._pipeline.prepare_latents)
+            stack.enter_context(_replaced(self._pipeline, prepare_latents=noise))
+            yield
+
+    @contextmanager
+    def _cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        before, self._context = self._context, name
+        try:
+            yield
+        finally:
+            self._context = before
+
+    def _prepare_latents(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        prepared = own(*args, **kwargs)
+        self._seen.returned(prepared[0] if isinstance(prepared, tuple) else prepared)
+        return prepared
+
+    def _forward(self, expert: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In the place of a transformer's `forward`."""
+        if self._context is None:
+            return own(*args, **kwargs)
+        model, place = self._compiled.models[expert], self._place()
+        given = self._signature.bind(model.transformer, *args, **kwargs).arguments
+        given.pop("self")
+        as_tuple = given.pop("return_dict", True) is False
+        call = self._family.read_model_call(model.transformer, self._outline.shape, given)
+        velocity = self._velocity(expert, place, call)
+        if as_tuple:
+            return (velocity,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=velocity)
+
+    @shielded()
+    def _velocity(self, expert: int, place: int, call: ModelCall) -> Tensor:
+        """The velocity of a call, in the pipeline's layout and dtype."""
+        self._run.check_cancelled()
+        step = self._step
+        inputs = self._inputs[place] = StepInputs(
+            sigma=self._pipeline.scheduler.sigmas[step.index],
+            timestep=call.timestep,
+            conditioning=call.conditioning,
+        )
+        if place > 0 and not self._outline.guided[step.index]:
+            # So that the pipeline's guidance joins equal halves, whatever its scale.
+            return step.velocities[0]
+        session = self._session or self._open(call)
+        if step.branch is None:
+            step.branch = self._decide(session, call)
+        latents = call.latents.float().contiguous()
+        stage = expert * self._call.passes + place
+        velocity = self._run_branch(session, stage, inputs, latents)
+        model = self._compiled.models[expert]
+        packed = self._family.pack_latents(velocity.to(model.dtype))
+        step.stages[place], step.velocities[place] = stage, packed
+        return packed
+
+    def _place(self) -> int:
+        """Of the pass in a step: 0 is the first that the run asked for, that with the prompt."""
+        assert self._context is not None, "a call of the pipeline's loop has a context"
+        if self._context not in self._passes:
+            self._passes.append(self._context)
+            if len(self._passes) > self._call.passes:
+                raise UnsupportedModelError(
+                    f"the pipeline ran its transformer for {self._passes} in one run; this call "
+                    f"was planned for {self._call.passes} of them: ask for guidance in the call"
+                )
+        return self._passes.index(self._context)
+
+    def _open(self, call: ModelCall) -> StepSession:
+        """Plans every pass from the first call; a second has its number of text tokens by then."""
+        conditionings = [call.conditioning]
+        if self._call.passes > 1:
+            text = call.conditioning["encoder_hidden_states"]
+            tokens = negative_tokens(self._call.arguments, text.shape[1])
+            empty = text.new_zeros(text.shape[0], tokens, text.shape[2])
+            conditionings.append({**call.conditioning, "encoder_hidden_states": empty})
+        plan = plan_passes(self._compiled, self._outline, conditionings)
+        self._tokens = [one["encoder_hidden_states"].shape[1] for one in conditionings]
+        self._reachable = sorted(plan.policy.reachable())
+        self._session = self._run.open(plan, self._seen.entry(call.latents))
+        return self._session
+
+    def _decide(self, session: StepSession, call: ModelCall) -> int:
+        step, signal = self._step.index, session.signal()
+        self._timesteps.append(call.timestep)
+        if signal is not None:
+            # Of the step before too: a pass whose call comes later was not known then.
+            for row in range(max(step - 1, 0), step + 1):
+                signal.refresh(row, self._latest_inputs(self._timesteps[row], signal.passes))
+        branch = session.decide(step, self._seen.entry(call.latents))
+        if branch < len(self._outline.offered):
+            self._computed.clear()
+        return branch
+
+    def _latest_inputs(self, timestep: Tensor, passes: int) -> list[StepInputs]:
+        """Of every pass, at a step's time; one that was not called yet stands for none other."""
+        latest = (self._inputs.get(place, self._inputs[0]) for place in range(passes))
+        return [replace(inputs, timestep=timestep) for inputs in latest]
+
+    def _run_branch(
+        self, session: StepSession, stage: int, inputs: StepInputs, latents: Tensor
+    ) -> Tensor:
+        branch, sizes = self._step.branch, len(self._outline.offered)
+        assert branch is not None, "the step is decided"
+        if branch >= sizes and stage not in self._computed:
+            branch -= sizes
+            self._run.notes.append(
+                f"step {self._step.index}: a pass that was left out before had nothing to reuse, "
+                "and computed"
+            )
+        self._computed.add(stage)
+        self._check_tokens(stage, inputs)
+        session.bucket(stage, branch % sizes).refresh(self._step.index, inputs)
+        return session.velocity(stage, branch, latents)
+
+    def _check_tokens(self, stage: int, inputs: StepInputs) -> None:
+        expected = self._tokens[stage % self._call.passes]
+        tokens = inputs.conditioning["encoder_hidden_states"].shape[1]
+        if tokens != expected:
+            raise ShapeError(
+                f"step {self._step.index} has {tokens} text tokens in a pass of {expected}; give "
+                "prompt and negative prompt alike, and let a callback keep their length"
+            )
+
+    @shielded()
+    def _after_step(self, index: int, latents: Tensor) -> None:
+        """At the end of every step of the pipeline's loop, before the user's callback."""
+        step = self._step
+        if step.branch is None or index != step.index or self._session is None:
+            raise UnsupportedModelError(
+                f"{type(self._pipeline).__name__} ended step {index} without a call of its "
+                "transformer in a cache_context, so that it cannot drive a compiled model; use a "
+                "version of diffusers that has them"
+            )
+        self._run.end_step()
+        self._seen.stepped(latents, [step.velocities[place] for place in sorted(step.velocities)])
+        self._fill_in(self._session, step)
+        self._step = _Step(index + 1)
+
+    def _fill_in(self, session: StepSession, step: _Step) -> None:
+        """Gives passes that the step left out what the first one keeps."""
+        first = min(step.stages)
+        for place in range(self._call.passes):
+            if place in step.stages:
+                continue
+            stage = step.stages[first] - first + place
+            for index in self._reachable:
+                source = session.bucket(step.stages[first], index).state()
+                for held, fresh in zip(session.bucket(stage, index).state(), source, strict=True):
+                    held.copy_(fresh)
+
+
+class _Step:
+    """What a step of the pipeline's loop has done.
+
+    Attributes:
+        index: k.
+        branch: What was decided; None before its first call.
+        stages: Stage of the plan that each pass ran.
+        velocities: What each pass gave, in the pipeline's layout.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.branch: int | None = None
+        self.stages: dict[int, int] = {}
+        self.velocities: dict[int, Tensor] = {}
+
+
+def negative_tokens(arguments: Mapping[str, Any], tokens: int) -> int:
+    """Text tokens of the negative prompt in a call whose prompt has `tokens`."""
+    given = arguments["negative_prompt_embeds"]
+    if given is not None:
+        return int(given.shape[1])
+    # Both are encoded alike, where both are encoded.
+    return tokens if arguments["prompt_embeds"] is None else int(arguments["max_sequence_length"])
+
+
+@contextmanager
+def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Sets attributes of an instance; puts back afterwards what it had of its own."""
+    own = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
+    vars(owner).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            vars(owner).pop(name, None)
+        vars(owner).update(own)

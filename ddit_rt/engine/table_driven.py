@@ -1,0 +1,292 @@
+"""The step loop of one engine: what drives it, how it ends early, and its latest trace.
+
+A run is driven in one of three ways. The executor's own loop takes its solver's steps from a table;
+on a device it needs no host. Where a callback comes between the steps, or the scheduler is no
+table, the scheduler takes them: in `by_scheduler` for `Engine.denoise`, and in the pipeline's own
+loop for `Engine.__call__` (`driven.py`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddit_rt.engine.finite import FiniteCheck, announce_nonfinite
+from ddit_rt.errors import RunCancelled, ShapeError
+from ddit_rt.loop import (
+    CaptureReport,
+    CpuExecutor,
+    CudaExecutor,
+    Executor,
+    ProgressCallback,
+    RunPlan,
+    RunTrace,
+    StepSession,
+    TorchGraphs,
+)
+from ddit_rt.torch_state import callers_modes
+
+StepCallback = Callable[[int, Tensor], Tensor | None]
+"""Called after a step with its index and the new latents, which it may edit in place; may return
+latents to go on from."""
+
+
+class Loop:
+    """Runs plans, one at a time.
+
+    Args:
+        device: The model's.
+
+    Attributes:
+        trace: Of the latest run, or None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.trace: RunTrace | None = None
+        self._executor = (
+            CudaExecutor(TorchGraphs(device)) if device.type == "cuda" else CpuExecutor()
+        )
+        self._cancelled = threading.Event()
+        self._running = False
+
+    @property
+    def form(self) -> str:
+        """How a CUDA run is driven, as `Engine.executor` has it."""
+        return self._executor.form if isinstance(self._executor, CudaExecutor) else "auto"
+
+    @form.setter
+    def form(self, form: str) -> None:
+        if isinstance(self._executor, CudaExecutor):
+            self._executor.form = form
+
+    @property
+    def captures(self) -> tuple[CaptureReport, ...]:
+        """What capturing CUDA graphs took, per shape that is captured now; empty on a CPU."""
+        return self._executor.captures if isinstance(self._executor, CudaExecutor) else ()
+
+    def forget(self) -> None:
+        """Drops captured graphs, because the weights that they read are elsewhere now."""
+        if isinstance(self._executor, CudaExecutor):
+            self._executor.forget()
+
+    def cancel(self) -> None:
+        """Ends the current run between two steps; from any thread."""
+        self._cancelled.set()
+
+    def run(
+        self,
+        plan: RunPlan,
+        latents: Tensor,
+        on_progress: ProgressCallback | None,
+        *,
+        interrupted: Callable[[], bool],
+        annotate: bool,
+    ) -> Tensor:
+        """Runs a plan to its end, by its solver table.
+
+        Args:
+            plan: The plan.
+            latents: z_0, as in `Engine.denoise`.
+            on_progress: As in `Executor.run`.
+            interrupted: Asked before every step, beside `cancel`.
+            annotate: Whether profilers see named ranges.
+
+        Returns:
+            Final latents; `trace` is the run's.
+
+        Raises:
+            ValueError: The initial latents are not finite.
+            RunCancelled: `cancel` was called.
+        """
+        with self._alone():
+            finite = FiniteCheck(latents)
+            final, self.trace = self._executor.run(
+                plan,
+                latents,
+                on_progress=on_progress,
+                should_stop=lambda: interrupted() or self._cancelled.is_set(),
+                annotate=annotate,
+            )
+        finite.require()
+        if self._cancelled.is_set():
+            raise cancelled(len(self.trace), plan.policy.steps)
+        # Behind `run`, `Engine._run`, the engine's call and its no_grad: the caller.
+        self.look_at(final, stacklevel=5)
+        return final
+
+    def look_at(self, final: Tensor | None, stacklevel: int) -> None:
+        """Announces and records final latents that are not finite; see `announce_nonfinite`."""
+        if self.trace is not None and final is not None:
+            self.trace = announce_nonfinite(final, self.trace, stacklevel=stacklevel + 1)
+
+    @contextmanager
+    def driven(self, driver: str, steps: int, *, annotate: bool) -> Iterator[DrivenRun]:
+        """A run whose steps are taken elsewhere; afterwards `trace` is that run's.
+
+        Args:
+            driver: Who takes them, for the trace.
+            steps: Their number.
+            annotate: Whether profilers see named ranges.
+        """
+        with self._alone():
+            run = DrivenRun(self._executor, self._cancelled, driver, steps, annotate=annotate)
+            try:
+                yield run
+                run.check_cancelled()
+            except RunCancelled:
+                self.trace = run.close(early=True)
+                raise
+            except BaseException:
+                run.close(early=True)
+                raise
+            self.trace = run.close()
+
+    def check_alone(self) -> None:
+        """Refuses a second run within a run: what a shape has captured holds one run's latents."""
+        if self._running:
+            raise ValueError(
+                "a callback called the engine whose run it belongs to; let the run end first, or "
+                "call another engine"
+            )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.check_alone()
+        self._running = True
+        self._cancelled.clear()
+        try:
+            yield
+        finally:
+            self._running = False
+
+    def by_scheduler(
+        self,
+        plan: RunPlan,
+        latents: Tensor,
+        scheduler: Any,
+        callback: StepCallback | None,
+        *,
+        annotate: bool,
+    ) -> Tensor:
+        """Runs a plan to its end, a diffusers scheduler taking its steps.
+
+        Args:
+            plan: The plan; its solver is `own_steps`.
+            latents: z_0, as in `Engine.denoise`.
+            scheduler: The run's own, its timesteps set.
+            callback: See `StepCallback`.
+            annotate: As in `run`.
+
+        Returns:
+            As `run`.
+
+        Raises:
+            ValueError, RunCancelled: As in `run`.
+        """
+        scheduler.set_begin_index(0)
+        with self.driven("scheduler", plan.policy.steps, annotate=annotate) as run:
+            session = run.open(plan, latents)
+            for step, timestep in enumerate(scheduler.timesteps):
+                run.check_cancelled()
+                branch = session.decide(step, latents)
+                velocity = session.velocity(plan.stages[step], branch, latents).float()
+                latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                run.end_step()
+                with callers_modes():
+                    given = None if callback is None else callback(step, latents)
+                latents = latents if given is None else _like(given, latents)
+        # Behind `by_scheduler`, `Engine._by_scheduler`, the engine's call and its no_grad.
+        self.look_at(latents, stacklevel=5)
+        return latents
+
+
+class DrivenRun:
+    """What a run whose steps are taken elsewhere has of its engine.
+
+    Attributes:
+        done: Steps that are over.
+        notes: Added to the trace's.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        wish: threading.Event,
+        driver: str,
+        steps: int,
+        *,
+        annotate: bool,
+    ) -> None:
+        self.done = 0
+        self.notes: list[str] = []
+        self._executor = executor
+        self._wish = wish
+        self._driver = driver
+        self._annotate = annotate
+        self._session: StepSession | None = None
+        self._steps = steps
+        self._finite: FiniteCheck | None = None
+
+    def open(self, plan: RunPlan, latents: Tensor) -> StepSession:
+        """Begins it.
+
+        Args:
+            plan: The plan.
+            latents: z_0, float32.
+
+        Raises:
+            ValueError: They are not finite; on a device this shows at the end.
+        """
+        self._finite = FiniteCheck(latents)
+        self._session = self._executor.open(
+            plan, latents, driver=self._driver, annotate=self._annotate
+        )
+        return self._session
+
+    def end_step(self) -> None:
+        """A step is over, but for callbacks."""
+        assert self._session is not None, "the first step opens the run"
+        self._session.end_step()
+        self.done += 1
+
+    def check_cancelled(self) -> None:
+        """Raises `RunCancelled` if the engine's `cancel` was called."""
+        if self._wish.is_set():
+            raise cancelled(self.done, self._steps)
+
+    def close(self, *, early: bool = False) -> RunTrace | None:
+        """Ends it; the trace, if it had begun.
+
+        Args:
+            early: Whether something has raised.
+
+        Raises:
+            ValueError: The initial latents were not finite.
+        """
+        if self._session is None:
+            return None
+        trace = self._session.close(cancelled=early or self.done < self._steps)
+        if self._finite is not None and not early:
+            self._finite.require()
+        return replace(trace, notes=(*trace.notes, *self.notes))
+
+
+def _like(given: Tensor, latents: Tensor) -> Tensor:
+    """What a callback returned, as the run has its latents."""
+    if given.shape != latents.shape:
+        raise ShapeError(
+            f"the callback returned latents of shape {list(given.shape)}; expected "
+            f"{list(latents.shape)}"
+        )
+    return given.to(latents)
+
+
+def cancelled(done: int, steps: int) -> RunCancelled:
+    """What a run that was cancelled ends with."""
+    return RunCancelled(f"cancelled after {done} of {steps} steps")

@@ -1,6 +1,0 @@
-"""Side-by-side measurements of plans: quality, speed, and how sure they are."""
-
-from ddit_rt.evaluation.frechet import frechet_distance, gaussian
-from ddit_rt.evaluation.intervals import Interval, mean_interval, share_interval
-
-__all__ = ["Interval", "frechet_distance", "gaussian", "mean_interval", "share_interval"]

@@ -1,0 +1,1 @@
+"""The laboratory: measuring, calibrating, evaluating and training. The runtime never imports it."""

@@ -1,0 +1,207 @@
+"""A calibration from the request to the record: search, confirm, choose the presets."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ddit_rt.artifact import Calibration
+from ddit_rt.lab.calibrate.confirm import Confirmation, confirm
+from ddit_rt.lab.calibrate.families import Family, combined_family, families
+from ddit_rt.lab.calibrate.record import calibration_record
+from ddit_rt.lab.calibrate.search import search
+from ddit_rt.lab.plans.bench import Bench
+from ddit_rt.lab.plans.candidates import CACHED, DYNAMIC, Dynamic, ThresholdCache, all_fine
+from ddit_rt.lab.plans.points import Found, Measurement, Point, Prompt, best_for
+from ddit_rt.lab.plans.target import BUDGET_MS, GENTLE, MIN_SSIM, SPEEDUP, STRONG, Target
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationConfig:
+    """Settings of a calibration.
+
+    Attributes:
+        request: One of `{"speedup": x}`, `{"min_ssim": x}`, `{"budget_ms": x}`.
+        prompts: Texts to draw from.
+        calibration_prompts: How many the search uses.
+        held_out_prompts: How many others confirm.
+        evaluations: Plans per family at most.
+        cost_unit: `"ms"` or `"tokens"`.
+        seed: Of the draw of prompts; each prompt's noise has `seed` plus its place.
+    """
+
+    request: Mapping[str, float]
+    prompts: Sequence[str]
+    calibration_prompts: int = 6
+    held_out_prompts: int = 8
+    evaluations: int = 24
+    cost_unit: str = "ms"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the request and the counts, before minutes of work."""
+        if len(self.request) != 1 or not set(self.request) <= {SPEEDUP, MIN_SSIM, BUDGET_MS}:
+            raise ValueError(
+                f"got the request {dict(self.request)}; give one of speedup, min_ssim, budget_ms"
+            )
+        ((name, value),) = self.request.items()
+        low, high = {SPEEDUP: (1, 1e3), MIN_SSIM: (0, 1), BUDGET_MS: (0, 1e9)}[name]
+        if not low < value < high:
+            raise ValueError(f"got {name}={value}; it must lie between {low} and {high:g}")
+        if name == BUDGET_MS and self.cost_unit != "ms":
+            raise ValueError("got budget_ms with a cost in tokens; a budget in ms needs cost ms")
+        if min(self.calibration_prompts, self.held_out_prompts, self.evaluations) < 1:
+            raise ValueError(
+                f"got {self.calibration_prompts} calibration prompts, {self.held_out_prompts} "
+                f"held-out prompts and {self.evaluations} evaluations; all must be at least 1"
+            )
+        distinct, wanted = len(set(self.prompts)), self.calibration_prompts + self.held_out_prompts
+        if distinct < wanted:
+            raise ValueError(
+                f"got {distinct} different prompts; {self.calibration_prompts} to calibrate and "
+                f"{self.held_out_prompts} held out need {wanted}: give more, or ask for fewer"
+            )
+
+    def split(self) -> tuple[list[Prompt], list[Prompt]]:
+        """Calibration and held-out prompts, drawn by the seed without overlap."""
+        texts = list(dict.fromkeys(self.prompts))
+        random.Random(self.seed).shuffle(texts)  # noqa: S311 - no secret
+        wanted = self.calibration_prompts + self.held_out_prompts
+        drawn = [Prompt(text=t, seed=self.seed + i) for i, t in enumerate(texts[:wanted])]
+        return drawn[: self.calibration_prompts], drawn[self.calibration_prompts :]
+
+    def target(self, base_cost: float) -> Target:
+        """The request as a limit.
+
+        Raises:
+            ValueError: All-fine keeps the budget already.
+        """
+        ((name, value),) = self.request.items()
+        if name == MIN_SSIM:
+            return Target(min_ssim=value)
+        limit = value if name == BUDGET_MS else base_cost / value
+        if limit >= base_cost:
+            raise ValueError(
+                f"got budget_ms={value}; all fine steps take {base_cost:.0f} ms here, which is "
+                "within it: there is nothing to calibrate"
+            )
+        return Target(max_cost=limit)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationResult:
+    """What `calibrate` gives.
+
+    Attributes:
+        calibration: The record for the artifact.
+        confirmation: Held-out figures.
+        points: Every plan that was measured.
+    """
+
+    calibration: Calibration
+    confirmation: Confirmation
+    points: Sequence[Point]
+
+
+def calibrate(
+    bench: Bench, config: CalibrationConfig, conditions: Mapping[str, Any]
+) -> CalibrationResult:
+    """Searches, confirms on held-out prompts, and picks the presets.
+
+    Args:
+        bench: Runs plans.
+        config: Settings.
+        conditions: What the figures hold for: machine, versions, size, guidance; for the record.
+
+    Raises:
+        ValueError: No plan reaches the target; the message says what is reachable.
+    """
+    base = bench.costs["p"] * bench.steps
+    target = config.target(base)
+    prompts, held_out = config.split()
+    coarse = tuple(size for size in bench.costs if size != "p")
+    gentle, strong = target.shifted(GENTLE, base), target.shifted(STRONG, base)
+
+    def searched(what: Sequence[Family]) -> dict[str, Found]:
+        return search(
+            what,
+            bench,
+            prompts,
+            costs=bench.costs,
+            targets=[target, gentle, strong],
+            evaluations=config.evaluations,
+        )
+
+    found = searched(families(bench.steps, coarse, bench.taus, bench.caches))
+    found |= searched(_combined(found, gentle, base))
+    cheaper = {kind: [p for p in f.points if p.cost < base] for kind, f in found.items()}
+    finalists = {
+        kind: best
+        for kind, points in cheaper.items()
+        if (best := best_for(target, points)) is not None
+    }
+    if not finalists:
+        tried = [point for row in cheaper.values() for point in row]
+        raise ValueError(_unreachable(config, base, tried, bench.makes))
+    decided = confirm(bench, found, finalists, held_out, config.request, target)
+    points = [_fine_point(bench.steps, base, len(prompts))]
+    points += [point for row in cheaper.values() for point in row]
+    calibration = calibration_record(
+        bench, config, conditions, decided, finalists[decided.winner], points, target
+    )
+    return CalibrationResult(calibration=calibration, confirmation=decided, points=points)
+
+
+def _combined(found: Mapping[str, Found], gentle: Target, base: float) -> list[Family]:
+    """The best dynamic plan with the step cache that alone would give the gentler target."""
+    if DYNAMIC not in found or CACHED not in found:
+        return []
+    faster = [point for point in found[CACHED].points if point.cost < base]
+    if not faster:
+        return []
+    point = best_for(gentle, faster) or min(faster, key=gentle.shortfall)
+    cache, dynamic = point.candidate.step_cache, found[DYNAMIC]
+    assert isinstance(cache, ThresholdCache)
+    assert isinstance(dynamic.template, Dynamic)
+    return [combined_family(dynamic.template, dynamic.level, cache)]
+
+
+def _fine_point(steps: int, base: float, prompts: int) -> Point:
+    same = Measurement(cost=base, similarity=(1.0,) * prompts, psnr=(None,) * prompts)
+    return Point(candidate=all_fine(steps), measurement=same)
+
+
+def _unreachable(
+    config: CalibrationConfig, base: float, points: Sequence[Point], makes: str
+) -> str:
+    ((name, value),) = config.request.items()
+    if not points:
+        return f"no plan for {name}={value:g}: with these steps nothing is faster than all fine"
+    nearest = config.target(base)
+    best = min(points, key=nearest.shortfall)
+    return (
+        f"no plan reaches {name}={value:g}; the nearest is {best.candidate.label}: SSIM "
+        f"{best.ssim:.4f}, {base / best.cost:.2f}x as fast as all fine, {best.cost:.1f} "
+        f"{config.cost_unit} a {makes}. Ask for less, or for another number of steps"
+    )
+
+
+def most_runs(config: CalibrationConfig, *, sizes: int, caches: int, repeats: int) -> int:
+    """Generations that a calibration takes at most.
+
+    Args:
+        config: Its settings.
+        sizes: Patch sizes of the artifact.
+        caches: Step caches that the model has a fit for.
+        repeats: Rounds of `EngineBench.confirm`.
+    """
+    rounds = repeats if config.cost_unit == "ms" else 1
+    families, adaptive = (5, 3) if caches else (3, 1)
+    probes = (1 + caches) * 2 * sizes + 2 + caches
+    search = config.calibration_prompts * (1 + families * config.evaluations)
+    # Finalists; of each adaptive one two rivals at equal cost; a static plan at the cost of fewer
+    # steps. Each time beside all fine, and warmed up.
+    confirm = (1 + families + 1 + 2 * adaptive + 1 + 1) * (1 + rounds * config.held_out_prompts)
+    return probes + search + confirm

@@ -1,0 +1,261 @@
+"""The pictures of an evaluation and their times; what is there already is not made again."""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ddit_rt.lab.evaluate.config import EvaluationConfig, Item
+from ddit_rt.lab.evaluate.plans import (
+    NamedPlan,
+    cached_plan,
+    chosen_plans,
+    main_plan,
+    reference_plan,
+    rivals,
+)
+from ddit_rt.lab.evaluate.store import PictureRecord, Store
+from ddit_rt.lab.measure.report import machine, versions
+from ddit_rt.lab.measure.timing import Batch, Contender, Sample, engine_contender, measure
+from ddit_rt.lab.plans.bench import EngineBench
+from ddit_rt.lab.plans.points import Prompt
+
+if TYPE_CHECKING:
+    from ddit_rt.engine import Engine
+    from ddit_rt.loop import RunTrace
+
+_PILOT = 8
+"""Prompts at most, spread over all, that tell what the main plan costs."""
+
+_THRESHOLDS = (0.01, 10.0)
+_HALVINGS = 7
+_CACHE_PILOT = 2
+"""Prompts that TeaCache's threshold is found on."""
+
+
+def generate(
+    engine: Engine,
+    config: EvaluationConfig,
+    store: Store,
+    identity: Mapping[str, Any],
+    *,
+    progress: bool = True,
+) -> tuple[tuple[NamedPlan, ...], dict[str, Any]]:
+    """Makes every picture that is not there yet, with all plans interleaved on each batch.
+
+    Args:
+        engine: A compiled pipeline.
+        config: Settings.
+        store: The folder.
+        identity: What else must be the same for a run to go on: model and artifact.
+        progress: Whether to show a bar.
+
+    Returns:
+        The plans, the reference first; and the cost table, the main plan's cost and the notes that
+        the choice of the rivals left.
+
+    Raises:
+        ValueError: The folder holds another evaluation, or a policy does not fit.
+    """
+    request = _request(config, identity)
+    settled = store.settle(request)
+    if settled is None:
+        settled = _plans(engine, config)
+        store.begin(request, *settled)
+    plans, found = settled
+    missing = [job for job in config.jobs() if not _is_done(store, plans, job)]
+    if missing:
+        _make(engine, config, store, plans, missing, progress=progress)
+    return plans, found
+
+
+def _request(config: EvaluationConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that pictures and times depend on."""
+    from ddit_rt.policies import PatchPolicy
+
+    return {
+        **identity,
+        "prompts": list(config.prompts),
+        "steps": config.steps,
+        "policies": [
+            [name, choice.to_dict() if isinstance(choice, PatchPolicy) else choice]
+            for name, choice in config.policies
+        ],
+        "arguments": dict(config.arguments),
+        "seeds": config.seeds,
+        "seed": config.seed,
+        "batch": config.batch,
+        "repeats": config.repeats,
+        "cost": config.cost_unit,
+    }
+
+
+def _is_done(store: Store, plans: Sequence[NamedPlan], job: Sequence[Item]) -> bool:
+    return all(
+        (plan.name, item.prompt, item.repeat) in store.records for plan in plans for item in job
+    )
+
+
+def _plans(
+    engine: Engine, config: EvaluationConfig
+) -> tuple[tuple[NamedPlan, ...], dict[str, Any]]:
+    """The plans; the rivals from what the main plan costs on some of the prompts."""
+    manifest, steps = engine.artifact.manifest, config.steps
+    chosen = chosen_plans(
+        config.policies, manifest, engine.default_policy, steps, engine.default_step_cache
+    )
+    main = main_plan(chosen)
+    items = _pilot(config)
+    probe = Prompt(text=config.prompts[items[0].prompt], seed=items[0].seed)
+    bench = EngineBench(
+        engine,
+        steps=steps,
+        probe=probe,
+        arguments=config.arguments,
+        unit=config.cost_unit,
+    )
+    cost = _cost(engine, main, config, items, bench)
+    others, notes = rivals(main, cost, bench.costs, steps)
+    cached, absent = _cached(engine, config, items[:_CACHE_PILOT], bench, cost)
+    found = {
+        "main": main.name,
+        "main_cost": cost,
+        "step_costs": dict(bench.costs),
+        "pilot_prompts": len(items),
+        "notes": notes,
+        "absent": absent,
+    }
+    return (reference_plan(steps), *chosen, *others, *cached), found
+
+
+def _cost(
+    engine: Engine,
+    plan: NamedPlan,
+    config: EvaluationConfig,
+    items: Sequence[Item],
+    bench: EngineBench,
+) -> float:
+    """Mean cost of a plan's pictures."""
+    contender, costs = _contender(engine, plan, config), []
+    for item in items:
+        trace = contender.generate(_batch(config, (item,))).trace
+        assert trace is not None, "an engine's run has a trace"
+        costs.append(_spent(trace, bench.costs, config.cost_unit))
+    return statistics.fmean(costs)
+
+
+def _spent(trace: RunTrace, costs: Mapping[str, float], unit: str) -> float:
+    """A run's cost: of a computed step as the table has it, of one that reused as it was."""
+    reused = [step.latency_ms if unit == "ms" else step.tokens for step in trace if step.reused]
+    return sum(reused) + sum(costs[step.patch_size] for step in trace if not step.reused)
+
+
+def _cached(
+    engine: Engine,
+    config: EvaluationConfig,
+    items: Sequence[Item],
+    bench: EngineBench,
+    cost: float,
+) -> tuple[list[NamedPlan], list[dict[str, str]]]:
+    """TeaCache at the threshold, of those tried, whose cost comes closest; or why it is absent."""
+    low, high = map(math.log, _THRESHOLDS)
+    tried: list[tuple[float, NamedPlan]] = []
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        plan = cached_plan(float(f"{math.exp(middle):.3g}"), config.steps)
+        try:
+            spent = _cost(engine, plan, config, items, bench)
+        except ValueError as error:  # nothing was fitted for this model
+            return [], [{"name": "TeaCache", "reason": str(error)}]
+        tried.append((abs(spent - cost), plan))
+        low, high = (middle, high) if spent > cost else (low, middle)
+    return [min(tried, key=lambda entry: entry[0])[1]], []
+
+
+def _pilot(config: EvaluationConfig) -> list[Item]:
+    items = [item for job in config.jobs() for item in job if item.repeat == 0]
+    count = min(_PILOT, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def _make(
+    engine: Engine,
+    config: EvaluationConfig,
+    store: Store,
+    plans: Sequence[NamedPlan],
+    jobs: Sequence[Sequence[Item]],
+    *,
+    progress: bool,
+) -> None:
+    from tqdm.auto import tqdm
+
+    session = store.add_session(
+        {
+            "started": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine(),
+            "versions": versions(),
+        }
+    )
+    contenders = [_contender(engine, plan, config) for plan in plans]
+    total = len(plans) * (1 + config.repeats * len(jobs))
+    with tqdm(total=total, desc="eval", unit="run", leave=False, disable=not progress) as bar:
+        for index, job in enumerate(jobs):
+            samples = measure(
+                contenders,
+                [_batch(config, job)],
+                repeats=config.repeats,
+                advance=bar.update,
+                warm_up=index == 0,
+            )
+            rows = {name: sample for name, (sample,) in samples.items()}
+            store.add(_records(store, rows, job, session))
+
+
+def _records(
+    store: Store, rows: Mapping[str, Sample], job: Sequence[Item], session: int
+) -> list[PictureRecord]:
+    """Saves the pictures of a batch. A picture's time is its share of the batch's."""
+    records = []
+    for name, sample in rows.items():
+        trace, share = sample.trace, 1 / len(job)
+        assert trace is not None, "an engine's run has a trace"
+        for item, picture in zip(job, sample.pictures, strict=True):
+            digest = store.save_picture(picture, name, item.prompt, item.repeat)
+            records.append(
+                PictureRecord(
+                    plan=name,
+                    prompt=item.prompt,
+                    repeat=item.repeat,
+                    seed=item.seed,
+                    sha256=digest,
+                    seconds=sample.median_denoise * share,
+                    seconds_spread=(min(sample.denoise) * share, max(sample.denoise) * share),
+                    seconds_call=sample.median_end_to_end * share,
+                    tokens=trace.tokens,
+                    session=session,
+                    trace=trace.to_dict(),
+                )
+            )
+    return records
+
+
+def _contender(engine: Engine, plan: NamedPlan, config: EvaluationConfig) -> Contender:
+    return engine_contender(
+        plan.name,
+        plan.candidate.label,
+        engine,
+        patch_policy=plan.candidate.policy,
+        num_inference_steps=plan.candidate.num_inference_steps,
+        step_cache=plan.candidate.step_cache,
+        **config.arguments,
+    )
+
+
+def _batch(config: EvaluationConfig, job: Sequence[Item]) -> Batch:
+    return Batch(
+        prompts=tuple(config.prompts[item.prompt] for item in job),
+        seeds=tuple(item.seed for item in job),
+    )

@@ -1,0 +1,93 @@
+"""Metrics of an evaluation: the registry, and which of it can run here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ddit_rt.lab.evaluate.metrics.base import Case, Metric, PictureMetric, SetMetric
+from ddit_rt.lab.evaluate.metrics.fidelity import Lpips, Psnr, Ssim
+from ddit_rt.lab.evaluate.metrics.sets import DemoFrechetDistance, Fid
+from ddit_rt.lab.evaluate.metrics.text import CLIP_MODEL, ClipScore, ImageReward
+
+__all__ = [
+    "CLIP_MODEL",
+    "Case",
+    "ClipScore",
+    "DemoFrechetDistance",
+    "Fid",
+    "ImageReward",
+    "Lpips",
+    "Metric",
+    "PictureMetric",
+    "Psnr",
+    "SetMetric",
+    "Skipped",
+    "Ssim",
+    "all_metrics",
+    "usable",
+    "weights_folder",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Skipped:
+    """A metric that cannot run here, and why."""
+
+    name: str
+    label: str
+    reason: str
+
+
+def all_metrics(
+    *,
+    device: str = "cpu",
+    clip_model: str = CLIP_MODEL,
+    weights: Path | None = None,
+    demo: bool = False,
+) -> list[Metric]:
+    """Every metric that there is, unloaded.
+
+    Args:
+        device: Where networks run.
+        clip_model: Folder or Hub name of the CLIP model.
+        weights: Folder with the weights of ImageReward; None for the package's own cache.
+        demo: Whether the pictures are the demo model's, whose classifier has features for them.
+    """
+    metrics: list[Metric] = [Psnr(), Ssim(), Lpips(device), ClipScore(clip_model, device)]
+    metrics += [ImageReward(device, weights), Fid(device)]
+    return [*metrics, DemoFrechetDistance(device)] if demo else metrics
+
+
+def usable(metrics: Sequence[Metric]) -> tuple[list[Metric], list[Skipped]]:
+    """Those that can run here, and those that cannot, with their reasons."""
+    reasons = [(metric, metric.unavailable()) for metric in metrics]
+    return [metric for metric, reason in reasons if reason is None], [
+        Skipped(name=metric.name, label=metric.label, reason=reason)
+        for metric, reason in reasons
+        if reason is not None
+    ]
+
+
+@contextmanager
+def weights_folder(folder: Path | None) -> Iterator[None]:
+    """Makes torch.hub look for weights in a folder (`checkpoints/` in it), LPIPS's and FID's.
+
+    Raises:
+        ValueError: No such folder.
+    """
+    if folder is None:
+        yield
+        return
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; it should hold weights as torch.hub does")
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(str(folder))
+    try:
+        yield
+    finally:
+        torch.hub.set_dir(before)

@@ -1,0 +1,106 @@
+"""What a metric is. Each says by itself whether it can run here, and if not, why."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import ClassVar
+
+import torch
+
+from ddit_rt.lab.measure.timing import Picture
+
+_LOAD_ERRORS = (ImportError, OSError, ValueError, RuntimeError)
+"""What a metric's library raises where weights are missing or versions do not fit."""
+
+_LONGEST_REASON = 300
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One picture to score.
+
+    Attributes:
+        prompt: What it should show.
+        picture: `[H, W, 3]` bytes.
+        reference: The all-fine picture of the same noise, of the same size.
+    """
+
+    prompt: str
+    picture: Picture
+    reference: Picture
+
+
+class Metric(ABC):
+    """A measure of quality.
+
+    Attributes:
+        name: Identifier in reports.
+        label: Name for people, with the unit.
+        higher_is_better: Direction.
+        packages: Modules that it needs, each with what to install for it.
+        hint: What to do where it does not load.
+    """
+
+    name: str
+    label: str
+    higher_is_better: bool
+    packages: ClassVar[Mapping[str, str]] = {}
+    hint = ""
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run here, None if it can. Loads its weights to know."""
+        missing = [
+            f"{module} ({install})"
+            for module, install in self.packages.items()
+            if find_spec(module) is None
+        ]
+        if missing:
+            return f"not installed: {', '.join(missing)}"
+        try:
+            self.load()
+        except _LOAD_ERRORS as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            text = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
+            return f"{text}; {self.hint}" if self.hint else text
+        return None
+
+    def load(self) -> None:  # noqa: B027 - most metrics need nothing
+        """Loads weights, once."""
+
+    @property
+    def key(self) -> str:
+        """Equal where a score may be used again: the name, and the model behind it."""
+        return self.name
+
+
+class PictureMetric(Metric):
+    """A score of every single picture.
+
+    Attributes:
+        needs_reference: Whether it compares with the all-fine picture, so that all-fine itself
+            has no score.
+    """
+
+    needs_reference: bool
+
+    @abstractmethod
+    def score(self, case: Case) -> float | None:
+        """The score; None where the picture equals its reference and the score is infinite."""
+
+
+class SetMetric(Metric):
+    """A distance between two sets of pictures."""
+
+    @abstractmethod
+    def distances(
+        self, sets: Mapping[str, Iterable[Picture]], references: Iterable[Picture]
+    ) -> dict[str, float]:
+        """The distance of each set from the references; both need two pictures at least."""
+
+
+def as_tensor(picture: Picture, device: str = "cpu") -> torch.Tensor:
+    """`[H, W, 3]` bytes to `[1, 3, H, W]` bytes."""
+    return torch.tensor(picture).permute(2, 0, 1)[None].to(device)

@@ -1,0 +1,68 @@
+"""Closeness to the all-fine picture: PSNR, SSIM, LPIPS."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from ddit_rt.lab.evaluate.metrics.base import Case, PictureMetric, as_tensor
+from ddit_rt.lab.measure.fidelity import fidelity
+
+TORCHMETRICS = {"torchmetrics": "pip install 'ddit_rt[eval]'"}
+
+
+class Psnr(PictureMetric):
+    """Peak signal-to-noise ratio, by torchmetrics."""
+
+    name, label, higher_is_better, needs_reference = "psnr", "PSNR, dB", True, True
+    packages: ClassVar = TORCHMETRICS
+
+    def score(self, case: Case) -> float | None:
+        """See `PictureMetric.score`."""
+        return fidelity([case.picture], [case.reference]).psnr[0]
+
+
+class Ssim(PictureMetric):
+    """Structural similarity (Wang et al., 2004), by torchmetrics."""
+
+    name, label, higher_is_better, needs_reference = "ssim", "SSIM", True, True
+    packages: ClassVar = TORCHMETRICS
+
+    def score(self, case: Case) -> float | None:
+        """See `PictureMetric.score`."""
+        return fidelity([case.picture], [case.reference]).ssim[0]
+
+
+class Lpips(PictureMetric):
+    """Learned perceptual distance (Zhang et al., 2018) on AlexNet, by torchmetrics.
+
+    torchvision holds the network, whose weights come from torch.hub's folder.
+    """
+
+    name, label, higher_is_better, needs_reference = "lpips", "LPIPS (AlexNet)", False, True
+    packages: ClassVar = {
+        **TORCHMETRICS,
+        "torchvision": "pip install torchvision, the build that fits this torch",
+    }
+    hint = "--weights names a folder with its weights in checkpoints/"
+
+    def __init__(self, device: str = "cpu") -> None:
+        """The device that it runs on."""
+        self._device = device
+        self._network: Any = None
+
+    def load(self) -> None:
+        """See `Metric.load`."""
+        if self._network is None:
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+            self._network = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+
+    def score(self, case: Case) -> float | None:
+        """See `PictureMetric.score`."""
+        self.load()
+        self._network.to(self._device)
+        pair = [as_tensor(p, self._device).float() / 255 for p in (case.picture, case.reference)]
+        with torch.no_grad():
+            return float(self._network(*pair))

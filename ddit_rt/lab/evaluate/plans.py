@@ -1,0 +1,270 @@
+"""Which plans stand side by side: all fine, the chosen ones, and rivals of about equal cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ddit_rt.artifact import PRESETS, Calibration, Manifest
+from ddit_rt.lab.plans.candidates import (
+    CACHED,
+    COMBINED,
+    DYNAMIC,
+    FINE,
+    STATIC,
+    STEPS,
+    Candidate,
+    FewerSteps,
+    Static,
+    Template,
+    all_fine,
+    cache_text,
+)
+from ddit_rt.lab.plans.points import Found
+from ddit_rt.planning.presets import PolicyChoice, resolve_choice
+from ddit_rt.policies import (
+    DDiTPolicy,
+    FinePolicy,
+    NoCache,
+    PatchPolicy,
+    StaticPolicy,
+    StepCache,
+    TeaCache,
+    policy_from_dict,
+    step_cache_from_dict,
+)
+
+REFERENCE, CHOSEN, RIVAL = "reference", "chosen", "rival"
+
+EQUAL_STEPS, EQUAL_STATIC, TEACACHE = "equal-steps", "equal-static", "teacache"
+_DYNAMIC = (DYNAMIC, COMBINED)
+_NAMES = {
+    FINE: "all fine",
+    EQUAL_STEPS: "fewer steps, equal cost",
+    EQUAL_STATIC: "static, equal cost",
+    TEACACHE: "TeaCache, equal cost",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NamedPlan:
+    """A plan of an evaluation.
+
+    Attributes:
+        name: Identifier in reports and file names.
+        role: `"reference"` (all fine), `"chosen"`, or `"rival"` at about the main plan's cost.
+        candidate: The plan.
+    """
+
+    name: str
+    role: str
+    candidate: Candidate
+
+    @property
+    def title(self) -> str:
+        """Name for people."""
+        if self.name in _NAMES:
+            return _NAMES[self.name]
+        kind = self.candidate.kind
+        return kind if self.name == kind else f"{self.name} ({kind})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "role": self.role,
+            "kind": self.candidate.kind,
+            "label": self.candidate.label,
+            "policy": self.candidate.policy.to_dict(),
+            "num_inference_steps": self.candidate.num_inference_steps,
+            "step_cache": self.candidate.step_cache.to_dict(),
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> NamedPlan:
+        """What `to_dict` gave."""
+        cache = step_cache_from_dict(data["step_cache"]) if "step_cache" in data else NoCache()
+        candidate = Candidate(
+            kind=data["kind"],
+            label=data["label"],
+            policy=policy_from_dict(data["policy"]),
+            num_inference_steps=data["num_inference_steps"],
+            step_cache=cache,
+        )
+        return NamedPlan(name=data["name"], role=data["role"], candidate=candidate)
+
+
+def reference_plan(steps: int) -> NamedPlan:
+    """All fine at the full number of steps."""
+    return NamedPlan(name=FINE, role=REFERENCE, candidate=all_fine(steps))
+
+
+def chosen_plans(
+    choices: Sequence[tuple[str, PolicyChoice]],
+    manifest: Manifest,
+    default: PatchPolicy,
+    steps: int,
+    default_cache: StepCache = NoCache(),  # noqa: B008 - frozen
+) -> list[NamedPlan]:
+    """The plans that a caller named, each with the step cache that a call of it would have.
+
+    Args:
+        choices: Name and policy, preset or speed of each; none for what the artifact holds: the
+            presets of its calibration for `steps`, with a dynamic plan among them, else its
+            default policy.
+        manifest: The artifact's.
+        default: Its default policy.
+        steps: Steps of the reference.
+        default_cache: The artifact's step cache, which a calibrated plan does not take.
+
+    Raises:
+        ValueError: A preset without calibration, or nothing that differs from all fine.
+    """
+    if choices:
+        named = [
+            _resolved(name, choice, manifest, steps, default_cache) for name, choice in choices
+        ]
+    else:
+        named = _of_artifact(manifest, default, steps, default_cache)
+    seen, found = {all_fine(steps).key}, []
+    for name, candidate in named:
+        if candidate.key not in seen:
+            seen.add(candidate.key)
+            found.append(NamedPlan(name=name, role=CHOSEN, candidate=candidate))
+    if not found:
+        raise ValueError(
+            f"got only plans that run all {steps} steps at p, as the reference does; choose "
+            "another one with --policy"
+        )
+    return found
+
+
+def main_plan(plans: Sequence[NamedPlan]) -> NamedPlan:
+    """The plan that the rivals are measured against: the first dynamic one chosen, else the first.
+
+    Args:
+        plans: Of any roles, one chosen among them.
+    """
+    chosen = [plan for plan in plans if plan.role == CHOSEN]
+    return next((plan for plan in chosen if plan.candidate.kind in _DYNAMIC), chosen[0])
+
+
+def rivals(
+    main: NamedPlan, cost: float, costs: Mapping[str, float], steps: int
+) -> tuple[list[NamedPlan], list[str]]:
+    """Fewer fine steps and a static plan of about a cost, to half a fine step.
+
+    Args:
+        main: The plan that they rival.
+        cost: Its mean cost for a picture.
+        costs: Cost of one step at each patch size that the engine offers.
+        steps: Steps of the reference.
+
+    Returns:
+        The rivals, and a note for each that cannot be.
+    """
+    limit = cost + costs["p"] / 2
+    found, notes = [], []
+    for name, templates in (
+        (EQUAL_STEPS, [FewerSteps(steps=steps)]),
+        (EQUAL_STATIC, _static_templates(tuple(size for size in costs if size != "p"), steps)),
+    ):
+        candidate = _costing(templates, limit, costs)
+        if candidate is None:
+            notes.append(f"no {_RIVALS[name]} of {steps} steps is as cheap as {main.name}")
+        elif candidate.key == main.candidate.key:
+            notes.append(f"{main.name} is itself the {_RIVALS[name]} of its cost")
+        else:
+            found.append(NamedPlan(name=name, role=RIVAL, candidate=candidate))
+    return found, notes
+
+
+def cached_plan(threshold: float, steps: int) -> NamedPlan:
+    """All steps at p, with TeaCache."""
+    cache = TeaCache(threshold)
+    label = f"{steps} fine steps, {cache_text(cache)}"
+    candidate = replace(all_fine(steps), kind=CACHED, label=label, step_cache=cache)
+    return NamedPlan(name=TEACACHE, role=RIVAL, candidate=candidate)
+
+
+_RIVALS = {EQUAL_STEPS: "run of fewer fine steps", EQUAL_STATIC: "static plan"}
+
+
+def _static_templates(coarse: tuple[str, ...], steps: int) -> list[Template]:
+    """Shapes of static plans, the best on the demo model first; later ones can be cheaper."""
+    if not coarse or steps < 7:
+        return []
+    return [
+        Static(steps=steps, coarse=coarse[-1:]),
+        Static(steps=steps, coarse=coarse[-1:], refresh=None),
+        Static(steps=steps, coarse=coarse[-1:], refresh=None, head=0),
+    ]
+
+
+def _costing(
+    templates: Sequence[Template], limit: float, costs: Mapping[str, float]
+) -> Candidate | None:
+    found = (Found(points=[], template=template).costing(limit, costs) for template in templates)
+    return next((candidate for candidate in found if candidate is not None), None)
+
+
+def _resolved(
+    name: str, choice: PolicyChoice, manifest: Manifest, steps: int, default_cache: StepCache
+) -> tuple[str, Candidate]:
+    resolved = resolve_choice(choice, manifest, lambda: (steps, False), {})
+    runs = resolved.num_inference_steps or steps
+    label = resolved.notes[0] if resolved.notes else _describe(resolved.policy, runs)
+    cache = resolved.step_cache or default_cache
+    return name, _candidate(resolved.policy, runs, label, cache)
+
+
+def _candidate(policy: PatchPolicy, steps: int, label: str, cache: StepCache) -> Candidate:
+    kinds = {FinePolicy: STEPS, StaticPolicy: STATIC, DDiTPolicy: DYNAMIC}
+    if not isinstance(cache, NoCache):
+        kinds |= {FinePolicy: CACHED, DDiTPolicy: COMBINED}
+    kind = kinds.get(type(policy), type(policy).__name__)
+    return Candidate(
+        kind=kind, label=label, policy=policy, num_inference_steps=steps, step_cache=cache
+    )
+
+
+def _describe(policy: PatchPolicy, steps: int) -> str:
+    if isinstance(policy, FinePolicy):
+        return f"{steps} fine steps"
+    if isinstance(policy, StaticPolicy):
+        plan = policy.plan if isinstance(policy.plan, str) else "a plan of its own"
+        return f"static, {steps} steps, {plan}"
+    if isinstance(policy, DDiTPolicy):
+        tau = policy.tau
+        sizes = ", ".join(f"{s} {v:g}" for s, v in tau.items()) if isinstance(tau, Mapping) else tau
+        return f"dynamic, {steps} steps, tau {sizes}"
+    return f"{type(policy).__name__}, {steps} steps"
+
+
+def _of_artifact(
+    manifest: Manifest, default: PatchPolicy, steps: int, default_cache: StepCache
+) -> list[tuple[str, Candidate]]:
+    calibration = next((c for c in manifest.calibrations if c.num_inference_steps == steps), None)
+    named = [("default", _candidate(default, steps, _describe(default, steps), default_cache))]
+    if calibration is None:
+        return named
+    presets = [
+        _resolved(name, name, manifest, steps, default_cache) for name in ("balanced", *PRESETS)
+    ]
+    if all(candidate.kind not in _DYNAMIC for _, candidate in presets):
+        presets += _dynamic_of(calibration) or named
+    return presets
+
+
+def _dynamic_of(calibration: Calibration) -> list[tuple[str, Candidate]]:
+    """Of the front's dynamic plans the one that costs most nearly what `balanced` does."""
+    plans = [plan for plan in calibration.front if plan.kind in _DYNAMIC]
+    balanced = calibration.presets["balanced"].cost
+    nearest = min(plans, key=lambda plan: abs(plan.cost - balanced), default=None)
+    if nearest is None:
+        return []
+    policy = policy_from_dict(nearest.policy)
+    cache = step_cache_from_dict(nearest.step_cache) if nearest.step_cache else NoCache()
+    return [("dynamic", _candidate(policy, nearest.num_inference_steps, nearest.label, cache))]

@@ -1,0 +1,121 @@
+"""An evaluation from settings to report: pictures, scores, `report.json`, `report.html`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddit_rt.lab.evaluate.config import EvaluationConfig
+from ddit_rt.lab.evaluate.generation import generate
+from ddit_rt.lab.evaluate.metrics import Metric, Skipped
+from ddit_rt.lab.evaluate.page import build_page
+from ddit_rt.lab.evaluate.report import build_report
+from ddit_rt.lab.evaluate.scoring import score
+from ddit_rt.lab.evaluate.store import Store, write_atomically
+from ddit_rt.lab.measure.report import machine, model_entry, versions
+
+if TYPE_CHECKING:
+    from ddit_rt.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        model: Name of the model, as the caller gave it.
+        artifact: Path of the artifact.
+    """
+
+    model: str
+    artifact: str
+
+
+def evaluate(
+    engine: Engine,
+    config: EvaluationConfig,
+    subject: Subject,
+    metrics: Sequence[Metric],
+    skipped: Sequence[Skipped] = (),
+    *,
+    shown: int = 12,
+    progress: bool = True,
+) -> tuple[dict[str, Any], list[Path]]:
+    """Makes what is missing of the pictures and scores, and writes the report.
+
+    Args:
+        engine: A compiled pipeline.
+        config: Settings.
+        subject: What is evaluated, by name.
+        metrics: Metrics that can run here, SSIM among them.
+        skipped: Metrics that cannot.
+        shown: Prompts with pictures on the page at most, worst first.
+        progress: Whether to show bars.
+
+    Returns:
+        The report, and the files that were written.
+
+    Raises:
+        ValueError: The folder holds another evaluation, or a policy does not fit.
+    """
+    digest = engine.artifact.manifest.digest
+    store = Store(config.out)
+    identity = {"model": subject.model, "artifact": digest}
+    plans, found = generate(engine, config, store, identity, progress=progress)
+    scores = score(store, config, plans, metrics, skipped, progress=progress)
+    transformer = engine.pipeline.transformer
+    conditions = {
+        "machine": machine(),
+        "versions": versions(),
+        "device": _device_name(transformer.device),
+        "model": model_entry(subject.model, transformer),
+        "artifact": {"path": subject.artifact, "digest": digest},
+    }
+    report = build_report(store, config, plans, found, metrics, scores, conditions)
+    return report, _write(report, store, shown)
+
+
+def _write(report: Mapping[str, Any], store: Store, shown: int) -> list[Path]:
+    record, page = store.folder / "report.json", store.folder / "report.html"
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    write_atomically(record, text.encode())
+    write_atomically(page, build_page(report, store.picture, shown=shown).encode())
+    return [page, record]
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else str(device)
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """A few lines for a terminal."""
+    metrics = report["metrics"]
+    titles = [metric["name"] for metric in metrics]
+    header = f"{'plan':<24}{'loop s':>9}{'speed-up':>10}{'tokens':>8}"
+    lines = [header + "".join(f"{title:>14}" for title in titles)]
+    for plan in report["plans"]:
+        line = (
+            f"{plan['title']:<24}{plan['seconds']['value']:>9.3f}{plan['speedup']:>9.2f}x"
+            f"{plan['tokens']['value']:>8.0f}"
+        )
+        lines.append(line + "".join(f"{_value(plan, title):>14}" for title in titles))
+    for entry in report["wins"]:
+        if entry["metric"] == "ssim":
+            share = entry["share"]
+            lines.append(
+                f"{report['main']} is closer than {entry['against']} on {share['value']:.0%} of "
+                f"the prompts ({share['low']:.0%} to {share['high']:.0%}), by SSIM"
+            )
+    return "\n".join(lines)
+
+
+def _value(plan: Mapping[str, Any], metric: str) -> str:
+    score = plan["scores"].get(metric)
+    if score is None:
+        return "-"
+    return "same" if score["value"] is None else f"{score['value']:.4g}"

@@ -1,0 +1,1 @@
+"""Timing, fidelity and the records that reports are made of."""

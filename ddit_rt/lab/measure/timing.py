@@ -1,0 +1,219 @@
+"""Fair timing of several ways to generate the same pictures or clips.
+
+The denoising loop is timed from the return of `pipeline.prepare_latents` to the call of
+`pipeline.vae.decode`. diffusers' own call and `ddit_rt.Engine` both go through these two methods
+of the same pipeline, so both pay for everything in between: timesteps, set-up of the run, model,
+scheduler and progress bar. End-to-end time is the whole call, prompt encoding, decoding and
+conversion to pictures included.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ddit_rt.loop import RunTrace
+
+Picture = npt.NDArray[np.uint8]
+"""`[H, W, 3]`, or `[F, H, W, 3]` of a clip; RGB."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Prompts that are generated in one call, each with the seed of its noise."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """What one call gave: a picture per prompt, and the trace if an engine made them."""
+
+    pictures: tuple[Picture, ...]
+    trace: RunTrace | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contender:
+    """One way to generate.
+
+    Attributes:
+        name: Identifier in reports.
+        label: Name for people.
+        generate: Makes the pictures of a batch.
+        pipeline: The pipeline that `generate` goes through, which is what gets timed.
+    """
+
+    name: str
+    label: str
+    generate: Callable[[Batch], Generation]
+    pipeline: Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """Repeated measurements of one contender on one batch.
+
+    Attributes:
+        batch: What was generated.
+        pictures: Result of the latest repeat; every repeat starts from the same noise.
+        trace: Trace of the latest repeat.
+        denoise: Seconds of the denoising loop, per repeat.
+        end_to_end: Seconds of the whole call, per repeat.
+    """
+
+    batch: Batch
+    pictures: tuple[Picture, ...]
+    trace: RunTrace | None
+    denoise: tuple[float, ...]
+    end_to_end: tuple[float, ...]
+
+    @property
+    def median_denoise(self) -> float:
+        """Median seconds of the denoising loop."""
+        return statistics.median(self.denoise)
+
+    @property
+    def median_end_to_end(self) -> float:
+        """Median seconds of the whole call."""
+        return statistics.median(self.end_to_end)
+
+
+class _Loop:
+    """Seconds of the latest denoising loop."""
+
+    seconds = 0.0
+
+
+@contextmanager
+def loop_clock(pipeline: Any, clock: Callable[[], float] = time.perf_counter) -> Iterator[_Loop]:
+    """Times the denoising loops of a pipeline; the module docstring says from where to where."""
+    prepare, decode = pipeline.prepare_latents, pipeline.vae.decode
+    loop, started = _Loop(), 0.0
+
+    def timed_prepare(*args: Any, **kwargs: Any) -> Any:
+        nonlocal started
+        result = prepare(*args, **kwargs)
+        started = clock()
+        return result
+
+    def timed_decode(*args: Any, **kwargs: Any) -> Any:
+        loop.seconds = clock() - started
+        return decode(*args, **kwargs)
+
+    pipeline.prepare_latents, pipeline.vae.decode = timed_prepare, timed_decode
+    try:
+        yield loop
+    finally:
+        # The wrappers shadow the methods of the classes: without them the methods are back.
+        del pipeline.prepare_latents, pipeline.vae.decode
+
+
+def measure(
+    contenders: Sequence[Contender],
+    batches: Sequence[Batch],
+    *,
+    repeats: int,
+    advance: Callable[[], object] = lambda: None,
+    warm_up: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[Sample]]:
+    """Generates every batch with every contender, interleaved, after a warm-up.
+
+    Contenders take turns on each batch, and rounds repeat, so that a machine that slows down or
+    speeds up meanwhile does so for all of them alike.
+
+    Args:
+        contenders: Ways to generate.
+        batches: What to generate.
+        repeats: Measured rounds.
+        advance: Called after every call, warm-up included: `len(contenders)` x
+            (1 + `repeats` x `len(batches)`) times.
+        warm_up: Whether every contender runs once unmeasured; not needed where all of them have
+            just run.
+        clock: Seconds. On a CPU with one thread, `time.process_time` leaves out what other work on
+            the machine took from it.
+
+    Returns:
+        Per contender's name, one sample per batch.
+    """
+    for contender in contenders if warm_up else ():
+        contender.generate(batches[0])
+        advance()
+    times: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    results: dict[tuple[str, int], Generation] = {}
+    for _ in range(repeats):
+        for index, batch in enumerate(batches):
+            for contender in contenders:
+                key = contender.name, index
+                results[key], seconds = _timed(contender, batch, clock)
+                times.setdefault(key, []).append(seconds)
+                advance()
+    return {
+        contender.name: [
+            _sample(batch, results[contender.name, index], times[contender.name, index])
+            for index, batch in enumerate(batches)
+        ]
+        for contender in contenders
+    }
+
+
+def _timed(
+    contender: Contender, batch: Batch, clock: Callable[[], float]
+) -> tuple[Generation, tuple[float, float]]:
+    with loop_clock(contender.pipeline, clock) as loop:
+        started = clock()
+        generation = contender.generate(batch)
+        total = clock() - started
+    return generation, (loop.seconds, total)
+
+
+def _sample(batch: Batch, result: Generation, times: list[tuple[float, float]]) -> Sample:
+    return Sample(
+        batch=batch,
+        pictures=result.pictures,
+        trace=result.trace,
+        denoise=tuple(denoise for denoise, _ in times),
+        end_to_end=tuple(total for _, total in times),
+    )
+
+
+def pipeline_contender(name: str, label: str, pipeline: Any, **arguments: Any) -> Contender:
+    """The pipeline's own call, as diffusers wrote it."""
+
+    def generate(batch: Batch) -> Generation:
+        output = pipeline(list(batch.prompts), generator=generators(batch), **arguments)
+        return Generation(pictures=_pictures(output), trace=None)
+
+    return Contender(name=name, label=label, generate=generate, pipeline=pipeline)
+
+
+def engine_contender(name: str, label: str, engine: Any, **arguments: Any) -> Contender:
+    """A compiled engine; `arguments` hold its `patch_policy`."""
+
+    def generate(batch: Batch) -> Generation:
+        output = engine(list(batch.prompts), generator=generators(batch), **arguments)
+        return Generation(pictures=_pictures(output), trace=engine.last_trace)
+
+    return Contender(name=name, label=label, generate=generate, pipeline=engine.pipeline)
+
+
+def generators(batch: Batch) -> list[Any]:
+    """One generator per prompt, so that its noise does not depend on the batch it is in."""
+    import torch
+
+    return [torch.Generator().manual_seed(seed) for seed in batch.seeds]
+
+
+def _pictures(output: Any) -> tuple[Picture, ...]:
+    if hasattr(output, "frames"):  # `[B, F, H, W, 3]` in [0, 1]
+        return tuple(np.rint(np.asarray(clip) * 255).astype(np.uint8) for clip in output.frames)
+    return tuple(np.asarray(image.convert("RGB"), dtype=np.uint8) for image in output.images)

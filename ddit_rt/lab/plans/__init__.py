@@ -1,0 +1,1 @@
+"""Plans to compare, what was measured of them, and the bench that runs them."""

@@ -1,0 +1,1 @@
+"""The look at the live model: whether it is what its packages were compiled from."""

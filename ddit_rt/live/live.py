@@ -1,0 +1,287 @@
+"""The live models of a pipeline: what an engine takes them for, and whether they still are that.
+
+`LiveModel` looks at compile, at load and at every run. The first look is a whole one: what compiled
+blocks cannot honour is refused by name, a model must be what its configuration describes, and all
+blocks of a type must be alike. It ends in a snapshot, and the look of a run is a comparison with
+that, below a millisecond for the 57 blocks of FLUX. Only where something differs, it looks again
+and says what: some changes, such as a LoRA that came and went, leave the model as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ddit_rt.blocks import check_identical
+from ddit_rt.errors import ArtifactMismatchError, UnsupportedModelError
+from ddit_rt.live.snapshot import Snapshot
+from ddit_rt.models import Family
+from ddit_rt.models.base import BlockType
+from ddit_rt.models.plain import attention_backend, check_plain, check_process
+from ddit_rt.models.structure import (
+    Differences,
+    Part,
+    class_name,
+    departures,
+    describe_parts,
+    differences,
+    parts,
+    reference,
+    relevant,
+)
+
+_AS_CONFIGURED = "as its configuration says"
+_SINCE = "since this engine was made"
+_AGAIN = "put it back, or compile or load again"
+
+
+class LiveModel:
+    """The models that an engine runs.
+
+    Attributes:
+        block_changes: What the blocks have that their configuration does not say, such as an
+            attention processor: a description by class and place. Packages are compiled with it.
+    """
+
+    def __init__(self, family: Family, transformer: nn.Module, pipeline: Any) -> None:
+        """Looks at the models, and remembers what they are.
+
+        Args:
+            family: Their family.
+            transformer: The first of them.
+            pipeline: The pipeline, or None for a bare transformer.
+
+        Raises:
+            UnsupportedModelError: A model carries what compiled blocks cannot honour, is not what
+                its configuration describes, or has blocks of one type that differ.
+        """
+        self._family, self._pipeline = family, pipeline
+        experts = () if pipeline is None else family.experts(pipeline)
+        self._models = {_name(index): model for index, model in enumerate((transformer, *experts))}
+        self._check_plain()
+        self._plain = {name: self._configured(name) for name in self._models}
+        described = self._describe()
+        found = [self._block_changes(name, described[name]) for name in self._models]
+        self.block_changes = found[0]
+        for name, changes in zip(self._models, found, strict=True):
+            _refuse_unlike_experts(name, self.block_changes, changes)
+        if self._backend() not in (None, "native"):
+            self.block_changes["attention backend"] = attention_backend()
+        self._remember(described)
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """The transformer, then its experts."""
+        return tuple(self._models.values())
+
+    def check(self) -> None:
+        """Looks again, before a run.
+
+        Raises:
+            UnsupportedModelError: A model carries what compiled blocks cannot honour.
+            ArtifactMismatchError: A model is not what it was when this engine was made.
+        """
+        self._check_same()
+        if self._snapshot.holds():
+            return
+        self._check_plain()
+        described = self._describe()
+        for name, model in self._models.items():
+            config = _differing(self._configs[name], _config(model))
+            _refuse(_SINCE, {f"{name}.config.{key}": change for key, change in config.items()})
+            _refuse(_SINCE, _exchanged(name, self._parts[name], dict(parts(model))))
+            changes = differences(self._described[name], described[name])
+            _refuse(_SINCE, {f"{name}.{place}": change for place, change in changes.items()})
+        backends = (str(self._kept_backend), str(self._backend()))
+        _refuse(_SINCE, {"diffusers' attention backend": backends})
+        self._remember(described)
+
+    def _check_same(self) -> None:
+        """Refuses other models in the places of those that the engine was made for."""
+        pipeline = self._pipeline
+        if pipeline is None:
+            return
+        now = (getattr(pipeline, "transformer", None), *self._family.experts(pipeline))
+        for index in range(max(len(now), len(self._models))):
+            was = self._models.get(_name(index))
+            live = now[index] if index < len(now) else None
+            if live is not was:
+                raise ArtifactMismatchError(
+                    f"the pipeline's {_name(index)} is another one than when this engine was made "
+                    f"({type(live).__name__}); {_AGAIN}"
+                )
+        self._family.check_model(pipeline.transformer, pipeline)
+
+    def _check_plain(self) -> None:
+        check_process()
+        for name, model in self._models.items():
+            check_plain(model, name)
+
+    def _configured(self, name: str) -> dict[str, Part]:
+        """What a model is by its configuration, in which it must agree on the number of blocks."""
+        model = self._models[name]
+        self._check_class(name, model)
+        plain = reference(model)
+        for block_type in self._family.block_types(model):
+            _check_count(name, block_type, model, plain)
+        return describe_parts(plain)
+
+    def _describe(self) -> dict[str, dict[str, Part]]:
+        found = {}
+        for name, model in self._models.items():
+            found[name] = relevant(describe_parts(model), self._plain[name])
+            _refuse_hidden(name, found[name])
+        return found
+
+    def _remember(self, described: dict[str, dict[str, Part]]) -> None:
+        self._described, self._kept_backend = described, self._backend()
+        self._parts = {name: dict(parts(model)) for name, model in self._models.items()}
+        self._configs = {name: _config(model) for name, model in self._models.items()}
+        self._snapshot = Snapshot(self._models.values())
+
+    def _backend(self) -> str | None:
+        """The attention backend of the process; None where no processor goes by it."""
+        for model in self._models.values():
+            for module in model.modules():
+                if getattr(getattr(module, "processor", None), "_attention_backend", "own") is None:
+                    return attention_backend()
+        return None
+
+    def _block_changes(self, name: str, described: Mapping[str, Part]) -> dict[str, str]:
+        """Compares a model with its configuration, and its blocks with each other."""
+        model = self._models[name]
+        types = self._family.block_types(model)
+        blocks, around = _by_block(departures(described, self._plain[name]), types)
+        _refuse_around(name, around)
+        changes: dict[str, str] = {}
+        for block_type in types:
+            _check_alike(name, block_type, described)
+            check_identical(block_type, block_type.blocks(model))
+            first = blocks.get(f"{block_type.path}.0", {})
+            changes |= {f"{block_type.name}.{place}": is_ for place, is_ in first.items()}
+        return dict(sorted(changes.items()))
+
+    def _check_class(self, name: str, model: nn.Module) -> None:
+        """Refuses a forward that is not the family's: the engine runs that in steps of its own."""
+        owner = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
+        if owner.__name__ != self._family.transformer_class:
+            raise UnsupportedModelError(
+                f"{name} is a {class_name(owner)} with a forward of its own, which the engine "
+                f"would not run; load it as {self._family.transformer_class}"
+            )
+
+
+def _refuse(since: str, changes: Differences) -> None:
+    """Names the first of the changes."""
+    real = {place: change for place, change in changes.items() if change[0] != change[1]}
+    if real:
+        place = min(real, key=lambda one: (one.count("."), one))
+        was, now = real[place]
+        more = f" (and {len(real) - 1} more)" if len(real) > 1 else ""
+        raise ArtifactMismatchError(
+            f"{place} has changed {since}: it was {was} and is {now}{more}; {_AGAIN}"
+        )
+
+
+def _exchanged(
+    name: str, was: Mapping[str, nn.Module], now: Mapping[str, nn.Module]
+) -> Differences:
+    """Modules that are not the very ones that were there: runners are bound to those."""
+    return {
+        f"{name}.{path}": (_kind(was.get(path)), f"another {_kind(now.get(path))}")
+        for path in was.keys() | now.keys()
+        if was.get(path) is not now.get(path)
+    }
+
+
+def _kind(module: nn.Module | None) -> str:
+    return "missing" if module is None else type(module).__name__
+
+
+def _differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
+    keys = sorted(was.keys() | now.keys())
+    return {key: (repr(was.get(key)), repr(now.get(key))) for key in keys}
+
+
+def _refuse_unlike_experts(name: str, first: Mapping[str, str], own: Mapping[str, str]) -> None:
+    for place in sorted(first.keys() | own.keys()):
+        one, other = first.get(place, _AS_CONFIGURED), own.get(place, _AS_CONFIGURED)
+        if one != other:
+            raise UnsupportedModelError(
+                f"{place} of {name} is {other}, and {one} in {_name(0)}; both run the same "
+                "packages, so change both or neither"
+            )
+
+
+def _check_count(name: str, block_type: BlockType, model: nn.Module, plain: nn.Module) -> None:
+    live, configured = len(block_type.blocks(model)), len(block_type.blocks(plain))
+    if live != configured:
+        raise UnsupportedModelError(
+            f"{name}.{block_type.path} holds {live} blocks, and its configuration says "
+            f"{configured}; load the whole model, or register the number with "
+            f"{name}.register_to_config"
+        )
+
+
+def _by_block(
+    found: Mapping[str, str], types: Iterable[BlockType]
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Departures inside each block, by the block, and those around the blocks."""
+    paths = "|".join(re.escape(block_type.path) for block_type in types)
+    inside = re.compile(rf"((?:{paths})\.\d+)(?:\.(.*))?")
+    blocks: dict[str, dict[str, str]] = {}
+    around: dict[str, str] = {}
+    for place, words in found.items():
+        match = inside.fullmatch(place)
+        if match is None:
+            around[place] = words
+        else:
+            blocks.setdefault(match[1], {})[match[2] or "class"] = words
+    return blocks, around
+
+
+def _refuse_around(name: str, around: Mapping[str, str]) -> None:
+    if around:
+        place = min(around, key=lambda one: (one.count("."), one))
+        raise UnsupportedModelError(
+            f"{name}.{place} is {around[place]}, which its configuration does not say, and the "
+            "engine would not run it as the model does; load the model as its configuration "
+            "describes it"
+        )
+
+
+def _refuse_hidden(name: str, described: Mapping[str, Part]) -> None:
+    """Refuses tensors that no name leads to: nobody would notice when they change."""
+    for path, part in described.items():
+        for attribute in sorted(part.hidden):
+            raise UnsupportedModelError(
+                f"{name}.{path}.{attribute} holds tensors that are not parameters or buffers of "
+                "the model; make what holds them an nn.Module and register them"
+            )
+
+
+def _check_alike(name: str, block_type: BlockType, described: Mapping[str, Part]) -> None:
+    blocks: dict[int, dict[str, Part]] = {}
+    start = f"{block_type.path}."
+    for path, part in described.items():
+        if path.startswith(start):
+            index, _, rest = path.removeprefix(start).partition(".")
+            blocks.setdefault(int(index), {})[rest] = part
+    for number, block in blocks.items():
+        for place, (first, own) in sorted(differences(blocks[0], block).items()):
+            raise UnsupportedModelError(
+                f"{name}.{start}{number}.{place} is {own}, and {first} in {start}0; one package "
+                "serves all blocks of a type, so change all of them before compiling, or none"
+            )
+
+
+def _name(index: int) -> str:
+    return f"transformer_{index + 1}" if index else "transformer"
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """A configuration as diffusers reads it: by its attributes."""
+    return {name: one for name, one in vars(model.config).items() if not name.startswith("_")}

@@ -1,0 +1,170 @@
+"""What every executor takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ddit_rt.loop.trace import RunTrace
+from ddit_rt.policies import CacheTable, PolicyTable
+from ddit_rt.solver import SolverTable
+from ddit_rt.steps import Bucket, Signal
+
+ProgressCallback = Callable[[int], None]
+"""Called with a step's index once it is done; an executor that does not wait may call it later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """A run's step cache.
+
+    Attributes:
+        table: The rule.
+        signal: What it goes by; None where the table says all.
+        note: Which cache, with whose fit; carried into the trace.
+    """
+
+    table: CacheTable
+    signal: Signal | None = None
+    note: str = ""
+
+    @property
+    def rows(self) -> int:
+        """Sums that are kept: one, or one for each sample and pass that the signal tells apart."""
+        return 1 if self.signal is None else self.signal.rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """Everything that a run needs, fixed before its first step.
+
+    Attributes:
+        buckets: Per stage bucket i of the policy table, for every i it can reach; None for the
+            others.
+        stages: Stage of every step: stages differ in how a step runs the model, with or without
+            guidance, or with which expert, and are known before the run.
+        stage_names: What sets each stage apart; empty for the usual one.
+        offered: Patch sizes of the buckets, as multiples of p.
+        policy: The patch policy as a table.
+        solver: The solver as a table.
+        patch_size: p, in latent pixels.
+        capacity: Rows that the buckets' tables have, at least the number of steps.
+        shared: `RunContext.tensors` of the run.
+        weights: Addresses of weights that no runner watches; a graph that was captured with
+            others is of no use.
+        cache: The step cache; None: every step computes.
+        notes: Carried into the trace.
+    """
+
+    buckets: Sequence[Sequence[Bucket | None]]
+    stages: tuple[int, ...]
+    stage_names: tuple[str, ...]
+    offered: tuple[int, ...]
+    policy: PolicyTable
+    solver: SolverTable
+    patch_size: int
+    capacity: int
+    shared: tuple[Tensor, ...] = ()
+    weights: tuple[int, ...] = ()
+    cache: CachePlan | None = None
+    notes: tuple[str, ...] = ()
+
+    def tokens(self) -> dict[int, int]:
+        """Image tokens of a step by bucket, of those that the table can reach."""
+        return {i: bucket.tokens for i, bucket in enumerate(self.buckets[0]) if bucket}
+
+
+class StepSession(Protocol):
+    """A run whose solver steps are taken elsewhere: it keeps the history, decides, runs buckets.
+
+    For every step in turn: `decide`, then any number of `velocity`, then `end_step`. The plan's
+    solver names the scheduler and its noise levels; its coefficients are not read.
+    """
+
+    def decide(self, step: int, latents: Tensor) -> int:
+        """Enters z_k into the history and decides the step.
+
+        Args:
+            step: k.
+            latents: z_k, `[B, C, H, W]`, of a video `[B, C, F, H, W]`, float32.
+
+        Returns:
+            The branch: bucket i, or behind all buckets i again to reuse its residual.
+        """
+        ...
+
+    def bucket(self, stage: int, index: int) -> Bucket:
+        """The bucket that `velocity` runs; it reads what is written into its tables before."""
+        ...
+
+    def signal(self) -> Signal | None:
+        """The step cache's signal that `decide` reads, likewise; None where it reads none."""
+        ...
+
+    def velocity(self, stage: int, branch: int, latents: Tensor) -> Tensor:
+        """Runs a branch of a stage in the step that was decided last.
+
+        Args:
+            stage: Index into `RunPlan.buckets`.
+            branch: As `decide` gives it.
+            latents: What the model is given, as in `decide`.
+
+        Returns:
+            The velocity, of the same shape; the caller's own.
+        """
+        ...
+
+    def end_step(self) -> None:
+        """The step is over, but for callbacks."""
+        ...
+
+    def close(self, *, cancelled: bool) -> RunTrace:
+        """Ends the run, also one that failed; nothing else may be called then.
+
+        Args:
+            cancelled: Whether it ends before its last step.
+        """
+        ...
+
+
+class Executor(Protocol):
+    """Runs the step loop. No state passes from one run to the next."""
+
+    def run(
+        self,
+        plan: RunPlan,
+        latents: Tensor,
+        *,
+        on_progress: ProgressCallback | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        annotate: bool = False,
+    ) -> tuple[Tensor, RunTrace]:
+        """Denoises.
+
+        Args:
+            plan: The run.
+            latents: z_0, `[B, C, H, W]`, float32; left as it is.
+            on_progress: See `ProgressCallback`.
+            should_stop: Asked between steps; true ends the run with the latents so far.
+            annotate: Whether profilers see the ranges of `executor.ranges`.
+
+        Returns:
+            Final latents `[B, C, H, W]` float32, and the trace.
+        """
+        ...
+
+    def open(
+        self, plan: RunPlan, latents: Tensor, *, driver: str, annotate: bool = False
+    ) -> StepSession:
+        """Begins a run whose solver steps are taken elsewhere.
+
+        Args:
+            plan: The run.
+            latents: z_0, as in `run`.
+            driver: Who takes the steps, for the trace.
+            annotate: As in `run`.
+        """
+        ...

@@ -1,0 +1,216 @@
+"""What a run did, step by step, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ddit_rt.ops import CacheReason, Reason
+from ddit_rt.policies import PolicyTable, patch_name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """One denoising step.
+
+    Attributes:
+        step: Index k.
+        sigma: Noise level at its start.
+        patch_size: Patch size by name, `"p"`, `"2p"`, `"4p"`.
+        tokens: Image tokens that the blocks ran on: none where the step reused.
+        scores: Score of each coarse size (the largest over the batch); empty if not scored.
+        thresholds: tau of each coarse size; empty if not scored.
+        latency_ms: Wall time of the step: decision, model and solver.
+        reason: Why this size.
+        reused: Whether the latest residual of this size stood for the blocks.
+        accumulated: Change since the latest computed step that the step cache compared, the
+            largest over the batch; None if it compared none.
+        cache_reason: Why the step computed or reused; empty without a step cache.
+    """
+
+    step: int
+    sigma: float
+    patch_size: str
+    tokens: int
+    scores: dict[str, float]
+    thresholds: dict[str, float]
+    latency_ms: float
+    reason: str
+    reused: bool = False
+    accumulated: float | None = None
+    cache_reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunTrace:
+    """A whole run.
+
+    Attributes:
+        steps: One record per step that ran.
+        executor: Which executor ran it.
+        solver: Class name of the scheduler behind the solver table.
+        batch: Samples in the run.
+        nonfinite: Whether the final latents, a score or a signal were NaN or infinite; with such
+            a score p is forced, and with such a signal no step reuses.
+        cancelled: Whether the run stopped early on request.
+        notes: Slower paths that were taken and sizes that were not offered, with their reasons.
+    """
+
+    steps: tuple[StepRecord, ...]
+    executor: str
+    solver: str
+    batch: int
+    nonfinite: bool = False
+    cancelled: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        return iter(self.steps)
+
+    def __getitem__(self, index: int) -> StepRecord:
+        return self.steps[index]
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens summed over the steps, per sample."""
+        return sum(record.tokens for record in self.steps)
+
+    @property
+    def reused(self) -> int:
+        """Steps that reused instead of computing."""
+        return sum(record.reused for record in self.steps)
+
+    @property
+    def first_nonfinite(self) -> int | None:
+        """First step whose score or signal was NaN or infinite; None where none was taken."""
+        said = (_REASON_TEXT[Reason.NONFINITE], _CACHE_TEXT[CacheReason.NONFINITE])
+        steps = (r.step for r in self.steps if r.reason == said[0] or r.cache_reason == said[1])
+        return next(steps, None)
+
+    @property
+    def latency_ms(self) -> float:
+        """Wall time of the step loop."""
+        return sum(record.latency_ms for record in self.steps)
+
+    def patch_sizes(self) -> list[str]:
+        """Patch size of every step, by name."""
+        return [record.patch_size for record in self.steps]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; numbers that are not finite become None."""
+        data = asdict(self)
+        data["tokens"] = self.tokens
+        data["reused"] = self.reused
+        data["latency_ms"] = self.latency_ms
+        return _finite(data)  # type: ignore[no-any-return]
+
+    def __str__(self) -> str:
+        lines = ["step  sigma  patch  tokens  latency_ms  reason"]
+        lines += [
+            f"{r.step:4d}  {r.sigma:.3f}  {r.patch_size:>5}  {r.tokens:6d}  {r.latency_ms:10.2f}"
+            f"  {_reason_text(r)}"
+            for r in self.steps
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def build_trace(
+    *,
+    record: Tensor,
+    seconds: list[float],
+    policy: PolicyTable,
+    offered: tuple[int, ...],
+    tokens: dict[int, int],
+    sigmas: tuple[float, ...],
+    cache: Sequence[Sequence[float]] | None = None,
+    **run: Any,
+) -> RunTrace:
+    """The trace of a run, read from its device record once, after the last step.
+
+    Args:
+        record: `[N, 3 + S]` as `ops.decide_` wrote it.
+        seconds: Wall time of each step that ran.
+        policy: The table that was run.
+        offered: Patch sizes of the buckets, as multiples of p.
+        tokens: Image tokens of each bucket.
+        sigmas: Noise level of each step.
+        cache: Per step `CacheReason` and accumulated change, as `ops.decide_reuse_` writes them;
+            None without a step cache.
+        run: The remaining fields of `RunTrace`.
+    """
+    rows = record[: len(seconds)].tolist()
+    names = [patch_name(multiple) for multiple in offered]
+    steps = []
+    for step, (row, elapsed) in enumerate(zip(rows, seconds, strict=True)):
+        bucket, reason = int(row[0]), Reason(int(row[1]))
+        scored = policy.scored(step)
+        why, accumulated = (CacheReason.OFF, math.nan) if cache is None else cache[step]
+        reused = why == CacheReason.REUSED
+        steps.append(
+            StepRecord(
+                step=step,
+                sigma=sigmas[step],
+                patch_size=names[bucket],
+                tokens=0 if reused else tokens[bucket],
+                scores=dict(zip(names[1:], row[3:], strict=True)) if scored else {},
+                thresholds=(
+                    dict(zip(names[1:], policy.thresholds[step], strict=True)) if scored else {}
+                ),
+                latency_ms=elapsed * 1e3,
+                reason=policy.labels[step] or _REASON_TEXT[reason],
+                reused=reused,
+                accumulated=None if math.isnan(accumulated) else accumulated,
+                cache_reason=_CACHE_TEXT[CacheReason(int(why))],
+            )
+        )
+    return RunTrace(steps=tuple(steps), **run)
+
+
+_REASON_TEXT = {
+    Reason.FORCED: "forced",
+    Reason.NONFINITE: "score not finite: base patch",
+    Reason.BELOW: "score below threshold",
+    Reason.ABOVE: "scores above thresholds",
+    Reason.MONOTONE: "monotone: no coarser than before",
+    Reason.DWELL: "dwell: too soon to change",
+}
+
+
+_CACHE_TEXT = {
+    CacheReason.OFF: "",
+    CacheReason.FORCED: "computed: forced",
+    CacheReason.CHANGED: "computed: changed size",
+    CacheReason.ABOVE: "computed: above threshold",
+    CacheReason.LIMIT: "computed: reused often enough",
+    CacheReason.NONFINITE: "computed: signal not finite",
+    CacheReason.REUSED: "reused: below threshold",
+}
+
+
+def _reason_text(record: StepRecord) -> str:
+    scores = ", ".join(
+        f"{size} {score:.2e} vs {record.thresholds[size]:.2e}"
+        for size, score in record.scores.items()
+    )
+    text = f"{record.reason} ({scores})" if scores else record.reason
+    if not record.cache_reason:
+        return text
+    change = "" if record.accumulated is None else f" ({record.accumulated:.3g})"
+    return f"{text}; {record.cache_reason}{change}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

@@ -1,0 +1,177 @@
+"""Reading a diffusers pipeline call: its arguments, and the checks before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.models.arguments import call_defaults, check_arguments, check_tensor
+
+_REFUSED_ARGUMENTS = {
+    "ip_adapter_image": "IP-Adapter images",
+    "ip_adapter_image_embeds": "IP-Adapter embeddings",
+    "negative_ip_adapter_image": "IP-Adapter images",
+    "negative_ip_adapter_image_embeds": "IP-Adapter embeddings",
+    "joint_attention_kwargs": "joint_attention_kwargs",
+    "attention_kwargs": "attention_kwargs",
+}
+
+_POSITIONS = ("img_ids", "txt_ids")
+"""Arguments of a transformer's call that say what its shapes say."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineCall:
+    """A pipeline call whose arguments are checked.
+
+    Attributes:
+        arguments: All of the call's, defaults filled in.
+        shape: Latent shape, `[B, C, H, W]`, of a video `[B, C, F, H, W]`.
+        scales: Scale of classifier-free guidance of each expert; empty for a call without.
+        passes: Passes that the pipeline may ask its transformer for in a step.
+        ignored: Arguments that were given and that the pipeline ignores, each with its reason.
+    """
+
+    arguments: Mapping[str, Any]
+    shape: tuple[int, ...]
+    scales: tuple[float, ...]
+    passes: int
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def guided(self) -> bool:
+        """Whether the call has classifier-free guidance."""
+        return bool(self.scales)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCall:
+    """A pipeline's call of its transformer.
+
+    Attributes:
+        latents: `[B, C, H, W]`, of a video `[B, C, F, H, W]`, in the pipeline's dtype.
+        timestep: t in [0, 1], `[1]`; in float64 where float32 would round it.
+        conditioning: Of this pass, every tensor with B samples.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    conditioning: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedCall:
+    """A pipeline call up to its denoising loop.
+
+    Attributes:
+        latents: Initial noise, `[B, C, H, W]`, of a video `[B, C, F, H, W]`, float32.
+        conditioning: The keyword arguments of `Engine.denoise` that carry the prompt.
+        num_inference_steps: Steps that the scheduler was set to; its `sigmas` and `timesteps`
+            hold the schedule.
+        finish: Turns final latents into what the pipeline returns.
+    """
+
+    latents: Tensor
+    conditioning: dict[str, Tensor]
+    num_inference_steps: int
+    finish: Callable[[Tensor], Any]
+
+
+PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
+"""Arguments that say how many pictures, or videos, of each prompt are made."""
+
+
+def check_known(conditioning: Iterable[str], names: Sequence[str], model: str) -> None:
+    """Refuses conditioning that a model would ignore."""
+    unknown = sorted(set(conditioning) - set(names))
+    if unknown:
+        raise ValueError(f"unknown conditioning {unknown}; {model} takes {list(names)}")
+
+
+def check_shape(
+    name: str, value: Any, expected: Sequence[int | str], *, floating: bool = True
+) -> None:
+    """Refuses a missing or misshapen tensor.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What came.
+        expected: Size of each dimension; a string names one that may be anything.
+        floating: Whether its data type must be one of floating-point numbers.
+
+    Raises:
+        TypeError: No tensor, or of another data type.
+        ValueError: It is missing.
+        ShapeError: It has another shape.
+    """
+    wanted = "[" + ", ".join(str(dim) for dim in expected) + "]"
+    if value is None:
+        raise ValueError(f"`{name}` is missing; this model needs it as a tensor {wanted}")
+    shape = check_tensor(name, value, wanted, floating=floating).shape
+    fits = len(shape) == len(expected) and all(
+        isinstance(dim, str) or dim == size for dim, size in zip(expected, shape, strict=True)
+    )
+    if not fits:
+        raise ShapeError(f"`{name}` has shape {list(shape)}; expected {wanted}")
+
+
+def bind_call(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of the pipeline's call, checked, defaults filled in."""
+    return {**call_defaults(pipeline), **check_arguments(pipeline, arguments)}
+
+
+def refuse_ignored(call: Mapping[str, Any]) -> None:
+    """Refuses, by name, the arguments that the compiled model could only ignore."""
+    for name, feature in _REFUSED_ARGUMENTS.items():
+        value = call.get(name)
+        if value is not None and not (isinstance(value, dict) and not value):
+            raise UnsupportedModelError(
+                f"got `{name}`: {feature} change the blocks that were compiled, and would be "
+                "ignored; leave the argument out, or call the diffusers pipeline itself"
+            )
+
+
+def prompts_of(call: Mapping[str, Any]) -> int:
+    """Prompts of the call; 1 where there is none, which is refused elsewhere."""
+    prompt, embeds = call["prompt"], call["prompt_embeds"]
+    if prompt is None:
+        return 1 if embeds is None or not embeds.ndim else len(embeds)
+    return 1 if isinstance(prompt, str) else len(prompt)
+
+
+def batch_of(call: Mapping[str, Any]) -> int:
+    """Pictures, or videos, that the call makes."""
+    per_prompt = (call[name] for name in PER_PROMPT if name in call)
+    return prompts_of(call) * int(next(per_prompt))
+
+
+def model_arguments(arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Arguments of a transformer's call by name, after a refusal of what would be ignored.
+
+    Args:
+        arguments: Those that were given.
+        names: Those that are known.
+
+    Raises:
+        UnsupportedModelError: Another one has a value that means something.
+    """
+    for name, value in arguments.items():
+        if name in names or name in _POSITIONS or value is None or value is False or value == {}:
+            continue
+        raise UnsupportedModelError(
+            f"the pipeline gave its transformer `{name}`, which the compiled blocks could only "
+            "ignore; leave out what asks for it, or call the diffusers pipeline itself"
+        )
+    return {name: arguments[name] for name in names if arguments.get(name) is not None}
+
+
+def of_batch(tensors: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
+    """Tensors of one sample repeated for a batch, as diffusers broadcasts them."""
+    return {
+        name: tensor.expand(batch, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,1 @@
+"""From a request to a run plan: which steps run how, in which buckets."""

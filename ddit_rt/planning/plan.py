@@ -1,0 +1,243 @@
+"""From a compiled model, an outline and a prompt to a `RunPlan`: what is fixed before the loop."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddit_rt.adapters import adapter_bucket
+from ddit_rt.loop import CachePlan, RunPlan
+from ddit_rt.planning.compiled import CompiledModel
+from ddit_rt.planning.guidance import passes_of, scales_of
+from ddit_rt.planning.outline import Outline
+from ddit_rt.planning.stages import Stage, stages_of
+from ddit_rt.steps import (
+    Bucket,
+    Detail,
+    FineBucket,
+    Pass,
+    RunContext,
+    Signal,
+    SnrBucket,
+    StepModel,
+    UnguidedBucket,
+    latent_frames,
+)
+
+_CAPACITY = 64
+"""Rows of the tables of a captured run come in multiples of this."""
+
+Groups = Sequence[Sequence[Mapping[str, Tensor]]]
+"""Conditioning of every pass; the passes of a group run as one, and are joined by guidance."""
+
+
+def plan_run(
+    compiled: CompiledModel,
+    outline: Outline,
+    conditioning: Mapping[str, Tensor],
+    *,
+    batched_guidance: bool = True,
+) -> RunPlan:
+    """The plan of a run that joins the halves of guidance itself.
+
+    Args:
+        compiled: The model.
+        outline: The run.
+        conditioning: Checked conditioning tensors.
+        batched_guidance: Whether the halves of classifier-free guidance run as one batch.
+
+    Raises:
+        ShapeError: Halves of unequal text lengths cannot be one batch, or a batch or text length
+            that the compiled blocks were not built for.
+    """
+    guidance = compiled.steps.family.guidance(conditioning)
+    parts = passes_of(conditioning, guidance, batched_guidance)
+    scales = scales_of(guidance, outline.experts, len(compiled.models))
+    contexts = _contexts(compiled, outline, (parts,), scales)
+    own = [_buckets(compiled, outline, model, context) for model, (context,) in contexts]
+    stages, stage_of = stages_of(outline.experts, outline.guided)
+    return _plan(
+        compiled,
+        outline,
+        contexts,
+        buckets=[_stage_buckets(own[stage.expert], stage) for stage in stages],
+        stages=stage_of,
+        stage_names=tuple(stage.name for stage in stages),
+    )
+
+
+def plan_passes(
+    compiled: CompiledModel, outline: Outline, conditionings: Sequence[Mapping[str, Tensor]]
+) -> RunPlan:
+    """The plan of a run whose passes are asked for one by one, and joined by who asks.
+
+    Args:
+        compiled: The model.
+        outline: The run.
+        conditionings: Conditioning of every pass of a step, that with the prompt first.
+
+    Returns:
+        A plan with a stage for every pass of every model: stage `e * P + i` is pass i of model e.
+
+    Raises:
+        ShapeError: A batch or text length that the compiled blocks were not built for.
+    """
+    contexts = _contexts(compiled, outline, [(one,) for one in conditionings], None)
+    names = [
+        [f"expert {expert + 1}"] * (expert > 0) + ["negative prompt"] * (place > 0)
+        for expert, place in itertools.product(range(len(contexts)), range(len(conditionings)))
+    ]
+    return _plan(
+        compiled,
+        outline,
+        contexts,
+        buckets=[
+            _buckets(compiled, outline, model, context)
+            for model, own in contexts
+            for context in own
+        ],
+        stages=(0,) * outline.steps,
+        stage_names=tuple(", ".join(parts) for parts in names),
+    )
+
+
+Contexts = Sequence[tuple[StepModel, Sequence[RunContext]]]
+"""Every model with a context for each group of passes."""
+
+
+def _contexts(
+    compiled: CompiledModel, outline: Outline, groups: Groups, scales: Tensor | None
+) -> Contexts:
+    model, shape = compiled.steps, outline.shape
+    device, capacity = model.device, _capacity(outline, model)
+    keeps_detail = _keeps_detail(compiled, outline.offered) and (
+        device.type == "cuda" or outline.policy.coarse_after_fine()
+    )
+    context = RunContext(
+        passes=(),
+        height=shape[-2],
+        width=shape[-1],
+        frames=latent_frames(shape),
+        sigmas=_table(outline.solver.levels(), capacity, device),
+        timesteps=_table(outline.timesteps, capacity, device),
+        detail=None,
+        scales=None if scales is None else _table(scales, capacity, device),
+        keeps_residual=outline.cache is not None,
+    )
+    details = [Detail(shape, device) if keeps_detail else None for _ in groups]
+    contexts = [
+        (
+            one,
+            [
+                replace(context, passes=tuple(Pass.of(one, part) for part in group), detail=detail)
+                for group, detail in zip(groups, details, strict=True)
+            ],
+        )
+        for one in compiled.models
+    ]
+    for one in contexts[0][1]:
+        for part in one.passes:
+            compiled.check_batch(len(part.text))
+            compiled.check_text(part.text.shape[1])
+    return contexts
+
+
+def _plan(compiled: CompiledModel, outline: Outline, contexts: Contexts, **stages: Any) -> RunPlan:
+    model, on_cuda = compiled.steps, compiled.steps.device.type == "cuda"
+    every = [context for _, own in contexts for context in own]
+    return RunPlan(
+        offered=outline.offered,
+        policy=outline.policy,
+        solver=outline.solver,
+        patch_size=model.patch_size,
+        capacity=_capacity(outline, model),
+        shared=_distinct(tensor for context in every for tensor in context.tensors()),
+        weights=_unwatched_weights(compiled.models) if on_cuda else (),
+        cache=_cache_plan(outline, *contexts[0]),
+        notes=outline.notes,
+        **stages,
+    )
+
+
+def _capacity(outline: Outline, model: StepModel) -> int:
+    """One capture serves many step counts, and policies of any order of sizes."""
+    steps = outline.steps
+    return -(-steps // _CAPACITY) * _CAPACITY if model.device.type == "cuda" else steps
+
+
+def _buckets(
+    compiled: CompiledModel, outline: Outline, model: StepModel, context: RunContext
+) -> list[Bucket | None]:
+    """Those that the policy can reach."""
+    reachable = outline.policy.reachable()
+    return [
+        _bucket(compiled, model, context, multiple) if index in reachable else None
+        for index, multiple in enumerate(outline.offered)
+    ]
+
+
+def _cache_plan(
+    outline: Outline, model: StepModel, contexts: Sequence[RunContext]
+) -> CachePlan | None:
+    cache = outline.cache
+    if cache is None:
+        return None
+    signal = None
+    if cache.table.coefficients:
+        passes = tuple(one for context in contexts for one in context.passes)
+        signal = Signal(model, replace(contexts[0], passes=passes))
+    return CachePlan(table=cache.table, signal=signal, note=cache.note)
+
+
+def _table(values: Tensor, rows: int, device: torch.device) -> Tensor:
+    """`[N]` to float32 `[rows]` on the device; rows beyond N, never read, repeat the last one."""
+    padded = torch.cat((values, values[-1:].expand(rows - len(values))))
+    return padded.to(device, torch.float32, non_blocking=True)
+
+
+def _distinct(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Each once; experts share the tables of a run, but not its text."""
+    return tuple({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _unwatched_weights(models: Sequence[StepModel]) -> tuple[int, ...]:
+    """Addresses of the weights outside the blocks: runners watch only what they are bound to."""
+    addresses = []
+    for model in models:
+        blocks = {block_type.path for block_type in model.family.block_types(model.transformer)}
+        addresses += [
+            parameter.data_ptr()
+            for name, parameter in model.transformer.named_parameters()
+            if name.partition(".")[0] not in blocks
+        ]
+    return tuple(addresses)
+
+
+def _stage_buckets(own: Sequence[Bucket | None], stage: Stage) -> Sequence[Bucket | None]:
+    """An expert's buckets, in a stage."""
+    return [bucket and UnguidedBucket(bucket) for bucket in own] if stage.unguided else own
+
+
+def _bucket(
+    compiled: CompiledModel, model: StepModel, context: RunContext, multiple: int
+) -> Bucket:
+    if multiple == 1:
+        return FineBucket(model, context)
+    adapter = compiled.adapters.adapters.get(multiple)
+    if adapter is None:
+        return SnrBucket(model, context, multiple)
+    return adapter_bucket(model, context, adapter, compiled.adapter_runners[multiple])
+
+
+def _keeps_detail(compiled: CompiledModel, offered: tuple[int, ...]) -> bool:
+    """Whether a coarse step may build on the training-free one, which keeps detail."""
+    adapters = compiled.adapters.adapters
+    return any(
+        multiple not in adapters or adapters[multiple].config.variant == "snr"
+        for multiple in offered[1:]
+    )

@@ -1,0 +1,352 @@
+"""Patch policies: which patch size each denoising step takes.
+
+A policy is a frozen description that a user writes down once. `PatchPolicy.resolve` turns it,
+for one noise schedule and the sizes that one latent shape offers, into a `PolicyTable`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass
+from typing import Any
+
+from ddit_rt import checks
+from ddit_rt.errors import ShapeError
+from ddit_rt.policies.patch_table import DYNAMIC, PolicyTable
+from ddit_rt.policies.sizes import parse_patch, patch_name
+
+_REFERENCE_STEP = 1 / 50
+"""Mean sigma step of the paper's 50-step runs, at which its tau = 0.001 was chosen."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """What a policy may know of a run before it starts.
+
+    Attributes:
+        sigmas: Noise levels from 1 to 0, `N + 1` of them.
+        offered: Patch sizes that this latent shape offers, as multiples of p, ascending,
+            starting with 1.
+    """
+
+    sigmas: tuple[float, ...]
+    offered: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        """Number of denoising steps N."""
+        return len(self.sigmas) - 1
+
+
+class PatchPolicy(ABC):
+    """Interface of every policy."""
+
+    @abstractmethod
+    def resolve(self, schedule: Schedule) -> PolicyTable:
+        """The policy as plain data for one schedule.
+
+        Raises:
+            ShapeError: The policy needs a patch size that this shape does not offer.
+            ValueError: The policy does not fit the number of steps.
+        """
+
+    @property
+    def sizes(self) -> frozenset[int]:
+        """Patch sizes that it names, as multiples of p."""
+        return frozenset()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready description; `policy_from_dict` is the inverse."""
+        return {"policy": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinePolicy(PatchPolicy):
+    """Every step at the base patch p: the unmodified model, and the baseline of every claim."""
+
+    def resolve(self, schedule: Schedule) -> PolicyTable:
+        """See `PatchPolicy.resolve`."""
+        return _forced_table(schedule, (0,) * schedule.steps, "fine policy")
+
+
+@dataclass(frozen=True, slots=True)
+class StaticPolicy(PatchPolicy):
+    """A plan fixed before the run.
+
+    Attributes:
+        plan: One patch size per step (`["4p", "2p", "p", ...]`, multiples of p allowed), or
+            shares of the steps in order, `"4p:0.2,2p:0.4,p"`; the last entry may leave its
+            share out and takes the rest.
+    """
+
+    plan: str | Sequence[str | int]
+
+    def __post_init__(self) -> None:
+        """Parses the plan once, so that a typing error shows where it was made."""
+        if isinstance(self.plan, str):
+            _parse_shares(self.plan)
+            return
+        expected = 'one patch size per step, ["2p", "p"], or shares of the steps, "2p:0.5,p"'
+        entries = checks.items("plan", self.plan, expected)
+        if not entries:
+            raise ValueError(checks.got("plan", self.plan, expected))
+        multiples = [parse_patch(entry, f"plan[{at}]") for at, entry in enumerate(entries)]
+        checks.settle(self, plan=tuple(map(patch_name, multiples)))
+
+    @property
+    def sizes(self) -> frozenset[int]:
+        """See `PatchPolicy.sizes`."""
+        if isinstance(self.plan, str):
+            return frozenset(multiple for multiple, _ in _parse_shares(self.plan))
+        return frozenset(map(parse_patch, self.plan))
+
+    def resolve(self, schedule: Schedule) -> PolicyTable:
+        """See `PatchPolicy.resolve`."""
+        if isinstance(self.plan, str):
+            multiples = _spread(_parse_shares(self.plan), schedule.steps)
+        else:
+            multiples = [parse_patch(patch) for patch in self.plan]
+        if len(multiples) != schedule.steps:
+            raise ValueError(
+                f"the static plan has {len(multiples)} entries and the run {schedule.steps} "
+                'steps; give one entry per step, or shares such as "4p:0.2,2p:0.4,p"'
+            )
+        buckets = tuple(_bucket_of(multiple, schedule.offered) for multiple in multiples)
+        return _forced_table(schedule, buckets, "static plan")
+
+
+@dataclass(frozen=True, slots=True)
+class DDiTPolicy(PatchPolicy):
+    """The largest patch whose latent is still smooth, judged at every step (arXiv 2602.16968).
+
+    At step k the `order`-th finite difference of the latest latents is cut into patches of each
+    offered coarse size; the score of a size is the rho-quantile, over patches, of the standard
+    deviation inside a patch (all pixels and channels, ddof = 1). The largest size whose score is
+    below its tau is taken, else p. In a batch the finest need of any sample decides.
+
+    The defaults depart from the paper by steps at p that are forced: the last ones, where coarse
+    steps err most, and one after every few, against which the training-free coarse step corrects
+    itself. `DDiTPolicy.paper()` is the paper's rule, exactly. With adapters, where nothing needs
+    correcting, `refresh=None, dwell=3, monotone=True` avoids that every change of size disturbs the
+    third difference and so causes the next.
+
+    Attributes:
+        tau: Threshold, one for all sizes or one per size (`{"2p": 1e-3, "4p": 5e-4}`; a size
+            that is left out is not offered).
+        rho: Quantile over patches, in [0, 1].
+        order: Order of the finite difference, 1 to 3; n needs n + 1 latents.
+        warmup: Patch size of the first steps, which have no difference yet: `"fine"`, p (they fix
+            the layout, and give the coarse steps something to correct themselves against; the
+            paper is silent on the point); `"coarse"`, the coarsest offered size (cheapest, and it
+            keeps the first differences small); or a size by name, `"2p"`.
+        warmup_steps: Their number; by default `order`, the least possible.
+        dwell: Steps that a size is kept before the scores may change it; 0 or 1 for none.
+        monotone: Whether the scores may only ever go to finer sizes.
+        refresh: Largest number of dynamic steps between two forced steps at p, by which the
+            training-free coarse step corrects itself; None for no forced steps in between.
+        fine_tail: Last steps that always run at p, where coarse steps err most.
+        criterion: `"raw"`, tau as it is; or `"normalised"`, tau times
+            (mean sigma step / (1/50)) ** step_exponent, so that one tau serves several step
+            counts and spacings.
+        step_exponent: How the difference shrinks with the step size. On trained models between
+            12 and 48 steps 1.2 to 1.6 was measured, far from the 3 of a smooth trajectory.
+    """
+
+    tau: float | Mapping[str, float] = 1e-3
+    _: KW_ONLY
+    rho: float = 0.4
+    order: int = 3
+    warmup: str = "fine"
+    warmup_steps: int | None = None
+    dwell: int = 0
+    monotone: bool = False
+    refresh: int | None = 4
+    fine_tail: int = 2
+    criterion: str = "raw"
+    step_exponent: float = 1.4
+
+    def __post_init__(self) -> None:
+        """Checks every field; a message names the value and the range."""
+        checks.settle(
+            self,
+            tau=_checked_tau(self.tau),
+            rho=checks.number("rho", self.rho, 0, 1),
+            order=checks.whole("order", self.order, 1, 3),
+            warmup=_checked_warmup(self.warmup),
+            dwell=checks.whole("dwell", self.dwell, 0),
+            monotone=checks.flag("monotone", self.monotone),
+            refresh=checks.optional(checks.whole, "refresh", self.refresh, 1),
+            fine_tail=checks.whole("fine_tail", self.fine_tail, 0),
+            criterion=checks.choice("criterion", self.criterion, ("raw", "normalised")),
+            step_exponent=checks.number("step_exponent", self.step_exponent, 0),
+            warmup_steps=checks.optional(checks.whole, "warmup_steps", self.warmup_steps, 1),
+        )
+        if self.warmup_steps is not None and self.warmup_steps < self.order:
+            raise ValueError(
+                f"got warmup_steps={self.warmup_steps}; order {self.order} needs at least "
+                f"{self.order}, the steps before {self.order + 1} latents exist"
+            )
+        if self.refresh is not None and self.monotone:
+            raise ValueError(
+                f"got refresh={self.refresh}, monotone=True; refresh needs monotone=False, since "
+                "coarse steps follow fine ones; pass refresh=None for a monotone policy"
+            )
+
+    @classmethod
+    def paper(cls, tau: float = 1e-3, rho: float = 0.4) -> DDiTPolicy:
+        """The rule as published: no dwell, free to go coarser again, no forced tail, raw tau.
+
+        The paper is silent on the steps before the third difference exists; they run at p.
+        """
+        return cls(tau, rho=rho, refresh=None, fine_tail=0)
+
+    @property
+    def sizes(self) -> frozenset[int]:
+        """See `PatchPolicy.sizes`."""
+        named = [*self.tau] if isinstance(self.tau, Mapping) else []
+        named += [self.warmup] * (self.warmup not in ("coarse", "fine"))
+        return frozenset(map(parse_patch, named))
+
+    def resolve(self, schedule: Schedule) -> PolicyTable:
+        """See `PatchPolicy.resolve`."""
+        steps = schedule.steps
+        warm = min(steps, self.order if self.warmup_steps is None else self.warmup_steps)
+        tail = min(steps, self.fine_tail)
+        warm_bucket = self._warmup_bucket(schedule)
+        forced = [warm_bucket if step < warm else DYNAMIC for step in range(steps)]
+        labels = ["warm-up" if step < warm else "" for step in range(steps)]
+        if self.refresh is not None:
+            for step in range(warm + self.refresh, steps, self.refresh + 1):
+                forced[step], labels[step] = 0, "refresh"
+        for step in range(steps - tail, steps):
+            forced[step], labels[step] = 0, "fine tail"
+        return PolicyTable(
+            forced=tuple(forced),
+            labels=tuple(labels),
+            thresholds=tuple(self._thresholds(schedule, step) for step in range(steps)),
+            order=self.order,
+            quantile=self.rho,
+            dwell=self.dwell,
+            monotone=self.monotone,
+        )
+
+    def _warmup_bucket(self, schedule: Schedule) -> int:
+        if self.warmup == "fine":
+            return 0
+        if self.warmup == "coarse":
+            taus = self._taus(schedule)
+            usable = [index for index, tau in enumerate(taus, start=1) if not math.isnan(tau)]
+            return max(usable, default=0)
+        return _bucket_of(parse_patch(self.warmup), schedule.offered)
+
+    def _taus(self, schedule: Schedule) -> tuple[float, ...]:
+        coarse = schedule.offered[1:]
+        if isinstance(self.tau, Mapping):
+            return tuple(self.tau.get(patch_name(multiple), math.nan) for multiple in coarse)
+        return (float(self.tau),) * len(coarse)
+
+    def _thresholds(self, schedule: Schedule, step: int) -> tuple[float, ...]:
+        taus = self._taus(schedule)
+        if self.criterion == "raw" or step < self.order:
+            return taus
+        sigmas = schedule.sigmas
+        mean_step = abs(sigmas[step - self.order] - sigmas[step]) / self.order
+        scale = (mean_step / _REFERENCE_STEP) ** self.step_exponent
+        return tuple(tau * scale for tau in taus)
+
+
+def policy_from_dict(data: Mapping[str, Any]) -> PatchPolicy:
+    """The policy that `PatchPolicy.to_dict` described.
+
+    Raises:
+        ValueError: An unknown policy or an unknown or malformed field.
+    """
+    kinds: dict[str, type[PatchPolicy]] = {
+        cls.__name__: cls for cls in (FinePolicy, StaticPolicy, DDiTPolicy)
+    }
+    fields = dict(data)
+    name = fields.pop("policy", None)
+    if name not in kinds:
+        raise ValueError(f"got policy {name!r}; known policies are {sorted(kinds)}")
+    try:
+        return kinds[name](**fields)
+    except TypeError as error:
+        raise ValueError(f"bad fields for {name}: {sorted(fields)} ({error})") from error
+
+
+def _checked_tau(tau: Any) -> float | dict[str, float]:
+    if not isinstance(tau, Mapping):
+        return checks.number("tau", tau, 0)
+    if not tau:
+        raise ValueError(checks.got("tau", tau, 'a threshold for one size at least, {"2p": 1e-3}'))
+    checked = {
+        patch_name(parse_patch(size, "tau's size")): checks.number(f"tau[{size!r}]", value, 0)
+        for size, value in tau.items()
+    }
+    if "p" in checked or len(checked) < len(tau):
+        expected = "each coarse size once: p is what is left when no score is below its threshold"
+        raise ValueError(checks.got("tau", tau, expected))
+    return checked
+
+
+def _checked_warmup(warmup: Any) -> str:
+    if isinstance(warmup, str) and warmup in ("coarse", "fine"):
+        return warmup
+    return patch_name(parse_patch(warmup, "warmup"))
+
+
+def _forced_table(schedule: Schedule, buckets: tuple[int, ...], label: str) -> PolicyTable:
+    coarse = len(schedule.offered) - 1
+    return PolicyTable(
+        forced=buckets,
+        labels=(label,) * schedule.steps,
+        thresholds=((math.nan,) * coarse,) * schedule.steps,
+    )
+
+
+def _bucket_of(multiple: int, offered: tuple[int, ...]) -> int:
+    if multiple not in offered:
+        raise ShapeError(
+            f"the plan asks for {patch_name(multiple)}, but this latent shape and model offer "
+            f"only {[patch_name(size) for size in offered]}; choose a picture size whose latent "
+            f"sides the patch divides, or another plan"
+        )
+    return offered.index(multiple)
+
+
+def _parse_shares(text: str) -> list[tuple[int, float | None]]:
+    """`"4p:0.2,2p:0.4,p"` to `[(4, 0.2), (2, 0.4), (1, None)]`."""
+    entries: list[tuple[int, float | None]] = []
+    for part in text.split(","):
+        name, colon, share = part.strip().partition(":")
+        try:
+            entries.append((parse_patch(name), float(share) if colon else None))
+        except ValueError as error:
+            raise ValueError(
+                f"cannot read {part!r} in the plan {text!r} ({error}); write shares of the steps "
+                'in order, such as "4p:0.2,2p:0.4,p"'
+            ) from error
+    shares = [share for _, share in entries if share is not None]
+    open_entries = [index for index, (_, share) in enumerate(entries) if share is None]
+    total = sum(shares)
+    usable = all(0 <= share < math.inf for share in shares)
+    if not usable or open_entries not in ([], [len(entries) - 1]):
+        raise ValueError(
+            f"the plan {text!r} needs finite shares >= 0, and only its last may be left out"
+        )
+    if total > 1 + 1e-9 or (not open_entries and abs(total - 1) > 1e-9):
+        raise ValueError(f"the shares of the plan {text!r} add up to {total:g} instead of 1")
+    return entries
+
+
+def _spread(entries: list[tuple[int, float | None]], steps: int) -> list[int]:
+    """Whole steps for every share, by rounding the cumulative shares."""
+    plan: list[int] = []
+    cumulative = 0.0
+    for multiple, share in entries:
+        cumulative = 1.0 if share is None else cumulative + share
+        until = steps if share is None else math.floor(cumulative * steps + 0.5)
+        plan.extend([multiple] * (until - len(plan)))
+    return plan

@@ -1,0 +1,40 @@
+"""Buckets: the base patch size, and coarse patch sizes that need no training."""
+
+from ddit_rt.steps.base import (
+    Blocks,
+    Bucket,
+    Detail,
+    Pass,
+    RunContext,
+    Runners,
+    StepInputs,
+    StepModel,
+    at_step,
+    latent_frames,
+    token_velocity,
+)
+from ddit_rt.steps.coarse import SnrBucket, matched_level
+from ddit_rt.steps.fine import FineBucket
+from ddit_rt.steps.passes import Passes
+from ddit_rt.steps.signal import Signal
+from ddit_rt.steps.unguided import UnguidedBucket
+
+__all__ = [
+    "Blocks",
+    "Bucket",
+    "Detail",
+    "FineBucket",
+    "Pass",
+    "Passes",
+    "RunContext",
+    "Runners",
+    "Signal",
+    "SnrBucket",
+    "StepInputs",
+    "StepModel",
+    "UnguidedBucket",
+    "at_step",
+    "latent_frames",
+    "matched_level",
+    "token_velocity",
+]

@@ -1,0 +1,289 @@
+"""Buckets: one patch size with all its shapes fixed, as a function from latents to velocity.
+
+`StepModel` is what a compiled model offers to every bucket; `RunContext` is what one run fixes
+once (shapes, text tokens, schedule). A bucket is built from the two before the step loop, and
+inside the loop only reads tables by the step's index, a tensor: nothing that changes from step to
+step passes through Python, so that a CUDA graph can capture it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ddit_rt import ops
+from ddit_rt.models.base import Family, Grid, Runner
+
+Runners = Mapping[str, Sequence[Runner]]
+"""Blocks ready to run, by `BlockType.path`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInputs:
+    """What a pass of a step is given beside its latents.
+
+    Attributes:
+        sigma: Noise level, `[]`.
+        timestep: t that the model is given, `[1]`, in [0, 1].
+        conditioning: The pass's conditioning tensors.
+    """
+
+    sigma: Tensor
+    timestep: Tensor
+    conditioning: Mapping[str, Tensor]
+
+
+class Bucket(Protocol):
+    """One patch size of one run.
+
+    Attributes:
+        multiple: Patch size as a multiple of p.
+        tokens: Image tokens of a step.
+    """
+
+    multiple: int
+    tokens: int
+
+    def velocity(
+        self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
+    ) -> Tensor:
+        """The model's velocity.
+
+        Args:
+            latents: z_k, `[B, C, H, W]`, of a video `[B, C, F, H, W]`, float32.
+            step: k, `[1]`, int32 or int64, on the latents' device.
+            reuse: Whether the latest residual of this bucket stands for its blocks; then a
+                velocity was computed before, under a step cache, and guided as this one is.
+            guided: Whether a run with guidance is guided in this step; without, the pass with the
+                prompt is all that runs.
+
+        Returns:
+            The same shape, in the model's dtype or float32.
+        """
+        ...
+
+    def residuals(self) -> tuple[Tensor, ...]:
+        """What its blocks added when they last ran, `[B, n, d]` for each pass of a step.
+
+        Only under a step cache, and after a velocity was computed.
+        """
+        ...
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What this run's bucket reads or keeps beside the model's weights and the context.
+
+        Two buckets of one patch size and shape have equally many, of equal shapes, in the same
+        order: a captured graph is given another run by copying that run's tensors into its own.
+        """
+        ...
+
+    def state(self) -> tuple[Tensor, ...]:
+        """What it keeps from step to step beside residuals, of equal shapes as `tensors` are."""
+        ...
+
+    def refresh(self, step: int, now: StepInputs) -> None:
+        """Writes what a step reads into its text and its row of the tables, all in place.
+
+        Only of a bucket that runs one pass; the run's tables may have said something else.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepModel:
+    """A transformer whose blocks are ready to run.
+
+    Attributes:
+        family: What is specific to the model's class.
+        transformer: The user's own model; its embeddings and its weights are used in place.
+        base: The unmodified blocks.
+    """
+
+    family: Family
+    transformer: nn.Module
+    base: Runners
+
+    @property
+    def patch_size(self) -> int:
+        """p, in latent pixels."""
+        return self.family.base_patch_size(self.transformer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the embeddings and blocks."""
+        return self.family.embedding_layers(self.transformer)[0].weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.family.embedding_layers(self.transformer)[0].weight.device
+
+    def grid(self, height: int, width: int, multiple: int = 1, frames: int = 0) -> Grid:
+        """Tokens of a latent of `height` x `width` at `multiple` times p; 0 frames: a picture."""
+        patch = self.patch_size * multiple
+        return Grid(height=height // patch, width=width // patch, frames=frames or 1)
+
+    def unpack(self, tokens: Tensor, height: int, width: int, frames: int) -> Tensor:
+        """Latents from what the de-embedding made of patches of p x p; 0 frames: a picture."""
+        return ops.unpack(
+            tokens,
+            self.patch_size,
+            height,
+            width,
+            frames=frames,
+            channels_last=self.family.channels_last,
+        )
+
+
+class Detail:
+    """What a coarse step must not lose: the clean estimate of the latest step at p.
+
+    Attributes:
+        estimate: Shape of the latents, float32; zeros until there is one.
+        serial: Number of steps at p so far, a tensor, so that no step waits for the host.
+        corrections: What the coarse step of each patch size keeps of it, by multiple; made by the
+            bucket, and one for all models of the run.
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.estimate = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.serial = torch.zeros(1, dtype=torch.int32, device=device)
+        self.corrections: dict[int, Any] = {}
+
+    def state(self) -> tuple[Tensor, ...]:
+        """What it keeps from step to step."""
+        return (self.estimate, self.serial)
+
+    def update(self, latents: Tensor, velocity: Tensor, sigma: Tensor) -> None:
+        """Takes over x0 = z - t v of a step at p."""
+        torch.addcmul(latents, velocity, sigma, value=-1, out=self.estimate)
+        self.serial += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One pass of the model in a step; it may hold both halves of guidance, prompts first.
+
+    Attributes:
+        conditioning: Its conditioning tensors.
+        text: Text tokens as the blocks take them, `[B, T, d]`, or `[2 B, T, d]` of both halves.
+    """
+
+    conditioning: Mapping[str, Tensor]
+    text: Tensor
+
+    @classmethod
+    def of(cls, model: StepModel, conditioning: Mapping[str, Tensor]) -> Pass:
+        """The pass of a conditioning, whose text it embeds."""
+        text = model.family.embed_text(model.transformer, conditioning)
+        return cls(conditioning=conditioning, text=text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What one run fixes before its first step.
+
+    Attributes:
+        passes: Passes of the model in a step: one, or one of both halves of guidance, or two.
+        height: Latent rows.
+        width: Latent columns.
+        frames: Latent frames; 0 for pictures, whose latents have no such dimension.
+        sigmas: Noise level of every step, `[M]`, float32, in (0, 1]. M is at least the number of
+            steps; rows beyond it are never read.
+        timesteps: t that the model is given at every step, `[M]`, float32, in [0, 1].
+        detail: Memory of the latest step at p; None when no coarse step can follow one.
+        scales: Guidance scale of every step, `[M]`, float32, read on the device; None without
+            guidance.
+        keeps_residual: Whether steps may reuse, so that buckets keep what their blocks add.
+    """
+
+    passes: tuple[Pass, ...]
+    height: int
+    width: int
+    sigmas: Tensor
+    timesteps: Tensor
+    detail: Detail | None
+    frames: int = 0
+    scales: Tensor | None = None
+    keeps_residual: bool = False
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As `Bucket.tensors`, for what all buckets of the run share."""
+        detail = () if self.detail is None else self.detail.state()
+        scales = () if self.scales is None else (self.scales,)
+        return (*(one.text for one in self.passes), self.sigmas, *scales, *detail)
+
+
+class Blocks:
+    """The blocks of one bucket, and what they added to the image tokens when they last ran."""
+
+    def __init__(self, model: StepModel, runners: Runners, *, residual_rows: int = 0) -> None:
+        """`residual_rows`: samples that a residual is kept of, 0 for none."""
+        self._family = model.family
+        self._runners = runners
+        self._residual_rows = residual_rows
+        self._residual: Tensor | None = None
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        text: Tensor,
+        temb: Tensor,
+        positions: tuple[Tensor, ...],
+        *,
+        reuse: bool = False,
+    ) -> Tensor:
+        """Image tokens `[B, n, d]` through the blocks, or with their latest residual added.
+
+        A residual may have more rows than B: then these are its first.
+        """
+        if reuse:
+            return hidden + self.residual[: len(hidden)]
+        after = self._family.run_blocks(self._runners, hidden, text, temb, positions)
+        if self._residual_rows:
+            if self._residual is None:
+                # Only now, so that a run which lends its tables to a captured bucket has none.
+                self._residual = after.new_zeros(self._residual_rows, *after.shape[1:])
+            torch.sub(after, hidden, out=self._residual[: len(hidden)])
+        return after
+
+    @property
+    def residual(self) -> Tensor:
+        """What they added when they last ran, `[B, n, d]`."""
+        assert self._residual is not None, "a step reuses what an earlier one has computed"
+        return self._residual
+
+
+def latent_frames(shape: Sequence[int]) -> int:
+    """Frames of latents `[B, C, F, H, W]`; 0 for those of pictures, `[B, C, H, W]`."""
+    return shape[2] if len(shape) == 5 else 0
+
+
+def at_step(table: Tensor, step: Tensor) -> Tensor:
+    """A step's row of a table `[M, ...]`, without the leading dimension, read on the device."""
+    return table.index_select(0, step).squeeze(0)
+
+
+def token_velocity(
+    model: StepModel,
+    hidden: Tensor,
+    text: Tensor,
+    temb: Tensor,
+    positions: tuple[Tensor, ...],
+) -> Tensor:
+    """Embedded image tokens through the unmodified model: `[B, n, d]` to `[B, n, C*p*p]`.
+
+    Args:
+        model: The model.
+        hidden: Image tokens.
+        text: Text tokens, `[B, T, d]`.
+        temb: Modulation input, `[B, *modulation_shape]`.
+        positions: As the family makes them.
+    """
+    hidden = Blocks(model, model.base)(hidden, text, temb, positions)
+    hidden = model.family.modulate_output(model.transformer, hidden, temb)
+    return model.family.project_output(model.transformer, hidden)

@@ -1,0 +1,290 @@
+"""What reaches a package of the process that compiles it: nothing but where and how it compiles."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config as inductor
+from block_models import CompiledBlocks, block_inputs
+from diffusers import FluxTransformer2DModel
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
+
+from ddit_rt.blocks import PackageInfo, TokenRanges, compile_block, load_runner, read_info
+from ddit_rt.blocks.compile import _EXAMPLES, _example_sizes
+from ddit_rt.blocks.inductor import _NEEDED, _preferred_attention
+from ddit_rt.blocks.package import METADATA_KEY, record_attention
+from ddit_rt.models import family_of
+from ddit_rt.models.base import BATCH, IMAGE, JOINT, TEXT, BlockType
+
+# One for every kind of harm; from code, as an application sets them.
+HARMFUL = {
+    "freezing": True,
+    "max_autotune": True,
+    "max_autotune_gemm": True,
+    "aot_inductor.use_runtime_constant_folding": True,
+    "aot_inductor_mode.compile_standalone": True,
+    "aot_inductor.output_path": "elsewhere",
+    "aot_inductor.package_constants_in_so": True,
+    "fx_wrapper": True,
+    "cpu_backend": "triton",
+    "cpp.enable_unsafe_math_opt_flag": True,
+    "keep_output_stride": False,
+    "post_grad_custom_post_pass": print,
+}
+HARMLESS = {"compile_threads": 1, "coordinate_descent_tuning": True, "nan_asserts": True}
+# And from the environment, as an operator sets them.
+VARIABLES = {
+    "TORCHINDUCTOR_FREEZING": "1",
+    "TORCHINDUCTOR_MAX_AUTOTUNE": "1",
+    "TORCHINDUCTOR_CPP_WRAPPER": "1",
+    "TORCHINDUCTOR_FX_WRAPPER": "1",
+    "TORCHINDUCTOR_CPP_ENABLE_UNSAFE_MATH_OPT_FLAG": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+    "LC_ALL": "C",
+}
+
+
+@pytest.fixture
+def single(transformer: FluxTransformer2DModel) -> BlockType:
+    return family_of(transformer).block_types(transformer)[1]
+
+
+def archive(path: Path, info: PackageInfo, **sources: str) -> Path:
+    """A file that is built like a package."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("x/wrapper_metadata.json", json.dumps({METADATA_KEY: info.to_json()}))
+        for name, text in sources.items():
+            file.writestr(f"x/{name}.cpp", text)
+    return path
+
+
+def info_of(block: str = "Block") -> PackageInfo:
+    return PackageInfo(
+        block=block, inputs=(), input_dtypes=(), device="cpu", ranges=TokenRanges(), constants={}
+    )
+
+
+@pytest.fixture
+def observed(
+    transformer: FluxTransformer2DModel,
+    single: BlockType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[Callable[[], Any]], Any]:
+    """Compiles a block without compiling it; returns what a look around saw in the meantime."""
+
+    def compile_and(look: Callable[[], Any]) -> Any:
+        seen = []
+
+        def instead(*_: Any, package_path: str, inductor_configs: dict[str, Any]) -> None:
+            with inductor.patch(inductor_configs):
+                seen.append(look())
+            archive(Path(package_path), info_of())
+
+        monkeypatch.setattr("torch._inductor.aoti_compile_and_package", instead)
+        block = transformer.single_transformer_blocks[0]
+        compile_block(single, block, package=tmp_path / "p.pt2", ranges=TokenRanges())
+        return seen[0]
+
+    return compile_and
+
+
+@pytest.mark.parametrize("name", [name for name in HARMFUL if name in inductor.get_config_copy()])
+def test_harmful_settings_do_not_reach_a_compile(
+    observed: Callable[[Callable[[], Any]], Any], name: str
+) -> None:
+    usual = inductor.get_config_copy()[name]
+    with inductor.patch({name: HARMFUL[name]}):
+        found = observed(lambda: inductor.get_config_copy()[name])
+    assert found == _NEEDED.get(name, usual)
+    assert found != HARMFUL[name]
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_harmless_settings_stay_the_users(
+    observed: Callable[[Callable[[], Any]], Any], name: str
+) -> None:
+    with inductor.patch({name: HARMLESS[name]}):
+        assert observed(lambda: inductor.get_config_copy()[name]) == HARMLESS[name]
+
+
+def test_torchs_warnings_do_not_fail_a_compile(
+    observed: Callable[[Callable[[], Any]], Any],
+) -> None:
+    """Such as that of TF32, which is a plain UserWarning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        observed(lambda: warnings.warn("TensorFloat32 tensor cores are available", stacklevel=1))
+
+
+@contextlib.contextmanager
+def unusual_state() -> Iterator[None]:
+    """Everything of a process that torch could look at, at once."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    torch.set_num_threads(3)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            torch.inference_mode(),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+
+
+def state() -> dict[str, Any]:
+    return {
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device().type,
+        "inference": torch.is_inference_mode_enabled(),
+        "grad": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+    }
+
+
+def test_state_of_torch_does_not_reach_a_compile(
+    observed: Callable[[Callable[[], Any]], Any],
+) -> None:
+    usual = observed(state)
+    assert not usual["grad"]
+    with unusual_state():
+        outside = state()
+        assert observed(state) == usual
+        assert state() == outside
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_attention_is_chosen_in_a_fixed_order() -> None:
+    before = _cur_sdpa_kernel_backends(with_priority=True)
+    flash, efficient, math = (
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    )
+    with sdpa_kernel(math):
+        with _preferred_attention("cuda"):
+            found = _cur_sdpa_kernel_backends(with_priority=True)
+            assert found == [SDPBackend.CUDNN_ATTENTION, flash, efficient, math]
+        with _preferred_attention("cpu"):
+            assert _cur_sdpa_kernel_backends(with_priority=True) == [flash, efficient, math]
+    assert _cur_sdpa_kernel_backends(with_priority=True) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "attention"),
+    [
+        (
+            "AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_dot_product_cudnn_attention(q",
+            ("cudnn_attention",),
+        ),
+        (
+            """aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(a, b);
+            aoti_torch_cuda__scaled_dot_product_efficient_attention(a, b);""",
+            ("efficient_attention", "flash_attention_for_cpu"),
+        ),
+        ('"aten._scaled_dot_product_flash_attention.default"', ("flash_attention",)),
+        (
+            """// Sources: [aten._scaled_dot_product_flash_attention_for_cpu, aten.cat]
+            void cpp_fused__scaled_dot_product_flash_attention_for_cpu_0(""",
+            ("math",),
+        ),
+        ("aoti_torch_cpu_bmm_out(buf1, a, b)", ("math",)),
+    ],
+)
+def test_attention_is_read_off_the_generated_source(
+    tmp_path: Path, source: str, attention: tuple[str, ...]
+) -> None:
+    path = archive(tmp_path / "p.pt2", info_of(), wrapper=source, kernel="void kernel() {}")
+    assert record_attention(path, info_of()).attention == attention
+    assert read_info(path).attention == attention
+    with zipfile.ZipFile(path) as file:
+        assert file.read("x/wrapper.cpp").decode() == source
+
+
+def test_packages_name_the_attention_that_they_call(compiled_blocks: CompiledBlocks) -> None:
+    for block in ("FluxTransformerBlock", "FluxSingleTransformerBlock"):
+        for lora in (False, True):
+            info = read_info(compiled_blocks.package(block, lora=lora))
+            assert info.block == block
+            assert info.attention == ("flash_attention_for_cpu",)
+
+
+def test_package_older_than_the_record_can_be_read() -> None:
+    raw = json.loads(info_of().to_json())
+    del raw["attention"]
+    assert PackageInfo.from_json(json.dumps(raw)) == info_of()
+
+
+def test_example_on_cuda_is_a_real_picture() -> None:
+    assert _example_sizes(TokenRanges(), _EXAMPLES["cuda"]) == {
+        BATCH: 2,
+        IMAGE: 4096,
+        TEXT: 512,
+        JOINT: 4608,
+    }
+    small = TokenRanges(batch=(1, 1), image=(64, 1024), text=(1, 77))
+    sizes = _example_sizes(small, _EXAMPLES["cuda"])
+    assert (sizes[IMAGE], sizes[TEXT]) == (1024, 77)
+    assert _example_sizes(TokenRanges(), _EXAMPLES["cpu"])[IMAGE] == 22
+
+
+@pytest.mark.slow
+def test_package_has_the_same_bits_whatever_the_process_says(
+    compiled_blocks: CompiledBlocks,
+    transformer: FluxTransformer2DModel,
+    single: BlockType,
+    tmp_path: Path,
+) -> None:
+    """Compiled by a process of the most unusual settings, against the fixture's package."""
+    package = tmp_path / "p.pt2"
+    tests = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    code = f"""
+import sys
+sys.path[:0] = {tests!r}
+import torch._inductor.config as inductor
+from pathlib import Path
+from models import tiny_transformer
+from test_inductor import HARMFUL, unusual_state
+from ddit_rt.artifact import TokenRanges
+from ddit_rt.blocks import compile_block
+from ddit_rt.models import family_of
+model = tiny_transformer()
+block_type = family_of(model).block_types(model)[1]
+known = {{name: HARMFUL[name] for name in HARMFUL if name in inductor.get_config_copy()}}
+with unusual_state(), inductor.patch(known):
+    block = block_type.blocks(model)[0]
+    compile_block(block_type, block, package=Path({str(package)!r}), ranges=TokenRanges())
+"""
+    command = [sys.executable, "-W", "error::UserWarning:torch", "-c", code]
+    done = subprocess.run(
+        command, env={**os.environ, **VARIABLES}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    block = transformer.single_transformer_blocks[0]
+    usual = load_runner(compiled_blocks.package(single.name), block)
+    unusual = load_runner(package, block)
+    assert unusual.info == usual.info
+    for batch, image, text in ((1, 16, 7), (2, 64, 16), (8, 4, 2)):
+        inputs = block_inputs(single, batch, image, text)
+        assert all(map(torch.equal, unusual(*inputs), usual(*inputs)))

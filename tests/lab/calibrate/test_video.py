@@ -1,0 +1,159 @@
+"""Plans of a tiny Wan pipeline: how clips are compared, what they cost, and whole calibrations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from extras import need
+from wan_models import wan_pipeline
+
+import ddit_rt
+from ddit_rt import Engine, FinePolicy, StaticPolicy
+from ddit_rt.lab.calibrate import CalibrationConfig, Prompt, calibrate
+from ddit_rt.lab.calibrate.report import summary, write_report
+from ddit_rt.lab.plans.bench import SEVERAL_MODELS, EngineBench
+from ddit_rt.lab.plans.candidates import Candidate
+from ddit_rt.policies import CacheFit
+
+STEPS = 8
+SIZE = {"height": 64, "width": 64, "num_frames": 5}
+CALL = {"guidance_scale": 4.0, "negative_prompt": "a dog", "max_sequence_length": 12}
+TEXTS = ("a zebra", "a fox", "a cat", "a vase")
+PROMPT = Prompt(text="a zebra", seed=3)
+MAGCACHE = CacheFit(kind="magcache", values=(1.0, *(0.95,) * (STEPS - 1)), source="a test")
+
+
+def eager(*fits: CacheFit, **pipeline: Any) -> Engine:
+    engine = ddit_rt.compile(
+        wan_pipeline(**pipeline),
+        **SIZE,
+        patch_sizes=("p", "2p"),
+        backend="eager",
+        progress=False,
+    )
+    for fit in fits:
+        engine.artifact = engine.artifact.with_cache_fit(fit)
+    return engine
+
+
+def bench(engine: Engine, unit: str = "tokens", **arguments: Any) -> EngineBench:
+    return EngineBench(
+        engine,
+        steps=STEPS,
+        probe=PROMPT,
+        arguments={**CALL, **arguments},
+        unit=unit,
+        repeats=1,
+        skipping=True,
+    )
+
+
+def config(**fields: Any) -> CalibrationConfig:
+    given: dict[str, Any] = {
+        "request": {"speedup": 1.5},
+        "prompts": TEXTS,
+        "calibration_prompts": 2,
+        "held_out_prompts": 2,
+        "evaluations": 5,
+        "cost_unit": "tokens",
+    }
+    return CalibrationConfig(**{**given, **fields})
+
+
+def frames(engine: Engine, policy: ddit_rt.PatchPolicy) -> torch.Tensor:
+    """`[F, 3, H, W]`, rounded to bytes as a video file has them, in [0, 1]."""
+    generator = torch.Generator().manual_seed(PROMPT.seed)
+    call = {**CALL, "num_inference_steps": STEPS, "patch_policy": policy, "generator": generator}
+    (clip,) = engine(PROMPT.text, **call).frames
+    return torch.from_numpy(np.rint(clip * 255) / 255).permute(0, 3, 1, 2).float()
+
+
+def test_clip_is_as_similar_as_its_frames_are_on_average() -> None:
+    need("torchmetrics")
+    from torchmetrics.functional.image import (
+        peak_signal_noise_ratio,
+        structural_similarity_index_measure,
+    )
+
+    engine, policy = eager(), StaticPolicy("2p:0.6,p")
+    coarse, fine = frames(engine, policy), frames(engine, FinePolicy())
+
+    def means(others: torch.Tensor) -> tuple[float, float]:
+        pairs = [(a[None], b[None]) for a, b in zip(coarse, others, strict=True)]
+        ssim = [structural_similarity_index_measure(*pair, data_range=1.0) for pair in pairs]
+        psnr = [peak_signal_noise_ratio(*pair, data_range=1.0) for pair in pairs]
+        return float(torch.stack(ssim).mean()), float(torch.stack(psnr).mean())
+
+    def candidate(chosen: ddit_rt.PatchPolicy) -> Candidate:
+        return Candidate(kind="", label="", policy=chosen, num_inference_steps=STEPS)
+
+    made, plans = bench(engine), [candidate(FinePolicy()), candidate(policy)]
+    ssim, psnr = means(fine)
+    for measured in (made.evaluate(plans[1], [PROMPT]), made.confirm(plans, [PROMPT])[1]):
+        assert measured.similarity == (pytest.approx(ssim, abs=1e-5),)
+        assert measured.psnr == (pytest.approx(psnr, abs=1e-3),)
+    # The frames of this clip differ enough to tell another order of them.
+    assert abs(means(fine.flip(0))[0] - ssim) > 1e-3
+
+
+def test_steps_cost_the_tokens_of_all_frames_and_some_time() -> None:
+    engine = eager(MAGCACHE)
+    # Two latent frames of 8 x 8, patches of 2 and 4.
+    tokens = {"p": 32.0, "2p": 8.0}
+    for scale in (1.0, 4.0):
+        made = bench(engine, guidance_scale=scale)
+        assert made.costs == tokens
+        assert made.cache_costs == {"MagCache": {**tokens, "p reused": 0.0, "2p reused": 0.0}}
+    in_ms = bench(engine, "ms")
+    assert in_ms.costs.keys() == tokens.keys()
+    assert in_ms.cache_costs["MagCache"].keys() == {"p", "p reused", "2p", "2p reused"}
+    assert all(
+        cost > 0 for cost in (*in_ms.costs.values(), *in_ms.cache_costs["MagCache"].values())
+    )
+
+
+def test_calibrated_plans_of_clips_are_told_and_run(tmp_path: Any) -> None:
+    need("matplotlib", "torchmetrics")
+    engine = eager(MAGCACHE)
+    made = bench(engine)
+    assert made.makes == "clip"
+    assert not made.notes
+    result = calibrate(made, config(), {})
+    assert {point.candidate.kind for point in result.points} >= {"steps", "static", "cached"}
+    calibration = result.calibration
+    assert all(-1 <= plan.ssim <= 1 for plan in calibration.plans)
+    assert calibration.presets["balanced"].cost <= STEPS * 32 / 1.5
+    text = summary(calibration)
+    assert "all fine takes 256.0 tokens a clip" in text
+    assert "picture" not in text
+    write_report(calibration, result.points, tmp_path)
+    assert (tmp_path / f"pareto-{STEPS}.png").is_file()
+    engine.artifact = engine.artifact.with_calibration(calibration)
+    engine(TEXTS[0], **CALL, num_inference_steps=STEPS, patch_policy="balanced")
+    trace = engine.last_trace
+    assert trace is not None
+    assert len(trace) == calibration.presets["balanced"].num_inference_steps
+
+
+def test_unreachable_target_speaks_of_clips() -> None:
+    need("torchmetrics")
+    with pytest.raises(ValueError, match=r"tokens a clip\. Ask for less"):
+        calibrate(bench(eager()), config(request={"speedup": 50}), {})
+
+
+def test_two_experts_are_searched_without_step_caches() -> None:
+    """Although there is a fit: for one model, which says nothing of two."""
+    need("torchmetrics")
+    engine = eager(MAGCACHE, boundary_ratio=0.875)
+    made = bench(engine)
+    assert not made.caches
+    assert made.notes == [SEVERAL_MODELS]
+    result = calibrate(made, config(), {})
+    kinds = {point.candidate.kind for point in result.points}
+    assert kinds >= {"steps", "static"}
+    assert not kinds & {"cached", "combined"}
+    assert result.calibration.evidence["notes"] == [SEVERAL_MODELS]
+    assert result.calibration.presets["balanced"].cost <= STEPS * 32 / 1.5

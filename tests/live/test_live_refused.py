@@ -1,0 +1,113 @@
+"""What a model may carry besides its weights is refused by name, at every moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import FirstBlockCacheConfig, FluxPipeline
+from live_kinds import KINDS
+from live_models import (
+    eager,
+    nothing,
+    run,
+)
+from models import (
+    noise,
+    tiny_conditioning,
+    tiny_transformer,
+)
+
+import ddit_rt
+from ddit_rt.errors import ArtifactMismatchError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Change:
+    apply: Callable[[FluxPipeline], Any]
+    message: str
+
+
+@pytest.fixture(params=KINDS)
+def change(request: pytest.FixtureRequest) -> Change:
+    return Change(*KINDS[request.param])
+
+
+REFUSED = (UnsupportedModelError, ArtifactMismatchError)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot"])
+def test_compile_refuses_before_any_work(
+    change: Change, pipeline: FluxPipeline, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("work has begun")
+
+    for place in ("compile_blocks", "_runners"):
+        monkeypatch.setattr(f"ddit_rt.engine.build.{place}", work)
+    monkeypatch.setattr("ddit_rt.artifact.manifest.weight_fingerprint", work)
+    change.apply(pipeline)
+    for model in (pipeline, pipeline.transformer):
+        with pytest.raises(UnsupportedModelError, match=change.message):
+            ddit_rt.compile(model, backend=backend, progress=False)
+
+
+def test_load_refuses(change: Change, pipeline: FluxPipeline, artifact_path: Path) -> None:
+    change.apply(pipeline)
+    with pytest.raises(REFUSED, match=change.message):
+        ddit_rt.load(artifact_path, pipeline, check_weights=False, progress=False)
+
+
+def test_a_run_refuses(change: Change, pipeline: FluxPipeline) -> None:
+    engine = eager(pipeline)
+    before = run(engine)
+    transformer = pipeline.transformer
+    change.apply(pipeline)
+    message = (
+        change.message if pipeline.transformer is transformer else "transformer is another one"
+    )
+    for _ in range(2):
+        with pytest.raises(REFUSED, match=message):
+            run(engine)
+    assert before.isfinite().all()
+
+
+def test_a_loaded_engine_refuses_too(engine: ddit_rt.Engine) -> None:
+    engine.pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.9))
+    with pytest.raises(UnsupportedModelError, match="FirstBlockCacheConfig"):
+        run(engine)
+    with pytest.raises(UnsupportedModelError, match="FirstBlockCacheConfig"):
+        engine.denoise(noise(1, 4, 16, 16), **tiny_conditioning(engine.pipeline.transformer))
+    engine.pipeline.transformer.disable_cache()
+    run(engine)
+
+
+def test_a_pipeline_loaded_quantised_is_refused(pipeline: FluxPipeline, tmp_path: Path) -> None:
+    """Through `PipelineQuantizationConfig`, as diffusers documents it."""
+    from diffusers import PipelineQuantizationConfig, TorchAoConfig
+
+    torchao_quantization = pytest.importorskip("torchao.quantization")
+    pipeline.save_pretrained(tmp_path)
+    config = TorchAoConfig(torchao_quantization.Int8WeightOnlyConfig())
+    quantised = FluxPipeline.from_pretrained(
+        tmp_path,
+        quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": config}),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+    )
+    for backend in ("eager", "aot"):
+        with pytest.raises(UnsupportedModelError, match="quantised with torchao"):
+            ddit_rt.compile(quantised, backend=backend, progress=False)
+
+
+def test_a_bare_transformer_is_looked_at_too() -> None:
+    transformer = tiny_transformer()
+    engine = eager(transformer)
+    transformer.transformer_blocks[0].register_forward_hook(nothing)
+    with pytest.raises(UnsupportedModelError, match="has a hook"):
+        engine.denoise(noise(1, 4, 16, 16), **tiny_conditioning(transformer))

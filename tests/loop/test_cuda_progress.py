@@ -1,0 +1,80 @@
+"""What a caller does to a run of the CUDA executor: progress, stopping."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulated_graphs import EmulatedGraphs
+from models import noise
+from scripted_runs import FORMS, SHAPE, ScriptedBucket, assert_same_run, euler, scripted_plan
+from torch import Tensor
+
+from ddit_rt.loop import CpuExecutor, CudaExecutor
+from ddit_rt.policies import StaticPolicy
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_progress_reports_every_step_once(graphs: EmulatedGraphs, form: str) -> None:
+    done: list[int] = []
+    plan = scripted_plan(StaticPolicy("p"), euler(7))
+    CudaExecutor(graphs, form).run(plan, noise(*SHAPE), on_progress=done.append)
+    assert done == list(range(7))
+
+
+@pytest.mark.parametrize("form", ["step", "host"])
+def test_stop_ends_between_two_steps(graphs: EmulatedGraphs, form: str) -> None:
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) > 3
+
+    executor = CudaExecutor(graphs, form)
+    plan = scripted_plan(StaticPolicy("p"), euler(6))
+    final, trace = executor.run(plan, noise(*SHAPE), should_stop=stop)
+    assert len(trace) == 3
+    assert trace.cancelled
+    whole, trace = executor.run(plan, noise(*SHAPE))
+    assert not trace.cancelled
+    assert not torch.equal(final, whole)
+
+
+def test_stop_inside_the_loop_form_ends_it_on_the_device(graphs: EmulatedGraphs) -> None:
+    """The emulated launch returns when the loop is over, so the wish comes from within a step."""
+    executor = CudaExecutor(graphs, "loop")
+    plan = scripted_plan(StaticPolicy("p"), euler(6))
+    executor.run(plan, noise(*SHAPE))
+    (loop,) = executor._loops.values()
+    bucket = plan.buckets[0][0]
+    assert isinstance(bucket, ScriptedBucket)
+    velocity = bucket.velocity
+
+    def cancelling(
+        latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
+    ) -> Tensor:
+        if int(step) == 2:
+            loop.control.cancel()
+        return velocity(latents, step)
+
+    bucket.velocity = cancelling  # type: ignore[method-assign]
+    _, trace = executor.run(plan, noise(*SHAPE))
+    assert len(trace) == 3
+    assert trace.cancelled
+    bucket.velocity = velocity  # type: ignore[method-assign]
+    _, trace = executor.run(plan, noise(*SHAPE))
+    assert len(trace) == 6
+    assert not trace.cancelled
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_error_in_the_progress_leaves_the_executor_usable(
+    graphs: EmulatedGraphs, form: str
+) -> None:
+    def fail(step: int) -> None:
+        raise KeyError("mine")
+
+    executor = CudaExecutor(graphs, form)
+    plan = scripted_plan(StaticPolicy("p"), euler(5))
+    with pytest.raises(KeyError, match="mine"):
+        executor.run(plan, noise(*SHAPE), on_progress=fail)
+    assert_same_run(executor.run(plan, noise(*SHAPE)), CpuExecutor().run(plan, noise(*SHAPE)))

@@ -1,0 +1,190 @@
+"""Calibrated plans by name or speed, through the engine."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import noise, tiny_conditioning, tiny_embeds
+
+from ddit_rt import Engine, FinePolicy, MagCache, NoCache, StaticPolicy, StepCache
+from ddit_rt.artifact import PRESETS, CalibratedPlan, Calibration
+from ddit_rt.policies import PatchPolicy
+
+CACHE = MagCache(threshold=1.0, retention_ratio=0.2, mag_ratios=(0.9,))
+
+
+def plan(
+    policy: PatchPolicy, steps: int, speedup: float, cache: StepCache | None = None
+) -> CalibratedPlan:
+    return CalibratedPlan(
+        kind="any",
+        label=f"{steps} steps",
+        policy=policy.to_dict(),
+        num_inference_steps=steps,
+        cost=1 / speedup,
+        speedup=speedup,
+        ssim=0.9,
+        psnr=30.0,
+        step_cache=None if cache is None else cache.to_dict(),
+    )
+
+
+@pytest.fixture
+def calibrated(engine: Engine) -> Engine:
+    """For 8 steps: all fine; 2p for half of them; five fine steps."""
+    return with_front(
+        engine,
+        plan(FinePolicy(), 8, 1.0),
+        plan(StaticPolicy("2p:0.5,p"), 8, 1.4),
+        plan(FinePolicy(), 5, 1.6),
+    )
+
+
+@pytest.fixture
+def cached(engine: Engine) -> Engine:
+    """The same with a step cache in the middle one."""
+    return with_front(
+        engine,
+        plan(FinePolicy(), 8, 1.0),
+        plan(StaticPolicy("2p:0.5,p"), 8, 1.8, CACHE),
+        plan(FinePolicy(), 4, 2.0),
+    )
+
+
+def with_front(engine: Engine, *front: CalibratedPlan, **arguments: Any) -> Engine:
+    calibration = Calibration(
+        num_inference_steps=8,
+        cost_unit="tokens",
+        target={"speedup": 1.4},
+        presets=dict(zip(PRESETS, front, strict=True)),
+        front=front,
+        evidence={"arguments": arguments},
+    )
+    engine.artifact = engine.artifact.with_calibration(calibration)
+    return engine
+
+
+def call(engine: Engine, **arguments: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    fixed = {"height": 64, "width": 64, "output_type": "latent", "generator": generator}
+    images = engine(**tiny_embeds(), **fixed, **arguments).images
+    assert isinstance(images, torch.Tensor)
+    return images
+
+
+@pytest.mark.parametrize(
+    ("choice", "policy", "steps"),
+    [
+        ("quality", FinePolicy(), 8),
+        ("balanced", StaticPolicy("2p:0.5,p"), 8),
+        ("fast", FinePolicy(), 5),
+        (0.5, StaticPolicy("2p:0.5,p"), 8),
+        (1, FinePolicy(), 5),
+    ],
+)
+def test_preset_runs_as_its_policy_does(
+    calibrated: Engine, choice: str | float, policy: PatchPolicy, steps: int
+) -> None:
+    expected = call(calibrated, num_inference_steps=steps, patch_policy=policy)
+    actual = call(calibrated, num_inference_steps=8, patch_policy=choice)
+    assert torch.equal(actual, expected)
+    trace = calibrated.last_trace
+    assert trace is not None
+    assert len(trace) == steps
+    assert trace.notes[-1] == f"{choice!r} of the calibration for 8 steps: {steps} steps"
+
+
+def test_preset_of_a_bare_loop(calibrated: Engine) -> None:
+    conditioning = tiny_conditioning(calibrated.pipeline.transformer)
+    arguments: dict[str, Any] = {**conditioning, "num_inference_steps": 8}
+    calibrated.denoise(noise(1, 4, 16, 16), patch_policy="fast", **arguments)
+    assert calibrated.last_trace is not None
+    assert len(calibrated.last_trace) == 5
+
+
+def test_preset_says_where_it_was_not_calibrated(engine: Engine) -> None:
+    """Aloud once, in the trace always; not of what the call leaves at its default."""
+    fine = plan(FinePolicy(), 8, 1.0)
+    with_front(engine, fine, fine, fine, height=128, width=64, guidance_scale=3.5, num_frames=9)
+    arguments = {"num_inference_steps": 8, "patch_policy": "fast"}
+    with pytest.warns(UserWarning, match="calibrated with height=128, not 64: ") as told:
+        call(engine, **arguments)
+    assert [Path(one.filename).name for one in told] == ["test_presets.py"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(engine, **arguments)
+    trace = engine.last_trace
+    assert trace is not None
+    assert sum("calibrated with height=128, not 64" in note for note in trace.notes) == 1
+    ignored = pytest.warns(UserWarning, match="guidance_scale=2 is ignored")
+    told_again = pytest.warns(UserWarning, match="height=128, not 64; guidance_scale=3.5, not 2.0")
+    with ignored, told_again:
+        call(engine, **arguments, guidance_scale=2.0)
+
+
+def test_preset_for_another_number_of_steps_is_refused(calibrated: Engine) -> None:
+    with pytest.raises(ValueError, match=r"for 9 steps .* only for \[8\] steps"):
+        call(calibrated, num_inference_steps=9, patch_policy="balanced")
+    # The pipeline's own default.
+    with pytest.raises(ValueError, match="for 28 steps"):
+        call(calibrated, patch_policy=0.5)
+
+
+def test_preset_without_calibration_is_refused(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="not calibrated at all; run `ddit-rt calibrate"):
+        call(engine, num_inference_steps=8, patch_policy="balanced")
+
+
+def test_fewer_steps_do_not_fit_given_sigmas(calibrated: Engine) -> None:
+    sigmas = [1 - index / 8 for index in range(8)]
+    call(calibrated, sigmas=sigmas, num_inference_steps=8, patch_policy="balanced")
+    with pytest.raises(ValueError, match="leave `sigmas` out"):
+        call(calibrated, sigmas=sigmas, num_inference_steps=8, patch_policy="fast")
+
+
+@pytest.mark.parametrize("choice", ["balanced", 0.5])
+def test_plan_brings_its_step_cache(cached: Engine, choice: str | float) -> None:
+    policy = StaticPolicy("2p:0.5,p")
+    expected = call(cached, num_inference_steps=8, patch_policy=policy, step_cache=CACHE)
+    actual = call(cached, num_inference_steps=8, patch_policy=choice)
+    assert torch.equal(actual, expected)
+    assert cached.last_trace is not None
+    assert cached.last_trace.reused > 0
+
+
+def test_own_step_cache_takes_the_place_of_the_plans(cached: Engine) -> None:
+    policy = StaticPolicy("2p:0.5,p")
+    for own in (NoCache(), MagCache(threshold=0.01, mag_ratios=(0.999,))):
+        expected = call(cached, num_inference_steps=8, patch_policy=policy, step_cache=own)
+        actual = call(cached, num_inference_steps=8, patch_policy="balanced", step_cache=own)
+        assert torch.equal(actual, expected)
+
+
+def test_policy_of_the_callers_own_brings_no_step_cache(cached: Engine) -> None:
+    call(cached, num_inference_steps=8, patch_policy=StaticPolicy("2p:0.5,p"))
+    assert cached.last_trace is not None
+    assert cached.last_trace.reused == 0
+
+
+def test_plan_without_a_step_cache_leaves_the_artifacts_out_and_says_so(cached: Engine) -> None:
+    manifest = replace(cached.artifact.manifest, step_cache=CACHE.to_dict())
+    cached.artifact = replace(cached.artifact, manifest=manifest)
+    call(cached, num_inference_steps=8, patch_policy="quality")
+    trace = cached.last_trace
+    assert trace is not None
+    assert trace.reused == 0
+    assert "the artifact's step cache is left out" in trace.notes[-1]
+    call(cached, num_inference_steps=8, patch_policy=FinePolicy())
+    assert cached.last_trace is not None
+    assert cached.last_trace.reused > 0
+
+
+@pytest.mark.parametrize("choice", [True, ["p"], {}])
+def test_choice_of_another_type_is_refused(calibrated: Engine, choice: Any) -> None:
+    with pytest.raises(TypeError, match="pass a policy such as"):
+        call(calibrated, num_inference_steps=8, patch_policy=choice)
