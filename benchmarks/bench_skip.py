@@ -7,8 +7,8 @@ SSIM asked for, for the cheapest plan of each kind on a few search prompts: fewe
 plans, DDiT by tau, each cache by its threshold, and DDiT with a cache by both. The plans found, and
 all fine, then draw the held-out prompts, taking turns picture by picture after a warm-up of each,
 so that machine drift hits all alike. `ddit_rt.lab.measure.timing` says what the denoising loop
-includes. All run the same weights, prompts, seeds, dtype and threads. Writes the JSON, and the table
-of docs/quality.md from it. Run it on an idle core; where there is none, with `--clock cpu`.
+includes. All run the same weights, prompts, seeds, dtype and threads. Writes the JSON, and the
+table of docs/quality.md from it. Run it on an idle core; where there is none, with `--clock cpu`.
 
 Schema, version 1:
 
