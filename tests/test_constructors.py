@@ -12,7 +12,7 @@ import ddit_rt
 
 ROOT = Path(ddit_rt.__file__).parent
 # These make pictures, adapters and figures, in programs of their own.
-PROGRAMS = {"calibration", "demo", "evaluation", "training"}
+PROGRAMS = {"lab"}
 CONSTRUCTORS = {
     *("arange", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand"),
     *("randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "zeros"),

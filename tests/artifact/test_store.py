@@ -294,7 +294,7 @@ def test_save_where_folders_cannot_be_swapped(
     transformer: FluxTransformer2DModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ddit_rt.folder import folder
+    from ddit_rt import folder
 
     monkeypatch.setattr(folder, "_exchange", folder._exchange_in_two_steps)
     make_artifact(tmp_path / "second", transformer, salt="2").save(saved)

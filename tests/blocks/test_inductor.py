@@ -266,7 +266,7 @@ import torch._inductor.config as inductor
 from pathlib import Path
 from models import tiny_transformer
 from test_inductor import HARMFUL, unusual_state
-from ddit_rt.artifact import TokenRanges
+from ddit_rt.blocks import TokenRanges
 from ddit_rt.blocks import compile_block
 from ddit_rt.models import family_of
 model = tiny_transformer()
