@@ -36,6 +36,8 @@ _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _WAITS = (2, 13)
 """From this torch on, the first run after a change of tensors waits for its stream
 (`AOTInductorModelBase::run_const_fold`), which no capture allows."""
+_UNPACKS_IN_TMPDIR = (2, 13)
+"""From this torch on, packages are unpacked in TMPDIR; 2.11 takes /tmp whatever TMPDIR says."""
 
 
 class LoadedPackage:
@@ -259,9 +261,15 @@ def _load(package: Path, device: torch.device) -> AOTICompiledModel:
 
 
 def _advice(package: Path, error: RuntimeError) -> str:
-    # As the loader chooses it, which unpacks a package before it loads the code.
-    folder = Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108
+    # The loader unpacks a package before it loads the code.
+    may_choose = _TORCH >= _UNPACKS_IN_TMPDIR
+    folder = Path((may_choose and os.environ.get("TMPDIR")) or "/tmp")  # noqa: S108
     problem = no_place_for_code(folder, 2 * package.stat().st_size)
-    if problem:
+    if not problem:
+        return f"({error}): compile it again"
+    if may_choose:
         return f"from {folder}, {problem}: set TMPDIR to another folder"
-    return f"({error}): compile it again"
+    return (
+        f"from {folder}, {problem}: PyTorch {torch.__version__} unpacks nowhere else, so make room "
+        "there, or use PyTorch 2.13 or newer and set TMPDIR"
+    )
