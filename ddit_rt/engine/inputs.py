@@ -14,13 +14,13 @@ from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.loop import FORMS
 from ddit_rt.models import Family, family_of
 from ddit_rt.models.plain import check_plain, check_unwrapped
-from ddit_rt.planning.caching import as_step_cache
 from ddit_rt.planning.compiled import CompiledModel
-from ddit_rt.planning.presets import check_policy, parse_choice
+from ddit_rt.planning.request import check_policy, parse_choice
 from ddit_rt.policies import (
     DDiTPolicy,
     PatchPolicy,
     StepCache,
+    as_step_cache,
     parse_patch,
     patch_name,
     policy_from_dict,
