@@ -47,6 +47,9 @@ from ddit_rt.solver import ProbedSchedules, SolverTable, own_steps, probe_schedu
 from ddit_rt.steps import latent_frames
 from ddit_rt.torch_state import shielded, without_autocast
 
+_IDLE = "a dynamic policy took no coarse step"
+"""Among what an engine has announced: said once, whatever the scores were."""
+
 
 class Engine:
     """A compiled model, ready to generate.
@@ -218,6 +221,7 @@ class Engine:
             plan = plan_run(self._compiled, outline, prepared.conditioning)
             with self.pipeline.progress_bar(total=prepared.num_inference_steps) as bar:
                 final = self._run(plan, prepared.latents, lambda _: bar.update(), self._interrupted)
+            self._look_back(outline)
             return prepared.finish(final)
 
     @shielded()
@@ -297,7 +301,9 @@ class Engine:
             if problem or callback is not None:
                 return self._by_scheduler(outline, given, latents, scheduler, callback, problem)
             plan = plan_run(self._compiled, outline, given)
-            return self._run(plan, latents, None, lambda: False)
+            final = self._run(plan, latents, None, lambda: False)
+            self._look_back(outline)
+            return final
 
     @shielded()
     def measuring_plan(
@@ -456,6 +462,20 @@ class Engine:
         self._announce(outline.warnings)
         return outline
 
+    def _look_back(self, outline: Outline) -> None:
+        """Notes, and says once, that a dynamic policy did nothing in the run that has ended."""
+        trace = self._loop.trace
+        if trace is None or not outline.dynamic or outline.offered == (1,):
+            return
+        reason = trace.why_all_fine()
+        if not reason:
+            return
+        note = f"the policy took no coarse step: {reason}"
+        self._loop.note(note)
+        if _IDLE not in self._announced:
+            self._announced.add(_IDLE)
+            notices.warn(f"{note}; raise its tau, run more steps, or pass a plan, '2p:0.4,p'")
+
     def _announce(self, notes: Sequence[str]) -> None:
         """Says each thing once."""
         for note in notes:
@@ -489,7 +509,9 @@ class Engine:
         if problem:
             self._announce([driven_note(driver, reason)])
         plan = plan_run(self._compiled, outline, conditioning)
-        return self._loop.by_scheduler(plan, latents, scheduler, callback, annotate=self.annotate)
+        final = self._loop.by_scheduler(plan, latents, scheduler, callback, annotate=self.annotate)
+        self._look_back(outline)
+        return final
 
     def _drive(
         self,
@@ -514,6 +536,7 @@ class Engine:
             drive = PipelineRun(self.pipeline, self._compiled, outline, call, run, seen)
             result = drive(arguments)
         self._loop.look_at(seen.latest)
+        self._look_back(outline)
         return result
 
     def _interrupted(self) -> bool:

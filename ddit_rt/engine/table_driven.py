@@ -95,6 +95,11 @@ class Loop:
         self.look_at(final)
         return final
 
+    def note(self, note: str) -> None:
+        """Adds to the notes of the latest run."""
+        if self.trace is not None:
+            self.trace = replace(self.trace, notes=(*self.trace.notes, note))
+
     def look_at(self, final: Tensor | None) -> None:
         """Announces and records final latents that are not finite; see `announce_nonfinite`."""
         if self.trace is not None and final is not None:

@@ -22,6 +22,7 @@ from ddit_rt.policies import (
     NoCache,
     PolicyTable,
     Schedule,
+    StaticPolicy,
     StepCache,
     published_fits,
 )
@@ -62,6 +63,7 @@ class Outline:
         experts: Which of the models each step runs, `[N]`.
         cache: The step cache as a table; None: every step computes.
         batched_guidance: See `Request`.
+        dynamic: Whether the policy is to judge steps by their scores.
         notes: For the trace.
         warnings: Those of the notes that should be said aloud too.
     """
@@ -75,6 +77,7 @@ class Outline:
     experts: tuple[int, ...]
     cache: CacheTable | None
     batched_guidance: bool
+    dynamic: bool
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -157,6 +160,7 @@ def outline_run(
         experts=experts,
         cache=cache,
         batched_guidance=request.batched_guidance,
+        dynamic=not isinstance(request.policy, (FinePolicy, StaticPolicy)),
         notes=(
             *missing,
             *request.notes,

@@ -239,7 +239,7 @@ class EngineBench:
         """From the scores of an all-fine and an all-coarse run: bounds, no thresholds."""
         scores: list[float] = []
         for tau in (0.0, 1e30):
-            policy = DDiTPolicy(tau=tau, refresh=None, fine_tail=0)
+            policy = DDiTPolicy(tau, refresh=None, fine_tail=0, criterion="raw")
             trace = self._probe(policy, probe, NoCache())
             scores += [score for record in trace for score in record.scores.values()]
         usable = [score for score in scores if score > 0 and math.isfinite(score)]
