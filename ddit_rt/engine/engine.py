@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,10 +42,15 @@ from ddit_rt.planning.request import (
     read_request,
     requested_steps,
 )
-from ddit_rt.policies import FinePolicy, PatchPolicy, StepCache, TeaCache
+from ddit_rt.policies import FinePolicy, PatchPolicy, StepCache, TeaCache, patch_name
 from ddit_rt.solver import ProbedSchedules, SolverTable, own_steps, probe_scheduler
 from ddit_rt.steps import latent_frames
 from ddit_rt.torch_state import shielded, without_autocast
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ddit_rt.engine.typed import CallArguments, PipelineOutput
 
 _IDLE = "a dynamic policy took no coarse step"
 """Among what an engine has announced: said once, whatever the scores were."""
@@ -62,16 +67,34 @@ class Engine:
         pipeline: The diffusers pipeline, or None for a bare transformer.
     """
 
+    # A misspelt attribute is an AttributeError.
+    __slots__ = (
+        "__weakref__",
+        "_annotate",
+        "_announced",
+        "_artifact",
+        "_batched_guidance",
+        "_compiled",
+        "_device",
+        "_fused",
+        "_lock",
+        "_loop",
+        "_solver",
+        "pipeline",
+    )
+
     def __init__(
         self,
         compiled: CompiledModel,
         artifact: Artifact,
         pipeline: Any = None,
+        *,
         executor: str = "auto",
+        batched_guidance: bool = True,
     ) -> None:
         self.pipeline = pipeline
         self._annotate = False
-        self._batched_guidance = True
+        self._batched_guidance = batched_guidance
         self._compiled = compiled
         self._artifact = artifact
         self._device = compiled.steps.device
@@ -81,6 +104,24 @@ class Engine:
         self.executor = executor
         self._lock = threading.RLock()
         self._fused: dict[str, FusedLora] = {}
+
+    def __repr__(self) -> str:
+        """Model, patch sizes, defaults, device and state, on one line."""
+        model, manifest = self._compiled.steps, self._artifact.manifest
+        where = self._artifact.directory
+        parts = [
+            type(self.pipeline or model.transformer).__name__,
+            "sizes=" + ",".join(map(patch_name, self._compiled.multiples)),
+            f"policy={self.default_policy!r}",
+            f"step_cache={self.default_step_cache!r}",
+            f"device={self._device}",
+            f"dtype={str(model.dtype).removeprefix('torch.')}",
+            f"executor={self.executor}",
+            "backend=" + ("aot" if manifest.packages else "eager"),
+            "lora fused" if self._fused else "",
+            "" if where is None else f"artifact={str(where)!r}",
+        ]
+        return f"Engine({', '.join(part for part in parts if part)})"
 
     @property
     def artifact(self) -> Artifact:
@@ -157,8 +198,8 @@ class Engine:
         patch_policy: PolicyChoice | None = None,
         guidance_interval: tuple[float, float] = WHOLE_RUN,
         step_cache: StepCache | str | None = None,
-        **arguments: Any,
-    ) -> Any:
+        **arguments: Unpack[CallArguments],
+    ) -> PipelineOutput:
         """Generates, as the pipeline's own call does.
 
         Args:
@@ -173,7 +214,8 @@ class Engine:
                 and `NoCache()` or `"none"` for none; by default what the plan was calibrated with
                 where `patch_policy` names one, else the artifact's.
             arguments: Every other argument of the pipeline's `__call__`, with its defaults;
-                `height` and `width` default to those given to `compile`. With a
+                `height` and `width` default to those given to `compile`, and `latents` are in the
+                pipeline's own layout, which for FLUX is packed. With a
                 `callback_on_step_end`, or a scheduler that is no fixed table (it draws noise,
                 say), the pipeline's own loop drives the compiled model, so that the callback may
                 see and change all that it may in diffusers.
@@ -196,33 +238,34 @@ class Engine:
             )
         with self._lock:
             self._check_state()
-            arguments = self._checked({"prompt": prompt, **arguments})
+            given = self._checked({"prompt": prompt, **arguments})
             request = read_request(
                 self._artifact.manifest,
-                lambda: requested_steps(self.pipeline, arguments),
-                arguments,
+                lambda: requested_steps(self.pipeline, given),
+                given,
                 patch_policy=patch_policy,
                 step_cache=step_cache,
                 guidance_interval=guidance_interval,
                 batched_guidance=self.batched_guidance,
             )
             if request.num_inference_steps is not None:
-                arguments["num_inference_steps"] = request.num_inference_steps
+                given["num_inference_steps"] = request.num_inference_steps
             scheduler = copy.deepcopy(self.pipeline.scheduler)
             family = self._compiled.steps.family
-            call = family.read_call(self.pipeline, scheduler, arguments)
+            call = family.read_call(self.pipeline, scheduler, given)
             request = request.ignoring(call.ignored)
             table, problem = self._solver(scheduler)
             outline = self._outline(request, call.shape, scheduler, table, guided=call.guided)
             check_text_encoders(self.pipeline, call.arguments, guided=call.guided)
-            if problem or arguments.get("callback_on_step_end") is not None:
-                return self._drive(outline, call, scheduler, arguments, problem)
+            if problem or given.get("callback_on_step_end") is not None:
+                return self._drive(outline, call, scheduler, given, problem)
             prepared = family.encode_call(self.pipeline, scheduler, call)
             plan = plan_run(self._compiled, outline, prepared.conditioning)
             with self.pipeline.progress_bar(total=prepared.num_inference_steps) as bar:
                 final = self._run(plan, prepared.latents, lambda _: bar.update(), self._interrupted)
             self._look_back(outline)
-            return prepared.finish(final)
+            result: PipelineOutput = prepared.finish(final)
+            return result
 
     @shielded()
     def denoise(
@@ -241,7 +284,8 @@ class Engine:
         """Runs the denoising loop alone.
 
         Args:
-            latents: Initial noise, `[B, C, H, W]`, for videos `[B, C, F, H, W]`.
+            latents: Initial noise, `[B, C, H, W]`, for videos `[B, C, F, H, W]`; never packed, as
+                FLUX's pipeline has them.
             scheduler: A diffusers flow scheduler, copied for the run; by default the pipeline's,
                 or `FlowMatchEulerDiscreteScheduler()` for a bare transformer.
             num_inference_steps: Steps N; by default as many as `sigmas`, else 50.
@@ -520,7 +564,7 @@ class Engine:
         scheduler: Any,
         arguments: Mapping[str, Any],
         problem: str,
-    ) -> Any:
+    ) -> PipelineOutput:
         """Runs the pipeline's own call; see `pipeline_driven.py`."""
         reason = problem or "callback_on_step_end may see and change all that it does"
         if call.passes > 1 and self.batched_guidance:
@@ -534,7 +578,7 @@ class Engine:
         seen = SeenLatents(self._compiled.steps.family, call.shape, table, scales)
         with self._loop.driven("pipeline", outline.steps, annotate=self.annotate) as run:
             drive = PipelineRun(self.pipeline, self._compiled, outline, call, run, seen)
-            result = drive(arguments)
+            result: PipelineOutput = drive(arguments)
         self._loop.look_at(seen.latest)
         self._look_back(outline)
         return result

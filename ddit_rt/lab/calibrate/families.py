@@ -109,7 +109,9 @@ def _static_family(steps: int, coarse: tuple[str, ...]) -> Family:
 def _dynamic_family(steps: int, coarse: tuple[str, ...], taus: tuple[float, float]) -> Family:
     # A size of twice the side has about the half of the other's threshold at equal error.
     even = tuple((size, 0.5**index) for index, size in enumerate(coarse))
-    start = Dynamic(steps=steps, factors=even, taus=taus, policy=DDiTPolicy(refresh=3, criterion="raw"))
+    start = Dynamic(
+        steps=steps, factors=even, taus=taus, policy=DDiTPolicy(refresh=3, criterion="raw")
+    )
     changes: list[Change] = [
         _structured(refresh=None),
         _structured(warmup="coarse"),
