@@ -73,13 +73,13 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
 ) -> Engine:
     """Compiles a model ahead of time, once.
 
-    One package per block class serves every patch size, picture size, batch and prompt length
+    One package per block class serves every patch size, image size, batch and prompt length
     within `ranges`; the weights stay the model's own and are not copied.
 
     Args:
         model: A diffusers pipeline (`FluxPipeline`, `WanPipeline`), or its transformer alone.
-        height: Default picture height of the engine's calls, in pixels; checked here already.
-        width: Default picture width, in pixels.
+        height: Default image height of the engine's calls, in pixels; checked here already.
+        width: Default image width, in pixels.
         num_frames: Default number of frames, of a video model.
         patch_sizes: Patch sizes to offer, `"p"` among them; `"p,2p"` is `("p", "2p")`.
         adapter: Trained patch adapters: a folder, or loaded ones. A coarse size without one runs

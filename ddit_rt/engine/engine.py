@@ -143,7 +143,7 @@ class Engine:
 
     @property
     def batched_guidance(self) -> bool:
-        """Whether the two halves of classifier-free guidance run as one batch of two. May be set.
+        """Whether the cond and uncond passes of guidance run as one batch of two. May be set.
 
         That is the default; one after the other, they take less memory. Where the pipeline's own
         loop drives, they come one after the other.

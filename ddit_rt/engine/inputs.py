@@ -179,7 +179,7 @@ def default_sizes(
 
 
 def check_size(compiled: CompiledModel, pipeline: Any, sizes: Mapping[str, Any]) -> None:
-    """Refuses a picture's or a video's size that could not run, before any work.
+    """Refuses an image's or a video's size that could not run, before any work.
 
     Args:
         compiled: The model; its runners need not be there yet.

@@ -232,7 +232,7 @@ def _want_of_memory(what: str, shape: torch.Size) -> Iterator[None]:
         latents = " x ".join(map(str, shape))
         raise CaptureError(
             f"out of memory while capturing {what} for latents of {latents}: run a smaller batch, "
-            f"picture or clip, or free memory of the device ({error})"
+            f"image or video, or free memory of the device ({error})"
         ) from error
 
 

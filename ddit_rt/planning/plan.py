@@ -40,7 +40,7 @@ def plan_run(
     outline: Outline,
     conditioning: Mapping[str, Tensor],
 ) -> RunPlan:
-    """The plan of a run that joins the halves of guidance itself.
+    """The plan of a run that joins the cond and uncond passes itself.
 
     Args:
         compiled: The model.
@@ -48,8 +48,8 @@ def plan_run(
         conditioning: Checked conditioning tensors.
 
     Raises:
-        ShapeError: Halves of unequal text lengths cannot be one batch, or a batch or text length
-            that the compiled blocks were not built for.
+        ShapeError: Prompts and negative prompts of unequal lengths cannot be one batch, or a batch or text
+            length that the compiled blocks were not built for.
     """
     guidance = compiled.steps.family.guidance(conditioning)
     parts = passes_of(conditioning, guidance, outline.batched_guidance)
@@ -267,7 +267,7 @@ def passes_of(
     """Conditioning of every pass of the model in a step.
 
     Raises:
-        ShapeError: Halves of unequal text lengths cannot be one batch.
+        ShapeError: Prompts and negative prompts of unequal lengths cannot be one batch.
     """
     if guidance is None:
         return (conditioning,)

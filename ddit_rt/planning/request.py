@@ -171,7 +171,7 @@ def parse_choice(choice: Any, default: PatchPolicy) -> PolicyChoice:
         raise TypeError(_refusal(choice, advice)) from None
     if not 0 <= speed <= 1:
         raise ValueError(
-            f"got patch_policy={speed}; a speed lies between 0 (all fine) and 1 (fastest)"
+            f"got patch_policy={speed}; a speed lies between 0 (full resolution) and 1 (fastest)"
         )
     return speed
 

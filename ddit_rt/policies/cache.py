@@ -2,7 +2,7 @@
 
 A step cache is a frozen description that a user writes down once. `StepCache.resolve` turns it,
 for one model and number of steps, into a `CacheTable`. As in what is published, a step is a call of
-the model, or with guidance of both halves: a Heun scheduler takes 2 N - 1 of them.
+the model, or with guidance of both passes: a Heun scheduler takes 2 N - 1 of them.
 """
 
 from __future__ import annotations

@@ -327,7 +327,7 @@ def _bucket_of(multiple: int, offered: tuple[int, ...]) -> int:
     if multiple not in offered:
         raise ShapeError(
             f"the plan asks for {patch_name(multiple)}, but this latent shape and model offer "
-            f"only {[patch_name(size) for size in offered]}; choose a picture size whose latent "
+            f"only {[patch_name(size) for size in offered]}; choose an image size whose latent "
             f"sides the patch divides, or another plan"
         )
     return offered.index(multiple)
