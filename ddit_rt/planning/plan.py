@@ -48,8 +48,8 @@ def plan_run(
         conditioning: Checked conditioning tensors.
 
     Raises:
-        ShapeError: Prompts and negative prompts of unequal lengths cannot be one batch, or a batch or text
-            length that the compiled blocks were not built for.
+        ShapeError: Prompts and negative prompts of unequal lengths cannot be one batch, or a batch
+            or text length that the compiled blocks were not built for.
     """
     guidance = compiled.steps.family.guidance(conditioning)
     parts = passes_of(conditioning, guidance, outline.batched_guidance)
