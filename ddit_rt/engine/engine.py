@@ -14,15 +14,16 @@ from torch import Tensor
 
 from ddit_rt import checks, notices
 from ddit_rt.artifact import Artifact
-from ddit_rt.engine.call_inputs import (
+from ddit_rt.engine.history import SeenLatents
+from ddit_rt.engine.inputs import (
     check_artifact,
     check_call,
+    check_executor,
     check_latents,
     check_schedule,
     check_scheduler,
+    check_size,
 )
-from ddit_rt.engine.history import SeenLatents
-from ddit_rt.engine.inputs import check_executor, check_size
 from ddit_rt.engine.pipeline_driven import PipelineRun
 from ddit_rt.engine.table_driven import Loop, StepCallback
 from ddit_rt.errors import ArtifactMismatchError, UnsupportedModelError

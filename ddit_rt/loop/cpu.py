@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ddit_rt import ops
 from ddit_rt.loop.protocol import CachePlan, CaptureReport, ProgressCallback, RunPlan
-from ddit_rt.loop.ranges import Ranges, ranges
-from ddit_rt.loop.trace import RunTrace, build_trace
+from ddit_rt.loop.trace import Ranges, RunTrace, build_trace, ranges
 from ddit_rt.policies import patch_name
 from ddit_rt.steps import Bucket, Signal
 

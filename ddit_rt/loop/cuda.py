@@ -29,9 +29,8 @@ from ddit_rt.loop.capture import CapturedLoop
 from ddit_rt.loop.drive import Run
 from ddit_rt.loop.graphs import STALL_VARIABLE, GraphDevice
 from ddit_rt.loop.protocol import CaptureReport, ProgressCallback, RunPlan
-from ddit_rt.loop.ranges import ranges
 from ddit_rt.loop.session import CudaSession, captured_trace
-from ddit_rt.loop.trace import RunTrace
+from ddit_rt.loop.trace import RunTrace, ranges
 
 FORMS = ("auto", "loop", "step", "host")  # fastest first
 

@@ -11,7 +11,7 @@ from ddit_rt.errors import CaptureError, StallError
 from ddit_rt.loop.capture import CapturedLoop
 from ddit_rt.loop.graphs import STALL_VARIABLE
 from ddit_rt.loop.protocol import ProgressCallback, RunPlan
-from ddit_rt.loop.ranges import Ranges
+from ddit_rt.loop.trace import Ranges
 from ddit_rt.policies import patch_name
 
 _POLL_SECONDS = 0.02

@@ -13,8 +13,7 @@ from ddit_rt.errors import StallError
 from ddit_rt.loop.capture import CapturedLoop
 from ddit_rt.loop.drive import Patience
 from ddit_rt.loop.protocol import RunPlan
-from ddit_rt.loop.ranges import Ranges
-from ddit_rt.loop.trace import RunTrace, build_trace
+from ddit_rt.loop.trace import Ranges, RunTrace, build_trace
 from ddit_rt.policies import patch_name
 from ddit_rt.steps import Bucket, Signal
 

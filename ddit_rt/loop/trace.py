@@ -1,16 +1,49 @@
-"""What a run did, step by step, and why."""
+"""What a run did, step by step, and why; and the ranges around it that profilers see."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ddit_rt.ops import CacheReason, Reason
 from ddit_rt.policies import PolicyTable, patch_name
+
+Ranges = Callable[[str], AbstractContextManager[Any]]
+"""Opens a range by its name without `ddit_rt/`."""
+
+_NONE: AbstractContextManager[Any] = nullcontext()
+
+
+def ranges(annotate: bool) -> Ranges:
+    """Ranges that profilers see, or ranges that cost next to nothing.
+
+    torch.profiler sees `record_function`; Nsight sees NVTX. `emit_nvtx` would do for both, but it
+    gives every range another name and adds one for each torch op.
+    """
+    if not annotate:
+        return _no_range
+    return _range_with_nvtx if torch.cuda.is_available() else _range
+
+
+def _no_range(name: str) -> AbstractContextManager[Any]:  # noqa: ARG001 - the interface
+    return _NONE
+
+
+def _range(name: str) -> AbstractContextManager[Any]:
+    return record_function(f"ddit_rt/{name}")
+
+
+@contextmanager
+def _range_with_nvtx(name: str) -> Iterator[None]:
+    with _range(name), torch.cuda.nvtx.range(f"ddit_rt/{name}"):
+        yield
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

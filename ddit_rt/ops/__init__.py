@@ -12,11 +12,17 @@ _load()
 
 # The fakes and gradients can only be attached to ops that exist.
 from ddit_rt.ops import _fakes  # noqa: E402, F401
-from ddit_rt.ops.decide import Reason, decide_  # noqa: E402
 from ddit_rt.ops.pack import pack, unpack  # noqa: E402
-from ddit_rt.ops.reuse import CACHE_HEADER, CACHE_RECORD, CacheReason, decide_reuse_  # noqa: E402
-from ddit_rt.ops.scores import patch_scores  # noqa: E402
-from ddit_rt.ops.solver import solver_step_  # noqa: E402
+from ddit_rt.ops.step import (  # noqa: E402  # noqa: E402
+    CACHE_HEADER,
+    CACHE_RECORD,
+    CacheReason,
+    Reason,
+    decide_,
+    decide_reuse_,
+    patch_scores,
+    solver_step_,
+)
 
 __all__ = [
     "CACHE_HEADER",

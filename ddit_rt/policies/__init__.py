@@ -11,7 +11,6 @@ from ddit_rt.policies.cache import (
 )
 from ddit_rt.policies.cache_fit import KINDS, CacheFit, published_fits
 from ddit_rt.policies.cache_table import CacheTable
-from ddit_rt.policies.cache_written import as_step_cache, parse_step_cache
 from ddit_rt.policies.patch import (
     DDiTPolicy,
     FinePolicy,
@@ -20,9 +19,8 @@ from ddit_rt.policies.patch import (
     StaticPolicy,
     policy_from_dict,
 )
-from ddit_rt.policies.patch_table import DYNAMIC, PolicyTable
-from ddit_rt.policies.patch_written import POLICY_NAMES, parse_policy
-from ddit_rt.policies.sizes import parse_patch, patch_name
+from ddit_rt.policies.patch_table import DYNAMIC, PolicyTable, parse_patch, patch_name
+from ddit_rt.policies.written import POLICY_NAMES, as_step_cache, parse_policy, parse_step_cache
 
 __all__ = [
     "DYNAMIC",

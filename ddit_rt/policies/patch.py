@@ -14,8 +14,7 @@ from typing import Any
 
 from ddit_rt import checks
 from ddit_rt.errors import ShapeError
-from ddit_rt.policies.patch_table import DYNAMIC, PolicyTable
-from ddit_rt.policies.sizes import parse_patch, patch_name
+from ddit_rt.policies.patch_table import DYNAMIC, PolicyTable, parse_patch, patch_name
 
 _REFERENCE_STEP = 1 / 50
 """Mean sigma step of the paper's 50-step runs, at which its tau = 0.001 was chosen."""

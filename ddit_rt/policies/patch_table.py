@@ -1,11 +1,50 @@
-"""The patch policy as plain data: what a kernel needs to decide a step, and nothing else."""
+"""Patch sizes by name, and a policy as plain data that a kernel evaluates."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ddit_rt import checks
+
+_PATTERN = re.compile(r"([1-9][0-9]*)?p")
+
+
+def parse_patch(patch: Any, name: str = "patch_size") -> int:
+    """The multiple of p that a name stands for: `"p"` is 1, `"4p"` is 4; an int is itself.
+
+    Args:
+        patch: What came.
+        name: What the caller calls it, for messages.
+
+    Raises:
+        TypeError: Neither text nor a whole number.
+        ValueError: Not a patch name, or not a power of two.
+    """
+    if isinstance(patch, str):
+        if not is_patch(patch):
+            raise ValueError(f'got {name}={patch!r}; patch sizes are written "p", "2p", "4p"')
+        multiple = int(patch.strip()[:-1] or 1)
+    else:
+        multiple = checks.whole(name, patch)
+    if multiple < 1 or multiple & (multiple - 1):
+        raise ValueError(f"got {name}={patch!r}; multiples of p are powers of two")
+    return multiple
+
+
+def is_patch(text: str) -> bool:
+    """Whether a text is written like a patch size."""
+    return _PATTERN.fullmatch(text.strip()) is not None
+
+
+def patch_name(multiple: int) -> str:
+    """`1` is `"p"`, `4` is `"4p"`."""
+    return "p" if multiple == 1 else f"{multiple}p"
+
 
 DYNAMIC = -1
 """Entry of `PolicyTable.forced` for a step that the scores decide."""
