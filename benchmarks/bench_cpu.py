@@ -38,7 +38,7 @@ from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
 from ddit_rt.lab.demo.run import DemoConfig
 from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.measure.report import machine, model_entry, versions
-from ddit_rt.lab.measure.timing import Batch, Contender, Sample, measure
+from ddit_rt.lab.measure.timing import Batch, Method, Sample, measure
 
 RESULT = Path(__file__).parent / "results" / "cpu_demo.json"
 
@@ -138,7 +138,7 @@ def run_batch_size(
 
 
 def entries(
-    contenders: Sequence[Contender], samples: Mapping[str, Sequence[Sample]]
+    contenders: Sequence[Method], samples: Mapping[str, Sequence[Sample]]
 ) -> list[dict[str, Any]]:
     """One entry per contender; speed-ups are over the first."""
     rows = [entry(contender, samples) for contender in contenders]
@@ -151,7 +151,7 @@ def entries(
     return rows
 
 
-def entry(contender: Contender, samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+def entry(contender: Method, samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
     """What was measured of one contender."""
     own = samples[contender.name]
     closeness = fidelity(all_pictures(own), all_pictures(samples["fine"]))

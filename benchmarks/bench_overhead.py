@@ -37,7 +37,7 @@ from ddit_rt.engine.memory import memory_of
 from ddit_rt.lab.demo import model_path
 from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
 from ddit_rt.lab.measure.report import machine, versions
-from ddit_rt.lab.measure.timing import Batch, engine_contender
+from ddit_rt.lab.measure.timing import Batch, engine_method
 from ddit_rt.loop import CpuExecutor, RunPlan
 from ddit_rt.policies import DDiTPolicy, FinePolicy, PatchPolicy, Schedule, StaticPolicy
 from ddit_rt.solver import probe_scheduler
@@ -236,7 +236,7 @@ def generate(engine: Any, policy: PatchPolicy) -> None:
     """One picture."""
     arguments = {"num_inference_steps": 10, "max_sequence_length": MAX_SEQUENCE_LENGTH}
     batch = Batch(prompts=DEMO_PROMPTS[:1], seeds=(0,))
-    engine_contender("", "", engine, patch_policy=policy, **arguments).generate(batch)
+    engine_method("", "", engine, patch_policy=policy, **arguments).generate(batch)
 
 
 def resident() -> int:

@@ -65,7 +65,7 @@ from skip_search import Search, Tried, batch, contender, sizes_of, step_costs, t
 from tables import update_tables
 
 import ddit_rt
-from ddit_rt.lab.calibrate.cache import fit_cache
+from ddit_rt.lab.calibrate.cache_fit import fit_cache
 from ddit_rt.lab.measure.report import machine, model_entry, versions
 from ddit_rt.lab.measure.timing import Sample, measure
 from ddit_rt.lab.plans.points import Prompt

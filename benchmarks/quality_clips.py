@@ -16,12 +16,12 @@ from quality_tables import paper_rule
 from records import interval_entry
 from skip_models import SkipModel, clip_model, frame_means
 
-from ddit_rt.lab.demo.clip_hits import clip_hits
-from ddit_rt.lab.demo.clips import parse_clip_caption
+from ddit_rt.lab.demo.video_hits import video_hits
+from ddit_rt.lab.demo.videos import parse_video_caption
 from ddit_rt.lab.demo.plans import VIDEO_POLICY, demo_plans
 from ddit_rt.lab.measure.report import machine, model_entry, versions
-from ddit_rt.lab.measure.timing import Picture
-from ddit_rt.lab.measure.video_fidelity import clip_fidelity
+from ddit_rt.lab.measure.timing import Pixels
+from ddit_rt.lab.measure.fidelity import video_fidelity
 from ddit_rt.lab.plans.candidates import Candidate, Static
 from ddit_rt.lab.plans.points import Prompt
 from ddit_rt.policies import PatchPolicy
@@ -60,7 +60,7 @@ class ClipJudge(Judge):
 
     def quality(self, made: Pictures, reference: Pictures) -> Row:
         """Means over the frames of a clip, each frame, and how the clip moves."""
-        close = clip_fidelity(made.pictures, reference.pictures)
+        close = video_fidelity(made.pictures, reference.pictures)
         flicker = [value for value in self.per_prompt(close.flicker) if value is not None]
         return {
             **self.closeness(close.clips),
@@ -69,10 +69,10 @@ class ClipJudge(Judge):
             "correct": self.correct(made.pictures),
         }
 
-    def hits(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
+    def hits(self, pictures: Sequence[Pixels]) -> dict[str, torch.Tensor]:
         """See `Judge.hits`; a clip shows a direction too."""
         clips = torch.stack([tensor(list(clip)) for clip in pictures])
-        return clip_hits(clips, [parse_clip_caption(prompt.text) for prompt in self.prompts])
+        return video_hits(clips, [parse_video_caption(prompt.text) for prompt in self.prompts])
 
 
 def measure_clips(args: argparse.Namespace) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt.blocks import EagerRunner, load_runner
-from ddit_rt.lab.measure.timing import Picture
+from ddit_rt.lab.measure.timing import Pixels
 from ddit_rt.lab.plans.points import Prompt
 from ddit_rt.models import family_of
 from ddit_rt.policies import parse_patch, patch_name
@@ -105,7 +105,7 @@ def run_host_rule(
     multiples: Sequence[int],
     prompt: Prompt,
     arguments: Mapping[str, Any],
-) -> tuple[Picture, list[str], float]:
+) -> tuple[Pixels, list[str], float]:
     """One picture, with the training-free coarse step.
 
     Args:

@@ -20,12 +20,12 @@ from ddit_rt.lab.demo.classifier import (
     AttributeClassifier,
     attribute_hits,
     load_classifier,
-    picture_features,
+    image_features,
 )
-from ddit_rt.lab.demo.pictures import PictureConfig, draw_picture, parse_caption
-from ddit_rt.lab.evaluate import frechet_distance, gaussian
+from ddit_rt.lab.demo.images import ImageConfig, draw_image, parse_caption
+from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
 from ddit_rt.lab.measure.fidelity import Fidelity, fidelity
-from ddit_rt.lab.measure.timing import Picture
+from ddit_rt.lab.measure.timing import Pixels
 from ddit_rt.lab.plans.points import Prompt
 
 _RENDER_SEED = 90_000
@@ -121,7 +121,7 @@ class Judge:
             "ssim_per_prompt": ssim,
         }
 
-    def correct(self, pictures: Sequence[Picture]) -> dict[str, Any]:
+    def correct(self, pictures: Sequence[Pixels]) -> dict[str, Any]:
         """Share of pictures that show what was asked: all of it, and each attribute."""
         hits = self.hits(pictures)
         every = torch.stack(list(hits.values())).all(0).double()
@@ -129,7 +129,7 @@ class Judge:
         shares = {name: float(hit.double().mean()) for name, hit in hits.items()}
         return {"all": interval_entry(per_prompt), **shares}
 
-    def hits(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
+    def hits(self, pictures: Sequence[Pixels]) -> dict[str, torch.Tensor]:
         """Per attribute `[N]`, whether a picture shows what its caption names."""
         expected = [parse_caption(prompt.text) for prompt in self.prompts]
         return attribute_hits(_classifier(), tensor(pictures), expected)
@@ -141,12 +141,12 @@ class Judge:
         return [statistics.fmean(column) if column else None for column in columns]
 
     @cached_property
-    def renders(self) -> list[Picture]:
+    def renders(self) -> list[Pixels]:
         """Drawn pictures of the same captions, as many as a plan makes."""
         arguments = self.runs.arguments
-        config = PictureConfig(height=arguments["height"], width=arguments["width"])
+        config = ImageConfig(height=arguments["height"], width=arguments["width"])
         drawn = (
-            draw_picture(parse_caption(prompt.text), config, _RENDER_SEED, prompt.seed)
+            draw_image(parse_caption(prompt.text), config, _RENDER_SEED, prompt.seed)
             for prompt in self.prompts
         )
         return [np.rint(picture * 255).astype(np.uint8) for picture in drawn]
@@ -156,13 +156,13 @@ class Judge:
         return gaussian(features(self.renders))
 
 
-def features(pictures: Sequence[Picture]) -> Array:
-    """`[N, 64]`: see `picture_features`."""
-    found = picture_features(_classifier(), tensor(pictures))
+def features(pictures: Sequence[Pixels]) -> Array:
+    """`[N, 64]`: see `image_features`."""
+    found = image_features(_classifier(), tensor(pictures))
     return np.asarray(found.double().numpy(), dtype=np.float64)
 
 
-def tensor(pictures: Sequence[Picture]) -> torch.Tensor:
+def tensor(pictures: Sequence[Pixels]) -> torch.Tensor:
     """`[N, 3, H, W]` in [0, 1]."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
 

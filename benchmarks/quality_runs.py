@@ -22,7 +22,7 @@ from quality_loop import HostRule, host_model, offered_multiples, run_host_rule
 from quality_paths import TRAINING_FREE, CoarsePath
 
 import ddit_rt
-from ddit_rt.lab.measure.timing import Batch, Picture, engine_contender
+from ddit_rt.lab.measure.timing import Batch, Pixels, engine_method
 from ddit_rt.lab.plans.points import Prompt
 from ddit_rt.policies import FinePolicy, PatchPolicy, StaticPolicy
 from ddit_rt.steps import StepModel
@@ -67,7 +67,7 @@ class Pictures:
         loop_ms: Wall time of each picture's denoising loop; empty where they ran in batches.
     """
 
-    pictures: list[Picture]
+    pictures: list[Pixels]
     sizes: list[list[str]]
     loop_ms: list[float]
 
@@ -175,7 +175,7 @@ class PictureRuns:
     def _engine_batch(self, plan: Plan, prompts: Sequence[Prompt]) -> Pictures:
         arguments = {"num_inference_steps": plan.steps, **self.arguments}
         engine = self.paths[plan.path].engine
-        contender = engine_contender("", "", engine, patch_policy=plan.policy, **arguments)
+        contender = engine_method("", "", engine, patch_policy=plan.policy, **arguments)
         texts, seeds = zip(*_entries(prompts), strict=True)
         made = contender.generate(Batch(prompts=texts, seeds=seeds))
         assert made.trace is not None, "an engine's run has a trace"

@@ -14,7 +14,7 @@ from typing import Any
 from hardware import device_name
 from timing import Deadline, attempt
 
-from ddit_rt.lab.evaluate import mean_interval
+from ddit_rt.lab.measure.statistics import mean_interval
 
 Record = dict[str, Any]
 Save = Callable[[Record], None]

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddit_rt.cli.models import EMBEDDED, EMBEDDED_VIDEO, load_pipeline
-from ddit_rt.lab.demo.clips import ClipConfig, all_clip_attributes, is_held_out_clip
-from ddit_rt.lab.demo.pictures import all_attributes, is_held_out
-from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_clip_prompts, held_out_prompts
+from ddit_rt.lab.demo.videos import VideoConfig, all_video_attributes, is_held_out_video
+from ddit_rt.lab.demo.images import all_attributes, is_held_out
+from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_video_prompts, held_out_prompts
 from ddit_rt.lab.measure.fidelity import Fidelity, fidelity
-from ddit_rt.lab.measure.timing import Picture
-from ddit_rt.lab.measure.video_fidelity import clip_fidelity
+from ddit_rt.lab.measure.timing import Pixels
+from ddit_rt.lab.measure.fidelity import video_fidelity
 
 _GUIDANCE_SCALE = 3.0
 """As in the video demo."""
@@ -58,7 +58,7 @@ class SkipModel:
     others: Mapping[str, Any]
     held_out: tuple[str, ...]
     seen: tuple[str, ...]
-    closeness: Callable[[Sequence[Picture], Sequence[Picture]], Closeness]
+    closeness: Callable[[Sequence[Pixels], Sequence[Pixels]], Closeness]
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -93,28 +93,28 @@ def picture_model(*, quick: bool = False) -> SkipModel:
 
 def clip_model(*, quick: bool = False) -> SkipModel:
     """The embedded Wan, 13 frames of 64 x 64, with guidance."""
-    clip = ClipConfig()
+    clip = VideoConfig()
     frames = 5 if quick else clip.frames
     return SkipModel(
         name=EMBEDDED_VIDEO,
         pipeline=load_pipeline(EMBEDDED_VIDEO),
         size={"height": clip.height, "width": clip.width, "num_frames": frames},
         others={"max_sequence_length": MAX_SEQUENCE_LENGTH, "guidance_scale": _GUIDANCE_SCALE},
-        held_out=tuple(held_out_clip_prompts()),
-        seen=_shuffled([a.caption for a in all_clip_attributes() if not is_held_out_clip(a)]),
+        held_out=tuple(held_out_video_prompts()),
+        seen=_shuffled([a.caption for a in all_video_attributes() if not is_held_out_video(a)]),
         closeness=clip_closeness,
     )
 
 
-def picture_closeness(pictures: Sequence[Picture], references: Sequence[Picture]) -> Closeness:
+def picture_closeness(pictures: Sequence[Pixels], references: Sequence[Pixels]) -> Closeness:
     """Of pictures `[H, W, 3]`."""
     close = fidelity(pictures, references)
     return Closeness(ssim=close.ssim, psnr=close.psnr)
 
 
-def clip_closeness(clips: Sequence[Picture], references: Sequence[Picture]) -> Closeness:
+def clip_closeness(clips: Sequence[Pixels], references: Sequence[Pixels]) -> Closeness:
     """Of clips `[F, H, W, 3]`."""
-    close = clip_fidelity(clips, references)
+    close = video_fidelity(clips, references)
     return Closeness(
         ssim=close.clips.ssim, psnr=close.clips.psnr, flicker=close.flicker, frames=close.frames
     )

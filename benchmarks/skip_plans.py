@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from ddit_rt.lab.plans.candidates import Candidate, FewerSteps, Static, Template, all_fine
+from ddit_rt.lab.plans.candidates import Candidate, FewerSteps, Static, Template, full_resolution
 from ddit_rt.policies import (
     CacheFit,
     DDiTPolicy,
@@ -113,7 +113,7 @@ class CacheDial:
 
 def fine(steps: int) -> SkipPlan:
     """All steps at p, all computed."""
-    return _planned(FINE, all_fine(steps))
+    return _planned(FINE, full_resolution(steps))
 
 
 def fewer_steps(steps: int) -> Dial:

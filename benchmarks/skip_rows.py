@@ -17,7 +17,7 @@ from skip_models import SkipModel, frame_means
 from skip_plans import CACHES, COMBINED, DDIT, FEWER, STATIC
 from skip_search import Tried, coarse_share
 
-from ddit_rt.lab.evaluate import mean_interval
+from ddit_rt.lab.measure.statistics import mean_interval
 from ddit_rt.lab.measure.timing import Sample
 from ddit_rt.loop import RunTrace
 

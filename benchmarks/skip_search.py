@@ -19,7 +19,7 @@ from typing import Any
 from skip_models import SkipModel
 from skip_plans import COMBINED, CacheDial, Dial, SkipPlan, fine
 
-from ddit_rt.lab.measure.timing import Batch, Contender, Generation, Picture, engine_contender
+from ddit_rt.lab.measure.timing import Batch, Method, Generation, Pixels, engine_method
 from ddit_rt.lab.plans.points import Prompt
 from ddit_rt.loop import RunTrace
 from ddit_rt.policies import DDiTPolicy, NoCache, StaticPolicy, StepCache
@@ -31,9 +31,9 @@ COMPUTED, REUSED = "computed", "reused"
 _NO_SCORES = (1e-5, 1e-1)
 
 
-def contender(name: str, engine: Any, model: SkipModel, plan: SkipPlan) -> Contender:
+def contender(name: str, engine: Any, model: SkipModel, plan: SkipPlan) -> Method:
     """A plan on an engine."""
-    return engine_contender(
+    return engine_method(
         name,
         plan.label,
         engine,
@@ -86,7 +86,7 @@ class Search:
     steps: int
     costs: Costs
     tried: dict[str, Tried] = field(default_factory=dict)
-    _references: list[Picture] = field(default_factory=list)
+    _references: list[Pixels] = field(default_factory=list)
 
     def run(self, plan: SkipPlan) -> Tried:
         """A plan's closeness and cost."""

@@ -158,7 +158,7 @@ def _fit_cache(args: argparse.Namespace) -> Outcome:
     from tqdm.auto import tqdm
 
     from ddit_rt.lab.calibrate import Prompt
-    from ddit_rt.lab.calibrate.cache import fit_cache
+    from ddit_rt.lab.calibrate.cache_fit import fit_cache
 
     texts = _prompts(args.prompts, args.model)[: args.calibration_prompts]
     if len(texts) < max(1, args.calibration_prompts):
@@ -235,9 +235,9 @@ def _prompts(file: Path | None, model: str) -> tuple[str, ...]:
 
         return tuple(held_out_prompts())
     if model == EMBEDDED_VIDEO:
-        from ddit_rt.lab.demo.prompts import held_out_clip_prompts
+        from ddit_rt.lab.demo.prompts import held_out_video_prompts
 
-        return tuple(held_out_clip_prompts())
+        return tuple(held_out_video_prompts())
     from ddit_rt.lab.calibrate.prompts import PROMPTS
 
     return PROMPTS
@@ -251,7 +251,7 @@ def _calibrate(
     from ddit_rt.lab.calibrate import calibrate
     from ddit_rt.lab.calibrate.run import most_runs
     from ddit_rt.lab.plans.bench import EngineBench
-    from ddit_rt.lab.plans.caches import fitted_caches
+    from ddit_rt.lab.plans.step_caches import fitted_caches
     from ddit_rt.planning.presets import requested_steps
 
     steps, _ = requested_steps(engine.pipeline, arguments)

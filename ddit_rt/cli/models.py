@@ -126,12 +126,12 @@ def embedded_defaults(model: str) -> dict[str, int]:
     """Call arguments that an embedded model was trained with; empty for any other model."""
     if model not in (EMBEDDED, EMBEDDED_VIDEO):
         return {}
-    from ddit_rt.lab.demo.clips import ClipConfig
-    from ddit_rt.lab.demo.pictures import PictureConfig
+    from ddit_rt.lab.demo.images import ImageConfig
     from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH
+    from ddit_rt.lab.demo.videos import VideoConfig
 
-    clip = ClipConfig()
-    size = clip if model == EMBEDDED_VIDEO else PictureConfig()
+    clip = VideoConfig()
+    size = clip if model == EMBEDDED_VIDEO else ImageConfig()
     return {
         "height": size.height,
         "width": size.width,

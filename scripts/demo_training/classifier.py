@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ddit_rt.lab.demo.classifier import AttributeClassifier, weights_path
-from ddit_rt.lab.demo.pictures import ATTRIBUTE_SIZES, PictureConfig
+from ddit_rt.lab.demo.images import ATTRIBUTE_SIZES, ImageConfig
 from demo_training.picture_data import draw_set
 from demo_training.settings import Settings
 from demo_training.text import attribute_loss
@@ -18,7 +18,7 @@ def train_classifier(settings: Settings, steps: int) -> None:
     """Train, write the weights beside the module, print the accuracy on undegraded pictures."""
     torch.manual_seed(settings.seed)
     data = draw_set(
-        PictureConfig(),
+        ImageConfig(),
         _TRAIN + _TEST,
         seed=settings.seed + 7,
         workers=settings.workers,

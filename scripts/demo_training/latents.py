@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-from ddit_rt.lab.demo.pictures import PictureConfig, all_attributes
+from ddit_rt.lab.demo.images import ImageConfig, all_attributes
 from demo_training.picture_data import draw_set
 from demo_training.settings import Settings
 from demo_training.text import MAX_SEQUENCE_LENGTH, PHRASINGS, WIDTH, load_text, phrase
@@ -52,7 +52,7 @@ def encode_latents(settings: Settings, size: tuple[int, int]) -> LatentSet:
     height, width = size
     path = settings.work / f"latents_{height}x{width}.pt"
     if not path.exists():
-        config = PictureConfig(height=height, width=width)
+        config = ImageConfig(height=height, width=width)
         seed = settings.seed + 1000 * height + width
         drawn = draw_set(config, PICTURE_COUNTS[size], seed=seed, workers=settings.workers)
         vae, parts = load_vae(settings), []

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import torch
 
-from ddit_rt.lab.demo.pictures import PictureConfig, draw_series
+from ddit_rt.lab.demo.images import ImageConfig, draw_series
 
 _CHUNK = 64
 
@@ -21,7 +21,7 @@ class PictureSet:
 
 
 def draw_set(
-    config: PictureConfig, count: int, *, seed: int, workers: int, cache: pathlib.Path | None = None
+    config: ImageConfig, count: int, *, seed: int, workers: int, cache: pathlib.Path | None = None
 ) -> PictureSet:
     """Draw pictures ``0 .. count - 1`` of a series, or read them from an earlier run.
 
@@ -46,7 +46,7 @@ def draw_set(
 
 
 def _draw_chunk(
-    task: tuple[PictureConfig, int, int, int],
+    task: tuple[ImageConfig, int, int, int],
 ) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:
     pictures, drawn = draw_series(*task)
     return pictures, [attributes.labels for attributes in drawn]

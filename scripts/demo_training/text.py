@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ddit_rt.lab.demo.pictures import (
+from ddit_rt.lab.demo.images import (
     ATTRIBUTE_SIZES,
     BACKGROUND_COLOURS,
     BACKGROUNDS,

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from tqdm import tqdm
 
-from ddit_rt.lab.demo.pictures import random_attributes
+from ddit_rt.lab.demo.images import random_attributes
 from demo_training.latents import (
     CaptionTable,
     LatentSet,

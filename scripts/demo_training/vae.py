@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from ddit_rt.lab.demo.pictures import PictureConfig
+from ddit_rt.lab.demo.images import ImageConfig
 from demo_training.picture_data import draw_set
 from demo_training.settings import (
     Settings,
@@ -126,7 +126,7 @@ def load_vae(settings: Settings) -> AutoencoderKL:
 def _pictures(settings: Settings) -> dict[int, torch.Tensor]:
     return {
         size: draw_set(
-            PictureConfig(height=size, width=size),
+            ImageConfig(height=size, width=size),
             count,
             seed=settings.seed,
             workers=settings.workers,

@@ -7,21 +7,21 @@ import pathlib
 import numpy as np
 import torch
 
-from ddit_rt.lab.demo.clips import ClipConfig, draw_clips
+from ddit_rt.lab.demo.videos import VideoConfig, draw_videos
 
 _CHUNK = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ClipSet:
-    """Clips ``[N, 3, F, H, W]`` uint8 and their labels ``[N, 5]`` (see `ClipAttributes.labels`)."""
+    """Clips ``[N, 3, F, H, W]`` uint8 and their labels ``[N, 5]`` (see `VideoAttributes.labels`)."""
 
     clips: torch.Tensor
     labels: torch.Tensor
 
 
 def draw_clip_set(
-    config: ClipConfig, count: int, *, seed: int, workers: int, cache: pathlib.Path
+    config: VideoConfig, count: int, *, seed: int, workers: int, cache: pathlib.Path
 ) -> ClipSet:
     """Draw clips ``0 .. count - 1`` of a series, or read them from an earlier run.
 
@@ -44,7 +44,7 @@ def draw_clip_set(
 
 
 def _draw_chunk(
-    task: tuple[ClipConfig, int, int, int],
+    task: tuple[VideoConfig, int, int, int],
 ) -> tuple[np.ndarray, list[tuple[int, ...]]]:
-    clips, drawn = draw_clips(*task)
+    clips, drawn = draw_videos(*task)
     return clips, [attributes.labels for attributes in drawn]

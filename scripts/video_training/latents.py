@@ -6,7 +6,7 @@ import torch
 from demo_training.settings import Settings
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
-from ddit_rt.lab.demo.clips import ClipConfig, all_clip_attributes
+from ddit_rt.lab.demo.videos import VideoConfig, all_video_attributes
 from video_training.clip_data import draw_clip_set
 from video_training.text import MAX_SEQUENCE_LENGTH, WIDTH, load_text
 from video_training.vae import CHANNELS, load_vae
@@ -21,7 +21,7 @@ _ENCODE_PIXELS = 16 * FRAMES * 32 * 32
 class LatentSet:
     """Latents ``[N, 8, 4, S/4, S/4]`` float16 of mean 0 and deviation 1, and captions ``[N]``.
 
-    A caption is an index into `all_clip_attributes`.
+    A caption is an index into `all_video_attributes`.
     """
 
     latents: torch.Tensor
@@ -33,7 +33,7 @@ def encode_latents(settings: Settings, side: int) -> LatentSet:
     path = settings.work / f"latents_{side}.pt"
     if not path.exists():
         drawn = draw_clip_set(
-            ClipConfig(height=side, width=side, frames=FRAMES),
+            VideoConfig(height=side, width=side, frames=FRAMES),
             CLIP_COUNTS[side],
             seed=settings.seed + 1000 + side,
             workers=settings.workers,
@@ -50,7 +50,7 @@ def encode_latents(settings: Settings, side: int) -> LatentSet:
                 x = chunk.to(settings.device).float().div(127.5).sub(1)
                 z = vae.encode(x).latent_dist.mean.cpu()
                 parts.append(((z - mean) / std).half())
-        order = {attributes.labels: i for i, attributes in enumerate(all_clip_attributes())}
+        order = {attributes.labels: i for i, attributes in enumerate(all_video_attributes())}
         captions = torch.tensor([order[tuple(row)] for row in drawn.labels.tolist()])
         torch.save({"latents": torch.cat(parts).contiguous(), "captions": captions}, path)
     stored = torch.load(path, weights_only=True)
@@ -65,7 +65,7 @@ def embed_captions(settings: Settings) -> torch.Tensor:
     path = settings.work / "captions.pt"
     if not path.exists():
         pipeline = build_pipeline(settings, build_transformer())
-        captions = [attributes.caption for attributes in all_clip_attributes()] + [""]
+        captions = [attributes.caption for attributes in all_video_attributes()] + [""]
         with torch.no_grad():
             embeds, _ = pipeline.encode_prompt(
                 captions,

@@ -11,14 +11,14 @@ from demo_training.text import build_pieces
 from tqdm import tqdm
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-from ddit_rt.lab.demo.clips import (
-    CLIP_ATTRIBUTE_SIZES,
+from ddit_rt.lab.demo.videos import (
+    VIDEO_ATTRIBUTE_SIZES,
     COLOURS,
     DIRECTIONS,
     GROUND_COLOURS,
     GROUNDS,
     SHAPES,
-    all_clip_attributes,
+    all_video_attributes,
 )
 
 MAX_SEQUENCE_LENGTH = 16
@@ -58,11 +58,11 @@ def train_text(settings: Settings, steps: int = 600) -> None:
     torch.manual_seed(settings.seed)
     tokenizer = build_tokenizer()
     encoder = build_encoder(tokenizer)
-    head = torch.nn.Linear(WIDTH, sum(CLIP_ATTRIBUTE_SIZES.values()))
+    head = torch.nn.Linear(WIDTH, sum(VIDEO_ATTRIBUTE_SIZES.values()))
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    everything = all_clip_attributes()
+    everything = all_video_attributes()
     tokens = tokenizer(
         [attributes.caption for attributes in everything],
         padding="max_length",
@@ -98,6 +98,6 @@ def load_text(settings: Settings) -> tuple[T5TokenizerFast, UMT5EncoderModel]:
 
 def _attribute_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Summed cross entropy of the attributes, whose scores lie one after another."""
-    parts = torch.split(scores, list(CLIP_ATTRIBUTE_SIZES.values()), dim=1)
+    parts = torch.split(scores, list(VIDEO_ATTRIBUTE_SIZES.values()), dim=1)
     losses = [F.cross_entropy(part, labels[:, i]) for i, part in enumerate(parts)]
     return torch.stack(losses).sum()

@@ -18,7 +18,7 @@ from demo_training.settings import Settings, load_checkpoint, save_checkpoint, s
 from diffusers import WanTransformer3DModel
 from tqdm import tqdm
 
-from ddit_rt.lab.demo.clips import random_clip_attributes
+from ddit_rt.lab.demo.videos import random_video_attributes
 from video_training.latents import (
     FRAMES,
     build_pipeline,
@@ -178,7 +178,7 @@ def train_transformer(settings: Settings, minutes: float) -> None:
 def sample_grids(settings: Settings, transformer: WanTransformer3DModel, name: str) -> None:
     """Write grids of 8 held-out captions at 32 and 64 px: first, middle and last frames."""
     pipeline = build_pipeline(settings, transformer)
-    prompts = [random_clip_attributes(settings.seed, i, held_out=True).caption for i in range(8)]
+    prompts = [random_video_attributes(settings.seed, i, held_out=True).caption for i in range(8)]
     for side in (32, 64):
         clips = pipeline(
             prompts,

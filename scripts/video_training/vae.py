@@ -21,7 +21,7 @@ from demo_training.settings import (
 from diffusers import AutoencoderKLWan
 from tqdm import tqdm
 
-from ddit_rt.lab.demo.clips import ClipConfig
+from ddit_rt.lab.demo.videos import VideoConfig
 from video_training.clip_data import draw_clip_set
 
 CHANNELS = 8
@@ -61,7 +61,7 @@ def train_vae(settings: Settings, minutes: float) -> None:
     """Train for `minutes` of CPU time, resuming from an interrupted run's checkpoint."""
     torch.manual_seed(settings.seed)
     clips = draw_clip_set(
-        ClipConfig(),
+        VideoConfig(),
         _COUNT,
         seed=settings.seed,
         workers=settings.workers,

@@ -1,4 +1,4 @@
-"""The pictures of `report.html`: prompts, worst first, and the picture of every plan."""
+"""The images of `report.html`: prompts, worst first, and the image of every plan."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from PIL import Image
 
 from ddit_rt.lab.evaluate.plans import REFERENCE
 from ddit_rt.lab.evaluate.plots import SIZE_COLOURS, timeline
-from ddit_rt.lab.measure.timing import Picture
+from ddit_rt.lab.measure.timing import Pixels
 
 _LOSSLESS_SIDE = 256
-"""Up to this side a picture is shown without loss."""
+"""Up to this side an image is shown without loss."""
 
 _LARGEST_SIDE = 768
 
 Report = Mapping[str, Any]
-Pictures = Callable[[str, int, int], Picture]
-"""The picture of a plan, prompt and repeat."""
+Pictures = Callable[[str, int, int], Pixels]
+"""The image of a plan, prompt and repeat."""
 
 
-def cases(report: Report, worst: Sequence[int], picture: Pictures) -> str:
-    """The section of prompts with their pictures, each plan's beside the all-fine one.
+def cases(report: Report, worst: Sequence[int], image: Pictures) -> str:
+    """The section of prompts with their images, each plan's beside the all-fine one.
 
     Args:
         report: What `build_report` gave.
         worst: Indices of the prompts to show, in this order.
-        picture: Gives pictures.
+        image: Gives images.
     """
     total = len(report["prompts"])
     title = next(p["title"] for p in report["plans"] if p["name"] == report["main"])
-    articles = [_case(report, rank, index, picture) for rank, index in enumerate(worst, start=1)]
+    articles = [_case(report, rank, index, image) for rank, index in enumerate(worst, start=1)]
     legend = "".join(
         f'<span><span class="swatch" style="background:{colour}"></span>{size}</span>'
         for size, colour in SIZE_COLOURS.items()
@@ -49,7 +49,7 @@ def cases(report: Report, worst: Sequence[int], picture: Pictures) -> str:
     )
 
 
-def _case(report: Report, rank: int, index: int, picture: Pictures) -> str:
+def _case(report: Report, rank: int, index: int, image: Pictures) -> str:
     entry, main = report["prompts"][index], report["main"]
     repeat = min(
         range(len(entry["pictures"][main])),
@@ -58,7 +58,7 @@ def _case(report: Report, rank: int, index: int, picture: Pictures) -> str:
     buttons, lines = [], []
     for plan in report["plans"]:
         made = entry["pictures"][plan["name"]][repeat]
-        uri = data_uri(picture(plan["name"], index, repeat))
+        uri = data_uri(image(plan["name"], index, repeat))
         buttons.append(_button(plan, made, uri, main=plan["name"] == main))
         lines.append(f"<span>{escape(plan['title'])}</span>{timeline(made['patch_sizes'])}")
     seed = entry["pictures"][main][repeat]["seed"]
@@ -89,9 +89,9 @@ def _button(plan: Mapping[str, Any], made: Mapping[str, Any], uri: str, *, main:
     )
 
 
-def data_uri(picture: Picture) -> str:
-    """A picture inside the page: without loss where it is small, else as JPEG and made smaller."""
-    image, buffer = Image.fromarray(picture), io.BytesIO()
+def data_uri(image: Pixels) -> str:
+    """An image inside the page: without loss where it is small, else as JPEG and made smaller."""
+    image, buffer = Image.fromarray(image), io.BytesIO()
     if max(image.size) <= _LOSSLESS_SIDE:
         image.save(buffer, format="PNG", optimize=True)
         kind = "png"

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation and their times; what is there already is not made again."""
+"""The images of an evaluation and their times; what is there already is not made again."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ddit_rt.lab.evaluate.plans import (
     reference_plan,
     rivals,
 )
-from ddit_rt.lab.evaluate.store import PictureRecord, Store
+from ddit_rt.lab.evaluate.store import ImageRecord, Store
 from ddit_rt.lab.measure.report import machine, versions
-from ddit_rt.lab.measure.timing import Batch, Contender, Sample, engine_contender, measure
+from ddit_rt.lab.measure.timing import Batch, Method, Sample, engine_method, measure
 from ddit_rt.lab.plans.bench import EngineBench
 from ddit_rt.lab.plans.points import Prompt
 
@@ -44,7 +44,7 @@ def generate(
     *,
     progress: bool = True,
 ) -> tuple[tuple[NamedPlan, ...], dict[str, Any]]:
-    """Makes every picture that is not there yet, with all plans interleaved on each batch.
+    """Makes every image that is not there yet, with all plans interleaved on each batch.
 
     Args:
         engine: A compiled pipeline.
@@ -73,7 +73,7 @@ def generate(
 
 
 def _request(config: EvaluationConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that pictures and times depend on."""
+    """Everything that images and times depend on."""
     from ddit_rt.policies import PatchPolicy
 
     return {
@@ -138,7 +138,7 @@ def _cost(
     items: Sequence[Item],
     bench: EngineBench,
 ) -> float:
-    """Mean cost of a plan's pictures."""
+    """Mean cost of a plan's images."""
     contender, costs = _contender(engine, plan, config), []
     for item in items:
         trace = contender.generate(_batch(config, (item,))).trace
@@ -216,16 +216,16 @@ def _make(
 
 def _records(
     store: Store, rows: Mapping[str, Sample], job: Sequence[Item], session: int
-) -> list[PictureRecord]:
-    """Saves the pictures of a batch. A picture's time is its share of the batch's."""
+) -> list[ImageRecord]:
+    """Saves the images of a batch. An image's time is its share of the batch's."""
     records = []
     for name, sample in rows.items():
         trace, share = sample.trace, 1 / len(job)
         assert trace is not None, "an engine's run has a trace"
-        for item, picture in zip(job, sample.pictures, strict=True):
-            digest = store.save_picture(picture, name, item.prompt, item.repeat)
+        for item, image in zip(job, sample.images, strict=True):
+            digest = store.save_image(image, name, item.prompt, item.repeat)
             records.append(
-                PictureRecord(
+                ImageRecord(
                     plan=name,
                     prompt=item.prompt,
                     repeat=item.repeat,
@@ -242,8 +242,8 @@ def _records(
     return records
 
 
-def _contender(engine: Engine, plan: NamedPlan, config: EvaluationConfig) -> Contender:
-    return engine_contender(
+def _contender(engine: Engine, plan: NamedPlan, config: EvaluationConfig) -> Method:
+    return engine_method(
         plan.name,
         plan.candidate.label,
         engine,

@@ -20,13 +20,13 @@ def page_file(name: str) -> str:
     return (files("ddit_rt.lab.evaluate") / "pages" / name).read_text(encoding="utf-8")
 
 
-def build_page(report: Report, picture: Pictures, *, shown: int) -> str:
+def build_page(report: Report, image: Pictures, *, shown: int) -> str:
     """The page.
 
     Args:
         report: What `build_report` gave.
-        picture: Gives pictures.
-        shown: Prompts with pictures at most, worst first.
+        image: Gives images.
+        shown: Prompts with images at most, worst first.
     """
     worst = report["worst"][:shown]
     body = [
@@ -34,7 +34,7 @@ def build_page(report: Report, picture: Pictures, *, shown: int) -> str:
         _plan_table(report),
         _win_table(report),
         _plots(report),
-        cases(report, worst, picture),
+        cases(report, worst, image),
         _missing(report),
         _notes(report),
         _details(report),
@@ -55,7 +55,7 @@ def _header(report: Report) -> str:
     settings, machine = report["settings"], report["machine"]
     prompts = f"{settings['prompts']} prompts ({settings['source']})"
     if settings["seeds"] > 1:
-        prompts += f", {settings['seeds']} pictures each"
+        prompts += f", {settings['seeds']} images each"
     return (
         f"<header><h1>Plans of {escape(report['model']['name'])}, side by side</h1>"
         f'<p class="muted">{escape(prompts)}, {settings["steps"]} steps. '
@@ -71,7 +71,7 @@ def _summary(report: Report) -> str:
     ssim = _number(main["scores"]["ssim"]["value"])
     text = (
         f"<strong>{escape(main['title'])}</strong> runs {main['speedup']:.2f}x as fast as all "
-        f"fine in the denoising loop, at SSIM {ssim} to its pictures."
+        f"fine in the denoising loop, at SSIM {ssim} to its images."
     )
     for entry in report["wins"]:
         if entry["metric"] == "ssim" and plans[entry["against"]]["role"] == "rival":
@@ -91,7 +91,7 @@ def _plan_table(report: Report) -> str:
         "<section><h2>Plans</h2>"
         + _table(heads, rows)
         + '<p class="muted">Means over prompts, with 95% bootstrap intervals; seconds and tokens '
-        "for one picture. Speed-up is of the denoising loop over all fine. An arrow says which "
+        "for one image. Speed-up is of the denoising loop over all fine. An arrow says which "
         "way is better.</p></section>"
     )
 

@@ -18,8 +18,8 @@ from ddit_rt.lab.plans.candidates import (
     FewerSteps,
     Static,
     Template,
-    all_fine,
     cache_text,
+    full_resolution,
 )
 from ddit_rt.lab.plans.points import Found
 from ddit_rt.planning.presets import PolicyChoice, resolve_choice
@@ -98,7 +98,7 @@ class NamedPlan:
 
 def reference_plan(steps: int) -> NamedPlan:
     """All fine at the full number of steps."""
-    return NamedPlan(name=FINE, role=REFERENCE, candidate=all_fine(steps))
+    return NamedPlan(name=FINE, role=REFERENCE, candidate=full_resolution(steps))
 
 
 def chosen_plans(
@@ -128,7 +128,7 @@ def chosen_plans(
         ]
     else:
         named = _of_artifact(manifest, default, steps, default_cache)
-    seen, found = {all_fine(steps).key}, []
+    seen, found = {full_resolution(steps).key}, []
     for name, candidate in named:
         if candidate.key not in seen:
             seen.add(candidate.key)
@@ -158,7 +158,7 @@ def rivals(
 
     Args:
         main: The plan that they rival.
-        cost: Its mean cost for a picture.
+        cost: Its mean cost for an image.
         costs: Cost of one step at each patch size that the engine offers.
         steps: Steps of the reference.
 
@@ -185,7 +185,7 @@ def cached_plan(threshold: float, steps: int) -> NamedPlan:
     """All steps at p, with TeaCache."""
     cache = TeaCache(threshold)
     label = f"{steps} fine steps, {cache_text(cache)}"
-    candidate = replace(all_fine(steps), kind=CACHED, label=label, step_cache=cache)
+    candidate = replace(full_resolution(steps), kind=CACHED, label=label, step_cache=cache)
     return NamedPlan(name=TEACACHE, role=RIVAL, candidate=candidate)
 
 

@@ -30,7 +30,7 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Axis:
-    """A linear axis from data to the picture."""
+    """A linear axis from data to the image."""
 
     low: float
     high: float

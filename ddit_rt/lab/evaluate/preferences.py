@@ -1,4 +1,4 @@
-"""Blind comparison by people: which of two pictures of a prompt, without names and in random order.
+"""Blind comparison by people: which of two images of a prompt, without names and in random order.
 
 An answer is one line of `preferences.jsonl` in the evaluation's folder. Everything about a pair,
 its order included, follows from the rater's name, so that a rater can stop and go on.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddit_rt.lab.evaluate.intervals import share_interval
+from ddit_rt.lab.measure.statistics import share_interval
 from ddit_rt.lab.evaluate.report import interval_entry
 
 CHOICES = ("left", "equal", "right")
@@ -26,13 +26,13 @@ _LONGEST_NAME = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """Two pictures of one prompt, as one rater sees them.
+    """Two images of one prompt, as one rater sees them.
 
     Attributes:
         number: Its place in the evaluation.
         prompt: The text.
         plans: Names of the plans on the left and on the right.
-        files: Their pictures.
+        files: Their images.
     """
 
     number: int
@@ -77,7 +77,7 @@ class Study:
             )
         self._answers_file = folder / "preferences.jsonl"
         self._lock = threading.Lock()
-        self._pictures = [
+        self._images = [
             (entry["prompt"], folder / one["file"], folder / other["file"], one["seed"])
             for entry in report["prompts"]
             for one, other in zip(
@@ -86,7 +86,7 @@ class Study:
         ]
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def pairs(self, rater: str) -> list[Pair]:
         """Every pair in the rater's own order, sides drawn at random."""
@@ -98,7 +98,7 @@ class Study:
         return [self._pair(number, swap=swapped[number]) for number in order]
 
     def _pair(self, number: int, *, swap: bool) -> Pair:
-        prompt, one, other, _ = self._pictures[number]
+        prompt, one, other, _ = self._images[number]
         plans, files = (self.plan, self.against), (one, other)
         if swap:
             plans, files = (plans[1], plans[0]), (files[1], files[0])
@@ -157,7 +157,7 @@ class Study:
                     "rater": rater,
                     "pair": number,
                     "prompt": pair.prompt,
-                    "seed": self._pictures[number][3],
+                    "seed": self._images[number][3],
                     "left": pair.plans[0],
                     "right": pair.plans[1],
                     "choice": choice,
@@ -179,7 +179,7 @@ class Study:
         """Shares of the answers: `better`, `equal`, `worse`, and `as_good` (better or equal).
 
         Each with Wilson's interval, which takes the answers for independent; those of one rater,
-        or about one picture, are not quite.
+        or about one image, are not quite.
         """
         answers = self.answers()
         total = len(answers)

@@ -8,17 +8,17 @@ Wilson's; `low` and `high` are null for one prompt.
 - `machine`, `versions`: where the report was written, as in the demo's report; `device`.
 - `model`, `artifact`: `name`, `transformer_class`, `parameters`, `dtype`; `path`, `digest`.
 - `settings`: what was asked for.
-- `sessions`: when pictures were made: `started` (UTC), `machine`, `versions`, `pictures`.
+- `sessions`: when images were made: `started` (UTC), `machine`, `versions`, `pictures`.
 - `costs`: `unit`, `main_cost` and `step_costs` that the rivals were chosen by, `pilot_prompts`.
 - `main`: name of the plan that the rivals belong to.
 - `metrics`: `name`, `label`, `kind` (`"picture"` or `"set"`), `higher_is_better`,
-  `needs_reference`, `references` (of a set: how many pictures, and which).
+  `needs_reference`, `references` (of a set: how many images, and which).
 - `skipped`: metrics that could not run: `name`, `label`, `reason`.
 - `absent`: contenders that this model does not have: `name`, `reason`.
 - `plans`: `name`, `title`, `role`, `kind`, `label`, `policy`, `num_inference_steps`; intervals
-  `seconds` (denoising loop, per picture), `seconds_call` (whole call), `tokens`; `speedup` (ratio
+  `seconds` (denoising loop, per image), `seconds_call` (whole call), `tokens`; `speedup` (ratio
   of the mean loop seconds of all fine to its own); `scores`: per metric an interval, with
-  `pictures` and `identical` (pictures whose score is infinite, left out of the mean); for a set
+  `pictures` and `identical` (images whose score is infinite, left out of the mean); for a set
   only `value`.
 - `wins`: the main plan against every other: `against`, `metric`, `share` (of prompts on which the
   main plan is better; a tie counts half), `prompts`.
@@ -36,12 +36,12 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from ddit_rt.lab.evaluate.config import EvaluationConfig, picture_files
-from ddit_rt.lab.evaluate.intervals import Interval, mean_interval, share_interval
-from ddit_rt.lab.evaluate.metrics import Metric, PictureMetric
+from ddit_rt.lab.evaluate.config import EvaluationConfig, image_files
+from ddit_rt.lab.measure.statistics import Interval, mean_interval, share_interval
+from ddit_rt.lab.evaluate.metrics import ImageMetric, Metric
 from ddit_rt.lab.evaluate.plans import RIVAL, NamedPlan
 from ddit_rt.lab.evaluate.scoring import Scores
-from ddit_rt.lab.evaluate.store import PictureRecord, Store
+from ddit_rt.lab.evaluate.store import ImageRecord, Store
 
 SCHEMA_VERSION = 1
 
@@ -72,7 +72,7 @@ def build_report(
         scores: What they gave.
         conditions: The entries `machine`, `versions`, `device`, `model` and `artifact`.
     """
-    used = [m for m in metrics if m.name in scores.pictures or m.name in scores.sets]
+    used = [m for m in metrics if m.name in scores.images or m.name in scores.sets]
     entries = [_plan_entry(store, config, plan, used, scores) for plan in plans]
     base = entries[0]["seconds"]["value"]
     for entry in entries:
@@ -132,12 +132,12 @@ def _metric_entry(metric: Metric, config: EvaluationConfig) -> dict[str, Any]:
         "label": metric.label,
         "higher_is_better": metric.higher_is_better,
     }
-    if isinstance(metric, PictureMetric):
+    if isinstance(metric, ImageMetric):
         return {**entry, "kind": "picture", "needs_reference": metric.needs_reference}
     if config.references is None:
         source = f"the {len(config.prompts) * config.seeds} all-fine pictures"
     else:
-        source = f"{len(picture_files(config.references))} pictures in {config.references}"
+        source = f"{len(image_files(config.references))} images in {config.references}"
     return {**entry, "kind": "set", "needs_reference": True, "references": source}
 
 
@@ -158,19 +158,19 @@ def _plan_entry(
         if metric.name in scores.sets:
             if plan.name in scores.sets[metric.name]:
                 entry["scores"][metric.name] = {"value": scores.sets[metric.name][plan.name]}
-        elif summary := _summary(scores.pictures[metric.name], config, plan.name):
+        elif summary := _summary(scores.images[metric.name], config, plan.name):
             entry["scores"][metric.name] = summary
     return entry
 
 
-def _records(store: Store, config: EvaluationConfig, plan: str, prompt: int) -> list[PictureRecord]:
+def _records(store: Store, config: EvaluationConfig, plan: str, prompt: int) -> list[ImageRecord]:
     return [store.records[plan, prompt, repeat] for repeat in range(config.seeds)]
 
 
 def _summary(
     scores: Mapping[tuple[str, int, int], float | None], config: EvaluationConfig, plan: str
 ) -> dict[str, Any] | None:
-    """Mean over the prompts of the mean over a prompt's pictures; None without any score."""
+    """Mean over the prompts of the mean over a prompt's images; None without any score."""
     rows = [_of_prompt(scores, config, plan, prompt) for prompt in _prompts(config)]
     count = sum(map(len, rows))
     if not count:
@@ -211,9 +211,9 @@ def _wins(
 ) -> list[dict[str, Any]]:
     entries = []
     for metric in metrics:
-        if not isinstance(metric, PictureMetric):
+        if not isinstance(metric, ImageMetric):
             continue
-        table = scores.pictures[metric.name]
+        table = scores.images[metric.name]
         for plan in plans:
             others = [_rank(table, config, plan.name, i, metric) for i in _prompts(config)]
             own = [_rank(table, config, main, i, metric) for i in _prompts(config)]
@@ -255,21 +255,19 @@ def _prompt_entry(
     prompt: int,
     scores: Scores,
 ) -> dict[str, Any]:
-    pictures = {
+    images = {
         plan.name: [
-            _picture_entry(store, record, scores)
+            _image_entry(store, record, scores)
             for record in _records(store, config, plan.name, prompt)
         ]
         for plan in plans
     }
-    return {"prompt": config.prompts[prompt], "pictures": pictures}
+    return {"prompt": config.prompts[prompt], "pictures": images}
 
 
-def _picture_entry(store: Store, record: PictureRecord, scores: Scores) -> dict[str, Any]:
+def _image_entry(store: Store, record: ImageRecord, scores: Scores) -> dict[str, Any]:
     own = {
-        name: table[record.place]
-        for name, table in scores.pictures.items()
-        if record.place in table
+        name: table[record.place] for name, table in scores.images.items() if record.place in table
     }
     return {
         "repeat": record.repeat,
@@ -286,7 +284,7 @@ def _picture_entry(store: Store, record: PictureRecord, scores: Scores) -> dict[
 
 
 def _worst(config: EvaluationConfig, main: str, scores: Scores) -> list[int]:
-    table = scores.pictures["ssim"]
+    table = scores.images["ssim"]
 
     def lowest(prompt: int) -> float:
         return min(value for value in _of_prompt(table, config, main, prompt) if value is not None)
@@ -310,9 +308,9 @@ def _notes(store: Store, config: EvaluationConfig) -> list[str]:
     notes = []
     sessions = [session for session in _sessions(store) if session["pictures"]]
     if len(sessions) > 1:
-        parts = [f"{s['pictures']} pictures from {s['started']}" for s in sessions]
+        parts = [f"{s['pictures']} images from {s['started']}" for s in sessions]
         notes.append(
-            f"the pictures were made and timed in {len(sessions)} sessions: {', '.join(parts)}. "
+            f"the images were made and timed in {len(sessions)} sessions: {', '.join(parts)}. "
             "All plans of a batch were timed side by side in one session"
         )
         if len({(s["machine"]["cpu"], s["machine"]["threads"]) for s in sessions}) > 1:
@@ -324,6 +322,6 @@ def _notes(store: Store, config: EvaluationConfig) -> list[str]:
     if config.batch > 1:
         notes.append(
             f"pictures were made in batches of {config.batch}: a batch takes the finest size that "
-            "any of its pictures needs, and a picture's seconds are its share of the batch's"
+            "any of its images needs, and an image's seconds are its share of the batch's"
         )
     return notes

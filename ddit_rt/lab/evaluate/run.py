@@ -1,4 +1,4 @@
-"""An evaluation from settings to report: pictures, scores, `report.json`, `report.html`."""
+"""An evaluation from settings to report: images, scores, `report.json`, `report.html`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def evaluate(
     shown: int = 12,
     progress: bool = True,
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Makes what is missing of the pictures and scores, and writes the report.
+    """Makes what is missing of the images and scores, and writes the report.
 
     Args:
         engine: A compiled pipeline.
@@ -52,7 +52,7 @@ def evaluate(
         subject: What is evaluated, by name.
         metrics: Metrics that can run here, SSIM among them.
         skipped: Metrics that cannot.
-        shown: Prompts with pictures on the page at most, worst first.
+        shown: Prompts with images on the page at most, worst first.
         progress: Whether to show bars.
 
     Returns:
@@ -82,7 +82,7 @@ def _write(report: Mapping[str, Any], store: Store, shown: int) -> list[Path]:
     record, page = store.folder / "report.json", store.folder / "report.html"
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     write_atomically(record, text.encode())
-    write_atomically(page, build_page(report, store.picture, shown=shown).encode())
+    write_atomically(page, build_page(report, store.image, shown=shown).encode())
     return [page, record]
 
 

@@ -20,7 +20,7 @@ class StudyServer(ThreadingHTTPServer):
 
     - `GET /`: the page.
     - `GET /state?rater=NAME`: what this rater sees next.
-    - `GET /picture?rater=NAME&pair=N&side=left`: a picture; its address names no plan.
+    - `GET /picture?rater=NAME&pair=N&side=left`: an image; its address names no plan.
     - `POST /answer`: JSON with `rater`, `pair` and `choice`.
 
     A request that is not well-formed is answered with 400 and a reason.
@@ -73,11 +73,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif address.path == "/state":
             self._json(self.server.study.state(check_rater(query.get("rater"))))
         elif address.path == "/picture":
-            self._picture(query)
+            self._image(query)
         else:
             self._json({"error": f"there is no {address.path}"}, HTTPStatus.NOT_FOUND)
 
-    def _picture(self, query: dict[str, str]) -> None:
+    def _image(self, query: dict[str, str]) -> None:
         side = query.get("side", "")
         if side not in SIDES:
             raise ValueError(f"got the side {side!r}; it is one of {list(SIDES)}")

@@ -1,7 +1,7 @@
-"""The folder of an evaluation: settings, pictures and scores, written so that a run can go on.
+"""The folder of an evaluation: settings, images and scores, written so that a run can go on.
 
 - `settings.json`: what was asked for, and the plans that it came to.
-- `sessions.jsonl`: one line for each time that pictures were made: when, and on which machine.
+- `sessions.jsonl`: one line for each time that images were made: when, and on which machine.
 - `pictures/PLAN/PROMPT-SEED.png`, and in `pictures.jsonl` a line for each: times, tokens, trace.
 - `scores.jsonl`: one line for each score of a metric.
 - `report.json`, `report.html`: the result; `preferences.jsonl`: answers of `ddit-rt ab`.
@@ -22,24 +22,24 @@ import numpy as np
 from PIL import Image
 
 from ddit_rt.lab.evaluate.plans import NamedPlan
-from ddit_rt.lab.measure.timing import Picture
+from ddit_rt.lab.measure.timing import Pixels
 
 SETTINGS_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PictureRecord:
-    """One picture that was made.
+class ImageRecord:
+    """One image that was made.
 
     Attributes:
         plan: Name of its plan.
         prompt: Index of its prompt.
-        repeat: Which picture of the prompt, from 0.
+        repeat: Which image of the prompt, from 0.
         seed: Of its noise.
         sha256: Of its file.
-        seconds: Of the denoising loop for this picture, median over the repeats.
+        seconds: Of the denoising loop for this image, median over the repeats.
         seconds_spread: Least and most of the same.
-        seconds_call: Of the whole call for this picture, median over the repeats.
+        seconds_call: Of the whole call for this image, median over the repeats.
         tokens: Image tokens over the steps.
         session: Number of the session that made it.
         trace: `RunTrace.to_dict()`.
@@ -68,13 +68,13 @@ class Store:
 
     Attributes:
         folder: Where it lies.
-        records: The pictures that are there, by plan, prompt and repeat.
+        records: The images that are there, by plan, prompt and repeat.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Reads what is there; a line that was cut off, or has lost its picture, does not count."""
+        """Reads what is there; a line that was cut off, or has lost its image, does not count."""
         self.folder = folder
-        rows = [PictureRecord(**row) for row in _read_lines(folder / "pictures.jsonl")]
+        rows = [ImageRecord(**row) for row in _read_lines(folder / "pictures.jsonl")]
         self.records = {row.place: row for row in rows if self.path(*row.place).is_file()}
 
     def settle(
@@ -121,7 +121,7 @@ class Store:
         )
 
     def sessions(self) -> list[dict[str, Any]]:
-        """Every time that pictures were made."""
+        """Every time that images were made."""
         return _read_lines(self.folder / "sessions.jsonl")
 
     def add_session(self, session: dict[str, Any]) -> int:
@@ -131,30 +131,30 @@ class Store:
         return number
 
     def path(self, plan: str, prompt: int, repeat: int) -> Path:
-        """File of a picture."""
+        """File of an image."""
         return self.folder / "pictures" / plan / f"{prompt:05d}-{repeat}.png"
 
-    def save_picture(self, picture: Picture, plan: str, prompt: int, repeat: int) -> str:
-        """Writes a picture without loss; returns its hash."""
+    def save_image(self, image: Pixels, plan: str, prompt: int, repeat: int) -> str:
+        """Writes an image without loss; returns its hash."""
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, format="PNG")
+        Image.fromarray(image).save(buffer, format="PNG")
         path = self.path(plan, prompt, repeat)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, buffer.getvalue())
         return hashlib.sha256(buffer.getvalue()).hexdigest()
 
-    def add(self, records: Sequence[PictureRecord]) -> None:
-        """Notes pictures whose files are written."""
+    def add(self, records: Sequence[ImageRecord]) -> None:
+        """Notes images whose files are written."""
         _append(self.folder / "pictures.jsonl", [asdict(record) for record in records])
         self.records |= {record.place: record for record in records}
 
-    def picture(self, plan: str, prompt: int, repeat: int) -> Picture:
-        """A picture that was made, `[H, W, 3]` bytes."""
+    def image(self, plan: str, prompt: int, repeat: int) -> Pixels:
+        """An image that was made, `[H, W, 3]` bytes."""
         with Image.open(self.path(plan, prompt, repeat)) as image:
             return np.asarray(image.convert("RGB"), dtype=np.uint8)
 
     def scores(self) -> dict[tuple[str, str, str], float | None]:
-        """Known scores by the metric's key, the picture's hash and what it was compared with."""
+        """Known scores by the metric's key, the image's hash and what it was compared with."""
         rows = _read_lines(self.folder / "scores.jsonl")
         return {(row["metric"], row["picture"], row["reference"]): row["value"] for row in rows}
 

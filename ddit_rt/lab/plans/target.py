@@ -68,6 +68,14 @@ class Target:
         room = 0.005 if self.max_cost is None else 0.03
         return self.met(point) and self.shortfall(point) >= -room
 
+    def open_end(self, point: Measured) -> float:
+        """What is not limited: a plan's cost, or minus its similarity; less is better."""
+        return point.cost if self.max_cost is None else -point.ssim
+
+    def wants_cheaper(self, point: Measured) -> bool:
+        """Whether the target lies on the cheaper side of a plan."""
+        return self.met(point) == (self.max_cost is None)
+
     def better(self, one: Measured, other: Measured | None) -> bool:
         """Whether `one` serves better: it meets the limit, and beats `other` in what is left."""
         if other is None or self.met(one) != self.met(other):

@@ -66,7 +66,7 @@ def _gain_table(gains: Sequence[Gain], gain_prompts: str) -> str:
         return ""
     names = [n for n in (TRAINING_FREE, UNTRAINED, TRAINED) if n in gains[0].psnr]
     title = (
-        "PSNR in dB against the all-fine pictures from the same noise, mean of "
+        "PSNR in dB against the all-fine images from the same noise, mean of "
         f"{gains[0].prompts} prompts ({gain_prompts}):"
     )
     lines = [

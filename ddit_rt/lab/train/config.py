@@ -184,11 +184,11 @@ class DataConfig:
     Attributes:
         kind: `"folder"`, `"webdataset"`, `"datasets"`, or `"self"`: the model's own samples.
         source: Folder, tar file(s) (a glob), or data set name; for `"self"` the prompt file.
-        height: Picture rows, in pixels.
-        width: Picture columns, in pixels.
+        height: Pixels rows, in pixels.
+        width: Pixels columns, in pixels.
         max_sequence_length: Text tokens; None: the pipeline's own.
         guidance_scale: Of the teacher; None: the pipeline's own.
-        limit: Most pictures to read; for `"self"` the number of trajectories, prompts in turn.
+        limit: Most images to read; for `"self"` the number of trajectories, prompts in turn.
         sampling_steps: Steps of a trajectory (`"self"`).
         image_column: Of a `datasets` data set.
         caption_column: Of a `datasets` data set.

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from ddit_rt.adapters import adaptable_layers, save_adapters
 from ddit_rt.errors import ShapeError
-from ddit_rt.lab.train.cache import LatentCache, open_cache
 from ddit_rt.lab.train.card import model_card
 from ddit_rt.lab.train.checkpoint import Checkpoints, check_same_run, register_hooks
 from ddit_rt.lab.train.config import DataConfig, TrainConfig
@@ -31,6 +30,7 @@ from ddit_rt.lab.train.evaluate import (
     warn_if_worse,
     write_png,
 )
+from ddit_rt.lab.train.latent_cache import LatentCache, open_cache
 from ddit_rt.lab.train.optimizers import WeightAverage, build_optimizer, learning_rate_at
 from ddit_rt.lab.train.states import StateSource, to_device
 from ddit_rt.lab.train.student import Student

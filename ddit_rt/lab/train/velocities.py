@@ -73,8 +73,8 @@ def taught(model: StepModel, states: States) -> States:
 def _led_on(model: StepModel, states: States) -> States:
     """Asks the teacher at the earlier steps, and takes the states after them from there.
 
-    States on the straight line from noise to a picture will not do: from one to the next they
-    reveal more of the picture, which a run, whose next state follows from this one, does not.
+    States on the straight line from noise to an image will not do: from one to the next they
+    reveal more of the image, which a run, whose next state follows from this one, does not.
     """
     earlier = states.earlier
     if earlier is None or earlier.velocity is not None:
@@ -154,7 +154,7 @@ def _paper(
 
 @dataclass(frozen=True)
 class _Coarse:
-    """A way to take a patch size through a small picture."""
+    """A way to take a patch size through a small image."""
 
     model: StepModel
     multiple: int
@@ -167,7 +167,7 @@ class _Coarse:
     def small(
         self, latents: Tensor, sigmas: Tensor, known: Tensor, conditioning: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Clean estimate of the small picture, and the adapter's correction of v."""
+        """Clean estimate of the small image, and the adapter's correction of v."""
         model, family, transformer = self.model, self.model.family, self.model.transformer
         height, width = latents.shape[-2:]
         text = family.embed_text(transformer, conditioning)

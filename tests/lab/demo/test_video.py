@@ -14,15 +14,12 @@ from PIL import Image
 from wan_models import wan_pipeline
 
 import ddit_rt
+from ddit_rt.lab.demo.mosaic import side_by_side
 from ddit_rt.lab.demo.plans import Plan
-from ddit_rt.lab.demo.video import (
-    VideoDemoConfig,
-    compare_clips,
-    run_video_demo,
-    video_summary_table,
-)
-from ddit_rt.lab.measure.video_fidelity import clip_fidelity
-from ddit_rt.lab.measure.video_file import side_by_side, write_mp4
+from ddit_rt.lab.demo.report import summary_table
+from ddit_rt.lab.demo.run import DemoConfig, compare, run_demo, video_demo
+from ddit_rt.lab.measure.fidelity import video_fidelity
+from ddit_rt.lab.measure.video_file import write_mp4
 
 PROMPTS = ("a red circle moving left on plain blue", "a red circle moving up on blue dots")
 STEPS = 6
@@ -47,11 +44,11 @@ def clip_report(out: Path) -> dict[str, Any]:
         progress=False,
     )
     plans = (
-        Plan(name="fine", label="all fine", policy=ddit_rt.FinePolicy()),
+        Plan(name="fine", label="full resolution", policy=ddit_rt.FinePolicy()),
         Plan(name="static", label="static plan", policy=ddit_rt.StaticPolicy("2p:0.5,p")),
         Plan(name="dynamic", label="dynamic", policy=ddit_rt.DDiTPolicy(tau={"2p": 1.0})),
     )
-    config = VideoDemoConfig(
+    config = video_demo(
         out=out,
         prompts=PROMPTS,
         steps=STEPS,
@@ -61,7 +58,7 @@ def clip_report(out: Path) -> dict[str, Any]:
         repeats=1,
     )
     compiling = {"compile_seconds": 1.0, "load_seconds": 0.5, "artifact_bytes": 10}
-    return compare_clips(engine, plans, config, compiling)
+    return compare(engine, plans, config, compiling)
 
 
 def read_video(path: Path) -> np.ndarray:
@@ -108,7 +105,7 @@ def test_video_is_readable_and_shows_every_plan(clip_report: dict[str, Any], out
     frames = read_video(out / "clips.mp4")
     assert len(frames) == 3 * 5
     _, height, width, _ = frames.shape
-    # Three rows of clips of 192 px and two columns, beside labels and below captions.
+    # Three rows of videos of 192 px and two columns, beside labels and below captions.
     assert height >= 3 * 192
     assert width >= 2 * 192
     with Image.open(out / "timeline.png") as image:
@@ -116,8 +113,8 @@ def test_video_is_readable_and_shows_every_plan(clip_report: dict[str, Any], out
 
 
 def test_summary_has_a_line_per_way(clip_report: dict[str, Any]) -> None:
-    table = video_summary_table(clip_report)
-    for label in ("diffusers", "all fine", "static plan", "dynamic"):
+    table = summary_table(clip_report)
+    for label in ("diffusers", "full resolution", "static plan", "dynamic"):
         assert any(line.startswith(label) for line in table.splitlines())
 
 
@@ -140,11 +137,11 @@ def test_odd_sides_are_refused(tmp_path: Path) -> None:
 
 def test_side_by_side_puts_rows_below_and_prompts_beside_each_other() -> None:
     colours = {"one": ((200, 0, 0), (0, 200, 0)), "two": ((0, 0, 200), (200, 0, 200))}
-    clips = {
+    videos = {
         label: [np.full((2, 8, 8, 3), colour, dtype=np.uint8) for colour in row]
         for label, row in colours.items()
     }
-    frames = side_by_side(PROMPTS, clips, side=64, loops=2)
+    frames = side_by_side(PROMPTS, videos, side=64, loops=2)
     assert len(frames) == 4
     assert all(side % 16 == 0 for side in frames[0].shape[:2])
 
@@ -165,7 +162,7 @@ def test_flicker_ignores_a_constant_offset_and_counts_alternation() -> None:
     brighter = still + 10
     flickering = still.copy()
     flickering[1::2] += 10
-    closeness = clip_fidelity([brighter, flickering], [still, still])
+    closeness = video_fidelity([brighter, flickering], [still, still])
     assert closeness.flicker == pytest.approx((0, 10 / 255))
 
 
@@ -174,10 +171,10 @@ def test_missing_encoder_is_named_before_any_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ModuleNotFoundError, match=r"PyAV .*ddit_rt\[video\]"):
-        run_video_demo(None, VideoDemoConfig(out=tmp_path / "never"))
+        run_demo(None, video_demo(out=tmp_path / "never"))
     assert not (tmp_path / "never").exists()
 
 
 def test_bad_counts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got steps=0"):
-        VideoDemoConfig(out=tmp_path, steps=0)
+        DemoConfig(out=tmp_path, steps=0)

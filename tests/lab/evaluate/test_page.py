@@ -65,17 +65,17 @@ def test_page_refers_to_nothing_outside(page: Reader) -> None:
     assert "default-src 'none'" in policy
 
 
-def test_worst_cases_have_slider_pictures_and_timelines(page: Reader, evaluation: Path) -> None:
+def test_worst_cases_have_slider_images_and_timelines(page: Reader, evaluation: Path) -> None:
     assert len(page.all("article")) == 2  # of three, as asked for
     assert "2 of 3 prompts" in page.text
     sliders = page.all("input")
     assert len(sliders) == 2
     assert all(slider["type"] == "range" and slider["aria-label"] for slider in sliders)
-    pictures = [image["src"] for image in page.all("img") if "src" in image]
-    assert len(pictures) == 2 * 4
-    # Small pictures are the very ones of the folder.
+    images = [image["src"] for image in page.all("img") if "src" in image]
+    assert len(images) == 2 * 4
+    # Small images are the very ones of the folder.
     worst = json.loads((evaluation / "report.json").read_text())["worst"][0]
-    with Image.open(io.BytesIO(base64.b64decode(pictures[0].partition(",")[2]))) as image:
+    with Image.open(io.BytesIO(base64.b64decode(images[0].partition(",")[2]))) as image:
         first = np.asarray(image)
     found = [evaluation / "pictures" / "fine" / f"{worst:05d}-{repeat}.png" for repeat in (0, 1)]
     assert any(np.array_equal(first, np.asarray(Image.open(file))) for file in found)
@@ -89,9 +89,9 @@ def test_page_names_what_is_not_there(page: Reader) -> None:
     assert "LPIPS: not installed: <torchvision>" in page.text
 
 
-def test_large_picture_becomes_a_smaller_jpeg() -> None:
-    picture = np.zeros((1000, 2000, 3), np.uint8)
-    uri = data_uri(picture)
+def test_large_image_becomes_a_smaller_jpeg() -> None:
+    image = np.zeros((1000, 2000, 3), np.uint8)
+    uri = data_uri(image)
     assert uri.startswith("data:image/jpeg;base64,")
     with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as image:
         assert image.size == (768, 384)

@@ -1,4 +1,4 @@
-"""Distances between sets of pictures: FID, and the same on the demo classifier's features."""
+"""Distances between sets of images: FID, and the same on the demo classifier's features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from ddit_rt.lab.evaluate.metrics.base import SetMetric, as_tensor
 from ddit_rt.lab.evaluate.metrics.fidelity import TORCHMETRICS
-from ddit_rt.lab.measure.timing import Picture
+from ddit_rt.lab.measure.timing import Pixels
 
 
 class FrechetDistance(SetMetric):
@@ -38,7 +38,7 @@ class FrechetDistance(SetMetric):
             )
 
     def distances(
-        self, sets: Mapping[str, Iterable[Picture]], references: Iterable[Picture]
+        self, sets: Mapping[str, Iterable[Pixels]], references: Iterable[Pixels]
     ) -> dict[str, float]:
         """See `SetMetric.distances`."""
         self.load()
@@ -48,17 +48,17 @@ class FrechetDistance(SetMetric):
         metric.reset_real_features = False
         self._update(metric, references, real=True)
         found = {}
-        for name, pictures in sets.items():
-            self._update(metric, pictures, real=False)
+        for name, images in sets.items():
+            self._update(metric, images, real=False)
             # A product of rounded matrices may come out a rounding error below zero.
             found[name] = max(0.0, float(metric.compute()))
             metric.reset()
         return found
 
-    def _update(self, metric: Any, pictures: Iterable[Picture], *, real: bool) -> None:
+    def _update(self, metric: Any, images: Iterable[Pixels], *, real: bool) -> None:
         with torch.no_grad():
-            for picture in pictures:
-                metric.update(as_tensor(picture, self._device), real=real)
+            for image in images:
+                metric.update(as_tensor(image, self._device), real=real)
 
 
 class Fid(FrechetDistance):
@@ -77,7 +77,7 @@ class Fid(FrechetDistance):
 
 
 class DemoFrechetDistance(FrechetDistance):
-    """Not FID: the same distance on 64 features of the small classifier of the demo's pictures."""
+    """Not FID: the same distance on 64 features of the small classifier of the demo's images."""
 
     name = "demo_frechet"
     label = "FID-like distance on the demo classifier's features"
@@ -99,6 +99,6 @@ class _DemoFeatures(nn.Module):
         super().__init__()
         self.classifier = classifier
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        features = self.classifier.features(pictures.float() / 127.5 - 1)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.classifier.features(images.float() / 127.5 - 1)
         return torch.as_tensor(features.mean(dim=(2, 3)))

@@ -1,25 +1,117 @@
-"""`timeline.png`: what the dynamic policy decided, step by step, and what each step took."""
+"""Figures of the demo: `grid.png`, one row of images per plan, and `timeline.png`.
+
+The timeline shows what the dynamic policy decided, step by step, and what each step took.
+"""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddit_rt.lab.measure.grid import new_figure
+from ddit_rt.lab.measure.figures import new_figure, size_colour
+from ddit_rt.lab.measure.timing import Pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart by colour-blind readers too. Sizes are also written out.
-COLOURS = {"p": "#0072B2", "2p": "#E69F00", "4p": "#009E73"}
-_OTHER = "#CC79A7"
+_CELL, _LABEL, _CAPTION, _GAP = 1.55, 2.0, 0.55, 0.05
+"""Inches: side of an image, width of the row labels, height of the captions, white space."""
+
 _REUSED_ALPHA = 0.35
 _MARKERS = {"2p": "o", "4p": "^"}
 
 
+def draw_grid(
+    report: Mapping[str, Any], images: Mapping[str, Sequence[Pixels]], path: Path
+) -> None:
+    """Draws the images of diffusers and of every plan.
+
+    Args:
+        report: The demo's report.
+        images: Per row name (`"diffusers"`, then the plans), one image per prompt.
+        path: PNG to write.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; the message names the extra.
+    """
+    prompts = report["settings"]["prompts"]
+    entries = {"diffusers": report["reference"]}
+    entries |= {entry["policy"]: entry for entry in report["runs"]}
+    size = (_LABEL + len(prompts) * _CELL, _CAPTION + len(entries) * _CELL)
+    figure = new_figure(size)
+    for column, prompt in enumerate(prompts):
+        _caption(figure, size, column, prompt)
+    for row, (name, entry) in enumerate(entries.items()):
+        _row_label(figure, size, row, entry)
+        for column, image in enumerate(images[name]):
+            axes = _cell(figure, size, row, column)
+            axes.imshow(image, interpolation="lanczos")
+            if name not in ("diffusers", "fine"):
+                _badge(axes, entry["prompts"][column])
+    figure.savefig(path, dpi=150)
+
+
+def _cell(figure: Figure, size: tuple[float, float], row: int, column: int) -> Axes:
+    width, height = size
+    left = _LABEL + column * _CELL
+    bottom = height - _CAPTION - (row + 1) * _CELL
+    side = _CELL - _GAP
+    axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+    axes.set_axis_off()
+    return axes
+
+
+def _caption(figure: Figure, size: tuple[float, float], column: int, prompt: str) -> None:
+    width, height = size
+    figure.text(
+        (_LABEL + column * _CELL + (_CELL - _GAP) / 2) / width,
+        (height - _CAPTION / 2) / height,
+        textwrap.fill(prompt, 18),
+        ha="center",
+        va="center",
+        fontsize=9,
+    )
+
+
+def _row_label(
+    figure: Figure, size: tuple[float, float], row: int, entry: Mapping[str, Any]
+) -> None:
+    width, height = size
+    middle = (height - _CAPTION - (row + 0.5) * _CELL) / height
+    left = 0.12 / width
+    figure.text(left, middle + 0.28 / height, entry["label"], fontsize=13, weight="bold")
+    for line, text in enumerate(_facts(entry)):
+        figure.text(left, middle + (0.05 - 0.19 * line) / height, text, fontsize=9.5)
+
+
+def _facts(entry: Mapping[str, Any]) -> list[str]:
+    """What a row's label says below its name."""
+    seconds = f"{entry['seconds_denoise']:.3f} s denoising"
+    if "speedup_denoise" not in entry:
+        return [seconds, "reference of speed-up"]
+    speed = f"speed-up {entry['speedup_denoise']:.2f}x"
+    if entry["policy"] == "fine":
+        return [seconds, speed, "reference of SSIM"]
+    return [seconds, speed, f"SSIM {entry['ssim']:.3f}"]
+
+
+def _badge(axes: Axes, prompt: Mapping[str, Any]) -> None:
+    axes.text(
+        0.03,
+        0.03,
+        f"SSIM {prompt['ssim']:.2f}",
+        transform=axes.transAxes,
+        fontsize=7.5,
+        va="bottom",
+        bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5},
+    )
+
+
 def draw_timeline(report: Mapping[str, Any], path: Path) -> None:
-    """Draws the dynamic run of every prompt, plain pictures first.
+    """Draws the dynamic run of every prompt, plain images first.
 
     Three panels per prompt: patch size of every step, pale where the step reused; its scores
     (solid) and thresholds (dashed) on a log axis; its time.
@@ -68,7 +160,7 @@ def _draw_sizes(axes: Axes, entry: Mapping[str, Any], steps: Sequence[Mapping[st
         size, place = step["patch_size"], step["step"]
         reused = bool(step.get("reused"))
         alpha = _REUSED_ALPHA if reused else 1.0
-        axes.bar(place, 1, width=0.94, color=COLOURS.get(size, _OTHER), alpha=alpha)
+        axes.bar(place, 1, width=0.94, color=size_colour(size), alpha=alpha)
         colour = "white" if size == "p" and not reused else "black"
         style: dict[str, Any] = {"color": colour, "fontsize": 8, "weight": "bold"}
         axes.text(place, 0.5, size, ha="center", va="center", **style)
@@ -114,7 +206,7 @@ def _draw_scores(
         if not scored:
             continue
         x = [step["step"] for step in scored]
-        colour = COLOURS.get(name, _OTHER)
+        colour = size_colour(name)
         scores = [step["scores"][name] for step in scored]
         axes.plot(x, scores, color=colour, marker=_MARKERS.get(name, "s"), markersize=3.5, lw=1.4)
         taus = [step["thresholds"][name] for step in scored]
@@ -131,7 +223,7 @@ def _draw_times(axes: Axes, steps: Sequence[Mapping[str, Any]], longest: float) 
         [step["step"] for step in steps],
         [step["latency_ms"] for step in steps],
         width=0.8,
-        color=[COLOURS.get(step["patch_size"], _OTHER) for step in steps],
+        color=[size_colour(step["patch_size"]) for step in steps],
     )
     axes.set_ylim(0, longest * 1.08)
     axes.grid(visible=True, axis="y", alpha=0.3)
@@ -146,7 +238,7 @@ def _draw_legend(figure: Any, prompts: Sequence[Mapping[str, Any]]) -> None:
     sizes = {step["patch_size"] for step in steps}
     sizes |= {name for step in steps for name, tau in step["thresholds"].items() if tau}
     handles: list[Any] = [
-        Patch(color=COLOURS.get(size, _OTHER), label=f"patch size {size}")
+        Patch(color=size_colour(size), label=f"patch size {size}")
         for size in sorted(sizes, key=lambda size: (len(size), size))
     ]
     handles.append(Line2D([], [], color="black", marker="o", markersize=3.5, label="score"))

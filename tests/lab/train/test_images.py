@@ -1,4 +1,4 @@
-"""Every source of pictures, and what happens to those that cannot be used."""
+"""Every source of images, and what happens to those that cannot be used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ddit_rt.lab.train import DataConfig
-from ddit_rt.lab.train.pictures import Skipped, captioned_pictures, read_pictures
+from ddit_rt.lab.train.images import Skipped, captioned_images, read_images
 
 
 def config(kind: str, source: object) -> DataConfig:
@@ -23,7 +23,7 @@ def config(kind: str, source: object) -> DataConfig:
 
 def captions(kind: str, source: object) -> tuple[list[str], list[str]]:
     skipped = Skipped()
-    read = read_pictures(captioned_pictures(config(kind, source)), 32, 48, skipped)
+    read = read_images(captioned_images(config(kind, source)), 32, 48, skipped)
     return [caption for _, caption in read], skipped.reasons
 
 
@@ -41,8 +41,8 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
             archive.addfile(member, io.BytesIO(data))
 
 
-def test_folder_reads_pairs_and_lists_what_it_leaves_out(picture_folder: Path) -> None:
-    found, skipped = captions("folder", picture_folder)
+def test_folder_reads_pairs_and_lists_what_it_leaves_out(image_folder: Path) -> None:
+    found, skipped = captions("folder", image_folder)
     assert found == ["picture a", "picture b", "picture c"]
     assert skipped[0].startswith("broken.png: OSError: ")
     assert skipped[1] == "silent.png: no caption"
@@ -64,7 +64,7 @@ def test_bad_metadata_line_is_shown(tmp_path: Path) -> None:
         captions("folder", tmp_path)
 
 
-def test_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+def test_folder_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no pictures"):
         captions("folder", tmp_path)
     with pytest.raises(ValueError, match="there is no folder"):
@@ -127,14 +127,14 @@ def test_datasets_rows_are_read_undecoded(tmp_path: Path, monkeypatch: pytest.Mo
         captions("datasets", "owner/name")
 
 
-def test_picture_is_scaled_and_cut_in_the_middle(tmp_path: Path) -> None:
-    """A wide picture, black but for a white middle: only the middle is left."""
-    picture = Image.new("RGB", (300, 64))
-    picture.paste((255, 255, 255), (100, 0, 200, 64))
-    picture.save(tmp_path / "wide.png")
+def test_image_is_scaled_and_cut_in_the_middle(tmp_path: Path) -> None:
+    """A wide image, black but for a white middle: only the middle is left."""
+    image = Image.new("RGB", (300, 64))
+    image.paste((255, 255, 255), (100, 0, 200, 64))
+    image.save(tmp_path / "wide.png")
     (tmp_path / "wide.txt").write_text("wide")
-    examples = captioned_pictures(config("folder", tmp_path))
-    (pixels, _), *_ = read_pictures(examples, 32, 48, Skipped())
+    examples = captioned_images(config("folder", tmp_path))
+    (pixels, _), *_ = read_images(examples, 32, 48, Skipped())
     assert pixels.shape == (3, 32, 48)
     # Lanczos weights sum to 1 within half an 8-bit step.
     torch.testing.assert_close(pixels, torch.ones(3, 32, 48), rtol=0, atol=2 / 255)

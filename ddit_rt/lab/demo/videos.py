@@ -1,6 +1,6 @@
-"""Procedural captioned clips: one outlined shape that moves over a plain or textured ground.
+"""Procedural captioned videos: one outlined shape that moves over a plain or textured ground.
 
-A clip is a function of its attributes (what the caption says), a `ClipConfig` (size and ranges)
+A video is a function of its attributes (what the caption says), a `VideoConfig` (size and ranges)
 and a seed (what the caption leaves open). Words, colours and textures are those of `pictures`.
 Lengths are in units of the shorter side and speed is per frame, so the same seed at 64, 32 and
 16 px shows the same scene, and fewer frames show the middle part of the same movement.
@@ -13,13 +13,13 @@ import itertools
 import numpy as np
 import numpy.typing as npt
 
-from ddit_rt.lab.demo.pictures import (
+from ddit_rt.lab.demo.images import (
     BACKGROUND_COLOURS,
     DISTANCES,
     OUTLINE_SHADE,
     RGB,
     Array,
-    PictureConfig,
+    ImageConfig,
     area_average,
     draw_ground,
     rotate,
@@ -41,8 +41,8 @@ STEPS: dict[str, tuple[int, int]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ClipAttributes:
-    """What a caption says about a clip; every field is a word of the tuples above."""
+class VideoAttributes:
+    """What a caption says about a video; every field is a word of the tuples above."""
 
     shape: str
     colour: str
@@ -51,7 +51,7 @@ class ClipAttributes:
     ground_colour: str
 
     def __post_init__(self) -> None:
-        """Reject words that no clip is drawn for."""
+        """Reject words that no video is drawn for."""
         for name, known in _VOCABULARY.items():
             value = getattr(self, name)
             if value not in known:
@@ -78,12 +78,12 @@ _VOCABULARY: dict[str, tuple[str, ...]] = {
     "ground": GROUNDS,
     "ground_colour": GROUND_COLOURS,
 }
-CLIP_ATTRIBUTE_SIZES: dict[str, int] = {name: len(known) for name, known in _VOCABULARY.items()}
+VIDEO_ATTRIBUTE_SIZES: dict[str, int] = {name: len(known) for name, known in _VOCABULARY.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ClipConfig:
-    """Size of the clips and the ranges that a seed draws from.
+class VideoConfig:
+    """Size of the videos and the ranges that a seed draws from.
 
     Lengths (`jitter`, `radius`, `outline`, `speed`) are fractions of the shorter side, `speed` per
     frame; `rotation` is in radians. `ground` holds the ranges of the textures.
@@ -112,24 +112,24 @@ class ClipConfig:
                 raise ValueError(f"{name} is {(low, high)}, expected 0 < low <= high < 1")
 
 
-def all_clip_attributes() -> list[ClipAttributes]:
+def all_video_attributes() -> list[VideoAttributes]:
     """All 1152 combinations, shape varying slowest and ground colour fastest."""
     combinations = itertools.product(*_VOCABULARY.values())
-    return [ClipAttributes(**dict(zip(_VOCABULARY, words, strict=True))) for words in combinations]
+    return [VideoAttributes(**dict(zip(_VOCABULARY, words, strict=True))) for words in combinations]
 
 
-def is_held_out_clip(attributes: ClipAttributes) -> bool:
+def is_held_out_video(attributes: VideoAttributes) -> bool:
     """Whether a combination (one in sixteen) is kept out of training; its words all occur there."""
     weights = (1, 3, 5, 7, 9)
     total = sum(w * label for w, label in zip(weights, attributes.labels, strict=True))
     return total % 16 == 0
 
 
-def parse_clip_caption(caption: str) -> ClipAttributes:
-    """Inverse of `ClipAttributes.caption`.
+def parse_video_caption(caption: str) -> VideoAttributes:
+    """Inverse of `VideoAttributes.caption`.
 
     Raises:
-        ValueError: If the caption does not follow the pattern of `ClipAttributes.caption`.
+        ValueError: If the caption does not follow the pattern of `VideoAttributes.caption`.
     """
     words = caption.split()
     if len(words) != 8 or words[3] != "moving" or words[5] != "on":
@@ -138,30 +138,32 @@ def parse_clip_caption(caption: str) -> ClipAttributes:
             "or 'a red circle moving left on plain blue'"
         )
     ground, tint = words[6:] if words[6] == "plain" else reversed(words[6:])
-    return ClipAttributes(
+    return VideoAttributes(
         colour=words[1], shape=words[2], direction=words[4], ground=ground, ground_colour=tint
     )
 
 
-def random_clip_attributes(seed: int, index: int, *, held_out: bool = False) -> ClipAttributes:
-    """Draw the combination of clip `index`, from the training or the held-out combinations."""
+def random_video_attributes(seed: int, index: int, *, held_out: bool = False) -> VideoAttributes:
+    """Draw the combination of video `index`, from the training or the held-out combinations."""
     pool = _pool(held_out)
     return pool[int(np.random.default_rng([seed, index, 3]).integers(len(pool)))]
 
 
 @functools.cache
-def _pool(held_out: bool) -> tuple[ClipAttributes, ...]:
-    return tuple(a for a in all_clip_attributes() if is_held_out_clip(a) == held_out)
+def _pool(held_out: bool) -> tuple[VideoAttributes, ...]:
+    return tuple(a for a in all_video_attributes() if is_held_out_video(a) == held_out)
 
 
-def draw_clip(attributes: ClipAttributes, config: ClipConfig, seed: int, index: int = 0) -> Array:
-    """Draw one clip.
+def draw_video(
+    attributes: VideoAttributes, config: VideoConfig, seed: int, index: int = 0
+) -> Array:
+    """Draw one video.
 
     Args:
         attributes: What to draw.
         config: Size and ranges.
         seed: Seed of the series.
-        index: Number of the clip within the series.
+        index: Number of the video within the series.
 
     Returns:
         ``[frames, height, width, 3]`` float32, RGB in [0, 1].
@@ -172,36 +174,36 @@ def draw_clip(attributes: ClipAttributes, config: ClipConfig, seed: int, index: 
     radius = np.float32(rng.uniform(*config.radius))
     speed = rng.uniform(*config.speed)
     shade = rng.uniform(-config.shade, config.shade, size=(2, 3)).astype(np.float32)
-    picture = PictureConfig(height=config.height, width=config.width)
-    ground = draw_ground(attributes.ground, attributes.ground_colour, shade[0], rng, picture)
-    ground = area_average(ground, picture.supersample)
+    image = ImageConfig(height=config.height, width=config.width)
+    ground = draw_ground(attributes.ground, attributes.ground_colour, shade[0], rng, image)
+    ground = area_average(ground, image.supersample)
     fill = np.asarray(RGB[attributes.colour], dtype=np.float32) + shade[1]
     times = np.arange(config.frames) - (config.frames - 1) / 2
     centres = middle + speed * times[:, None] * np.asarray(STEPS[attributes.direction])
     x, y = _pixel_centres(config, centres.astype(np.float32))
     distance = DISTANCES[attributes.shape](*rotate(x, y, angle), radius)
     inside, core = (_coverage(distance + shift, config) for shift in (0.0, config.outline))
-    clip = ground + (fill * np.float32(OUTLINE_SHADE) - ground) * inside
-    return np.asarray(np.clip(clip + (fill - clip) * core, 0, 1), dtype=np.float32)
+    video = ground + (fill * np.float32(OUTLINE_SHADE) - ground) * inside
+    return np.asarray(np.clip(video + (fill - video) * core, 0, 1), dtype=np.float32)
 
 
-def draw_clips(
-    config: ClipConfig, seed: int, start: int, count: int, *, held_out: bool = False
-) -> tuple[npt.NDArray[np.uint8], list[ClipAttributes]]:
-    """Draw clips ``start .. start + count - 1`` of a series.
+def draw_videos(
+    config: VideoConfig, seed: int, start: int, count: int, *, held_out: bool = False
+) -> tuple[npt.NDArray[np.uint8], list[VideoAttributes]]:
+    """Draw videos ``start .. start + count - 1`` of a series.
 
     Returns:
-        ``[count, 3, frames, height, width]`` uint8 RGB, and the attributes of each clip.
+        ``[count, 3, frames, height, width]`` uint8 RGB, and the attributes of each video.
     """
-    drawn = [random_clip_attributes(seed, start + i, held_out=held_out) for i in range(count)]
-    clips = np.empty((count, 3, config.frames, config.height, config.width), dtype=np.uint8)
+    drawn = [random_video_attributes(seed, start + i, held_out=held_out) for i in range(count)]
+    videos = np.empty((count, 3, config.frames, config.height, config.width), dtype=np.uint8)
     for i, attributes in enumerate(drawn):
-        clip = draw_clip(attributes, config, seed, start + i)
-        clips[i] = np.rint(clip.transpose(3, 0, 1, 2) * 255).astype(np.uint8)
-    return clips, drawn
+        video = draw_video(attributes, config, seed, start + i)
+        videos[i] = np.rint(video.transpose(3, 0, 1, 2) * 255).astype(np.uint8)
+    return videos, drawn
 
 
-def _pixel_centres(config: ClipConfig, centres: Array) -> tuple[Array, Array]:
+def _pixel_centres(config: VideoConfig, centres: Array) -> tuple[Array, Array]:
     """Pixel centres relative to the shape's, each ``[frames, height, width]``."""
     unit = np.float32(min(config.height, config.width))
     y = (np.arange(config.height, dtype=np.float32) + 0.5 - config.height / 2) / unit
@@ -213,7 +215,7 @@ def _pixel_centres(config: ClipConfig, centres: Array) -> tuple[Array, Array]:
     )
 
 
-def _coverage(distance: Array, config: ClipConfig) -> Array:
+def _coverage(distance: Array, config: VideoConfig) -> Array:
     """Share of each pixel inside the outline, ``[frames, height, width, 1]``."""
     pixels = distance * np.float32(min(config.height, config.width))
     return np.asarray(np.clip(0.5 - pixels, 0, 1), dtype=np.float32)[..., None]

@@ -1,7 +1,7 @@
 """Pictures with captions from a folder, a WebDataset, or a `datasets` data set.
 
-A picture that cannot be read is no reason to stop: it is skipped, counted and listed. No caption
-is: a picture without one is listed as skipped too.
+An image that cannot be read is no reason to stop: it is skipped, counted and listed. No caption
+is: an image without one is listed as skipped too.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from ddit_rt.lab.train.config import DataConfig
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _BROKEN = (OSError, ValueError, SyntaxError, KeyError, Image.DecompressionBombError)
-"""What Pillow and the readers below raise for a file that is no picture, or not a whole one."""
+"""What Pillow and the readers below raise for a file that is no image, or not a whole one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Captioned:
-    """A picture whose bytes have not been read yet.
+    """An image whose bytes have not been read yet.
 
     Attributes:
         name: For messages.
         caption: None where none was found.
-        open: Reads the picture.
+        open: Reads the image.
     """
 
     name: str
@@ -51,8 +51,8 @@ class Skipped:
     reasons: list[str] = field(default_factory=list)
 
 
-def captioned_pictures(config: DataConfig) -> Iterator[Captioned]:
-    """All pictures of a source, unread, in a fixed order.
+def captioned_images(config: DataConfig) -> Iterator[Captioned]:
+    """All images of a source, unread, in a fixed order.
 
     Raises:
         ValueError: Nothing of the kind is there.
@@ -62,16 +62,16 @@ def captioned_pictures(config: DataConfig) -> Iterator[Captioned]:
     return readers[config.kind](config)
 
 
-def read_pictures(
+def read_images(
     examples: Iterator[Captioned], height: int, width: int, skipped: Skipped
 ) -> Iterator[tuple[Tensor, str]]:
-    """Reads, crops and scales pictures, leaving broken ones out.
+    """Reads, crops and scales images, leaving broken ones out.
 
     Args:
         examples: What to read.
         height: Rows of the result.
         width: Columns of the result.
-        skipped: Takes a line for each picture that is left out.
+        skipped: Takes a line for each image that is left out.
 
     Yields:
         `[3, height, width]`, float32, in [-1, 1], and its caption.
@@ -82,33 +82,33 @@ def read_pictures(
             continue
         try:
             with example.open() as opened:
-                picture = opened.convert("RGB")
+                image = opened.convert("RGB")
         except _BROKEN as error:
             skipped.reasons.append(f"{example.name}: {type(error).__name__}: {error}")
             continue
-        yield _fit(picture, height, width), example.caption
+        yield _fit(image, height, width), example.caption
 
 
-def _fit(picture: Image.Image, height: int, width: int) -> Tensor:
-    """Scales the picture until it covers height x width, and cuts the middle out."""
-    scale = max(height / picture.height, width / picture.width)
-    size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
-    if size != picture.size:
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+def _fit(image: Image.Image, height: int, width: int) -> Tensor:
+    """Scales the image until it covers height x width, and cuts the middle out."""
+    scale = max(height / image.height, width / image.width)
+    size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    pixels = np.asarray(picture.crop((left, top, left + width, top + height)), dtype=np.float32)
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32)
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
 def _folder(config: DataConfig) -> Iterator[Captioned]:
     root = Path(config.source)
     if not root.is_dir():
-        raise ValueError(f"there is no folder {root}; name one with pictures and captions")
+        raise ValueError(f"there is no folder {root}; name one with images and captions")
     table = root / "metadata.jsonl"
     found = list(_from_table(root, table) if table.is_file() else _pairs(root))
     if not found:
         raise ValueError(
-            f"{root} holds no pictures ({', '.join(_SUFFIXES)}); expected name.png beside "
+            f"{root} holds no images ({', '.join(_SUFFIXES)}); expected name.png beside "
             "name.txt, or metadata.jsonl with file_name and text"
         )
     return iter(found)
@@ -169,10 +169,10 @@ def _members(file: str, archive: tarfile.TarFile) -> Iterator[Captioned]:
             stem, _, suffix = base.partition(".")
             samples.setdefault(f"{folder}/{stem}", {})[f".{suffix.lower()}"] = member
     for stem, parts in samples.items():
-        picture = next((parts[suffix] for suffix in _SUFFIXES if suffix in parts), None)
-        if picture is None:
+        image = next((parts[suffix] for suffix in _SUFFIXES if suffix in parts), None)
+        if image is None:
             continue
-        data = _content(archive, picture)
+        data = _content(archive, image)
         yield Captioned(
             name=f"{PurePosixPath(file).name}:{stem.lstrip('/')}",
             caption=_tar_caption(archive, parts),

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ddit_rt.lab.demo.timeline import is_textured
+from ddit_rt.lab.demo.figures import is_textured
 
 
 @pytest.mark.parametrize("name", ["grid.png", "timeline.png"])
 @pytest.mark.usefixtures("report")
-def test_picture_is_large_enough_to_read(name: str, demo_out: Path) -> None:
+def test_image_is_large_enough_to_read(name: str, demo_out: Path) -> None:
     with Image.open(demo_out / name) as image:
         assert min(image.size) >= 400
         colours = image.convert("RGB").getcolors(maxcolors=2**24)

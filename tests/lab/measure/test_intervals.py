@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from ddit_rt.lab.evaluate import mean_interval, share_interval
+from ddit_rt.lab.measure.statistics import mean_interval, share_interval
 
 
 def test_mean_interval_covers_the_true_mean_about_95_times_in_100():

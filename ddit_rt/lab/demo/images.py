@@ -1,9 +1,9 @@
-"""Procedural captioned pictures: one outlined shape before a plain or textured background.
+"""Procedural captioned images: one outlined shape before a plain or textured background.
 
-A picture is a function of its attributes (what the caption says), a `PictureConfig` (size and
+An image is a function of its attributes (what the caption says), a `ImageConfig` (size and
 ranges) and a seed (what the caption leaves open: position, size, rotation, phase of the texture).
 Lengths are in units of the shorter side, so the same seed drawn at 128, 64 and 32 px shows the
-same scene, and the small picture is the area average of the large one up to anti-aliasing.
+same scene, and the small image is the area average of the large one up to anti-aliasing.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ OUTLINE_SHADE = 0.4
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Attributes:
-    """What a caption says about a picture; every field is a word of the tuples above."""
+    """What a caption says about an image; every field is a word of the tuples above."""
 
     shape: str
     colour: str
@@ -46,7 +46,7 @@ class Attributes:
     background_colour: str
 
     def __post_init__(self) -> None:
-        """Reject words that no picture is drawn for."""
+        """Reject words that no image is drawn for."""
         for name, known in _VOCABULARY.items():
             value = getattr(self, name)
             if value not in known:
@@ -80,8 +80,8 @@ ATTRIBUTE_SIZES: dict[str, int] = {name: len(known) for name, known in _VOCABULA
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class PictureConfig:
-    """Size of the pictures and the ranges that a seed draws from.
+class ImageConfig:
+    """Size of the images and the ranges that a seed draws from.
 
     Lengths (`jitter`, `radius`, `outline`, `period`) are fractions of the shorter side; angles
     are in radians.
@@ -141,19 +141,19 @@ def parse_caption(caption: str) -> Attributes:
 
 
 def random_attributes(seed: int, index: int, *, held_out: bool = False) -> Attributes:
-    """Draw the combination of picture `index`, from the training or the held-out combinations."""
+    """Draw the combination of image `index`, from the training or the held-out combinations."""
     pool = [a for a in all_attributes() if is_held_out(a) == held_out]
     return pool[int(np.random.default_rng([seed, index, 1]).integers(len(pool)))]
 
 
-def draw_picture(attributes: Attributes, config: PictureConfig, seed: int, index: int = 0) -> Array:
-    """Draw one picture.
+def draw_image(attributes: Attributes, config: ImageConfig, seed: int, index: int = 0) -> Array:
+    """Draw one image.
 
     Args:
         attributes: What to draw.
         config: Size and ranges.
         seed: Seed of the series.
-        index: Number of the picture within the series.
+        index: Number of the image within the series.
 
     Returns:
         ``[height, width, 3]`` float32, RGB in [0, 1].
@@ -164,15 +164,13 @@ def draw_picture(attributes: Attributes, config: PictureConfig, seed: int, index
     centre = rng.uniform(-config.jitter, config.jitter, size=2)
     radius = rng.uniform(*config.radius)
     shade = rng.uniform(-config.shade, config.shade, size=(2, 3)).astype(np.float32)
-    picture = draw_ground(
-        attributes.background, attributes.background_colour, shade[0], rng, config
-    )
+    image = draw_ground(attributes.background, attributes.background_colour, shade[0], rng, config)
     u, v = rotate(x - np.float32(centre[0]), y - np.float32(centre[1]), angle)
     distance = DISTANCES[attributes.shape](u, v, np.float32(radius))
     fill = np.asarray(RGB[attributes.colour], dtype=np.float32) + shade[1]
-    picture = np.where((distance < 0)[..., None], fill * np.float32(OUTLINE_SHADE), picture)
-    picture = np.where((distance < -config.outline)[..., None], fill, picture)
-    return np.clip(area_average(picture, config.supersample), 0, 1).astype(np.float32)
+    image = np.where((distance < 0)[..., None], fill * np.float32(OUTLINE_SHADE), image)
+    image = np.where((distance < -config.outline)[..., None], fill, image)
+    return np.clip(area_average(image, config.supersample), 0, 1).astype(np.float32)
 
 
 def draw_ground(
@@ -180,7 +178,7 @@ def draw_ground(
     background_colour: str,
     shade: Array,
     rng: np.random.Generator,
-    config: PictureConfig,
+    config: ImageConfig,
 ) -> Array:
     """A background alone, ``[height * supersample, width * supersample, 3]`` float32, RGB.
 
@@ -195,23 +193,23 @@ def draw_ground(
 
 
 def draw_series(
-    config: PictureConfig, seed: int, start: int, count: int, *, held_out: bool = False
+    config: ImageConfig, seed: int, start: int, count: int, *, held_out: bool = False
 ) -> tuple[npt.NDArray[np.uint8], list[Attributes]]:
-    """Draw pictures ``start .. start + count - 1`` of a series.
+    """Draw images ``start .. start + count - 1`` of a series.
 
     Returns:
-        ``[count, 3, height, width]`` uint8 RGB, and the attributes of each picture.
+        ``[count, 3, height, width]`` uint8 RGB, and the attributes of each image.
     """
     drawn = [random_attributes(seed, start + i, held_out=held_out) for i in range(count)]
-    pictures = np.empty((count, 3, config.height, config.width), dtype=np.uint8)
+    images = np.empty((count, 3, config.height, config.width), dtype=np.uint8)
     for i, attributes in enumerate(drawn):
-        picture = draw_picture(attributes, config, seed, start + i)
-        pictures[i] = np.rint(picture.transpose(2, 0, 1) * 255).astype(np.uint8)
-    return pictures, drawn
+        image = draw_image(attributes, config, seed, start + i)
+        images[i] = np.rint(image.transpose(2, 0, 1) * 255).astype(np.uint8)
+    return images, drawn
 
 
-def _grid(config: PictureConfig) -> tuple[Array, Array]:
-    """Pixel centres of the supersampled picture, origin in the middle, short side of length 1."""
+def _grid(config: ImageConfig) -> tuple[Array, Array]:
+    """Pixel centres of the supersampled image, origin in the middle, short side of length 1."""
     unit = min(config.height, config.width) * config.supersample
     rows, columns = config.height * config.supersample, config.width * config.supersample
     y = (np.arange(rows, dtype=np.float32) + 0.5 - rows / 2) / unit
@@ -226,10 +224,10 @@ def rotate(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
     return cos * x + sin * y, cos * y - sin * x
 
 
-def area_average(picture: Array, factor: int) -> Array:
+def area_average(image: Array, factor: int) -> Array:
     """Means over `factor` x `factor` pixels of ``[H, W, 3]``."""
-    rows, columns, channels = picture.shape
-    blocks = picture.reshape(rows // factor, factor, columns // factor, factor, channels)
+    rows, columns, channels = image.shape
+    blocks = image.reshape(rows // factor, factor, columns // factor, factor, channels)
     return np.asarray(blocks.mean(axis=(1, 3)), dtype=np.float32)
 
 
@@ -271,32 +269,32 @@ def _star(x: Array, y: Array, radius: np.float32) -> Array:
 # Textures: weight in [0, 1] of the strong tint at each pixel.
 
 
-def _plain(x: Array, _y: Array, rng: np.random.Generator, _config: PictureConfig) -> Array:
+def _plain(x: Array, _y: Array, rng: np.random.Generator, _config: ImageConfig) -> Array:
     return np.full_like(x, rng.uniform(0.7, 1.0))
 
 
-def _fade(x: Array, y: Array, rng: np.random.Generator, _config: PictureConfig) -> Array:
+def _fade(x: Array, y: Array, rng: np.random.Generator, _config: ImageConfig) -> Array:
     _, along = rotate(x, y, rng.uniform(-0.4, 0.4))
     return np.asarray(np.clip(along * 1.1 + 0.5, 0, 1), dtype=np.float32)
 
 
-def _stripes(x: Array, y: Array, rng: np.random.Generator, config: PictureConfig) -> Array:
+def _stripes(x: Array, y: Array, rng: np.random.Generator, config: ImageConfig) -> Array:
     along, _ = rotate(x, y, math.pi / 4 + rng.uniform(-0.15, 0.15))
     phase = along / np.float32(rng.uniform(*config.period)) + np.float32(rng.uniform())
     return np.asarray((phase % 1) < 0.5, dtype=np.float32)
 
 
-def _dots(x: Array, y: Array, rng: np.random.Generator, config: PictureConfig) -> Array:
+def _dots(x: Array, y: Array, rng: np.random.Generator, config: ImageConfig) -> Array:
     u, v = _lattice(x, y, rng, config)
     return np.asarray(np.hypot(u % 1 - 0.5, v % 1 - 0.5) < 0.33, dtype=np.float32)
 
 
-def _checkers(x: Array, y: Array, rng: np.random.Generator, config: PictureConfig) -> Array:
+def _checkers(x: Array, y: Array, rng: np.random.Generator, config: ImageConfig) -> Array:
     u, v = _lattice(x, y, rng, config)
     return np.asarray((np.floor(u) + np.floor(v)) % 2, dtype=np.float32)
 
 
-def _rings(x: Array, y: Array, rng: np.random.Generator, config: PictureConfig) -> Array:
+def _rings(x: Array, y: Array, rng: np.random.Generator, config: ImageConfig) -> Array:
     centre = rng.uniform(-config.jitter, config.jitter, size=2).astype(np.float32)
     length = np.hypot(x - centre[0], y - centre[1])
     phase = length / np.float32(rng.uniform(*config.period)) + np.float32(rng.uniform())
@@ -304,7 +302,7 @@ def _rings(x: Array, y: Array, rng: np.random.Generator, config: PictureConfig) 
 
 
 def _lattice(
-    x: Array, y: Array, rng: np.random.Generator, config: PictureConfig
+    x: Array, y: Array, rng: np.random.Generator, config: ImageConfig
 ) -> tuple[Array, Array]:
     """Coordinates of a slightly turned square lattice, in periods, with a random phase."""
     u, v = rotate(x, y, rng.uniform(-0.1, 0.1))
@@ -319,7 +317,7 @@ DISTANCES: dict[str, Callable[[Array, Array, np.float32], Array]] = {
     "triangle": _triangle,
     "star": _star,
 }
-TEXTURES: dict[str, Callable[[Array, Array, np.random.Generator, PictureConfig], Array]] = {
+TEXTURES: dict[str, Callable[[Array, Array, np.random.Generator, ImageConfig], Array]] = {
     "plain": _plain,
     "fade": _fade,
     "stripes": _stripes,

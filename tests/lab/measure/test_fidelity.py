@@ -13,7 +13,7 @@ GREY = np.full((32, 32, 3), 100, dtype=np.uint8)
 NOISE = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
 
 
-def test_equal_pictures_have_no_psnr_and_ssim_one() -> None:
+def test_equal_images_have_no_psnr_and_ssim_one() -> None:
     need("torchmetrics")
     result = fidelity([NOISE], [NOISE])
     assert result.psnr == (None,)
@@ -26,7 +26,7 @@ def test_constant_offset_has_the_closed_form_psnr() -> None:
     result = fidelity([GREY + 10, GREY], [GREY, GREY])
     expected = 20 * math.log10(255 / 10)
     assert result.psnr[0] == pytest.approx(expected, abs=1e-3)
-    # The equal picture does not enter the mean: its ratio is infinite.
+    # The equal image does not enter the mean: its ratio is infinite.
     assert result.mean_psnr == pytest.approx(expected, abs=1e-3)
 
 
@@ -37,5 +37,5 @@ def test_noise_is_unlike_grey() -> None:
 
 def test_missing_package_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics.functional", None)
-    with pytest.raises(ModuleNotFoundError, match=r"ddit_rt\[demo\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"ddit_rt\[eval\]"):
         fidelity([GREY], [GREY])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ddit_rt.lab.evaluate import frechet_distance, gaussian
+from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
 
 
 def rotation(size: int, seed: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from wan_models import euler, wan_pipeline
 import ddit_rt
 from ddit_rt import FinePolicy, MagCache, TeaCache
 from ddit_rt.lab.calibrate import Prompt
-from ddit_rt.lab.calibrate.cache import StepChanges, _polynomial, _ratios, fit_cache, watch
+from ddit_rt.lab.calibrate.cache_fit import StepChanges, _polynomial, _ratios, fit_cache, watch
 from ddit_rt.policies import CacheFit
 
 STEPS = 12

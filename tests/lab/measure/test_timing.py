@@ -7,12 +7,12 @@ import numpy as np
 from ddit_rt import Engine, FinePolicy
 from ddit_rt.lab.measure.timing import (
     Batch,
-    Contender,
     Generation,
-    engine_contender,
+    Method,
+    engine_method,
     loop_clock,
     measure,
-    pipeline_contender,
+    pipeline_method,
 )
 
 BATCHES = [Batch(prompts=("a",), seeds=(0,)), Batch(prompts=("b",), seeds=(1,))]
@@ -33,23 +33,23 @@ class StubPipeline:
         return 3
 
 
-def test_contenders_take_turns_after_a_warm_up() -> None:
+def test_methods_take_turns_after_a_warm_up() -> None:
     calls: list[str] = []
     pipeline = StubPipeline()
 
-    def contender(name: str) -> Contender:
+    def method(name: str) -> Method:
         def generate(batch: Batch) -> Generation:
             calls.append(name + batch.prompts[0])
-            picture = np.zeros((1, 1, 3), dtype=np.uint8)
-            return Generation(pictures=(picture,), trace=None)
+            image = np.zeros((1, 1, 3), dtype=np.uint8)
+            return Generation(outputs=(image,), trace=None)
 
-        return Contender(name=name, label=name, generate=generate, pipeline=pipeline)
+        return Method(name=name, label=name, generate=generate, pipeline=pipeline)
 
     steps: list[None] = []
-    contenders = [contender("x"), contender("y")]
+    methods = [method("x"), method("y")]
     ticks = count()
     samples = measure(
-        contenders,
+        methods,
         BATCHES,
         repeats=2,
         advance=lambda: steps.append(None),
@@ -61,7 +61,7 @@ def test_contenders_take_turns_after_a_warm_up() -> None:
     # The clock is read twice around every measured call, and by nothing else.
     assert all(sample.end_to_end == (1.0, 1.0) for sample in samples["x"])
     calls.clear()
-    measure(contenders, BATCHES, repeats=1, warm_up=False)
+    measure(methods, BATCHES, repeats=1, warm_up=False)
     assert calls == ["xa", "ya", "xb", "yb"]
 
 
@@ -80,18 +80,18 @@ def test_engine_and_pipeline_draw_the_same_noise_at_any_batch(engine: Engine) ->
     arguments = {"num_inference_steps": 2, "height": 32, "width": 32}
     both = Batch(prompts=("a", "b"), seeds=(5, 6))
     second = Batch(prompts=("b",), seeds=(6,))
-    reference = pipeline_contender("d", "d", engine.pipeline, **arguments).generate(both)
-    fine = engine_contender("e", "e", engine, patch_policy=FinePolicy(), **arguments)
+    reference = pipeline_method("d", "d", engine.pipeline, **arguments).generate(both)
+    fine = engine_method("e", "e", engine, patch_policy=FinePolicy(), **arguments)
     ours = fine.generate(second)
     assert ours.trace is not None
-    difference = reference.pictures[1].astype(int) - ours.pictures[0].astype(int)
+    difference = reference.outputs[1].astype(int) - ours.outputs[0].astype(int)
     # One level: the two sum in another order, and a byte may round the other way.
     assert np.abs(difference).max() <= 1
 
 
 def test_median_is_over_repeats(engine: Engine) -> None:
     arguments = {"num_inference_steps": 1, "height": 32, "width": 32}
-    contender = pipeline_contender("d", "d", engine.pipeline, **arguments)
-    (sample,) = measure([contender], BATCHES[:1], repeats=3)["d"]
+    method = pipeline_method("d", "d", engine.pipeline, **arguments)
+    (sample,) = measure([method], BATCHES[:1], repeats=3)["d"]
     assert sample.median_denoise == sorted(sample.denoise)[1]
     assert sample.median_end_to_end > sample.median_denoise > 0

@@ -10,8 +10,8 @@ import torch
 from diffusers import FluxPipeline
 
 from ddit_rt.lab.train import DataConfig, TrainConfig, cache
-from ddit_rt.lab.train.cache import LatentCache, open_cache
 from ddit_rt.lab.train.denoise import denoise, prepare
+from ddit_rt.lab.train.latent_cache import LatentCache, open_cache
 from ddit_rt.lab.train.student import Student
 from ddit_rt.models.flux import FluxFamily
 
@@ -51,10 +51,10 @@ def test_trajectories_are_the_pipelines_own(
     torch.testing.assert_close(FLUX.pack_latents(last), expected, **HALF)
 
 
-def test_pictures_are_the_autoencoders_latents(
-    tmp_path: Path, picture_folder: Path, student: Student, pipeline: FluxPipeline
+def test_images_are_the_autoencoders_latents(
+    tmp_path: Path, image_folder: Path, student: Student, pipeline: FluxPipeline
 ) -> None:
-    data = DataConfig(kind="folder", source=str(picture_folder), height=64, width=64)
+    data = DataConfig(kind="folder", source=str(image_folder), height=64, width=64)
     found = opened(tmp_path / "c", data, student, pipeline)
     assert len(found) == 3
     assert found.captions == ["picture a", "picture b", "picture c"]
@@ -94,7 +94,7 @@ def test_cache_is_used_again_and_refused_for_other_data(
         opened(tmp_path / "c", other, student, pipeline)
 
 
-def test_unusable_pictures_alone_are_refused_with_reasons(
+def test_unusable_images_alone_are_refused_with_reasons(
     tmp_path: Path, student: Student, pipeline: FluxPipeline
 ) -> None:
     folder = tmp_path / "bad"
@@ -102,7 +102,7 @@ def test_unusable_pictures_alone_are_refused_with_reasons(
     (folder / "x.png").write_bytes(b"no picture")
     (folder / "x.txt").write_text("x")
     data = DataConfig(kind="folder", source=str(folder), height=64, width=64)
-    with pytest.raises(ValueError, match=r"not one picture .*x\.png: UnidentifiedImageError"):
+    with pytest.raises(ValueError, match=r"not one image .*x\.png: UnidentifiedImageError"):
         opened(tmp_path / "c", data, student, pipeline)
 
 

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ddit_rt.lab.train.config import DataConfig, read_prompts
 from ddit_rt.lab.train.denoise import denoise, prepare
-from ddit_rt.lab.train.pictures import Skipped, captioned_pictures, read_pictures
+from ddit_rt.lab.train.images import Skipped, captioned_images, read_images
 from ddit_rt.steps import StepModel
 
 _SHARD_BYTES = 256 * 2**20
@@ -59,7 +59,7 @@ class LatentCache:
 
     @property
     def sigmas(self) -> Tensor | None:
-        """Noise level of each step of the trajectories, `[N]`; None for pictures."""
+        """Noise level of each step of the trajectories, `[N]`; None for images."""
         sigmas = self.index["sigmas"]
         return None if sigmas is None else torch.tensor(sigmas)
 
@@ -83,7 +83,7 @@ class LatentCache:
         Args:
             name: Which.
             rows: Rows.
-            steps: Step of each row's trajectory; None for pictures.
+            steps: Step of each row's trajectory; None for images.
         """
         chosen = [None] * len(rows) if steps is None else steps
         parts = [self._row(name, row, step) for row, step in zip(rows, chosen, strict=True)]
@@ -107,7 +107,7 @@ def open_cache(
 
     Raises:
         ValueError: The folder holds a cache of other data, whose settings are shown; or there is
-            not one picture that can be read.
+            not one image that can be read.
     """
     wanted = _identity(config, model)
     path = folder / "index.json"
@@ -122,12 +122,12 @@ def open_cache(
         return LatentCache(folder)
     folder.mkdir(parents=True, exist_ok=True)
     skipped, captions = Skipped(), list[str]()
-    encode = _trajectories if config.kind == "self" else _pictures
+    encode = _trajectories if config.kind == "self" else _images
     batches = encode(config, model, pipeline, skipped, captions)
     shards, rows, sigmas = _write_shards(folder, batches, progress)
     if not rows:
         raise ValueError(
-            f"not one picture of {config.source} can be used; the first reasons: "
+            f"not one image of {config.source} can be used; the first reasons: "
             f"{skipped.reasons[:3]}"
         )
     index = {
@@ -154,15 +154,15 @@ def _identity(config: DataConfig, model: StepModel) -> dict[str, Any]:
     return {**fields, "dtype": str(model.dtype), "embedding": [round(v, 5) for v in sample]}
 
 
-def _pictures(
+def _images(
     config: DataConfig, model: StepModel, pipeline: Any, skipped: Skipped, captions: list[str]
 ) -> Iterator[tuple[Rows, None]]:
-    examples = islice(captioned_pictures(config), config.limit)
-    pictures = read_pictures(examples, config.height, config.width, skipped)
-    while batch := list(islice(pictures, config.encode_batch)):
+    examples = islice(captioned_images(config), config.limit)
+    images = read_images(examples, config.height, config.width, skipped)
+    while batch := list(islice(images, config.encode_batch)):
         prompts = [caption for _, caption in batch]
         captions += prompts[: _KEPT_CAPTIONS - len(captions)]
-        pixels = torch.stack([picture for picture, _ in batch])
+        pixels = torch.stack([image for image, _ in batch])
         arguments = {**config.call, "num_inference_steps": 1}
         prepared = prepare(model.family, pipeline, prompts, range(len(batch)), **arguments)
         with torch.no_grad():

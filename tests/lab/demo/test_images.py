@@ -1,13 +1,13 @@
-"""The procedural pictures: deterministic, described exactly by their captions."""
+"""The procedural images: deterministic, described exactly by their captions."""
 
 import numpy as np
 import pytest
 
-from ddit_rt.lab.demo.pictures import (
+from ddit_rt.lab.demo.images import (
     Attributes,
-    PictureConfig,
+    ImageConfig,
     all_attributes,
-    draw_picture,
+    draw_image,
     draw_series,
     is_held_out,
     parse_caption,
@@ -32,41 +32,41 @@ def test_attributes_reject_unknown_words() -> None:
         Attributes(shape="star", colour="mauve", background="dots", background_colour="red")
 
 
-def test_draw_picture_repeats_for_equal_seeds_and_varies_with_the_index() -> None:
+def test_draw_image_repeats_for_equal_seeds_and_varies_with_the_index() -> None:
     attributes = parse_caption("a red star on blue checkers")
-    config = PictureConfig(height=48, width=64)
-    first = draw_picture(attributes, config, seed=3)
+    config = ImageConfig(height=48, width=64)
+    first = draw_image(attributes, config, seed=3)
     assert first.shape == (48, 64, 3)
     assert first.dtype == np.float32
-    assert np.array_equal(first, draw_picture(attributes, config, seed=3))
-    assert not np.array_equal(first, draw_picture(attributes, config, seed=3, index=1))
+    assert np.array_equal(first, draw_image(attributes, config, seed=3))
+    assert not np.array_equal(first, draw_image(attributes, config, seed=3, index=1))
 
 
-def test_draw_picture_shows_the_same_scene_at_every_size() -> None:
+def test_draw_image_shows_the_same_scene_at_every_size() -> None:
     attributes = parse_caption("a blue circle on green rings")
-    large = draw_picture(attributes, PictureConfig(), seed=5)
-    small = draw_picture(attributes, PictureConfig(height=32, width=32), seed=5)
+    large = draw_image(attributes, ImageConfig(), seed=5)
+    small = draw_image(attributes, ImageConfig(height=32, width=32), seed=5)
     averaged = large.reshape(32, 4, 32, 4, 3).mean(axis=(1, 3))
     # They differ by anti-aliasing only, which is confined to the few pixels on an edge.
     assert np.abs(averaged - small).mean() < 0.02
 
 
-def test_draw_picture_puts_the_shape_colour_in_the_middle() -> None:
-    red = draw_picture(parse_caption("a red square on plain green"), PictureConfig(), seed=1)
+def test_draw_image_puts_the_shape_colour_in_the_middle() -> None:
+    red = draw_image(parse_caption("a red square on plain green"), ImageConfig(), seed=1)
     assert red[64, 64, 0] > 0.7 > 0.3 > red[64, 64, 1]
 
 
 def test_draw_series_keeps_held_out_combinations_apart() -> None:
-    config = PictureConfig(height=16, width=16)
-    pictures, drawn = draw_series(config, seed=0, start=0, count=64)
-    assert pictures.shape == (64, 3, 16, 16)
+    config = ImageConfig(height=16, width=16)
+    images, drawn = draw_series(config, seed=0, start=0, count=64)
+    assert images.shape == (64, 3, 16, 16)
     assert not any(is_held_out(a) for a in drawn)
     _, unseen = draw_series(config, seed=0, start=0, count=8, held_out=True)
     assert all(is_held_out(a) for a in unseen)
 
 
 def test_series_do_not_depend_on_how_they_are_cut() -> None:
-    config = PictureConfig(height=16, width=16)
+    config = ImageConfig(height=16, width=16)
     whole, _ = draw_series(config, seed=0, start=0, count=4)
     tail, _ = draw_series(config, seed=0, start=2, count=2)
     assert np.array_equal(whole[2:], tail)
@@ -74,7 +74,7 @@ def test_series_do_not_depend_on_how_they_are_cut() -> None:
 
 def test_config_rejects_empty_ranges() -> None:
     with pytest.raises(ValueError, match="radius is"):
-        PictureConfig(radius=(0.4, 0.3))
+        ImageConfig(radius=(0.4, 0.3))
 
 
 def test_prompts_can_be_parsed_and_half_of_the_demo_ones_are_plain() -> None:
