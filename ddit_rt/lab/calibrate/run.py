@@ -92,7 +92,7 @@ class CalibrationConfig:
         limit = value if name == BUDGET_MS else base_cost / value
         if limit >= base_cost:
             raise ValueError(
-                f"got budget_ms={value}; all fine steps take {base_cost:.0f} ms here, which is "
+                f"got budget_ms={value}; full resolution takes {base_cost:.0f} ms here, which is "
                 "within it: there is nothing to calibrate"
             )
         return Target(max_cost=limit)

@@ -115,17 +115,18 @@ def spaces(
 
 def varied(template: Any, name: str, value: Any) -> Template | None:
     """A template with one variation; None where it does not apply."""
+    found: Template | None = None
     if name == "fewer":
         steps = round(template.steps * value)
-        return replace(template, steps=steps) if steps >= _LEAST_STEPS else None
-    if name == "rescale":
+        found = replace(template, steps=steps) if steps >= _LEAST_STEPS else None
+    elif name == "rescale":
         threshold = float(f"{template.cache.threshold * value:.4g}")
-        return replace(template, cache=replace(template.cache, threshold=threshold))
-    if hasattr(template, name):
-        return replace(template, **{name: value})
-    if isinstance(template, Dynamic):
-        return replace(template, policy=replace(template.policy, **{name: value}))
-    if hasattr(template.range.cache, name):
+        found = replace(template, cache=replace(template.cache, threshold=threshold))
+    elif hasattr(template, name):
+        found = replace(template, **{name: value})
+    elif isinstance(template, Dynamic):
+        found = replace(template, policy=replace(template.policy, **{name: value}))
+    elif hasattr(template.range.cache, name):  # else it is a field of the other kind of cache
         cache = replace(template.range.cache, **{name: value})
-        return replace(template, range=replace(template.range, cache=cache))
-    return None  # a field of the other kind of step cache
+        found = replace(template, range=replace(template.range, cache=cache))
+    return found

@@ -41,8 +41,8 @@ class EvaluationConfig:
         seed: Of the first image; the next ones count up.
         batch: Prompts in a call.
         repeats: Timed runs of every image.
-        cost_unit: What the rivals' cost is equal in: `"ms"` of the loop, or `"tokens"`.
-        references: Folder of images that FID compares with; None for the all-fine ones.
+        cost_unit: What the baselines' cost is equal in: `"ms"` of the loop, or `"tokens"`.
+        references: Folder of images that FID compares with; None for the full-resolution ones.
     """
 
     out: Path

@@ -9,15 +9,15 @@ Wilson's; `low` and `high` are null for one prompt.
 - `model`, `artifact`: `name`, `transformer_class`, `parameters`, `dtype`; `path`, `digest`.
 - `settings`: what was asked for.
 - `sessions`: when images were made: `started` (UTC), `machine`, `versions`, `pictures`.
-- `costs`: `unit`, `main_cost` and `step_costs` that the rivals were chosen by, `pilot_prompts`.
-- `main`: name of the plan that the rivals belong to.
+- `costs`: `unit`, `main_cost` and `step_costs` that the baselines were chosen by, `pilot_prompts`.
+- `main`: name of the plan that the baselines belong to.
 - `metrics`: `name`, `label`, `kind` (`"picture"` or `"set"`), `higher_is_better`,
   `needs_reference`, `references` (of a set: how many images, and which).
 - `skipped`: metrics that could not run: `name`, `label`, `reason`.
 - `absent`: contenders that this model does not have: `name`, `reason`.
 - `plans`: `name`, `title`, `role`, `kind`, `label`, `policy`, `num_inference_steps`; intervals
   `seconds` (denoising loop, per image), `seconds_call` (whole call), `tokens`; `speedup` (ratio
-  of the mean loop seconds of all fine to its own); `scores`: per metric an interval, with
+  of the mean loop seconds of full resolution to its own); `scores`: per metric an interval, with
   `pictures` and `identical` (images whose score is infinite, left out of the mean); for a set
   only `value`.
 - `wins`: the main plan against every other: `against`, `metric`, `share` (of prompts on which the
@@ -37,16 +37,16 @@ from statistics import fmean
 from typing import Any
 
 from ddit_rt.lab.evaluate.config import EvaluationConfig, image_files
-from ddit_rt.lab.measure.statistics import Interval, mean_interval, share_interval
 from ddit_rt.lab.evaluate.metrics import ImageMetric, Metric
-from ddit_rt.lab.evaluate.plans import RIVAL, NamedPlan
+from ddit_rt.lab.evaluate.plans import BASELINE, NamedPlan
 from ddit_rt.lab.evaluate.scoring import Scores
 from ddit_rt.lab.evaluate.store import ImageRecord, Store
+from ddit_rt.lab.measure.statistics import Interval, mean_interval, share_interval
 
 SCHEMA_VERSION = 1
 
 _UNEQUAL = 0.15
-"""Share by which a rival's seconds may differ before the report says so."""
+"""Share by which a baseline's seconds may differ before the report says so."""
 
 _FEW = 30
 """Prompts below which an interval says little."""
@@ -67,7 +67,7 @@ def build_report(
         store: The folder, complete.
         config: Settings.
         plans: The plans, the reference first.
-        found: What led to the rivals.
+        found: What led to the baselines.
         metrics: Metrics that ran.
         scores: What they gave.
         conditions: The entries `machine`, `versions`, `device`, `model` and `artifact`.
@@ -135,7 +135,7 @@ def _metric_entry(metric: Metric, config: EvaluationConfig) -> dict[str, Any]:
     if isinstance(metric, ImageMetric):
         return {**entry, "kind": "picture", "needs_reference": metric.needs_reference}
     if config.references is None:
-        source = f"the {len(config.prompts) * config.seeds} all-fine pictures"
+        source = f"the {len(config.prompts) * config.seeds} full-resolution pictures"
     else:
         source = f"{len(image_files(config.references))} images in {config.references}"
     return {**entry, "kind": "set", "needs_reference": True, "references": source}
@@ -295,11 +295,11 @@ def _worst(config: EvaluationConfig, main: str, scores: Scores) -> list[int]:
 def _unequal(entries: Sequence[Mapping[str, Any]], main: str) -> list[str]:
     """Rivals that were chosen for equal cost and did not take equal time."""
     (own,) = (entry["seconds"]["value"] for entry in entries if entry["name"] == main)
-    rivals = [entry for entry in entries if entry["role"] == RIVAL]
+    baselines = [entry for entry in entries if entry["role"] == BASELINE]
     return [
         f"{entry['title']} took {entry['seconds']['value'] / own:.2f} times the seconds of {main}: "
         "not equal as measured here, so weigh its quality against that"
-        for entry in rivals
+        for entry in baselines
         if abs(entry["seconds"]["value"] / own - 1) > _UNEQUAL
     ]
 

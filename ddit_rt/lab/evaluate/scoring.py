@@ -114,7 +114,7 @@ def _places(config: EvaluationConfig, plans: Sequence[NamedPlan]) -> Iterator[Pl
 
 
 def _key(store: Store, metric: ImageMetric, prompt: str, place: Place) -> tuple[str, str, str]:
-    """What a score depends on; its reference is the all-fine image or the prompt."""
+    """What a score depends on; its reference is the full-resolution image or the prompt."""
     fine = (FINE, place[1], place[2])
     reference = store.records[fine].sha256 if metric.needs_reference else prompt
     return metric.key, store.records[place].sha256, reference

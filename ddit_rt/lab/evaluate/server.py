@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from ddit_rt.lab.evaluate.page import page_file
 from ddit_rt.lab.evaluate.preferences import SIDES, Study, check_rater
 
 HOST = "127.0.0.1"
 _LARGEST_BODY = 4096
+_PAGE = Path(__file__).parent / "pages" / "preferences.html"
 
 
 class StudyServer(ThreadingHTTPServer):
@@ -69,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
         address = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(address.query).items()}
         if address.path == "/":
-            self._send(page_file("preferences.html").encode(), "text/html; charset=utf-8")
+            self._send(_PAGE.read_bytes(), "text/html; charset=utf-8")
         elif address.path == "/state":
             self._json(self.server.study.state(check_rater(query.get("rater"))))
         elif address.path == "/picture":

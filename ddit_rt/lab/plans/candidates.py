@@ -86,7 +86,7 @@ class Candidate:
 def full_resolution(steps: int) -> Candidate:
     """Every step at p: the reference of everything."""
     return Candidate(
-        kind=FINE, label=f"{steps} fine steps", policy=FinePolicy(), num_inference_steps=steps
+        kind=FINE, label=f"{steps} steps at p", policy=FinePolicy(), num_inference_steps=steps
     )
 
 
@@ -186,7 +186,7 @@ class Static(Template):
 
     def at(self, level: int) -> Candidate:
         """See `Template.at`."""
-        shape = "in a block" if self.refresh is None else f"a fine one after {self.refresh}"
+        shape = "in a block" if self.refresh is None else f"one at p after {self.refresh}"
         label = f"static, {level} of {self.steps} steps at {'/'.join(self.coarse)}, {shape}"
         policy = StaticPolicy(self._plan(level))
         return Candidate(kind=STATIC, label=label, policy=policy, num_inference_steps=self.steps)
@@ -285,7 +285,7 @@ class Cached(Template):
         return replace(
             full_resolution(self.steps),
             kind=CACHED,
-            label=f"{self.steps} fine steps, {cache_text(cache)}",
+            label=f"{self.steps} steps at p, {cache_text(cache)}",
             step_cache=cache,
         )
 

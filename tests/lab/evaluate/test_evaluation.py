@@ -115,7 +115,7 @@ def test_report_names_what_is_missing(report: dict[str, Any]) -> None:
     assert any("3 prompts" in note for note in report["notes"])
 
 
-def test_teacache_is_a_rival_where_it_was_fitted(
+def test_teacache_is_a_baseline_where_it_was_fitted(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need("torchmetrics")
@@ -131,7 +131,7 @@ def test_teacache_is_a_rival_where_it_was_fitted(
     assert default["step_cache"] == {"step_cache": "NoCache"}
 
 
-def test_rival_of_other_seconds_is_noted() -> None:
+def test_baseline_of_other_seconds_is_noted() -> None:
     names = {"a": 1.0, "b": 1.1, "c": 1.5, "d": 0.5}
     entries = [
         {"name": name, "title": name, "role": "rival", "seconds": {"value": seconds}}
@@ -229,7 +229,7 @@ def test_bad_settings_are_refused_before_any_work(tmp_path: Path) -> None:
         settings(tmp_path, seeds=0)
     with pytest.raises(ValueError, match="got the cost 'euro'"):
         settings(tmp_path, cost_unit="euro")
-    with pytest.raises(ValueError, match="fewer than two pictures"):
+    with pytest.raises(ValueError, match="fewer than two images"):
         settings(tmp_path, references=tmp_path)
     with pytest.raises(ValueError, match="there is no folder"):
         settings(tmp_path, references=tmp_path / "none")
