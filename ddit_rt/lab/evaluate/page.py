@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,6 +166,7 @@ def quality_figure(
     if not scored:
         return None
     figure = new_figure((5.6, 3.9))
+    figure.set_layout_engine("constrained")
     axes = figure.subplots()
     for plan in scored:
         x, y, name = plan["seconds"], scores[plan["name"]], plan["name"]
@@ -189,15 +191,9 @@ def quality_figure(
     axes.margins(0.12)
     axes.grid(visible=True, alpha=0.3)
     axes.set_xlabel("seconds of the denoising loop, per image")
-    axes.set_ylabel(metric["label"], wrap=True)
-    figure.legend(loc="upper center", ncols=2, fontsize=8, frameon=False)
-    figure.subplots_adjust(left=0.16, right=0.97, bottom=0.14, top=_legend_bottom(len(scored)))
+    axes.set_ylabel(textwrap.fill(metric["label"], 36))
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False)
     return figure
-
-
-def _legend_bottom(entries: int) -> float:
-    """Share of the figure's height below a legend of two columns."""
-    return 0.95 - 0.055 * -(-entries // 2)
 
 
 def _reach(interval: Mapping[str, float | None]) -> list[list[float]]:

@@ -135,7 +135,7 @@ def _metric_entry(metric: Metric, config: EvaluationConfig) -> dict[str, Any]:
     if isinstance(metric, ImageMetric):
         return {**entry, "kind": "picture", "needs_reference": metric.needs_reference}
     if config.references is None:
-        source = f"the {len(config.prompts) * config.seeds} full-resolution pictures"
+        source = f"the {len(config.prompts) * config.seeds} full-resolution images"
     else:
         source = f"{len(image_files(config.references))} images in {config.references}"
     return {**entry, "kind": "set", "needs_reference": True, "references": source}
@@ -321,7 +321,7 @@ def _notes(store: Store, config: EvaluationConfig) -> list[str]:
         )
     if config.batch > 1:
         notes.append(
-            f"pictures were made in batches of {config.batch}: a batch takes the finest size that "
+            f"images were made in batches of {config.batch}: a batch takes the finest size that "
             "any of its images needs, and an image's seconds are its share of the batch's"
         )
     return notes
