@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from contenders import all_contenders, all_pictures
+from ddit_rt.lab.demo.comparison import prepare_engine
 from diffusers import FluxPipeline
 from tables import update_tables
 from tqdm.auto import tqdm
 
 from ddit_rt.lab.demo import model_path
-from ddit_rt.lab.demo.comparison import prepare_engine
 from ddit_rt.lab.demo.plans import DEMO_POLICY
 from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
 from ddit_rt.lab.demo.run import DemoConfig

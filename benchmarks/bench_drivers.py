@@ -36,8 +36,7 @@ from torch import Tensor
 
 import ddit_rt
 from ddit_rt.lab.demo import model_path, video_model_path
-from ddit_rt.lab.demo.videos import VideoConfig
-from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH, VIDEO_PROMPTS
+from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH, VIDEO_CALL, VIDEO_PROMPTS
 from ddit_rt.lab.measure.report import machine, versions
 
 RESULT = Path(__file__).parent / "results" / "drivers_cpu.json"
@@ -46,16 +45,13 @@ PLANS: dict[str, ddit_rt.PatchPolicy] = {
     "static": ddit_rt.StaticPolicy("p:0.2,4p:0.3,2p:0.3,p"),
     "dynamic": ddit_rt.DDiTPolicy(),
 }
-CLIP = VideoConfig()
 MODELS: dict[str, tuple[Callable[[], Path], dict[str, Any]]] = {
     "demo": (model_path, {"prompt": DEMO_PROMPTS[0], "height": 128, "width": 128}),
     "demo-video": (
         video_model_path,
         {
             "prompt": VIDEO_PROMPTS[0],
-            "height": CLIP.height,
-            "width": CLIP.width,
-            "num_frames": CLIP.frames,
+            **VIDEO_CALL,
         },
     ),
 }

@@ -70,8 +70,8 @@ from tables import update_tables
 from ddit_rt.lab.demo import model_path
 from ddit_rt.lab.demo.images import all_attributes, is_held_out
 from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_prompts
-from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
 from ddit_rt.lab.measure.report import machine, model_entry, versions
+from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
 from ddit_rt.lab.plans.points import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent

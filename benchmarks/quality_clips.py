@@ -16,12 +16,12 @@ from quality_tables import paper_rule
 from records import interval_entry
 from skip_models import SkipModel, clip_model, frame_means
 
+from ddit_rt.lab.demo.plans import VIDEO_POLICY, demo_plans
 from ddit_rt.lab.demo.video_hits import video_hits
 from ddit_rt.lab.demo.videos import parse_video_caption
-from ddit_rt.lab.demo.plans import VIDEO_POLICY, demo_plans
+from ddit_rt.lab.measure.fidelity import video_fidelity
 from ddit_rt.lab.measure.report import machine, model_entry, versions
 from ddit_rt.lab.measure.timing import Pixels
-from ddit_rt.lab.measure.fidelity import video_fidelity
 from ddit_rt.lab.plans.candidates import Candidate, Static
 from ddit_rt.lab.plans.points import Prompt
 from ddit_rt.policies import PatchPolicy

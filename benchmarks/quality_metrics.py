@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,12 @@ from records import interval_entry
 from ddit_rt.lab.demo.classifier import (
     AttributeClassifier,
     attribute_hits,
-    load_classifier,
     image_features,
+    load_classifier,
 )
-from ddit_rt.lab.demo.images import ImageConfig, draw_image, parse_caption
-from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
+from ddit_rt.lab.demo.images import parse_caption
 from ddit_rt.lab.measure.fidelity import Fidelity, fidelity
+from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
 from ddit_rt.lab.measure.timing import Pixels
 from ddit_rt.lab.plans.points import Prompt
 
@@ -144,6 +146,10 @@ class Judge:
     def renders(self) -> list[Pixels]:
         """Drawn pictures of the same captions, as many as a plan makes."""
         arguments = self.runs.arguments
+        # Last, because `profile.py` there would hide the standard library's.
+        sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+        from demo_training.draw_images import ImageConfig, draw_image
+
         config = ImageConfig(height=arguments["height"], width=arguments["width"])
         drawn = (
             draw_image(parse_caption(prompt.text), config, _RENDER_SEED, prompt.seed)

@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddit_rt.cli.models import EMBEDDED, EMBEDDED_VIDEO, load_pipeline
-from ddit_rt.lab.demo.videos import VideoConfig, all_video_attributes, is_held_out_video
 from ddit_rt.lab.demo.images import all_attributes, is_held_out
-from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_video_prompts, held_out_prompts
-from ddit_rt.lab.measure.fidelity import Fidelity, fidelity
+from ddit_rt.lab.demo.prompts import (
+    MAX_SEQUENCE_LENGTH,
+    VIDEO_CALL,
+    held_out_prompts,
+    held_out_video_prompts,
+)
+from ddit_rt.lab.demo.videos import all_video_attributes, is_held_out_video
+from ddit_rt.lab.measure.fidelity import Fidelity, fidelity, video_fidelity
 from ddit_rt.lab.measure.timing import Pixels
-from ddit_rt.lab.measure.fidelity import video_fidelity
 
 _GUIDANCE_SCALE = 3.0
 """As in the video demo."""
@@ -93,12 +97,11 @@ def picture_model(*, quick: bool = False) -> SkipModel:
 
 def clip_model(*, quick: bool = False) -> SkipModel:
     """The embedded Wan, 13 frames of 64 x 64, with guidance."""
-    clip = VideoConfig()
-    frames = 5 if quick else clip.frames
+    frames = 5 if quick else VIDEO_CALL["num_frames"]
     return SkipModel(
         name=EMBEDDED_VIDEO,
         pipeline=load_pipeline(EMBEDDED_VIDEO),
-        size={"height": clip.height, "width": clip.width, "num_frames": frames},
+        size={"height": 64, "width": 64, "num_frames": frames},
         others={"max_sequence_length": MAX_SEQUENCE_LENGTH, "guidance_scale": _GUIDANCE_SCALE},
         held_out=tuple(held_out_video_prompts()),
         seen=_shuffled([a.caption for a in all_video_attributes() if not is_held_out_video(a)]),

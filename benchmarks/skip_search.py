@@ -19,7 +19,7 @@ from typing import Any
 from skip_models import SkipModel
 from skip_plans import COMBINED, CacheDial, Dial, SkipPlan, fine
 
-from ddit_rt.lab.measure.timing import Batch, Method, Generation, Pixels, engine_method
+from ddit_rt.lab.measure.timing import Batch, Generation, Method, Pixels, engine_method
 from ddit_rt.lab.plans.points import Prompt
 from ddit_rt.loop import RunTrace
 from ddit_rt.policies import DDiTPolicy, NoCache, StaticPolicy, StepCache

@@ -206,7 +206,7 @@ def _require_extra() -> None:
     missing = [name for name in ("matplotlib", "torchmetrics") if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"calibrate needs {' and '.join(missing)}; pip install 'ddit_rt[demo]'"
+            f"calibrate needs {' and '.join(missing)}; pip install 'ddit_rt[eval]'"
         )
 
 

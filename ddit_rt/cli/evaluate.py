@@ -136,9 +136,12 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 
 def _require_extra() -> None:
-    """Refuses, before minutes of work, to start without what scores."""
-    if find_spec("torchmetrics") is None:
-        raise ModuleNotFoundError("eval needs torchmetrics; pip install 'ddit_rt[eval]'")
+    """Refuses, before minutes of work, to start without what scores and draws."""
+    missing = [n for n in ("jinja2", "matplotlib", "torchmetrics") if find_spec(n) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"eval needs {' and '.join(missing)}; pip install 'ddit_rt[eval]'"
+        )
 
 
 def _prompts(args: argparse.Namespace) -> tuple[tuple[str, ...], str]:

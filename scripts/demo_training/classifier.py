@@ -6,7 +6,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ddit_rt.lab.demo.classifier import AttributeClassifier, weights_path
-from ddit_rt.lab.demo.images import ATTRIBUTE_SIZES, ImageConfig
+from ddit_rt.lab.demo.images import ATTRIBUTE_SIZES
+from demo_training.draw_images import ImageConfig
 from demo_training.picture_data import draw_set
 from demo_training.settings import Settings
 from demo_training.text import attribute_loss

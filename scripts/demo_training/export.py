@@ -8,8 +8,9 @@ from tqdm import tqdm
 
 from ddit_rt.lab.demo import model_path
 from ddit_rt.lab.demo.classifier import attribute_hits, load_classifier
-from ddit_rt.lab.demo.images import Attributes, parse_caption, random_attributes
+from ddit_rt.lab.demo.images import Attributes, parse_caption
 from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_prompts
+from demo_training.draw_images import random_attributes
 from demo_training.latents import build_pipeline, build_transformer
 from demo_training.settings import Settings, load_checkpoint, save_grid
 

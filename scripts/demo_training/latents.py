@@ -5,7 +5,8 @@ import dataclasses
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-from ddit_rt.lab.demo.images import ImageConfig, all_attributes
+from ddit_rt.lab.demo.images import all_attributes
+from demo_training.draw_images import ImageConfig
 from demo_training.picture_data import draw_set
 from demo_training.settings import Settings
 from demo_training.text import MAX_SEQUENCE_LENGTH, PHRASINGS, WIDTH, load_text, phrase

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import torch
 
-from ddit_rt.lab.demo.images import ImageConfig, draw_series
+from demo_training.draw_images import ImageConfig, draw_series
 
 _CHUNK = 64
 

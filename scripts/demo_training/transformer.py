@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from tqdm import tqdm
 
-from ddit_rt.lab.demo.images import random_attributes
+from demo_training.draw_images import random_attributes
 from demo_training.latents import (
     CaptionTable,
     LatentSet,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from ddit_rt.lab.demo.images import ImageConfig
+from demo_training.draw_images import ImageConfig
 from demo_training.picture_data import draw_set
 from demo_training.settings import (
     Settings,

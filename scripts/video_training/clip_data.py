@@ -6,15 +6,14 @@ import pathlib
 
 import numpy as np
 import torch
-
-from ddit_rt.lab.demo.videos import VideoConfig, draw_videos
+from demo_training.draw_videos import VideoConfig, draw_videos
 
 _CHUNK = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ClipSet:
-    """Clips ``[N, 3, F, H, W]`` uint8 and their labels ``[N, 5]`` (see `VideoAttributes.labels`)."""
+    """Videos ``[N, 3, F, H, W]`` uint8, labels ``[N, 5]`` (see `VideoAttributes.labels`)."""
 
     clips: torch.Tensor
     labels: torch.Tensor

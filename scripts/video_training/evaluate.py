@@ -1,18 +1,13 @@
 """Stage `evaluate`: how often the shipped model shows what a caption says."""
 
 import torch
+from demo_training.draw_videos import VideoConfig, draw_video
 from diffusers import WanPipeline
 from tqdm import tqdm
 
 from ddit_rt.lab.demo import video_model_path
 from ddit_rt.lab.demo.video_hits import video_hits
-from ddit_rt.lab.demo.videos import (
-    VideoAttributes,
-    VideoConfig,
-    all_video_attributes,
-    draw_video,
-    is_held_out_video,
-)
+from ddit_rt.lab.demo.videos import VideoAttributes, all_video_attributes, is_held_out_video
 from video_training.latents import FRAMES
 from video_training.text import MAX_SEQUENCE_LENGTH
 

@@ -3,10 +3,11 @@
 import dataclasses
 
 import torch
+from demo_training.draw_videos import VideoConfig
 from demo_training.settings import Settings
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
-from ddit_rt.lab.demo.videos import VideoConfig, all_video_attributes
+from ddit_rt.lab.demo.videos import all_video_attributes
 from video_training.clip_data import draw_clip_set
 from video_training.text import MAX_SEQUENCE_LENGTH, WIDTH, load_text
 from video_training.vae import CHANNELS, load_vae

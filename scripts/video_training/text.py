@@ -12,12 +12,12 @@ from tqdm import tqdm
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 from ddit_rt.lab.demo.videos import (
-    VIDEO_ATTRIBUTE_SIZES,
     COLOURS,
     DIRECTIONS,
     GROUND_COLOURS,
     GROUNDS,
     SHAPES,
+    VIDEO_ATTRIBUTE_SIZES,
     all_video_attributes,
 )
 

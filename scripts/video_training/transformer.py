@@ -14,11 +14,11 @@ import time
 
 import torch
 import torch.nn.functional as F
+from demo_training.draw_videos import random_video_attributes
 from demo_training.settings import Settings, load_checkpoint, save_checkpoint, save_grid
 from diffusers import WanTransformer3DModel
 from tqdm import tqdm
 
-from ddit_rt.lab.demo.videos import random_video_attributes
 from video_training.latents import (
     FRAMES,
     build_pipeline,

@@ -11,6 +11,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from demo_training.draw_videos import VideoConfig
 from demo_training.settings import (
     Settings,
     evaluation_mode,
@@ -21,7 +22,6 @@ from demo_training.settings import (
 from diffusers import AutoencoderKLWan
 from tqdm import tqdm
 
-from ddit_rt.lab.demo.videos import VideoConfig
 from video_training.clip_data import draw_clip_set
 
 CHANNELS = 8

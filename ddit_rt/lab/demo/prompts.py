@@ -3,8 +3,17 @@
 from ddit_rt.lab.demo.images import all_attributes, is_held_out
 from ddit_rt.lab.demo.videos import all_video_attributes, is_held_out_video
 
-# The sequence length that both demo models were trained with; pass it to the pipeline.
 MAX_SEQUENCE_LENGTH = 16
+"""Text tokens that both demo models were trained with; pass it to the pipeline."""
+
+IMAGE_CALL = {"height": 128, "width": 128, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+VIDEO_CALL = {
+    "height": 64,
+    "width": 64,
+    "num_frames": 13,
+    "max_sequence_length": MAX_SEQUENCE_LENGTH,
+}
+"""Arguments of a call with the size that a demo model was trained on."""
 
 DEMO_PROMPTS = (
     "a red circle on plain blue",

@@ -19,11 +19,15 @@ from tqdm.auto import tqdm
 import ddit_rt
 from ddit_rt.artifact import require_savable
 from ddit_rt.engine import Engine
-from ddit_rt.lab.demo.images import ImageConfig
 from ddit_rt.lab.demo.plans import DEMO_POLICY, FINE, VIDEO_POLICY, Plan, demo_plans
-from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH, VIDEO_PROMPTS
+from ddit_rt.lab.demo.prompts import (
+    DEMO_PROMPTS,
+    IMAGE_CALL,
+    MAX_SEQUENCE_LENGTH,
+    VIDEO_CALL,
+    VIDEO_PROMPTS,
+)
 from ddit_rt.lab.demo.report import REFERENCE, add_frames, report_of
-from ddit_rt.lab.demo.videos import VideoConfig
 from ddit_rt.lab.measure.fidelity import fidelity, video_fidelity
 from ddit_rt.lab.measure.timing import (
     Batch,
@@ -60,8 +64,8 @@ class DemoConfig:
     out: Path
     prompts: tuple[str, ...] = DEMO_PROMPTS
     steps: int = 24
-    height: int = ImageConfig().height
-    width: int = ImageConfig().width
+    height: int = IMAGE_CALL["height"]
+    width: int = IMAGE_CALL["width"]
     num_frames: int | None = None
     guidance_scale: float | None = None
     max_sequence_length: int = MAX_SEQUENCE_LENGTH
@@ -97,15 +101,7 @@ class DemoConfig:
 
 def video_demo(out: Path, **settings: Any) -> DemoConfig:
     """Settings of the video demo, of which `settings` change some."""
-    config = VideoConfig()
-    defaults = {
-        "prompts": VIDEO_PROMPTS,
-        "height": config.height,
-        "width": config.width,
-        "num_frames": config.frames,
-        "guidance_scale": 3.0,
-        "repeats": 2,
-    }
+    defaults = {"prompts": VIDEO_PROMPTS, **VIDEO_CALL, "guidance_scale": 3.0, "repeats": 2}
     return DemoConfig(out=out, **{**defaults, **settings})
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import ddit_rt
 from ddit_rt import Engine
 from ddit_rt.lab.demo.plans import Plan
 from ddit_rt.lab.demo.run import DemoConfig, compare
+
+# Last, because `profile.py` there would hide the standard library's.
+sys.path.append(str(Path(__file__).resolve().parents[3] / "scripts"))
 
 PROMPTS = ("a red circle on plain blue", "a black star on blue dots")
 

@@ -2,16 +2,9 @@
 
 import numpy as np
 import pytest
+from demo_training.draw_images import ImageConfig, draw_image, draw_series
 
-from ddit_rt.lab.demo.images import (
-    Attributes,
-    ImageConfig,
-    all_attributes,
-    draw_image,
-    draw_series,
-    is_held_out,
-    parse_caption,
-)
+from ddit_rt.lab.demo.images import Attributes, all_attributes, is_held_out, parse_caption
 from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, held_out_prompts
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from demo_training.draw_images import ImageConfig, draw_series
 from diffusers import FluxPipeline
 
 from ddit_rt.lab.demo import model_path
@@ -11,7 +12,7 @@ from ddit_rt.lab.demo.classifier import (
     load_classifier,
     weights_path,
 )
-from ddit_rt.lab.demo.images import ImageConfig, draw_series, parse_caption
+from ddit_rt.lab.demo.images import parse_caption
 from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_prompts
 from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
 

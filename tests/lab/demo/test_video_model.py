@@ -3,19 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from demo_training.draw_videos import VideoConfig, draw_video, draw_videos
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5EncoderModel
 
 from ddit_rt.lab.demo import video_model_path
 from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH
 from ddit_rt.lab.demo.video_hits import video_hits
-from ddit_rt.lab.demo.videos import (
-    VideoConfig,
-    all_video_attributes,
-    draw_video,
-    draw_videos,
-    is_held_out_video,
-)
+from ddit_rt.lab.demo.videos import all_video_attributes, is_held_out_video
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,12 @@
 
 import numpy as np
 import pytest
+from demo_training.draw_videos import VideoConfig, draw_video, draw_videos
 
 from ddit_rt.lab.demo.prompts import VIDEO_PROMPTS, held_out_video_prompts
 from ddit_rt.lab.demo.videos import (
     VideoAttributes,
-    VideoConfig,
     all_video_attributes,
-    draw_video,
-    draw_videos,
     is_held_out_video,
     parse_video_caption,
 )
