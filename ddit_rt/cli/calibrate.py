@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddit_rt import checks
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.generate import pipeline_arguments
 from ddit_rt.cli.models import (
@@ -229,7 +228,9 @@ def _config(args: argparse.Namespace) -> CalibrationConfig:
 
 def _prompts(file: Path | None, model: str) -> tuple[str, ...]:
     if file is not None:
-        return tuple(checks.text_lines(file))
+        from ddit_rt.lab.plans.points import prompt_lines
+
+        return tuple(prompt_lines(file))
     if model == EMBEDDED:
         from ddit_rt.lab.demo.prompts import held_out_prompts
 

@@ -125,12 +125,13 @@ def _add_run_arguments(group: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome | None:
-    from ddit_rt.lab.train import read_prompts, train
+    from ddit_rt.lab.plans.points import prompt_lines
+    from ddit_rt.lab.train import train
 
     config = _config(args)
-    gain = None if args.gain_prompts is None else read_prompts(args.gain_prompts)
+    gain = None if args.gain_prompts is None else prompt_lines(args.gain_prompts)
     if args.prompts is not None:
-        read_prompts(args.prompts)  # before the model: a bad file should not cost loading one
+        prompt_lines(args.prompts)  # before the model: a bad file should not cost loading one
     _source(args)
     pipeline = load_pipeline(args.model, args.dtype, args.device)
     pipeline.set_progress_bar_config(disable=True)

@@ -22,7 +22,7 @@ from ddit_rt.loop import RunPlan
 from ddit_rt.policies import KINDS, CacheFit
 
 DEGREE = 4
-"""Of the polynomials, as the published ones have it."""
+"""Degree of the polynomials, as the published ones have it."""
 
 _TERMS = 3
 """Latents, and velocities, that a solver step combines."""
@@ -60,7 +60,7 @@ def fit_cache(
         prompts: At least one.
         arguments: Further arguments of the engine's call, e.g. `num_inference_steps`.
         conditions: What the figures hold for: machine, versions; for the record.
-        advance: Called after every run.
+        advance: It is called after every run.
 
     Raises:
         ValueError: An unknown kind, one that does not suit the model, or too few steps.
@@ -91,7 +91,7 @@ def watch(plan: RunPlan, latents: Tensor) -> StepChanges:
     """Runs a plan's fine bucket at every step, in plain torch, and measures what changes.
 
     Args:
-        plan: Of `Engine.measuring_plan`.
+        plan: A plan by `Engine.measuring_plan`.
         latents: z_0.
     """
     bucket, cache = plan.buckets[0][0], plan.cache

@@ -25,7 +25,7 @@ _LEAST_LOSS = 1e-9
 
 _BASELINES = (STEPS, STATIC)
 _SIMPLEST = (*_BASELINES, *ADAPTIVE)
-"""Of plans that serve equally well the simpler one is taken."""
+"""Simple plans first: of plans that serve equally well the simpler one is taken."""
 
 _NAMES = {
     STEPS: "fewer steps",
@@ -96,7 +96,7 @@ class Confirmation:
 def confirm(
     bench: Bench,
     found: Mapping[str, Found],
-    finalists: Mapping[str, Point],
+    best_found: Mapping[str, Point],
     prompts: Sequence[Prompt],
     request: Mapping[str, float],
     target: Target,
@@ -112,13 +112,13 @@ def confirm(
     Args:
         bench: Runs plans.
         found: What the search found, by kind.
-        finalists: The best points, by kind.
+        best_found: The best point of each kind.
         prompts: Held-out prompts.
         request: What the caller asked for.
         target: The same as a limit on the calibration prompts.
     """
-    kinds = [kind for kind in _SIMPLEST if kind in finalists]
-    fine, best = _measure(bench, {kind: finalists[kind].candidate for kind in kinds}, prompts)
+    kinds = [kind for kind in _SIMPLEST if kind in best_found]
+    fine, best = _measure(bench, {kind: best_found[kind].candidate for kind in kinds}, prompts)
     if SPEEDUP in request:  # relative to full resolution, measured again beside the plans
         target = Target(max_cost=fine.cost / request[SPEEDUP])
 

@@ -35,7 +35,7 @@ def calibration_record(
         conditions: What the figures hold for.
         decided: Held-out figures.
         winner: The winner on the calibration prompts.
-        points: Every plan that was measured, all fine first.
+        points: Every plan that was measured, full resolution first.
         target: The request as a limit.
     """
     base = points[0].cost
@@ -132,7 +132,7 @@ def _plan(point: Point, base: float) -> CalibratedPlan:
 
 
 def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back: a record equals itself after loading."""
+    """What JSON gives back, so that a record equals itself after loading."""
     plain = json.loads(json.dumps(data))
     assert isinstance(plain, dict)
     return plain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from ddit_rt.artifact import Calibration
 from ddit_rt.lab.measure import figures
+from ddit_rt.lab.measure.report import write_json
 from ddit_rt.lab.plans.candidates import ADAPTIVE, CACHED, COMBINED, DYNAMIC, FINE, STATIC, STEPS
 from ddit_rt.lab.plans.points import Point
 
@@ -45,7 +45,7 @@ def write_report(calibration: Calibration, points: Sequence[Point], folder: Path
     data = {"schema_version": SCHEMA_VERSION, **asdict(calibration)}
     data["policies"] = [point.candidate.policy.to_dict() for point in points]
     record, image = folder / f"calibration-{steps}.json", folder / f"pareto-{steps}.png"
-    record.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(record, data)
     draw_front(calibration, image)
     return [record, image]
 

@@ -59,7 +59,7 @@ def report_of(
         engine: Its engine.
         plans: The plans.
         samples: A sample per prompt, by the name of the plan and of `REFERENCE`.
-        fidelity: To full resolution, by the same names.
+        fidelity: Fidelity to full resolution, by the same names.
         settings: The entry `settings`.
         compiling: The entry `compile`.
     """
@@ -82,8 +82,8 @@ def add_frames(report: Mapping[str, Any], fidelity: Mapping[str, VideoFidelity])
     """Adds to a report what is known of frames.
 
     Args:
-        report: Of `report_of`.
-        fidelity: By the name of the plan and of `REFERENCE`.
+        report: A report by `report_of`.
+        fidelity: Fidelity by the name of the plan and of `REFERENCE`.
     """
     runs = {entry["policy"]: entry for entry in report["runs"]}
     for name, entry in {REFERENCE: report["reference"], **runs}.items():

@@ -5,7 +5,6 @@ Images by the embedded FLUX model and videos by the embedded Wan model take the 
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from ddit_rt.lab.demo.prompts import (
 )
 from ddit_rt.lab.demo.report import REFERENCE, add_frames, report_of
 from ddit_rt.lab.measure.fidelity import fidelity, video_fidelity
+from ddit_rt.lab.measure.report import write_json
 from ddit_rt.lab.measure.timing import (
     Batch,
     Pixels,
@@ -200,8 +200,7 @@ def compare(
         "prompts": list(config.prompts),
     }
     report = _compared(engine, plans, samples, made, settings, compiling)
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    (config.out / "report.json").write_text(text, encoding="utf-8")
+    write_json(config.out / "report.json", report)
     _draw(report, made, config)
     return report
 

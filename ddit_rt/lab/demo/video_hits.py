@@ -9,7 +9,7 @@ from ddit_rt.lab.demo.images import Attributes
 from ddit_rt.lab.demo.videos import STEPS, VideoAttributes
 
 _MARGIN = 1 / 10
-"""Of the side, cut off all round: the classifier knows shapes that fill more of an image."""
+"""Share of the side that is cut off: the classifier knows shapes that fill more of an image."""
 
 
 def video_hits(videos: torch.Tensor, expected: list[VideoAttributes]) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ class Item:
     Attributes:
         prompt: Index of the prompt.
         repeat: Which image of it, from 0.
-        seed: Of the noise.
+        seed: Seed of its noise.
     """
 
     prompt: int
@@ -32,13 +32,13 @@ class EvaluationConfig:
 
     Attributes:
         out: Folder to write to, or to go on in.
-        prompts: Texts.
+        prompts: The prompts.
         source: Where they come from, for the report.
         steps: Steps of the reference.
         policies: Name and policy, preset or speed of each plan; none for the artifact's own.
         arguments: Further arguments of the engine's call, e.g. `height`.
-        seeds: Pictures of each prompt, with noise of their own.
-        seed: Of the first image; the next ones count up.
+        seeds: Images of each prompt, each with noise of its own.
+        seed: Seed of the first image; image i uses seed + i.
         batch: Prompts in a call.
         repeats: Timed runs of every image.
         cost_unit: What the baselines' cost is equal in: `"ms"` of the loop, or `"tokens"`.

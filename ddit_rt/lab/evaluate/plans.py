@@ -145,7 +145,7 @@ def main_plan(plans: Sequence[NamedPlan]) -> NamedPlan:
     """The plan that gets baselines of its cost: the first dynamic one chosen, else the first.
 
     Args:
-        plans: Of any roles, one chosen among them.
+        plans: Plans of any roles, one chosen among them.
     """
     chosen = [plan for plan in plans if plan.role == CHOSEN]
     return next((plan for plan in chosen if plan.candidate.kind in _DYNAMIC), chosen[0])
@@ -250,7 +250,7 @@ def _of_artifact(
 
 
 def _dynamic_of(calibration: Calibration) -> list[tuple[str, Candidate]]:
-    """Of the front's dynamic plans the one that costs most nearly what `balanced` does."""
+    """The dynamic plan of the front that costs most nearly what `balanced` does."""
     plans = [plan for plan in calibration.front if plan.kind in _DYNAMIC]
     balanced = calibration.presets["balanced"].cost
     nearest = min(plans, key=lambda plan: abs(plan.cost - balanced), default=None)

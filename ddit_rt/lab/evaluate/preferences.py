@@ -54,8 +54,8 @@ class Study:
 
         Args:
             folder: What `ddit-rt eval` wrote.
-            plan: By default the evaluation's main plan.
-            against: By default full resolution.
+            plan: The plan that is judged; by default the evaluation's main plan.
+            against: What it is judged against; by default full resolution.
 
         Raises:
             ValueError: No finished evaluation, or no such plan in it.

@@ -14,7 +14,7 @@ Wilson's; `low` and `high` are null for one prompt.
 - `metrics`: `name`, `label`, `kind` (`"picture"` or `"set"`), `higher_is_better`,
   `needs_reference`, `references` (of a set: how many images, and which).
 - `skipped`: metrics that could not run: `name`, `label`, `reason`.
-- `absent`: contenders that this model does not have: `name`, `reason`.
+- `absent`: baselines that this model does not have: `name`, `reason`.
 - `plans`: `name`, `title`, `role`, `kind`, `label`, `policy`, `num_inference_steps`; intervals
   `seconds` (denoising loop, per image), `seconds_call` (whole call), `tokens`; `speedup` (ratio
   of the mean loop seconds of full resolution to its own); `scores`: per metric an interval, with
@@ -261,7 +261,7 @@ def _sessions(store: Store) -> list[dict[str, Any]]:
 
 
 def _unequal(entries: Sequence[Mapping[str, Any]], main: str) -> list[str]:
-    """Rivals that were chosen for equal cost and did not take equal time."""
+    """Baselines that were chosen for equal cost and did not take equal time."""
     (own,) = (entry["seconds"]["value"] for entry in entries if entry["name"] == main)
     baselines = [entry for entry in entries if entry["role"] == BASELINE]
     return [

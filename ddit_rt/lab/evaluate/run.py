@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from ddit_rt.lab.evaluate.metrics import Metric, Skipped
 from ddit_rt.lab.evaluate.page import build_page
 from ddit_rt.lab.evaluate.report import build_report
 from ddit_rt.lab.evaluate.scoring import score
-from ddit_rt.lab.evaluate.store import Store, write_atomically
-from ddit_rt.lab.measure.report import machine, model_entry, versions
+from ddit_rt.lab.evaluate.store import Store
+from ddit_rt.lab.measure.report import machine, model_entry, versions, write_json, write_whole
 
 if TYPE_CHECKING:
     from ddit_rt.engine import Engine
@@ -80,9 +79,8 @@ def evaluate(
 
 def _write(report: Mapping[str, Any], store: Store, shown: int) -> list[Path]:
     record, page = store.folder / "report.json", store.folder / "report.html"
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    write_atomically(record, text.encode())
-    write_atomically(page, build_page(report, store.image, shown=shown).encode())
+    write_json(record, report)
+    write_whole(page, build_page(report, store.image, shown=shown).encode())
     return [page, record]
 
 
@@ -108,8 +106,8 @@ def summary(report: Mapping[str, Any]) -> str:
         if entry["metric"] == "ssim":
             share = entry["share"]
             lines.append(
-                f"{report['main']} is closer than {entry['against']} on {share['value']:.0%} of "
-                f"the prompts ({share['low']:.0%} to {share['high']:.0%}), by SSIM"
+                f"{report['main']} is more similar than {entry['against']} on "
+                f"{share['value']:.0%} of the prompts ({share['low']:.0%} to {share['high']:.0%})"
             )
     return "\n".join(lines)
 

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from ddit_rt.lab.evaluate.plans import NamedPlan
+from ddit_rt.lab.measure.report import write_json, write_whole
 from ddit_rt.lab.measure.timing import Pixels
 
 SETTINGS_VERSION = 1
@@ -117,9 +118,7 @@ class Store:
             "plans": [plan.to_dict() for plan in plans],
             "found": found,
         }
-        write_atomically(
-            self.folder / "settings.json", (json.dumps(data, indent=1) + "\n").encode()
-        )
+        write_json(self.folder / "settings.json", data)
 
     def sessions(self) -> list[dict[str, Any]]:
         """Every time that images were made."""
@@ -141,7 +140,7 @@ class Store:
         Image.fromarray(image).save(buffer, format="PNG")
         path = self.path(plan, prompt, repeat)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getvalue())
+        write_whole(path, buffer.getvalue())
         return hashlib.sha256(buffer.getvalue()).hexdigest()
 
     def add(self, records: Sequence[ImageRecord]) -> None:
@@ -173,13 +172,6 @@ class Store:
             raise ValueError(
                 f"{self.folder} holds files and no evaluation (no settings.json); name a new folder"
             )
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

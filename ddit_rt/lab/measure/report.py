@@ -1,7 +1,8 @@
-"""What every record says of where it was made: machine, versions and model."""
+"""Records: what each says of where it was made, and how it is written."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -44,6 +45,22 @@ def model_entry(name: str, transformer: Any) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
         "dtype": str(transformer.dtype).removeprefix("torch."),
     }
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes strict JSON, whole or not at all.
+
+    Raises:
+        ValueError: A number that is not finite.
+    """
+    write_whole(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_bytes(data)
+    partial.replace(path)
 
 
 def _cpu_name() -> str:

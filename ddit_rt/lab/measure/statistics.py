@@ -82,8 +82,8 @@ def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -
     Args:
         mean_a: `[D]`.
         cov_a: `[D, D]`, symmetric, positive semi-definite.
-        mean_b: As `mean_a`.
-        cov_b: As `cov_a`.
+        mean_b: `[D]`.
+        cov_b: `[D, D]`, likewise.
 
     Returns:
         The distance, at least 0; as with FID the square root is not taken.

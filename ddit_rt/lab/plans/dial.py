@@ -81,7 +81,7 @@ def step_costs(
         rounds: Measured runs of each size, after one that warms up.
 
     Returns:
-        By branch, the median over all steps.
+        The median over all steps, by branch.
     """
     samples: dict[str, list[float]] = {}
     offered = list(sizes)

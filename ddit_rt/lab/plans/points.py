@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Protocol, TypeVar
 
+from ddit_rt import checks
 from ddit_rt.lab.plans.candidates import Candidate, Template
 from ddit_rt.lab.plans.target import Target
 
@@ -19,6 +21,18 @@ class Prompt:
 
     text: str
     seed: int
+
+
+def prompt_lines(path: str | Path) -> list[str]:
+    """Prompts of a text file, one a line; blank lines and lines that begin with # are left out.
+
+    Raises:
+        OSError, ValueError: No such file, or none that holds prompts.
+    """
+    prompts = [line for line in checks.text_lines(path) if not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; write one a line")
+    return prompts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

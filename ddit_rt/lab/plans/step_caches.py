@@ -48,7 +48,7 @@ def threshold_range(trace: RunTrace) -> tuple[float, float] | None:
     """Thresholds from none that reuses to all that may.
 
     Args:
-        trace: Of a run at threshold 0, so that each step's accumulated change is its own.
+        trace: Trace of a run at threshold 0, in which each step's accumulated change is its own.
 
     Returns:
         The least change, at which no step is below the threshold, and the sum of all; None where

@@ -12,7 +12,7 @@ GENTLE, STRONG = 0.5, 1.5
 """Powers of the target's speed-up at which the presets `quality` and `fast` are searched."""
 
 _COST_MARGIN, _SSIM_MARGIN = 0.10, 0.02
-"""By how much a plan may miss on held-out prompts: what prompts vary by."""
+"""A plan may miss by this much on held-out prompts, which is what prompts vary by."""
 
 
 class Measured(Protocol):
@@ -49,7 +49,7 @@ class Target:
             raise ValueError(f"got min_ssim={self.min_ssim}; it lies between 0 and 1")
 
     def shortfall(self, point: Measured) -> float:
-        """By what share of its cost, or by how much similarity, a plan misses; <= 0 if it meets."""
+        """How far a plan misses, as a share of cost or in similarity; <= 0 if it meets."""
         if self.max_cost is not None:
             return point.cost / self.max_cost - 1
         assert self.min_ssim is not None
@@ -98,8 +98,8 @@ class Target:
         """A gentler (power < 1) or stronger (> 1) target on the same scale.
 
         Args:
-            power: Of the speed-up over all-fine; of similarity lost, a factor of 2 per 0.5.
-            base_cost: Cost of all-fine.
+            power: Exponent of the speed-up; each 0.5 of it doubles the similarity that is lost.
+            base_cost: Cost of full resolution.
         """
         if self.max_cost is not None:
             return replace(self, max_cost=base_cost * (self.max_cost / base_cost) ** power)

@@ -1,4 +1,4 @@
-"""What training is compared with: losses of untrained paths, and images against all-fine ones."""
+"""What training is compared with: losses of untrained paths, and fidelity of images."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def warn_if_worse(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gain:
-    """Closeness of one patch size's images to the all-fine ones from the same noise.
+    """Fidelity of one patch size's images to full resolution from the same noise.
 
     Attributes:
         patch: Patch size by name.
@@ -123,7 +123,7 @@ def measure_gain(
 def sample_grid(
     student: Student, pipeline: Any, data: DataConfig, prompts: Sequence[str], seed: int
 ) -> Tensor:
-    """All-fine images on top, then for each size the training-free and the trained ones.
+    """Full resolution on top, then for each size the training-free and the trained ones.
 
     Returns:
         `[3, rows * height, prompts * width]`, in [0, 1].
@@ -145,7 +145,7 @@ def write_png(path: Path, image: Tensor) -> None:
 
 
 class _Renderer:
-    """Pictures of some prompts, always from the same noise, for any plan."""
+    """Images of some prompts, always from the same noise, for any plan."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Pictures with captions from a folder, a WebDataset, or a `datasets` data set.
+"""Images with captions from a folder, a WebDataset, or a `datasets` data set.
 
 An image that cannot be read is no reason to stop: it is skipped, counted and listed. No caption
 is: an image without one is listed as skipped too.
@@ -46,7 +46,7 @@ class Captioned:
 
 @dataclass
 class Skipped:
-    """Pictures that could not be used, and why."""
+    """Images that could not be used, and why."""
 
     reasons: list[str] = field(default_factory=list)
 

@@ -4,7 +4,7 @@
     shard-00000.safetensors      rows of `latents`, `conditioning.<name>`, and, for the model's own
                                  trajectories, `velocities`
 
-Pictures: `latents` is x0, `[n, C, H, W]`. Trajectories: z_k and v_k of every step,
+Images: `latents` is x0, `[n, C, H, W]`. Trajectories: z_k and v_k of every step,
 `[n, N, C, H, W]`. Both are float16: its rounding, 5e-4, is small beside the error of a coarse step.
 The index is written last, so that a folder with one is whole.
 """
@@ -24,7 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddit_rt.lab.train.config import DataConfig, read_prompts
+from ddit_rt.lab.measure.report import write_json
+from ddit_rt.lab.plans.points import prompt_lines
+from ddit_rt.lab.train.config import DataConfig
 from ddit_rt.lab.train.denoise import denoise, prepare
 from ddit_rt.lab.train.images import Skipped, captioned_images, read_images
 from ddit_rt.steps import StepModel
@@ -138,9 +140,7 @@ def open_cache(
         "captions": captions,
         "skipped": skipped.reasons,
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, index)
     return LatentCache(folder)
 
 
@@ -174,7 +174,7 @@ def _trajectories(
     config: DataConfig, model: StepModel, pipeline: Any, skipped: Skipped, captions: list[str]
 ) -> Iterator[tuple[Rows, list[float]]]:
     del skipped  # prompts cannot be broken
-    prompts = read_prompts(config.source)
+    prompts = prompt_lines(config.source)
     captions += prompts[:_KEPT_CAPTIONS]
     count = config.limit or len(prompts)
     for start in range(0, count, config.encode_batch):

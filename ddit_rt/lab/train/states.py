@@ -6,6 +6,9 @@ unbroken one would have, and nothing but the step's number needs to be kept of i
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -156,12 +159,11 @@ def draw_levels(times: TimeSampling, count: int, rng: torch.Generator) -> Tensor
 def to_device(states: States, device: torch.device) -> States:
     """The same states on a device."""
 
-    def move(value: object) -> object:
-        return value.to(device) if isinstance(value, Tensor) else value
+    def moved(value: Any) -> Any:
+        tensors = {n: v.to(device) for n, v in vars(value).items() if isinstance(v, Tensor)}
+        return replace(value, **tensors)
 
-    fields = {name: move(value) for name, value in vars(states).items()}
-    fields["conditioning"] = {k: v.to(device) for k, v in states.conditioning.items()}
-    if states.earlier is not None:
-        earlier = {name: move(value) for name, value in vars(states.earlier).items()}
-        fields["earlier"] = Earlier(**earlier)  # type: ignore[arg-type]
-    return States(**fields)  # type: ignore[arg-type]
+    conditioning = {name: value.to(device) for name, value in states.conditioning.items()}
+    earlier = None if states.earlier is None else moved(states.earlier)
+    on_device: States = replace(moved(states), conditioning=conditioning, earlier=earlier)
+    return on_device

@@ -65,7 +65,7 @@ def test_bad_metadata_line_is_shown(tmp_path: Path) -> None:
 
 
 def test_folder_without_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         captions("folder", tmp_path)
     with pytest.raises(ValueError, match="there is no folder"):
         captions("folder", tmp_path / "nowhere")

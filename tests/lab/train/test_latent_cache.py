@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from ddit_rt.lab.train import DataConfig, TrainConfig, cache
+from ddit_rt.lab.train import DataConfig, TrainConfig, latent_cache
 from ddit_rt.lab.train.denoise import denoise, prepare
 from ddit_rt.lab.train.latent_cache import LatentCache, open_cache
 from ddit_rt.lab.train.student import Student
@@ -73,7 +73,7 @@ def test_rows_are_found_across_shards(
 ) -> None:
     data = dataclasses.replace(own_data, encode_batch=2)
     whole = opened(tmp_path / "whole", data, student, pipeline)
-    monkeypatch.setattr(cache, "_SHARD_BYTES", 1)
+    monkeypatch.setattr(latent_cache, "_SHARD_BYTES", 1)
     split = opened(tmp_path / "split", data, student, pipeline)
     assert split.index["rows"] == [2, 2, 2]
     rows, steps = [5, 0, 3, 2], [1, 0, 7, 4]

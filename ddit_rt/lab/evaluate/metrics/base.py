@@ -25,7 +25,7 @@ class Case:
     Attributes:
         prompt: What it should show.
         image: `[H, W, 3]` bytes.
-        reference: The all-fine image of the same noise, of the same size.
+        reference: The full-resolution image of the same noise and size.
     """
 
     prompt: str
@@ -80,7 +80,7 @@ class ImageMetric(Metric):
     """A score of every single image.
 
     Attributes:
-        needs_reference: Whether it compares with the all-fine image, so that all-fine itself
+        needs_reference: Whether it compares with full resolution, so that this itself
             has no score.
     """
 

@@ -1,4 +1,4 @@
-"""Closeness to the all-fine image: PSNR, SSIM, LPIPS."""
+"""Fidelity to full resolution: PSNR, SSIM, LPIPS."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ CLIP_MODEL = "openai/clip-vit-large-patch14"
 class _Embeddings:
     """A CLIPModel as torchmetrics knows it: its feature methods return tensors.
 
-    From transformers 5 on they return outputs with the tensor inside.
+    Since transformers 5 they return outputs with the tensor inside.
     """
 
     def __init__(self, model: Any) -> None:
