@@ -41,22 +41,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=f"the weights: {MODEL_HELP}")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument(
-        "--speedup", type=number(), metavar="X", help="of the loop, over as many fine steps"
+        "--speedup", type=number(), metavar="X", help="of the loop, over as many steps at p"
     )
     group.add_argument(
         "--min-ssim",
         type=number(),
         metavar="S",
-        help="mean SSIM to the all-fine pictures, or to the frames of the all-fine videos",
+        help="mean SSIM to the images at full resolution, or to the frames of the videos",
     )
     group.add_argument(
-        "--budget-ms", type=number(), metavar="MS", help="of the loop of a picture or video"
+        "--budget-ms", type=number(), metavar="MS", help="of the loop of an image or video"
     )
     group.add_argument(
         "--cache",
         choices=("teacache", "teacache-ret", "magcache"),
-        help="instead of plans, fit what this step cache needs of the model, from all-fine runs of "
-        "the calibration prompts",
+        help="instead of plans, fit what this step cache needs of the model, from runs of the "
+        "calibration prompts at full resolution",
     )
     parser.add_argument(
         "--steps", type=whole(1), help="denoising steps to calibrate for; default: the pipeline's"
@@ -103,14 +103,14 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1),
         default=8,
         metavar="N",
-        help="other prompts that decide between the finalists (default: %(default)s)",
+        help="other prompts that confirm the best plans (default: %(default)s)",
     )
     parser.add_argument(
         "--evaluations",
         type=whole(1),
         default=24,
         metavar="N",
-        help="plans tried of each kind at most - fewer fine steps, static, dynamic, and where the "
+        help="plans tried of each kind at most - fewer steps, static, dynamic, and where the "
         "model has a fit, a step cache alone and with a dynamic plan; each generates every "
         "calibration prompt once (default: %(default)s)",
     )

@@ -121,24 +121,19 @@ def confirm(
     fine, best = _measure(bench, {kind: best_found[kind].candidate for kind in kinds}, prompts)
     if SPEEDUP in request:  # relative to full resolution, measured again beside the plans
         target = Target(max_cost=fine.cost / request[SPEEDUP])
-
-    def baselines(compared: Sequence[str], against: Sequence[str]) -> dict[str, dict[str, HeldOut]]:
-        shares = {kind: best[kind].result.cost / fine.cost for kind in compared}
-        return _at_equal_cost(bench, found, best, shares, prompts, against)
-
-    equal = baselines([kind for kind in kinds if kind in ADAPTIVE], _BASELINES)
-    winner = _winner(best, equal, target)
-    beside = baselines([STEPS], [STATIC])[STEPS] if winner == STEPS else equal.get(winner, {})
-    static = beside.get(STATIC)
+    beside = _at_equal_cost(bench, found, best, fine.cost, prompts)
+    adaptive = {kind: row for kind, row in beside.items() if kind in ADAPTIVE}
+    winner = _winner(best, adaptive, target)
+    static = beside.get(winner, {}).get(STATIC)
     return Confirmation(
         winner=winner,
         met=target.met_on_held_out(best[winner].result),
         fine=fine,
         candidates=best,
-        baselines=equal,
+        baselines=adaptive,
         shares={
             kind: {name: _share(best[kind].result, plan.result) for name, plan in row.items()}
-            for kind, row in equal.items()
+            for kind, row in adaptive.items()
         },
         static=static,
         over_static=_share(best[winner].result, static.result) if static else None,
@@ -166,25 +161,27 @@ def _winner(best: ByKind, equal: Mapping[str, ByKind], target: Target) -> str:
 
 
 def _at_equal_cost(
-    bench: Bench,
-    found: Mapping[str, Found],
-    best: ByKind,
-    shares: Mapping[str, float],
-    prompts: Sequence[Prompt],
-    baselines: Sequence[str],
+    bench: Bench, found: Mapping[str, Found], best: ByKind, whole: float, prompts: Sequence[Prompt]
 ) -> dict[str, dict[str, HeldOut]]:
-    """Baselines at shares of the full cost, those that can be as cheap; by kind of the share."""
-    whole = bench.costs["p"] * bench.steps
-    wanted: dict[str, dict[str, Candidate]] = {kind: {} for kind in shares}
-    for kind, share in shares.items():
-        for name in baselines:
-            plan = found[name].costing(share * whole, bench.costs) if name in found else None
-            if plan is not None:
-                wanted[kind][name] = plan
+    """Baselines at the cost of each other plan, those that can be as cheap; by that plan's kind.
+
+    Args:
+        bench: Runs plans.
+        found: What the search found, by kind.
+        best: The plans.
+        whole: Cost of full resolution on the held-out prompts.
+        prompts: Held-out prompts.
+    """
+    scale = bench.costs["p"] * bench.steps / whole
+    wanted: dict[str, dict[str, Candidate]] = {kind: {} for kind in best if kind != STATIC}
+    for kind, row in wanted.items():
+        for name in _BASELINES:
+            if name in found and name != kind:
+                plan = found[name].costing(best[kind].result.cost * scale, bench.costs)
+                row.update({} if plan is None else {name: plan})
     known = {plan.candidate.key: plan for plan in best.values()}
-    fresh = {
-        plan.key: plan for row in wanted.values() for plan in row.values() if plan.key not in known
-    }
+    fresh = {plan.key: plan for row in wanted.values() for plan in row.values()}
+    fresh = {key: plan for key, plan in fresh.items() if key not in known}
     if fresh:
         known |= _measure(bench, fresh, prompts)[1]
     return {kind: {n: known[plan.key] for n, plan in row.items()} for kind, row in wanted.items()}

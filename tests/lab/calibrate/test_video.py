@@ -140,7 +140,7 @@ def test_calibrated_plans_of_clips_are_told_and_run(tmp_path: Any) -> None:
 
 def test_unreachable_target_speaks_of_videos() -> None:
     need("torchmetrics")
-    with pytest.raises(ValueError, match=r"tokens a video\. Ask for less"):
+    with pytest.raises(ValueError, match=r"tokens per video\. Ask for less"):
         calibrate(bench(eager()), config(request={"speedup": 50}), {})
 
 
