@@ -48,7 +48,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=policy_text,
         metavar="POLICY",
         help="a plan to evaluate, as for generate; repeatable, the first dynamic one gets "
-        "baselines of equal cost; default: the presets of the artifact's calibration, else its policy",
+        "baselines of equal cost; default: the presets of the artifact's calibration, else its "
+        "policy",
     )
     _add_run_arguments(parser)
     _add_metric_arguments(parser.add_argument_group("metrics"))
