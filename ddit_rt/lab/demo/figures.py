@@ -1,6 +1,7 @@
-"""Figures of the demo: `grid.png`, one row of images per plan, and `timeline.png`.
+"""Figures of the demo: a grid with one row per plan, and `timeline.png`.
 
-The timeline shows what the dynamic policy decided, step by step, and what each step took.
+The grid is `grid.png` of images, and every frame of `clips.mp4` of videos. The timeline shows what
+the dynamic policy decided, step by step, and what each step took.
 """
 
 from __future__ import annotations
@@ -10,92 +11,118 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ddit_rt.lab.demo.plans import FINE
+from ddit_rt.lab.demo.report import REFERENCE
 from ddit_rt.lab.measure.figures import new_figure, size_colour
 from ddit_rt.lab.measure.timing import Pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 _CELL, _LABEL, _CAPTION, _GAP = 1.55, 2.0, 0.55, 0.05
 """Inches: side of an image, width of the row labels, height of the captions, white space."""
+
+_VIDEO_DPI, _BLOCK = 128, 16
+"""Pixels per inch of a video, and what its sides divide by."""
 
 _REUSED_ALPHA = 0.35
 _MARKERS = {"2p": "o", "4p": "^"}
 
 
-def draw_grid(
-    report: Mapping[str, Any], images: Mapping[str, Sequence[Pixels]], path: Path
-) -> None:
+def draw_grid(report: Mapping[str, Any], made: Mapping[str, Sequence[Pixels]], path: Path) -> None:
     """Draws the images of diffusers and of every plan.
 
     Args:
         report: The demo's report.
-        images: Per row name (`"diffusers"`, then the plans), one image per prompt.
+        made: One image per prompt, by the name of the plan and of `REFERENCE`.
         path: PNG to write.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message names the extra.
     """
-    prompts = report["settings"]["prompts"]
-    entries = {"diffusers": report["reference"]}
-    entries |= {entry["policy"]: entry for entry in report["runs"]}
-    size = (_LABEL + len(prompts) * _CELL, _CAPTION + len(entries) * _CELL)
-    figure = new_figure(size)
-    for column, prompt in enumerate(prompts):
-        _caption(figure, size, column, prompt)
-    for row, (name, entry) in enumerate(entries.items()):
-        _row_label(figure, size, row, entry)
-        for column, image in enumerate(images[name]):
-            axes = _cell(figure, size, row, column)
-            axes.imshow(image, interpolation="lanczos")
-            if name not in ("diffusers", "fine"):
-                _badge(axes, entry["prompts"][column])
+    figure, _ = _grid(report, made)
     figure.savefig(path, dpi=150)
 
 
-def _cell(figure: Figure, size: tuple[float, float], row: int, column: int) -> Axes:
-    width, height = size
-    left = _LABEL + column * _CELL
-    bottom = height - _CAPTION - (row + 1) * _CELL
-    side = _CELL - _GAP
-    axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
-    axes.set_axis_off()
-    return axes
+def grid_frames(
+    report: Mapping[str, Any], made: Mapping[str, Sequence[Pixels]], *, loops: int = 3
+) -> list[Pixels]:
+    """The same of videos `[F, H, W, 3]`, frame by frame.
+
+    Args:
+        report: The demo's report.
+        made: One video per prompt, by the name of the plan and of `REFERENCE`.
+        loops: How often the videos are repeated.
+
+    Returns:
+        `loops` x F frames, whose sides are multiples of 16.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure, shown = _grid(report, {name: [v[0] for v in row] for name, row in made.items()})
+    figure.set_dpi(_VIDEO_DPI)
+    canvas: Any = FigureCanvasAgg(figure)
+    frames: list[Pixels] = []
+    for index in range(len(made[FINE][0])):
+        for (name, column), image in shown.items():
+            image.set_data(made[name][column][index])
+        canvas.draw()
+        frame = np.asarray(canvas.buffer_rgba())[..., :3]
+        missing = [-side % _BLOCK for side in frame.shape[:2]]
+        frames.append(np.pad(frame, [*((0, n) for n in missing), (0, 0)], constant_values=255))
+    return frames * loops
 
 
-def _caption(figure: Figure, size: tuple[float, float], column: int, prompt: str) -> None:
-    width, height = size
-    figure.text(
-        (_LABEL + column * _CELL + (_CELL - _GAP) / 2) / width,
-        (height - _CAPTION / 2) / height,
-        textwrap.fill(prompt, 18),
-        ha="center",
-        va="center",
-        fontsize=9,
+def _grid(
+    report: Mapping[str, Any], made: Mapping[str, Sequence[Pixels]]
+) -> tuple[Figure, dict[tuple[str, int], AxesImage]]:
+    """The figure, and its images by row and column."""
+    prompts = report["settings"]["prompts"]
+    entries = {REFERENCE: report["reference"]}
+    entries |= {entry["policy"]: entry for entry in report["runs"]}
+    width, height = _LABEL + len(prompts) * _CELL, _CAPTION + len(entries) * _CELL
+    figure = new_figure((width, height))
+    grid = figure.subplots(len(entries), len(prompts), squeeze=False)
+    share = _GAP / _CELL
+    figure.subplots_adjust(
+        left=_LABEL / width,
+        right=1,
+        bottom=0,
+        top=1 - _CAPTION / height,
+        wspace=share,
+        hspace=share,
     )
+    shown = {}
+    for axes, prompt in zip(grid[0], prompts, strict=True):
+        axes.set_title(textwrap.fill(prompt, 18), fontsize=9)
+    for cells, (name, entry) in zip(grid, entries.items(), strict=True):
+        _label_row(cells[0], entry)
+        for column, axes in enumerate(cells):
+            axes.set_axis_off()
+            shown[name, column] = axes.imshow(made[name][column], interpolation="lanczos")
+            if name not in (REFERENCE, FINE):
+                _badge(axes, entry["prompts"][column])
+    return figure, shown
 
 
-def _row_label(
-    figure: Figure, size: tuple[float, float], row: int, entry: Mapping[str, Any]
-) -> None:
-    width, height = size
-    middle = (height - _CAPTION - (row + 0.5) * _CELL) / height
-    left = 0.12 / width
-    figure.text(left, middle + 0.28 / height, entry["label"], fontsize=13, weight="bold")
-    for line, text in enumerate(_facts(entry)):
-        figure.text(left, middle + (0.05 - 0.19 * line) / height, text, fontsize=9.5)
-
-
-def _facts(entry: Mapping[str, Any]) -> list[str]:
-    """What a row's label says below its name."""
-    seconds = f"{entry['seconds_denoise']:.3f} s denoising"
+def _label_row(axes: Axes, entry: Mapping[str, Any]) -> None:
+    """Says what a row shows, left of its first image."""
+    facts = [f"{entry['seconds_denoise']:.3f} s denoising"]
     if "speedup_denoise" not in entry:
-        return [seconds, "reference of speed-up"]
-    speed = f"speed-up {entry['speedup_denoise']:.2f}x"
-    if entry["policy"] == "fine":
-        return [seconds, speed, "reference of SSIM"]
-    return [seconds, speed, f"SSIM {entry['ssim']:.3f}"]
+        facts.append("reference of speed-up")
+    else:
+        facts.append(f"speed-up {entry['speedup_denoise']:.2f}x")
+        is_reference = entry["policy"] == FINE
+        facts.append("reference of SSIM" if is_reference else f"SSIM {entry['ssim']:.3f}")
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    left = (0.12 - _LABEL) * 72
+    title: dict[str, Any] = {"fontsize": 13, "weight": "bold", "va": "bottom"}
+    axes.annotate(entry["label"], (0, 0.5), xytext=(left, 14), **place, **title)
+    axes.annotate("\n".join(facts), (0, 0.5), xytext=(left, 9), **place, fontsize=9.5, va="top")
 
 
 def _badge(axes: Axes, prompt: Mapping[str, Any]) -> None:

@@ -249,12 +249,10 @@ def _compared(
 def _draw(
     report: Mapping[str, Any], made: Mapping[str, Sequence[Pixels]], config: DemoConfig
 ) -> None:
-    from ddit_rt.lab.demo.figures import draw_grid, draw_timeline
-    from ddit_rt.lab.demo.mosaic import labelled, side_by_side
+    from ddit_rt.lab.demo.figures import draw_grid, draw_timeline, grid_frames
 
     draw_timeline(report, config.out / "timeline.png")
     if config.video:
-        frames = side_by_side(config.prompts, labelled(report, made))
-        write_mp4(config.out / "clips.mp4", frames, _FRAMES_PER_SECOND)
+        write_mp4(config.out / "clips.mp4", grid_frames(report, made), _FRAMES_PER_SECOND)
     else:
         draw_grid(report, made, config.out / "grid.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from wan_models import wan_pipeline
 
 import ddit_rt
-from ddit_rt.lab.demo.mosaic import side_by_side
+from ddit_rt.lab.demo.figures import grid_frames
 from ddit_rt.lab.demo.plans import Plan
 from ddit_rt.lab.demo.report import summary_table
 from ddit_rt.lab.demo.run import DemoConfig, compare, run_demo, video_demo
@@ -135,25 +136,33 @@ def test_odd_sides_are_refused(tmp_path: Path) -> None:
         write_mp4(tmp_path / "odd.mp4", [np.zeros((41, 64, 3), dtype=np.uint8)], 8)
 
 
-def test_side_by_side_puts_rows_below_and_prompts_beside_each_other() -> None:
-    colours = {"one": ((200, 0, 0), (0, 200, 0)), "two": ((0, 0, 200), (200, 0, 200))}
+def test_grid_puts_plans_below_and_prompts_beside_each_other(clip_report: dict[str, Any]) -> None:
+    names = ("diffusers", "fine", "static", "dynamic")
+    levels = {name: (40 * row, 40 * row + 20) for row, name in enumerate(names)}
     videos = {
-        label: [np.full((2, 8, 8, 3), colour, dtype=np.uint8) for colour in row]
-        for label, row in colours.items()
+        name: [np.full((2, 8, 8, 3), (level, 200, 0), dtype=np.uint8) for level in row]
+        for name, row in levels.items()
     }
-    frames = side_by_side(PROMPTS, videos, side=64, loops=2)
+    for row in videos.values():
+        for video in row:
+            video[1, ..., 2] = 255  # the second frame differs
+    frames = grid_frames(clip_report, videos, loops=2)
     assert len(frames) == 4
     assert all(side % 16 == 0 for side in frames[0].shape[:2])
+    assert np.array_equal(frames[0], frames[2])
 
-    def corner(label: str, column: int) -> np.ndarray:
-        found = np.argwhere((frames[0] == colours[label][column]).all(axis=-1))
-        assert len(found) == 64 * 64
+    def corner(level: int, blue: int) -> np.ndarray:
+        found = np.argwhere((frames[blue // 255] == (level, 200, blue)).all(axis=-1))
+        assert len(found) > 150 * 150
         return found.min(axis=0)
 
-    first = corner("one", 0)
-    assert tuple(corner("two", 0) - first) == (72, 0)
-    assert tuple(corner("one", 1) - first) == (0, 72)
-    assert tuple(corner("two", 1) - first) == (72, 72)
+    places = {name: [corner(level, 0) for level in row] for name, row in levels.items()}
+    assert np.array_equal(corner(levels["fine"][1], 255), places["fine"][1])
+    for above, below in pairwise(names):
+        assert places[below][0][0] > places[above][0][0] + 150
+    for left, right in places.values():
+        assert right[1] > left[1] + 150
+        assert right[0] == left[0]
 
 
 def test_flicker_ignores_a_constant_offset_and_counts_alternation() -> None:
