@@ -155,7 +155,7 @@ def entry(contender: Method, samples: Mapping[str, Sequence[Sample]]) -> dict[st
     """What was measured of one contender."""
     own = samples[contender.name]
     closeness = fidelity(all_pictures(own), all_pictures(samples["fine"]))
-    traces = [(sample.trace, len(sample.pictures)) for sample in own]
+    traces = [(sample.trace, len(sample.outputs)) for sample in own]
     tokens = sum(trace.tokens * count for trace, count in traces if trace is not None)
     return {
         "name": contender.name,

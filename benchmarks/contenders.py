@@ -126,7 +126,7 @@ def best_threshold(
         samples = [
             Sample(
                 batch=batch,
-                pictures=contender.generate(batch).pictures,
+                outputs=contender.generate(batch).outputs,
                 trace=None,
                 denoise=(),
                 end_to_end=(),
@@ -152,4 +152,4 @@ def _mean_ssim(samples: Sequence[Sample], references: Sequence[Sample]) -> float
 
 def all_pictures(samples: Sequence[Sample]) -> list[Any]:
     """The pictures of all batches, in order."""
-    return [picture for sample in samples for picture in sample.pictures]
+    return [picture for sample in samples for picture in sample.outputs]

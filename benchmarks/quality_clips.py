@@ -63,7 +63,7 @@ class ClipJudge(Judge):
         close = video_fidelity(made.pictures, reference.pictures)
         flicker = [value for value in self.per_prompt(close.flicker) if value is not None]
         return {
-            **self.closeness(close.clips),
+            **self.closeness(close.videos),
             "flicker": interval_entry(flicker),
             "frames": frame_means(close.frames),
             "correct": self.correct(made.pictures),

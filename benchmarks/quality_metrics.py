@@ -148,7 +148,10 @@ class Judge:
         arguments = self.runs.arguments
         # Last, because `profile.py` there would hide the standard library's.
         sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
-        from demo_training.draw_images import ImageConfig, draw_image
+        from demo_training.draw_images import (  # type: ignore[import-not-found]
+            ImageConfig,
+            draw_image,
+        )
 
         config = ImageConfig(height=arguments["height"], width=arguments["width"])
         drawn = (

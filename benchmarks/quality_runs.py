@@ -180,7 +180,7 @@ class PictureRuns:
         made = contender.generate(Batch(prompts=texts, seeds=seeds))
         assert made.trace is not None, "an engine's run has a trace"
         return Pictures(
-            pictures=list(made.pictures),
+            pictures=list(made.outputs),
             sizes=[made.trace.patch_sizes()] * len(prompts),
             loop_ms=[made.trace.latency_ms],
         )

@@ -119,7 +119,7 @@ def clip_closeness(clips: Sequence[Pixels], references: Sequence[Pixels]) -> Clo
     """Of clips `[F, H, W, 3]`."""
     close = video_fidelity(clips, references)
     return Closeness(
-        ssim=close.clips.ssim, psnr=close.clips.psnr, flicker=close.flicker, frames=close.frames
+        ssim=close.videos.ssim, psnr=close.videos.psnr, flicker=close.flicker, frames=close.frames
     )
 
 

@@ -81,7 +81,7 @@ def _times(samples: Sequence[Sample], fine: Sequence[Sample]) -> Row:
 
 def _closeness(model: SkipModel, samples: Sequence[Sample], fine: Sequence[Sample]) -> Row:
     close = model.closeness(
-        [sample.pictures[0] for sample in samples], [sample.pictures[0] for sample in fine]
+        [sample.outputs[0] for sample in samples], [sample.outputs[0] for sample in fine]
     )
     psnr = [value for value in close.psnr if value is not None]
     entry: Row = {

@@ -91,10 +91,10 @@ class Search:
     def run(self, plan: SkipPlan) -> Tried:
         """A plan's closeness and cost."""
         if not self._references:
-            self._references = [made.pictures[0] for made in self._generate(fine(self.steps))]
+            self._references = [made.outputs[0] for made in self._generate(fine(self.steps))]
         if plan.key not in self.tried:
             made = self._generate(plan)
-            close = self.model.closeness([one.pictures[0] for one in made], self._references)
+            close = self.model.closeness([one.outputs[0] for one in made], self._references)
             traces = [trace_of(one) for one in made]
             self.tried[plan.key] = Tried(
                 plan=plan,
