@@ -53,8 +53,8 @@ class ModelMemory:
     Attributes:
         weights_bytes: The weights of the transformer, and of its experts: one copy, whatever the
             number of patch sizes.
-        height: Image height that all else was counted at.
-        width: Image width of the same.
+        height: Picture height that all else was counted at.
+        width: Picture width of the same.
         num_frames: Frames of the same; None for a picture.
         text_tokens: Text tokens of the same.
         steps: Denoising steps of the same.
