@@ -1,9 +1,9 @@
 """ddit_rt: a low-latency runtime for diffusion transformers with dynamic patch sizes.
 
-engine = ddit_rt.compile(pipe, height=1024, width=1024)
-engine.save("model.ddit")
-engine = ddit_rt.load("model.ddit", pipe)
-image = engine("a zebra in tall grass", patch_policy=ddit_rt.DDiTPolicy(tau=1e-3)).images[0]
+    engine = ddit_rt.compile(pipe, height=1024, width=1024)
+    engine.save("model.ddit")
+    engine = ddit_rt.load("model.ddit", pipe)
+    image = engine("a zebra in tall grass", patch_policy=ddit_rt.DDiTPolicy(tau=1e-3)).images[0]
 
 Names are imported when they are first used: `ddit-rt --help` need not wait for torch.
 """
@@ -11,13 +11,30 @@ Names are imported when they are first used: `ddit-rt --help` need not wait for 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ddit_rt.errors import (
+    ArtifactError,
+    ArtifactMismatchError,
+    CaptureError,
+    CompileError,
+    DditError,
+    RunCancelled,
+    ScheduleError,
+    ShapeError,
+    StallError,
+    UnsupportedModelError,
+    UntrustedArtifactError,
+)
 from ddit_rt.version import __version__
 
 if TYPE_CHECKING:
+    from ddit_rt import ops
+    from ddit_rt.adapters import AdapterSet, load_adapters, save_adapters
+    from ddit_rt.artifact import Artifact
     from ddit_rt.blocks import TokenRanges
     from ddit_rt.engine import Engine, compile, load  # noqa: A004 - the field's word
-    from ddit_rt.loop import RunTrace, StepRecord
+    from ddit_rt.loop import CaptureReport, RunTrace, StepRecord
     from ddit_rt.policies import (
+        CacheFit,
         DDiTPolicy,
         FinePolicy,
         MagCache,
@@ -28,25 +45,11 @@ if TYPE_CHECKING:
         TeaCache,
     )
 
-__all__ = [
-    "DDiTPolicy",
-    "Engine",
-    "FinePolicy",
-    "MagCache",
-    "NoCache",
-    "PatchPolicy",
-    "RunTrace",
-    "StaticPolicy",
-    "StepCache",
-    "StepRecord",
-    "TeaCache",
-    "TokenRanges",
-    "__version__",
-    "compile",
-    "load",
-]
-
 _HOMES = {
+    "AdapterSet": "adapters",
+    "Artifact": "artifact",
+    "CacheFit": "policies",
+    "CaptureReport": "loop",
     "DDiTPolicy": "policies",
     "Engine": "engine",
     "FinePolicy": "policies",
@@ -61,12 +64,56 @@ _HOMES = {
     "TokenRanges": "blocks",
     "compile": "engine",
     "load": "engine",
+    "load_adapters": "adapters",
+    "save_adapters": "adapters",
 }
+
+__all__ = [
+    "AdapterSet",
+    "Artifact",
+    "ArtifactError",
+    "ArtifactMismatchError",
+    "CacheFit",
+    "CaptureError",
+    "CaptureReport",
+    "CompileError",
+    "DDiTPolicy",
+    "DditError",
+    "Engine",
+    "FinePolicy",
+    "MagCache",
+    "NoCache",
+    "PatchPolicy",
+    "RunCancelled",
+    "RunTrace",
+    "ScheduleError",
+    "ShapeError",
+    "StallError",
+    "StaticPolicy",
+    "StepCache",
+    "StepRecord",
+    "TeaCache",
+    "TokenRanges",
+    "UnsupportedModelError",
+    "UntrustedArtifactError",
+    "__version__",
+    "compile",
+    "load",
+    "load_adapters",
+    "ops",
+    "save_adapters",
+]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return import_module(f"{__name__}.ops")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *globals()} - {"Any", "TYPE_CHECKING", "import_module"})

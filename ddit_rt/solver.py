@@ -154,6 +154,27 @@ def solver_of(scheduler: Any) -> tuple[SolverTable, str]:
         return own, str(error).partition(";")[0]
 
 
+class ProbedSchedules:
+    """`solver_of` schedulers, each schedule probed once: a server repeats few."""
+
+    def __init__(self, kept: int = 64) -> None:
+        self._kept = kept
+        self._found: dict[tuple[Any, ...], tuple[SolverTable, str]] = {}
+
+    def __call__(self, scheduler: Any) -> tuple[SolverTable, str]:
+        """See `solver_of`."""
+        key = (
+            type(scheduler).__name__,
+            repr(sorted(scheduler.config.items())),
+            tuple(scheduler.sigmas.tolist()) if hasattr(scheduler, "sigmas") else (),
+        )
+        if key not in self._found:
+            if len(self._found) >= self._kept:
+                self._found.clear()
+            self._found[key] = solver_of(scheduler)
+        return self._found[key]
+
+
 def _flow_sigmas(scheduler: Any, name: str) -> tuple[float, ...]:
     """Noise levels t of z = (1 - t) x0 + t n, after checks that they are such."""
     if getattr(scheduler, "sigmas", None) is None:

@@ -117,7 +117,7 @@ class SyntheticBench:
             name="test", steps=steps, fits=(FIT,), time_changes=lambda projected: changes
         )
         resolved = candidate.step_cache.resolve(model)
-        return {} if resolved is None else _walk(resolved.table, sizes)
+        return {} if resolved is None else _walk(resolved, sizes)
 
     def _decide(self, taus: Sequence[float], prompt: Prompt, step: int, steps: int) -> int:
         chosen = 0

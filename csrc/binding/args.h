@@ -1,8 +1,7 @@
 // Checks and unpacks the tensor arguments of the ops, for the CPU and the CUDA kernels alike.
 //
-// The Python functions in `ddit_rt.ops` give callers the friendly messages; these checks are the
-// last line, for ops that are reached through `torch.ops` or an exported program. Each throws
-// std::runtime_error, which torch raises as RuntimeError.
+// These are the only checks, whether an op is reached through `ddit_rt.ops`, `torch.ops` or an
+// exported program. Each throws std::runtime_error, which torch raises as RuntimeError.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -8,11 +8,11 @@ the blocks (with LoRA) make of the tokens, and e, d the base model's own layers:
 `paper`   v = D h + R x, the blocks taking E x + i at the time t. E and D start from the base
           model's, resized; positions are interpolated.
 `snr`     a correction on the training-free step of `buckets/snr.py`. The blocks take
-          e z' + E y + i at the time t', with z' the small picture, t' its level, y = [x, x_fine],
+          e z' + E y + i at the time t', with z' the small image, t' its level, y = [x, x_fine],
           and x_fine the patches of the clean estimate of the latest step at p, zero before there
           is one; positions are those of z'. Then
               v = v_snr(d h) + D h + R y
-          where v_snr makes the training-free velocity of the small picture's. E, i, D and the
+          where v_snr makes the training-free velocity of the small image's. E, i, D and the
           last layer of R start at zero: untrained it is the training-free step exactly.
 """
 

@@ -27,7 +27,7 @@ def embed_adapted(
         model: The frozen model.
         adapter: The adapter.
         tokens: Patches of s p x s p, `[B, n, C*q*q]`; twice as wide for `snr`.
-        small: The small picture's own patches of p x p, `[B, n, C*p*p]`; None for `paper`.
+        small: The small image's own patches of p x p, `[B, n, C*p*p]`; None for `paper`.
     """
     hidden = adapter.embed_tokens(tokens).to(model.dtype)
     if small is None:
@@ -121,7 +121,7 @@ class SnrAdapterBucket(SnrBucket):
 
 
 def _for_all(tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Tokens `[B, n, c]` once for every half that is in `hidden`."""
+    """Tokens `[B, n, c]` once for each of cond and uncond that is in `hidden`."""
     return tokens.repeat(len(hidden) // len(tokens), 1, 1)
 
 

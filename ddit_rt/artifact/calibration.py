@@ -24,9 +24,9 @@ class CalibratedPlan:
         policy: `PatchPolicy.to_dict` of its policy.
         num_inference_steps: Steps that it runs; fewer than the calibration's own where fewer
             steps are part of the plan.
-        cost: Cost of a picture's, or clip's, denoising loop, in the calibration's unit.
-        speedup: Cost of the all-fine loop over `cost`.
-        ssim: Structural similarity to the all-fine pictures, at most 1; of clips, the mean over
+        cost: Cost of an image's, or video's, denoising loop, in the calibration's unit.
+        speedup: Cost of the loop at full resolution over `cost`.
+        ssim: Structural similarity to full resolution, at most 1; of videos, the mean over
             their frames.
         psnr: Peak signal-to-noise ratio in dB; None where everything equals its reference.
         step_cache: `StepCache.to_dict` of its step cache; None: every step computes.
@@ -48,12 +48,12 @@ class Calibration:
     """Calibrated plans for one number of denoising steps.
 
     Attributes:
-        num_inference_steps: Steps of the runs that it is for, and of its all-fine reference.
+        num_inference_steps: Steps of the runs that it is for, and of its full-resolution reference.
         cost_unit: `"ms"` or `"tokens"`.
         target: What was asked for: `{"speedup": x}`, `{"min_ssim": x}` or `{"budget_ms": x}`.
         presets: Plans by the names of `PRESETS`; `"balanced"` is the one that the target chose.
-        front: Plans that no other one beats in both cost and similarity, all-fine first, then
-            by falling cost.
+        front: Plans that no other one beats in both cost and similarity, full resolution
+            first, then by falling cost.
         evidence: Prompts, seeds, every candidate, held-out figures, machine and versions.
     """
 
@@ -81,7 +81,7 @@ class Calibration:
         """The plan of a preset's name, or of a speed between 0 and 1.
 
         A speed s asks for the fastest plan's speed-up to the power of s, so that equal steps of
-        it are equal factors: 0 is all-fine, 1 the fastest plan. It gives the measured plan of
+        it are equal factors: 0 is full resolution, 1 the fastest. It gives the measured plan of
         the front that is the first to be so fast.
 
         Raises:
@@ -93,7 +93,7 @@ class Calibration:
             return self.presets[choice]
         if not 0 <= choice <= 1:
             raise ValueError(
-                f"got the speed {choice}; it lies between 0 (all fine) and 1 (fastest)"
+                f"got the speed {choice}; it lies between 0 (full resolution) and 1 (fastest)"
             )
         wanted = self.front[-1].speedup ** choice
         return next((plan for plan in self.front if plan.speedup >= wanted * 0.999), self.front[-1])

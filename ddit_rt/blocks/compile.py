@@ -33,7 +33,7 @@ from ddit_rt.models.base import BATCH, IMAGE, JOINT, TEXT, BlockType, TensorSpec
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, label)`, first with `done = 0`."""
 
-# Preferred sizes of the example that is traced. On CUDA kernels are tuned on it, so it is a picture
+# Preferred sizes of the example that is traced. On CUDA kernels are tuned on it, so it is an image
 # of 1024 x 1024; on a CPU nothing is, and a small one costs less.
 _EXAMPLES: Mapping[str, Mapping[str, int]] = {
     "cpu": {BATCH: 2, IMAGE: 22, TEXT: 13},

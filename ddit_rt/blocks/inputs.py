@@ -28,7 +28,7 @@ class TokenRanges:
     token) below 2**31 elements, so that CUDA kernels may index with 32 bits.
 
     Attributes:
-        batch: Prompts in one run, classifier-free guidance halves included.
+        batch: Prompts in one run, cond and uncond passes both counted.
         image: Image tokens.
         text: Text tokens.
     """

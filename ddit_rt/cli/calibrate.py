@@ -253,7 +253,7 @@ def _calibrate(
     from ddit_rt.lab.calibrate.run import most_runs
     from ddit_rt.lab.plans.bench import EngineBench
     from ddit_rt.lab.plans.step_caches import fitted_caches
-    from ddit_rt.planning.presets import requested_steps
+    from ddit_rt.planning.request import requested_steps
 
     steps, _ = requested_steps(engine.pipeline, arguments)
     others = {name: value for name, value in arguments.items() if name != "num_inference_steps"}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ddit_rt.engine import Engine
     from ddit_rt.lab.evaluate.config import EvaluationConfig
     from ddit_rt.lab.evaluate.metrics import Skipped
-    from ddit_rt.planning.presets import PolicyChoice
+    from ddit_rt.planning.request import PolicyChoice
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,7 +162,7 @@ def _config(
     args: argparse.Namespace, engine: Engine, prompts: Sequence[str], source: str
 ) -> EvaluationConfig:
     from ddit_rt.lab.evaluate.config import EvaluationConfig
-    from ddit_rt.planning.presets import requested_steps
+    from ddit_rt.planning.request import requested_steps
 
     arguments = pipeline_arguments(args)
     steps, _ = requested_steps(engine.pipeline, arguments)

@@ -23,7 +23,7 @@ from ddit_rt.cli.policies import add_policy_arguments, add_step_cache_argument, 
 
 if TYPE_CHECKING:
     from ddit_rt.engine import Engine
-    from ddit_rt.planning.presets import PolicyChoice
+    from ddit_rt.planning.request import PolicyChoice
 
 
 _OWN_ARGUMENTS = ("negative_prompt", "num_frames", "true_cfg_scale", "guidance_interval")
@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 def _check_options(args: argparse.Namespace) -> None:
     """Refuses options that do not go together, before the model is loaded."""
-    from ddit_rt.planning.guidance import check_interval
+    from ddit_rt.planning.request import check_interval
     from ddit_rt.policies import DDiTPolicy
 
     choose_policy(args.policy, args.tau, args.rho, DDiTPolicy())

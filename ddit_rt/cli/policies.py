@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ddit_rt.cli.options import number, text
 
 if TYPE_CHECKING:
-    from ddit_rt.planning.presets import PolicyChoice
+    from ddit_rt.planning.request import PolicyChoice
     from ddit_rt.policies import DDiTPolicy, PatchPolicy, StepCache
 
 Tau = float | dict[str, float]
@@ -66,7 +66,7 @@ def step_cache(value: str) -> StepCache:
 @text
 def policy_text(value: str) -> str:
     """The text of `--policy`, which can be read; what it stands for hangs on the artifact."""
-    from ddit_rt.planning.presets import parse_choice
+    from ddit_rt.planning.request import parse_choice
     from ddit_rt.policies import DDiTPolicy
 
     parse_choice(value, DDiTPolicy())
@@ -121,7 +121,7 @@ def choose_policy(
     Raises:
         ValueError: An unknown policy, or thresholds for a policy that has none.
     """
-    from ddit_rt.planning.presets import parse_choice
+    from ddit_rt.planning.request import parse_choice
 
     if tau is None and rho is None:
         return default if name is None else parse_choice(name, default)

@@ -68,17 +68,18 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     ranges: TokenRanges | None = None,
     backend: str = "aot",
     executor: str = "auto",
+    batched_guidance: bool = True,
     progress: bool = True,
 ) -> Engine:
     """Compiles a model ahead of time, once.
 
-    One package per block class serves every patch size, picture size, batch and prompt length
+    One package per block class serves every patch size, image size, batch and prompt length
     within `ranges`; the weights stay the model's own and are not copied.
 
     Args:
         model: A diffusers pipeline (`FluxPipeline`, `WanPipeline`), or its transformer alone.
-        height: Default picture height of the engine's calls, in pixels; checked here already.
-        width: Default picture width, in pixels.
+        height: Default image height of the engine's calls, in pixels; checked here already.
+        width: Default image width, in pixels.
         num_frames: Default number of frames, of a video model.
         patch_sizes: Patch sizes to offer, `"p"` among them; `"p,2p"` is `("p", "2p")`.
         adapter: Trained patch adapters: a folder, or loaded ones. A coarse size without one runs
@@ -91,6 +92,7 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         backend: `"aot"`; or `"eager"`, which runs the model's own blocks uncompiled, for
             debugging. An eager engine cannot be saved.
         executor: How a CUDA run is driven; see `Engine.executor`.
+        batched_guidance: See `Engine.batched_guidance`.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
@@ -105,6 +107,7 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     """
     checks.choice("backend", backend, ("aot", "eager"))
     checks.flag("progress", progress)
+    checks.flag("batched_guidance", batched_guidance)
     pipeline, transformer, family = unwrap(model)
     check_executor(executor, transformer)
     live = LiveModel(family, transformer, pipeline)
@@ -135,7 +138,10 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         artifact = Artifact.unsaved(None, manifest)
     else:
         artifact = _compile_artifact(transformer, family, adapters, manifest, progress)
-    return _engine(pipeline, live, family, artifact, adapters, multiples, executor, progress)
+    compiled = _compiled_model(live, family, artifact, adapters, multiples, progress)
+    return Engine(
+        compiled, artifact, pipeline, executor=executor, batched_guidance=batched_guidance
+    )
 
 
 def _compile_artifact(
@@ -181,6 +187,7 @@ def load(
     trust_code: bool = False,
     check_weights: bool = True,
     executor: str = "auto",
+    batched_guidance: bool = True,
     progress: bool = True,
 ) -> Engine:
     """Loads an artifact for a model. Seconds: nothing is compiled.
@@ -195,6 +202,7 @@ def load(
             hold no weights and would run with any of the same shapes; adapters and calibrated
             policies would not fit.
         executor: How a CUDA run is driven; see `Engine.executor`.
+        batched_guidance: See `Engine.batched_guidance`.
         progress: Whether to show a progress bar on stderr.
 
     Raises:
@@ -209,6 +217,7 @@ def load(
     for name, value in (
         ("trust_code", trust_code),
         ("check_weights", check_weights),
+        ("batched_guidance", batched_guidance),
         ("progress", progress),
     ):
         checks.flag(name, value)
@@ -229,20 +238,21 @@ def load(
     adapters = AdapterSet()
     if folder.exists():
         adapters = load_adapters(folder, family, transformer, check_base=check_weights)
-    return _engine(pipeline, live, family, artifact, adapters, multiples, executor, progress)
+    compiled = _compiled_model(live, family, artifact, adapters, multiples, progress)
+    return Engine(
+        compiled, artifact, pipeline, executor=executor, batched_guidance=batched_guidance
+    )
 
 
-def _engine(
-    pipeline: Any,
+def _compiled_model(
     live: LiveModel,
     family: Family,
     artifact: Artifact,
     adapters: AdapterSet,
     multiples: tuple[int, ...],
-    executor: str,
     progress: bool,
-) -> Engine:
-    """Binds runners to the model's weights and puts the parts together."""
+) -> CompiledModel:
+    """Binds runners to the model's weights."""
     make = _runner_maker(artifact)
     transformer, *experts = live.models
     types = family.block_types(transformer)
@@ -255,7 +265,7 @@ def _engine(
             multiple: _runners(types, transformer, make, adapter, counter) if adapter.lora else base
             for multiple, adapter in adapters.adapters.items()
         }
-    compiled = CompiledModel(
+    return CompiledModel(
         steps=StepModel(family=family, transformer=transformer, base=base),
         multiples=multiples,
         ranges=artifact.manifest.ranges,
@@ -267,7 +277,6 @@ def _engine(
         ),
         live=live,
     )
-    return Engine(compiled, artifact, pipeline, executor)
 
 
 class _Counter:

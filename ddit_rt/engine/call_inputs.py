@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from ddit_rt import checks
 from ddit_rt.artifact import Artifact
-from ddit_rt.errors import ArtifactMismatchError
-from ddit_rt.models.arguments import check_arguments, check_sigmas
+from ddit_rt.errors import ArtifactMismatchError, ShapeError
+from ddit_rt.models.arguments import check_arguments, check_sigmas, check_tensor
+from ddit_rt.steps import StepModel
 
 DEFAULT_STEPS = 50
 """Steps of `Engine.denoise`."""
@@ -78,6 +81,22 @@ def check_scheduler(scheduler: Any) -> Any:
         advice = "call the class" if isinstance(scheduler, type) else ""
         raise TypeError(checks.got("scheduler", scheduler, _SCHEDULER, advice))
     return scheduler
+
+
+def check_latents(latents: Tensor, model: StepModel) -> None:
+    """Refuses initial latents of a shape that the model does not take.
+
+    Raises:
+        TypeError: No tensor of floating-point numbers.
+        ShapeError: Not `[B, C, H, W]`, for videos `[B, C, F, H, W]`.
+    """
+    channels = model.family.latent_channels(model.transformer)
+    axes = "F, H, W" if model.family.video else "H, W"
+    check_tensor("latents", latents, f"[B, {channels}, {axes}]")
+    if latents.ndim != 2 + axes.count(",") + 1 or latents.shape[1] != channels:
+        raise ShapeError(
+            f"latents have shape {list(latents.shape)}; expected [B, {channels}, {axes}]"
+        )
 
 
 def check_artifact(artifact: Artifact, current: Artifact) -> Artifact:

@@ -61,9 +61,9 @@ def step_cost(
         height: Latent rows.
         width: Latent columns.
         multiple: Patch size as a multiple of p.
-        batch: Samples, both halves of classifier-free guidance counted.
+        batch: Samples, cond and uncond passes both counted.
         text_tokens: Text tokens per sample.
-        frames: Latent frames; 0 for pictures.
+        frames: Latent frames; 0 for images.
 
     Raises:
         ShapeError: The patch size does not divide the latent.

@@ -7,34 +7,53 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ddit_rt import checks
+from ddit_rt import checks, notices
 from ddit_rt.artifact import Artifact
-from ddit_rt.engine.call_inputs import check_artifact, check_call, check_schedule, check_scheduler
+from ddit_rt.engine.call_inputs import (
+    check_artifact,
+    check_call,
+    check_latents,
+    check_schedule,
+    check_scheduler,
+)
 from ddit_rt.engine.history import SeenLatents
 from ddit_rt.engine.inputs import check_executor, check_size
 from ddit_rt.engine.pipeline_driven import PipelineRun
 from ddit_rt.engine.table_driven import Loop, StepCallback
-from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.errors import ArtifactMismatchError, UnsupportedModelError
 from ddit_rt.loop import CaptureReport, ProgressCallback, RunPlan, RunTrace
 from ddit_rt.lora.fused import FusedLora, lora_component
 from ddit_rt.models.arguments import check_callback, check_text_encoders
 from ddit_rt.models.calls import PipelineCall
-from ddit_rt.planning.caching import as_step_cache
 from ddit_rt.planning.compiled import CompiledModel
-from ddit_rt.planning.guidance import WHOLE_RUN, check_interval
-from ddit_rt.planning.outline import Outline
+from ddit_rt.planning.outline import Outline, driven_note, outline_run
 from ddit_rt.planning.plan import plan_run
-from ddit_rt.planning.presets import PolicyChoice, ResolvedPolicy, requested_steps
-from ddit_rt.planning.requests import Planner, check_latents
-from ddit_rt.policies import FinePolicy, PatchPolicy, StepCache, TeaCache
-from ddit_rt.solver import SolverTable, own_steps, probe_scheduler
+from ddit_rt.planning.request import (
+    WHOLE_RUN,
+    PolicyChoice,
+    Request,
+    default_policy,
+    default_step_cache,
+    read_request,
+    requested_steps,
+)
+from ddit_rt.policies import FinePolicy, PatchPolicy, StepCache, TeaCache, patch_name
+from ddit_rt.solver import ProbedSchedules, SolverTable, own_steps, probe_scheduler
 from ddit_rt.steps import latent_frames
 from ddit_rt.torch_state import shielded, without_autocast
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ddit_rt.engine.typed import CallArguments, PipelineOutput
+
+_IDLE = "a dynamic policy took no coarse step"
+"""Among what an engine has announced: said once, whatever the scores were."""
 
 
 class Engine:
@@ -48,32 +67,70 @@ class Engine:
         pipeline: The diffusers pipeline, or None for a bare transformer.
     """
 
+    # A misspelt attribute is an AttributeError.
+    __slots__ = (
+        "__weakref__",
+        "_annotate",
+        "_announced",
+        "_artifact",
+        "_batched_guidance",
+        "_compiled",
+        "_device",
+        "_fused",
+        "_lock",
+        "_loop",
+        "_solver",
+        "pipeline",
+    )
+
     def __init__(
         self,
         compiled: CompiledModel,
         artifact: Artifact,
         pipeline: Any = None,
+        *,
         executor: str = "auto",
+        batched_guidance: bool = True,
     ) -> None:
         self.pipeline = pipeline
         self._annotate = False
-        self._batched_guidance = True
+        self._batched_guidance = batched_guidance
         self._compiled = compiled
-        self._planner = Planner(compiled, artifact)
+        self._artifact = artifact
         self._device = compiled.steps.device
         self._loop = Loop(self._device)
+        self._solver = ProbedSchedules()
+        self._announced: set[str] = set()
         self.executor = executor
         self._lock = threading.RLock()
         self._fused: dict[str, FusedLora] = {}
 
+    def __repr__(self) -> str:
+        """Model, patch sizes, defaults, device and state, on one line."""
+        model, manifest = self._compiled.steps, self._artifact.manifest
+        where = self._artifact.directory
+        parts = [
+            type(self.pipeline or model.transformer).__name__,
+            "sizes=" + ",".join(map(patch_name, self._compiled.multiples)),
+            f"policy={self.default_policy!r}",
+            f"step_cache={self.default_step_cache!r}",
+            f"device={self._device}",
+            f"dtype={str(model.dtype).removeprefix('torch.')}",
+            f"executor={self.executor}",
+            "backend=" + ("aot" if manifest.packages else "eager"),
+            "lora fused" if self._fused else "",
+            "" if where is None else f"artifact={str(where)!r}",
+        ]
+        return f"Engine({', '.join(part for part in parts if part)})"
+
     @property
     def artifact(self) -> Artifact:
         """What was compiled: manifest and files. May be set, to one with a calibration or a fit."""
-        return self._planner.artifact
+        return self._artifact
 
     @artifact.setter
     def artifact(self, artifact: Artifact) -> None:
-        self._planner.artifact = check_artifact(artifact, self._planner.artifact)
+        self._artifact = check_artifact(artifact, self._artifact)
 
     @property
     def annotate(self) -> bool:
@@ -86,7 +143,7 @@ class Engine:
 
     @property
     def batched_guidance(self) -> bool:
-        """Whether the two halves of classifier-free guidance run as one batch of two. May be set.
+        """Whether the cond and uncond passes of guidance run as one batch of two. May be set.
 
         That is the default; one after the other, they take less memory. Where the pipeline's own
         loop drives, they come one after the other.
@@ -106,17 +163,17 @@ class Engine:
         steps, the pipeline's own loop or a scheduler, it launches every step's graph, whatever is
         set here; `last_trace` says which, and why. A CPU model has only `"auto"`.
         """
-        return self._loop.form
+        return self._loop.executor.form
 
     @executor.setter
     def executor(self, form: str) -> None:
         check_executor(form, self._compiled.steps.transformer)
-        self._loop.form = form
+        self._loop.executor.form = form
 
     @property
     def captures(self) -> tuple[CaptureReport, ...]:
         """What capturing CUDA graphs took, per shape that is captured now; empty on a CPU."""
-        return self._loop.captures
+        return self._loop.executor.captures
 
     @property
     def last_trace(self) -> RunTrace | None:
@@ -126,12 +183,12 @@ class Engine:
     @property
     def default_policy(self) -> PatchPolicy:
         """The policy of a call that names none: the artifact's own, else `DDiTPolicy()`."""
-        return self._planner.default_policy
+        return default_policy(self._artifact.manifest)
 
     @property
     def default_step_cache(self) -> StepCache:
         """The step cache of a call that names none: the artifact's own, else `NoCache()`."""
-        return self._planner.default_step_cache
+        return default_step_cache(self._artifact.manifest)
 
     @shielded()
     def __call__(
@@ -141,8 +198,8 @@ class Engine:
         patch_policy: PolicyChoice | None = None,
         guidance_interval: tuple[float, float] = WHOLE_RUN,
         step_cache: StepCache | str | None = None,
-        **arguments: Any,
-    ) -> Any:
+        **arguments: Unpack[CallArguments],
+    ) -> PipelineOutput:
         """Generates, as the pipeline's own call does.
 
         Args:
@@ -157,7 +214,8 @@ class Engine:
                 and `NoCache()` or `"none"` for none; by default what the plan was calibrated with
                 where `patch_policy` names one, else the artifact's.
             arguments: Every other argument of the pipeline's `__call__`, with its defaults;
-                `height` and `width` default to those given to `compile`. With a
+                `height` and `width` default to those given to `compile`, and `latents` are in the
+                pipeline's own layout, which for FLUX is packed. With a
                 `callback_on_step_end`, or a scheduler that is no fixed table (it draws noise,
                 say), the pipeline's own loop drives the compiled model, so that the callback may
                 see and change all that it may in diffusers.
@@ -178,37 +236,36 @@ class Engine:
                 "this engine was compiled from a bare transformer; call engine.denoise(latents, "
                 "...), or compile the whole pipeline"
             )
-        step_cache, guidance_interval = as_step_cache(step_cache), check_interval(guidance_interval)
         with self._lock:
             self._check_state()
-            arguments = self._checked({"prompt": prompt, **arguments})
-            choice = self._planner.choose(
-                patch_policy, lambda: requested_steps(self.pipeline, arguments), arguments
+            given = self._checked({"prompt": prompt, **arguments})
+            request = read_request(
+                self._artifact.manifest,
+                lambda: requested_steps(self.pipeline, given),
+                given,
+                patch_policy=patch_policy,
+                step_cache=step_cache,
+                guidance_interval=guidance_interval,
+                batched_guidance=self.batched_guidance,
             )
-            if choice.num_inference_steps is not None:
-                arguments["num_inference_steps"] = choice.num_inference_steps
+            if request.num_inference_steps is not None:
+                given["num_inference_steps"] = request.num_inference_steps
             scheduler = copy.deepcopy(self.pipeline.scheduler)
             family = self._compiled.steps.family
-            call = family.read_call(self.pipeline, scheduler, arguments)
-            choice = self._planner.ignored(choice, call.ignored)
-            table, problem = self._planner.solver(scheduler)
-            outline = self._outline(
-                call.shape,
-                scheduler,
-                table,
-                choice,
-                guided=call.guided,
-                guidance_interval=guidance_interval,
-                step_cache=step_cache,
-            )
+            call = family.read_call(self.pipeline, scheduler, given)
+            request = request.ignoring(call.ignored)
+            table, problem = self._solver(scheduler)
+            outline = self._outline(request, call.shape, scheduler, table, guided=call.guided)
             check_text_encoders(self.pipeline, call.arguments, guided=call.guided)
-            if problem or arguments.get("callback_on_step_end") is not None:
-                return self._drive(outline, call, scheduler, arguments, problem)
+            if problem or given.get("callback_on_step_end") is not None:
+                return self._drive(outline, call, scheduler, given, problem)
             prepared = family.encode_call(self.pipeline, scheduler, call)
-            plan = self._plan(outline, prepared.conditioning)
+            plan = plan_run(self._compiled, outline, prepared.conditioning)
             with self.pipeline.progress_bar(total=prepared.num_inference_steps) as bar:
                 final = self._run(plan, prepared.latents, lambda _: bar.update(), self._interrupted)
-            return prepared.finish(final)
+            self._look_back(outline)
+            result: PipelineOutput = prepared.finish(final)
+            return result
 
     @shielded()
     def denoise(
@@ -227,7 +284,8 @@ class Engine:
         """Runs the denoising loop alone.
 
         Args:
-            latents: Initial noise, `[B, C, H, W]`, for videos `[B, C, F, H, W]`.
+            latents: Initial noise, `[B, C, H, W]`, for videos `[B, C, F, H, W]`; never packed, as
+                FLUX's pipeline has them.
             scheduler: A diffusers flow scheduler, copied for the run; by default the pipeline's,
                 or `FlowMatchEulerDiscreteScheduler()` for a bare transformer.
             num_inference_steps: Steps N; by default as many as `sigmas`, else 50.
@@ -260,7 +318,6 @@ class Engine:
         check_latents(latents, model)
         model.family.check_conditioning(model.transformer, latents.shape[0], conditioning)
         given = {name: value for name, value in conditioning.items() if value is not None}
-        step_cache, guidance_interval = as_step_cache(step_cache), check_interval(guidance_interval)
         steps, sigmas = check_schedule(num_inference_steps, sigmas)
         check_callback("callback", callback)
         if scheduler is None:
@@ -268,24 +325,29 @@ class Engine:
         with self._lock:
             self._check_state()
             scheduler = copy.deepcopy(check_scheduler(scheduler))
-            choice = self._planner.choose(patch_policy, lambda: (steps, sigmas is not None), {})
+            request = read_request(
+                self._artifact.manifest,
+                lambda: (steps, sigmas is not None),
+                {},
+                patch_policy=patch_policy,
+                step_cache=step_cache,
+                guidance_interval=guidance_interval,
+                batched_guidance=self.batched_guidance,
+            )
             height, width = latents.shape[-2:]
             grid = model.grid(height, width, frames=latent_frames(latents.shape))
-            model.family.set_timesteps(scheduler, choice.num_inference_steps or steps, sigmas, grid)
+            steps = request.num_inference_steps or steps
+            model.family.set_timesteps(scheduler, steps, sigmas, grid)
             latents = latents.to(model.device, torch.float32, non_blocking=True)
-            table, problem = self._planner.solver(scheduler)
-            outline = self._outline(
-                tuple(latents.shape),
-                scheduler,
-                table,
-                choice,
-                guided=model.family.guidance(given) is not None,
-                guidance_interval=guidance_interval,
-                step_cache=step_cache,
-            )
+            table, problem = self._solver(scheduler)
+            guided = model.family.guidance(given) is not None
+            outline = self._outline(request, tuple(latents.shape), scheduler, table, guided=guided)
             if problem or callback is not None:
                 return self._by_scheduler(outline, given, latents, scheduler, callback, problem)
-            return self._run(self._plan(outline, given), latents, None, lambda: False)
+            plan = plan_run(self._compiled, outline, given)
+            final = self._run(plan, latents, None, lambda: False)
+            self._look_back(outline)
+            return final
 
     @shielded()
     def measuring_plan(
@@ -311,17 +373,13 @@ class Engine:
             self._check_state()
             scheduler = copy.deepcopy(self.pipeline.scheduler)
             call = self._compiled.steps.family.read_call(self.pipeline, scheduler, arguments)
-            outline = self._outline(
-                call.shape,
-                scheduler,
-                probe_scheduler(scheduler),
-                ResolvedPolicy(policy=FinePolicy()),
-                guided=call.guided,
-                guidance_interval=WHOLE_RUN,
-                step_cache=cache,
+            request = Request(
+                policy=FinePolicy(), step_cache=cache, batched_guidance=self.batched_guidance
             )
+            table = probe_scheduler(scheduler)
+            outline = self._outline(request, call.shape, scheduler, table, guided=call.guided)
             prepared = self._compiled.steps.family.encode_call(self.pipeline, scheduler, call)
-            plan = self._plan(outline, prepared.conditioning)
+            plan = plan_run(self._compiled, outline, prepared.conditioning)
             return plan, prepared.latents.to(self._device, torch.float32)
 
     def cancel(self) -> None:
@@ -398,7 +456,14 @@ class Engine:
     def _check_state(self) -> None:
         """Refuses a call from within a run, and a model that is not what was compiled."""
         self._loop.check_alone()
-        self._planner.check_model()
+        for model in self._compiled.models:
+            if model.device != self._device:
+                raise ArtifactMismatchError(
+                    f"the model was on {self._device} when this engine was made and is on "
+                    f"{model.device} now; move it back, or compile or load again"
+                )
+        if self._compiled.live is not None:
+            self._compiled.live.check()
 
     def _checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's arguments with the artifact's defaults, checked."""
@@ -417,33 +482,50 @@ class Engine:
 
     def _outline(
         self,
+        request: Request,
         shape: tuple[int, ...],
         scheduler: Any,
         solver: SolverTable,
-        choice: ResolvedPolicy,
         *,
         guided: bool,
-        guidance_interval: tuple[float, float],
-        step_cache: StepCache | None,
     ) -> Outline:
         """Fixes the run but for its prompt."""
         if self._compiled.rebind():
-            self._loop.forget()
-        return self._planner.outline(
-            shape,
-            scheduler,
-            solver,
-            choice,
+            self._loop.executor.forget()
+        family = self._compiled.steps.family
+        outline = outline_run(
+            self._compiled,
+            request,
+            shape=shape,
+            timesteps=family.linear_timesteps(scheduler),
+            solver=solver,
             guided=guided,
-            guidance_interval=guidance_interval,
-            step_cache=step_cache,
-            experts=self._compiled.steps.family.expert_steps(self.pipeline, scheduler),
+            fits=self._artifact.manifest.cache_fits,
+            experts=family.expert_steps(self.pipeline, scheduler),
         )
+        self._announce(outline.warnings)
+        return outline
 
-    def _plan(self, outline: Outline, conditioning: Mapping[str, Tensor]) -> RunPlan:
-        return plan_run(
-            self._compiled, outline, conditioning, batched_guidance=self.batched_guidance
-        )
+    def _look_back(self, outline: Outline) -> None:
+        """Notes, and says once, that a dynamic policy did nothing in the run that has ended."""
+        trace = self._loop.trace
+        if trace is None or not outline.dynamic or outline.offered == (1,):
+            return
+        reason = trace.why_all_fine()
+        if not reason:
+            return
+        note = f"the policy took no coarse step: {reason}"
+        self._loop.note(note)
+        if _IDLE not in self._announced:
+            self._announced.add(_IDLE)
+            notices.warn(f"{note}; raise its tau, run more steps, or pass a plan, '2p:0.4,p'")
+
+    def _announce(self, notes: Sequence[str]) -> None:
+        """Says each thing once."""
+        for note in notes:
+            if note not in self._announced:
+                self._announced.add(note)
+                notices.warn(note)
 
     def _run(
         self,
@@ -466,14 +548,14 @@ class Engine:
         problem: str,
     ) -> Tensor:
         """Runs the denoising loop with a scheduler that takes its steps itself."""
-        outline = self._planner.by_another(
-            replace(outline, solver=own_steps(scheduler)),
-            "the scheduler's own steps",
-            problem or "a callback comes between them",
-            aloud=bool(problem),
-        )
-        plan = self._plan(outline, conditioning)
-        return self._loop.by_scheduler(plan, latents, scheduler, callback, annotate=self.annotate)
+        driver, reason = "the scheduler's own steps", problem or "a callback comes between them"
+        outline = outline.driven_by(driver, reason, own_steps(scheduler))
+        if problem:
+            self._announce([driven_note(driver, reason)])
+        plan = plan_run(self._compiled, outline, conditioning)
+        final = self._loop.by_scheduler(plan, latents, scheduler, callback, annotate=self.annotate)
+        self._look_back(outline)
+        return final
 
     def _drive(
         self,
@@ -482,25 +564,23 @@ class Engine:
         scheduler: Any,
         arguments: Mapping[str, Any],
         problem: str,
-    ) -> Any:
-        """Runs the pipeline's own call; see `driven.py`."""
+    ) -> PipelineOutput:
+        """Runs the pipeline's own call; see `pipeline_driven.py`."""
         reason = problem or "callback_on_step_end may see and change all that it does"
         if call.passes > 1 and self.batched_guidance:
             reason += "; the passes of guidance run one after the other"
         table = None if problem or not outline.scored else outline.solver
-        outline = self._planner.by_another(
-            replace(outline, solver=own_steps(scheduler)),
-            "the pipeline's own loop",
-            reason,
-            aloud=bool(problem),
-        )
+        driver = "the pipeline's own loop"
+        outline = outline.driven_by(driver, reason, own_steps(scheduler))
+        if problem:
+            self._announce([driven_note(driver, reason)])
         scales = [call.scales[expert] for expert in outline.experts] if call.guided else []
         seen = SeenLatents(self._compiled.steps.family, call.shape, table, scales)
         with self._loop.driven("pipeline", outline.steps, annotate=self.annotate) as run:
             drive = PipelineRun(self.pipeline, self._compiled, outline, call, run, seen)
-            result = drive(arguments)
-        # Behind `_drive`, the engine's call and its no_grad: the caller.
-        self._loop.look_at(seen.latest, stacklevel=4)
+            result: PipelineOutput = drive(arguments)
+        self._loop.look_at(seen.latest)
+        self._look_back(outline)
         return result
 
     def _interrupted(self) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ddit_rt import notices
 from ddit_rt.loop import RunTrace
 
 
@@ -47,7 +47,7 @@ class FiniteCheck:
             raise ValueError("the initial latents hold NaN or infinity; give finite noise")
 
 
-def announce_nonfinite(final: Tensor, trace: RunTrace, *, stacklevel: int) -> RunTrace:
+def announce_nonfinite(final: Tensor, trace: RunTrace) -> RunTrace:
     """Warns where a run's latents are not finite, whatever decided its patch sizes.
 
     NaN and infinity stay in the latents of a flow once they are there, so that the final ones tell
@@ -57,7 +57,6 @@ def announce_nonfinite(final: Tensor, trace: RunTrace, *, stacklevel: int) -> Ru
         final: The run's final latents. On a device the host waits for the answer here, behind the
             loop, whose end it has seen already.
         trace: The run's.
-        stacklevel: Frames from here to the caller, as `warnings.warn` counts them.
 
     Returns:
         The trace, with `nonfinite` set where they are not.
@@ -66,9 +65,8 @@ def announce_nonfinite(final: Tensor, trace: RunTrace, *, stacklevel: int) -> Ru
         return trace
     first = trace.first_nonfinite
     when = "in the final latents" if first is None else f"before step {first} of {len(trace)}"
-    warnings.warn(
+    notices.warn(
         f"the latents became NaN or infinite during the run, noticed {when}; the result is not "
-        "usable: check the model's weights and dtype, the prompt embeddings and the guidance",
-        stacklevel=stacklevel + 1,
+        "usable: check the model's weights and dtype, the prompt embeddings and the guidance"
     )
     return replace(trace, nonfinite=True)

@@ -14,13 +14,13 @@ from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.loop import FORMS
 from ddit_rt.models import Family, family_of
 from ddit_rt.models.plain import check_plain, check_unwrapped
-from ddit_rt.planning.caching import as_step_cache
 from ddit_rt.planning.compiled import CompiledModel
-from ddit_rt.planning.presets import check_policy, parse_choice
+from ddit_rt.planning.request import check_policy, parse_choice
 from ddit_rt.policies import (
     DDiTPolicy,
     PatchPolicy,
     StepCache,
+    as_step_cache,
     parse_patch,
     patch_name,
     policy_from_dict,
@@ -179,7 +179,7 @@ def default_sizes(
 
 
 def check_size(compiled: CompiledModel, pipeline: Any, sizes: Mapping[str, Any]) -> None:
-    """Refuses a picture's or a video's size that could not run, before any work.
+    """Refuses an image's or a video's size that could not run, before any work.
 
     Args:
         compiled: The model; its runners need not be there yet.

@@ -53,9 +53,9 @@ class ModelMemory:
     Attributes:
         weights_bytes: The weights of the transformer, and of its experts: one copy, whatever the
             number of patch sizes.
-        height: Picture height that all else was counted at.
-        width: Picture width of the same.
-        num_frames: Frames of the same; None for a picture.
+        height: Image height that all else was counted at.
+        width: Image width of the same.
+        num_frames: Frames of the same; None for an image.
         text_tokens: Text tokens of the same.
         steps: Denoising steps of the same.
         passes: Passes of the model in a step of the same: 2 with classifier-free guidance.
@@ -66,7 +66,7 @@ class ModelMemory:
         velocities_bytes: Past velocities that the solver combines with the newest.
         detail_bytes: The clean estimate of the latest step at p.
         text_bytes: Text tokens as the blocks take them, of each pass.
-        buckets: Per patch size that this picture size offers.
+        buckets: Per patch size that this image size offers.
     """
 
     weights_bytes: int

@@ -160,7 +160,7 @@ class PipelineRun:
             conditioning=call.conditioning,
         )
         if place > 0 and not self._outline.guided[step.index]:
-            # So that the pipeline's guidance joins equal halves, whatever its scale.
+            # So that the pipeline's guidance joins two equal velocities, whatever its scale.
             return step.velocities[0]
         session = self._session or self._open(call)
         if step.branch is None:

@@ -20,15 +20,12 @@ from torch import Tensor
 from ddit_rt.engine.finite import FiniteCheck, announce_nonfinite
 from ddit_rt.errors import RunCancelled, ShapeError
 from ddit_rt.loop import (
-    CaptureReport,
-    CpuExecutor,
-    CudaExecutor,
     Executor,
     ProgressCallback,
     RunPlan,
     RunTrace,
     StepSession,
-    TorchGraphs,
+    executor_for,
 )
 from ddit_rt.torch_state import callers_modes
 
@@ -44,36 +41,15 @@ class Loop:
         device: The model's.
 
     Attributes:
+        executor: What runs the steps.
         trace: Of the latest run, or None.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.trace: RunTrace | None = None
-        self._executor = (
-            CudaExecutor(TorchGraphs(device)) if device.type == "cuda" else CpuExecutor()
-        )
+        self.executor = executor_for(device)
         self._cancelled = threading.Event()
         self._running = False
-
-    @property
-    def form(self) -> str:
-        """How a CUDA run is driven, as `Engine.executor` has it."""
-        return self._executor.form if isinstance(self._executor, CudaExecutor) else "auto"
-
-    @form.setter
-    def form(self, form: str) -> None:
-        if isinstance(self._executor, CudaExecutor):
-            self._executor.form = form
-
-    @property
-    def captures(self) -> tuple[CaptureReport, ...]:
-        """What capturing CUDA graphs took, per shape that is captured now; empty on a CPU."""
-        return self._executor.captures if isinstance(self._executor, CudaExecutor) else ()
-
-    def forget(self) -> None:
-        """Drops captured graphs, because the weights that they read are elsewhere now."""
-        if isinstance(self._executor, CudaExecutor):
-            self._executor.forget()
 
     def cancel(self) -> None:
         """Ends the current run between two steps; from any thread."""
@@ -106,7 +82,7 @@ class Loop:
         """
         with self._alone():
             finite = FiniteCheck(latents)
-            final, self.trace = self._executor.run(
+            final, self.trace = self.executor.run(
                 plan,
                 latents,
                 on_progress=on_progress,
@@ -116,14 +92,18 @@ class Loop:
         finite.require()
         if self._cancelled.is_set():
             raise cancelled(len(self.trace), plan.policy.steps)
-        # Behind `run`, `Engine._run`, the engine's call and its no_grad: the caller.
-        self.look_at(final, stacklevel=5)
+        self.look_at(final)
         return final
 
-    def look_at(self, final: Tensor | None, stacklevel: int) -> None:
+    def note(self, note: str) -> None:
+        """Adds to the notes of the latest run."""
+        if self.trace is not None:
+            self.trace = replace(self.trace, notes=(*self.trace.notes, note))
+
+    def look_at(self, final: Tensor | None) -> None:
         """Announces and records final latents that are not finite; see `announce_nonfinite`."""
         if self.trace is not None and final is not None:
-            self.trace = announce_nonfinite(final, self.trace, stacklevel=stacklevel + 1)
+            self.trace = announce_nonfinite(final, self.trace)
 
     @contextmanager
     def driven(self, driver: str, steps: int, *, annotate: bool) -> Iterator[DrivenRun]:
@@ -135,7 +115,7 @@ class Loop:
             annotate: Whether profilers see named ranges.
         """
         with self._alone():
-            run = DrivenRun(self._executor, self._cancelled, driver, steps, annotate=annotate)
+            run = DrivenRun(self.executor, self._cancelled, driver, steps, annotate=annotate)
             try:
                 yield run
                 run.check_cancelled()
@@ -201,8 +181,7 @@ class Loop:
                 with callers_modes():
                     given = None if callback is None else callback(step, latents)
                 latents = latents if given is None else _like(given, latents)
-        # Behind `by_scheduler`, `Engine._by_scheduler`, the engine's call and its no_grad.
-        self.look_at(latents, stacklevel=5)
+        self.look_at(latents)
         return latents
 
 

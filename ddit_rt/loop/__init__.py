@@ -1,10 +1,18 @@
 """Executors: who runs the step loop, and the trace of what it did."""
 
-from ddit_rt.loop.capture import CaptureReport
+import torch
+
 from ddit_rt.loop.cpu import CpuExecutor
 from ddit_rt.loop.cuda import FORMS, CudaExecutor
 from ddit_rt.loop.graphs import GraphDevice, TorchGraphs
-from ddit_rt.loop.protocol import CachePlan, Executor, ProgressCallback, RunPlan, StepSession
+from ddit_rt.loop.protocol import (
+    CachePlan,
+    CaptureReport,
+    Executor,
+    ProgressCallback,
+    RunPlan,
+    StepSession,
+)
 from ddit_rt.loop.trace import RunTrace, StepRecord
 
 __all__ = [
@@ -21,4 +29,10 @@ __all__ = [
     "StepRecord",
     "StepSession",
     "TorchGraphs",
+    "executor_for",
 ]
+
+
+def executor_for(device: torch.device) -> Executor:
+    """The executor of a model on a device."""
+    return CudaExecutor(TorchGraphs(device)) if device.type == "cuda" else CpuExecutor()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,34 +17,9 @@ from torch import Tensor
 from ddit_rt.errors import CaptureError
 from ddit_rt.loop.buffers import LoopBuffers
 from ddit_rt.loop.graphs import Graph, GraphDevice
-from ddit_rt.loop.protocol import RunPlan
+from ddit_rt.loop.protocol import CaptureReport, RunPlan
 from ddit_rt.policies import patch_name
 from ddit_rt.steps import Bucket, Signal
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CaptureReport:
-    """What capturing one shape took.
-
-    Attributes:
-        latents: Latent shape `[B, C, H, W]`.
-        text_tokens: Text tokens per sample.
-        buckets: Patch sizes that are captured, in each stage.
-        nodes: Graph nodes of each, but of those that CUDA would not list.
-        capture_ms: Warm-up and capture of the buckets.
-        instantiate_ms: Building and instantiating the graphs that switch.
-        upload_ms: Uploading them.
-        memory_bytes: Growth of the device memory that torch holds.
-    """
-
-    latents: tuple[int, ...]
-    text_tokens: int
-    buckets: tuple[str, ...]
-    nodes: dict[str, int]
-    capture_ms: float
-    instantiate_ms: float
-    upload_ms: float
-    memory_bytes: int
 
 
 class CapturedLoop:
@@ -192,7 +166,8 @@ class CapturedLoop:
             state = (*self._shared, *bucket.tensors())
             with _want_of_memory(self._names[index], self.buffers.latents.shape):
                 copies = [tensor.clone() for tensor in state]
-                graph = self.graphs.capture(self._names[index], self._body(bucket, bool(reuse)))
+                body = self._body(bucket, reuse=bool(reuse), guided=plan.is_guided(stage))
+                graph = self.graphs.capture(self._names[index], body)
             _copy(copies, state)
             self._held[stage, size], self._captured[index] = bucket, graph
             nodes.update(self._count(self._names[index], graph))
@@ -217,11 +192,11 @@ class CapturedLoop:
         except RuntimeError:
             return {}
 
-    def _body(self, bucket: Bucket, reuse: bool) -> Callable[[], None]:
+    def _body(self, bucket: Bucket, *, reuse: bool, guided: bool) -> Callable[[], None]:
         buffers = self.buffers
 
         def body() -> None:
-            velocity = bucket.velocity(buffers.latents, buffers.step, reuse=reuse)
+            velocity = bucket.velocity(buffers.latents, buffers.step, reuse=reuse, guided=guided)
             buffers.velocity.copy_(velocity)
 
         return body
@@ -257,7 +232,7 @@ def _want_of_memory(what: str, shape: torch.Size) -> Iterator[None]:
         latents = " x ".join(map(str, shape))
         raise CaptureError(
             f"out of memory while capturing {what} for latents of {latents}: run a smaller batch, "
-            f"picture or clip, or free memory of the device ({error})"
+            f"image or video, or free memory of the device ({error})"
         ) from error
 
 

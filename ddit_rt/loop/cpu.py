@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.loop.protocol import CachePlan, ProgressCallback, RunPlan
+from ddit_rt.loop.protocol import CachePlan, CaptureReport, ProgressCallback, RunPlan
 from ddit_rt.loop.ranges import Ranges, ranges
 from ddit_rt.loop.trace import RunTrace, build_trace
 from ddit_rt.policies import patch_name
@@ -27,6 +27,11 @@ class CpuExecutor:
     """Runs the step loop on the host. Holds no state between runs."""
 
     name = "cpu"
+    form = "auto"
+    captures: tuple[CaptureReport, ...] = ()
+
+    def forget(self) -> None:
+        """See `Executor.forget`: nothing is captured here."""
 
     @torch.no_grad()
     def run(
@@ -146,7 +151,8 @@ def _run_branch(
     bucket = plan.buckets[stage][place]
     assert bucket is not None, "the policy table chose a bucket that it cannot reach"
     with mark(f"{'reuse' if reuse else 'model'}/{patch_name(plan.offered[place])}"):
-        return bucket.velocity(latents, index, reuse=bool(reuse))
+        guided = plan.is_guided(stage)
+        return bucket.velocity(latents, index, reuse=bool(reuse), guided=guided)
 
 
 class _RunState:

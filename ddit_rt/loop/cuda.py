@@ -15,7 +15,6 @@ A run whose solver steps are taken elsewhere (`open`) replays the same graphs; s
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -24,11 +23,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ddit_rt import notices
 from ddit_rt.errors import CaptureError, StallError
-from ddit_rt.loop.capture import CapturedLoop, CaptureReport
+from ddit_rt.loop.capture import CapturedLoop
 from ddit_rt.loop.drive import Run
 from ddit_rt.loop.graphs import STALL_VARIABLE, GraphDevice
-from ddit_rt.loop.protocol import ProgressCallback, RunPlan
+from ddit_rt.loop.protocol import CaptureReport, ProgressCallback, RunPlan
 from ddit_rt.loop.ranges import ranges
 from ddit_rt.loop.session import CudaSession, captured_trace
 from ddit_rt.loop.trace import RunTrace
@@ -214,10 +214,7 @@ class CudaExecutor:
         if not problems or reason in self._announced:
             return
         self._announced.add(reason)
-        warnings.warn(
-            f'executor "{form}" runs instead of "{wanted}", which is slower: {reason}',
-            stacklevel=2,
-        )
+        notices.warn(f'executor "{form}" runs instead of "{wanted}", which is slower: {reason}')
 
 
 def _joined(problems: list[str]) -> str:

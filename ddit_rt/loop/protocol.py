@@ -24,12 +24,10 @@ class CachePlan:
     Attributes:
         table: The rule.
         signal: What it goes by; None where the table says all.
-        note: Which cache, with whose fit; carried into the trace.
     """
 
     table: CacheTable
     signal: Signal | None = None
-    note: str = ""
 
     @property
     def rows(self) -> int:
@@ -47,6 +45,7 @@ class RunPlan:
         stages: Stage of every step: stages differ in how a step runs the model, with or without
             guidance, or with which expert, and are known before the run.
         stage_names: What sets each stage apart; empty for the usual one.
+        guided: Whether each stage is guided where the run is; empty for all.
         offered: Patch sizes of the buckets, as multiples of p.
         policy: The patch policy as a table.
         solver: The solver as a table.
@@ -67,14 +66,44 @@ class RunPlan:
     solver: SolverTable
     patch_size: int
     capacity: int
+    guided: tuple[bool, ...] = ()
     shared: tuple[Tensor, ...] = ()
     weights: tuple[int, ...] = ()
     cache: CachePlan | None = None
     notes: tuple[str, ...] = ()
 
+    def is_guided(self, stage: int) -> bool:
+        """Whether the steps of a stage are guided where the run is."""
+        return not self.guided or self.guided[stage]
+
     def tokens(self) -> dict[int, int]:
         """Image tokens of a step by bucket, of those that the table can reach."""
         return {i: bucket.tokens for i, bucket in enumerate(self.buckets[0]) if bucket}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaptureReport:
+    """What capturing one shape took.
+
+    Attributes:
+        latents: Latent shape `[B, C, H, W]`.
+        text_tokens: Text tokens per sample.
+        buckets: Patch sizes that are captured, in each stage.
+        nodes: Graph nodes of each, but of those that CUDA would not list.
+        capture_ms: Warm-up and capture of the buckets.
+        instantiate_ms: Building and instantiating the graphs that switch.
+        upload_ms: Uploading them.
+        memory_bytes: Growth of the device memory that torch holds.
+    """
+
+    latents: tuple[int, ...]
+    text_tokens: int
+    buckets: tuple[str, ...]
+    nodes: dict[str, int]
+    capture_ms: float
+    instantiate_ms: float
+    upload_ms: float
+    memory_bytes: int
 
 
 class StepSession(Protocol):
@@ -131,7 +160,22 @@ class StepSession(Protocol):
 
 
 class Executor(Protocol):
-    """Runs the step loop. No state passes from one run to the next."""
+    """Runs the step loop. No state passes from one run to the next.
+
+    Attributes:
+        form: How a run is driven, one of `FORMS`; may be set between runs. A CPU has `"auto"`.
+    """
+
+    form: str
+
+    @property
+    def captures(self) -> tuple[CaptureReport, ...]:
+        """What capturing CUDA graphs took, per shape that is captured now; empty on a CPU."""
+        ...
+
+    def forget(self) -> None:
+        """Drops what was captured, because the weights that it reads are elsewhere now."""
+        ...
 
     def run(
         self,

@@ -103,6 +103,25 @@ class RunTrace:
         """Patch size of every step, by name."""
         return [record.patch_size for record in self.steps]
 
+    def why_all_fine(self) -> str:
+        """Why a dynamic policy took no coarse step; empty where it took one, or had tau = 0."""
+        if any(record.patch_size != "p" for record in self.steps):
+            return ""
+        judged = [record for record in self.steps if record.scores]
+        if not judged:
+            return f"none of the {len(self.steps)} steps is left to be judged by its scores"
+        ratios = [
+            (record.scores[size] / tau, record.scores[size], tau, size, record.step)
+            for record in judged
+            for size, tau in record.thresholds.items()
+            if tau > 0 and math.isfinite(record.scores[size])
+        ]
+        if not ratios:
+            return ""
+        _, score, tau, size, step = min(ratios)
+        nearest = f"{score:.2g} of {size} at step {step}, against {tau:.2g}"
+        return f"no score fell below its threshold; nearest was {nearest}"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; numbers that are not finite become None."""
         data = asdict(self)

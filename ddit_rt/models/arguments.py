@@ -119,7 +119,7 @@ def check_given_embeds(
         name: The argument's name.
         value: What came, if anything.
         shape: Sizes of the dimensions behind the first; a string names one that may be anything.
-        batch: Pictures, or videos, that the call makes.
+        batch: Images, or videos, that the call makes.
         per_prompt: The argument that counts those of a prompt.
 
     Raises:
@@ -178,7 +178,7 @@ def check_output(pipeline: Any, call: Mapping[str, Any]) -> None:
     """Refuses an output that the pipeline cannot make, before it would fail at it.
 
     Raises:
-        ValueError: Pictures or videos are asked of a pipeline without a VAE.
+        ValueError: Images or videos are asked of a pipeline without a VAE.
     """
     if call["output_type"] != "latent" and pipeline.vae is None:
         raise ValueError(
@@ -247,7 +247,7 @@ def _generator(name: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)) and all(isinstance(g, torch.Generator) for g in value):
         return list(value)
     advice = f"torch.Generator().manual_seed({value})" if isinstance(value, int) else ""
-    expected = "a torch.Generator, or a list with one for each picture or video"
+    expected = "a torch.Generator, or a list with one for each image or video"
     raise TypeError(checks.got(name, value, expected, advice))
 
 

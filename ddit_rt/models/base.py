@@ -93,7 +93,7 @@ class Grid:
     Attributes:
         height: Token rows.
         width: Token columns.
-        frames: Latent frames (1 for pictures).
+        frames: Latent frames (1 for images).
     """
 
     height: int
@@ -313,7 +313,7 @@ class Family(ABC):
         """Height and width, in pixels, of a pipeline call that names none."""
 
     def default_frames(self, pipeline: Any) -> int | None:
-        """Frames of a pipeline call that names none; None for pictures."""
+        """Frames of a pipeline call that names none; None for images."""
         del pipeline
         return None
 
@@ -321,14 +321,14 @@ class Family(ABC):
     def latent_shape(
         self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None
     ) -> tuple[int, ...]:
-        """Latent shape of a picture of `height` x `width` pixels, or of a video.
+        """Latent shape of an image of `height` x `width` pixels, or of a video.
 
         Args:
             pipeline: A pipeline of one of `pipeline_classes`.
             height: Pixel rows.
             width: Pixel columns.
             batch: Samples.
-            num_frames: Frames of a video; None for the pipeline's default, and for pictures.
+            num_frames: Frames of a video; None for the pipeline's default, and for images.
 
         Raises:
             ShapeError: A size that the model cannot make.
@@ -383,8 +383,8 @@ class Family(ABC):
         """Sets the scheduler as the family's pipeline does (dynamic shifting included)."""
 
     @abstractmethod
-    def encode_pictures(self, pipeline: Any, pixels: Tensor) -> Tensor:
-        """Clean latents of pictures, scaled as the model takes them.
+    def encode_images(self, pipeline: Any, pixels: Tensor) -> Tensor:
+        """Clean latents of images, scaled as the model takes them.
 
         Args:
             pipeline: A pipeline of one of `pipeline_classes`.

@@ -82,7 +82,7 @@ class PreparedCall:
 
 
 PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
-"""Arguments that say how many pictures, or videos, of each prompt are made."""
+"""Arguments that say how many images, or videos, of each prompt are made."""
 
 
 def check_known(conditioning: Iterable[str], names: Sequence[str], model: str) -> None:
@@ -144,7 +144,7 @@ def prompts_of(call: Mapping[str, Any]) -> int:
 
 
 def batch_of(call: Mapping[str, Any]) -> int:
-    """Pictures, or videos, that the call makes."""
+    """Images, or videos, that the call makes."""
     per_prompt = (call[name] for name in PER_PROMPT if name in call)
     return prompts_of(call) * int(next(per_prompt))
 

@@ -2,7 +2,7 @@
 
 Latents are `[B, 16, H/8, W/8]`; the pipeline packs 2 x 2 latent pixels into a token before it
 calls the model, so the base patch p is 2 although the model's own `patch_size` is 1. The model
-was trained on pictures of several sizes with rotary positions 0, 1, 2, ... in each direction.
+was trained on images of several sizes with rotary positions 0, 1, 2, ... in each direction.
 """
 
 from __future__ import annotations
@@ -242,12 +242,11 @@ class FluxFamily(Family):
     ) -> tuple[int, ...]:
         """See `Family.latent_shape`. Odd sizes round down to whole tokens, as the pipeline does."""
         if num_frames is not None:
-            raise ShapeError(f"got num_frames={num_frames}; FLUX makes pictures: leave it out")
+            raise ShapeError(f"got num_frames={num_frames}; FLUX makes images: leave it out")
         unit = pipeline.vae_scale_factor * PATCH
         if height < unit or width < unit:
             raise ShapeError(
-                f"got {height} x {width} pixels; this pipeline's smallest picture is "
-                f"{unit} x {unit}"
+                f"got {height} x {width} pixels; this pipeline's smallest image is {unit} x {unit}"
             )
         channels = self.latent_channels(pipeline.transformer)
         return batch, channels, PATCH * (height // unit), PATCH * (width // unit)
@@ -361,8 +360,8 @@ class FluxFamily(Family):
             conditioning=conditioning,
         )
 
-    def encode_pictures(self, pipeline: Any, pixels: Tensor) -> Tensor:
-        """See `Family.encode_pictures`. The most likely latent, not a draw."""
+    def encode_images(self, pipeline: Any, pixels: Tensor) -> Tensor:
+        """See `Family.encode_images`. The most likely latent, not a draw."""
         vae = pipeline.vae
         encoded = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
         latents: Tensor = (encoded - vae.config.shift_factor) * vae.config.scaling_factor

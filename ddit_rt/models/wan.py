@@ -341,8 +341,8 @@ class WanFamily(Family):
         self.check_conditioning(transformer, shape[0], conditioning)
         return ModelCall(latents=latents, timestep=timestep, conditioning=conditioning)
 
-    def encode_pictures(self, pipeline: Any, pixels: Tensor) -> Tensor:
-        """Pictures are for training adapters, which this version does not do for Wan."""
+    def encode_images(self, pipeline: Any, pixels: Tensor) -> Tensor:
+        """Images are for training adapters, which this version does not do for Wan."""
         raise UnsupportedModelError("this version trains no adapters for Wan")
 
     def pack_latents(self, latents: Tensor) -> Tensor:

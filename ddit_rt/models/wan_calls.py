@@ -107,7 +107,7 @@ def second_scale(pipeline: Any, call: Mapping[str, Any]) -> float | None:
 
 
 def encode_prompts(pipeline: Any, checked: PipelineCall, device: torch.device) -> dict[str, Tensor]:
-    """Prompts as conditioning, with the negative half where guidance is asked for."""
+    """Prompts as conditioning, with the negative prompts where guidance is asked for."""
     call, batch, guided = checked.arguments, checked.shape[0], checked.guided
     with callers_modes():
         embeds, negative = pipeline.encode_prompt(

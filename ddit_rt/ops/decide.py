@@ -7,15 +7,6 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from ddit_rt.errors import ShapeError
-from ddit_rt.ops._checks import check_dtype, check_in_place, check_not_cuda, check_shape, check_step
-
-STATE_SIZE = 4
-"""Words of the decision state: bucket, run length, non-finite flag, branch."""
-
-RECORD_HEADER = 3
-"""Columns of a record row before the scores: bucket, reason, run length."""
-
 
 class Reason(IntEnum):
     """Why a step got its bucket: the C++ enum `Reason` of `policy.h`, kept equal by a test."""
@@ -60,8 +51,7 @@ def decide_(
 
     Args:
         scores: `[B, S]` float32 from `patch_scores`. On forced steps `[B, 0]` will do.
-        forced: `[N]` int32, a bucket or -1 for a dynamic step; a value beyond S raises
-            RuntimeError.
+        forced: `[N]` int32, a bucket, at most S, or -1 for a dynamic step.
         thresholds: `[N, S]` float32; NaN is never met, so it takes a size off the menu.
         state: `[4]` int32: current bucket, its run length, the non-finite flag, and the branch to
             run, which is the bucket; written. Starts a run as (-1, 0, 0, 0).
@@ -72,33 +62,8 @@ def decide_(
         monotone: Whether buckets may only get finer.
 
     Raises:
-        ShapeError: Tensors whose shapes do not agree.
-        ValueError: Another dtype, a step outside the table, a negative dwell.
+        RuntimeError: Tensors whose shapes do not agree, another dtype, a number out of range.
     """
-    check_not_cuda(scores, "decide_")
-    if scores.dim() != 2 or thresholds.dim() != 2:
-        raise ShapeError(
-            f"scores have shape {tuple(scores.shape)} and thresholds {tuple(thresholds.shape)}, "
-            "expected [B, S] and [N, S]"
-        )
-    steps, sizes = thresholds.shape
-    if scores.shape[1] not in (0, sizes):
-        raise ShapeError(
-            f"scores have shape {tuple(scores.shape)}, expected [B, {sizes}], one per size of the "
-            "thresholds"
-        )
-    for name, tensor in (("scores", scores), ("thresholds", thresholds), ("record", record)):
-        check_dtype(tensor, (torch.float32,), name)
-    for name, tensor in (("forced", forced), ("state", state)):
-        check_dtype(tensor, (torch.int32,), name)
-    check_shape(forced, (steps,), "forced")
-    check_shape(state, (STATE_SIZE,), "state")
-    check_shape(record, (steps, RECORD_HEADER + sizes), "record")
-    check_in_place(state, "state")
-    check_in_place(record, "record")
-    check_step(step, steps)
-    if dwell < 0:
-        raise ValueError(f"dwell is {dwell}, expected 0 or more steps")
     torch.ops.ddit_rt.decide_(
         scores.contiguous(),
         forced.contiguous(),

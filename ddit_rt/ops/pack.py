@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddit_rt.errors import ShapeError
-from ddit_rt.ops._checks import FLOATING, check_dtype, check_frame_patch, check_patch_size
-
 
 def pack(
     latents: Tensor, patch_size: int, *, frame_patch: int = 1, channels_last: bool = False
@@ -30,16 +27,9 @@ def pack(
         Tokens `[B, (F / r) * (H / p) * (W / p), C * r * p * p]`, of the latents' dtype.
 
     Raises:
-        ShapeError: Not four or five dimensions, or a size that the patch does not divide.
-        ValueError: Another dtype.
+        RuntimeError: Not four or five dimensions, a size that the patch does not divide, or another
+            dtype.
     """
-    if latents.dim() not in (4, 5):
-        raise ShapeError(
-            f"latents have shape {tuple(latents.shape)}, expected [B, C, H, W] or [B, C, F, H, W]"
-        )
-    check_dtype(latents, FLOATING, "latents")
-    check_patch_size(patch_size, latents.shape[-2], latents.shape[-1])
-    check_frame_patch(frame_patch, latents.shape[2] if latents.dim() == 5 else 1)
     tokens: Tensor = torch.ops.ddit_rt.pack(
         latents.contiguous(), patch_size, frame_patch, channels_last
     )
@@ -71,25 +61,9 @@ def unpack(
         Latents `[B, C, height, width]`, or `[B, C, frames, height, width]` if `frames` is given.
 
     Raises:
-        ShapeError: Tokens whose number or width does not fit the sizes, or a size that the patch
-            does not divide.
-        ValueError: Another dtype.
+        RuntimeError: Tokens whose number or width does not fit the sizes, a size that the patch
+            does not divide, or another dtype.
     """
-    check_dtype(tokens, FLOATING, "tokens")
-    if height < 1 or width < 1 or frames < 0:
-        raise ShapeError(
-            f"height {height}, width {width}, frames {frames}: expected positive sizes (frames=0 "
-            "for an image)"
-        )
-    check_patch_size(patch_size, height, width)
-    check_frame_patch(frame_patch, max(frames, 1))
-    expected = max(frames, 1) // frame_patch * (height // patch_size) * (width // patch_size)
-    values = frame_patch * patch_size**2
-    if tokens.dim() != 3 or tokens.shape[1] != expected or tokens.shape[2] % values:
-        raise ShapeError(
-            f"tokens have shape {tuple(tokens.shape)}, expected [B, {expected}, C * {values}] for "
-            f"latents of {height} x {width} with frames={frames} and frame_patch={frame_patch}"
-        )
     latents: Tensor = torch.ops.ddit_rt.unpack(
         tokens.contiguous(), patch_size, height, width, frames, frame_patch, channels_last
     )

@@ -7,13 +7,6 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from ddit_rt.errors import ShapeError
-from ddit_rt.ops._checks import check_dtype, check_in_place, check_not_cuda, check_shape, check_step
-from ddit_rt.ops.decide import STATE_SIZE
-
-MAX_TERMS = 7
-"""Terms of a polynomial at most."""
-
 CACHE_HEADER = 2
 """Words of a cache's memory before one sum per row."""
 
@@ -73,7 +66,8 @@ def decide_reuse_(
             read, in forced steps and without coefficients.
         increments: `[N]` float32; NaN: the step computes. Not read otherwise where there are
             coefficients.
-        coefficients: `[T]` float32 of a polynomial, highest power first; `[0]`: there is none.
+        coefficients: `[T]` float32 of a polynomial, highest power first, 7 terms at most; `[0]`:
+            there is none.
         state: `[4]` int32 of `decide_`; its last word becomes the branch: the bucket i to compute,
             or `buckets + i` to reuse.
         memory: `[2 + R]` float32, written. A run may start with anything in it, if its first step
@@ -87,36 +81,8 @@ def decide_reuse_(
         product: See 4.
 
     Raises:
-        ShapeError: Tensors whose shapes do not agree.
-        ValueError: Another dtype, or a number out of range.
+        RuntimeError: Tensors whose shapes do not agree, another dtype, a number out of range.
     """
-    check_not_cuda(memory, "decide_reuse_")
-    floats = {
-        "signal": signal,
-        "increments": increments,
-        "coefficients": coefficients,
-        "memory": memory,
-        "record": record,
-    }
-    for name, tensor in floats.items():
-        check_dtype(tensor, (torch.float32,), name)
-    check_dtype(state, (torch.int32,), "state")
-    if memory.dim() != 1 or len(memory) <= CACHE_HEADER:
-        raise ShapeError(f"memory has shape {tuple(memory.shape)}, expected [2 + R]")
-    if increments.dim() != 1 or coefficients.dim() != 1 or len(coefficients) > MAX_TERMS:
-        raise ShapeError(
-            f"increments have shape {tuple(increments.shape)} and coefficients "
-            f"{tuple(coefficients.shape)}, expected [N] and [T], T at most {MAX_TERMS}"
-        )
-    if len(signal):
-        check_shape(signal, (len(memory) - CACHE_HEADER,), "signal")
-    check_shape(state, (STATE_SIZE,), "state")
-    check_shape(record, (len(increments), CACHE_RECORD), "record")
-    for name, tensor in (("state", state), ("memory", memory), ("record", record)):
-        check_in_place(tensor, name)
-    check_step(step, len(increments))
-    if buckets < 1 or limit < 0:
-        raise ValueError(f"buckets is {buckets} and limit {limit}, expected at least 1 and 0")
     torch.ops.ddit_rt.decide_reuse_(
         signal.contiguous(),
         increments.contiguous(),

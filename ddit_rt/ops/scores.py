@@ -7,15 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ddit_rt.errors import ShapeError
-from ddit_rt.ops._checks import check_dtype, check_in_place, check_not_cuda, check_patch_size
-
-HISTORY_LENGTH = 4
-"""Latents in the history ring: a third difference needs four."""
-
-MAX_ORDER = 3
-MAX_SIZES = 8
-
 
 def patch_scores(
     history: Tensor,
@@ -46,37 +37,10 @@ def patch_scores(
         holds a NaN or an infinity, or is so large that its square overflows.
 
     Raises:
-        ShapeError: A history of another shape, or a size that does not divide it.
-        ValueError: Another dtype, or an argument out of range.
+        RuntimeError: A history of another shape or dtype, a size that does not divide it, or an
+            argument out of range.
     """
-    check_not_cuda(history, "patch_scores")
-    _check_history(history)
-    if len(patch_sizes) > MAX_SIZES:
-        raise ValueError(f"{len(patch_sizes)} patch sizes, expected at most {MAX_SIZES}")
-    for patch_size in patch_sizes:
-        check_patch_size(patch_size, history.shape[-2], history.shape[-1])
-        if patch_size == 1 and history.shape[2] == 1:
-            raise ShapeError(
-                "patch size 1 of one channel holds a single value, which has no standard "
-                "deviation: use a larger patch size"
-            )
-    if not 0.0 <= quantile <= 1.0:
-        raise ValueError(f"quantile is {quantile}, expected 0 to 1")
-    if not 1 <= order <= MAX_ORDER:
-        raise ValueError(f"order is {order}, expected 1 to {MAX_ORDER}")
-    if not 0 <= head < HISTORY_LENGTH:
-        raise ValueError(f"head is {head}, expected a slot, 0 to {HISTORY_LENGTH - 1}")
     scores: Tensor = torch.ops.ddit_rt.patch_scores(
         history, list(patch_sizes), quantile, order, head
     )
     return scores
-
-
-def _check_history(history: Tensor) -> None:
-    if history.dim() not in (5, 6) or history.shape[0] != HISTORY_LENGTH:
-        raise ShapeError(
-            f"history has shape {tuple(history.shape)}, expected [4, B, C, H, W] or "
-            "[4, B, C, F, H, W]"
-        )
-    check_dtype(history, (torch.float32,), "history")
-    check_in_place(history, "history")

@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ddit_rt.artifact import public_config
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.planning.caching import resolve_cache
 from ddit_rt.planning.compiled import CompiledModel
-from ddit_rt.planning.guidance import WHOLE_RUN, guided_steps
-from ddit_rt.planning.stages import computed_at_changes, fine_at_switches, stage_notes, stages_of
+from ddit_rt.planning.request import WHOLE_RUN, Request
 from ddit_rt.policies import (
+    DYNAMIC,
     CacheFit,
+    CacheModel,
+    CacheTable,
+    FinePolicy,
     NoCache,
-    PatchPolicy,
     PolicyTable,
-    ResolvedCache,
     Schedule,
+    StaticPolicy,
     StepCache,
+    published_fits,
 )
 from ddit_rt.solver import SolverTable
-from ddit_rt.steps import latent_frames
+from ddit_rt.steps import StepModel, latent_frames
 
-_NO_CACHE = NoCache()
+
+@dataclass(frozen=True, order=True, slots=True)
+class Stage:
+    """How the steps of a stage run the model.
+
+    Attributes:
+        expert: Place of the model among the engine's.
+        unguided: Whether a run with guidance is not guided there.
+    """
+
+    expert: int
+    unguided: bool
+
+    @property
+    def name(self) -> str:
+        """What sets it apart; empty for the first expert, guided where the run is."""
+        parts = [f"expert {self.expert + 1}"] * (self.expert > 0) + ["unguided"] * self.unguided
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +61,11 @@ class Outline:
         policy: The patch policy as a table.
         guided: Which steps are guided where the run is, `[N]`.
         experts: Which of the models each step runs, `[N]`.
-        cache: The step cache; None: every step computes.
-        notes: For the trace: sizes that are not offered, and why.
-        stage_notes: For the trace: which steps run the model in another than the usual way.
+        cache: The step cache as a table; None: every step computes.
+        batched_guidance: See `Request`.
+        dynamic: Whether the policy is to judge steps by their scores.
+        notes: For the trace.
+        warnings: Those of the notes that should be said aloud too.
     """
 
     shape: tuple[int, ...]
@@ -51,9 +75,11 @@ class Outline:
     policy: PolicyTable
     guided: tuple[bool, ...]
     experts: tuple[int, ...]
-    cache: ResolvedCache | None
+    cache: CacheTable | None
+    batched_guidance: bool
+    dynamic: bool
     notes: tuple[str, ...]
-    stage_notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     @property
     def steps(self) -> int:
@@ -65,76 +91,97 @@ class Outline:
         """Whether a step's decision needs the scores."""
         return any(map(self.policy.scored, range(self.steps)))
 
+    def driven_by(self, driver: str, reason: str, solver: SolverTable) -> Outline:
+        """The run with something else than a table taking its steps, and why in its notes.
+
+        Args:
+            driver: What drives it.
+            reason: Why.
+            solver: `own_steps` of its scheduler.
+        """
+        return replace(self, solver=solver, notes=(*self.notes, driven_note(driver, reason)))
+
+
+def driven_note(driver: str, reason: str) -> str:
+    """Says that something else than a table takes the steps, and why."""
+    return f"driven by {driver}: {reason}"
+
 
 def outline_run(
     compiled: CompiledModel,
+    request: Request,
     *,
     shape: tuple[int, ...],
     timesteps: Tensor,
     solver: SolverTable,
-    policy: PatchPolicy,
     guided: bool = False,
-    guidance_interval: tuple[float, float] = WHOLE_RUN,
-    step_cache: StepCache = _NO_CACHE,
     fits: Sequence[CacheFit] = (),
     experts: Sequence[int] = (),
 ) -> Outline:
-    """Resolves the policy and the step cache for this shape and schedule.
+    """Resolves a request for one shape and schedule.
 
     Args:
         compiled: The model.
+        request: What is asked for.
         shape: See `Outline`.
         timesteps: See `Outline`.
         solver: See `Outline`.
-        policy: Patch policy.
         guided: Whether the run has classifier-free guidance.
-        guidance_interval: Where it is guided, as shares of its steps.
-        step_cache: Which steps reuse instead of compute.
         fits: Fits of step caches for this model, beside published ones.
         experts: See `Outline`; by default the first for all.
 
     Raises:
         ShapeError: The shape, or a size that the policy forces, cannot be run.
-        ValueError: The policy cannot judge the steps of this solver, the interval is none, or the
-            step cache has no fit for this model.
+        ValueError: The policy cannot judge the steps of this solver, there is no guidance for the
+            interval to bound, or the step cache has no fit for this model.
         UnsupportedModelError: A step cache for several experts.
     """
     experts = tuple(experts) or (0,) * len(timesteps)
-    offered, notes = compiled.offered(shape[-2], shape[-1], latent_frames(shape))
+    offered, missing = compiled.offered(shape[-2], shape[-1], latent_frames(shape))
     compiled.check_batch(shape[0])
-    table = policy.resolve(Schedule(sigmas=solver.sigmas, offered=offered))
-    _refuse_scores_of_repeated_levels(table, solver, policy)
+    table = request.policy.resolve(Schedule(sigmas=solver.sigmas, offered=offered))
+    _refuse_scores_of_repeated_levels(table, solver, request)
     table = fine_at_switches(table, experts)
-    steps = guided_steps(guided, guidance_interval, table.steps)
-    stages, stage_of = stages_of(experts, steps)
-    _refuse_cache_of_experts(compiled, step_cache)
-    cache = resolve_cache(step_cache, compiled.steps, timesteps, fits)
+    guided_at = guided_steps(guided, request.guidance_interval, table.steps)
+    stages, stage_of = stages_of(experts, guided_at)
+    _refuse_cache_of_experts(compiled, request.step_cache)
+    cache = cache_table(request.step_cache, compiled.steps, timesteps, fits)
     if cache is not None:
         cache = computed_at_changes(cache, stage_of)
+    cached = () if cache is None else (f"step cache: {cache.note}",)
+    aloud = () if isinstance(request.policy, FinePolicy) else missing
     return Outline(
         shape=shape,
         timesteps=timesteps,
         solver=solver,
         offered=offered,
         policy=table,
-        guided=steps,
+        guided=guided_at,
         experts=experts,
         cache=cache,
-        notes=notes,
-        stage_notes=stage_notes(stages, stage_of),
+        batched_guidance=request.batched_guidance,
+        dynamic=not isinstance(request.policy, (FinePolicy, StaticPolicy)),
+        notes=(
+            *missing,
+            *request.notes,
+            *request.warnings,
+            *stage_notes(stages, stage_of),
+            *cached,
+        ),
+        warnings=(*request.warnings, *aloud),
     )
 
 
 def _refuse_scores_of_repeated_levels(
-    table: PolicyTable, solver: SolverTable, policy: PatchPolicy
+    table: PolicyTable, solver: SolverTable, request: Request
 ) -> None:
     """Differences of latents say nothing where predicted and corrected ones take turns."""
     levels = solver.sigmas[:-1]
     if len(levels) > len(set(levels)) and any(map(table.scored, range(table.steps))):
         raise ValueError(
-            f"{solver.source} visits each noise level twice, and {type(policy).__name__} compares "
-            "the latents of successive levels; pass patch_policy=FinePolicy() or a StaticPolicy, "
-            "or use another scheduler"
+            f"{solver.source} visits each noise level twice, and {type(request.policy).__name__} "
+            "compares the latents of successive levels; pass patch_policy=FinePolicy() or a "
+            "StaticPolicy, or use another scheduler"
         )
 
 
@@ -145,3 +192,124 @@ def _refuse_cache_of_experts(compiled: CompiledModel, step_cache: StepCache) -> 
             f"got {type(step_cache).__name__} for a pipeline of {len(compiled.models)} experts; "
             "fits of step caches are for one model. Leave step_cache out"
         )
+
+
+def cache_table(
+    step_cache: StepCache, model: StepModel, timesteps: Tensor, fits: Sequence[CacheFit]
+) -> CacheTable | None:
+    """The cache's table for a model; None: every step computes.
+
+    Args:
+        step_cache: What the caller asked for.
+        model: The model.
+        timesteps: t that the model is given at each step, `[N]`.
+        fits: Those of the artifact, which come before published ones.
+
+    Raises:
+        ValueError: Nothing was fitted for the model, or the cache does not suit it.
+    """
+    if isinstance(step_cache, NoCache):
+        return None
+    transformer = model.transformer
+
+    def changes(projected: bool) -> list[float]:
+        # The host waits for these, once and before the run: they are its table.
+        signal = model.family.time_signal(transformer, timesteps, projected=projected)
+        return relative_changes(signal)
+
+    return step_cache.resolve(
+        CacheModel(
+            name=type(transformer).__name__,
+            steps=len(timesteps),
+            fits=model_fits(transformer, fits),
+            time_changes=changes if model.family.time_driven else None,
+        )
+    )
+
+
+def model_fits(transformer: nn.Module, fits: Sequence[CacheFit]) -> tuple[CacheFit, ...]:
+    """What step caches can take of a model: fits of its artifact, and then published ones.
+
+    Args:
+        transformer: The model.
+        fits: Those of the artifact.
+    """
+    config = public_config(transformer.config)  # type: ignore[arg-type]
+    return (*fits, *published_fits(type(transformer).__name__, config))
+
+
+def relative_changes(rows: Tensor) -> list[float]:
+    """Relative L1 change of consecutive rows `[N, m]`; 0 for the first."""
+    change = rows.diff(dim=0).abs().mean(1) / rows[:-1].abs().mean(1)
+    return [0.0, *change.to(torch.float64).tolist()]
+
+
+def guided_steps(guided: bool, interval: tuple[float, float], steps: int) -> tuple[bool, ...]:
+    """Which steps are guided where the run is; all of a run without guidance.
+
+    Args:
+        guided: Whether the run has guidance.
+        interval: Start and stop as shares of the steps, rounded down to whole steps, as diffusers'
+            guiders have it: steps k with int(start N) <= k < int(stop N) are guided.
+        steps: N.
+
+    Raises:
+        ValueError: There is no guidance for the interval to bound.
+    """
+    start, stop = interval
+    if not guided and interval != WHOLE_RUN:
+        raise ValueError(
+            f"got guidance_interval={interval} for a run without classifier-free guidance; ask "
+            "for it (`guidance_scale` > 1 for Wan; `true_cfg_scale` > 1 and a negative prompt "
+            "for FLUX), or leave the interval out"
+        )
+    return tuple(int(start * steps) <= step < int(stop * steps) for step in range(steps))
+
+
+def stages_of(
+    experts: Sequence[int], guided: Sequence[bool]
+) -> tuple[tuple[Stage, ...], tuple[int, ...]]:
+    """The stages of a run, in an order that does not depend on when they come, and each step's.
+
+    Args:
+        experts: Expert of every step, `[N]`.
+        guided: Whether a step is guided where the run is, `[N]`.
+    """
+    steps = [Stage(expert, not on) for expert, on in zip(experts, guided, strict=True)]
+    stages = tuple(sorted(set(steps)))
+    return stages, tuple(map(stages.index, steps))
+
+
+def stage_notes(stages: Sequence[Stage], stage_of: Sequence[int]) -> tuple[str, ...]:
+    """For the trace: which steps run the model in another than the usual way."""
+    runs = [
+        (name, [step for step, _ in steps])
+        for name, steps in itertools.groupby(
+            enumerate(stage_of), key=lambda entry: stages[entry[1]].name
+        )
+    ]
+    return tuple(f"steps {steps[0]} to {steps[-1]}: {name}" for name, steps in runs if name)
+
+
+def fine_at_switches(table: PolicyTable, experts: Sequence[int]) -> PolicyTable:
+    """Lets no score choose a coarse size for the first step of an expert that takes over.
+
+    What coarse steps build on, the clean estimate of a step at p, is then its own.
+    """
+    forced, labels = list(table.forced), list(table.labels)
+    for step in _changes(experts):
+        if forced[step] == DYNAMIC:
+            forced[step], labels[step] = 0, "first step of an expert"
+    return replace(table, forced=tuple(forced), labels=tuple(labels))
+
+
+def computed_at_changes(cache: CacheTable, stages: Sequence[int]) -> CacheTable:
+    """Makes the first step of every stretch of a stage compute: there is nothing to reuse."""
+    increments = list(cache.increments)
+    for step in _changes(stages):
+        increments[step] = float("nan")
+    return replace(cache, increments=tuple(increments))
+
+
+def _changes(values: Sequence[int]) -> list[int]:
+    return [step for step in range(1, len(values)) if values[step] != values[step - 1]]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ddit_rt.adapters import adapter_bucket
+from ddit_rt.errors import ShapeError
 from ddit_rt.loop import CachePlan, RunPlan
+from ddit_rt.models.base import Guidance
 from ddit_rt.planning.compiled import CompiledModel
-from ddit_rt.planning.guidance import passes_of, scales_of
-from ddit_rt.planning.outline import Outline
-from ddit_rt.planning.stages import Stage, stages_of
+from ddit_rt.planning.outline import Outline, stages_of
 from ddit_rt.steps import (
     Bucket,
     Detail,
@@ -25,7 +25,6 @@ from ddit_rt.steps import (
     Signal,
     SnrBucket,
     StepModel,
-    UnguidedBucket,
     latent_frames,
 )
 
@@ -40,23 +39,20 @@ def plan_run(
     compiled: CompiledModel,
     outline: Outline,
     conditioning: Mapping[str, Tensor],
-    *,
-    batched_guidance: bool = True,
 ) -> RunPlan:
-    """The plan of a run that joins the halves of guidance itself.
+    """The plan of a run that joins the cond and uncond passes itself.
 
     Args:
         compiled: The model.
         outline: The run.
         conditioning: Checked conditioning tensors.
-        batched_guidance: Whether the halves of classifier-free guidance run as one batch.
 
     Raises:
-        ShapeError: Halves of unequal text lengths cannot be one batch, or a batch or text length
-            that the compiled blocks were not built for.
+        ShapeError: Prompts and negative prompts of unequal lengths cannot be one batch, or a batch
+            or text length that the compiled blocks were not built for.
     """
     guidance = compiled.steps.family.guidance(conditioning)
-    parts = passes_of(conditioning, guidance, batched_guidance)
+    parts = passes_of(conditioning, guidance, outline.batched_guidance)
     scales = scales_of(guidance, outline.experts, len(compiled.models))
     contexts = _contexts(compiled, outline, (parts,), scales)
     own = [_buckets(compiled, outline, model, context) for model, (context,) in contexts]
@@ -65,7 +61,8 @@ def plan_run(
         compiled,
         outline,
         contexts,
-        buckets=[_stage_buckets(own[stage.expert], stage) for stage in stages],
+        buckets=[own[stage.expert] for stage in stages],
+        guided=tuple(not stage.unguided for stage in stages),
         stages=stage_of,
         stage_names=tuple(stage.name for stage in stages),
     )
@@ -188,10 +185,10 @@ def _cache_plan(
     if cache is None:
         return None
     signal = None
-    if cache.table.coefficients:
+    if cache.coefficients:
         passes = tuple(one for context in contexts for one in context.passes)
         signal = Signal(model, replace(contexts[0], passes=passes))
-    return CachePlan(table=cache.table, signal=signal, note=cache.note)
+    return CachePlan(table=cache, signal=signal)
 
 
 def _table(values: Tensor, rows: int, device: torch.device) -> Tensor:
@@ -218,11 +215,6 @@ def _unwatched_weights(models: Sequence[StepModel]) -> tuple[int, ...]:
     return tuple(addresses)
 
 
-def _stage_buckets(own: Sequence[Bucket | None], stage: Stage) -> Sequence[Bucket | None]:
-    """An expert's buckets, in a stage."""
-    return [bucket and UnguidedBucket(bucket) for bucket in own] if stage.unguided else own
-
-
 def _bucket(
     compiled: CompiledModel, model: StepModel, context: RunContext, multiple: int
 ) -> Bucket:
@@ -240,4 +232,54 @@ def _keeps_detail(compiled: CompiledModel, offered: tuple[int, ...]) -> bool:
     return any(
         multiple not in adapters or adapters[multiple].config.variant == "snr"
         for multiple in offered[1:]
+    )
+
+
+def scales_of(guidance: Guidance | None, experts: Sequence[int], count: int) -> Tensor | None:
+    """Guidance scale of every step, `[N]`, float32; None without guidance.
+
+    Args:
+        guidance: The run's.
+        experts: Expert of every step, `[N]`.
+        count: Experts that there are.
+
+    Raises:
+        ShapeError: Another number of scales.
+    """
+    if guidance is None:
+        return None
+    scales = guidance.scale
+    if scales.ndim == 1 and len(scales) != count:
+        raise ShapeError(
+            f"got {len(scales)} guidance scales for {count} model(s); give one for all, without "
+            "dimensions, or one for each"
+        )
+    scales = scales.expand(count)
+    index = torch.tensor(experts, dtype=torch.int64, device="cpu").to(
+        scales.device, non_blocking=True
+    )
+    return scales.index_select(0, index)
+
+
+def passes_of(
+    conditioning: Mapping[str, Tensor], guidance: Guidance | None, batched: bool
+) -> tuple[Mapping[str, Tensor], ...]:
+    """Conditioning of every pass of the model in a step.
+
+    Raises:
+        ShapeError: Prompts and negative prompts of unequal lengths cannot be one batch.
+    """
+    if guidance is None:
+        return (conditioning,)
+    if not batched:
+        return guidance.prompt, guidance.negative
+    for name, tensor in guidance.prompt.items():
+        if guidance.negative[name].shape != tensor.shape:
+            raise ShapeError(
+                f"`{name}` has shape {list(tensor.shape)} for the prompt and "
+                f"{list(guidance.negative[name].shape)} for the negative prompt, which cannot be "
+                "one batch; pad them alike, or set engine.batched_guidance = False"
+            )
+    return (
+        {name: torch.cat((one, guidance.negative[name])) for name, one in guidance.prompt.items()},
     )

@@ -4,7 +4,6 @@ from ddit_rt.policies.cache import (
     CacheModel,
     MagCache,
     NoCache,
-    ResolvedCache,
     StepCache,
     TeaCache,
     nearest_ratios,
@@ -12,7 +11,7 @@ from ddit_rt.policies.cache import (
 )
 from ddit_rt.policies.cache_fit import KINDS, CacheFit, published_fits
 from ddit_rt.policies.cache_table import CacheTable
-from ddit_rt.policies.cache_written import parse_step_cache
+from ddit_rt.policies.cache_written import as_step_cache, parse_step_cache
 from ddit_rt.policies.patch import (
     DDiTPolicy,
     FinePolicy,
@@ -38,11 +37,11 @@ __all__ = [
     "NoCache",
     "PatchPolicy",
     "PolicyTable",
-    "ResolvedCache",
     "Schedule",
     "StaticPolicy",
     "StepCache",
     "TeaCache",
+    "as_step_cache",
     "nearest_ratios",
     "parse_patch",
     "parse_policy",

@@ -2,7 +2,7 @@
 
 A step cache is a frozen description that a user writes down once. `StepCache.resolve` turns it,
 for one model and number of steps, into a `CacheTable`. As in what is published, a step is a call of
-the model, or with guidance of both halves: a Heun scheduler takes 2 N - 1 of them.
+the model, or with guidance of both passes: a Heun scheduler takes 2 N - 1 of them.
 """
 
 from __future__ import annotations
@@ -60,24 +60,11 @@ class CacheModel:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ResolvedCache:
-    """A step cache for one model and schedule.
-
-    Attributes:
-        table: The rule.
-        note: For the trace: which cache, with whose fit.
-    """
-
-    table: CacheTable
-    note: str
-
-
 class StepCache(ABC):
     """Interface of every step cache."""
 
     @abstractmethod
-    def resolve(self, model: CacheModel) -> ResolvedCache | None:
+    def resolve(self, model: CacheModel) -> CacheTable | None:
         """The cache as plain data for one model and schedule; None: every step computes.
 
         Raises:
@@ -138,7 +125,7 @@ class TeaCache(StepCache):
             use_ret_steps=checks.flag("use_ret_steps", self.use_ret_steps),
         )
 
-    def resolve(self, model: CacheModel) -> ResolvedCache:
+    def resolve(self, model: CacheModel) -> CacheTable:
         """See `StepCache.resolve`."""
         if self.use_ret_steps and model.time_changes is None:
             raise ValueError(
@@ -160,10 +147,12 @@ class TeaCache(StepCache):
                 math.nan if at else float(value) for at, value in zip(forced, values, strict=True)
             )
             coefficients = ()
-        table = CacheTable(
-            increments=increments, threshold=self.threshold, coefficients=coefficients
+        return CacheTable(
+            increments=increments,
+            threshold=self.threshold,
+            coefficients=coefficients,
+            note=f"TeaCache {self.threshold:g}, {source}",
         )
-        return ResolvedCache(table=table, note=f"TeaCache {self.threshold:g}, {source}")
 
     def _forced(self, steps: int) -> list[bool]:
         first = (5 if self.use_ret_steps else 1) if self.first is None else self.first
@@ -204,7 +193,7 @@ class MagCache(StepCache):
             mag_ratios=checks.optional(checks.numbers, "mag_ratios", self.mag_ratios),
         )
 
-    def resolve(self, model: CacheModel) -> ResolvedCache:
+    def resolve(self, model: CacheModel) -> CacheTable:
         """See `StepCache.resolve`."""
         ratios, source = self.mag_ratios, "ratios passed"
         if ratios is None:
@@ -217,10 +206,13 @@ class MagCache(StepCache):
         )
         # The least float32 above it: MagCache reuses at its threshold too, a table below its own.
         threshold = float(np.nextafter(np.float32(self.threshold), np.float32(np.inf)))
-        table = CacheTable(
-            increments=increments, threshold=threshold, limit=self.max_skip_steps, product=True
+        return CacheTable(
+            increments=increments,
+            threshold=threshold,
+            limit=self.max_skip_steps,
+            product=True,
+            note=f"MagCache {self.threshold:g}, {source}",
         )
-        return ResolvedCache(table=table, note=f"MagCache {self.threshold:g}, {source}")
 
 
 def nearest_ratios(ratios: Sequence[float], steps: int) -> tuple[float, ...]:

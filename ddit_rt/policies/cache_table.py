@@ -24,6 +24,7 @@ class CacheTable:
         product: Whether increments are factors.
         coefficients: Of the polynomial that makes a change of a signal, highest power first;
             empty: the increments do without a signal.
+        note: For the trace: which cache, with whose fit.
     """
 
     increments: tuple[float, ...]
@@ -31,6 +32,7 @@ class CacheTable:
     limit: int = NO_LIMIT
     product: bool = False
     coefficients: tuple[float, ...] = ()
+    note: str = ""
 
     def __post_init__(self) -> None:
         """The first step has nothing to reuse."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ddit_rt import checks
 from ddit_rt.policies.cache import MagCache, NoCache, StepCache, TeaCache
 
@@ -33,3 +35,16 @@ def parse_step_cache(text: str) -> StepCache:
     if name == "magcache":
         return MagCache(threshold)
     return TeaCache(threshold, use_ret_steps=name == "teacache-ret")
+
+
+def as_step_cache(step_cache: Any) -> StepCache | None:
+    """The step cache that a caller passed, by value or as text.
+
+    Raises:
+        TypeError: Neither, nor None.
+        ValueError: A text that stands for none.
+    """
+    if isinstance(step_cache, str):
+        return parse_step_cache(step_cache)
+    expected = 'a step cache, such as TeaCache(0.4), "teacache:0.4", or NoCache()'
+    return checks.optional(checks.instance, "step_cache", step_cache, StepCache, expected)

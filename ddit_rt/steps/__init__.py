@@ -17,7 +17,6 @@ from ddit_rt.steps.coarse import SnrBucket, down, matched_level, up
 from ddit_rt.steps.fine import FineBucket
 from ddit_rt.steps.passes import Passes
 from ddit_rt.steps.signal import Signal
-from ddit_rt.steps.unguided import UnguidedBucket
 
 __all__ = [
     "Blocks",
@@ -32,7 +31,6 @@ __all__ = [
     "SnrBucket",
     "StepInputs",
     "StepModel",
-    "UnguidedBucket",
     "at_step",
     "down",
     "latent_frames",

@@ -123,12 +123,12 @@ class StepModel:
         return self.family.embedding_layers(self.transformer)[0].weight.device
 
     def grid(self, height: int, width: int, multiple: int = 1, frames: int = 0) -> Grid:
-        """Tokens of a latent of `height` x `width` at `multiple` times p; 0 frames: a picture."""
+        """Tokens of a latent of `height` x `width` at `multiple` times p; 0 frames: an image."""
         patch = self.patch_size * multiple
         return Grid(height=height // patch, width=width // patch, frames=frames or 1)
 
     def unpack(self, tokens: Tensor, height: int, width: int, frames: int) -> Tensor:
-        """Latents from what the de-embedding made of patches of p x p; 0 frames: a picture."""
+        """Latents from what the de-embedding made of patches of p x p; 0 frames: an image."""
         return ops.unpack(
             tokens,
             self.patch_size,
@@ -166,11 +166,11 @@ class Detail:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One pass of the model in a step; it may hold both halves of guidance, prompts first.
+    """One pass of the model in a step; it may hold cond and uncond as one batch, cond first.
 
     Attributes:
         conditioning: Its conditioning tensors.
-        text: Text tokens as the blocks take them, `[B, T, d]`, or `[2 B, T, d]` of both halves.
+        text: Text tokens as the blocks take them, `[B, T, d]`, or `[2 B, T, d]` of cond and uncond.
     """
 
     conditioning: Mapping[str, Tensor]
@@ -188,10 +188,10 @@ class RunContext:
     """What one run fixes before its first step.
 
     Attributes:
-        passes: Passes of the model in a step: one, or one of both halves of guidance, or two.
+        passes: Passes of the model in a step: one, or one of cond and uncond, or two.
         height: Latent rows.
         width: Latent columns.
-        frames: Latent frames; 0 for pictures, whose latents have no such dimension.
+        frames: Latent frames; 0 for images, whose latents have no such dimension.
         sigmas: Noise level of every step, `[M]`, float32, in (0, 1]. M is at least the number of
             steps; rows beyond it are never read.
         timesteps: t that the model is given at every step, `[M]`, float32, in [0, 1].
@@ -259,7 +259,7 @@ class Blocks:
 
 
 def latent_frames(shape: Sequence[int]) -> int:
-    """Frames of latents `[B, C, F, H, W]`; 0 for those of pictures, `[B, C, H, W]`."""
+    """Frames of latents `[B, C, F, H, W]`; 0 for those of images, `[B, C, H, W]`."""
     return shape[2] if len(shape) == 5 else 0
 
 

@@ -1,20 +1,20 @@
-"""A coarse step that needs no training: the model sees a smaller picture at its true noise level.
+"""A coarse step that needs no training: the model sees a smaller image at its true noise level.
 
-Averaging s x s latent pixels keeps the picture but divides the standard deviation of white
-noise by s, so a reduced z at noise level t is not a small picture at level t. Rescaled, it is
+Averaging s x s latent pixels keeps the image but divides the standard deviation of white
+noise by s, so a reduced z at noise level t is not a small image at level t. Rescaled, it is
 one at another level t' (rectified flow, z = (1 - t) x0 + t n):
 
     z_low = mean over s x s of z;  a = 1 - t;  b = t / s
     z'    = z_low / (a + b);       t' = b / (a + b)
-    x0_low = z' - t' model(z', t')             with the positions of a real small picture
+    x0_low = z' - t' model(z', t')             with the positions of a real small image
     x0     = x0_fine + up(x0_low - down(x0_fine) - e)
     v      = (z - x0) / t                      which keeps the high-frequency noise of z
 
 x0_fine is the clean estimate of the latest step at p (zero before there is one): detail found
-once is kept. e is how far the small picture disagreed with it at the first coarse step after it,
+once is kept. e is how far the small image disagreed with it at the first coarse step after it,
 when both should still agree; it fades as (t / t_first)^2. Without e, a model that sees the two
 sizes a little differently would be pulled off its layout by every coarse step. `up` is bicubic,
-`down` the mean. A video is reduced frame by frame: its small picture has all of its frames.
+`down` the mean. A video is reduced frame by frame: its small image has all of its frames.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ class SnrBucket:
         return self._enlarge(latents, low, tokens, step)
 
     def _reduce(self, latents: Tensor, step: Tensor) -> Tensor:
-        """The small picture z': `[B, C, H, W]` to `[B, C, H/s, W/s]`."""
+        """The small image z': `[B, C, H, W]` to `[B, C, H/s, W/s]`."""
         return down(latents, self.multiple) * at_step(self._scale, step)
 
     def _enlarge(self, latents: Tensor, low: Tensor, tokens: Tensor, step: Tensor) -> Tensor:
-        """Velocity from the small picture's velocity tokens `[B, n, C*p*p]`: `[B, C, H, W]`."""
+        """Velocity from the small image's velocity tokens `[B, n, C*p*p]`: `[B, C, H, W]`."""
         sigma = at_step(self._context.sigmas, step)
         low_velocity = self._model.unpack(tokens, *self._low, self._context.frames)
         clean = torch.addcmul(low, low_velocity.float(), at_step(self._level, step), value=-1)

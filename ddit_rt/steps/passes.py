@@ -5,10 +5,10 @@ negative prompt, as one batch of two or one after the other, and joins what they
 
     v = v_negative + scale (v_prompt - v_negative)
 
-The scale is a step's own. Both halves see one latent at one patch size, so they are joined as
+The scale is a step's own. Both see one latent at one patch size, so they are joined as
 tokens, before anything is enlarged or kept: a guided run keeps one clean estimate, not two, and
 enlarges once. Only the residuals of a step cache are kept for every pass. In a step that is not
-guided the half with the prompt runs by itself, on the same tables, and v is v_prompt.
+guided the cond pass runs by itself, on the same tables, and v is v_prompt.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class Passes:
         Args:
             hidden: Image tokens.
             step: k, `[1]`.
-            project: The de-embedding, of `[B, n, d]` or of both halves `[2 B, n, d]`; by default
-                the model's own.
+            project: The de-embedding, of `[B, n, d]` or, of cond and uncond, `[2 B, n, d]`; by
+                default the model's own.
             reuse: See `Bucket.velocity`.
             guided: See `Bucket.velocity`.
         """

@@ -31,7 +31,7 @@ def graphs(emulated_runtime: Any) -> Iterator[EmulatedGraphs]:
 
 
 def on_device(engine: Engine, graphs: EmulatedGraphs) -> Engine:
-    engine._loop._executor = CudaExecutor(graphs)
+    engine._loop.executor = CudaExecutor(graphs)
     return engine
 
 
@@ -73,10 +73,10 @@ def test_equals_the_same_run_on_the_cpu(graphs: EmulatedGraphs, choices: dict[st
     """Twice with prompts of their own: graphs that are captured know nothing of another run."""
     engine = on_device(eager(tiny_pipeline()), graphs)
     results: dict[str, list[Any]] = {"cpu": [], "cuda": []}
-    executors = {"cuda": engine._loop._executor, "cpu": CpuExecutor()}
+    executors = {"cuda": engine._loop.executor, "cpu": CpuExecutor()}
     captured = []
     for name, executor in executors.items():
-        engine._loop._executor = executor
+        engine._loop.executor = executor
         for seed in (1, 2):
             call = {**GUIDED, **tiny_embeds(seed=seed), **choices}
             final = engine(**call, generator=seeded(seed), callback_on_step_end=keep)
@@ -169,7 +169,7 @@ def test_a_callback_of_denoise_has_the_scheduler_step(
     conditioning = tiny_conditioning(engine.pipeline.transformer)
     finals, traces = [], []
     for executor in (CpuExecutor(), CudaExecutor(graphs)):
-        engine._loop._executor = executor
+        engine._loop.executor = executor
         final = engine.denoise(
             noise(1, 4, 16, 16),
             num_inference_steps=8,

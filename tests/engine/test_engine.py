@@ -173,7 +173,7 @@ def test_batch_outside_the_compiled_range_is_refused(engine: Engine) -> None:
 
 
 def test_too_small_a_picture_is_refused(engine: Engine) -> None:
-    with pytest.raises(ShapeError, match="smallest picture is 8 x 8"):
+    with pytest.raises(ShapeError, match="smallest image is 8 x 8"):
         engine(**tiny_embeds(), height=4, width=64)
 
 

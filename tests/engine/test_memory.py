@@ -15,7 +15,9 @@ import ddit_rt
 from ddit_rt import DDiTPolicy, TokenRanges
 from ddit_rt.engine.memory import memory_of
 from ddit_rt.loop.cpu import _RunState
-from ddit_rt.planning.presets import ResolvedPolicy
+from ddit_rt.planning.outline import outline_run
+from ddit_rt.planning.plan import plan_run
+from ddit_rt.planning.request import Request
 from ddit_rt.solver import probe_scheduler
 
 STEPS = 12
@@ -34,16 +36,15 @@ def held(engine: ddit_rt.Engine, conditioning: dict[str, Tensor], shape: tuple[i
     model, pipeline = engine._compiled.steps, engine.pipeline
     grid = model.grid(*shape[-2:], frames=shape[2] if len(shape) == 5 else 0)
     model.family.set_timesteps(pipeline.scheduler, STEPS, None, grid)
-    outline = engine._outline(
-        shape,
-        pipeline.scheduler,
-        probe_scheduler(pipeline.scheduler),
-        ResolvedPolicy(policy=DDiTPolicy()),
+    outline = outline_run(
+        engine._compiled,
+        Request(policy=DDiTPolicy(), batched_guidance=engine.batched_guidance),
+        shape=shape,
+        timesteps=model.family.linear_timesteps(pipeline.scheduler),
+        solver=probe_scheduler(pipeline.scheduler),
         guided=model.family.guidance(conditioning) is not None,
-        guidance_interval=(0.0, 1.0),
-        step_cache=None,
     )
-    plan = engine._plan(outline, conditioning)
+    plan = plan_run(engine._compiled, outline, conditioning)
     return plan, _RunState(plan, torch.zeros(shape))
 
 

@@ -21,6 +21,7 @@ from ddit_rt.artifact import Manifest
 from ddit_rt.loop import RunTrace
 from ddit_rt.planning.outline import outline_run
 from ddit_rt.planning.plan import plan_run
+from ddit_rt.planning.request import Request
 from ddit_rt.policies import step_cache_from_dict
 from ddit_rt.solver import SolverTable
 
@@ -181,6 +182,10 @@ def test_reused_steps_add_the_latest_residual_of_their_size() -> None:
     for multiple in (1, 2, 4):
         outline = outline_run(
             model,
+            Request(
+                policy=StaticPolicy([multiple] * 2),
+                step_cache=TeaCache(1e9, coefficients=IDENTITY, last=0),
+            ),
             shape=(2, 4, 16, 16),
             timesteps=torch.tensor([0.7, 0.6]),
             solver=SolverTable(
@@ -188,8 +193,6 @@ def test_reused_steps_add_the_latest_residual_of_their_size() -> None:
                 sigmas=(0.7, 0.6, 0.5),
                 source="euler",
             ),
-            policy=StaticPolicy([multiple] * 2),
-            step_cache=TeaCache(1e9, coefficients=IDENTITY, last=0),
         )
         plan = plan_run(model, outline, tiny_conditioning(model.steps.transformer, 2))
         bucket = plan.buckets[0][(1, 2, 4).index(multiple)]

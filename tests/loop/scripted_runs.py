@@ -18,6 +18,7 @@ from ddit_rt.models.flux import FluxFamily
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.planning.outline import Outline, outline_run
 from ddit_rt.planning.plan import plan_run
+from ddit_rt.planning.request import Request
 from ddit_rt.policies import DDiTPolicy, PatchPolicy, Schedule
 from ddit_rt.solver import SolverTable, probe_scheduler
 from ddit_rt.steps import at_step
@@ -117,10 +118,10 @@ class TinyModel:
         scheduler.set_timesteps(steps)
         return outline_run(
             self.compiled,
+            Request(policy=policy),
             shape=SHAPE,
             timesteps=FluxFamily().linear_timesteps(scheduler),
             solver=solver or probe_scheduler(scheduler),
-            policy=policy,
         )
 
     def plan(self, policy: PatchPolicy, *, seed: int = 1, steps: int = 10) -> RunPlan:

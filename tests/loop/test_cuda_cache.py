@@ -18,6 +18,7 @@ from ddit_rt import DDiTPolicy, FinePolicy, MagCache, NoCache, PatchPolicy, Stat
 from ddit_rt.loop import CpuExecutor, CudaExecutor, RunPlan
 from ddit_rt.planning.outline import outline_run
 from ddit_rt.planning.plan import plan_run
+from ddit_rt.planning.request import Request
 from ddit_rt.policies import StepCache
 from ddit_rt.solver import probe_scheduler
 
@@ -62,16 +63,18 @@ class Model:
         scheduler.set_timesteps(STEPS)
         outline = outline_run(
             self._compiled,
+            Request(
+                policy=policy,
+                step_cache=cache,
+                guidance_interval=interval,
+                batched_guidance=batched,
+            ),
             shape=SHAPES[self.name],
             timesteps=self._compiled.steps.family.linear_timesteps(scheduler),
             solver=probe_scheduler(scheduler),
-            policy=policy,
-            step_cache=cache,
             guided=self.name == "wan",
-            guidance_interval=interval,
         )
-        conditioning = self.conditioning(seed)
-        return plan_run(self._compiled, outline, conditioning, batched_guidance=batched)
+        return plan_run(self._compiled, outline, self.conditioning(seed))
 
     def noise(self, seed: int = 0) -> Tensor:
         return noise(*SHAPES[self.name], seed=seed)

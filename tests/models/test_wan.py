@@ -25,7 +25,7 @@ from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models import family_of
 from ddit_rt.models.base import Grid
 from ddit_rt.models.wan import WanFamily
-from ddit_rt.steps import Detail, FineBucket, Pass, RunContext, SnrBucket, StepModel, UnguidedBucket
+from ddit_rt.steps import Detail, FineBucket, Pass, RunContext, SnrBucket, StepModel
 
 WAN = WanFamily()
 
@@ -226,7 +226,6 @@ def test_an_unguided_step_is_the_prompt_alone(batched: bool) -> None:
     guided = FineBucket(model, context)
     expected = prompt.velocity(latents, step)
     assert torch.equal(guided.velocity(latents, step, guided=False), expected)
-    assert torch.equal(UnguidedBucket(guided).velocity(latents, step), expected)
     assert not torch.equal(guided.velocity(latents, step), expected)
 
 

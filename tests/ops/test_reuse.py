@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ddit_rt import _runtime
-from ddit_rt.errors import ShapeError
 from ddit_rt.ops import CacheReason, decide_reuse_
 
 BUCKETS = 3
@@ -158,15 +157,15 @@ def arguments() -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"memory": torch.zeros(2)}, r"memory has shape \(2,\), expected \[2 \+ R\]"),
-        ({"signal": torch.zeros(3)}, r"signal has shape \(3,\), expected \(2,\)"),
-        ({"record": torch.zeros(4, 3)}, r"record has shape \(4, 3\), expected \(4, 2\)"),
-        ({"coefficients": torch.zeros(8)}, "T at most 7"),
+        ({"memory": torch.zeros(2)}, "memory has 2 words"),
+        ({"signal": torch.zeros(3)}, "signal has shape"),
+        ({"record": torch.zeros(4, 3)}, "record has shape"),
+        ({"coefficients": torch.zeros(8)}, "8 terms, expected at most 7"),
         ({"state": torch.zeros(3, dtype=torch.int32)}, "state has shape"),
     ],
 )
 def test_refuses_shapes(changes: dict[str, Tensor], message: str) -> None:
-    with pytest.raises(ShapeError, match=message):
+    with pytest.raises(RuntimeError, match=message):
         decide_reuse_(
             **{**arguments(), **changes}, step=0, buckets=3, threshold=1.0, limit=9, product=False
         )
@@ -175,20 +174,20 @@ def test_refuses_shapes(changes: dict[str, Tensor], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"step": 4}, "step is 4"),
-        ({"buckets": 0}, "buckets is 0"),
+        ({"step": 4}, "step 4"),
+        ({"buckets": 0}, "buckets 0"),
         ({"limit": -1}, "limit -1"),
     ],
 )
 def test_refuses_numbers(changes: dict[str, int], message: str) -> None:
     numbers = {"step": 0, "buckets": 3, "limit": 9, **changes}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuntimeError, match=message):
         decide_reuse_(**arguments(), **numbers, threshold=1.0, product=False)
 
 
 def test_refuses_another_dtype() -> None:
     given = arguments() | {"increments": torch.zeros(4, dtype=torch.float64)}
-    with pytest.raises(ValueError, match=r"increments is torch.float64, expected float32"):
+    with pytest.raises(RuntimeError, match="is Double, expected Float"):
         decide_reuse_(**given, step=0, buckets=3, threshold=1.0, limit=9, product=False)
 
 

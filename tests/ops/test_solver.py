@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddit_rt.errors import ShapeError
 from ddit_rt.ops import solver_step_
 
 SHAPE = (2, 4, 6, 10)
@@ -141,16 +140,16 @@ def test_refuses_shapes_that_do_not_agree(
     table: tuple[int, ...],
 ) -> None:
     tensors = [torch.zeros(shape) for shape in (history, velocities, velocity, table)]
-    with pytest.raises(ShapeError):
+    with pytest.raises(RuntimeError, match="solver_step_: "):
         solver_step_(tensors[0], tensors[1], tensors[2], tensors[3], 0)
 
 
 def test_refuses_dtype_step_and_strides() -> None:
     history, ring = rings(1)
     velocity, table = torch.zeros(SHAPE), torch.zeros(5, 6)
-    with pytest.raises(ValueError, match=r"history is torch\.bfloat16"):
+    with pytest.raises(RuntimeError, match="history is BFloat16"):
         solver_step_(history.bfloat16(), ring, velocity, table, 0)
-    with pytest.raises(ValueError, match="step is 5, expected 0 to 4"):
+    with pytest.raises(RuntimeError, match="step 5, expected 0 to 4"):
         solver_step_(history, ring, velocity, table, 5)
-    with pytest.raises(ValueError, match=r"velocities of shape .* not contiguous"):
+    with pytest.raises(RuntimeError, match="a buffer of shape .* not contiguous"):
         solver_step_(history, ring.transpose(1, 2).contiguous().transpose(1, 2), velocity, table, 0)

@@ -124,14 +124,14 @@ def test_mag_cache_equals_diffusers_hooks(
         mag_ratios=FLUX_MAG_RATIOS.tolist(),
     )
     resolved = cache.resolve(model(steps))
-    assert run(resolved.table) == diffusers_mag_cache(FLUX_MAG_RATIOS, cache, steps)
+    assert run(resolved) == diffusers_mag_cache(FLUX_MAG_RATIOS, cache, steps)
 
 
 def test_mag_cache_reuses_at_its_threshold() -> None:
     """The error 0.5 is exact in binary: at the threshold diffusers reuses, just above not."""
     for threshold, expected in ((0.5, "cr"), (0.4999999, "cc")):
         cache = MagCache(threshold=threshold, retention_ratio=0, mag_ratios=(1.0, 1.5))
-        assert run(cache.resolve(model(2)).table) == expected
+        assert run(cache.resolve(model(2))) == expected
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 28, 29, 50, 100])
@@ -144,7 +144,7 @@ def test_ratios_for_other_steps_are_those_of_diffusers(steps: int) -> None:
 
 def test_tea_cache_of_a_signal_leaves_increments_to_it() -> None:
     resolved = TeaCache(0.4, coefficients=(2, 0.5)).resolve(model(5))
-    table = resolved.table
+    table = resolved
     assert table.coefficients == (2.0, 0.5)
     assert [math.isnan(value) for value in table.increments] == [True, False, False, False, True]
     assert [table.signalled(step) for step in range(5)] == [False, True, True, True, False]
@@ -153,7 +153,7 @@ def test_tea_cache_of_a_signal_leaves_increments_to_it() -> None:
 def test_tea_cache_of_the_time_is_a_table() -> None:
     changes = [0.0, 0.1, 0.2, 0.1, 0.3, 0.1]
     resolved = TeaCache(0.35, coefficients=(1, 1, 0)).resolve(model(6, changes=changes))
-    table = resolved.table
+    table = resolved
     assert table.coefficients == ()
     assert table.increments[1:-1] == pytest.approx([0.11, 0.24, 0.11, 0.39])
     assert run(table) == "crcrcc"
@@ -164,19 +164,19 @@ def test_use_ret_steps_takes_the_projected_signal_and_its_own_forced_steps() -> 
     resolved = TeaCache(0.25, use_ret_steps=True).resolve(
         model(9, fit, changes=[9.0] * 9, projected=[0.1] * 9)
     )
-    assert run(resolved.table) == "cccccrrcr"
+    assert run(resolved) == "cccccrrcr"
     assert resolved.note == "TeaCache 0.25, coefficients a test"
 
 
 def test_first_and_last_may_be_chosen() -> None:
     cache = TeaCache(9.0, coefficients=(1.0, 0.0), first=2, last=0)
-    assert run(cache.resolve(model(5, changes=[0.0] * 5)).table) == "ccrrr"
+    assert run(cache.resolve(model(5, changes=[0.0] * 5))) == "ccrrr"
 
 
 def test_a_fit_of_the_model_comes_before_a_published_one() -> None:
     own = CacheFit(kind="teacache", values=(7.0,), source="measured")
     other = CacheFit(kind="teacache", values=(8.0,), source="published")
-    assert TeaCache(0.1).resolve(model(4, own, other)).table.coefficients == (7.0,)
+    assert TeaCache(0.1).resolve(model(4, own, other)).coefficients == (7.0,)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def test_static_plan_that_cannot_be_read_says_why(plan: str, message: str) -> No
 
 def test_ddit_defaults_start_and_end_fine_and_refresh() -> None:
     table = DDiTPolicy().resolve(uniform(12))
+    assert DDiTPolicy() == DDiTPolicy(criterion="normalised")
     dynamic = (DYNAMIC,)
     assert table.forced == (0, 0, 0, *dynamic * 4, 0, *dynamic * 2, 0, 0)
     assert table.labels == (
@@ -77,7 +78,7 @@ def test_ddit_defaults_start_and_end_fine_and_refresh() -> None:
         *[""] * 2,
         *["fine tail"] * 2,
     )
-    assert table.thresholds[3] == (1e-3, 1e-3)
+    assert table.thresholds[3] == pytest.approx((1e-3 * (50 / 12) ** 1.4,) * 2)
     assert (table.order, table.quantile, table.dwell, table.monotone) == (3, 0.4, 0, False)
 
 
@@ -112,11 +113,38 @@ def test_ddit_short_run_is_all_forced() -> None:
 
 
 def test_ddit_tau_per_size_leaves_out_unnamed_sizes() -> None:
-    table = DDiTPolicy(tau={"2p": 0.5}, warmup="coarse").resolve(uniform(8))
+    table = DDiTPolicy({"2p": 0.5}, warmup="coarse", criterion="raw").resolve(uniform(8))
     two, four = table.thresholds[4]
     assert two == 0.5
     assert math.isnan(four)
     assert table.forced[0] == 1, "a coarse warm-up takes the coarsest size that has a tau"
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_ddit_default_plans_a_coarse_step_where_none_can_be_judged(steps: int) -> None:
+    table = DDiTPolicy().resolve(uniform(steps))
+    assert table.forced == (0, 1, *(0,) * (steps - 2))
+    assert table.labels[1] == "too few steps to judge"
+    assert DDiTPolicy({"4p": 1e-3}).resolve(uniform(steps)).forced[1] == 2
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        DDiTPolicy.paper(),
+        DDiTPolicy(0.0),
+        DDiTPolicy(warmup_steps=3),
+        DDiTPolicy(fine_tail=4),
+        DDiTPolicy(criterion="raw"),
+    ],
+)
+def test_ddit_plans_no_coarse_step_that_is_not_its_default(policy: DDiTPolicy) -> None:
+    assert set(policy.resolve(uniform(4)).forced) <= {0, DYNAMIC}
+
+
+@pytest.mark.parametrize("steps", range(4, 51))
+def test_ddit_default_can_act_at_every_step_count(steps: int) -> None:
+    assert set(DDiTPolicy().resolve(uniform(steps)).forced) > {0}
 
 
 def test_ddit_normalised_is_raw_at_fifty_uniform_steps() -> None:

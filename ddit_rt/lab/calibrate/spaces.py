@@ -104,7 +104,9 @@ def spaces(
         orders = {"coarse": (coarse[:1], coarse[::-1])} if several else {}
         factors = {"factors": (halved[:1],)} if several else {}
         static = Static(steps=steps, coarse=coarse[-1:])
-        dynamic = Dynamic(steps=steps, factors=halved, taus=taus, policy=DDiTPolicy(refresh=3))
+        dynamic = Dynamic(
+            steps=steps, factors=halved, taus=taus, policy=DDiTPolicy(refresh=3, criterion="raw")
+        )
         found.append(Space(kind=STATIC, start=static, variations={**_STATIC, **orders}))
         found.append(Space(kind=DYNAMIC, start=dynamic, variations={**_DYNAMIC, **factors}))
     if caches:

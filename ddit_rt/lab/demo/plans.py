@@ -29,6 +29,7 @@ class Plan:
 # looser pair took 4p at every dynamic step. The first steps fix the layout that the other images
 # are compared with; a step at p after every few corrects the coarse ones.
 DEMO_POLICY = DDiTPolicy(
+    criterion="raw",
     tau={"2p": 4e-3, "4p": 2e-3},
     warmup="fine",
     warmup_steps=3,
@@ -55,6 +56,7 @@ def static_plan(steps: int) -> StaticPolicy:
 # own: tau of 2p from 2e-3 to 0.16, of 4p a quarter to all of it, refresh 3 to 5. Refresh 4 with one
 # fine step at the end was preferred to 3 and 2 for its time on two threads, seen in the demo.
 VIDEO_POLICY = DDiTPolicy(
+    criterion="raw",
     tau={"2p": 8e-2, "4p": 4e-2},
     warmup="fine",
     warmup_steps=3,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddit_rt.lab.plans.bench import UNITS
-from ddit_rt.planning.presets import PolicyChoice
+from ddit_rt.planning.request import PolicyChoice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

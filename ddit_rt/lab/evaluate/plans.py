@@ -20,7 +20,7 @@ from ddit_rt.lab.plans.candidates import (
     cache_text,
     full_resolution,
 )
-from ddit_rt.planning.presets import PolicyChoice, resolve_choice
+from ddit_rt.planning.request import PolicyChoice, read_request
 from ddit_rt.policies import (
     DDiTPolicy,
     FinePolicy,
@@ -204,10 +204,10 @@ def cached_plan(threshold: float, steps: int) -> NamedPlan:
 def _resolved(
     name: str, choice: PolicyChoice, manifest: Manifest, steps: int, default_cache: StepCache
 ) -> tuple[str, Candidate]:
-    resolved = resolve_choice(choice, manifest, lambda: (steps, False), {})
+    resolved = read_request(manifest, lambda: (steps, False), {}, patch_policy=choice)
     runs = resolved.num_inference_steps or steps
     label = resolved.notes[0] if resolved.notes else _describe(resolved.policy, runs)
-    cache = resolved.step_cache or default_cache
+    cache = resolved.step_cache if resolved.num_inference_steps else default_cache
     return name, _candidate(resolved.policy, runs, label, cache)
 
 

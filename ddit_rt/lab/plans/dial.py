@@ -17,7 +17,9 @@ from ddit_rt.policies import DDiTPolicy, FinePolicy, NoCache, PatchPolicy, Stati
 Run = Callable[[PatchPolicy, StepCache], RunTrace]
 """Generates with a policy and a step cache."""
 
-TAU_PROBES = tuple(DDiTPolicy(tau=tau, refresh=None, fine_tail=0) for tau in (0.0, 1e30))
+TAU_PROBES = tuple(
+    DDiTPolicy(tau, refresh=None, fine_tail=0, criterion="raw") for tau in (0.0, 1e30)
+)
 """Policies whose scores bound tau: one takes no coarse step, the other as many as it can."""
 
 _NO_SCORES = (1e-5, 1e-1)

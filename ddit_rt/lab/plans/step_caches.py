@@ -9,7 +9,7 @@ from typing import Any
 from ddit_rt.lab.plans.candidates import ThresholdCache
 from ddit_rt.loop import RunTrace
 from ddit_rt.models import family_named
-from ddit_rt.planning.caching import model_fits
+from ddit_rt.planning.outline import model_fits
 from ddit_rt.policies import MagCache, TeaCache
 
 _BY_FIT: dict[str, ThresholdCache] = {

@@ -166,7 +166,7 @@ def _images(
         arguments = {**config.call, "num_inference_steps": 1}
         prepared = prepare(model.family, pipeline, prompts, range(len(batch)), **arguments)
         with torch.no_grad():
-            latents = model.family.encode_pictures(pipeline, pixels)
+            latents = model.family.encode_images(pipeline, pixels)
         yield {"latents": latents, **_named(prepared.call.conditioning)}, None
 
 

@@ -1,0 +1,68 @@
+"""A dynamic policy that took no coarse step says so: once aloud, and in every run's trace."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from models import noise, seeded, tiny_conditioning, tiny_embeds, tiny_pipeline, tiny_transformer
+
+import ddit_rt
+from ddit_rt import DDiTPolicy, FinePolicy, StaticPolicy
+
+SAYS = "the policy took no coarse step"
+
+
+def notes_of(engine: ddit_rt.Engine) -> list[str]:
+    assert engine.last_trace is not None
+    return [note for note in engine.last_trace.notes if SAYS in note]
+
+
+def call(engine: ddit_rt.Engine, policy: Any, steps: int = 8, **more: Any) -> None:
+    size = {"height": 64, "width": 64, "num_inference_steps": steps, "output_type": "latent"}
+    engine(**tiny_embeds(), **size, generator=seeded(), patch_policy=policy, **more)
+
+
+@pytest.mark.parametrize("callback", [None, lambda *_: {}])
+def test_it_names_the_nearest_score_once_aloud_and_always_in_the_trace(callback: Any) -> None:
+    engine = ddit_rt.compile(tiny_pipeline(), backend="eager", progress=False)
+    with pytest.warns(UserWarning, match=SAYS) as said:
+        call(engine, DDiTPolicy(1e-9), callback_on_step_end=callback)
+    assert [warning.filename for warning in said] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(engine, DDiTPolicy(1e-9), callback_on_step_end=callback)
+    assert "against" in notes_of(engine)[0]
+    call(engine, DDiTPolicy(1e9))
+    assert not notes_of(engine)
+
+
+def test_it_names_too_few_steps_in_the_bare_loop_too() -> None:
+    transformer = tiny_transformer()
+    engine = ddit_rt.compile(transformer, backend="eager", progress=False)
+    with pytest.warns(UserWarning, match="none of the 3 steps"):
+        engine.denoise(noise(1, 4, 16, 16), num_inference_steps=3, **tiny_conditioning(transformer))
+    assert notes_of(engine)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("policy", [FinePolicy(), StaticPolicy("p"), DDiTPolicy(0.0)])
+def test_a_policy_that_was_told_so_says_nothing(policy: ddit_rt.PatchPolicy) -> None:
+    engine = ddit_rt.compile(tiny_pipeline(), backend="eager", progress=False)
+    call(engine, policy)
+    assert not notes_of(engine)
+
+
+@pytest.mark.parametrize("steps", [4, 5, 6, 8])
+def test_the_default_takes_coarse_steps_of_a_smooth_latent(steps: int) -> None:
+    """A model that adds nothing: its latents move on a straight line, as smooth as can be."""
+    transformer = tiny_transformer()
+    torch.nn.init.zeros_(transformer.proj_out.weight)
+    torch.nn.init.zeros_(transformer.proj_out.bias)
+    engine = ddit_rt.compile(transformer, backend="eager", progress=False)
+    conditioning = tiny_conditioning(transformer)
+    engine.denoise(noise(1, 4, 16, 16), num_inference_steps=steps, **conditioning)
+    assert engine.last_trace is not None
+    assert set(engine.last_trace.patch_sizes()) > {"p"}

@@ -1,0 +1,63 @@
+"""What `import ddit_rt` offers, as editors and users meet it."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from typing import get_type_hints
+
+import pytest
+from models import tiny_pipeline
+from wan_models import wan_pipeline
+
+import ddit_rt
+from ddit_rt import errors
+from ddit_rt.engine.typed import CallArguments
+from ddit_rt.models.arguments import call_defaults
+
+
+def test_every_public_name_is_there_and_completed() -> None:
+    assert set(ddit_rt.__all__) <= set(dir(ddit_rt))
+    for name in ddit_rt.__all__:
+        assert getattr(ddit_rt, name) is not None
+
+
+def test_every_error_is_exported() -> None:
+    raised = {name for name, value in vars(errors).items() if inspect.isclass(value)}
+    assert raised <= set(ddit_rt.__all__)
+
+
+def test_ops_are_reachable_and_the_import_alone_loads_no_torch() -> None:
+    code = (
+        "import sys, ddit_rt; assert 'torch' not in sys.modules; assert ddit_rt.DditError; "
+        "assert 'torch' not in sys.modules; assert callable(ddit_rt.ops.patch_scores)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="compil"):
+        ddit_rt.compil  # noqa: B018
+
+
+def test_engine_says_what_it_is_and_refuses_a_misspelt_attribute() -> None:
+    engine = ddit_rt.compile(tiny_pipeline(), backend="eager", progress=False)
+    said = repr(engine)
+    for part in ("FluxPipeline", "p,2p,4p", "DDiTPolicy", "NoCache", "cpu", "float32", "eager"):
+        assert part in said
+    with pytest.raises(AttributeError):
+        engine.batched_guidence = False
+
+
+def test_how_a_run_goes_is_an_argument_of_compile() -> None:
+    pipeline = tiny_pipeline()
+    engine = ddit_rt.compile(pipeline, backend="eager", progress=False, batched_guidance=False)
+    assert engine.batched_guidance is False
+    with pytest.raises(TypeError, match="batched_guidance"):
+        ddit_rt.compile(pipeline, backend="eager", batched_guidance="no")
+
+
+def test_the_typed_call_has_the_pipelines_arguments_and_no_others() -> None:
+    taken = {name for pipe in (tiny_pipeline(), wan_pipeline()) for name in call_defaults(pipe)}
+    assert set(get_type_hints(CallArguments)) == taken - {"prompt"}
