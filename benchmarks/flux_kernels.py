@@ -10,9 +10,9 @@ from flux_contenders import captures_of
 from flux_model import Case
 from flux_overhead import annotated, call_counts
 from flux_setup import Setup
-from profiling import Event, device_ranges, own_seconds, ranges_of
 from timing import Call, attempt
 
+from ddit_rt.lab.profile.events import Event, device_ranges, own_seconds, ranges_of
 from ddit_rt.policies import StaticPolicy
 
 _PATCHES = ("p", "4p")

@@ -9,9 +9,16 @@ from typing import Any
 
 from flux_model import Case
 from flux_setup import Setup
-from profiling import Event, host_calls, profile, range_seconds, range_span, work_span
 from timing import Call, Measured, attempt, spread, take_turns
 
+from ddit_rt.lab.profile.events import (
+    Event,
+    host_calls,
+    profile,
+    range_seconds,
+    range_span,
+    work_span,
+)
 from ddit_rt.policies import StaticPolicy
 
 _PATCHES = ("p", "4p")

@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import copy_rate, machine_entry
+from hardware import machine_entry
 from kernel_cases import LATENTS, KernelCase
 from step_kernels import step_cases
 from tables import update_tables
-from timing import Call, attempt, cuda_events, release, spread
+from timing import Call, attempt, release, spread
 from torch import Tensor
 
 from ddit_rt import ops
 from ddit_rt.lab.measure.report import versions
+from ddit_rt.lab.profile.ceilings import copy_rate, cuda_events
 
 RESULT = Path(__file__).resolve().parent / "results" / "ops_cuda.json"
 PATCH_SIZES = (2, 4, 8)

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from ddit_rt.lab.profile.ceilings import cuda_events
+
 Call = Callable[[], Any]
 
 _ERROR_CHARACTERS = 600
@@ -92,11 +94,6 @@ def synchronize(device: torch.device) -> None:
     """Waits for all work of a CUDA device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def cuda_events() -> tuple[Any, Any]:
-    """Two events with a clock."""
-    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def timed(call: Call, device: torch.device) -> tuple[float, float, Any]:

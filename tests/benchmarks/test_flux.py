@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from ddit_rt.lab.profile.events import Event
+
 # Seconds of compiling are left to one slow test; the records are the same without.
 TINY = ["--preset", "tiny", "--device", "cpu", "--backend", "eager", "--repeats", "2"]
 
@@ -186,6 +188,28 @@ def test_kernels_of_a_step_are_listed_with_their_share(tmp_path: Path) -> None:
         # FLUX's blocks run eagerly here: products, and attention.
         assert "aten::addmm" in names
         assert any("attention" in name for name in names)
+
+
+def test_kernels_count_where_their_step_ran() -> None:
+    """Not those of another patch size; shares are of a mean step."""
+    table, event = import_module("flux_kernels").kernel_table, Event
+    events = [
+        event("user_annotation", "ddit_rt/model/p", 0, 5),
+        event("cuda_runtime", "cudaGraphLaunch", 1, 2, 7),
+        event("user_annotation", "ddit_rt/model/2p", 5, 8),
+        event("cuda_runtime", "cudaGraphLaunch", 6, 7, 8),
+        event("kernel", "gemm", 10, 13, 7),
+        event("kernel", "norm", 13, 14, 7),
+        event("kernel", "gemm", 20, 29, 8),
+    ]
+    found = table(events, "ddit_rt/model/p", cuda=True)
+    assert found["kernel_count"] == 2
+    assert [(one["name"], one["count"], one["share"]) for one in found["kernels"]] == [
+        ("gemm", 1, pytest.approx(0.75)),
+        ("norm", 1, pytest.approx(0.25)),
+    ]
+    with pytest.raises(RuntimeError, match="4p"):
+        table(events, "ddit_rt/model/4p", cuda=True)
 
 
 def test_an_engine_that_takes_too_long_to_make_leaves_its_error(

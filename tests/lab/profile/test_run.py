@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ from profiles import PLAN, profiled, tiny_subject
 from text_encoders import save_tiny
 
 import ddit_rt
+from ddit_rt.cli import main
 from ddit_rt.engine.cost import step_cost
+from ddit_rt.lab.profile import accounting
+from ddit_rt.lab.profile.events import Event, read_events
+from ddit_rt.lab.profile.floors import floors
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "profile.py"
-
-
-def profile_main(*arguments: str) -> int:
-    code: int = import_module("run_profiling.main").main(list(arguments))
-    return code
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "profile.py"
 
 
 def rows_of(entry: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -84,16 +82,15 @@ def test_chrome_trace_holds_the_ranges(tmp_path: Path) -> None:
 
 
 def no_work(*_: Any) -> Any:
-    return import_module("run_profiling.accounting").Work(flops=0, bytes=0)
+    return accounting.Work(flops=0, bytes=0)
 
 
 def span(name: str, start: float) -> Any:
     """Half a microsecond."""
-    return import_module("profiling").Event("user_annotation", name, start, start + 0.5)
+    return Event("user_annotation", name, start, start + 0.5)
 
 
 def test_ranges_of_another_run_are_refused() -> None:
-    accounting = import_module("run_profiling.accounting")
     trace = tiny_subject().run()
     names = [name for p in PLAN for name in ("decide", f"model/{p}", "solver")]
     spans = [span(name, k) for k, name in enumerate(names)]
@@ -106,7 +103,6 @@ def test_ranges_of_another_run_are_refused() -> None:
 
 
 def test_phases_that_a_profiler_cannot_see_are_in_the_rest() -> None:
-    accounting = import_module("run_profiling.accounting")
     trace = tiny_subject().run()
     names = [f"model/{patch}" for patch in PLAN]
     spans = [span(name, k) for k, name in enumerate(names)]
@@ -143,17 +139,16 @@ def test_device_time_is_that_of_the_work_launched_inside_a_range() -> None:
         event("kernel", "someone else's", 0, 1, 10),
         {"ph": "M", "name": "process_name"},
     ]
-    read = import_module("profiling").read_events(events)
-    found = import_module("run_profiling.accounting").device_spans(read)
+    read = read_events(events)
+    found = accounting.device_spans(read)
     spans = [(one.name, one.start, one.end) for one in found]
     assert spans == [("run", 50, 173), ("decide", 50, 63), ("model/p", 70, 173)]
 
 
 def test_whole_steps_where_the_device_decides() -> None:
-    accounting = import_module("run_profiling.accounting")
     subject = tiny_subject()
     trace = subject.run()
-    work_of = import_module("run_profiling.floors").floors(subject, trace)
+    work_of = floors(subject, trace)
     account = accounting.account_of_trace(trace, work_of)
     assert [(row.patch, row.phase, row.calls) for row in account.rows] == [
         ("p", "step", 1),
@@ -186,11 +181,10 @@ def test_artifact_is_profiled_with_its_model(
 ) -> None:
     monkeypatch.setenv("DDIT_RT_HOME", str(artifact_home))
     model = save_tiny(tmp_path / "model", seed=0)
-    result = tmp_path / "result.json"
-    arguments = [str(artifact_path), f"--model={model}", "--tool=torch", "--steps=4"]
-    arguments += ["--max-sequence-length=8", f"--out={tmp_path}", f"--json={result}"]
-    assert profile_main(*arguments, "--policy=2p:0.5,p", "--prompt", "a zebra") == 0
-    report = json.loads(result.read_text())
+    arguments = ["profile", str(artifact_path), f"--model={model}", "--tool=torch", "--steps=4"]
+    arguments += ["--max-sequence-length=8", f"--out={tmp_path}", "--policy=2p:0.5,p"]
+    assert main([*arguments, "--prompt", "a zebra"]) == 0
+    report = json.loads((tmp_path / "profile.json").read_text())
     assert report["settings"]["latents"] == [1, 4, 16, 16]
     assert report["settings"]["text_tokens"] == 8
     (run,) = report["runs"]

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import time
-from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from torch.profiler import record_function
+
+from ddit_rt.lab.profile import events as profiling
 
 
 def entry(category: str, name: str, start: float, duration: float, correlation: int = -1) -> Any:
@@ -43,7 +44,6 @@ TRACE = [
 
 
 def test_host_calls_are_counted_in_a_span() -> None:
-    profiling = import_module("profiling")
     events = profiling.read_events(TRACE)
     during_work = {"cudaGraphLaunch": 1, "cudaStreamSynchronize": 1, "cuGraphLaunch": 1}
     assert profiling.host_calls(events, profiling.work_span(events)) == during_work
@@ -61,7 +61,6 @@ def test_host_calls_are_counted_in_a_span() -> None:
 
 
 def test_range_on_a_device_lasts_as_long_as_the_work_launched_in_it() -> None:
-    profiling = import_module("profiling")
     events = profiling.read_events(TRACE)
     device = torch.device("cuda")
     seconds = profiling.range_seconds(events, "ddit_rt/model/p", device)
@@ -71,7 +70,6 @@ def test_range_on_a_device_lasts_as_long_as_the_work_launched_in_it() -> None:
 
 
 def test_profile_of_a_run_on_the_cpu_shows_its_ranges() -> None:
-    profiling = import_module("profiling")
 
     def call() -> None:
         for _ in range(3):
@@ -87,31 +85,7 @@ def test_profile_of_a_run_on_the_cpu_shows_its_ranges() -> None:
 
 
 def test_time_of_an_event_without_those_inside_it() -> None:
-    profiling = import_module("profiling")
     spans = {"a": (0, 10), "b": (1, 4), "c": (2, 3), "d": (4, 6), "e": (11, 12)}
     events = [profiling.Event("cpu_op", name, *span) for name, span in spans.items()]
     own = {event.name: seconds for event, seconds in profiling.own_seconds(events)}
     assert own == pytest.approx({"a": 5e-6, "b": 2e-6, "c": 1e-6, "d": 2e-6, "e": 1e-6})
-
-
-def test_kernels_count_where_their_step_ran() -> None:
-    """Not those of another patch size; shares are of a mean step."""
-    profiling, table = import_module("profiling"), import_module("flux_kernels").kernel_table
-    event = profiling.Event
-    events = [
-        event("user_annotation", "ddit_rt/model/p", 0, 5),
-        event("cuda_runtime", "cudaGraphLaunch", 1, 2, 7),
-        event("user_annotation", "ddit_rt/model/2p", 5, 8),
-        event("cuda_runtime", "cudaGraphLaunch", 6, 7, 8),
-        event("kernel", "gemm", 10, 13, 7),
-        event("kernel", "norm", 13, 14, 7),
-        event("kernel", "gemm", 20, 29, 8),
-    ]
-    found = table(events, "ddit_rt/model/p", cuda=True)
-    assert found["kernel_count"] == 2
-    assert [(one["name"], one["count"], one["share"]) for one in found["kernels"]] == [
-        ("gemm", 1, pytest.approx(0.75)),
-        ("norm", 1, pytest.approx(0.25)),
-    ]
-    with pytest.raises(RuntimeError, match="4p"):
-        table(events, "ddit_rt/model/4p", cuda=True)

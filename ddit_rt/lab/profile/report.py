@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from ddit_rt.lab.measure.report import machine, model_entry, versions
+from ddit_rt.lab.profile.accounting import Account, Row
+from ddit_rt.lab.profile.ceilings import Ceilings
+from ddit_rt.lab.profile.subject import Subject
 from ddit_rt.loop import RunTrace
-from run_profiling.accounting import Account, Row
-from run_profiling.ceilings import Ceilings
-from run_profiling.subject import Subject
 
 SCHEMA_VERSION = 1
 

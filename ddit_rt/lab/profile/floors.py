@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ddit_rt.engine.cost import step_cost
+from ddit_rt.lab.profile.accounting import STEP, Work, WorkOf
+from ddit_rt.lab.profile.subject import Subject
 from ddit_rt.loop import RunTrace
 from ddit_rt.policies import DDiTPolicy, parse_patch
-from run_profiling.accounting import STEP, Work, WorkOf
-from run_profiling.subject import Subject
 
 
 def floors(subject: Subject, trace: RunTrace) -> WorkOf:

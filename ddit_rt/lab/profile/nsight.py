@@ -1,6 +1,6 @@
 """Command lines of NVIDIA Nsight Systems and Nsight Compute around a run.
 
-The profiled process, `profile.py --tool nvtx`, opens the capture range after its warm-up.
+The profiled process, `ddit-rt profile --tool nvtx`, opens the capture range after its warm-up.
 """
 
 from __future__ import annotations

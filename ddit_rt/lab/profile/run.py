@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from profiling import Event, read_events
 from torch.profiler import ProfilerActivity, profile
 
-from ddit_rt.loop import RunTrace
-from run_profiling.accounting import (
+from ddit_rt.lab.profile.accounting import (
     Account,
     account_of_spans,
     account_of_trace,
     device_spans,
     host_spans,
 )
-from run_profiling.ceilings import Ceilings
-from run_profiling.floors import floors
-from run_profiling.report import run_entry
-from run_profiling.subject import Subject
+from ddit_rt.lab.profile.ceilings import Ceilings
+from ddit_rt.lab.profile.events import Event, read_events
+from ddit_rt.lab.profile.floors import floors
+from ddit_rt.lab.profile.report import run_entry
+from ddit_rt.lab.profile.subject import Subject
+from ddit_rt.loop import RunTrace
 
 
 def profile_run(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from profiling import Event, device_ranges, ranges_of
-
+from ddit_rt.lab.profile.events import Event, device_ranges, ranges_of
 from ddit_rt.loop import RunTrace
 from ddit_rt.policies import parse_patch
 

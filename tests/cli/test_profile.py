@@ -7,18 +7,20 @@ import os
 import shlex
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
+from ddit_rt.cli import profile as command
+from ddit_rt.cli.main import build_parser, main
+from ddit_rt.lab.profile import nsight
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "profile.py"
 
 
 def profile_main(*arguments: str) -> int:
-    code: int = import_module("run_profiling.main").main(list(arguments))
-    return code
+    return main(["profile", *arguments])
 
 
 def printed_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
@@ -41,7 +43,8 @@ def test_nsys_command_captures_the_run_with_graph_nodes(
         "--capture-range-end=stop",
         "--output=/tmp/x/nsys",
     } < set(command[:split])
-    assert command[split + 1 : split + 4] == [str(SCRIPT), "a b.ddit", "--tool=nvtx"]
+    child = command[command.index("ddit_rt.cli") :]
+    assert child[:4] == ["ddit_rt.cli", "profile", "a b.ddit", "--tool=nvtx"]
 
 
 def test_ncu_command_looks_at_one_patch_size(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,13 +63,15 @@ def test_ncu_command_looks_at_one_patch_size(capsys: pytest.CaptureFixture[str])
 
 
 def test_child_gets_the_same_request() -> None:
-    script = import_module("run_profiling.main")
-    parser = script.build_parser()
+    parser = build_parser()
     options = ["--executor=loop", "--policy=4p:0.2,p", "--rho=0.3", "--trust-code", "--height=64"]
-    args = parser.parse_args([*REQUEST, *options, "--tool=nsys", "--prompt", "a fox", "a zebra"])
-    child = parser.parse_args(script.child_command(args)[2:])
+    words = ["profile", *REQUEST, *options, "--tool=nsys", "--prompt", "a fox", "a zebra"]
+    args = parser.parse_args(words)
+    started = command.child_command(args)
+    child = parser.parse_args(started[started.index("ddit_rt.cli") + 1 :])
     assert child.tool == "nvtx"
-    assert vars(child) | {"tool": "nsys"} == vars(args)
+    left_out = {"tool": "nsys", "parser": args.parser}
+    assert vars(child) | left_out == vars(args)
 
 
 @pytest.mark.parametrize(
@@ -84,14 +89,13 @@ def test_bad_usage_is_one_line_and_exit_2(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    nsight = import_module("run_profiling.nsight")
     monkeypatch.setattr(nsight, "_FOLDER", Path("/nowhere"))
     monkeypatch.setenv("PATH", "/nowhere")
     assert profile_main(*arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()
-    assert line.startswith("profile: error: ")
+    assert line.startswith("ddit-rt profile: ")
     assert message in line
 
 
@@ -109,10 +113,8 @@ def test_what_needs_a_device_is_exit_2_without(
 
 @pytest.mark.parametrize("arguments", [["--print-command"], ["--warm-up=0"], ["--tool=perf"]])
 def test_bad_options_are_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        profile_main("demo", *arguments)
-    assert stop.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    assert profile_main("demo", *arguments) == 2
+    assert arguments[0].partition("=")[0] in capsys.readouterr().err
 
 
 def test_nsight_runs_and_its_failure_is_passed_on(
@@ -123,14 +125,14 @@ def test_nsight_runs_and_its_failure_is_passed_on(
     tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexit "${{NSYS_CODE:-0}}"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    result = tmp_path / "result.json"
-    arguments = ["demo", "--tool=nsys", f"--out={tmp_path / 'out'}", f"--json={result}"]
+    result = tmp_path / "out" / "profile.json"
+    arguments = ["demo", "--tool=nsys", f"--out={tmp_path / 'out'}"]
     assert profile_main(*arguments) == 0
-    profile, stats = (tmp_path / "calls").read_text().splitlines()
-    assert profile.startswith("profile --trace=cuda")
+    profiled, stats = (tmp_path / "calls").read_text().splitlines()
+    assert profiled.startswith("profile --trace=cuda")
     assert stats.endswith(f"{tmp_path / 'out' / 'nsys'}.nsys-rep")
     monkeypatch.setenv("NSYS_CODE", "9")
-    assert profile_main(*arguments) == 1
+    assert profile_main(*arguments) == 2
     assert json.loads(result.read_text())["exit_code"] == 9
 
 
