@@ -18,8 +18,6 @@ the first entry, `tokens` (per picture; null for diffusers), `psnr`, `ssim`, `ps
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -29,7 +27,8 @@ from typing import Any
 from contenders import all_contenders, all_pictures
 from ddit_rt.lab.demo.comparison import prepare_engine
 from diffusers import FluxPipeline
-from tables import update_tables
+from records import RESULTS, publish
+from timing import extremes
 from tqdm.auto import tqdm
 
 from ddit_rt.lab.demo import model_path
@@ -40,7 +39,7 @@ from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.measure.report import machine, model_entry, versions
 from ddit_rt.lab.measure.timing import Batch, Method, Sample, measure
 
-RESULT = Path(__file__).parent / "results" / "cpu_demo.json"
+RESULT = RESULTS / "cpu_demo.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,11 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compile": compiling,
         "batches": results,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    if args.out == RESULT:
-        update_tables("cpu_demo", report)
-    print(f"wrote {args.out}", file=sys.stderr)
+    publish(args.out, report)
     return 0
 
 
@@ -178,7 +173,7 @@ def spread(times: Sequence[Sequence[float]], pictures: int) -> dict[str, float]:
         pictures: Pictures in all batches together.
     """
     rounds = [sum(repeat) / pictures for repeat in zip(*times, strict=True)]
-    return {"median": statistics.median(rounds), "min": min(rounds), "max": max(rounds)}
+    return extremes(rounds)
 
 
 if __name__ == "__main__":

@@ -22,16 +22,15 @@ Schema, version 1: `machine`, `versions`, `backend`; `runs`: one entry per model
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from records import RESULTS, publish
+from timing import rounds_of
 from torch import Tensor
 
 import ddit_rt
@@ -39,7 +38,7 @@ from ddit_rt.lab.demo import model_path, video_model_path
 from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH, VIDEO_CALL, VIDEO_PROMPTS
 from ddit_rt.lab.measure.report import machine, versions
 
-RESULT = Path(__file__).parent / "results" / "drivers_cpu.json"
+RESULT = RESULTS / "drivers_cpu.json"
 PLANS: dict[str, ddit_rt.PatchPolicy] = {
     "fine": ddit_rt.FinePolicy(),
     "static": ddit_rt.StaticPolicy("p:0.2,4p:0.3,2p:0.3,p"),
@@ -79,9 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for run in runs_of(name, path(), {**call, **common(steps)}, rounds, backend)
         ],
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    print(f"wrote {args.out}", file=sys.stderr)
+    publish(args.out, report)
     return 0
 
 
@@ -161,24 +158,6 @@ def apart(engine: ddit_rt.Engine, call: Mapping[str, Any]) -> Tensor:
         return generate(engine, call)
     finally:
         engine.batched_guidance = True
-
-
-def rounds_of(
-    calls: Mapping[str, Callable[[], Tensor]], rounds: int, steps: int
-) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
-    """Microseconds per step of every call over interleaved rounds, and what it gave."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    finals: dict[str, Tensor] = {}
-    for index in range(rounds + 1):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            finals[name] = call()
-            if index:  # the first round warms up
-                times[name].append((time.perf_counter() - started) * 1e6 / steps)
-    return {
-        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
-        for name, values in times.items()
-    }, finals
 
 
 if __name__ == "__main__":

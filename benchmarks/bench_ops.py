@@ -15,9 +15,7 @@ too, else `Tensor.copy_`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -27,9 +25,11 @@ from typing import Any
 
 import torch
 from ops_cuda import run as run_cuda
+from records import RESULTS, publish
 from torch import Tensor
 
 from ddit_rt import _runtime, ops
+from ddit_rt.lab.measure.report import machine
 
 LATENTS = (16, 128, 128)
 WARM_UP_CALLS = 5
@@ -239,19 +239,11 @@ def report(case: Case, threads: int, timings: dict[str, Timing]) -> dict[str, An
     }
 
 
-def machine() -> dict[str, Any]:
+def machine_entry() -> dict[str, Any]:
     """What the figures depend on."""
-    model = "unknown"
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
     return {
-        "cpu": model,
-        "logical_cpus": os.cpu_count(),
+        **machine(),
         "load_average": os.getloadavg(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "build": _runtime.build_info(),
@@ -274,7 +266,11 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the cases of the CPU."""
-    results = {"machine": machine(), "warm_up_calls": WARM_UP_CALLS, "rounds": arguments.rounds}
+    results = {
+        "machine": machine_entry(),
+        "warm_up_calls": WARM_UP_CALLS,
+        "rounds": arguments.rounds,
+    }
     entries = []
     for threads in arguments.threads:
         torch.set_num_threads(threads)
@@ -284,9 +280,7 @@ def run(arguments: argparse.Namespace) -> None:
             timings = measure(case, arguments.rounds, clock_of(threads))
             entries.append(report(case, threads, timings))
     results["results"] = entries
-    out = arguments.out or Path(__file__).parent / "results" / "ops_cpu.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    publish(arguments.out or RESULTS / "ops_cpu.json", results)
 
 
 if __name__ == "__main__":

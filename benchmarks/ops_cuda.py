@@ -12,19 +12,16 @@ copy of a gibibyte moves per second, reads and writes together, in the same run.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from hardware import machine_entry
 from kernel_cases import LATENTS, KernelCase
+from records import RESULTS, publish
 from step_kernels import step_cases
-from tables import update_tables
 from timing import Call, attempt, release, spread
 from torch import Tensor
 
@@ -32,7 +29,6 @@ from ddit_rt import ops
 from ddit_rt.lab.measure.report import versions
 from ddit_rt.lab.profile.ceilings import copy_rate, cuda_events
 
-RESULT = Path(__file__).resolve().parent / "results" / "ops_cuda.json"
 PATCH_SIZES = (2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float32)
 _L2_MULTIPLE = 4
@@ -225,12 +221,7 @@ def run(arguments: argparse.Namespace) -> None:
         "replays": _REPLAYS,
         "results": rows,
     }
-    out = arguments.out or RESULT
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    if out.resolve() == RESULT:
-        update_tables("ops_cuda", report)
-    print(f"wrote {out}", file=sys.stderr)
+    publish(arguments.out or RESULTS / "ops_cuda.json", report)
 
 
 def summary(row: Mapping[str, Any]) -> str:

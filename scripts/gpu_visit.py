@@ -148,7 +148,7 @@ def steps_of(path: Path) -> list[Record]:
 def write_summary(out: Path) -> str:
     """Writes `summary.md`: steps, targets and tables of all records; returns its text."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    tables = import_module("tables_cuda")
+    tables = import_module("made_tables.real_size")
     lines = ["# GPU battery", "", "| step | exit | seconds |", "|---|---|--:|"]
     for entry in steps_of(out / "steps.jsonl"):
         if "seconds" in entry:
@@ -158,7 +158,7 @@ def write_summary(out: Path) -> str:
             lines.append(f"| rules: form {entry['form']}, failed: {failed} | | |")
     for path in sorted([*out.glob("flux_*.json"), *out.glob("wan_*.json")]):
         report = json.loads(path.read_text(encoding="utf-8"))
-        lines += ["", f"## {path.stem}", "", tables.flux_cuda(report)]
+        lines += ["", f"## {path.stem}", "", tables.real_size(report)]
         lines += [f"- {name}: {value:.3g}, aim {aim}" for name, value, aim in targets(report)]
         lines += [f"- not measured: {place}: {error}" for place, error in errors(report, "")]
     text = "\n".join(lines) + "\n"
