@@ -25,19 +25,19 @@ from pathlib import Path
 from typing import Any
 
 from contenders import all_contenders, all_pictures
-from ddit_rt.lab.demo.comparison import prepare_engine
 from diffusers import FluxPipeline
 from records import RESULTS, publish
 from timing import extremes
 from tqdm.auto import tqdm
 
 from ddit_rt.lab.demo import model_path
+from ddit_rt.lab.demo.comparison import prepare_engine
 from ddit_rt.lab.demo.plans import DEMO_POLICY
 from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
 from ddit_rt.lab.demo.run import DemoConfig
 from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.measure.report import machine, model_entry, versions
-from ddit_rt.lab.measure.timing import Batch, Method, Sample, measure
+from ddit_rt.lab.measure.timing import Batch, Contender, Sample, measure
 
 RESULT = RESULTS / "cpu_demo.json"
 
@@ -133,7 +133,7 @@ def run_batch_size(
 
 
 def entries(
-    contenders: Sequence[Method], samples: Mapping[str, Sequence[Sample]]
+    contenders: Sequence[Contender], samples: Mapping[str, Sequence[Sample]]
 ) -> list[dict[str, Any]]:
     """One entry per contender; speed-ups are over the first."""
     rows = [entry(contender, samples) for contender in contenders]
@@ -146,11 +146,11 @@ def entries(
     return rows
 
 
-def entry(contender: Method, samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+def entry(contender: Contender, samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
     """What was measured of one contender."""
     own = samples[contender.name]
     closeness = fidelity(all_pictures(own), all_pictures(samples["fine"]))
-    traces = [(sample.trace, len(sample.outputs)) for sample in own]
+    traces = [(sample.trace, len(sample.pictures)) for sample in own]
     tokens = sum(trace.tokens * count for trace, count in traces if trace is not None)
     return {
         "name": contender.name,

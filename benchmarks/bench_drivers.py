@@ -35,7 +35,8 @@ from torch import Tensor
 
 import ddit_rt
 from ddit_rt.lab.demo import model_path, video_model_path
-from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH, VIDEO_CALL, VIDEO_PROMPTS
+from ddit_rt.lab.demo.clips import ClipConfig
+from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH, VIDEO_PROMPTS
 from ddit_rt.lab.measure.report import machine, versions
 
 RESULT = RESULTS / "drivers_cpu.json"
@@ -44,13 +45,16 @@ PLANS: dict[str, ddit_rt.PatchPolicy] = {
     "static": ddit_rt.StaticPolicy("p:0.2,4p:0.3,2p:0.3,p"),
     "dynamic": ddit_rt.DDiTPolicy(),
 }
+CLIP = ClipConfig()
 MODELS: dict[str, tuple[Callable[[], Path], dict[str, Any]]] = {
     "demo": (model_path, {"prompt": DEMO_PROMPTS[0], "height": 128, "width": 128}),
     "demo-video": (
         video_model_path,
         {
             "prompt": VIDEO_PROMPTS[0],
-            **VIDEO_CALL,
+            "height": CLIP.height,
+            "width": CLIP.width,
+            "num_frames": CLIP.frames,
         },
     ),
 }

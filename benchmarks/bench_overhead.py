@@ -243,7 +243,7 @@ def generate(engine: Any, policy: PatchPolicy) -> None:
     """One picture."""
     arguments = {"num_inference_steps": 10, "max_sequence_length": MAX_SEQUENCE_LENGTH}
     batch = Batch(prompts=DEMO_PROMPTS[:1], seeds=(0,))
-    engine_method("", "", engine, patch_policy=policy, **arguments).generate(batch)
+    engine_contender("", "", engine, patch_policy=policy, **arguments).generate(batch)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ from ddit_rt.lab.demo.plans import demo_plans
 from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.measure.timing import (
     Batch,
-    Method,
+    Contender,
     Sample,
-    engine_method,
+    engine_contender,
     measure,
-    pipeline_method,
+    pipeline_contender,
 )
 from ddit_rt.policies import FinePolicy
 
@@ -63,7 +63,7 @@ def cached_pipeline(pipeline: Any, threshold: float) -> Any:
 
 def all_contenders(
     engine: Engine, batches: Sequence[Batch], arguments: Mapping[str, Any]
-) -> list[Method]:
+) -> list[Contender]:
     """Everything that the benchmark compares.
 
     Args:
@@ -73,7 +73,7 @@ def all_contenders(
     """
     pipeline, probe = engine.pipeline, batches[:PROBE_BATCHES]
     ours = [
-        engine_method(
+        engine_contender(
             plan.name, f"ddit_rt, {plan.label}", engine, patch_policy=plan.policy, **arguments
         )
         for plan in demo_plans(arguments["num_inference_steps"])
@@ -82,8 +82,8 @@ def all_contenders(
     threshold = best_threshold(pipeline, probe, arguments, probed)
     steps = equal_time_steps(probed, arguments["num_inference_steps"])
     return [
-        pipeline_method("diffusers", "diffusers, eager", pipeline, **arguments),
-        pipeline_method(
+        pipeline_contender("diffusers", "diffusers, eager", pipeline, **arguments),
+        pipeline_contender(
             "torch_compile",
             "diffusers + torch.compile (regional)",
             compiled_pipeline(pipeline),
@@ -92,7 +92,7 @@ def all_contenders(
         _cached("first_block_cache", "default", pipeline, CACHE_DEFAULT, arguments),
         _cached("first_block_cache_best", "best", pipeline, threshold, arguments),
         *ours,
-        engine_method(
+        engine_contender(
             "fewer_steps",
             f"ddit_rt, {steps} fine steps (time of dynamic)",
             engine,
@@ -104,9 +104,9 @@ def all_contenders(
 
 def _cached(
     name: str, kind: str, pipeline: Any, threshold: float, arguments: Mapping[str, Any]
-) -> Method:
+) -> Contender:
     label = f"diffusers + FirstBlockCache ({kind}, {threshold:g})"
-    return pipeline_method(name, label, cached_pipeline(pipeline, threshold), **arguments)
+    return pipeline_contender(name, label, cached_pipeline(pipeline, threshold), **arguments)
 
 
 def best_threshold(
@@ -126,7 +126,7 @@ def best_threshold(
         samples = [
             Sample(
                 batch=batch,
-                outputs=contender.generate(batch).outputs,
+                pictures=contender.generate(batch).pictures,
                 trace=None,
                 denoise=(),
                 end_to_end=(),
@@ -152,4 +152,4 @@ def _mean_ssim(samples: Sequence[Sample], references: Sequence[Sample]) -> float
 
 def all_pictures(samples: Sequence[Sample]) -> list[Any]:
     """The pictures of all batches, in order."""
-    return [picture for sample in samples for picture in sample.outputs]
+    return [picture for sample in samples for picture in sample.pictures]

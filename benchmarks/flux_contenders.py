@@ -28,7 +28,7 @@ def no_details() -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Contender:
     """One way to run the loop.
 
     Attributes:
@@ -46,13 +46,13 @@ class Method:
     details: Callable[[], dict[str, Any]] = no_details
 
 
-def all_contenders(setup: Setup, case: Case) -> dict[str, Method]:
+def all_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
     """Everything that the benchmark compares, the baseline first.
 
     What takes longest to get ready comes last: if time runs out, the others are measured.
     """
     return {
-        BASELINE: Method(
+        BASELINE: Contender(
             label="diffusers, eager", build=lambda: _call(setup, case, setup.pipeline)
         ),
         **engine_contenders(setup, case, SCHEDULES),
@@ -61,7 +61,7 @@ def all_contenders(setup: Setup, case: Case) -> dict[str, Method]:
     }
 
 
-def compiled_contenders(setup: Setup, case: Case) -> dict[str, Method]:
+def compiled_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
     """Compiled by torch: block by block, as diffusers recommends, and as one graph.
 
     `max-autotune` only on CUDA, without Inductor's own CUDA graphs: on CPUs it tunes for minutes
@@ -71,7 +71,7 @@ def compiled_contenders(setup: Setup, case: Case) -> dict[str, Method]:
     if setup.device.type == "cuda":
         modes["_max_autotune"] = "max-autotune-no-cudagraphs"
     return {
-        f"compile_{scope}{suffix}": Method(
+        f"compile_{scope}{suffix}": Contender(
             label=f"diffusers + torch.compile ({scope}, {mode or 'default'})",
             build=partial(_compiled, setup, case, scope, mode),
         )
@@ -80,7 +80,7 @@ def compiled_contenders(setup: Setup, case: Case) -> dict[str, Method]:
     }
 
 
-def cached_contender(setup: Setup, case: Case) -> Method:
+def cached_contender(setup: Setup, case: Case) -> Contender:
     """The FirstBlockCache of diffusers at its default threshold.
 
     With random weights the number of steps that it computes means nothing, and the time that
@@ -95,20 +95,20 @@ def cached_contender(setup: Setup, case: Case) -> Method:
         layer="single_transformer_blocks.0.attn.to_q",
         steps=case.steps,
     )
-    return Method(
+    return Contender(
         label=f"diffusers + FirstBlockCache (default, {config.threshold:g})",
         build=cached.build,
         details=cached.details,
     )
 
 
-def engine_contenders(setup: Setup, case: Case, schedules: Sequence[str]) -> dict[str, Method]:
+def engine_contenders(setup: Setup, case: Case, schedules: Sequence[str]) -> dict[str, Contender]:
     """Every schedule in every form of our executor."""
     contenders = {}
     for form in setup.executors:
         for schedule in schedules:
             call = EngineCall(setup, case, schedule, form)
-            contenders[f"ddit_rt_{form}_{schedule}"] = Method(
+            contenders[f"ddit_rt_{form}_{schedule}"] = Contender(
                 label=f"ddit_rt, {schedule}",
                 build=call.build,
                 schedule=schedule,

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 import torch
-from flux_contenders import BASELINE, Method, all_contenders
+from flux_contenders import BASELINE, Contender, all_contenders
 from flux_model import Case
 from flux_plans import counted_speedup
 from flux_setup import Setup
@@ -26,7 +26,7 @@ def loops(
 def measure_loops(
     setup: Setup,
     case: Case,
-    make: Callable[[Any, Any], Mapping[str, Method]],
+    make: Callable[[Any, Any], Mapping[str, Contender]],
     patterns: Sequence[str],
     save: Save = unsaved,
 ) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def measure_loops(
 
 
 def row_of(
-    contender: Method, own: Measured, baseline: Measured, flops: Mapping[str, int]
+    contender: Contender, own: Measured, baseline: Measured, flops: Mapping[str, int]
 ) -> dict[str, Any]:
     """The entry of one contender."""
     row: dict[str, Any] = {

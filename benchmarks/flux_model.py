@@ -111,8 +111,8 @@ class Case:
     """One size of a request.
 
     Attributes:
-        height: Image height in pixels.
-        width: Image width in pixels.
+        height: Picture height in pixels.
+        width: Picture width in pixels.
         batch: Pictures in one call.
         steps: Denoising steps.
     """

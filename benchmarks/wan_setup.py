@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from typing import Any, ClassVar
 
 from diffusers import MagCacheConfig, WanPipeline
-from flux_contenders import BASELINE, CachedCall, Method, engine_contenders
+from flux_contenders import BASELINE, CachedCall, Contender, engine_contenders
 from flux_model import Case
 from flux_setup import Setup, use_executor
 from timing import Call
@@ -59,24 +59,24 @@ class WanSetup(Setup):
         return latents
 
 
-def all_contenders(setup: WanSetup, case: WanCase) -> dict[str, Method]:
+def all_contenders(setup: WanSetup, case: WanCase) -> dict[str, Contender]:
     """The baseline first; what takes longest to get ready last."""
     contenders = {
-        BASELINE: Method(
+        BASELINE: Contender(
             label="diffusers, eager", build=lambda: _call(setup, case, setup.pipeline)
         ),
         **engine_contenders(setup, case, SCHEDULES),
         "mag_cache": cached_contender(setup, case),
     }
     for scope in ("regional", "full"):
-        contenders[f"compile_{scope}"] = Method(
+        contenders[f"compile_{scope}"] = Contender(
             label=f"diffusers + torch.compile ({scope})",
             build=partial(_compiled, setup, case, scope),
         )
     return contenders
 
 
-def cached_contender(setup: WanSetup, case: WanCase) -> Method:
+def cached_contender(setup: WanSetup, case: WanCase) -> Contender:
     """The MagCache of diffusers, so set that the steps reuse that do in `fine+teacache`.
 
     diffusers has no TeaCache. With ratios of 1 and at most one reuse in a row, every other step
@@ -96,7 +96,7 @@ def cached_contender(setup: WanSetup, case: WanCase) -> Method:
         steps=case.steps,
         passes=setup.passes,
     )
-    return Method(
+    return Contender(
         label="diffusers + MagCache (every other step)",
         build=cached.build,
         details=cached.details,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import pytest
 from extras import need
 from wan_models import TEXT_TOKENS, wan_pipeline
 
-import ddit_rt
-from ddit_rt.policies import CacheFit, MagCache, NoCache, TeaCache
+from ddit_rt.lab.plans.candidates import CacheRange
+from ddit_rt.policies import DDiTPolicy, MagCache, TeaCache
 
 KINDS = (
     "fewer_steps",
@@ -38,8 +39,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("skip") / "quick.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
-        assert import_module("bench_skip").main(["--quick", "--out", str(out)]) == 0
-    return strict(out)
+        arguments = ["--quick", "--tables", "caches", "--out", str(out), "--cache", str(out.parent)]
+        assert import_module("bench_quality").main(arguments) == 0
+    return strict(out.with_stem("quick_caches"))
 
 
 def test_rows_are_plans_of_their_kind_that_the_search_found_close_enough(
@@ -93,7 +95,7 @@ def test_prompts_of_fit_search_and_report_are_different(report: dict[str, Any]) 
 
 
 def test_table_has_a_line_per_plan_and_an_answer_per_target(report: dict[str, Any]) -> None:
-    text = import_module("tables_skip").skip(report)
+    text = import_module("tables").TABLES["skip_demo"](report)
     lines = text.splitlines()
     assert sum(line.startswith("|") for line in lines) == 3 + sum(
         len(target["rows"]) for target in report["targets"]
@@ -105,30 +107,14 @@ def test_table_has_a_line_per_plan_and_an_answer_per_target(report: dict[str, An
 
 
 def test_more_prompts_than_there_are_held_out_are_refused() -> None:
-    bench = import_module("bench_skip")
+    bench, model = import_module("bench_quality"), import_module("demo_models").image_model()
+    args = bench.of_table(bench.parse(["--prompts", "50"]), "caches")
     with pytest.raises(ValueError, match="--prompts 50; demo has 49"):
-        bench.prompts_of(
-            import_module("skip_models").picture_model(), bench.parse(["--prompts", "50"])
-        )
-    with pytest.raises(SystemExit):
-        bench.parse(["--prompts", "1"])
-
-
-@pytest.mark.parametrize("last", range(9))
-def test_bisection_finds_the_last_level_that_holds(last: int) -> None:
-    asked: list[int] = []
-
-    def holds(level: int) -> bool:
-        asked.append(level)
-        return level <= last
-
-    assert import_module("skip_search").highest(8, holds) == last
-    assert 0 not in asked
-    assert len(asked) <= 4
+        import_module("quality_caches").prompts_of(model, args)
 
 
 def test_levels_are_spread_from_the_first_to_the_last() -> None:
-    spread = import_module("skip_search").spread_levels
+    spread = import_module("quality_search").spread_levels
     assert spread(3, 11, 5) == [3, 5, 7, 9, 11]
     assert spread(3, 4, 5) == [3, 4]
     assert spread(4, 4, 1) == [4]
@@ -136,11 +122,10 @@ def test_levels_are_spread_from_the_first_to_the_last() -> None:
 
 
 def tried(kind: str, ssim: float, cost: float, **shares: float) -> Any:
-    plans = import_module("skip_plans")
-    label = f"{kind} {cost:g}"
-    plan = plans.SkipPlan(kind=kind, label=label, policy=plans.fine(8).policy, steps=8)
+    plan = replace(import_module("quality_runs").reference(8), kind=kind, label=f"{kind} {cost:g}")
     shares = {"coarse": 0.5, "reused": 0.5, **shares}
-    return import_module("skip_search").Tried(plan=plan, ssim=ssim, cost_ms=cost, **shares)
+    search = import_module("quality_search")
+    return search.Tried(plan=plan, ssim=ssim, cost_ms=cost, **shares)
 
 
 def test_cheapest_plan_meets_the_target_and_a_combined_one_does_both() -> None:
@@ -151,53 +136,31 @@ def test_cheapest_plan_meets_the_target_and_a_combined_one_does_both() -> None:
         tried("ddit_teacache", 0.96, 3.0, coarse=0.0),
         tried("ddit_teacache", 0.96, 4.0),
     ]
-    search = import_module("skip_search").Search(
-        engine=None,
+    search = import_module("quality_search").FidelitySearch(
         model=None,
+        runs=None,
         prompts=(),
         steps=8,
-        costs={},
+        costs=None,
         tried={one.plan.label: one for one in found},
     )
-    assert search.cheapest("ddit", 0.95).cost_ms == 5
-    assert search.cheapest("ddit_teacache", 0.95).cost_ms == 4
-    assert search.cheapest("ddit_teacache", 0.97) is None
+    assert search.cheapest("ddit", 0.95, both=False).cost_ms == 5
+    assert search.cheapest("ddit_teacache", 0.95, both=True).cost_ms == 4
+    assert search.cheapest("ddit_teacache", 0.97, both=True) is None
 
 
-def fitted(kind: str) -> CacheFit:
-    if kind == "teacache":
-        evidence = {"outputs": [0.02, 0.2]}
-        return CacheFit(kind=kind, values=(1.0, 0.0), source="a test", evidence=evidence)
-    return CacheFit(kind=kind, values=(1.0, 0.9, 0.95), source="a test")
-
-
-@pytest.mark.parametrize(("kind", "cls"), [("teacache", TeaCache), ("magcache", MagCache)])
-def test_cache_dial_raises_the_threshold_on_top_of_any_plan(
-    kind: str, cls: type[TeaCache | MagCache]
-) -> None:
-    plans = import_module("skip_plans")
-    for dial in plans.cache_dials(fitted(kind), 8, 5):
-        alone = dial.alone(8)
-        assert alone.at(0) == plans.fine(8)
-        caches = [alone.at(level).cache for level in range(1, 6)]
-        assert all(isinstance(cache, cls) for cache in caches)
-        thresholds = [cache.threshold for cache in caches]
-        assert thresholds == sorted(set(thresholds))
-        assert alone.at(3).kind == kind
-        rule = plans.ddits(8, ("2p",), (1e-3, 1.0), 4)[0].at(2)
-        assert rule.cache == NoCache()
-        both = dial.on(rule, 3)
-        assert (both.kind, both.policy, both.cache) == (f"ddit_{kind}", rule.policy, caches[2])
-        assert len({plan.key for plan in (rule, both, alone.at(3))}) == 3
-
-
-def test_rule_dial_raises_tau_and_halves_it_for_the_larger_size() -> None:
-    plans = import_module("skip_plans")
-    refreshed, free, coarse, _ = plans.ddits(8, ("2p", "4p"), (1e-3, 1.0), 3)
-    assert [refreshed.at(level).policy.tau["2p"] for level in range(4)] == [1e-3, 1e-2, 1e-1, 1.0]
-    assert refreshed.at(3).policy.tau["4p"] == 0.5
-    assert (refreshed.at(1).policy.refresh, free.at(1).policy.refresh) == (4, None)
-    assert (free.at(1).policy.warmup, coarse.at(1).policy.warmup) == ("fine", "coarse")
+@pytest.mark.parametrize("cache", [TeaCache(0.0, coefficients=(1.0, 0.0)), MagCache()])
+def test_levels_of_a_cache_raise_its_threshold_on_top_of_any_plan(cache: Any) -> None:
+    search, runs = import_module("quality_search"), import_module("quality_runs")
+    ends = CacheRange(cache=cache, thresholds=(0.02, 2.0))
+    plain = runs.Plan(policy=DDiTPolicy(), steps=8, kind="ddit", label="dynamic")
+    assert search.with_cache(plain, "both", ends, 0) is plain
+    plans = [search.with_cache(plain, "both", ends, level) for level in (1, 12, 24)]
+    thresholds = [plan.cache.threshold for plan in plans]
+    assert thresholds == [0.02, pytest.approx(0.18, abs=0.02), 2.0]
+    assert {(plan.kind, plan.policy) for plan in plans} == {("both", plain.policy)}
+    assert all(type(plan.cache) is type(cache) for plan in plans)
+    assert len({plan.key for plan in (plain, *plans)}) == 4
 
 
 def row(kind: str, seconds: list[float], ssim: list[float]) -> dict[str, Any]:
@@ -236,14 +199,14 @@ def test_faster_counts_at_equal_closeness(
     target: float,
     answer: str,
 ) -> None:
-    compare = import_module("skip_rows").compare
+    compare = import_module("quality_caches").compare
     found = compare(row("ddit_teacache", *own), row("ddit", *other), target)
     assert found["faster"] == answer
     assert found["ssim"]["value"] == pytest.approx(sum(own[1]) / 3 - sum(other[1]) / 3)
 
 
 def test_verdict_wants_both_alone_beaten_and_lists_every_rival() -> None:
-    verdicts = import_module("skip_rows").verdicts
+    verdicts = import_module("quality_caches").verdicts
     rows = {
         "fewer_steps": row("fewer_steps", FAST, NEAR),
         "ddit": row("ddit", SLOW, NEAR),
@@ -270,46 +233,46 @@ def test_verdict_wants_both_alone_beaten_and_lists_every_rival() -> None:
     ],
 )
 def test_answers_join_to_the_least_favourable(answers: list[str], answer: str) -> None:
-    assert import_module("skip_rows").together(answers) == answer
+    assert import_module("quality_caches").together(answers) == answer
 
 
-def test_clips_are_compared_frame_by_frame_and_by_flicker(tmp_path: Path) -> None:
+def test_videos_are_compared_frame_by_frame_and_by_flicker(tmp_path: Path) -> None:
     need("torchmetrics")
-    bench, models = import_module("bench_skip"), import_module("skip_models")
-    model = models.SkipModel(
+    bench, models = import_module("bench_quality"), import_module("demo_models")
+    model = models.DemoModel(
         name="tiny",
         pipeline=wan_pipeline(),
         size={"height": 64, "width": 64, "num_frames": 5},
         others={"max_sequence_length": TEXT_TOKENS, "guidance_scale": 3.0},
         held_out=("a red circle", "a blue star"),
         seen=("a green square", "a red star"),
-        closeness=models.clip_closeness,
+        video=True,
     )
     model.pipeline.set_progress_bar_config(disable=True)
-    args = bench.parse(["--quick", "--model", "demo-video", "--out", str(tmp_path / "clips.json")])
-    engine = ddit_rt.compile(
-        model.pipeline, patch_sizes=("p", "2p"), backend="eager", progress=False, **model.size
-    )
-    report = bench.run(engine, model, args)
+    args = bench.of_table(bench.parse(["--quick"]), "caches_video")
+    args.cache = None
+    runs = bench.caches_runs(model, args)
+    report = import_module("quality_caches").measure_caches(model, runs, args)
     fine = report["fine"]
     assert fine["flicker"]["value"] == 0
     assert fine["frames"] == [{"ssim": pytest.approx(1), "psnr": None}] * 5
     for row in (row for target in report["targets"] for row in target["rows"]):
         means = sum(frame["ssim"] for frame in row["frames"]) / 5
         assert row["ssim"]["value"] == pytest.approx(means)
-        # A clip that is not the reference flickers, of a random model more than that of rounding.
+        # A video that is not the reference flickers, of a random model more than by rounding.
         assert (row["flicker"]["value"] > 0) == (row["psnr"] is not None)
-    text = import_module("tables_skip").skip(report)
-    assert "64 x 64 x 5, 8 steps" in text
+    report |= {"machine": {"cpu": "x", "threads": 1}, "versions": {"torch": "2", "diffusers": "0"}}
+    text = import_module("tables").TABLES["skip_demo_video"](report)
+    assert "64 x 64 x 5, 7 steps" in text
     assert "flicker |" in text
 
 
 def test_flicker_is_the_error_of_the_change_between_frames() -> None:
     need("torchmetrics")
-    closeness = import_module("skip_models").clip_closeness
+    compare = import_module("demo_models").video_model(quick=True).compare
     still = np.zeros((3, 16, 16, 3), np.uint8)
     darker, blinking = still + 51, still.copy()
     blinking[1] += 51
-    assert closeness([darker], [still]).flicker == (0.0,)
-    assert closeness([blinking], [still]).flicker == (0.2,)
-    assert closeness([blinking], [still]).frames[0].psnr[0] is None
+    assert compare([darker], [still]).flicker == (0.0,)
+    assert compare([blinking], [still]).flicker == (0.2,)
+    assert compare([blinking], [still]).frames[0].psnr[0] is None
