@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from flux_model import PRESETS, pipeline_around, random_transformer
 from hardware import MemoryProbe
+from real_models import Flux
 from records import RESULTS, publish
 from timing import rounds_of, spread
 from torch import Tensor
@@ -192,10 +192,11 @@ def op_loops(plan: RunPlan, latents: Tensor, velocity: Tensor) -> dict[str, Call
 
 def look_times(calls: int) -> dict[str, Any]:
     """Milliseconds of the look at the live model, on one of FLUX's depth, by one thread."""
-    deep = {**PRESETS["tiny"].config, "num_layers": 19, "num_single_layers": 38}
-    preset = replace(PRESETS["tiny"], config=deep)
-    transformer = random_transformer(preset, torch.device("cpu"), torch.float32)
-    live = LiveModel(family_of(transformer), transformer, pipeline_around(transformer))
+    flux, tiny = Flux(), Flux.presets["tiny"]
+    deep = {**tiny.config, "num_layers": 19, "num_single_layers": 38}
+    preset = replace(tiny, config=deep)
+    transformer = flux.transformer(preset, torch.device("cpu"), torch.float32)
+    live = LiveModel(family_of(transformer), transformer, flux.pipeline(transformer))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

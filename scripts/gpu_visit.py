@@ -126,9 +126,10 @@ def form_of(outcomes: Mapping[str, str]) -> str:
 
 
 def _bench(args: argparse.Namespace, rest: list[str]) -> int:
-    """Runs `bench_flux.py` or `bench_wan.py`; fails unless its section has a good row."""
+    """Runs `bench_real_size.py`; fails unless its section has a good row."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    import_module(f"bench_{args.model}").main([*rest, "--out", str(args.out)])
+    bench = import_module("bench_real_size")
+    bench.main(["--model", args.model, *rest, "--out", str(args.out)])
     section = rest[rest.index("--sections") + 1]
     cases = json.loads(args.out.read_text(encoding="utf-8"))["sections"][section].values()
     rows = [row for case in cases for row in case.get("rows", {"": case}).values()]

@@ -13,7 +13,7 @@ _MEANS_SOMETHING = "fine"
 
 
 def real_size(report: Report) -> str:
-    """The tables of `bench_flux.py` and `bench_wan.py`.
+    """The tables of `bench_real_size.py`.
 
     Loops, steps against their floors, and what it takes.
     """

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from diffusers import FluxPipeline
-from diffusers.hooks import FirstBlockCacheConfig
-from flux_model import Case, with_shared_weights
-from flux_plans import SCHEDULES, cache_of, policy_of
-from flux_setup import Setup
+from real_models import Case, DiffusersCache
+from real_plans import cache_of, policy_of
+from real_setup import Setup, captures_of
 from timing import Call
 from torch import Tensor
 
@@ -33,8 +31,8 @@ class Contender:
 
     Attributes:
         label: Name for people.
-        build: Makes its call, which returns final latents `[B, n, 4C]`.
-        schedule: One of `SCHEDULES`.
+        build: Makes its call, which returns final latents.
+        schedule: One of the model's.
         executor: Form of our executor; None for diffusers.
         details: What its calls did, asked after the last of them.
     """
@@ -51,28 +49,31 @@ def all_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
 
     What takes longest to get ready comes last: if time runs out, the others are measured.
     """
+    cached = CachedCall(setup, case, setup.model.cache(case.steps))
     return {
         BASELINE: Contender(
             label="diffusers, eager", build=lambda: _call(setup, case, setup.pipeline)
         ),
-        **engine_contenders(setup, case, SCHEDULES),
-        "first_block_cache": cached_contender(setup, case),
+        **engine_contenders(setup, case),
+        cached.cache.name: Contender(
+            label=cached.cache.label, build=cached.build, details=cached.details
+        ),
         **compiled_contenders(setup, case),
     }
 
 
 def compiled_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
-    """Compiled by torch: block by block, as diffusers recommends, and as one graph.
+    """Compiled by torch: block by block, as diffusers recommends, and whole.
 
     `max-autotune` only on CUDA, without Inductor's own CUDA graphs: on CPUs it tunes for minutes
     and its templates lose to MKL.
     """
     modes: dict[str, str | None] = {"": None}
-    if setup.device.type == "cuda":
+    if setup.device.type == "cuda" and setup.model.name == "flux":
         modes["_max_autotune"] = "max-autotune-no-cudagraphs"
     return {
         f"compile_{scope}{suffix}": Contender(
-            label=f"diffusers + torch.compile ({scope}, {mode or 'default'})",
+            label=f"diffusers + torch.compile ({scope}{', ' + mode if mode else ''})",
             build=partial(_compiled, setup, case, scope, mode),
         )
         for scope in ("regional", "full")
@@ -80,33 +81,11 @@ def compiled_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
     }
 
 
-def cached_contender(setup: Setup, case: Case) -> Contender:
-    """The FirstBlockCache of diffusers at its default threshold.
-
-    With random weights the number of steps that it computes means nothing, and the time that
-    follows from it no more.
-    """
-    config = FirstBlockCacheConfig()
-    cached = CachedCall(
-        copy=lambda: with_shared_weights(setup.pipeline),
-        call=partial(_call, setup, case),
-        config=config,
-        # Of a block that only runs where the cache missed.
-        layer="single_transformer_blocks.0.attn.to_q",
-        steps=case.steps,
-    )
-    return Contender(
-        label=f"diffusers + FirstBlockCache (default, {config.threshold:g})",
-        build=cached.build,
-        details=cached.details,
-    )
-
-
-def engine_contenders(setup: Setup, case: Case, schedules: Sequence[str]) -> dict[str, Contender]:
+def engine_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
     """Every schedule in every form of our executor."""
     contenders = {}
     for form in setup.executors:
-        for schedule in schedules:
+        for schedule in setup.model.schedules:
             call = EngineCall(setup, case, schedule, form)
             contenders[f"ddit_rt_{form}_{schedule}"] = Contender(
                 label=f"ddit_rt, {schedule}",
@@ -118,56 +97,52 @@ def engine_contenders(setup: Setup, case: Case, schedules: Sequence[str]) -> dic
     return contenders
 
 
-def _call(setup: Setup, case: Case, pipeline: FluxPipeline) -> Call:
+def _call(setup: Setup, case: Case, pipeline: Any) -> Call:
     arguments = setup.request(case)
-    return lambda: pipeline(**arguments).images
+    return lambda: setup.model.latents(pipeline(**arguments))
 
 
 def _compiled(setup: Setup, case: Case, scope: str, mode: str | None) -> Call:
-    pipeline = with_shared_weights(setup.pipeline)
+    pipeline = setup.model.with_shared_weights(setup.pipeline)
     if scope == "regional":
         pipeline.transformer.compile_repeated_blocks(fullgraph=True, mode=mode)
     else:
-        pipeline.transformer.compile(fullgraph=True, mode=mode)
+        pipeline.transformer.compile(mode=mode)
     return _call(setup, case, pipeline)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class CachedCall:
     """A cache of diffusers, whose hooks decide in Python, so that it runs uncompiled.
 
     Attributes:
-        copy: Makes a pipeline of its own.
-        call: The call of a pipeline.
-        config: The cache's.
-        layer: Name of a layer of the transformer that runs only where a step computes.
-        steps: Denoising steps.
-        passes: Times that the model runs in a step.
+        setup: The run of the script.
+        case: The request.
+        cache: The cache.
     """
 
-    copy: Callable[[], Any]
-    call: Callable[[Any], Call]
-    config: Any
-    layer: str
-    steps: int
-    passes: int = 1
+    setup: Setup
+    case: Case
+    cache: DiffusersCache
     _ran: int = 0
 
     def build(self) -> Call:
         """The call, after one that was counted."""
-        pipeline = self.copy()
-        pipeline.transformer.enable_cache(self.config)
-        call = self.call(pipeline)
+        pipeline = self.setup.model.with_shared_weights(self.setup.pipeline)
+        transformer = pipeline.transformer
+        transformer.enable_cache(self.cache.config)
+        call = _call(self.setup, self.case, pipeline)
         self._ran = 0
-        hook = pipeline.transformer.get_submodule(self.layer).register_forward_pre_hook(self._count)
+        layer = transformer.get_submodule(self.cache.layer)
+        hook = layer.register_forward_pre_hook(self._count)
         call()
         hook.remove()
         return call
 
     def details(self) -> dict[str, Any]:
         """How many steps of the counted call ran all blocks, and the share that did not."""
-        computed = self._ran // self.passes
-        return {"computed_steps": computed, "reused_share": 1 - computed / self.steps}
+        computed = self._ran // self.setup.model.passes
+        return {"computed_steps": computed, "reused_share": 1 - computed / self.case.steps}
 
     def _count(self, _module: Any, _inputs: Any) -> None:
         self._ran += 1
@@ -185,9 +160,7 @@ class EngineCall:
     def build(self) -> Call:
         """The call."""
         setup = self._setup
-        problem = setup.engine_error()
-        if problem is not None:
-            raise RuntimeError(f"no engine: {problem}")
+        setup.need_engine()
         request = setup.request(self._case)
         policy = policy_of(self._schedule, setup.flops(self._case), self._case.steps)
         cache = cache_of(self._schedule)
@@ -220,8 +193,3 @@ class EngineCall:
 def _counts(sizes: Sequence[str]) -> dict[str, int]:
     """In the order in which they come up."""
     return {size: sizes.count(size) for size in dict.fromkeys(sizes)}
-
-
-def captures_of(engine: Any) -> tuple[Any, ...]:
-    """Reports of what was captured; none on a CPU."""
-    return tuple(getattr(engine, "captures", ()))

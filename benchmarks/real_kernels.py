@@ -6,13 +6,20 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from flux_contenders import captures_of
-from flux_model import Case
-from flux_overhead import annotated, call_counts
-from flux_setup import Setup
+from real_models import Case
+from real_setup import Setup, captures_of
 from timing import Call, attempt
 
-from ddit_rt.lab.profile.events import Event, device_ranges, own_seconds, ranges_of
+from ddit_rt.lab.profile.events import (
+    Event,
+    device_ranges,
+    host_calls,
+    own_seconds,
+    profile,
+    range_span,
+    ranges_of,
+    work_span,
+)
 from ddit_rt.policies import StaticPolicy
 
 _PATCHES = ("p", "4p")
@@ -100,3 +107,26 @@ def kernel_table(events: Sequence[Event], name: str, *, cuda: bool) -> dict[str,
             for kernel in longest[:_MOST]
         ],
     }
+
+
+def call_counts(events: Sequence[Event]) -> dict[str, Any]:
+    """Calls of the host in the step loop, between the first and the last kernel, and in all.
+
+    The kernels of the set-up come before the loop; and a profiler may not see all that runs inside
+    a loop on the device, so that its last kernel seems to end early.
+    """
+    return {
+        "host_calls_in_loop": host_calls(events, range_span(events, "ddit_rt/run")),
+        "host_calls_during_work": host_calls(events, work_span(events)),
+        "host_calls": host_calls(events),
+    }
+
+
+def annotated(setup: Setup, call: Call) -> list[Event]:
+    """A profile in which our ranges can be seen."""
+    engine: Any = setup.engine
+    engine.annotate = True
+    try:
+        return profile(call, setup.device)
+    finally:
+        engine.annotate = False

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
 import torch
-from flux_contenders import BASELINE, Contender, all_contenders
-from flux_model import Case
-from flux_plans import counted_speedup
-from flux_setup import Setup
+from real_contenders import BASELINE, Contender, all_contenders
+from real_models import Case
+from real_plans import counted_speedup
+from real_setup import Setup
 from records import Save, unsaved
 from timing import Measured, attempt, spread, take_turns
 from torch import Tensor
@@ -19,23 +19,11 @@ from torch import Tensor
 def loops(
     setup: Setup, case: Case, patterns: Sequence[str] = ("*",), save: Save = unsaved
 ) -> dict[str, Any]:
-    """Measures the contenders whose names match a pattern, and always the baseline."""
-    return measure_loops(setup, case, all_contenders, patterns, save)
-
-
-def measure_loops(
-    setup: Setup,
-    case: Case,
-    make: Callable[[Any, Any], Mapping[str, Contender]],
-    patterns: Sequence[str],
-    save: Save = unsaved,
-) -> dict[str, Any]:
-    """As `loops`, of the contenders that `make` gives for the setup and the case.
+    """Measures the contenders whose names match a pattern, and always the baseline.
 
     Args:
         setup: The run of the script.
         case: The size and the number of steps.
-        make: Its contenders by name, the baseline among them.
         patterns: Those that are wanted.
         save: Given the record whenever there is more of it.
     """
@@ -43,7 +31,7 @@ def measure_loops(
     setup.engine_error()  # compiled before, not inside, the warm-up of a contender
     contenders = {
         name: contender
-        for name, contender in make(setup, case).items()
+        for name, contender in all_contenders(setup, case).items()
         if name == BASELINE or any(fnmatch(name, pattern) for pattern in patterns)
     }
     flops = setup.flops(case)

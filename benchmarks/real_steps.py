@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from bench_overhead import null_plan
 from diffusers import FlowMatchEulerDiscreteScheduler
-from flux_model import Case
-from flux_setup import Setup
+from real_models import Case
+from real_setup import Setup
 from records import Save, unsaved
 from timing import Call, Measured, release, spread, take_turns
 
@@ -24,33 +24,18 @@ _FP32 = 4
 
 
 def buckets(setup: Setup, case: Case, save: Save = unsaved) -> dict[str, Any]:
-    """Steps of all kinds in turns, and one without a model."""
-    skip = {"skip": (partial(skip_steps, setup, case), skip_floor(setup, case))}
-    return measure_steps(setup, case, skip, save)
-
-
-def measure_steps(
-    setup: Setup,
-    case: Case,
-    more: Mapping[str, tuple[Callable[[], Call], dict[str, Any]]],
-    save: Save,
-) -> dict[str, Any]:
-    """Steps of every patch size that the case offers, in turns.
+    """Steps of every patch size that the case offers, in turns, and of images one without a model.
 
     A run takes one step at p and then the size in question: the first step pays for what later
     ones find in caches, and with it coarse steps correct themselves as they do in use. Times are
     those of the trace, decision, model and solver together.
-
-    Args:
-        setup: The run of the script.
-        case: The size.
-        more: Further kinds of steps by name: what builds their call, and their floor.
-        save: Given the record whenever there is more of it.
     """
     costs, limits = setup.costs(case), setup.rates
     floors = {patch: step_floor(setup, cost) for patch, cost in costs.items()}
-    floors |= {name: floor for name, (_, floor) in more.items()}
     builders = {patch: partial(bucket_steps, setup, case, patch) for patch in costs}
+    if not case.num_frames:
+        floors["skip"] = skip_floor(setup, case)
+        builders["skip"] = partial(skip_steps, setup, case)
     release()
     setup.engine_error()  # compiled before, not inside, the warm-up of a contender
 
@@ -60,7 +45,7 @@ def measure_steps(
 
     return record(
         take_turns(
-            {**builders, **{name: build for name, (build, _) in more.items()}},
+            builders,
             repeats=setup.repeats,
             device=setup.device,
             deadline=setup.deadline,
@@ -124,9 +109,7 @@ def skip_floor(setup: Setup, case: Case) -> dict[str, Any]:
 
 def bucket_steps(setup: Setup, case: Case, patch: str) -> Call:
     """A call that returns the trace of steps at one patch size, after a first one at p."""
-    problem = setup.engine_error()
-    if problem is not None:
-        raise RuntimeError(f"no engine: {problem}")
+    setup.need_engine()
     arguments = {**setup.request(case), "num_inference_steps": _STEPS}
     policy = StaticPolicy(["p"] + [patch] * (_STEPS - 1))
 

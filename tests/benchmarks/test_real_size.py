@@ -11,7 +11,8 @@ import pytest
 from ddit_rt.lab.profile.events import Event
 
 # Seconds of compiling are left to one slow test; the records are the same without.
-TINY = ["--preset", "tiny", "--device", "cpu", "--backend", "eager", "--repeats", "2"]
+TINY = ["--model", "flux", "--preset", "tiny", "--device", "cpu"]
+TINY += ["--backend", "eager", "--repeats", "2"]
 
 
 def strict(path: Path) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def strict(path: Path) -> dict[str, Any]:
 
 
 def run(out: Path, *arguments: str) -> dict[str, Any]:
-    assert import_module("bench_flux").main([*TINY, "--out", str(out), *arguments]) == 0
+    assert import_module("bench_real_size").main([*TINY, "--out", str(out), *arguments]) == 0
     return strict(out)
 
 
@@ -115,22 +116,6 @@ def test_later_call_adds_to_the_file_and_keeps_other_rows(tmp_path: Path) -> Non
     assert memory["ratio_of_peak_bytes"] == peaks[0] / peaks[1]
 
 
-def test_overhead_is_what_the_model_leaves_of_the_loop(tmp_path: Path) -> None:
-    report = run(tmp_path / "flux.json", "--sections", "overhead", "--steps", "4")
-    rows = report["sections"]["overhead"]["128x128/batch1/steps4"]["rows"]
-    assert list(rows) == ["p", "4p"]
-    for row in rows.values():
-        assert row["model_error"] is None
-        assert row["model_seconds"] > 0
-        form = row["executors"]["auto"]
-        for kind in ("wall", "loop"):
-            total = form[f"{kind}_seconds"]["median"]
-            assert form[f"{kind}_overhead_seconds"] == total - row["model_seconds"]
-            assert form[f"{kind}_overhead_share"] * total == pytest.approx(
-                form[f"{kind}_overhead_seconds"]
-            )
-
-
 def test_section_that_fails_keeps_what_an_earlier_call_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,8 +125,8 @@ def test_section_that_fails_keeps_what_an_earlier_call_measured(
     def no_room(*_: Any) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(import_module("bench_flux"), "buckets", no_room)
-    monkeypatch.setattr(import_module("bench_flux"), "memory", no_room)
+    monkeypatch.setattr(import_module("bench_real_size"), "buckets", no_room)
+    monkeypatch.setattr(import_module("bench_real_size"), "memory", no_room)
     sections = run(out, "--sections", "buckets", "memory")["sections"]
     assert sections["buckets"]["128x128/batch1"] == {
         **before,
@@ -154,7 +139,7 @@ def test_what_was_measured_is_written_before_the_command_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill loses what is under way, not what has been measured."""
-    loops = import_module("flux_loops")
+    loops = import_module("real_loops")
     turns = loops.take_turns
 
     def killed(*arguments: Any, on_news: Any, **settings: Any) -> None:
@@ -192,7 +177,7 @@ def test_kernels_of_a_step_are_listed_with_their_share(tmp_path: Path) -> None:
 
 def test_kernels_count_where_their_step_ran() -> None:
     """Not those of another patch size; shares are of a mean step."""
-    table, event = import_module("flux_kernels").kernel_table, Event
+    table, event = import_module("real_kernels").kernel_table, Event
     events = [
         event("user_annotation", "ddit_rt/model/p", 0, 5),
         event("cuda_runtime", "cudaGraphLaunch", 1, 2, 7),
@@ -215,7 +200,7 @@ def test_kernels_count_where_their_step_ran() -> None:
 def test_an_engine_that_takes_too_long_to_make_leaves_its_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup = import_module("flux_setup")
+    setup = import_module("real_setup")
     monkeypatch.setattr(setup.ddit_rt, "compile", lambda *_, **__: time.sleep(60))
     arguments = ["--sections", "buckets", "--warm-up-limit-s", "1"]
     rows = run(tmp_path / "flux.json", *arguments)["sections"]["buckets"]["128x128/batch1"]["rows"]
@@ -230,16 +215,19 @@ def test_section_without_time_left_is_not_started(tmp_path: Path) -> None:
 
 def test_sizes_that_do_not_pair_up_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        import_module("bench_flux").parse(["--height", "512", "1024", "--width", "512"])
+        import_module("bench_real_size").parse(
+            ["--model", "flux", "--height", "512", "1024", "--width", "512"]
+        )
     assert "2 heights and 1 widths" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_compiled_contenders_and_the_cost_of_compiling(tmp_path: Path) -> None:
-    bench = import_module("bench_flux")
+    bench = import_module("bench_real_size")
     out = tmp_path / "flux.json"
-    arguments = ["--preset", "tiny", "--device", "cpu", "--repeats", "1", "--steps", "4"]
+    arguments = ["--model", "flux", "--preset", "tiny", "--device", "cpu"]
+    arguments += ["--repeats", "1", "--steps", "4"]
     arguments += ["--contenders", "compile_*", "ddit_rt_auto_fine", "--out", str(out)]
     assert bench.main([*arguments, "--sections", "loops", "compile"]) == 0
     sections = strict(out)["sections"]

@@ -25,12 +25,9 @@ from ddit_rt.policies import (
     TeaCache,
 )
 
-PAPER_SPEEDUPS = (2.18, 3.52)
 MIXED_PLAN = "4p:0.2,2p:0.4,p"
 _TOLERANCE = 0.02
 _SKIP = "+teacache"
-
-SCHEDULES = ("fine", *(f"paper_{speedup:.2f}x" for speedup in PAPER_SPEEDUPS), "mixed", "dynamic")
 
 # At its threshold of 0.08 TeaCache makes Wan 2.1 1.3B twice as fast (88 s of 175 s, by its
 # repository), so about half of the steps reuse there. With random weights the published polynomial
@@ -41,10 +38,10 @@ EVERY_OTHER = TeaCache(1.5, coefficients=(1.0,), last=0)
 
 
 def policy_of(schedule: str, flops: Mapping[str, int], steps: int) -> PatchPolicy:
-    """The patch policy of one of `SCHEDULES`.
+    """The patch policy of a schedule.
 
     Args:
-        schedule: Its name; or `"paper_...x"` of another speed-up, as Wan's benchmark has them. What
+        schedule: `"fine"`, `"dynamic"`, `"mixed"`, or `"paper_...x"` with a speed-up. What
             `cache_of` reads is left out.
         flops: Operations of one step by patch size, `"p"`, `"2p"` and, where offered, `"4p"`.
         steps: Denoising steps.

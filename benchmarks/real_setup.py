@@ -1,4 +1,4 @@
-"""What every section of the FLUX benchmark works with: the model, an engine of it, and limits."""
+"""What every section of `bench_real_size.py` works with: a model, an engine of it, and limits."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from diffusers import FluxPipeline
-from flux_model import Case, Preset, pipeline_around, random_transformer, request
 from hardware import rates
+from real_models import Case, Preset, RealModel
 from timing import Deadline, attempt, release, time_limit
 from torch import Tensor
 
@@ -30,7 +29,8 @@ class Setup:
     """One run of the script.
 
     Attributes:
-        preset: The model and its sizes.
+        model: The family.
+        preset: The model of it, and its sizes.
         device: Where it runs.
         dtype: Of its weights.
         artifact: Folder that a compiled artifact is loaded from, or saved to if it is not there.
@@ -40,10 +40,9 @@ class Setup:
         warm_up_limit: Seconds that one contender may take to get ready.
         executors: Forms of our executor; on a CPU there is one.
         engine_times: Seconds that compiling and saving, or loading, the engine took.
-        passes: Samples that the model sees for one picture: two with guidance.
     """
 
-    passes: ClassVar[int] = 1
+    model: RealModel
     preset: Preset
     device: torch.device
     dtype: torch.dtype
@@ -58,9 +57,9 @@ class Setup:
     _costs: dict[Case, dict[str, StepCost]] = field(default_factory=dict)
 
     @cached_property
-    def pipeline(self) -> FluxPipeline:
+    def pipeline(self) -> Any:
         """The model, whose weights all contenders share."""
-        return pipeline_around(random_transformer(self.preset, self.device, self.dtype))
+        return self.model.pipeline(self.model.transformer(self.preset, self.device, self.dtype))
 
     @cached_property
     def engine(self) -> Engine:
@@ -92,6 +91,12 @@ class Setup:
             _, self._engine_error = attempt(make)
         return self._engine_error
 
+    def need_engine(self) -> None:
+        """Raises unless there is an engine."""
+        problem = self.engine_error()
+        if problem is not None:
+            raise RuntimeError(f"no engine: {problem}")
+
     def forget_engine(self) -> None:
         """Drops the engine and all that it captured, to measure what is used without it."""
         self.__dict__.pop("engine", None)
@@ -110,7 +115,7 @@ class Setup:
 
     def request(self, case: Case) -> dict[str, Any]:
         """Arguments of a call."""
-        return request(self.pipeline, self.preset, case)
+        return self.model.request(self.pipeline, self.preset, case)
 
     def generate(
         self,
@@ -119,10 +124,10 @@ class Setup:
         executor: str = "auto",
         cache: StepCache | None = None,
     ) -> Tensor:
-        """Final latents `[B, n, 4C]`, packed as the pipeline packs them, from our engine."""
+        """Final latents from our engine, as the pipeline lays them out."""
         use_executor(self.engine, executor)
-        latents: Tensor = self.engine(**case_request, patch_policy=policy, step_cache=cache).images
-        return latents
+        output = self.engine(**case_request, patch_policy=policy, step_cache=cache)
+        return self.model.latents(output)
 
     def costs(self, case: Case) -> dict[str, StepCost]:
         """Count of operations and weight bytes of one step, by patch sizes that the case offers."""
@@ -146,7 +151,7 @@ class Setup:
                 width=width,
                 frames=case.latent_frames,
                 multiple=parse_patch(patch),
-                batch=self.passes * case.batch,
+                batch=self.model.passes * case.batch,
                 text_tokens=self.preset.text_tokens,
             )
             for patch in offered
@@ -161,3 +166,8 @@ def use_executor(engine: Any, form: str) -> None:
     """Selects a form of the executor; `"auto"` is the only one on a CPU."""
     if getattr(engine, "executor", "auto") != form:
         engine.executor = form
+
+
+def captures_of(engine: Any) -> tuple[Any, ...]:
+    """Reports of what was captured; none on a CPU."""
+    return tuple(getattr(engine, "captures", ()))

@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flux_contenders import captures_of
-from flux_model import Case
-from flux_setup import PATCHES, Setup, use_executor
 from hardware import MemoryProbe
+from real_models import Case
+from real_setup import PATCHES, Setup, captures_of, use_executor
 from timing import Call, attempt, release, synchronize
 
 import ddit_rt
+from ddit_rt.engine.memory import memory_of
 from ddit_rt.policies import StaticPolicy
 
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -49,6 +49,10 @@ def memory(setup: Setup, case: Case) -> dict[str, Any]:
     ours["growth_by_runs_bytes"] = probe.used() - loaded
     ours["captures"] = [asdict(report) for report in captures_of(setup.engine)]
     record["ddit_rt"] = ours
+    size = {"height": case.height, "width": case.width}
+    if case.num_frames:
+        size["num_frames"] = case.num_frames
+    record["state"] = asdict(memory_of(setup.engine.artifact, setup.pipeline, case.steps, **size))
     for kind in ("peak_bytes", "used_bytes"):
         base = record["diffusers_eager"].get(kind)
         if base and kind in ours:
@@ -57,7 +61,7 @@ def memory(setup: Setup, case: Case) -> dict[str, Any]:
 
 
 def compiling(setup: Setup, case: Case) -> dict[str, Any]:
-    """Times to compile without any cache, to load, to capture, and from load to first picture.
+    """Times to compile without any cache, to load, to capture, and from load to first image.
 
     The artifact is left for later calls where they look for one and there is none.
     """
@@ -66,7 +70,7 @@ def compiling(setup: Setup, case: Case) -> dict[str, Any]:
     arguments = setup.request(case)
     policy = StaticPolicy(_plan(setup, case, case.steps))
     with tempfile.TemporaryDirectory(prefix="ddit_rt-") as name, fresh_caches(Path(name)):
-        folder = Path(name) / "flux.ddit"
+        folder = Path(name) / "model.ddit"
         engine, record["compile_seconds"] = _clocked(
             setup, lambda: ddit_rt.compile(setup.pipeline, progress=False)
         )
