@@ -6,7 +6,7 @@ The same call, noise and plan with and without a callback that changes nothing, 
 pictures (FLUX) without guidance, and clips (Wan), guided, so with two passes a step. There the
 table-driven loop runs the passes as one batch, its default, and one after the other, as the
 pipeline's loop always does. Diffusers' own pipeline stands beside them. Whole calls without VAE,
-text encoders included, in all alike. Contenders take turns; medians over the rounds.
+text encoders included, in all alike. Methods take turns; medians over the rounds.
 `--quick` runs uncompiled and once, to see that the script works.
 
 Schema, version 1: `machine`, `versions`, `backend`; `runs`: one entry per model and plan:
@@ -35,8 +35,7 @@ from torch import Tensor
 
 import ddit_rt
 from ddit_rt.lab.demo import model_path, video_model_path
-from ddit_rt.lab.demo.clips import ClipConfig
-from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH, VIDEO_PROMPTS
+from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH, VIDEO_CALL, VIDEO_PROMPTS
 from ddit_rt.lab.measure.report import machine, versions
 
 RESULT = RESULTS / "drivers_cpu.json"
@@ -45,16 +44,13 @@ PLANS: dict[str, ddit_rt.PatchPolicy] = {
     "static": ddit_rt.StaticPolicy("p:0.2,4p:0.3,2p:0.3,p"),
     "dynamic": ddit_rt.DDiTPolicy(),
 }
-CLIP = ClipConfig()
 MODELS: dict[str, tuple[Callable[[], Path], dict[str, Any]]] = {
     "demo": (model_path, {"prompt": DEMO_PROMPTS[0], "height": 128, "width": 128}),
     "demo-video": (
         video_model_path,
         {
             "prompt": VIDEO_PROMPTS[0],
-            "height": CLIP.height,
-            "width": CLIP.width,
-            "num_frames": CLIP.frames,
+            **{name: VIDEO_CALL[name] for name in ("height", "width", "num_frames")},
         },
     ),
 }

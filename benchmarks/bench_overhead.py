@@ -3,7 +3,7 @@
     python benchmarks/bench_overhead.py [--out benchmarks/results/overhead_cpu.json]
 
 The step loop runs with buckets that return a constant velocity, so decision, scores, solver and
-Python are all that is left; diffusers' scheduler in a plain loop stands beside it. Contenders take
+Python are all that is left; diffusers' scheduler in a plain loop stands beside it. Methods take
 turns; medians over the rounds. Memory is counted on the demo model: bytes of tensors, and growth
 of the process's resident set (RSS), which includes what the allocator keeps.
 
@@ -40,7 +40,7 @@ from ddit_rt.engine.memory import memory_of
 from ddit_rt.lab.demo import model_path
 from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
 from ddit_rt.lab.measure.report import machine, versions
-from ddit_rt.lab.measure.timing import Batch, engine_contender
+from ddit_rt.lab.measure.timing import Batch, engine_method
 from ddit_rt.live.live import LiveModel
 from ddit_rt.loop import CpuExecutor, RunPlan
 from ddit_rt.models import family_of
@@ -244,7 +244,7 @@ def generate(engine: Any, policy: PatchPolicy) -> None:
     """One picture."""
     arguments = {"num_inference_steps": 10, "max_sequence_length": MAX_SEQUENCE_LENGTH}
     batch = Batch(prompts=DEMO_PROMPTS[:1], seeds=(0,))
-    engine_contender("", "", engine, patch_policy=policy, **arguments).generate(batch)
+    engine_method("", "", engine, patch_policy=policy, **arguments).generate(batch)
 
 
 if __name__ == "__main__":

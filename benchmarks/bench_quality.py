@@ -93,8 +93,8 @@ from quality_tables import (
 from records import RESULTS, publish
 
 from ddit_rt.lab.demo.prompts import held_out_prompts
-from ddit_rt.lab.evaluate import frechet_distance, gaussian
 from ddit_rt.lab.measure.report import machine, model_entry, versions
+from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
 from ddit_rt.lab.plans.points import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent

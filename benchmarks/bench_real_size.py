@@ -4,8 +4,8 @@
 
 Each section fits into some minutes when it is called alone, with one size at a time where need be;
 results of earlier calls in `--out` are kept, so several calls fill one file. Within `loops`,
-`--contenders 'ddit_rt_loop_*' 'compile_regional'` runs a part of them, always beside diffusers
-eager: ratios are only ever taken within one call. Repeats stop early at `--budget-s`. A contender
+`--methods 'ddit_rt_loop_*' 'compile_regional'` runs a part of them, always beside diffusers
+eager: ratios are only ever taken within one call. Repeats stop early at `--budget-s`. A method
 that fails leaves its error in the record, and the others go on.
 
 Weights are random (`real_models.py`), so speed is real and quality is not: the distance to
@@ -14,7 +14,7 @@ other plans; what DDiTPolicy chooses, and when a cache of diffusers hits, is as 
 weights are. Only the time of a run with those choices means something, beside the choices, which
 stand in its row.
 
-All contenders make the same call of the same pipeline class, without text encoders and VAE, Wan's
+All methods make the same call of the same pipeline class, without text encoders and VAE, Wan's
 always guided. Seconds are of that call: on CUDA between two events, with the wall time beside it;
 two calls warm up. On CUDA a step's time is by the device's clock.
 
@@ -30,7 +30,7 @@ Schema, version 1. `spread` is `median`, `min`, `max`, `lower_quartile`, `upper_
     or `moved_bytes`, `floor_seconds`, `bound`, `over_floor`, `ran_on`, `notes`,
     `first_call_seconds`, `provisional` (only the call that warmed it up was timed); `engine`: what
     compiling or loading took.
-  - `loops`: `flops_per_step`; `rows` by contender: `label`, `schedule` (`fine`; `paper_...`, see
+  - `loops`: `flops_per_step`; `rows` by method: `label`, `schedule` (`fine`; `paper_...`, see
     `real_plans.py`; `mixed` = 4p:0.2,2p:0.4,p; `dynamic` = DDiTPolicy(); `...+teacache`: with every
     other step reusing, where its size is that of the step before), `executor`, `seconds`,
     `wall_seconds`, `first_call_seconds` (compilers' caches may be warm), `baseline_seconds`
@@ -80,7 +80,7 @@ from ddit_rt.lab.measure.report import model_entry, versions
 
 SECTIONS: Mapping[str, Callable[[Setup, Case, argparse.Namespace, Save], Record]] = {
     "buckets": lambda setup, case, _, save: buckets(setup, case, save),
-    "loops": lambda setup, case, args, save: loops(setup, case, args.contenders, save),
+    "loops": lambda setup, case, args, save: loops(setup, case, args.methods, save),
     "memory": lambda setup, case, _, __: memory(setup, case),
     "compile": lambda setup, case, _, __: compiling(setup, case),
     "kernels": lambda setup, case, _, __: kernels(setup, case),
@@ -110,11 +110,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", help="default: the model's real size on CUDA, else small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--contenders", nargs="+", default=["*"], help="patterns of names in loops")
+    parser.add_argument("--methods", nargs="+", default=["*"], help="patterns of names in loops")
     parser.add_argument("--executors", nargs="+", choices=("auto", "loop", "step", "host"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--budget-s", type=float, default=480.0, help="no new repeat after this")
-    parser.add_argument("--warm-up-limit-s", type=float, default=300.0, help="of one contender")
+    parser.add_argument("--warm-up-limit-s", type=float, default=300.0, help="of one method")
     parser.add_argument("--backend", choices=("aot", "eager"), default="aot")
     parser.add_argument("--artifact", type=Path, help="loaded if it exists, else compiled to it")
     parser.add_argument("--out", type=Path)

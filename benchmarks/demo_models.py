@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddit_rt.cli.models import EMBEDDED, EMBEDDED_VIDEO, load_pipeline
-from ddit_rt.lab.demo.clips import ClipConfig, all_clip_attributes, is_held_out_clip
-from ddit_rt.lab.demo.pictures import all_attributes, is_held_out
-from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_clip_prompts, held_out_prompts
-from ddit_rt.lab.measure.fidelity import Fidelity, fidelity
-from ddit_rt.lab.measure.timing import Picture
-from ddit_rt.lab.measure.video_fidelity import clip_fidelity
+from ddit_rt.lab.demo.images import all_attributes, is_held_out
+from ddit_rt.lab.demo.prompts import (
+    MAX_SEQUENCE_LENGTH,
+    VIDEO_CALL,
+    held_out_prompts,
+    held_out_video_prompts,
+)
+from ddit_rt.lab.demo.videos import all_video_attributes, is_held_out_video
+from ddit_rt.lab.measure.fidelity import Fidelity, fidelity, video_fidelity
+from ddit_rt.lab.measure.timing import Pixels
 
 _GUIDANCE_SCALE = 3.0
 """As in the video demo."""
@@ -76,13 +80,13 @@ class DemoModel:
             raise ValueError(f"got --prompts {count}; {self.name} has {total} held-out captions")
         return tuple(self.held_out[place * total // count] for place in range(count))
 
-    def compare(self, made: Sequence[Picture], references: Sequence[Picture]) -> Compared:
+    def compare(self, made: Sequence[Pixels], references: Sequence[Pixels]) -> Compared:
         """Fidelity of images `[H, W, 3]`, or of videos `[F, H, W, 3]`."""
         if not self.video:
             found = fidelity(made, references)
             return Compared(ssim=found.ssim, psnr=found.psnr)
-        videos = clip_fidelity(made, references)
-        means = videos.clips
+        videos = video_fidelity(made, references)
+        means = videos.videos
         return Compared(
             ssim=means.ssim, psnr=means.psnr, flicker=videos.flicker, frames=videos.frames
         )
@@ -103,15 +107,14 @@ def image_model(*, quick: bool = False, side: int = 128) -> DemoModel:
 
 def video_model(*, quick: bool = False) -> DemoModel:
     """The embedded Wan, 13 frames of 64 x 64, with guidance."""
-    video = ClipConfig()
-    frames = 5 if quick else video.frames
+    size = {name: VIDEO_CALL[name] for name in ("height", "width", "num_frames")}
     return DemoModel(
         name=EMBEDDED_VIDEO,
         pipeline=_pipeline(EMBEDDED_VIDEO),
-        size={"height": video.height, "width": video.width, "num_frames": frames},
+        size={**size, "num_frames": 5} if quick else size,
         others={"max_sequence_length": MAX_SEQUENCE_LENGTH, "guidance_scale": _GUIDANCE_SCALE},
-        held_out=tuple(held_out_clip_prompts()),
-        seen=_shuffled([a.caption for a in all_clip_attributes() if not is_held_out_clip(a)]),
+        held_out=tuple(held_out_video_prompts()),
+        seen=_shuffled([a.caption for a in all_video_attributes() if not is_held_out_video(a)]),
         video=True,
     )
 

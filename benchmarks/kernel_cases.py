@@ -24,7 +24,7 @@ class KernelCase:
         size: Name of the latent size.
         shape: Of the latents.
         moved_bytes: Bytes of all inputs and outputs.
-        contenders: By name, what makes the call of one launch, with buffers of its own.
+        methods: By name, what makes the call of one launch, with buffers of its own.
         latency_bound: Whether its bytes say nothing of its time; then a few launches do, and what
             it works on may stay in the L2 cache.
     """
@@ -33,5 +33,5 @@ class KernelCase:
     size: str
     shape: tuple[int, ...]
     moved_bytes: int
-    contenders: Mapping[str, Callable[[], Call]]
+    methods: Mapping[str, Callable[[], Call]]
     latency_bound: bool = False

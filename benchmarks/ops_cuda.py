@@ -88,7 +88,7 @@ def pack_case(
         size=size,
         shape=shape,
         moved_bytes=2 * math.prod(shape) * dtype.itemsize,
-        contenders={
+        methods={
             "native": partial(launch, ours),
             "eager": partial(launch, theirs),
             "copy": copy,
@@ -167,9 +167,9 @@ def microseconds(graph: torch.cuda.CUDAGraph, count: int) -> float:
 
 
 def measure(case: KernelCase, rounds: int, l2_bytes: int) -> dict[str, Any]:
-    """Time of one launch of every contender, in turns."""
+    """Time of one launch of every method, in turns."""
     count = _FEWEST_LAUNCHES if case.latency_bound else launches(case.moved_bytes, l2_bytes)
-    graphs = {name: capture([build] * count) for name, build in case.contenders.items()}
+    graphs = {name: capture([build] * count) for name, build in case.methods.items()}
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for index in range(rounds + 1):
         for name, (graph, _) in graphs.items():

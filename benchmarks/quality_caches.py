@@ -30,10 +30,9 @@ from quality_search import (
 )
 from records import interval_entry
 
-from ddit_rt.lab.calibrate.cache import fit_cache
-from ddit_rt.lab.evaluate import mean_interval
+from ddit_rt.lab.calibrate.cache_fit import fit_cache
+from ddit_rt.lab.measure.statistics import mean_interval
 from ddit_rt.lab.measure.timing import Sample, measure
-from ddit_rt.lab.plans.caches import threshold_range
 from ddit_rt.lab.plans.candidates import (
     CacheRange,
     Dynamic,
@@ -44,6 +43,7 @@ from ddit_rt.lab.plans.candidates import (
 )
 from ddit_rt.lab.plans.dial import TAU_PROBES, branch, tau_range
 from ddit_rt.lab.plans.points import Prompt
+from ddit_rt.lab.plans.step_caches import threshold_range
 from ddit_rt.loop import RunTrace
 from ddit_rt.policies import CacheFit, DDiTPolicy, FinePolicy, MagCache, TeaCache
 
@@ -205,7 +205,7 @@ def confirmed(
     plans |= {tried.plan.key: tried for kinds in chosen.values() for tried in kinds.values()}
     started = time.perf_counter()
     samples = measure(
-        [search.runs.contender(tried.plan) for tried in plans.values()],
+        [search.runs.method(tried.plan) for tried in plans.values()],
         [batch_of([prompt]) for prompt in prompts],
         repeats=args.repeats,
         clock=CLOCKS[args.clock],
@@ -235,7 +235,7 @@ def row(model: DemoModel, tried: Tried, samples: Sequence[Sample], fine: Sequenc
     """
     plan, traces = tried.plan, [_trace(sample) for sample in samples]
     branches = [[branch(step) for step in trace] for trace in traces]
-    images, whole = ([sample.pictures[0] for sample in own] for own in (samples, fine))
+    images, whole = ([sample.outputs[0] for sample in own] for own in (samples, fine))
     return {
         "kind": plan.kind,
         "label": plan.label,

@@ -14,7 +14,7 @@ from typing import Any
 
 from quality_paths import PAPER_TRAINED, PAPER_UNTRAINED, SNR_TRAINED, TRAINING_FREE
 
-from ddit_rt.lab.evaluate import mean_interval
+from ddit_rt.lab.measure.statistics import mean_interval
 
 Row = Mapping[str, Any]
 Rows = Mapping[str, Row]

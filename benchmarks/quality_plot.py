@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quality_paths import LABELS, TRAINING_FREE
 
-from ddit_rt.lab.measure.grid import new_figure
+from ddit_rt.lab.measure.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

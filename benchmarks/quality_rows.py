@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +25,14 @@ from records import interval_entry
 from ddit_rt.lab.demo.classifier import (
     AttributeClassifier,
     attribute_hits,
+    image_features,
     load_classifier,
-    picture_features,
 )
-from ddit_rt.lab.demo.clip_hits import clip_hits
-from ddit_rt.lab.demo.clips import parse_clip_caption
-from ddit_rt.lab.demo.pictures import PictureConfig, draw_picture, parse_caption
-from ddit_rt.lab.evaluate import frechet_distance, gaussian
-from ddit_rt.lab.measure.timing import Picture
+from ddit_rt.lab.demo.images import parse_caption
+from ddit_rt.lab.demo.video_hits import video_hits
+from ddit_rt.lab.demo.videos import parse_video_caption
+from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
+from ddit_rt.lab.measure.timing import Pixels
 from ddit_rt.lab.plans.points import Prompt
 
 _RENDER_SEED = 90_000
@@ -113,12 +116,12 @@ class Judge:
             row["frechet_renders"] = frechet_distance(*own, *self._of_renders)
         return {**row, "correct": self.correct(made.images)}
 
-    def correct(self, images: Sequence[Picture]) -> Row:
+    def correct(self, images: Sequence[Pixels]) -> Row:
         """Share of images that show what was asked: all of it, and each attribute."""
         texts = [prompt.text for prompt in self.prompts]
         if self.model.video:
             videos = torch.stack([tensor(list(video)) for video in images])
-            hits = clip_hits(videos, [parse_clip_caption(text) for text in texts])
+            hits = video_hits(videos, [parse_video_caption(text) for text in texts])
         else:
             expected = [parse_caption(text) for text in texts]
             hits = attribute_hits(_classifier(), tensor(images), expected)
@@ -127,11 +130,14 @@ class Judge:
         return {"all": interval_entry(_present(per_prompt(every, len(self.captions)))), **shares}
 
     @cached_property
-    def renders(self) -> list[Picture]:
+    def renders(self) -> list[Pixels]:
         """Drawn images of the same captions, as many as a plan makes."""
-        config = PictureConfig(**self.model.size)
+        # Last, because `profile.py` there would hide the standard library's.
+        sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+        drawing = import_module("demo_training.draw_images")
+        config = drawing.ImageConfig(**self.model.size)
         drawn = (
-            draw_picture(parse_caption(prompt.text), config, _RENDER_SEED, prompt.seed)
+            drawing.draw_image(parse_caption(prompt.text), config, _RENDER_SEED, prompt.seed)
             for prompt in self.prompts
         )
         return [np.rint(image * 255).astype(np.uint8) for image in drawn]
@@ -195,13 +201,13 @@ def _present(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def features(images: Sequence[Picture]) -> Array:
-    """`[N, 64]`: see `picture_features`."""
-    found = picture_features(_classifier(), tensor(images))
+def features(images: Sequence[Pixels]) -> Array:
+    """`[N, 64]`: see `image_features`."""
+    found = image_features(_classifier(), tensor(images))
     return np.asarray(found.double().numpy(), dtype=np.float64)
 
 
-def tensor(images: Sequence[Picture]) -> torch.Tensor:
+def tensor(images: Sequence[Pixels]) -> torch.Tensor:
     """`[N, 3, H, W]` in [0, 1]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 

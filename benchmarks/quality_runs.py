@@ -22,11 +22,11 @@ from torch import Tensor
 
 import ddit_rt
 from ddit_rt import ops
-from ddit_rt.lab.measure.timing import Batch, Contender, Generation, Picture, engine_contender
-from ddit_rt.lab.plans.caches import alternating
+from ddit_rt.lab.measure.timing import Batch, Generation, Method, Pixels, engine_method
 from ddit_rt.lab.plans.candidates import ThresholdCache
 from ddit_rt.lab.plans.dial import branch, step_costs
 from ddit_rt.lab.plans.points import Prompt
+from ddit_rt.lab.plans.step_caches import alternating
 from ddit_rt.loop import RunTrace
 from ddit_rt.policies import FinePolicy, NoCache, PatchPolicy, StaticPolicy, StepCache
 
@@ -87,7 +87,7 @@ class Made:
         loop_ms: Wall time of each prompt's denoising loop; empty where they ran in batches.
     """
 
-    images: list[Picture]
+    images: list[Pixels]
     branches: list[list[str]]
     loop_ms: list[float]
 
@@ -144,9 +144,9 @@ class Runs:
             self._memory[key] = self._load(key) or self._generate(plan, prompts, key)
         return self._memory[key]
 
-    def contender(self, plan: Plan) -> Contender:
+    def method(self, plan: Plan) -> Method:
         """A plan, to be timed beside others."""
-        return engine_contender(
+        return engine_method(
             plan.key,
             plan.label,
             self.paths[plan.path].engine,
@@ -158,7 +158,7 @@ class Runs:
 
     def trace(self, plan: Plan, prompt: Prompt) -> RunTrace:
         """The trace of a run whose images do not count."""
-        return trace_of(self.contender(plan).generate(batch_of([prompt])))
+        return trace_of(self.method(plan).generate(batch_of([prompt])))
 
     def sizes(self) -> list[str]:
         """Patch sizes by name, p first."""
@@ -200,13 +200,13 @@ class Runs:
     def _generate(self, plan: Plan, prompts: Sequence[Prompt], key: str) -> Made:
         still = isinstance(plan.policy, StaticPolicy) and isinstance(plan.cache, NoCache)
         size = self.batch if still else 1
-        made, contender = Made(images=[], branches=[], loop_ms=[]), self.contender(plan)
+        made, method = Made(images=[], branches=[], loop_ms=[]), self.method(plan)
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size]
             with scored_by(plan.statistic):
-                result = contender.generate(batch_of(part))
+                result = method.generate(batch_of(part))
             trace = trace_of(result)
-            made.images.extend(result.pictures)
+            made.images.extend(result.outputs)
             made.branches.extend([[branch(step) for step in trace]] * len(part))
             made.loop_ms.extend([trace.latency_ms] if size == 1 else ())
         self.generated += len(prompts)

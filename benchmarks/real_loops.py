@@ -1,4 +1,4 @@
-"""Section `loops`: the whole denoising loop, all contenders in turns."""
+"""Section `loops`: the whole denoising loop, all methods in turns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 import torch
-from real_contenders import BASELINE, Contender, all_contenders
+from real_methods import BASELINE, Method, all_methods
 from real_models import Case
 from real_plans import counted_speedup
 from real_setup import Setup
@@ -19,7 +19,7 @@ from torch import Tensor
 def loops(
     setup: Setup, case: Case, patterns: Sequence[str] = ("*",), save: Save = unsaved
 ) -> dict[str, Any]:
-    """Measures the contenders whose names match a pattern, and always the baseline.
+    """Measures the methods whose names match a pattern, and always the baseline.
 
     Args:
         setup: The run of the script.
@@ -28,24 +28,24 @@ def loops(
         save: Given the record whenever there is more of it.
     """
     torch.compiler.reset()  # what an earlier size compiled would make this one compile for both
-    setup.engine_error()  # compiled before, not inside, the warm-up of a contender
-    contenders = {
-        name: contender
-        for name, contender in all_contenders(setup, case).items()
+    setup.engine_error()  # compiled before, not inside, the warm-up of a method
+    methods = {
+        name: method
+        for name, method in all_methods(setup, case).items()
         if name == BASELINE or any(fnmatch(name, pattern) for pattern in patterns)
     }
     flops = setup.flops(case)
 
     def record(measured: Mapping[str, Measured]) -> dict[str, Any]:
         rows = {
-            name: row_of(contender, measured[name], measured[BASELINE], flops)
-            for name, contender in contenders.items()
+            name: row_of(method, measured[name], measured[BASELINE], flops)
+            for name, method in methods.items()
         }
         return {"flops_per_step": flops, "rows": rows}
 
     return record(
         take_turns(
-            {name: contender.build for name, contender in contenders.items()},
+            {name: method.build for name, method in methods.items()},
             repeats=setup.repeats,
             device=setup.device,
             deadline=setup.deadline,
@@ -56,13 +56,13 @@ def loops(
 
 
 def row_of(
-    contender: Contender, own: Measured, baseline: Measured, flops: Mapping[str, int]
+    method: Method, own: Measured, baseline: Measured, flops: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The entry of one contender."""
+    """The entry of one method."""
     row: dict[str, Any] = {
-        "label": contender.label,
-        "schedule": contender.schedule,
-        "executor": contender.executor,
+        "label": method.label,
+        "schedule": method.schedule,
+        "executor": method.executor,
     }
     if own.error is not None or not own.seconds:
         return {**row, "error": own.error or "no round was run"}
@@ -72,7 +72,7 @@ def row_of(
         "first_call_seconds": own.first_call_seconds,
         "provisional": own.provisional,
         "finite": bool(torch.isfinite(own.results[-1]).all()),
-        **contender.details(),
+        **method.details(),
     }
     if "patch_sizes" in row:
         computed = [size for size, count in row["computed_sizes"].items() for _ in range(count)]

@@ -130,7 +130,7 @@ class DiffusersCache:
     """A feature cache of diffusers, for comparison.
 
     Attributes:
-        name: Of its contender.
+        name: Of its method.
         label: For people.
         config: Its settings.
         layer: Name of a layer of the transformer that runs only where a step computes.
@@ -150,7 +150,7 @@ class RealModel(ABC):
         title: For people.
         full: The preset at its real size.
         presets: By name.
-        schedules: Of our contenders, see `real_plans.py`.
+        schedules: Of our methods, see `real_plans.py`.
         passes: Samples that the model sees for each one of the batch: two with guidance.
         notes: What the figures do not mean.
     """
@@ -201,7 +201,7 @@ class RealModel(ABC):
         """A pipeline around modules of its own that read the same tensors.
 
         What compiles or hooks the transformer gets such a copy, so that twelve billion weights
-        stand in memory once and no contender sees the changes of another.
+        stand in memory once and no method sees the changes of another.
         """
         original = pipeline.transformer
         tensors = (*original.parameters(), *original.buffers())

@@ -35,9 +35,9 @@ class Setup:
         dtype: Of its weights.
         artifact: Folder that a compiled artifact is loaded from, or saved to if it is not there.
         backend: As for `ddit_rt.compile`.
-        repeats: Measured rounds of interleaved contenders.
+        repeats: Measured rounds of interleaved methods.
         deadline: When the run has to end.
-        warm_up_limit: Seconds that one contender may take to get ready.
+        warm_up_limit: Seconds that one method may take to get ready.
         executors: Forms of our executor; on a CPU there is one.
         engine_times: Seconds that compiling and saving, or loading, the engine took.
     """
@@ -58,7 +58,7 @@ class Setup:
 
     @cached_property
     def pipeline(self) -> Any:
-        """The model, whose weights all contenders share."""
+        """The model, whose weights all methods share."""
         return self.model.pipeline(self.model.transformer(self.preset, self.device, self.dtype))
 
     @cached_property
@@ -80,7 +80,7 @@ class Setup:
     def engine_error(self) -> str | None:
         """Why there is no engine; None if there is one.
 
-        Compiles at most once, even if it fails, and no longer than a contender may warm up.
+        Compiles at most once, even if it fails, and no longer than a method may warm up.
         """
 
         def make() -> Engine:

@@ -37,7 +37,7 @@ def buckets(setup: Setup, case: Case, save: Save = unsaved) -> dict[str, Any]:
         floors["skip"] = skip_floor(setup, case)
         builders["skip"] = partial(skip_steps, setup, case)
     release()
-    setup.engine_error()  # compiled before, not inside, the warm-up of a contender
+    setup.engine_error()  # compiled before, not inside, the warm-up of a method
 
     def record(measured: Mapping[str, Measured]) -> dict[str, Any]:
         rows = {name: _row(own, floors[name]) for name, own in measured.items()}

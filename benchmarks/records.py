@@ -16,7 +16,7 @@ from hardware import device_name
 from tables import TABLES, update_tables
 from timing import Deadline, attempt
 
-from ddit_rt.lab.evaluate import mean_interval
+from ddit_rt.lab.measure.statistics import mean_interval
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -51,7 +51,7 @@ def update_case(device: torch.device, size: str) -> KernelCase:
         size=size,
         shape=shape,
         moved_bytes=moved,
-        contenders={
+        methods={
             "native": partial(_launch, "update", device, size),
             "copy": partial(_copy, device, moved),
         },
@@ -71,7 +71,7 @@ def decide_case(device: torch.device, size: str) -> KernelCase:
         size=size,
         shape=shape,
         moved_bytes=2 * _FP32 * math.prod(shape) // (shape[1] * edge**2),
-        contenders={"native": partial(_launch, "decide", device, size)},
+        methods={"native": partial(_launch, "decide", device, size)},
         latency_bound=True,
     )
 

@@ -22,11 +22,12 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from ddit_rt.lab.demo import images as captions
 from ddit_rt.lab.demo import model_path
-from ddit_rt.lab.demo import pictures as drawing
 from ddit_rt.lab.demo.classifier import attribute_hits, load_classifier
-from ddit_rt.lab.demo.pictures import PictureConfig, all_attributes, draw_picture, draw_series
+from ddit_rt.lab.demo.images import all_attributes
 from ddit_rt.lab.demo.prompts import held_out_prompts
+from demo_training.draw_images import ImageConfig, draw_image, draw_series, random_attributes
 from demo_training.kind import (
     MAX_SEQUENCE_LENGTH,
     WIDTH,
@@ -40,7 +41,7 @@ from demo_training.kind import (
 )
 
 _WORDS = (
-    *(*drawing.SHAPES, *drawing.COLOURS, *drawing.BACKGROUNDS, *drawing.BACKGROUND_COLOURS),
+    *(*captions.SHAPES, *captions.COLOURS, *captions.BACKGROUNDS, *captions.BACKGROUND_COLOURS),
     *("a", "an", "on", "with", "picture", "of", "background", "the", "and", "in", "front"),
 )
 _CROP = 64
@@ -66,7 +67,7 @@ class ImageKind:
     folder = model_path()
     minutes = {"vae": 15.0, "transformer": 66.0}
     text_steps, text_rate = 800, 2e-3
-    attribute_sizes = drawing.ATTRIBUTE_SIZES
+    attribute_sizes = captions.ATTRIBUTE_SIZES
     attributes = all_attributes()
     phrasings = 4
     half = ("transformer", "vae")
@@ -100,7 +101,7 @@ class ImageKind:
     )
 
     def series(self, size: Size) -> tuple[Callable[..., Any], Any]:
-        return draw_series, PictureConfig(height=size[0], width=size[1])
+        return draw_series, ImageConfig(height=size[0], width=size[1])
 
     def phrase(self, attributes: Any, phrasing: int) -> str:
         caption = attributes.caption
@@ -278,13 +279,13 @@ class ImageKind:
         ).images
 
     def expected(self) -> dict[str, list[Any]]:
-        trained = [drawing.random_attributes(10_001, index) for index in range(_EVALUATED)]
-        held_out = [drawing.parse_caption(caption) for caption in held_out_prompts()]
+        trained = [random_attributes(10_001, index) for index in range(_EVALUATED)]
+        held_out = [captions.parse_caption(caption) for caption in held_out_prompts()]
         return {"of trained combinations": trained, "held out": held_out}
 
     def drawn(self, expected: Sequence[Any]) -> Tensor:
-        config = PictureConfig()
-        images = [draw_picture(a, config, 20_000, i) for i, a in enumerate(expected)]
+        config = ImageConfig()
+        images = [draw_image(a, config, 20_000, i) for i, a in enumerate(expected)]
         return torch.stack([torch.from_numpy(image) for image in images]).movedim(-1, 1)
 
     def noise(self, seed: int) -> Callable[[int], torch.Generator]:

@@ -14,16 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-from ddit_rt.lab.demo import clips as drawing
 from ddit_rt.lab.demo import video_model_path
-from ddit_rt.lab.demo.clip_hits import clip_hits
-from ddit_rt.lab.demo.clips import (
-    ClipConfig,
-    all_clip_attributes,
-    draw_clip,
-    draw_clips,
-    is_held_out_clip,
-)
+from ddit_rt.lab.demo import videos as captions
+from ddit_rt.lab.demo.video_hits import video_hits
+from ddit_rt.lab.demo.videos import all_video_attributes, is_held_out_video
+from demo_training.draw_videos import VideoConfig, draw_video, draw_videos
 from demo_training.kind import (
     MAX_SEQUENCE_LENGTH,
     WIDTH,
@@ -37,8 +32,8 @@ from demo_training.kind import (
 )
 
 _WORDS = (
-    *(*drawing.SHAPES, *drawing.COLOURS, *drawing.DIRECTIONS),
-    *(*drawing.GROUNDS, *drawing.GROUND_COLOURS),
+    *(*captions.SHAPES, *captions.COLOURS, *captions.DIRECTIONS),
+    *(*captions.GROUNDS, *captions.GROUND_COLOURS),
     *("a", "an", "on", "moving", "moves", "and", "the"),
 )
 _FRAMES, _CHANNELS = 13, 8
@@ -54,8 +49,8 @@ class VideoKind:
     folder = video_model_path()
     minutes = {"vae": 20.0, "transformer": 52.0}
     text_steps, text_rate = 600, 3e-3
-    attribute_sizes = drawing.CLIP_ATTRIBUTE_SIZES
-    attributes = all_clip_attributes()
+    attribute_sizes = captions.VIDEO_ATTRIBUTE_SIZES
+    attributes = all_video_attributes()
     phrasings = 1
     half = ("transformer", "vae", "text_encoder")
     shown, evaluated, batch = (32, 64), (64,), 8
@@ -84,7 +79,7 @@ class VideoKind:
     )
 
     def series(self, size: Size) -> tuple[Callable[..., Any], Any]:
-        return draw_clips, ClipConfig(height=size[0], width=size[1], frames=_FRAMES)
+        return draw_videos, VideoConfig(height=size[0], width=size[1], frames=_FRAMES)
 
     def phrase(self, attributes: Any, phrasing: int) -> str:
         del phrasing
@@ -255,8 +250,8 @@ class VideoKind:
 
     def expected(self) -> dict[str, list[Any]]:
         pools = {
-            "of trained combinations": [a for a in self.attributes if not is_held_out_clip(a)],
-            "held out": [a for a in self.attributes if is_held_out_clip(a)],
+            "of trained combinations": [a for a in self.attributes if not is_held_out_video(a)],
+            "held out": [a for a in self.attributes if is_held_out_video(a)],
         }
         places = range(_EVALUATED)
         return {
@@ -265,14 +260,14 @@ class VideoKind:
         }
 
     def drawn(self, expected: Sequence[Any]) -> Tensor:
-        videos = [draw_clip(a, ClipConfig(), _SEED, i) for i, a in enumerate(expected)]
+        videos = [draw_video(a, VideoConfig(), _SEED, i) for i, a in enumerate(expected)]
         return torch.stack([torch.from_numpy(video) for video in videos]).movedim(-1, 2)
 
     def noise(self, seed: int) -> Callable[[int], torch.Generator]:
         return lambda start: torch.Generator().manual_seed(_SEED + seed + start)
 
     def hits(self, samples: Tensor, expected: list[Any]) -> dict[str, Tensor]:
-        return clip_hits(samples, expected)
+        return video_hits(samples, expected)
 
 
 def _masked_mean(output: Any, mask: Tensor) -> Tensor:

@@ -52,9 +52,9 @@ def test_steps_stand_beside_their_floors(tmp_path: Path) -> None:
         assert row["ran_on"] == "cpu"
 
 
-def test_loops_compare_contenders_with_the_baseline(tmp_path: Path) -> None:
+def test_loops_compare_methods_with_the_baseline(tmp_path: Path) -> None:
     out = tmp_path / "flux.json"
-    report = run(out, "--sections", "loops", "--contenders", "ddit_rt_*", "first_block_cache")
+    report = run(out, "--sections", "loops", "--methods", "ddit_rt_*", "first_block_cache")
     record = report["sections"]["loops"]["128x128/batch1/steps8"]
     rows = record["rows"]
     schedules = ("fine", "paper_2.18x", "paper_3.52x", "mixed", "dynamic")
@@ -87,8 +87,8 @@ def test_loops_compare_contenders_with_the_baseline(tmp_path: Path) -> None:
     assert sum(rows["ddit_rt_auto_dynamic"]["patch_sizes"].values()) == 8
 
 
-def test_contender_without_a_plan_leaves_its_error_beside_the_others(tmp_path: Path) -> None:
-    arguments = ["--sections", "loops", "--contenders", "ddit_rt_auto_*x", "--steps", "2"]
+def test_method_without_a_plan_leaves_its_error_beside_the_others(tmp_path: Path) -> None:
+    arguments = ["--sections", "loops", "--methods", "ddit_rt_auto_*x", "--steps", "2"]
     report = run(tmp_path / "flux.json", *arguments)
     rows = report["sections"]["loops"]["128x128/batch1/steps2"]["rows"]
     failed = rows["ddit_rt_auto_paper_3.52x"]
@@ -100,8 +100,8 @@ def test_contender_without_a_plan_leaves_its_error_beside_the_others(tmp_path: P
 
 def test_later_call_adds_to_the_file_and_keeps_other_rows(tmp_path: Path) -> None:
     out = tmp_path / "flux.json"
-    fine = ["--sections", "loops", "--steps", "4", "--contenders", "ddit_rt_auto_fine"]
-    mixed = ["--sections", "loops", "memory", "--steps", "4", "--contenders", "*_mixed"]
+    fine = ["--sections", "loops", "--steps", "4", "--methods", "ddit_rt_auto_fine"]
+    mixed = ["--sections", "loops", "memory", "--steps", "4", "--methods", "*_mixed"]
     before = run(out, *fine)["sections"]["loops"]["128x128/batch1/steps4"]["rows"]
     sections = run(out, *mixed)["sections"]
     rows = sections["loops"]["128x128/batch1/steps4"]["rows"]
@@ -153,7 +153,7 @@ def test_what_was_measured_is_written_before_the_command_ends(
     monkeypatch.setattr(loops, "take_turns", killed)
     out = tmp_path / "flux.json"
     with pytest.raises(KeyboardInterrupt):
-        run(out, "--sections", "loops", "--contenders", "ddit_rt_auto_fine")
+        run(out, "--sections", "loops", "--methods", "ddit_rt_auto_fine")
     rows = strict(out)["sections"]["loops"]["128x128/batch1/steps8"]["rows"]
     for row in rows.values():
         assert row["seconds"]["count"] == 2
@@ -223,12 +223,12 @@ def test_sizes_that_do_not_pair_up_are_refused(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_compiled_contenders_and_the_cost_of_compiling(tmp_path: Path) -> None:
+def test_compiled_methods_and_the_cost_of_compiling(tmp_path: Path) -> None:
     bench = import_module("bench_real_size")
     out = tmp_path / "flux.json"
     arguments = ["--model", "flux", "--preset", "tiny", "--device", "cpu"]
     arguments += ["--repeats", "1", "--steps", "4"]
-    arguments += ["--contenders", "compile_*", "ddit_rt_auto_fine", "--out", str(out)]
+    arguments += ["--methods", "compile_*", "ddit_rt_auto_fine", "--out", str(out)]
     assert bench.main([*arguments, "--sections", "loops", "compile"]) == 0
     sections = strict(out)["sections"]
     rows = sections["loops"]["128x128/batch1/steps4"]["rows"]

@@ -21,7 +21,7 @@ def run(out: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_quick_run_has_a_row_of_everything(tmp_path: Path) -> None:
-    chosen = ["--sections", "buckets", "loops", "memory", "--contenders", "ddit_rt_*", "mag_cache"]
+    chosen = ["--sections", "buckets", "loops", "memory", "--methods", "ddit_rt_*", "mag_cache"]
     report = run(tmp_path / "wan.json", *chosen)
     sections, key = report["sections"], "128x128x5/batch1"
     rows = sections["buckets"][key]["rows"]
@@ -75,7 +75,7 @@ def check_skipped(loops: dict[str, Any]) -> None:
 
 @pytest.mark.filterwarnings("ignore:4p is not offered")
 def test_size_without_4p_has_plans_without_it(tmp_path: Path) -> None:
-    chosen = ["--sections", "loops", "--videos", "96x128x5", "--contenders", "*_paper_2.10x"]
+    chosen = ["--sections", "loops", "--videos", "96x128x5", "--methods", "*_paper_2.10x"]
     chosen += ["--steps", "50"]
     rows = run(tmp_path / "wan.json", *chosen)["sections"]["loops"]
     (row,) = (

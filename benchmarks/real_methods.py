@@ -21,12 +21,12 @@ BASELINE = "diffusers_eager"
 
 
 def no_details() -> dict[str, Any]:
-    """Of a contender that always does the same."""
+    """Of a method that always does the same."""
     return {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
+class Method:
     """One way to run the loop.
 
     Attributes:
@@ -44,25 +44,25 @@ class Contender:
     details: Callable[[], dict[str, Any]] = no_details
 
 
-def all_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
+def all_methods(setup: Setup, case: Case) -> dict[str, Method]:
     """Everything that the benchmark compares, the baseline first.
 
     What takes longest to get ready comes last: if time runs out, the others are measured.
     """
     cached = CachedCall(setup, case, setup.model.cache(case.steps))
     return {
-        BASELINE: Contender(
+        BASELINE: Method(
             label="diffusers, eager", build=lambda: _call(setup, case, setup.pipeline)
         ),
-        **engine_contenders(setup, case),
-        cached.cache.name: Contender(
+        **engine_methods(setup, case),
+        cached.cache.name: Method(
             label=cached.cache.label, build=cached.build, details=cached.details
         ),
-        **compiled_contenders(setup, case),
+        **compiled_methods(setup, case),
     }
 
 
-def compiled_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
+def compiled_methods(setup: Setup, case: Case) -> dict[str, Method]:
     """Compiled by torch: block by block, as diffusers recommends, and whole.
 
     `max-autotune` only on CUDA, without Inductor's own CUDA graphs: on CPUs it tunes for minutes
@@ -72,7 +72,7 @@ def compiled_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
     if setup.device.type == "cuda" and setup.model.name == "flux":
         modes["_max_autotune"] = "max-autotune-no-cudagraphs"
     return {
-        f"compile_{scope}{suffix}": Contender(
+        f"compile_{scope}{suffix}": Method(
             label=f"diffusers + torch.compile ({scope}{', ' + mode if mode else ''})",
             build=partial(_compiled, setup, case, scope, mode),
         )
@@ -81,20 +81,20 @@ def compiled_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
     }
 
 
-def engine_contenders(setup: Setup, case: Case) -> dict[str, Contender]:
+def engine_methods(setup: Setup, case: Case) -> dict[str, Method]:
     """Every schedule in every form of our executor."""
-    contenders = {}
+    methods = {}
     for form in setup.executors:
         for schedule in setup.model.schedules:
             call = EngineCall(setup, case, schedule, form)
-            contenders[f"ddit_rt_{form}_{schedule}"] = Contender(
+            methods[f"ddit_rt_{form}_{schedule}"] = Method(
                 label=f"ddit_rt, {schedule}",
                 build=call.build,
                 schedule=schedule,
                 executor=form,
                 details=call.details,
             )
-    return contenders
+    return methods
 
 
 def _call(setup: Setup, case: Case, pipeline: Any) -> Call:

@@ -1,6 +1,6 @@
-"""Ways to generate the same pictures: diffusers, what diffusers offers for speed, and ddit_rt.
+"""Ways to generate the same images: diffusers, what diffusers offers for speed, and ddit_rt.
 
-Each contender that changes the transformer works on its own copy of it; text encoders and VAE are
+Each method that changes the transformer works on its own copy of it; text encoders and VAE are
 shared, so nothing else differs.
 """
 
@@ -14,11 +14,11 @@ from ddit_rt.lab.demo.plans import demo_plans
 from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.measure.timing import (
     Batch,
-    Contender,
+    Method,
     Sample,
-    engine_contender,
+    engine_method,
     measure,
-    pipeline_contender,
+    pipeline_method,
 )
 from ddit_rt.policies import FinePolicy
 
@@ -61,9 +61,9 @@ def cached_pipeline(pipeline: Any, threshold: float) -> Any:
     return copied
 
 
-def all_contenders(
+def all_methods(
     engine: Engine, batches: Sequence[Batch], arguments: Mapping[str, Any]
-) -> list[Contender]:
+) -> list[Method]:
     """Everything that the benchmark compares.
 
     Args:
@@ -73,7 +73,7 @@ def all_contenders(
     """
     pipeline, probe = engine.pipeline, batches[:PROBE_BATCHES]
     ours = [
-        engine_contender(
+        engine_method(
             plan.name, f"ddit_rt, {plan.label}", engine, patch_policy=plan.policy, **arguments
         )
         for plan in demo_plans(arguments["num_inference_steps"])
@@ -82,8 +82,8 @@ def all_contenders(
     threshold = best_threshold(pipeline, probe, arguments, probed)
     steps = equal_time_steps(probed, arguments["num_inference_steps"])
     return [
-        pipeline_contender("diffusers", "diffusers, eager", pipeline, **arguments),
-        pipeline_contender(
+        pipeline_method("diffusers", "diffusers, eager", pipeline, **arguments),
+        pipeline_method(
             "torch_compile",
             "diffusers + torch.compile (regional)",
             compiled_pipeline(pipeline),
@@ -92,7 +92,7 @@ def all_contenders(
         _cached("first_block_cache", "default", pipeline, CACHE_DEFAULT, arguments),
         _cached("first_block_cache_best", "best", pipeline, threshold, arguments),
         *ours,
-        engine_contender(
+        engine_method(
             "fewer_steps",
             f"ddit_rt, {steps} fine steps (time of dynamic)",
             engine,
@@ -104,9 +104,9 @@ def all_contenders(
 
 def _cached(
     name: str, kind: str, pipeline: Any, threshold: float, arguments: Mapping[str, Any]
-) -> Contender:
+) -> Method:
     label = f"diffusers + FirstBlockCache ({kind}, {threshold:g})"
-    return pipeline_contender(name, label, cached_pipeline(pipeline, threshold), **arguments)
+    return pipeline_method(name, label, cached_pipeline(pipeline, threshold), **arguments)
 
 
 def best_threshold(
@@ -122,11 +122,11 @@ def best_threshold(
     wanted = _mean_ssim(ours["dynamic"], ours["fine"])
     best = CACHE_THRESHOLDS[0]
     for threshold in CACHE_THRESHOLDS:
-        contender = _cached("cache", "probe", pipeline, threshold, arguments)
+        method = _cached("cache", "probe", pipeline, threshold, arguments)
         samples = [
             Sample(
                 batch=batch,
-                pictures=contender.generate(batch).pictures,
+                outputs=method.generate(batch).outputs,
                 trace=None,
                 denoise=(),
                 end_to_end=(),
@@ -147,9 +147,9 @@ def equal_time_steps(ours: Mapping[str, Sequence[Sample]], steps: int) -> int:
 
 
 def _mean_ssim(samples: Sequence[Sample], references: Sequence[Sample]) -> float:
-    return fidelity(all_pictures(samples), all_pictures(references)).mean_ssim
+    return fidelity(all_images(samples), all_images(references)).mean_ssim
 
 
-def all_pictures(samples: Sequence[Sample]) -> list[Any]:
-    """The pictures of all batches, in order."""
-    return [picture for sample in samples for picture in sample.pictures]
+def all_images(samples: Sequence[Sample]) -> list[Any]:
+    """The images of all batches, in order."""
+    return [image for sample in samples for image in sample.outputs]
