@@ -5,8 +5,8 @@
 All methods generate the same prompts with the same seeds, threads, dtype and step count, at
 batch 1 and 4, taking turns image by image so that machine drift hits all alike; a warm-up of
 each is left out. `ddit_rt.lab.measure.timing` says what the denoising loop and the whole call
-include. Fidelity is against our all-fine images at the full step count. Writes the JSON, and the
-table of docs/benchmarks.md from it.
+include. Fidelity is against our full-resolution images at the full step count. Writes the JSON, and
+the table of docs/benchmarks.md from it.
 
 Schema, version 1: `machine`, `versions`, `model`, `settings`, `compile` as in the demo's report;
 `batches`: by batch size a list of entries `name`, `label`, `seconds_denoise` and `seconds` (per

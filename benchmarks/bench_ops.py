@@ -19,7 +19,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,6 @@ class Case:
     batch: int
     methods: dict[str, Call]
     copy_bytes: int
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Times of one method in microseconds, over the calls of all rounds."""
-
-    best_us: float
-    median_us: float
-    lower_quartile_us: float
-    upper_quartile_us: float
-    calls: int
 
 
 def eager_pack(latents: Tensor, p: int) -> Tensor:
@@ -195,7 +184,7 @@ def time_calls(call: Call, seconds: float, clock: Callable[[], float]) -> list[f
     return times
 
 
-def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, Timing]:
+def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, dict[str, float]]:
     """Warms every method up, then lets them take turns."""
     times: dict[str, list[float]] = {name: [] for name in case.methods}
     for call in case.methods.values():
@@ -207,34 +196,29 @@ def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, Ti
     return {name: summarise(values) for name, values in times.items()}
 
 
-def summarise(times: list[float]) -> Timing:
-    """Least, median and quartiles."""
-    lower, median, upper = statistics.quantiles(times, n=4)
-    return Timing(
-        best_us=round(min(times), 2),
-        median_us=round(median, 2),
-        lower_quartile_us=round(lower, 2),
-        upper_quartile_us=round(upper, 2),
-        calls=len(times),
-    )
+def summarise(times: list[float]) -> dict[str, float]:
+    """Least, median and quartiles in microseconds, over the calls of all rounds."""
+    values = (min(times), *statistics.quantiles(times, n=4))
+    names = ("best_us", "lower_quartile_us", "median_us", "upper_quartile_us")
+    return {**{n: round(v, 2) for n, v in zip(names, values, strict=True)}, "calls": len(times)}
 
 
-def report(case: Case, threads: int, timings: dict[str, Timing]) -> dict[str, Any]:
+def report(case: Case, threads: int, timings: dict[str, dict[str, float]]) -> dict[str, Any]:
     """One entry of the results, printed too."""
     native = timings["native"]
     ratios = {
-        f"{other}_over_native": round(timing.best_us / native.best_us, 2)
+        f"{other}_over_native": round(timing["best_us"] / native["best_us"], 2)
         for other, timing in timings.items()
         if other != "native"
     }
-    best = ", ".join(f"{name} {timing.best_us:.1f}" for name, timing in timings.items())
+    best = ", ".join(f"{name} {timing['best_us']:.1f}" for name, timing in timings.items())
     print(f"{case.name}, batch {case.batch}, {threads} threads: best us {best}", flush=True)
     return {
         "op": case.name,
         "batch": case.batch,
         "threads": threads,
         "copy_bytes": case.copy_bytes,
-        "timings": {name: asdict(timing) for name, timing in timings.items()},
+        "timings": timings,
         "ratios_of_best": ratios,
     }
 

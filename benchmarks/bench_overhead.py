@@ -241,7 +241,7 @@ def model_figures() -> dict[str, Any]:
 
 
 def generate(engine: Any, policy: PatchPolicy) -> None:
-    """One picture."""
+    """One image."""
     arguments = {"num_inference_steps": 10, "max_sequence_length": MAX_SEQUENCE_LENGTH}
     batch = Batch(prompts=DEMO_PROMPTS[:1], seeds=(0,))
     engine_method("", "", engine, patch_policy=policy, **arguments).generate(batch)

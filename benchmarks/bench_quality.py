@@ -328,7 +328,7 @@ def references(judge: Judge, steps: int) -> dict[str, Any]:
     images = judge.runs.run(reference(steps), judge.prompts).images
     count = len(judge.captions)
     halves = [gaussian(features(part)) for part in (images[:count], images[count:]) if part]
-    row = judge.row("fine", f"{steps} fine steps", "fine", reference(steps), steps)
+    row = judge.row("fine", reference(steps).label, "fine", reference(steps), steps)
     return {
         "frechet_renders": row["frechet_renders"],
         "frechet_halves": frechet_distance(*halves[0], *halves[1]) if len(halves) == 2 else None,

@@ -94,7 +94,7 @@ def all_methods(
         *ours,
         engine_method(
             "fewer_steps",
-            f"ddit_rt, {steps} fine steps (time of dynamic)",
+            f"ddit_rt, {steps} steps at full resolution (time of dynamic)",
             engine,
             patch_policy=FinePolicy(),
             **{**arguments, "num_inference_steps": steps},

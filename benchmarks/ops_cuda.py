@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 from hardware import machine_entry
-from kernel_cases import LATENTS, KernelCase
 from records import RESULTS, publish
-from step_kernels import step_cases
+from step_kernels import LATENTS, KernelCase, step_cases
 from timing import Call, attempt, release, spread
 from torch import Tensor
 

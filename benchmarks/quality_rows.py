@@ -165,7 +165,7 @@ class Judge:
                 count = max(1, min(whole, math.floor(exact + 1e-9)))
                 name = row["fewer_steps"][kind] = f"fewer_{count}_of_{whole}"
                 if name not in table:
-                    label = f"{count} of {whole} fine steps"
+                    label = f"{count} of {whole} steps at full resolution"
                     table[name] = self.row(name, label, "fewer_steps", reference(count), whole)
         return list(table.values())
 

@@ -74,7 +74,9 @@ class Plan:
 
 def reference(steps: int) -> Plan:
     """Full resolution, at which every path is the unmodified model."""
-    return Plan(policy=FinePolicy(), steps=steps, kind="fine", label=f"{steps} fine steps")
+    return Plan(
+        policy=FinePolicy(), steps=steps, kind="fine", label=f"{steps} steps at full resolution"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

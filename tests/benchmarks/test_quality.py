@@ -112,7 +112,7 @@ def check_videos(rows: dict[str, Any], frames: int) -> None:
     assert rows["demo_static"]["steps_at"] == {"4p": 2, "p": 5}
     for row in rows.values():
         assert len(row["frames"]) == frames
-        # Every clip has as many frames, so means of means are the mean of all.
+        # Every video has as many frames, so means of means are the mean of all.
         means = [frame["ssim"] for frame in row["frames"]]
         assert row["ssim"]["value"] == pytest.approx(np.mean(means))
         if row["tokens_share"] < 1:
@@ -163,11 +163,11 @@ def check_baselines(report: dict[str, Any]) -> None:
             if "static" in row:
                 assert by_name[row["static"]]["loop_ms"] <= row["loop_ms"] * (1 + 1e-12)
             if "fewer_steps" in row:
-                rival = by_name[row["fewer_steps"]["equal_time"]]
-                assert rival["loop_ms"] == pytest.approx(rival["steps"] * step)
+                fewer = by_name[row["fewer_steps"]["equal_time"]]
+                assert fewer["loop_ms"] == pytest.approx(fewer["steps"] * step)
                 # The least is one step, the most as many as the reference has.
-                if 1 < rival["steps"] < row["reference_steps"]:
-                    assert rival["loop_ms"] <= row["loop_ms"] < rival["loop_ms"] + step
+                if 1 < fewer["steps"] < row["reference_steps"]:
+                    assert fewer["loop_ms"] <= row["loop_ms"] < fewer["loop_ms"] + step
                 assert by_name[row["fewer_steps"]["equal_tokens"]]["tokens"] <= row["tokens"]
 
 
