@@ -2,45 +2,43 @@
 
     python benchmarks/bench_cpu.py [--quick] [--out benchmarks/results/cpu_demo.json]
 
-All contenders generate the same prompts with the same seeds, threads, dtype and step count, at
-batch 1 and 4, taking turns picture by picture so that machine drift hits all alike; a warm-up of
+All methods generate the same prompts with the same seeds, threads, dtype and step count, at
+batch 1 and 4, taking turns image by image so that machine drift hits all alike; a warm-up of
 each is left out. `ddit_rt.lab.measure.timing` says what the denoising loop and the whole call
-include. Fidelity is against our all-fine pictures at the full step count. Writes the JSON, and the
-table of docs/benchmarks.md from it.
+include. Fidelity is against our full-resolution images at the full step count. Writes the JSON, and
+the table of docs/benchmarks.md from it.
 
 Schema, version 1: `machine`, `versions`, `model`, `settings`, `compile` as in the demo's report;
 `batches`: by batch size a list of entries `name`, `label`, `seconds_denoise` and `seconds` (per
-picture: `median`, `min`, `max` over the repeats), `speedup_denoise` and `speedup_end_to_end` over
-the first entry, `tokens` (per picture; null for diffusers), `psnr`, `ssim`, `psnr_per_prompt`,
+image: `median`, `min`, `max` over the repeats), `speedup_denoise` and `speedup_end_to_end` over
+the first entry, `tokens` (per image; null for diffusers), `psnr`, `ssim`, `psnr_per_prompt`,
 `ssim_per_prompt`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from contenders import all_contenders, all_pictures
+from demo_methods import all_images, all_methods
 from diffusers import FluxPipeline
-from tables import update_tables
+from records import RESULTS, publish
+from timing import extremes
 from tqdm.auto import tqdm
 
 from ddit_rt.lab.demo import model_path
-from ddit_rt.lab.demo.comparison import prepare_engine
 from ddit_rt.lab.demo.plans import DEMO_POLICY
 from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
-from ddit_rt.lab.demo.run import DemoConfig
+from ddit_rt.lab.demo.run import DemoConfig, prepare_engine
 from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.measure.report import machine, model_entry, versions
-from ddit_rt.lab.measure.timing import Batch, Contender, Sample, measure
+from ddit_rt.lab.measure.timing import Batch, Method, Sample, measure
 
-RESULT = Path(__file__).parent / "results" / "cpu_demo.json"
+RESULT = RESULTS / "cpu_demo.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,11 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compile": compiling,
         "batches": results,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    if args.out == RESULT:
-        update_tables("cpu_demo", report)
-    print(f"wrote {args.out}", file=sys.stderr)
+    publish(args.out, report)
     return 0
 
 
@@ -122,7 +116,7 @@ def batches_of(size: int, prompts: int, seed: int) -> list[Batch]:
 def run_batch_size(
     engine: Any, size: int, prompts: int, config: DemoConfig
 ) -> list[dict[str, Any]]:
-    """Measures every contender at one batch size."""
+    """Measures every method at one batch size."""
     batches = batches_of(size, prompts, config.seed)
     arguments = {
         "num_inference_steps": config.steps,
@@ -130,18 +124,18 @@ def run_batch_size(
         "width": config.width,
         "max_sequence_length": MAX_SEQUENCE_LENGTH,
     }
-    contenders = all_contenders(engine, batches, arguments)
-    total = len(contenders) * (1 + config.repeats * len(batches))
+    methods = all_methods(engine, batches, arguments)
+    total = len(methods) * (1 + config.repeats * len(batches))
     with tqdm(total=total, desc=f"batch {size}", leave=False) as bar:
-        samples = measure(contenders, batches, repeats=config.repeats, advance=bar.update)
-    return entries(contenders, samples)
+        samples = measure(methods, batches, repeats=config.repeats, advance=bar.update)
+    return entries(methods, samples)
 
 
 def entries(
-    contenders: Sequence[Contender], samples: Mapping[str, Sequence[Sample]]
+    methods: Sequence[Method], samples: Mapping[str, Sequence[Sample]]
 ) -> list[dict[str, Any]]:
-    """One entry per contender; speed-ups are over the first."""
-    rows = [entry(contender, samples) for contender in contenders]
+    """One entry per method; speed-ups are over the first."""
+    rows = [entry(method, samples) for method in methods]
     for row in rows:
         for speedup, seconds in (
             ("speedup_denoise", "seconds_denoise"),
@@ -151,34 +145,34 @@ def entries(
     return rows
 
 
-def entry(contender: Contender, samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
-    """What was measured of one contender."""
-    own = samples[contender.name]
-    closeness = fidelity(all_pictures(own), all_pictures(samples["fine"]))
-    traces = [(sample.trace, len(sample.pictures)) for sample in own]
+def entry(method: Method, samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+    """What was measured of one method."""
+    own = samples[method.name]
+    fidelities = fidelity(all_images(own), all_images(samples["fine"]))
+    traces = [(sample.trace, len(sample.outputs)) for sample in own]
     tokens = sum(trace.tokens * count for trace, count in traces if trace is not None)
     return {
-        "name": contender.name,
-        "label": contender.label,
-        "seconds_denoise": spread([sample.denoise for sample in own], len(closeness.ssim)),
-        "seconds": spread([sample.end_to_end for sample in own], len(closeness.ssim)),
-        "tokens": tokens / len(closeness.ssim) if tokens else None,
-        "psnr": closeness.mean_psnr,
-        "ssim": closeness.mean_ssim,
-        "psnr_per_prompt": list(closeness.psnr),
-        "ssim_per_prompt": list(closeness.ssim),
+        "name": method.name,
+        "label": method.label,
+        "seconds_denoise": spread([sample.denoise for sample in own], len(fidelities.ssim)),
+        "seconds": spread([sample.end_to_end for sample in own], len(fidelities.ssim)),
+        "tokens": tokens / len(fidelities.ssim) if tokens else None,
+        "psnr": fidelities.mean_psnr,
+        "ssim": fidelities.mean_ssim,
+        "psnr_per_prompt": list(fidelities.psnr),
+        "ssim_per_prompt": list(fidelities.ssim),
     }
 
 
-def spread(times: Sequence[Sequence[float]], pictures: int) -> dict[str, float]:
-    """Seconds per picture over all batches: median, least and most over the repeats.
+def spread(times: Sequence[Sequence[float]], images: int) -> dict[str, float]:
+    """Seconds per image over all batches: median, least and most over the repeats.
 
     Args:
         times: Per batch, seconds of every repeat.
-        pictures: Pictures in all batches together.
+        images: Pixelss in all batches together.
     """
-    rounds = [sum(repeat) / pictures for repeat in zip(*times, strict=True)]
-    return {"median": statistics.median(rounds), "min": min(rounds), "max": max(rounds)}
+    rounds = [sum(repeat) / images for repeat in zip(*times, strict=True)]
+    return extremes(rounds)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python benchmarks/bench_drivers.py [--out benchmarks/results/drivers_cpu.json] [--quick]
 
 The same call, noise and plan with and without a callback that changes nothing, on the demo models:
-pictures (FLUX) without guidance, and clips (Wan), guided, so with two passes a step. There the
+images (FLUX) without guidance, and videos (Wan), guided, so with two passes a step. There the
 table-driven loop runs the passes as one batch, its default, and one after the other, as the
 pipeline's loop always does. Diffusers' own pipeline stands beside them. Whole calls without VAE,
-text encoders included, in all alike. Contenders take turns; medians over the rounds.
+text encoders included, in all alike. Methods take turns; medians over the rounds.
 `--quick` runs uncompiled and once, to see that the script works.
 
 Schema, version 1: `machine`, `versions`, `backend`; `runs`: one entry per model and plan:
@@ -22,42 +22,26 @@ Schema, version 1: `machine`, `versions`, `backend`; `runs`: one entry per model
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from demo_models import MODELS, DemoModel
+from records import RESULTS, publish
+from timing import rounds_of
 from torch import Tensor
 
 import ddit_rt
-from ddit_rt.lab.demo import model_path, video_model_path
-from ddit_rt.lab.demo.clips import ClipConfig
 from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH, VIDEO_PROMPTS
 from ddit_rt.lab.measure.report import machine, versions
 
-RESULT = Path(__file__).parent / "results" / "drivers_cpu.json"
+RESULT = RESULTS / "drivers_cpu.json"
 PLANS: dict[str, ddit_rt.PatchPolicy] = {
     "fine": ddit_rt.FinePolicy(),
     "static": ddit_rt.StaticPolicy("p:0.2,4p:0.3,2p:0.3,p"),
     "dynamic": ddit_rt.DDiTPolicy(),
-}
-CLIP = ClipConfig()
-MODELS: dict[str, tuple[Callable[[], Path], dict[str, Any]]] = {
-    "demo": (model_path, {"prompt": DEMO_PROMPTS[0], "height": 128, "width": 128}),
-    "demo-video": (
-        video_model_path,
-        {
-            "prompt": VIDEO_PROMPTS[0],
-            "height": CLIP.height,
-            "width": CLIP.width,
-            "num_frames": CLIP.frames,
-        },
-    ),
 }
 
 
@@ -78,35 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": versions(),
         "backend": backend,
         "runs": [
-            run
-            for name, (path, call) in MODELS.items()
-            for run in runs_of(name, path(), {**call, **common(steps)}, rounds, backend)
+            run for make in MODELS.values() for run in runs_of(make(), steps, rounds, backend)
         ],
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    print(f"wrote {args.out}", file=sys.stderr)
+    publish(args.out, report)
     return 0
 
 
-def common(steps: int) -> dict[str, Any]:
-    """Arguments of every call."""
-    return {
-        "num_inference_steps": steps,
-        "max_sequence_length": MAX_SEQUENCE_LENGTH,
-        "output_type": "latent",
-    }
-
-
-def runs_of(
-    name: str, path: Path, call: Mapping[str, Any], rounds: int, backend: str
-) -> list[dict[str, Any]]:
+def runs_of(model: DemoModel, steps: int, rounds: int, backend: str) -> list[dict[str, Any]]:
     """Every plan of one model."""
-    pipeline = DiffusionPipeline.from_pretrained(path)
-    pipeline.set_progress_bar_config(disable=True)
-    size = {name: call[name] for name in ("height", "width", "num_frames") if name in call}
-    engine = ddit_rt.compile(pipeline, backend=backend, progress=False, **size)
-    return [measure(name, plan, pipeline, engine, call, rounds) for plan in PLANS]
+    prompt = VIDEO_PROMPTS[0] if model.video else DEMO_PROMPTS[0]
+    how = {"prompt": prompt, "num_inference_steps": steps, "output_type": "latent"}
+    call = {**model.size, "max_sequence_length": MAX_SEQUENCE_LENGTH, **how}
+    engine = ddit_rt.compile(model.pipeline, backend=backend, progress=False, **model.size)
+    return [measure(model.name, plan, model.pipeline, engine, call, rounds) for plan in PLANS]
 
 
 def measure(
@@ -165,24 +134,6 @@ def apart(engine: ddit_rt.Engine, call: Mapping[str, Any]) -> Tensor:
         return generate(engine, call)
     finally:
         engine.batched_guidance = True
-
-
-def rounds_of(
-    calls: Mapping[str, Callable[[], Tensor]], rounds: int, steps: int
-) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
-    """Microseconds per step of every call over interleaved rounds, and what it gave."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    finals: dict[str, Tensor] = {}
-    for index in range(rounds + 1):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            finals[name] = call()
-            if index:  # the first round warms up
-                times[name].append((time.perf_counter() - started) * 1e6 / steps)
-    return {
-        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
-        for name, values in times.items()
-    }, finals
 
 
 if __name__ == "__main__":

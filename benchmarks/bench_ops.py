@@ -3,7 +3,7 @@
     python benchmarks/bench_ops.py [--out FILE] [--rounds 8] [--threads 1 2]
     python benchmarks/bench_ops.py --device cuda [--out FILE] [--rounds 8]      see ops_cuda.py
 
-Sizes are those of FLUX at 1024 x 1024: latents 16 x 128 x 128, batch 1 and 4. Contenders take turns
+Sizes are those of FLUX at 1024 x 1024: latents 16 x 128 x 128, batch 1 and 4. Methods take turns
 within a round, so that a change of the machine's speed meets all of them; every one uses the same
 number of threads. With one thread the clock is that thread's CPU time, which other processes do
 not inflate; with more it is wall time, which needs an idle machine. `best_us` is the least time of
@@ -15,25 +15,25 @@ too, else `Tensor.copy_`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from ops_cuda import run as run_cuda
+from records import RESULTS, publish
 from torch import Tensor
 
 from ddit_rt import _runtime, ops
+from ddit_rt.lab.measure.report import machine
 
 LATENTS = (16, 128, 128)
 WARM_UP_CALLS = 5
-ROUND_SECONDS = 0.02  # of one contender in one round
+ROUND_SECONDS = 0.02  # of one method in one round
 COEFFICIENT_ROWS = {
     "euler": (1.0, 0.0, 0.0, -0.04, 0.0, 0.0),
     "multistep": (0.9, 0.2, -0.1, -0.05, 0.02, 0.0),
@@ -49,25 +49,14 @@ class Case:
     Attributes:
         name: Op and variant.
         batch: Samples.
-        contenders: What to time, by name: native, eager, compile, copy.
+        methods: What to time, by name: native, eager, compile, copy.
         copy_bytes: Bytes that the copy reads, and writes.
     """
 
     name: str
     batch: int
-    contenders: dict[str, Call]
+    methods: dict[str, Call]
     copy_bytes: int
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Times of one contender in microseconds, over the calls of all rounds."""
-
-    best_us: float
-    median_us: float
-    lower_quartile_us: float
-    upper_quartile_us: float
-    calls: int
 
 
 def eager_pack(latents: Tensor, p: int) -> Tensor:
@@ -113,26 +102,26 @@ def pack_case(batch: int, dtype: torch.dtype, p: int) -> Case:
     latents = torch.randn(batch, *LATENTS).to(dtype)
     compiled = torch.compile(eager_pack)
     name = f"pack p={p} {str(dtype).removeprefix('torch.')}"
-    contenders: dict[str, Call] = {
+    methods: dict[str, Call] = {
         "native": lambda: ops.pack(latents, p),
         "eager": lambda: eager_pack(latents, p),
         "compile": lambda: compiled(latents, p),
         "copy": latents.clone,
     }
-    return Case(name, batch, contenders, latents.nbytes)
+    return Case(name, batch, methods, latents.nbytes)
 
 
 def scores_case(batch: int, sizes: tuple[int, ...]) -> Case:
     """`patch_scores`; the copy reads the history's four latents and writes none of them back."""
     history = torch.randn(4, batch, *LATENTS)
     compiled = torch.compile(eager_scores)
-    contenders: dict[str, Call] = {
+    methods: dict[str, Call] = {
         "native": lambda: ops.patch_scores(history, sizes, 0.4),
         "eager": lambda: eager_scores(history, sizes, 0.4),
         "compile": lambda: compiled(history, sizes, 0.4),
         "copy": copy_of(history.nbytes // 2),  # reads and writes count alike
     }
-    return Case(f"patch_scores {list(sizes)}", batch, contenders, history.nbytes // 2)
+    return Case(f"patch_scores {list(sizes)}", batch, methods, history.nbytes // 2)
 
 
 def solver_case(batch: int, solver: str, dtype: torch.dtype) -> Case:
@@ -146,14 +135,14 @@ def solver_case(batch: int, solver: str, dtype: torch.dtype) -> Case:
     # In float32: the terms but the newest velocity, the latent, and the velocity if it is kept.
     floats = sum(value != 0 for value in row) - 1 + 1 + (past > 0)
     moved = floats * history[0].nbytes + velocity.nbytes
-    contenders: dict[str, Call] = {
+    methods: dict[str, Call] = {
         "native": lambda: ops.solver_step_(history, velocities, velocity, table, 5),
         "eager": lambda: eager_solver(history, velocities, velocity, row, 5),
         "compile": lambda: compiled(history, velocities, velocity, row, 5),
         "copy": copy_of(moved // 2),
     }
     name = f"solver_step_ {solver} {str(dtype).removeprefix('torch.')} velocity"
-    return Case(name, batch, contenders, moved // 2)
+    return Case(name, batch, methods, moved // 2)
 
 
 def overhead_case() -> Case:
@@ -195,63 +184,50 @@ def time_calls(call: Call, seconds: float, clock: Callable[[], float]) -> list[f
     return times
 
 
-def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, Timing]:
-    """Warms every contender up, then lets them take turns."""
-    times: dict[str, list[float]] = {name: [] for name in case.contenders}
-    for call in case.contenders.values():
+def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, dict[str, float]]:
+    """Warms every method up, then lets them take turns."""
+    times: dict[str, list[float]] = {name: [] for name in case.methods}
+    for call in case.methods.values():
         for _ in range(WARM_UP_CALLS):
             call()
     for _ in range(rounds):
-        for name, call in case.contenders.items():
+        for name, call in case.methods.items():
             times[name] += time_calls(call, ROUND_SECONDS, clock)
     return {name: summarise(values) for name, values in times.items()}
 
 
-def summarise(times: list[float]) -> Timing:
-    """Least, median and quartiles."""
-    lower, median, upper = statistics.quantiles(times, n=4)
-    return Timing(
-        best_us=round(min(times), 2),
-        median_us=round(median, 2),
-        lower_quartile_us=round(lower, 2),
-        upper_quartile_us=round(upper, 2),
-        calls=len(times),
-    )
+def summarise(times: list[float]) -> dict[str, float]:
+    """Least, median and quartiles in microseconds, over the calls of all rounds."""
+    values = (min(times), *statistics.quantiles(times, n=4))
+    names = ("best_us", "lower_quartile_us", "median_us", "upper_quartile_us")
+    return {**{n: round(v, 2) for n, v in zip(names, values, strict=True)}, "calls": len(times)}
 
 
-def report(case: Case, threads: int, timings: dict[str, Timing]) -> dict[str, Any]:
+def report(case: Case, threads: int, timings: dict[str, dict[str, float]]) -> dict[str, Any]:
     """One entry of the results, printed too."""
     native = timings["native"]
     ratios = {
-        f"{other}_over_native": round(timing.best_us / native.best_us, 2)
+        f"{other}_over_native": round(timing["best_us"] / native["best_us"], 2)
         for other, timing in timings.items()
         if other != "native"
     }
-    best = ", ".join(f"{name} {timing.best_us:.1f}" for name, timing in timings.items())
+    best = ", ".join(f"{name} {timing['best_us']:.1f}" for name, timing in timings.items())
     print(f"{case.name}, batch {case.batch}, {threads} threads: best us {best}", flush=True)
     return {
         "op": case.name,
         "batch": case.batch,
         "threads": threads,
         "copy_bytes": case.copy_bytes,
-        "timings": {name: asdict(timing) for name, timing in timings.items()},
+        "timings": timings,
         "ratios_of_best": ratios,
     }
 
 
-def machine() -> dict[str, Any]:
+def machine_entry() -> dict[str, Any]:
     """What the figures depend on."""
-    model = "unknown"
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
     return {
-        "cpu": model,
-        "logical_cpus": os.cpu_count(),
+        **machine(),
         "load_average": os.getloadavg(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "build": _runtime.build_info(),
@@ -263,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmark of the native ops.")
     parser.add_argument("--device", default="cpu", help="cpu, or a CUDA device")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--rounds", type=int, default=8, help="turns of every contender")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of every method")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU: thread counts")
     arguments = parser.parse_args()
     if torch.device(arguments.device).type == "cuda":
@@ -274,7 +250,11 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the cases of the CPU."""
-    results = {"machine": machine(), "warm_up_calls": WARM_UP_CALLS, "rounds": arguments.rounds}
+    results = {
+        "machine": machine_entry(),
+        "warm_up_calls": WARM_UP_CALLS,
+        "rounds": arguments.rounds,
+    }
     entries = []
     for threads in arguments.threads:
         torch.set_num_threads(threads)
@@ -284,9 +264,7 @@ def run(arguments: argparse.Namespace) -> None:
             timings = measure(case, arguments.rounds, clock_of(threads))
             entries.append(report(case, threads, timings))
     results["results"] = entries
-    out = arguments.out or Path(__file__).parent / "results" / "ops_cpu.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    publish(arguments.out or RESULTS / "ops_cpu.json", results)
 
 
 if __name__ == "__main__":

@@ -3,32 +3,35 @@
     python benchmarks/bench_overhead.py [--out benchmarks/results/overhead_cpu.json]
 
 The step loop runs with buckets that return a constant velocity, so decision, scores, solver and
-Python are all that is left; diffusers' scheduler in a plain loop stands beside it. Contenders take
+Python are all that is left; diffusers' scheduler in a plain loop stands beside it. Methods take
 turns; medians over the rounds. Memory is counted on the demo model: bytes of tensors, and growth
 of the process's resident set (RSS), which includes what the allocator keeps.
 
 Schema, version 1: `machine`, `versions`; `steps`: per latent shape, microseconds per step
 (`median`, `min`, `max`) of `dynamic` (scores at every step), `fine` (no scores), `diffusers`, and
 of the ops alone (`scores`, `decide`, `solver`); `loop`: what `dynamic` adds to its ops;
-`artifact`: `load_seconds`; `memory`: bytes.
+`look`: `milliseconds` (spread) of the look at the live model before each run, on tiny blocks in
+FLUX's number, `blocks`, with `modules`; `artifact`: `load_seconds`; `memory`: bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from hardware import MemoryProbe
+from real_models import Flux
+from records import RESULTS, publish
+from timing import rounds_of, spread
 from torch import Tensor
 
 import ddit_rt
@@ -37,13 +40,15 @@ from ddit_rt.engine.memory import memory_of
 from ddit_rt.lab.demo import model_path
 from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
 from ddit_rt.lab.measure.report import machine, versions
-from ddit_rt.lab.measure.timing import Batch, engine_contender
+from ddit_rt.lab.measure.timing import Batch, engine_method
+from ddit_rt.live.live import LiveModel
 from ddit_rt.loop import CpuExecutor, RunPlan
+from ddit_rt.models import family_of
 from ddit_rt.policies import DDiTPolicy, FinePolicy, PatchPolicy, Schedule, StaticPolicy
 from ddit_rt.solver import probe_scheduler
 from ddit_rt.steps import StepInputs
 
-RESULT = Path(__file__).parent / "results" / "overhead_cpu.json"
+RESULT = RESULTS / "overhead_cpu.json"
 SHAPES = ((1, 16, 32, 32), (1, 16, 128, 128), (4, 16, 128, 128))
 OFFERED = (1, 2, 4)
 PATCH = 2
@@ -97,12 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": machine(),
         "versions": versions(),
         "steps": [step_times(shape, args.steps, args.rounds) for shape in SHAPES],
+        "look": look_times(20 * args.rounds),
     }
     if not args.no_model:
         report |= model_figures()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    print(f"wrote {args.out}", file=sys.stderr)
+    publish(args.out, report)
     return 0
 
 
@@ -121,7 +125,8 @@ def step_times(shape: tuple[int, ...], steps: int, rounds: int) -> dict[str, Any
         "diffusers": lambda: scheduler_loop(scheduler, latents, velocity),
         **op_loops(dynamic, latents, velocity),
     }
-    times = rounds_of(calls, rounds, steps)
+    with torch.no_grad():
+        times, _ = rounds_of(calls, rounds, steps)
     parts = sum(times[name]["median"] for name in ("scores", "decide", "solver"))
     return {
         "latent_shape": list(shape),
@@ -185,22 +190,24 @@ def op_loops(plan: RunPlan, latents: Tensor, velocity: Tensor) -> dict[str, Call
     return {"scores": score, "decide": decide, "solver": solve}
 
 
-@torch.no_grad()
-def rounds_of(
-    calls: Mapping[str, Callable[[], Any]], rounds: int, steps: int
-) -> dict[str, dict[str, float]]:
-    """Microseconds per step of every call: median, least and most over interleaved rounds."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for index in range(rounds + 1):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            elapsed = (time.perf_counter() - started) * 1e6 / steps
-            if index:  # the first round warms up
-                times[name].append(elapsed)
+def look_times(calls: int) -> dict[str, Any]:
+    """Milliseconds of the look at the live model, on one of FLUX's depth, by one thread."""
+    flux, tiny = Flux(), Flux.presets["tiny"]
+    deep = {**tiny.config, "num_layers": 19, "num_single_layers": 38}
+    preset = replace(tiny, config=deep)
+    transformer = flux.transformer(preset, torch.device("cpu"), torch.float32)
+    live = LiveModel(family_of(transformer), transformer, flux.pipeline(transformer))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        looks = {"look": live.check}
+        times = [rounds_of(looks, 1, 1)[0]["look"]["median"] * 1e-3 for _ in range(calls)]
+    finally:
+        torch.set_num_threads(threads)
     return {
-        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
-        for name, values in times.items()
+        "blocks": deep["num_layers"] + deep["num_single_layers"],
+        "modules": sum(1 for _ in transformer.modules()),
+        "milliseconds": spread(times),
     }
 
 
@@ -212,11 +219,12 @@ def model_figures() -> dict[str, Any]:
         path = Path(folder) / "demo.ddit"
         ddit_rt.compile(pipeline, height=128, width=128, progress=False).save(path)
         own = copy.deepcopy(pipeline.transformer)
-        before = resident()
+        probe = MemoryProbe(torch.device("cpu"))
+        before = probe.used()
         started = time.perf_counter()
         engine = ddit_rt.load(path, pipeline, progress=False)
         seconds = time.perf_counter() - started
-        loaded = resident()
+        loaded = probe.used()
         for policy in (FinePolicy(), StaticPolicy("4p:0.3,2p:0.3,p")):
             generate(engine, policy)
         counts = memory_of(engine.artifact, pipeline)
@@ -227,22 +235,16 @@ def model_figures() -> dict[str, Any]:
             "weights_bytes": sum(p.numel() * p.element_size() for p in own.parameters()),
             "bucket_state_bytes": {entry.patch: entry.bytes for entry in counts.buckets},
             "rss_growth_of_load_bytes": loaded - before,
-            "rss_growth_of_runs_bytes": resident() - loaded,
+            "rss_growth_of_runs_bytes": probe.used() - loaded,
         },
     }
 
 
 def generate(engine: Any, policy: PatchPolicy) -> None:
-    """One picture."""
+    """One image."""
     arguments = {"num_inference_steps": 10, "max_sequence_length": MAX_SEQUENCE_LENGTH}
     batch = Batch(prompts=DEMO_PROMPTS[:1], seeds=(0,))
-    engine_contender("", "", engine, patch_policy=policy, **arguments).generate(batch)
-
-
-def resident() -> int:
-    """Resident set of this process, in bytes."""
-    pages = Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    engine_method("", "", engine, patch_policy=policy, **arguments).generate(batch)
 
 
 if __name__ == "__main__":

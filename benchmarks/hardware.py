@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import cuda_events
 
 from ddit_rt.lab.measure.report import machine
-
-MATRIX_EDGE = {"cuda": 8192, "cpu": 1024}
-"""Rows and columns of the matrices whose product is timed, by kind of device."""
-
-COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
-"""Bytes of the copy that is timed."""
-
-_WARM_UP_CALLS = 3
-_WINDOWS = 7
-_WINDOW_SECONDS = 0.1
+from ddit_rt.lab.profile.ceilings import copy_rate, matrix_rate
 
 
 def machine_entry(device: torch.device) -> dict[str, Any]:
@@ -66,51 +53,6 @@ def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         "matrix_flops_per_second": matrix_rate(device, dtype),
         "copy_bytes_per_second": copy_rate(device),
     }
-
-
-@torch.no_grad()
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large product of random matrices; a multiply-add is two.
-
-    Random, since a GPU draws less power, and so runs faster, on zeros. The median of several
-    windows that follow on each other, which is what a GPU sustains.
-    """
-    edge = MATRIX_EDGE[device.type]
-    left, right = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
-    result = torch.empty_like(left)
-    return 2 * edge**3 / _seconds_of(lambda: torch.mm(left, right, out=result), device)
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second, read and written together, of a copy too large for any cache."""
-    source = torch.zeros(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _seconds_of(lambda: target.copy_(source), device)
-
-
-def _seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Median over windows of the mean time of a call."""
-    for _ in range(_WARM_UP_CALLS):
-        call()
-    count = 1
-    while _window(call, count, device) < _WINDOW_SECONDS:
-        count *= 2
-    return statistics.median(_window(call, count, device) / count for _ in range(_WINDOWS))
-
-
-def _window(call: Callable[[], Any], count: int, device: torch.device) -> float:
-    if device.type != "cuda":
-        started = time.perf_counter()
-        for _ in range(count):
-            call()
-        return time.perf_counter() - started
-    begin, end = cuda_events()
-    begin.record()
-    for _ in range(count):
-        call()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) * 1e-3
 
 
 class MemoryProbe:

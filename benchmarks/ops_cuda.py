@@ -12,26 +12,22 @@ copy of a gibibyte moves per second, reads and writes together, in the same run.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import copy_rate, machine_entry
-from kernel_cases import LATENTS, KernelCase
-from step_kernels import step_cases
-from tables import update_tables
-from timing import Call, attempt, cuda_events, release, spread
+from hardware import machine_entry
+from records import RESULTS, publish
+from step_kernels import LATENTS, KernelCase, step_cases
+from timing import Call, attempt, release, spread
 from torch import Tensor
 
 from ddit_rt import ops
 from ddit_rt.lab.measure.report import versions
+from ddit_rt.lab.profile.ceilings import copy_rate, cuda_events
 
-RESULT = Path(__file__).resolve().parent / "results" / "ops_cuda.json"
 PATCH_SIZES = (2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float32)
 _L2_MULTIPLE = 4
@@ -91,7 +87,7 @@ def pack_case(
         size=size,
         shape=shape,
         moved_bytes=2 * math.prod(shape) * dtype.itemsize,
-        contenders={
+        methods={
             "native": partial(launch, ours),
             "eager": partial(launch, theirs),
             "copy": copy,
@@ -170,9 +166,9 @@ def microseconds(graph: torch.cuda.CUDAGraph, count: int) -> float:
 
 
 def measure(case: KernelCase, rounds: int, l2_bytes: int) -> dict[str, Any]:
-    """Time of one launch of every contender, in turns."""
+    """Time of one launch of every method, in turns."""
     count = _FEWEST_LAUNCHES if case.latency_bound else launches(case.moved_bytes, l2_bytes)
-    graphs = {name: capture([build] * count) for name, build in case.contenders.items()}
+    graphs = {name: capture([build] * count) for name, build in case.methods.items()}
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for index in range(rounds + 1):
         for name, (graph, _) in graphs.items():
@@ -224,12 +220,7 @@ def run(arguments: argparse.Namespace) -> None:
         "replays": _REPLAYS,
         "results": rows,
     }
-    out = arguments.out or RESULT
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    if out.resolve() == RESULT:
-        update_tables("ops_cuda", report)
-    print(f"wrote {out}", file=sys.stderr)
+    publish(arguments.out or RESULTS / "ops_cuda.json", report)
 
 
 def summary(row: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What the tables say of the paper's claims and of the rivals, each by its own interval.
+"""What the tables say of the paper's claims and of the baselines, each by its own interval.
 
 A comparison is made prompt by prompt: the mean over the prompts of the difference in SSIM, with its
 95% bootstrap interval. A claim holds where the whole interval is above zero, does not where it is
@@ -14,7 +14,7 @@ from typing import Any
 
 from quality_paths import PAPER_TRAINED, PAPER_UNTRAINED, SNR_TRAINED, TRAINING_FREE
 
-from ddit_rt.lab.evaluate import mean_interval
+from ddit_rt.lab.measure.statistics import mean_interval
 
 Row = Mapping[str, Any]
 Rows = Mapping[str, Row]
@@ -39,7 +39,7 @@ def claims(tables: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
 
 
 def _entry(claim: str, table: str, better: Row, worse: Row) -> dict[str, Any]:
-    """Whether the first row's pictures are closer to their reference than the second's."""
+    """Whether the first row's images have a higher fidelity than the second's."""
     pairs = zip(better["ssim_per_prompt"], worse["ssim_per_prompt"], strict=True)
     difference = mean_interval([own - other for own, other in pairs])
     holds = YES if difference.low > 0 else NO if difference.high < 0 else UNDECIDED
@@ -59,7 +59,7 @@ def _entry(claim: str, table: str, better: Row, worse: Row) -> dict[str, Any]:
 def _order(rows: Rows) -> Iterator[Comparison]:
     for other in (2, 1):
         yield f"order 3 is better than order {other} at equal tokens", "order_3", f"order_{other}"
-    yield from _rivals(rows)
+    yield from _baselines(rows)
 
 
 def _rho(rows: Rows) -> Iterator[Comparison]:
@@ -77,7 +77,7 @@ def _adapters(rows: Rows) -> Iterator[Comparison]:
     for plan in dict.fromkeys(name.partition("/")[0] for name in rows if "/" in name):
         for claim, better, worse in _PATHS:
             yield claim, f"{plan}/{better}", f"{plan}/{worse}"
-    yield from _rivals(rows)
+    yield from _baselines(rows)
 
 
 _PATHS = (
@@ -101,24 +101,24 @@ _PATHS = (
 )
 
 
-def _rivals(rows: Rows) -> Iterator[Comparison]:
-    """Every plan against fewer fine steps, and every dynamic one against its static rival."""
+def _baselines(rows: Rows) -> Iterator[Comparison]:
+    """Every plan against fewer steps, and every dynamic one against its static baseline."""
     for name, row in rows.items():
         kind = row["kind"]
         if "static" in row:
             yield f"a {kind} plan is better than a static one at equal time", name, row["static"]
-        for cost, rival in row.get("fewer_steps", {}).items():
+        for cost, baseline in row.get("fewer_steps", {}).items():
             words = cost.replace("_", " ")
-            yield f"a {kind} plan is better than fewer fine steps at {words}", name, rival
+            yield f"a {kind} plan is better than fewer steps at {words}", name, baseline
 
 
 _COMPARISONS: dict[str, Callable[[Rows], Iterator[Comparison]]] = {
     "order": _order,
-    "tau": _rivals,
+    "tau": _baselines,
     "rho": _rho,
     "statistic": _statistic,
     "adapters": _adapters,
-    "static_dynamic": _rivals,
-    "steps": _rivals,
-    "video": _rivals,
+    "static_dynamic": _baselines,
+    "steps": _baselines,
+    "video": _baselines,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ def build_paths(
     folders: Mapping[str, Path | None],
     *,
     untrained: bool = True,
+    sizes: Sequence[str] = ("p", *COARSE),
     **compile_arguments: Any,
 ) -> tuple[dict[str, CoarsePath], dict[str, str]]:
     """Compiles an engine for every path that there is.
@@ -55,6 +56,7 @@ def build_paths(
         pipeline: The demo pipeline.
         folders: Folder of the trained adapters of `PAPER_TRAINED` and `SNR_TRAINED`, or None.
         untrained: Whether to build the paper's initialisation too.
+        sizes: Patch sizes.
         compile_arguments: Further arguments of `ddit_rt.compile`.
 
     Returns:
@@ -76,7 +78,7 @@ def build_paths(
     paths = {
         name: CoarsePath(
             engine=ddit_rt.compile(
-                pipeline, patch_sizes=("p", *COARSE), adapter=adapters, **compile_arguments
+                pipeline, patch_sizes=sizes, adapter=adapters, progress=False, **compile_arguments
             ),
             fingerprint="" if adapters is None else adapter_fingerprint(adapters),
             folder=None if folder is None else folder.name,

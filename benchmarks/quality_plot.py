@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quality_paths import LABELS, TRAINING_FREE
 
-from ddit_rt.lab.measure.grid import new_figure
+from ddit_rt.lab.measure.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 # Okabe and Ito's palette, told apart by colour-blind readers; markers differ too.
 _STYLES: dict[str, tuple[str, str]] = {
-    "fewer fine steps": ("#000000", "-"),
+    "fewer steps": ("#000000", "-"),
     "static": ("#E69F00", "s"),
     "dynamic, the paper's rule": ("#D55E00", "v"),
     "dynamic, default rule": ("#0072B2", "o"),
@@ -50,7 +50,7 @@ def draw_quality(report: Mapping[str, Any], path: Path) -> None:
         _draw(panels[1][column], series, "frechet")
         panels[1][column].set_xlabel("time of the denoising loop, ms")
         panels[0][column].legend(fontsize=8, loc="best")
-    panels[0][0].set_ylabel("SSIM to the all-fine picture")
+    panels[0][0].set_ylabel("SSIM to full resolution")
     panels[1][0].set_ylabel("Fréchet distance, classifier's features")
     panels[1][0].set_yscale("symlog", linthresh=1e-3)
     figure.tight_layout()
@@ -64,7 +64,7 @@ Series = dict[str, tuple[str, str, list[Row]]]
 def _policy_series(report: Mapping[str, Any]) -> Series:
     rows = report["tables"].get("static_dynamic", [])
     named = {
-        "fewer fine steps": _fewer(report),
+        "fewer steps": _fewer(report),
         "static": [row for row in rows if row["kind"] == "static"],
         "dynamic, the paper's rule": [
             row
@@ -81,7 +81,7 @@ def _path_series(report: Mapping[str, Any]) -> Series:
     series: Series = {}
     fewer = _fewer(report)
     if fewer:
-        series["fewer fine steps"] = (*_STYLES["fewer fine steps"], fewer)
+        series["fewer steps"] = (*_STYLES["fewer steps"], fewer)
     for name, style in _PATH_STYLES.items():
         found = [row for row in rows if row["name"].endswith(f"/{name}")]
         if found:

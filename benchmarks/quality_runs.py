@@ -1,74 +1,96 @@
-"""Pictures or clips of plans on a demo model, made once and kept, and what a step costs by size.
+"""Images or videos of plans on a demo model, made once and kept, and what a step costs.
 
-Plans that decide run each picture in a launch of its own, since a batch shares its decisions.
-Static ones may run in batches, where pictures are the same up to rounding.
+Plans that decide run each prompt in a launch of its own, since a batch shares its decisions. Static
+ones may run in batches, where images are the same up to rounding.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import quality_loop
 import torch
-from quality_loop import HostRule, host_model, offered_multiples, run_host_rule
 from quality_paths import TRAINING_FREE, CoarsePath
+from torch import Tensor
 
 import ddit_rt
-from ddit_rt.lab.measure.timing import Batch, Picture, engine_contender
+from ddit_rt import ops
+from ddit_rt.lab.measure.timing import Batch, Generation, Method, Pixels, engine_method
+from ddit_rt.lab.plans.candidates import ThresholdCache
+from ddit_rt.lab.plans.dial import branch, step_costs
 from ddit_rt.lab.plans.points import Prompt
-from ddit_rt.policies import FinePolicy, PatchPolicy, StaticPolicy
-from ddit_rt.steps import StepModel
+from ddit_rt.lab.plans.step_caches import alternating
+from ddit_rt.loop import RunTrace
+from ddit_rt.policies import FinePolicy, NoCache, PatchPolicy, StaticPolicy, StepCache
 
-_SCHEMA = 1
-
-_NOT_DRAWING = frozenset({"calibration", "cli", "evaluation", "training"})
-"""Parts of the package that no picture of the benchmark passes through."""
+QUANTILE, MEAN = "quantile", "mean"
+_SCHEMA = 2
+_NOT_DRAWING = frozenset({"cli", "lab"})
+"""Parts of the package that no image of the benchmark passes through."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """One way to make pictures.
+    """One way to make images.
 
     Attributes:
-        policy: Patch size of each step; or a rule that only the benchmark's own loop runs.
+        policy: Patch size of each step.
         steps: Denoising steps.
-        path: Which coarse step it takes: a key of `PictureRuns.paths`.
+        path: Which coarse step it takes: a key of `Runs.paths`.
+        cache: Which steps reuse.
+        statistic: How a dynamic policy reduces the patches' deviations: the paper says why by a
+            quantile, as the native scores do, and not by their mean.
+        kind: What a table calls plans of its shape.
+        label: The plan in a few words.
     """
 
-    policy: PatchPolicy | HostRule
+    policy: PatchPolicy
     steps: int
     path: str = TRAINING_FREE
+    cache: StepCache = NoCache()  # noqa: RUF009 - frozen
+    statistic: str = QUANTILE
+    kind: str = ""
+    label: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {"policy": self.policy.to_dict(), "steps": self.steps, "path": self.path}
+        """What it does, JSON-ready."""
+        policy = self.policy.to_dict()
+        if self.statistic != QUANTILE:
+            policy["statistic"] = self.statistic
+        return {"policy": policy, "steps": self.steps, "path": self.path}
+
+    @property
+    def key(self) -> str:
+        """Equal for plans that do the same."""
+        return json.dumps([self.to_dict(), self.cache.to_dict()])
 
 
-def fine(steps: int) -> Plan:
-    """All steps at p, where every path is the unmodified model."""
-    return Plan(policy=FinePolicy(), steps=steps)
+def reference(steps: int) -> Plan:
+    """Full resolution, at which every path is the unmodified model."""
+    return Plan(
+        policy=FinePolicy(), steps=steps, kind="fine", label=f"{steps} steps at full resolution"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pictures:
+class Made:
     """What a plan made of some prompts, in their order.
 
     Attributes:
-        pictures: One per prompt.
-        sizes: Patch size of every step of each picture, by name.
-        loop_ms: Wall time of each picture's denoising loop; empty where they ran in batches.
+        images: One per prompt, or videos.
+        branches: What every step did for each, such as `"2p"` or `"2p reused"`.
+        loop_ms: Wall time of each prompt's denoising loop; empty where they ran in batches.
     """
 
-    pictures: list[Picture]
-    sizes: list[list[str]]
+    images: list[Pixels]
+    branches: list[list[str]]
     loop_ms: list[float]
 
 
@@ -77,134 +99,126 @@ class StepCosts:
     """What one step costs.
 
     Attributes:
-        milliseconds: By path and patch size.
+        milliseconds: By path, and by class of a step cache, then by branch.
         tokens: Image tokens by patch size.
     """
 
     milliseconds: dict[str, dict[str, float]]
-    tokens: dict[str, int]
+    tokens: dict[str, float]
 
-    def loop_ms(self, path: str, sizes: Sequence[str]) -> float:
+    def loop_ms(self, plan: Plan, branches: Sequence[str]) -> float:
         """Milliseconds of a loop; a step at p costs the same on every path."""
-        own, base = self.milliseconds[path], self.milliseconds[TRAINING_FREE]
-        return sum(base["p"] if size == "p" else own[size] for size in sizes)
+        cached = type(plan.cache).__name__
+        if cached in self.milliseconds:
+            return sum(self.milliseconds[cached][one] for one in branches)
+        own, base = self.milliseconds[plan.path], self.milliseconds[TRAINING_FREE]
+        return sum(base["p"] if one == "p" else own[one] for one in branches)
 
-    def loop_tokens(self, sizes: Sequence[str]) -> int:
-        """Image tokens of a loop."""
-        return sum(self.tokens[size] for size in sizes)
+    def loop_tokens(self, branches: Sequence[str]) -> float:
+        """Image tokens of a loop; a step that reuses counts as none."""
+        return sum(self.tokens.get(one, 0) for one in branches)
 
 
 @dataclass(kw_only=True)
-class PictureRuns:
+class Runs:
     """Runs plans.
 
     Attributes:
         paths: By name, `TRAINING_FREE` among them.
         arguments: Further arguments of an engine's call.
-        cache: Folder for what was made; None keeps nothing. Every file is named by a hash of the
-            plan, the prompts, the model, the adapters and the package's code.
-        batch: Pictures that static plans make at once.
-        generated: Pictures that were made, not found.
+        folder: For what was made; None keeps nothing. Every file is named by a hash of the plan,
+            the prompts, the model, the adapters and the package's code.
+        batch: Images that static plans make at once.
+        generated: Images that were made, not found.
     """
 
     paths: Mapping[str, CoarsePath]
     arguments: Mapping[str, Any]
-    cache: Path | None = None
+    folder: Path | None = None
     batch: int = 4
     generated: int = 0
-    _memory: dict[str, Pictures] = field(default_factory=dict, repr=False)
+    _memory: dict[str, Made] = field(default_factory=dict, repr=False)
 
-    def run(self, plan: Plan, prompts: Sequence[Prompt]) -> Pictures:
-        """The pictures of a plan."""
-        key = self._key(plan.path, [plan.to_dict(), _entries(prompts)])
+    def run(self, plan: Plan, prompts: Sequence[Prompt]) -> Made:
+        """What a plan makes."""
+        key = self._key(plan.path, [plan.key, [asdict(prompt) for prompt in prompts]])
         if key not in self._memory:
             self._memory[key] = self._load(key) or self._generate(plan, prompts, key)
         return self._memory[key]
 
-    def costs(self, steps: int, prompt: Prompt, repeats: int) -> StepCosts:
-        """Cost of one step, by path and patch size.
+    def method(self, plan: Plan) -> Method:
+        """A plan, to be timed beside others."""
+        return engine_method(
+            plan.key,
+            plan.label,
+            self.paths[plan.path].engine,
+            patch_policy=plan.policy,
+            num_inference_steps=plan.steps,
+            step_cache=plan.cache,
+            **self.arguments,
+        )
 
-        Medians over all steps of static runs, in interleaved rounds, so that a machine that
-        slows down meanwhile does so for all of them alike.
-        """
-        settings = [steps, _entries([prompt]), repeats, torch.get_num_threads()]
-        path = self._file("-".join(self._key(name, settings)[:8] for name in self.paths), "json")
+    def trace(self, plan: Plan, prompt: Prompt) -> RunTrace:
+        """The trace of a run whose images do not count."""
+        return trace_of(self.method(plan).generate(batch_of([prompt])))
+
+    def sizes(self) -> list[str]:
+        """Patch sizes by name, p first."""
+        engine = self.paths[TRAINING_FREE].engine
+        return [entry.patch for entry in engine.artifact.manifest.buckets]
+
+    def costs(
+        self, steps: int, prompt: Prompt, repeats: int, caches: Sequence[ThresholdCache] = ()
+    ) -> StepCosts:
+        """Cost of one step, by path or step cache: medians over the steps of static runs."""
+        known = [steps, asdict(prompt), repeats, torch.get_num_threads()]
+        known.append([cache.to_dict() for cache in caches])
+        key = "-".join(self._key(name, known)[:8] for name in self.paths)
+        path = self._file(key, "json")
         if path is not None and path.exists():
             return StepCosts(**json.loads(path.read_text(encoding="utf-8")))
-        costs = self._measure_costs(steps, prompt, repeats)
+        costs = self._measure_costs(steps, prompt, repeats, caches)
         if path is not None:
             path.write_text(json.dumps(asdict(costs)), encoding="utf-8")
         return costs
 
-    def _measure_costs(self, steps: int, prompt: Prompt, repeats: int) -> StepCosts:
-        times: dict[str, dict[str, list[float]]] = {name: {} for name in self.paths}
-        tokens: dict[str, int] = {}
-        for index in range(repeats + 1):
-            for name, path in self.paths.items():
-                for size in (entry.patch for entry in path.engine.artifact.manifest.buckets):
-                    plan = Plan(policy=StaticPolicy([size] * steps), steps=steps, path=name)
-                    self._engine_batch(plan, [prompt])
-                    trace = path.engine.last_trace
-                    tokens[size] = trace[0].tokens
-                    if index:  # the first round warms up
-                        times[name].setdefault(size, []).extend(s.latency_ms for s in trace)
-        medians = {
-            name: {size: statistics.median(values) for size, values in by_size.items()}
-            for name, by_size in times.items()
-        }
-        return StepCosts(milliseconds=medians, tokens=tokens)
+    def _measure_costs(
+        self, steps: int, prompt: Prompt, repeats: int, caches: Sequence[ThresholdCache]
+    ) -> StepCosts:
+        tables: dict[str, tuple[str, StepCache]] = {name: (name, NoCache()) for name in self.paths}
+        tables |= {type(one).__name__: (TRAINING_FREE, alternating(one)) for one in caches}
 
-    def _generate(self, plan: Plan, prompts: Sequence[Prompt], key: str) -> Pictures:
-        make = self._host_batch if isinstance(plan.policy, HostRule) else self._engine_batch
-        size = self.batch if isinstance(plan.policy, StaticPolicy) else 1
-        made = Pictures(pictures=[], sizes=[], loop_ms=[])
+        def measure(path: str, cache: StepCache, **how: Any) -> dict[str, float]:
+            def run(policy: PatchPolicy, chosen: StepCache) -> RunTrace:
+                return self.trace(Plan(policy=policy, steps=steps, path=path, cache=chosen), prompt)
+
+            return step_costs(run, self.sizes(), steps, cache=cache, **how)
+
+        return StepCosts(
+            milliseconds={name: measure(*how, rounds=repeats) for name, how in tables.items()},
+            tokens=measure(TRAINING_FREE, NoCache(), unit="tokens"),
+        )
+
+    def _generate(self, plan: Plan, prompts: Sequence[Prompt], key: str) -> Made:
+        still = isinstance(plan.policy, StaticPolicy) and isinstance(plan.cache, NoCache)
+        size = self.batch if still else 1
+        made, method = Made(images=[], branches=[], loop_ms=[]), self.method(plan)
         for start in range(0, len(prompts), size):
-            part = make(plan, prompts[start : start + size])
-            made.pictures.extend(part.pictures)
-            made.sizes.extend(part.sizes)
-            made.loop_ms.extend(part.loop_ms if size == 1 else ())
+            part = prompts[start : start + size]
+            with scored_by(plan.statistic):
+                result = method.generate(batch_of(part))
+            trace = trace_of(result)
+            made.images.extend(result.outputs)
+            made.branches.extend([[branch(step) for step in trace]] * len(part))
+            made.loop_ms.extend([trace.latency_ms] if size == 1 else ())
         self.generated += len(prompts)
         path = self._file(key, "npz")
         if path is not None:
             partial = path.with_suffix(".part.npz")
-            record = json.dumps([made.sizes, made.loop_ms])
-            np.savez_compressed(partial, pictures=np.stack(made.pictures), record=record)
+            record = json.dumps([made.branches, made.loop_ms])
+            np.savez_compressed(partial, images=np.stack(made.images), record=record)
             partial.replace(path)  # whole or not at all
         return made
-
-    def _engine_batch(self, plan: Plan, prompts: Sequence[Prompt]) -> Pictures:
-        arguments = {"num_inference_steps": plan.steps, **self.arguments}
-        engine = self.paths[plan.path].engine
-        contender = engine_contender("", "", engine, patch_policy=plan.policy, **arguments)
-        texts, seeds = zip(*_entries(prompts), strict=True)
-        made = contender.generate(Batch(prompts=texts, seeds=seeds))
-        assert made.trace is not None, "an engine's run has a trace"
-        return Pictures(
-            pictures=list(made.pictures),
-            sizes=[made.trace.patch_sizes()] * len(prompts),
-            loop_ms=[made.trace.latency_ms],
-        )
-
-    def _host_batch(self, plan: Plan, prompts: Sequence[Prompt]) -> Pictures:
-        if plan.path != TRAINING_FREE:
-            raise ValueError(f"got the path {plan.path!r}; a host rule runs {TRAINING_FREE!r} only")
-        assert isinstance(plan.policy, HostRule)
-        engine = self.paths[plan.path].engine
-        arguments = {"num_inference_steps": plan.steps, **self.arguments}
-        (prompt,) = prompts
-        picture, sizes, loop_ms = run_host_rule(
-            self._host_model,
-            engine.pipeline,
-            plan.policy,
-            offered_multiples(engine),
-            prompt,
-            arguments,
-        )
-        return Pictures(pictures=[picture], sizes=[sizes], loop_ms=[loop_ms])
-
-    @cached_property
-    def _host_model(self) -> StepModel:
-        return host_model(self.paths[TRAINING_FREE].engine)
 
     @cached_property
     def _code(self) -> str:
@@ -216,20 +230,66 @@ class PictureRuns:
         text = json.dumps([_SCHEMA, content, dict(self.arguments), self._code, model])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def _load(self, key: str) -> Pictures | None:
+    def _load(self, key: str) -> Made | None:
         path = self._file(key, "npz")
         if path is None or not path.exists():
             return None
         with np.load(path) as data:
-            sizes, loop_ms = json.loads(str(data["record"]))
-            return Pictures(pictures=list(data["pictures"]), sizes=sizes, loop_ms=loop_ms)
+            branches, loop_ms = json.loads(str(data["record"]))
+            return Made(images=list(data["images"]), branches=branches, loop_ms=loop_ms)
 
     def _file(self, key: str, suffix: str) -> Path | None:
-        return None if self.cache is None else self.cache / f"{key}.{suffix}"
+        return None if self.folder is None else self.folder / f"{key}.{suffix}"
+
+
+@contextmanager
+def scored_by(statistic: str) -> Iterator[None]:
+    """Lets the CPU's step loop reduce patches by another statistic than the native quantile.
+
+    The loop asks `ops.patch_scores` for its scores; while this lasts, it gets those of a mean.
+    """
+    native = ops.patch_scores
+    if statistic == MEAN:
+        ops.patch_scores = mean_scores
+    try:
+        yield
+    finally:
+        ops.patch_scores = native
+
+
+def mean_scores(
+    history: Tensor, patch_sizes: Sequence[int], quantile: float, order: int = 3, head: int = 0
+) -> Tensor:
+    """As `ops.patch_scores`, by the mean over the patches; the quantile is no part of it."""
+    del quantile
+    weights = {1: (1, -1), 2: (1, -2, 1), 3: (1, -3, 3, -1)}[order]
+    recent = [history[(head + age) % len(history)].double() for age in range(order + 1)]
+    difference = torch.stack([w * z for w, z in zip(weights, recent, strict=True)]).sum(0)
+    batch, channels, height, width = difference.shape
+    scores = []
+    for size in patch_sizes:
+        split = difference.view(batch, channels, height // size, size, width // size, size)
+        patches = split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        scores.append(patches.std(-1).mean(-1))
+    return torch.stack(scores, dim=-1).float()
+
+
+def batch_of(prompts: Sequence[Prompt]) -> Batch:
+    """Prompts in one call."""
+    return Batch(
+        prompts=tuple(prompt.text for prompt in prompts),
+        seeds=tuple(prompt.seed for prompt in prompts),
+    )
+
+
+def trace_of(made: Generation) -> RunTrace:
+    """The trace of an engine's run."""
+    assert made.trace is not None, "an engine's run has a trace"
+    return made.trace
 
 
 def code_fingerprint() -> str:
-    """SHA-256 of the code that draws, so that pictures of another state of it do not count."""
+    """SHA-256 of the code that draws, so that images of another state of it do not count."""
     digest = hashlib.sha256()
     package = Path(ddit_rt.__file__).parent
     drawing = (
@@ -237,10 +297,6 @@ def code_fingerprint() -> str:
         for path in sorted(package.rglob("*"))
         if path.suffix in (".py", ".so") and path.relative_to(package).parts[0] not in _NOT_DRAWING
     )
-    for path in (*drawing, Path(quality_loop.__file__)):
+    for path in (*drawing, Path(__file__)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def _entries(prompts: Sequence[Prompt]) -> list[tuple[str, int]]:
-    return [(prompt.text, prompt.seed) for prompt in prompts]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
-from quality_loop import HostRule
-from quality_paths import LABELS, TRAINING_FREE
-from quality_rivals import MakePolicy, Matcher, with_fewer_steps
-from quality_runs import Plan, fine
+from quality_paths import COARSE, LABELS, TRAINING_FREE
+from quality_rows import Judge, Row
+from quality_runs import MEAN, Plan, reference
+from quality_search import MakePolicy, Matcher
 
+from ddit_rt.lab.demo.plans import VIDEO_POLICY, demo_plans
 from ddit_rt.lab.plans.candidates import Static
-from ddit_rt.policies import DDiTPolicy, StaticPolicy
+from ddit_rt.policies import DDiTPolicy, PatchPolicy, StaticPolicy
 
-Row = dict[str, Any]
 PAPER_TAU, PAPER_RHO = 1e-3, 0.4
 
 
@@ -38,6 +37,26 @@ class Grid:
 QUICK_GRID = Grid(taus=(PAPER_TAU,), rhos=(0.25, PAPER_RHO), shares=(0.6,), step_counts=(5, 7))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoGrid:
+    """Values that the table `video` goes through.
+
+    Attributes:
+        shares: Of the steps, run coarse after three at p and with a step at p after every three.
+        block: Share of the steps, run coarse in one block from the first.
+        taus: Of 2p in the demo's policy; 4p has half.
+        paper_taus: Of the paper's rule.
+    """
+
+    shares: tuple[float, ...] = (0.25, 0.5)
+    block: float = 0.5
+    taus: tuple[float, ...] = (0.01, 0.02, 0.04)
+    paper_taus: tuple[float, ...] = (0.003, 0.005, 0.01)
+
+
+QUICK_VIDEO_GRID = VideoGrid(shares=(0.25,), taus=(0.04,), paper_taus=(0.01,))
+
+
 def paper_rule(tau: float, *, rho: float = PAPER_RHO, order: int = 3) -> DDiTPolicy:
     """The paper's rule; three warm-up steps at any order, so that only the difference differs."""
     return replace(DDiTPolicy.paper(tau, rho), order=order, warmup_steps=3)
@@ -49,14 +68,14 @@ def default_rule(tau: float) -> DDiTPolicy:
 
 
 def make_table(name: str, matcher: Matcher, grid: Grid) -> list[Row]:
-    """The rows of a table, each followed by its rivals.
+    """The rows of a table, each followed by its baselines.
 
     Args:
         name: One of `TABLES`.
         matcher: Makes the rows.
         grid: Values to go through.
     """
-    return with_fewer_steps(matcher.judge, TABLES[name](matcher, grid))
+    return matcher.judge.with_fewer_steps(TABLES[name](matcher, grid))
 
 
 def _order(matcher: Matcher, _grid: Grid) -> list[Row]:
@@ -88,9 +107,8 @@ def _of_rho(rho: float) -> MakePolicy:
 
 
 def _statistic(matcher: Matcher, _grid: Grid) -> list[Row]:
-    matcher = replace(matcher, path=TRAINING_FREE)  # the only one that the plain loop runs
     quantile = matcher.matched("quantile", f"quantile {PAPER_RHO:g}", paper_rule)
-    mean = matcher.matched("mean", "mean", lambda tau: HostRule(tau=tau, statistic="mean"))
+    mean = replace(matcher, statistic=MEAN).matched("mean", "mean", paper_rule)
     return [quantile, mean, *matcher.static_of(quantile)]
 
 
@@ -157,7 +175,9 @@ def _steps(matcher: Matcher, grid: Grid) -> list[Row]:
         row = own.matched(f"default_{count}", f"{count} steps, dynamic, default rule", default_rule)
         rows += [paper, row, *own.static_of(row)]
     between = [
-        judge.row(f"{n}_of_{most}", f"{n} fine steps against {most}", "reference", fine(n), most)
+        judge.row(
+            f"{n}_of_{most}", f"{n} fine steps against {most}", "reference", reference(n), most
+        )
         for n in grid.step_counts
         if n < most
     ]
@@ -173,3 +193,58 @@ TABLES: dict[str, Callable[[Matcher, Grid], list[Row]]] = {
     "static_dynamic": _static_dynamic,
     "steps": _steps,
 }
+
+
+def video_rows(judge: Judge, steps: int, grid: VideoGrid) -> list[Row]:
+    """Full resolution, and every plan of the video demo followed by its baselines."""
+    whole = reference(steps)
+    rows = [judge.row("fine", whole.label, "fine", whole, steps)]
+    for name, label, kind, policy in _video_plans(steps, grid):
+        plan = Plan(policy=policy, steps=steps, path=TRAINING_FREE)
+        rows.append(judge.row(name, label, kind, plan, steps))
+    return judge.with_fewer_steps(rows)
+
+
+def _video_plans(steps: int, grid: VideoGrid) -> list[tuple[str, str, str, PatchPolicy]]:
+    """Name, label, kind and policy: the demo's plans, shares of coarse steps, rules by tau."""
+    _, static, dynamic = demo_plans(steps, VIDEO_POLICY)
+    statics = [
+        (f"{size}_{share:g}", Static(steps=steps, coarse=(size,)), share)
+        for size in COARSE
+        for share in grid.shares
+    ]
+    statics += [
+        (
+            f"{size}_{grid.block:g}_block",
+            Static(steps=steps, coarse=(size,), head=0, tail=0, refresh=None),
+            grid.block,
+        )
+        for size in COARSE
+    ]
+    chosen = [
+        (name, template.at(max(1, min(template.levels, round(share * steps)))))
+        for name, template, share in statics
+    ]
+    return [
+        ("demo_static", "static, as in the demo", "static", static.policy),
+        ("demo_dynamic", "dynamic, as in the demo", "dynamic", dynamic.policy),
+        *((name, candidate.label, "static", candidate.policy) for name, candidate in chosen),
+        *(
+            (
+                f"tau_{tau:g}",
+                f"dynamic, tau {tau:g}",
+                "dynamic",
+                replace(VIDEO_POLICY, tau={"2p": tau, "4p": tau / 2}),
+            )
+            for tau in grid.taus
+        ),
+        *(
+            (
+                f"paper_{tau:g}",
+                f"dynamic, the paper's rule, tau {tau:g}",
+                "dynamic",
+                paper_rule(tau),
+            )
+            for tau in grid.paper_taus
+        ),
+    ]

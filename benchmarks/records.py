@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from hardware import device_name
+from tables import TABLES, update_tables
 from timing import Deadline, attempt
 
-from ddit_rt.lab.evaluate import mean_interval
+from ddit_rt.lab.measure.statistics import mean_interval
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 Record = dict[str, Any]
 Save = Callable[[Record], None]
@@ -113,6 +117,14 @@ def interval_entry(values: Sequence[float]) -> dict[str, float | None]:
     """Mean and 95% interval as strict JSON: the bounds of a single value are null."""
     found = asdict(mean_interval(values))
     return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+
+def publish(out: Path, report: Record) -> None:
+    """Writes a record and, where it is the one that tables are made of, the tables."""
+    write(out, report)
+    if out.resolve().parent == RESULTS and out.stem in {n.partition(":")[0] for n in TABLES}:
+        update_tables(out.stem, report)
+    print(f"wrote {out}", file=sys.stderr)
 
 
 def write(path: Path, report: Record) -> None:

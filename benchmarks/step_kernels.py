@@ -1,4 +1,4 @@
-"""The step loop's own kernels as cases of `ops_cuda.py`: the update and the decision.
+"""What `ops_cuda.py` times, one op at one size; and the step loop's own kernels as such cases.
 
 Each launch of a case works on buffers of its own, set up as in the middle of a run whose every step
 is scored: the solver is Euler's, the difference the third, the sizes those of 2p and 4p.
@@ -7,12 +7,12 @@ is scored: the solver is Euler's, the difference the third, the sizes those of 2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from kernel_cases import LATENTS, KernelCase
 from timing import Call
 
 from ddit_rt import _runtime
@@ -21,6 +21,36 @@ from ddit_rt.loop.buffers import LoopBuffers
 from ddit_rt.policies import PolicyTable
 from ddit_rt.policies.patch_table import DYNAMIC
 from ddit_rt.solver import SolverTable
+
+LATENTS: Mapping[str, tuple[int, ...]] = {
+    "FLUX 1024": (1, 16, 128, 128),
+    "Wan 480p": (1, 16, 21, 60, 104),
+    "Wan 720p": (1, 16, 21, 90, 160),
+    "Wan 704p": (1, 16, 21, 88, 160),  # where a patch does not divide the 90 rows of 720p
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelCase:
+    """One op at one size, and what else moves the same bytes.
+
+    Attributes:
+        name: Op and variant.
+        size: Name of the latent size.
+        shape: Of the latents.
+        moved_bytes: Bytes of all inputs and outputs.
+        methods: By name, what makes the call of one launch, with buffers of its own.
+        latency_bound: Whether its bytes say nothing of its time; then a few launches do, and what
+            it works on may stay in the L2 cache.
+    """
+
+    name: str
+    size: str
+    shape: tuple[int, ...]
+    moved_bytes: int
+    methods: Mapping[str, Callable[[], Call]]
+    latency_bound: bool = False
+
 
 _STEPS = 4096  # a decision is for the next step each time: enough for all replays of a graph
 _FIRST = 4  # decisions before anything is timed, so that the loop has a history
@@ -51,7 +81,7 @@ def update_case(device: torch.device, size: str) -> KernelCase:
         size=size,
         shape=shape,
         moved_bytes=moved,
-        contenders={
+        methods={
             "native": partial(_launch, "update", device, size),
             "copy": partial(_copy, device, moved),
         },
@@ -71,7 +101,7 @@ def decide_case(device: torch.device, size: str) -> KernelCase:
         size=size,
         shape=shape,
         moved_bytes=2 * _FP32 * math.prod(shape) // (shape[1] * edge**2),
-        contenders={"native": partial(_launch, "decide", device, size)},
+        methods={"native": partial(_launch, "decide", device, size)},
         latency_bound=True,
     )
 

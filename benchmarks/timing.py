@@ -1,6 +1,6 @@
 """Timing of calls that may fail, on a CPU or a CUDA device.
 
-Contenders take turns, so that a machine that speeds up or slows down meanwhile does so for all of
+Methods take turns, so that a machine that speeds up or slows down meanwhile does so for all of
 them alike. On CUDA a run is timed by two events on the current stream, and by the host's clock
 between two synchronisations.
 """
@@ -19,6 +19,8 @@ from types import FrameType
 from typing import Any
 
 import torch
+
+from ddit_rt.lab.profile.ceilings import cuda_events
 
 Call = Callable[[], Any]
 
@@ -39,12 +41,12 @@ class Deadline:
 
 @dataclass
 class Measured:
-    """What the turns of one contender gave.
+    """What the turns of one method gave.
 
     Attributes:
         seconds: Time of every measured call, on CUDA by events.
         wall_seconds: The same by the host's clock.
-        first_call_seconds: Wall time of building the contender and of its first call.
+        first_call_seconds: Wall time of building the method and of its first call.
         warm_seconds: Wall time of the last call that warmed it up.
         results: What every measured call returned.
         error: Why it dropped out; None if it did not.
@@ -71,6 +73,35 @@ class Measured:
             values.append(value)
 
 
+def rounds_of(
+    calls: Mapping[str, Call], rounds: int, steps: int
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """Lets calls that cannot fail take turns on a CPU, after a round that warms up.
+
+    Args:
+        calls: By name.
+        rounds: Measured rounds.
+        steps: By how many a call's time is divided.
+
+    Returns:
+        By name microseconds a step, `median`, `min` and `max`; and what each call returned.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    results: dict[str, Any] = {}
+    for index in range(rounds + 1):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            results[name] = call()
+            if index:
+                times[name].append((time.perf_counter() - started) * 1e6 / steps)
+    return {name: extremes(values) for name, values in times.items()}, results
+
+
+def extremes(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, extremes and quartiles of one or more values, and their number."""
     quartiles = (
@@ -79,9 +110,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         else [values[0]] * 3
     )
     return {
-        "median": statistics.median(values),
-        "min": min(values),
-        "max": max(values),
+        **extremes(values),
         "lower_quartile": quartiles[0],
         "upper_quartile": quartiles[2],
         "count": len(values),
@@ -92,11 +121,6 @@ def synchronize(device: torch.device) -> None:
     """Waits for all work of a CUDA device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def cuda_events() -> tuple[Any, Any]:
-    """Two events with a clock."""
-    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def timed(call: Call, device: torch.device) -> tuple[float, float, Any]:
@@ -120,7 +144,7 @@ def timed(call: Call, device: torch.device) -> tuple[float, float, Any]:
 def attempt(call: Call) -> tuple[Any, str | None]:
     """The result of a call, or the text of its error.
 
-    Any error: an allocation, a compiler or a kernel that fails must not end the other contenders.
+    Any error: an allocation, a compiler or a kernel that fails must not end the other methods.
     """
     try:
         return call(), None
@@ -142,7 +166,7 @@ def release() -> None:
 def time_limit(seconds: float) -> Iterator[None]:
     """Raises `TimeoutError` in the main thread after this long.
 
-    A compiler may take longer than a command is given; its contender then drops out.
+    A compiler may take longer than a command is given; its method then drops out.
     """
 
     def expire(_signal: int, _frame: FrameType | None) -> None:
@@ -167,16 +191,16 @@ def take_turns(
     warm_up_limit: float = 300.0,
     on_news: Callable[[Mapping[str, Measured]], None] | None = None,
 ) -> dict[str, Measured]:
-    """Builds and warms every contender up, then measures them in interleaved rounds.
+    """Builds and warms every method up, then measures them in interleaved rounds.
 
     Args:
-        builders: By name, what makes a contender's call; runs under the warm-up's limit too.
+        builders: By name, what makes a method's call; runs under the warm-up's limit too.
         repeats: Rounds; fewer where the deadline comes first.
         device: Device that the calls work on.
-        deadline: Contenders get ready as long as it leaves time for a round of those that are
+        deadline: Methods get ready as long as it leaves time for a round of those that are
             ready; no further round starts that would end after it.
         warm_up_calls: Calls before the first measured one.
-        warm_up_limit: Seconds that building and warming up one contender may take.
+        warm_up_limit: Seconds that building and warming up one method may take.
         on_news: Told what is known whenever that is more, so that it can be written down: the
             command may be killed at any moment.
     """

@@ -126,9 +126,10 @@ def form_of(outcomes: Mapping[str, str]) -> str:
 
 
 def _bench(args: argparse.Namespace, rest: list[str]) -> int:
-    """Runs `bench_flux.py` or `bench_wan.py`; fails unless its section has a good row."""
+    """Runs `bench_real_size.py`; fails unless its section has a good row."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    import_module(f"bench_{args.model}").main([*rest, "--out", str(args.out)])
+    bench = import_module("bench_real_size")
+    bench.main(["--model", args.model, *rest, "--out", str(args.out)])
     section = rest[rest.index("--sections") + 1]
     cases = json.loads(args.out.read_text(encoding="utf-8"))["sections"][section].values()
     rows = [row for case in cases for row in case.get("rows", {"": case}).values()]
@@ -148,7 +149,7 @@ def steps_of(path: Path) -> list[Record]:
 def write_summary(out: Path) -> str:
     """Writes `summary.md`: steps, targets and tables of all records; returns its text."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    tables = import_module("tables_cuda")
+    tables = import_module("made_tables.real_size")
     lines = ["# GPU battery", "", "| step | exit | seconds |", "|---|---|--:|"]
     for entry in steps_of(out / "steps.jsonl"):
         if "seconds" in entry:
@@ -158,7 +159,7 @@ def write_summary(out: Path) -> str:
             lines.append(f"| rules: form {entry['form']}, failed: {failed} | | |")
     for path in sorted([*out.glob("flux_*.json"), *out.glob("wan_*.json")]):
         report = json.loads(path.read_text(encoding="utf-8"))
-        lines += ["", f"## {path.stem}", "", tables.flux_cuda(report)]
+        lines += ["", f"## {path.stem}", "", tables.real_size(report)]
         lines += [f"- {name}: {value:.3g}, aim {aim}" for name, value, aim in targets(report)]
         lines += [f"- not measured: {place}: {error}" for place, error in errors(report, "")]
     text = "\n".join(lines) + "\n"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Profiles a real run: `python scripts/profile.py --help` says how.
+"""`ddit-rt profile` at the path where a visitor with a GPU looks for it.
 
 A script's folder comes first on the path, and torch imports the standard library's `profile`: so
 whoever imports this file by that name gets the standard library's module.
@@ -18,8 +18,6 @@ sys.modules["profile"] = _STANDARD
 _SPEC.loader.exec_module(_STANDARD)
 
 if __name__ == "__main__":
-    # Rates of the machine and the reading of profiles are those of the benchmarks.
-    sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-    from run_profiling.main import main
+    from ddit_rt.cli import main
 
-    sys.exit(main())
+    sys.exit(main(["profile", *sys.argv[1:]]))

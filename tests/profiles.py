@@ -1,14 +1,16 @@
-"""Profiles of a small model, for tests of scripts that have `scripts` on their path."""
+"""Profiles of a small model."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from models import noise, tiny_conditioning, tiny_pipeline
 
 import ddit_rt
+from ddit_rt.lab.profile.ceilings import Ceilings
+from ddit_rt.lab.profile.run import profile_run
+from ddit_rt.lab.profile.subject import Subject
 from ddit_rt.models import family_of
 from ddit_rt.steps import StepModel
 
@@ -22,7 +24,7 @@ def tiny_subject(device: str = "cpu", policy: Any = None) -> Any:
     engine.annotate = True
     transformer = pipeline.transformer
     conditioning = tiny_conditioning(transformer, batch=2)
-    return import_module("run_profiling.subject").Subject(
+    return Subject(
         engine=engine,
         model=StepModel(family=family_of(transformer), transformer=transformer, base={}),
         latents=noise(2, 4, 16, 24).to(device),
@@ -35,13 +37,9 @@ def tiny_subject(device: str = "cpu", policy: Any = None) -> Any:
 
 def ceilings() -> Any:
     """Round numbers."""
-    return import_module("run_profiling.ceilings").Ceilings(
-        matmul="", matmul_flops_per_s=1e9, copy="", copy_bytes_per_s=1e8
-    )
+    return Ceilings(matmul="", matmul_flops_per_s=1e9, copy="", copy_bytes_per_s=1e8)
 
 
 def profiled(subject: Any, form: str | None, out: Path) -> dict[str, Any]:
     """The entry of one profiled run."""
-    tool = import_module("run_profiling.torch_tool")
-    entry: dict[str, Any] = tool.profile_run(subject, form, ceilings(), 1, out)
-    return entry
+    return profile_run(subject, form, ceilings(), 1, out)

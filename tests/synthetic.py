@@ -48,7 +48,7 @@ class SyntheticBench:
     offered: tuple[int, ...] = (1, 2, 4)
     evaluated: list[str] = field(default_factory=list)
     taus: tuple[float, float] = (1e-3, 1.0)
-    makes: str = "picture"
+    makes: str = "image"
 
     @property
     def costs(self) -> dict[str, float]:

@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddit_rt import checks
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.generate import pipeline_arguments
 from ddit_rt.cli.models import (
@@ -42,22 +41,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=f"the weights: {MODEL_HELP}")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument(
-        "--speedup", type=number(), metavar="X", help="of the loop, over as many fine steps"
+        "--speedup", type=number(), metavar="X", help="of the loop, over as many steps at p"
     )
     group.add_argument(
         "--min-ssim",
         type=number(),
         metavar="S",
-        help="mean SSIM to the all-fine pictures, or to the frames of the all-fine videos",
+        help="mean SSIM to the images at full resolution, or to the frames of the videos",
     )
     group.add_argument(
-        "--budget-ms", type=number(), metavar="MS", help="of the loop of a picture or video"
+        "--budget-ms", type=number(), metavar="MS", help="of the loop of an image or video"
     )
     group.add_argument(
         "--cache",
         choices=("teacache", "teacache-ret", "magcache"),
-        help="instead of plans, fit what this step cache needs of the model, from all-fine runs of "
-        "the calibration prompts",
+        help="instead of plans, fit what this step cache needs of the model, from runs of the "
+        "calibration prompts at full resolution",
     )
     parser.add_argument(
         "--steps", type=whole(1), help="denoising steps to calibrate for; default: the pipeline's"
@@ -104,14 +103,14 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1),
         default=8,
         metavar="N",
-        help="other prompts that decide between the finalists (default: %(default)s)",
+        help="other prompts that confirm the best plans (default: %(default)s)",
     )
     parser.add_argument(
         "--evaluations",
         type=whole(1),
         default=24,
         metavar="N",
-        help="plans tried of each kind at most - fewer fine steps, static, dynamic, and where the "
+        help="plans tried of each kind at most - fewer steps, static, dynamic, and where the "
         "model has a fit, a step cache alone and with a dynamic plan; each generates every "
         "calibration prompt once (default: %(default)s)",
     )
@@ -158,7 +157,7 @@ def _fit_cache(args: argparse.Namespace) -> Outcome:
     from tqdm.auto import tqdm
 
     from ddit_rt.lab.calibrate import Prompt
-    from ddit_rt.lab.calibrate.cache import fit_cache
+    from ddit_rt.lab.calibrate.cache_fit import fit_cache
 
     texts = _prompts(args.prompts, args.model)[: args.calibration_prompts]
     if len(texts) < max(1, args.calibration_prompts):
@@ -206,7 +205,7 @@ def _require_extra() -> None:
     missing = [name for name in ("matplotlib", "torchmetrics") if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"calibrate needs {' and '.join(missing)}; pip install 'ddit_rt[demo]'"
+            f"calibrate needs {' and '.join(missing)}; pip install 'ddit_rt[eval]'"
         )
 
 
@@ -229,15 +228,17 @@ def _config(args: argparse.Namespace) -> CalibrationConfig:
 
 def _prompts(file: Path | None, model: str) -> tuple[str, ...]:
     if file is not None:
-        return tuple(checks.text_lines(file))
+        from ddit_rt.lab.plans.points import prompt_lines
+
+        return tuple(prompt_lines(file))
     if model == EMBEDDED:
         from ddit_rt.lab.demo.prompts import held_out_prompts
 
         return tuple(held_out_prompts())
     if model == EMBEDDED_VIDEO:
-        from ddit_rt.lab.demo.prompts import held_out_clip_prompts
+        from ddit_rt.lab.demo.prompts import held_out_video_prompts
 
-        return tuple(held_out_clip_prompts())
+        return tuple(held_out_video_prompts())
     from ddit_rt.lab.calibrate.prompts import PROMPTS
 
     return PROMPTS
@@ -251,7 +252,7 @@ def _calibrate(
     from ddit_rt.lab.calibrate import calibrate
     from ddit_rt.lab.calibrate.run import most_runs
     from ddit_rt.lab.plans.bench import EngineBench
-    from ddit_rt.lab.plans.caches import fitted_caches
+    from ddit_rt.lab.plans.step_caches import fitted_caches
     from ddit_rt.planning.request import requested_steps
 
     steps, _ = requested_steps(engine.pipeline, arguments)

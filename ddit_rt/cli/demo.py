@@ -14,7 +14,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--video",
         action="store_true",
-        help="clips by the embedded Wan model, instead of pictures by the embedded FLUX model",
+        help="videos by the embedded Wan model, instead of images by the embedded FLUX model",
     )
     parser.add_argument(
         "--out",
@@ -34,7 +34,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats",
         type=whole(1),
-        help="timed runs of each picture (default: 3) or clip (default: 1)",
+        help="timed runs of each image (default: 3) or video (default: 1)",
     )
     parser.add_argument(
         "--keep-artifact",
@@ -44,37 +44,21 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    return _run_video(args) if args.video else _run_pictures(args)
+    from ddit_rt.lab.demo.report import summary_table
+    from ddit_rt.lab.demo.run import DemoConfig, run_demo, video_demo
 
-
-def _run_video(args: argparse.Namespace) -> Outcome:
-    from ddit_rt.lab.demo.video import VideoDemoConfig, run_video_demo, video_summary_table
-
-    config = VideoDemoConfig(
+    repeats = args.repeats or (1 if args.video else 3)
+    config = (video_demo if args.video else DemoConfig)(
         out=args.out,
         steps=args.steps,
         seed=args.seed,
-        repeats=1 if args.repeats is None else args.repeats,
+        repeats=repeats,
         keep_artifact=args.keep_artifact,
     )
-    report = run_video_demo(load_pipeline(EMBEDDED_VIDEO, device=args.device), config)
-    files = f"wrote {args.out / 'clips.mp4'}, timeline.png and report.json beside it"
-    return Outcome(data=report, text=f"{video_summary_table(report)}\n{files}")
-
-
-def _run_pictures(args: argparse.Namespace) -> Outcome:
-    from ddit_rt.lab.demo.run import DemoConfig, run_demo
-    from ddit_rt.lab.measure.report import summary_table
-
-    config = DemoConfig(
-        out=args.out,
-        steps=args.steps,
-        seed=args.seed,
-        repeats=3 if args.repeats is None else args.repeats,
-        keep_artifact=args.keep_artifact,
-    )
-    report = run_demo(load_pipeline(EMBEDDED, device=args.device), config)
-    files = f"wrote {args.out / 'grid.png'}, timeline.png and report.json beside it"
+    pipeline = load_pipeline(EMBEDDED_VIDEO if args.video else EMBEDDED, device=args.device)
+    report = run_demo(pipeline, config)
+    drawn = "clips.mp4" if args.video else "grid.png"
+    files = f"wrote {args.out / drawn}, timeline.png and report.json beside it"
     return Outcome(data=report, text=f"{summary_table(report)}\n{files}")
 
 

@@ -39,7 +39,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=folder_to_write,
         metavar="DIR",
-        help="folder of pictures and report; a run that was cut off goes on there; default: "
+        help="folder of images and report; a run that was cut off goes on there; default: "
         "beside the artifact",
     )
     parser.add_argument(
@@ -47,8 +47,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=policy_text,
         metavar="POLICY",
-        help="a plan to evaluate, as for generate; repeatable, the first dynamic one gets rivals "
-        "of equal cost; default: the presets of the artifact's calibration, else its policy",
+        help="a plan to evaluate, as for generate; repeatable, the first dynamic one gets "
+        "baselines of equal cost; default: the presets of the artifact's calibration, else its "
+        "policy",
     )
     _add_run_arguments(parser)
     _add_metric_arguments(parser.add_argument_group("metrics"))
@@ -56,7 +57,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--steps", type=whole(1), help="steps of the all-fine reference; default: the pipeline's"
+        "--steps",
+        type=whole(1),
+        help="steps of the full-resolution reference; default: the pipeline's",
     )
     parser.add_argument(
         "--seeds",
@@ -65,19 +68,19 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pictures of each prompt (default: 1)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the first picture (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the first image (default: 0)")
     parser.add_argument(
         "--batch", type=whole(1), default=1, metavar="N", help="prompts in a call (default: 1)"
     )
     parser.add_argument(
-        "--repeats", type=whole(1), default=1, help="timed runs of each picture (default: 1)"
+        "--repeats", type=whole(1), default=1, help="timed runs of each image (default: 1)"
     )
     parser.add_argument(
         "--cost",
         choices=("ms", "tokens"),
         default="ms",
-        help="what the rivals' cost is equal in: milliseconds of the loop, measured here, or image "
-        "tokens (default: %(default)s)",
+        help="what the baselines' cost is equal in: milliseconds of the loop, measured here, or "
+        "image tokens (default: %(default)s)",
     )
     add_call_arguments(parser)
     parser.add_argument(
@@ -90,7 +93,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1),
         default=12,
         metavar="N",
-        help="prompts with pictures in report.html, worst first (default: %(default)s)",
+        help="prompts with images in report.html, worst first (default: %(default)s)",
     )
 
 
@@ -99,7 +102,7 @@ def _add_metric_arguments(group: Any) -> None:
         "--references",
         type=existing_folder,
         metavar="DIR",
-        help="pictures that FID compares with; default: the all-fine ones",
+        help="pictures that FID compares with; default: the full-resolution ones",
     )
     group.add_argument(
         "--clip-model",
@@ -136,9 +139,12 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 
 def _require_extra() -> None:
-    """Refuses, before minutes of work, to start without what scores."""
-    if find_spec("torchmetrics") is None:
-        raise ModuleNotFoundError("eval needs torchmetrics; pip install 'ddit_rt[eval]'")
+    """Refuses, before minutes of work, to start without what scores and draws."""
+    missing = [n for n in ("jinja2", "matplotlib", "torchmetrics") if find_spec(n) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"eval needs {' and '.join(missing)}; pip install 'ddit_rt[eval]'"
+        )
 
 
 def _prompts(args: argparse.Namespace) -> tuple[tuple[str, ...], str]:
@@ -214,7 +220,7 @@ def _announce(skipped: Sequence[Skipped]) -> None:
 
 EVALUATE = Command(
     name="eval",
-    summary="Compare the plans of an artifact side by side: quality, time, pictures.",
+    summary="Compare the plans of an artifact side by side: quality, time, images.",
     examples=(
         "ddit-rt eval demo.ddit --model demo --steps 24 --limit 16",
         "ddit-rt eval flux.ddit --model black-forest-labs/FLUX.1-dev --steps 50 \\",

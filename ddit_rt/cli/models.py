@@ -126,18 +126,9 @@ def embedded_defaults(model: str) -> dict[str, int]:
     """Call arguments that an embedded model was trained with; empty for any other model."""
     if model not in (EMBEDDED, EMBEDDED_VIDEO):
         return {}
-    from ddit_rt.lab.demo.clips import ClipConfig
-    from ddit_rt.lab.demo.pictures import PictureConfig
-    from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH
+    from ddit_rt.lab.demo.prompts import IMAGE_CALL, VIDEO_CALL
 
-    clip = ClipConfig()
-    size = clip if model == EMBEDDED_VIDEO else PictureConfig()
-    return {
-        "height": size.height,
-        "width": size.width,
-        "max_sequence_length": MAX_SEQUENCE_LENGTH,
-        **({"num_frames": clip.frames} if model == EMBEDDED_VIDEO else {}),
-    }
+    return VIDEO_CALL if model == EMBEDDED_VIDEO else IMAGE_CALL
 
 
 def _embedded_path(model: str) -> str:

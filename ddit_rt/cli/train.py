@@ -38,7 +38,7 @@ def _add_data_arguments(group: Any) -> None:
     source.add_argument(
         "--data",
         metavar="SOURCE",
-        help="folder of pictures with captions (name.png + name.txt, or metadata.jsonl), "
+        help="folder of images with captions (name.png + name.txt, or metadata.jsonl), "
         "WebDataset tar or pattern of tars, or hf:NAME for a data set of the Hub",
     )
     source.add_argument(
@@ -50,7 +50,7 @@ def _add_data_arguments(group: Any) -> None:
     )
     group.add_argument("--height", type=whole(1), help="picture height; default: the model's own")
     group.add_argument("--width", type=whole(1), help="picture width; default: the model's own")
-    group.add_argument("--limit", type=whole(1), help="most pictures, or number of trajectories")
+    group.add_argument("--limit", type=whole(1), help="most images, or number of trajectories")
     group.add_argument(
         "--sampling-steps",
         type=whole(1),
@@ -125,12 +125,13 @@ def _add_run_arguments(group: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome | None:
-    from ddit_rt.lab.train import read_prompts, train
+    from ddit_rt.lab.plans.points import prompt_lines
+    from ddit_rt.lab.train import train
 
     config = _config(args)
-    gain = None if args.gain_prompts is None else read_prompts(args.gain_prompts)
+    gain = None if args.gain_prompts is None else prompt_lines(args.gain_prompts)
     if args.prompts is not None:
-        read_prompts(args.prompts)  # before the model: a bad file should not cost loading one
+        prompt_lines(args.prompts)  # before the model: a bad file should not cost loading one
     _source(args)
     pipeline = load_pipeline(args.model, args.dtype, args.device)
     pipeline.set_progress_bar_config(disable=True)
@@ -217,7 +218,7 @@ def _source(args: argparse.Namespace) -> tuple[str, str]:
         return "datasets", source.removeprefix("hf:")
     if not Path(source).exists() and not glob.glob(source):  # noqa: PTH207 - it may be absolute
         what = "no file matches" if glob.has_magic(source) else "no such file or folder:"
-        raise ValueError(f"{what} {source}; --data names pictures with captions")
+        raise ValueError(f"{what} {source}; --data names images with captions")
     if source.endswith(_TAR):
         return "webdataset", source
     if (Path(source) / "dataset_info.json").is_file():
@@ -242,7 +243,7 @@ def _outcome(result: TrainResult) -> Outcome:
     }
     lines = [f"wrote {result.folder} ({result.steps} steps on {result.samples} samples)"]
     if result.skipped:
-        lines.append(f"{len(result.skipped)} pictures were skipped:")
+        lines.append(f"{len(result.skipped)} images were skipped:")
         lines += [f"  {reason}" for reason in result.skipped]
     lines += [
         f"{gain.patch}, {gain.plan}: "

@@ -81,7 +81,7 @@ class SnrBucket:
 
     def _reduce(self, latents: Tensor, step: Tensor) -> Tensor:
         """The small image z': `[B, C, H, W]` to `[B, C, H/s, W/s]`."""
-        return _down(latents, self.multiple) * at_step(self._scale, step)
+        return down(latents, self.multiple) * at_step(self._scale, step)
 
     def _enlarge(self, latents: Tensor, low: Tensor, tokens: Tensor, step: Tensor) -> Tensor:
         """Velocity from the small image's velocity tokens `[B, n, C*p*p]`: `[B, C, H, W]`."""
@@ -89,7 +89,7 @@ class SnrBucket:
         low_velocity = self._model.unpack(tokens, *self._low, self._context.frames)
         clean = torch.addcmul(low, low_velocity.float(), at_step(self._level, step), value=-1)
         if self._correction is None:
-            clean = _up(clean, self.multiple)
+            clean = up(clean, self.multiple)
         else:
             clean = self._correction.enlarge(clean, sigma)
         return (latents - clean) / sigma
@@ -123,32 +123,32 @@ class _Correction:
         self._multiple = multiple
         # Before the first step at p all is 0: no disagreement is known.
         self._serial = torch.zeros_like(detail.serial)
-        self._disagreement = _down(detail.estimate, multiple)
+        self._disagreement = down(detail.estimate, multiple)
 
     def enlarge(self, clean: Tensor, sigma: Tensor) -> Tensor:
         """`[B, C, h, w]` to `[B, C, H, W]`."""
         detail = self._detail
-        change = clean - _down(detail.estimate, self._multiple)
+        change = clean - down(detail.estimate, self._multiple)
         fade = sigma.square()
         is_first = detail.serial != self._serial
         # In place: what lives across steps must lie where a captured graph finds it again.
         self._disagreement.copy_(torch.where(is_first, change / fade, self._disagreement))
         self._serial.copy_(detail.serial)
         change = change - self._disagreement * fade
-        return detail.estimate + _up(change, self._multiple)
+        return detail.estimate + up(change, self._multiple)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """As `Bucket.tensors`."""
         return (self._serial, self._disagreement)
 
 
-def _down(latents: Tensor, multiple: int) -> Tensor:
+def down(latents: Tensor, multiple: int) -> Tensor:
     """Means over s x s: `[B, C, H, W]` or `[B, C, F, H, W]`, each frame by itself."""
     planes = F.avg_pool2d(latents.flatten(1, -3), multiple)
     return planes.view(*latents.shape[:-2], *planes.shape[-2:])
 
 
-def _up(latents: Tensor, multiple: int) -> Tensor:
+def up(latents: Tensor, multiple: int) -> Tensor:
     """Bicubic enlargement by s, of the same shapes."""
     planes = F.interpolate(latents.flatten(1, -3), scale_factor=multiple, mode="bicubic")
     return planes.view(*latents.shape[:-2], *planes.shape[-2:])

@@ -1,1 +1,1 @@
-"""Stages of the training of the embedded demo model; `train_demo_model.py` is their command."""
+"""Parts of `scripts/train_demo.py`: one recipe, and what sets its two models apart."""

@@ -1,66 +1,53 @@
-"""Stage `classifier`: train the attribute classifier on drawn pictures, degraded at random."""
+"""Stage `classifier`: train the attribute classifier on drawn images, degraded at random."""
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
-from ddit_rt.lab.demo.classifier import AttributeClassifier, weights_path
-from ddit_rt.lab.demo.pictures import ATTRIBUTE_SIZES, PictureConfig
-from demo_training.picture_data import draw_set
+from ddit_rt.lab.demo.classifier import AttributeClassifier, attribute_hits, weights_path
+from demo_training.data import draw
+from demo_training.image import ImageKind
 from demo_training.settings import Settings
 from demo_training.text import attribute_loss
 
-_TRAIN, _TEST, _BATCH = 4096, 512, 48
+_TRAIN, _TEST, _BATCH, _STEPS = 4096, 512, 48, 700
 
 
-def train_classifier(settings: Settings, steps: int) -> None:
-    """Train, write the weights beside the module, print the accuracy on undegraded pictures."""
+def train_classifier(settings: Settings) -> None:
+    """Train, write the weights beside the module, print the accuracy on undegraded images."""
+    kind, steps = ImageKind(), settings.count(_STEPS)
     torch.manual_seed(settings.seed)
-    data = draw_set(
-        PictureConfig(),
-        _TRAIN + _TEST,
-        seed=settings.seed + 7,
-        workers=settings.workers,
-        cache=settings.work / "pictures_classifier.pt",
-    )
+    train, test = settings.count(_TRAIN), settings.count(_TEST)
+    cache = settings.work / "classifier_images.pt"
+    images, labels = draw(kind, settings, (128, 128), train + test, settings.seed + 7, cache)
     classifier = AttributeClassifier().to(settings.device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for step in tqdm(range(steps), desc="classifier", mininterval=5):
-        rows = torch.randint(_TRAIN, (_BATCH,))
-        x = data.pictures[rows].to(settings.device).float().div(255)
-        loss = attribute_loss(classifier(_degrade(x)), data.labels[rows].to(settings.device))
+        rows = torch.randint(train, (_BATCH,))
+        scores = classifier(_degrade(images[rows].to(settings.device).float().div(255)))
+        loss = attribute_loss(scores, labels[rows].to(settings.device), kind.attribute_sizes)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
             tqdm.write(f"classifier: step {step} loss {loss.item():.4f}")
-    weights = {name: tensor.half().cpu() for name, tensor in classifier.state_dict().items()}
-    save_file(weights, weights_path())
-    _test(classifier, data.pictures[_TRAIN:], data.labels[_TRAIN:], settings)
+    path = settings.work / "classifier.safetensors" if settings.quick else weights_path()
+    save_file({name: one.half().cpu() for name, one in classifier.state_dict().items()}, path)
+    order = {attributes.labels: attributes for attributes in kind.attributes}
+    expected = [order[tuple(row)] for row in labels[train:].tolist()]
+    shown = images[train:].to(settings.device).float().div(255)
+    for name, hit in attribute_hits(classifier.eval(), shown, expected).items():
+        tqdm.write(f"classifier: {name} {hit.float().mean():.1%} of {len(hit)} drawn images")
 
 
-def _degrade(x: torch.Tensor) -> torch.Tensor:
-    """Blur a batch (as a 64 or 32 px picture would be) and add noise, at random."""
+def _degrade(x: Tensor) -> Tensor:
+    """Blur a batch (as a 64 or 32 px image would be) and add noise, at random."""
     choice = int(torch.randint(4, ()))
     if choice:
         factor = 4 if choice == 1 else 2
         x = F.interpolate(F.avg_pool2d(x, factor), scale_factor=factor, mode="bilinear")
     return x + 0.06 * float(torch.rand(())) * torch.randn_like(x)
-
-
-def _test(
-    classifier: AttributeClassifier,
-    pictures: torch.Tensor,
-    labels: torch.Tensor,
-    settings: Settings,
-) -> None:
-    classifier.eval()
-    with torch.no_grad():
-        x = pictures.to(settings.device).float().div(255)
-        parts = classifier(x).cpu().split(list(ATTRIBUTE_SIZES.values()), dim=1)
-    for i, (name, part) in enumerate(zip(ATTRIBUTE_SIZES, parts, strict=True)):
-        accuracy = (part.argmax(1) == labels[:, i]).float().mean().item()
-        tqdm.write(f"classifier: {name} {accuracy:.1%} of {len(labels)} drawn pictures")

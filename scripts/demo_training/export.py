@@ -1,82 +1,87 @@
-"""Stages `export` and `evaluate`: write the diffusers folder, measure what it draws."""
+"""Stages `export` and `evaluate`: the diffusers folder, what it draws, and its card."""
 
-import time
+import re
+from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
+from torch import Tensor
 from tqdm import tqdm
 
-from ddit_rt.lab.demo import model_path
-from ddit_rt.lab.demo.classifier import attribute_hits, load_classifier
-from ddit_rt.lab.demo.pictures import Attributes, parse_caption, random_attributes
-from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_prompts
-from demo_training.latents import build_pipeline, build_transformer
-from demo_training.settings import Settings, load_checkpoint, save_grid
+from ddit_rt.cli.models import load_pipeline
+from demo_training.data import build_pipeline
+from demo_training.kind import Kind
+from demo_training.settings import Settings, finished, save_grid
 
-_BATCH = 16
+_CARD = "MODEL_CARD.md"
 
 
-def export_pipeline(settings: Settings) -> None:
-    """Write the averaged weights as a pipeline: networks in float16, text encoders in float32.
+def export_pipeline(kind: Kind, settings: Settings) -> None:
+    """Write the averaged weights as a pipeline: the larger networks in float16.
 
-    `from_pretrained` loads all of them as float32; rounding to float16 moves a weight by
-    at most 1 / 2048 of itself.
+    `from_pretrained` loads all of them as float32; rounding to float16 moves a weight by at most
+    1 / 2048 of itself.
     """
-    state = load_checkpoint(settings.work / "transformer.pt", "cpu")
-    if state is None:
-        raise ValueError(f"no transformer in {settings.work}; run the stage 'transformer' first")
-    transformer = build_transformer()
+    state = finished(settings, "transformer", "cpu")
+    transformer = kind.build_transformer()
     transformer.load_state_dict(state["average"])
-    pipeline = build_pipeline(settings, transformer)
-    pipeline.transformer.to(torch.float16)
-    pipeline.vae.to(torch.float16, memory_format=torch.contiguous_format)
-    pipeline.save_pretrained(model_path())
-    # As FLUX.1-dev names it; transformers 5 knows both names, version 4 loads only this one here.
-    index = model_path() / "model_index.json"
+    pipeline = build_pipeline(kind, settings, transformer)
+    for name in kind.half:
+        getattr(pipeline, name).to(torch.float16, memory_format=torch.contiguous_format)
+    path = settings.export
+    pipeline.save_pretrained(path)
+    # As the published pipelines name it; transformers 5 knows both names, version 4 this one only.
+    index = path / "model_index.json"
     index.write_text(index.read_text().replace('"T5Tokenizer"', '"T5TokenizerFast"'))
-    size = sum(file.stat().st_size for file in model_path().rglob("*") if file.is_file())
-    tqdm.write(
-        f"export: {model_path()}, {size / 1e6:.2f} MB, trained {state['spent'] / 60:.0f} min"
-    )
+    if not (path / _CARD).exists():
+        (path / _CARD).write_text((kind.folder / _CARD).read_text(encoding="utf-8"))
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    minutes = state["spent"] / 60
+    tqdm.write(f"export: {path}, {size / 1e6:.2f} MB, {state['step']} steps in {minutes:.0f} min")
 
 
-def evaluate_pipeline(settings: Settings, count: int, steps: int) -> None:
-    """Print the share of samples that show each attribute, per resolution and kind of caption."""
-    pipeline = FluxPipeline.from_pretrained(model_path())
-    pipeline.to(settings.device).set_progress_bar_config(disable=True)
-    trained = [random_attributes(10_001, i) for i in range(count)]
-    unseen = [parse_caption(caption) for caption in held_out_prompts(min(count, 49))]
-    for side in (128, 64, 32):
-        for kind, expected in (("trained", trained), ("held-out", unseen)):
-            _evaluate(pipeline, expected, side, steps, settings, kind)
+def evaluate_pipeline(kind: Kind, settings: Settings, steps: int) -> None:
+    """Measure how often the exported model shows what a caption says, and note it in its card.
+
+    Drawn samples come first: they show the limit of the measure itself.
+    """
+    pipeline = load_pipeline(str(settings.export), device=settings.device)
+    pipeline.set_progress_bar_config(disable=True)
+    rows = []
+    for side in kind.evaluated:
+        for name, every in kind.expected().items():
+            expected = every[: settings.count(len(every))]
+            tqdm.write(f"{name}, drawn: {_cells(kind, kind.drawn(expected), expected)}")
+            parts, noise = [], kind.noise(settings.seed)
+            for start in range(0, len(expected), kind.batch):
+                prompts = [one.caption for one in expected[start : start + kind.batch]]
+                samples = kind.sample(pipeline, prompts, side, steps, noise(start))
+                parts.append(samples.float().cpu())
+            made = torch.cat(parts)
+            rows.append(f"| {side} px | {len(expected)} {name} | {_cells(kind, made, expected)} |")
+            tqdm.write(rows[-1])
+            shown = kind.frames(made.transpose(1, 2) if made.ndim == 5 else made)
+            grid = settings.work / "grids" / f"evaluate_{name.replace(' ', '_')}_{side}.png"
+            save_grid(grid, torch.cat([one[:32] for one in shown]))
+    names = list(kind.hits(kind.drawn(expected[:2]), expected[:2]))
+    write_card(settings.export / _CARD, ["side", "captions", *names], rows)
 
 
-def _evaluate(
-    pipeline: FluxPipeline,
-    expected: list[Attributes],
-    side: int,
-    steps: int,
-    settings: Settings,
-    kind: str,
-) -> None:
-    generator = torch.Generator().manual_seed(20_000 + settings.seed)
-    began, parts = time.perf_counter(), []
-    for i in range(0, len(expected), _BATCH):
-        images = pipeline(
-            [attributes.caption for attributes in expected[i : i + _BATCH]],
-            height=side,
-            width=side,
-            num_inference_steps=steps,
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
-            generator=generator,
-            output_type="pt",
-        ).images
-        parts.append(images.float().cpu())
-    pictures = torch.cat(parts)
-    hits = attribute_hits(load_classifier(), pictures, expected)
-    shares = ", ".join(f"{name} {hit.float().mean().item():.1%}" for name, hit in hits.items())
-    seconds = time.perf_counter() - began
-    tqdm.write(
-        f"{side} px, {len(expected)} {kind} captions, {steps} steps: {shares} ({seconds:.0f} s)"
-    )
-    save_grid(settings.work / "grids" / f"evaluate_{kind}_{side}.png", pictures[:32])
+def _cells(kind: Kind, samples: Tensor, expected: list[object]) -> str:
+    hits = kind.hits(samples, expected).values()
+    return " | ".join(f"{hit.float().mean().item():.1%}".replace("100.0%", "100%") for hit in hits)
+
+
+def write_card(card: Path, columns: list[str], rows: list[str]) -> None:
+    """Replace the table under the heading `Measured` of a model card.
+
+    Raises:
+        ValueError: The card has no such table.
+    """
+    text = card.read_text(encoding="utf-8")
+    table = re.compile(r"(## Measured\n(?:[^|#]*\n)*?)(?:\|.*\n)+")
+    titles = " | ".join(column.replace("_", " ") for column in columns)
+    lines = [f"| {titles} |", "|" + "---|" * len(columns), *rows]
+    replaced, count = table.subn(lambda found: found[1] + "\n".join(lines) + "\n", text)
+    if count != 1:
+        raise ValueError(f"{card} has no table under the heading Measured, for what was measured")
+    card.write_text(replaced, encoding="utf-8")

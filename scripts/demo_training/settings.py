@@ -1,15 +1,16 @@
-"""What every training stage needs to know: where its files are, the device, the seed."""
+"""What every stage needs to know, and the files that stages leave for each other."""
 
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
+
+_QUICK_SAMPLES = 40
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,23 +19,37 @@ class Settings:
 
     Attributes:
         work: Folder of checkpoints, latents and sample grids.
+        export: Folder that the trained pipeline is written to.
         device: Torch device, e.g. ``cpu`` or ``cuda``.
         seed: Seed of data, initial weights and noise.
-        workers: Processes that draw pictures, and that train the transformer on a CPU.
-        compile: Whether networks go through `torch.compile`.
+        workers: Processes that draw samples, and that train the transformer on a CPU.
+        compile: Whether the transformer's blocks go through `torch.compile`.
+        quick: Whether this is a smoke run, whose weights are worth nothing.
     """
 
     work: pathlib.Path
+    export: pathlib.Path
     device: str
     seed: int = 0
-    workers: int = 2
+    workers: int = 1
     compile: bool = True
+    quick: bool = False
 
     def __post_init__(self) -> None:
         """Check the values and create the work folder."""
         if self.workers < 1:
             raise ValueError(f"workers is {self.workers}, expected at least 1")
         self.work.mkdir(parents=True, exist_ok=True)
+
+    def count(self, samples: int) -> int:
+        """How many samples to use where a whole training uses this many."""
+        return min(samples, _QUICK_SAMPLES) if self.quick else samples
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Seconds. On one CPU thread, processor time: what else the machine does does not count."""
+        alone = self.device == "cpu" and self.workers == 1
+        return time.process_time if alone else time.perf_counter
 
 
 def save_checkpoint(path: pathlib.Path, state: dict[str, Any]) -> None:
@@ -52,17 +67,25 @@ def load_checkpoint(path: pathlib.Path, device: str) -> dict[str, Any] | None:
     return state
 
 
-def save_grid(path: pathlib.Path, pictures: torch.Tensor, columns: int = 8) -> None:
-    """Write pictures ``[N, 3, H, W]`` in [0, 1] as one PNG, row by row."""
-    count, _, height, width = pictures.shape
-    rows = -(-count // columns)
-    sheet: npt.NDArray[np.uint8] = np.zeros((rows * height, columns * width, 3), dtype=np.uint8)
-    pixels = pictures.detach().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    for i in range(count):
-        top, left = i // columns * height, i % columns * width
-        sheet[top : top + height, left : left + width] = pixels[i]
+def finished(settings: Settings, stage: str, device: str) -> dict[str, Any]:
+    """The checkpoint of a stage that must have run.
+
+    Raises:
+        ValueError: It has not.
+    """
+    state = load_checkpoint(settings.work / f"{stage}.pt", device)
+    if state is None:
+        raise ValueError(f"{settings.work} has no {stage}.pt: run the stage {stage!r} first")
+    return state
+
+
+def save_grid(path: pathlib.Path, images: torch.Tensor, columns: int = 8) -> None:
+    """Write images ``[N, 3, H, W]`` in [0, 1] as one PNG, row by row."""
+    missing = -len(images) % columns
+    images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])]).clamp(0, 1)
+    rows = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
+    Image.fromarray(rows.detach().mul(255).round().byte().cpu().numpy()).save(path)
 
 
 @contextlib.contextmanager

@@ -1,198 +1,160 @@
-"""Stage `vae`: a small AutoencoderKL whose latents may be area-averaged.
+"""Stage `vae`: a small autoencoder whose latents may be area-averaged.
 
 Beside reconstruction, two terms tie the scales together, since the runtime's coarse steps treat an
-area-averaged latent as the latent of a smaller picture:
+area-averaged latent as the latent of a smaller sample:
   decode(down(z)) ~ down(x)       scale equivariance of EQ-VAE (Kouzelis et al., arXiv 2502.09509)
   encode(down(x)) ~ down(z)       the same, seen from the latent side
-A third anchors the first three channels to the whitened colours of the picture averaged by 4, which
-converges fast on a CPU and is linear, hence the same at every scale; the fourth channel is free for
-what the average loses.
+A third anchors the first three channels to the whitened mean colours of each latent's pixels, which
+converges fast on a CPU and is linear, hence the same at every scale; the other channels are free
+for what the average loses.
 """
 
 import math
-import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from torch import Tensor
 from tqdm import tqdm
 
-from ddit_rt.lab.demo.pictures import PictureConfig
-from demo_training.picture_data import draw_set
+from demo_training.kind import Kind, Size, reduce
 from demo_training.settings import (
     Settings,
     evaluation_mode,
+    finished,
     load_checkpoint,
     save_checkpoint,
     save_grid,
 )
 
-_CROP = 64
-_KL_WEIGHT, _DECODE_WEIGHT, _LATENT_WEIGHT, _ANCHOR_WEIGHT = 5e-4, 0.5, 0.05, 0.3
+_WARM_STEPS, _CHECKPOINT_SECONDS = 40, 60.0
+Whitening = tuple[Tensor, Tensor]
 
 
-def build_vae(scaling_factor: float = 1.0, shift_factor: float = 0.0) -> AutoencoderKL:
-    """The architecture: three levels, so latents are 4 times smaller, with 4 channels."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        latent_channels=4,
-        sample_size=128,
-        scaling_factor=scaling_factor,
-        shift_factor=shift_factor,
-        force_upcast=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )
-
-
-def vae_loss(
-    vae: AutoencoderKL, x: torch.Tensor, factor: int, whitening: tuple[torch.Tensor, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Loss terms on pictures ``x [B, 3, H, W]`` in [-1, 1], tying scales `factor` apart."""
-    posterior = vae.encode(x).latent_dist
-    z = posterior.sample()
-    x_small, z_small = F.avg_pool2d(x, factor), F.avg_pool2d(z, factor)
-    spread = posterior.mean.detach().var()
-    latent_gap = vae.encode(x_small).latent_dist.mean - F.avg_pool2d(posterior.mean, factor)
-    anchor = posterior.mean[:, :3] - F.conv2d(F.avg_pool2d(x, 4), *whitening)
-    reconstruction = vae.decode(z).sample - x
-    return {
-        "l1": reconstruction.abs().mean(),
-        "l2": reconstruction.square().mean(),
-        "small": (vae.decode(z_small).sample - x_small).abs().mean(),
-        "latent": latent_gap.square().mean() / spread,
-        "anchor": anchor.square().mean(),
-        "kl": posterior.kl().mean() / z[0].numel(),
-    }
-
-
-def train_vae(settings: Settings, minutes: float) -> None:
+def train_vae(kind: Kind, settings: Settings, minutes: float) -> None:
     """Train for `minutes`, resuming from the checkpoint of an interrupted run."""
     torch.manual_seed(settings.seed)
-    data = _pictures(settings)
-    whitening = _whitening(data[128][:512], settings)
-    vae = build_vae().to(settings.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    data, seconds = _samples(kind, settings), minutes * 60
+    whitening = whitening_of(kind, next(iter(data.values()))[:512], settings)
+    vae = kind.build_vae().to(settings.device)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
     path, spent, step = settings.work / "vae.pt", 0.0, 0
     if (state := load_checkpoint(path, settings.device)) is not None:
         vae.load_state_dict(state["vae"])
         optimizer.load_state_dict(state["optimizer"])
         spent, step = state["spent"], state["step"]
-    bar = tqdm(total=round(minutes * 60), initial=round(spent), unit="s", desc="vae", mininterval=5)
-    while spent < minutes * 60:
-        began = time.perf_counter()
+    saved = spent
+    bar = tqdm(total=round(seconds), initial=round(spent), unit="s", desc="vae", mininterval=20)
+    while spent < seconds:
+        began = settings.clock()
         for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(spent / (minutes * 60), step)
-        terms = vae_loss(vae, *_batch(data, step, settings), whitening)
-        loss = (
-            terms["l1"]
-            + terms["l2"]
-            + _DECODE_WEIGHT * terms["small"]
-            + _LATENT_WEIGHT * terms["latent"]
-            + _ANCHOR_WEIGHT * terms["anchor"]
-            + _KL_WEIGHT * terms["kl"]
-        )
+            group["lr"] = _learning_rate(kind, spent / seconds, step)
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        x, factor = kind.vae_batch(data, step, generator)
+        terms = vae_loss(kind, vae, x.to(settings.device), factor, whitening)
+        weighted = [kind.vae.weights.get(name, 1.0) * term for name, term in terms.items()]
         optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        torch.autograd.backward(torch.stack(weighted).sum())
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         step += 1
-        spent += time.perf_counter() - began
+        spent += settings.clock() - began
         bar.update(int(spent) - bar.n)
         if step % 50 == 0:
             bar.write(f"step {step} " + " ".join(f"{k} {v.item():.4f}" for k, v in terms.items()))
-        if step % 200 == 0 or spent >= minutes * 60:
+        if spent - saved > _CHECKPOINT_SECONDS or spent >= seconds:
+            saved = spent
+            statistics = _report(kind, vae, next(iter(data.values())), settings)
             state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
-            save_checkpoint(path, state | {"spent": spent, "step": step})
-            _report(vae, data[128][:8], settings)
-    _measure_statistics(vae, data[128][:256], settings)
+            state |= {"spent": spent, "step": step, "statistics": statistics}
+            save_checkpoint(path, state)
 
 
-def load_vae(settings: Settings) -> AutoencoderKL:
-    """The trained autoencoder, with the scaling that gives its latents mean 0 and deviation 1."""
-    state = load_checkpoint(settings.work / "vae.pt", settings.device)
-    if state is None or "scaling_factor" not in state:
-        raise ValueError(f"no trained autoencoder in {settings.work}; run the stage 'vae' first")
-    vae = build_vae(state["scaling_factor"], state["shift_factor"])
+def load_vae(kind: Kind, settings: Settings) -> Any:
+    """The trained autoencoder, whose configuration holds the statistics of its latents."""
+    state = finished(settings, "vae", settings.device)
+    vae = kind.build_vae(**state["statistics"])
     vae.load_state_dict(state["vae"])
-    return vae.to(settings.device, memory_format=torch.channels_last).eval()
+    return vae.to(settings.device).eval()
 
 
-def _pictures(settings: Settings) -> dict[int, torch.Tensor]:
-    return {
-        size: draw_set(
-            PictureConfig(height=size, width=size),
-            count,
-            seed=settings.seed,
-            workers=settings.workers,
-            cache=settings.work / f"pictures_vae_{size}.pt",
-        ).pictures
-        for size, count in ((128, 3072), (64, 6144))
+def vae_loss(
+    kind: Kind, vae: Any, x: Tensor, factor: int, whitening: Whitening
+) -> dict[str, Tensor]:
+    """Loss terms on samples in [-1, 1]; those that tie two scales need a factor above 1."""
+    posterior = vae.encode(x).latent_dist
+    z = posterior.sample()
+    error = kind.decode(vae, z) - x
+    terms = {
+        "l1": error.abs().mean(),
+        "l2": error.square().mean(),
+        "anchor": (posterior.mean[:, :3] - _whitened(kind, x, whitening)).square().mean(),
+        "kl": posterior.kl().mean() / z[0].numel(),
     }
+    if factor > 1:
+        x_small, z_small = reduce(x, factor), reduce(z, factor)
+        gap = vae.encode(x_small).latent_dist.mean - reduce(posterior.mean, factor)
+        terms["latent"] = gap.square().mean() / posterior.mean.detach().var()
+        terms["small"] = (kind.decode(vae, z_small) - x_small).abs().mean()
+    return terms
 
 
-def _whitening(pictures: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight ``[3, 3, 1, 1]`` and bias ``[3]`` of a 1 x 1 convolution that whitens mean colours."""
-    x = F.avg_pool2d(pictures.float().div(127.5).sub(1), 4).movedim(1, -1).reshape(-1, 3)
+def whitening_of(kind: Kind, samples: Tensor, settings: Settings) -> Whitening:
+    """Weight ``[3, 3]`` and bias ``[3]`` that whiten mean colours."""
+    still = samples if samples.ndim == 4 else samples[:, :, :1]
+    x = kind.colours(still.float().div(127.5).sub(1)).movedim(1, -1).reshape(-1, 3)
     mean = x.mean(0)
     values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
     weight = (vectors / values.sqrt()).T
-    return weight[..., None, None].to(settings.device), (-weight @ mean).to(settings.device)
+    return weight.to(settings.device), (-weight @ mean).to(settings.device)
 
 
-def _batch(
-    data: dict[int, torch.Tensor], step: int, settings: Settings
-) -> tuple[torch.Tensor, int]:
-    """Whole 64 px pictures, crops of 128 px ones, or (one in four) whole 128 px ones."""
-    size = 64 if step % 2 else 128
-    whole = step % 4 == 2
-    rows = torch.randint(len(data[size]), (6 if whole else 16,))
-    x = data[size][rows].to(settings.device).float().div(127.5).sub(1)
-    if size == 128 and not whole:
-        top, left = (4 * int(torch.randint((size - _CROP) // 4 + 1, ())) for _ in range(2))
-        x = x[:, :, top : top + _CROP, left : left + _CROP]
-    factor = 4 if step % 8 in (2, 5) else 2
-    return x.contiguous(memory_format=torch.channels_last), factor
+def _whitened(kind: Kind, x: Tensor, whitening: Whitening) -> Tensor:
+    weight, bias = whitening
+    return (kind.colours(x).movedim(1, -1) @ weight.T + bias).movedim(-1, 1)
 
 
-def _learning_rate(progress: float, step: int) -> float:
-    warm = min(1.0, (step + 1) / 50)
-    return warm * (2e-5 + 2e-3 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+def _samples(kind: Kind, settings: Settings) -> dict[Size, Tensor]:
+    from demo_training.data import draw
+
+    return {
+        size: draw(
+            kind,
+            settings,
+            size,
+            settings.count(count),
+            settings.seed,
+            settings.work / f"vae_{size[0]}x{size[1]}.pt",
+        )[0]
+        for size, count in kind.vae.counts.items()
+    }
 
 
-def _report(vae: AutoencoderKL, pictures: torch.Tensor, settings: Settings) -> None:
-    """Write a grid: pictures, reconstructions, decoded latents averaged by 2 and by 4."""
+def _learning_rate(kind: Kind, progress: float, step: int) -> float:
+    high, low = kind.vae.rates
+    warm = min(1.0, (step + 1) / _WARM_STEPS)
+    return warm * (low + high * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def _report(kind: Kind, vae: Any, samples: Tensor, settings: Settings) -> dict[str, Any]:
+    """Print errors, write a grid, and return the statistics of the latents."""
     with evaluation_mode(vae):
-        x = pictures.to(settings.device).float().div(127.5).sub(1)
+        x = samples[: kind.vae.shown].to(settings.device).float().div(127.5).sub(1)
         z = vae.encode(x).latent_dist.mean
-        rows = [x, vae.decode(z).sample]
-        rows += [
-            F.interpolate(vae.decode(F.avg_pool2d(z, factor)).sample, scale_factor=factor)
+        shown = x[:8]
+        decoded = kind.decode(vae, z[:8]).clamp(-1, 1)
+        small = {factor: kind.decode(vae, reduce(z[:8], factor)) for factor in (2, 4)}
+        gaps = {
+            factor: ((vae.encode(reduce(x, factor)).latent_dist.mean - reduce(z, factor)).std())
             for factor in (2, 4)
-        ]
+        }
+    error = (decoded - shown).div(2).square().mean().item()
+    relative = ", ".join(f"{gap.item() / z.std().item():.3f} at {f}" for f, gap in gaps.items())
+    deviations = " ".join(f"{z[:, c].std().item():.2f}" for c in range(z.shape[1]))
+    decibels = -10 * math.log10(error)
+    tqdm.write(f"vae: {decibels:.1f} dB, gaps between scales {relative}, channels {deviations}")
+    rows = [*kind.frames(shown), *kind.frames(decoded)]
+    for factor, one in small.items():
+        rows += [F.interpolate(frame, scale_factor=factor) for frame in kind.frames(one)]
     save_grid(settings.work / "grids" / "vae.png", torch.cat(rows).add(1).div(2))
-
-
-def _measure_statistics(vae: AutoencoderKL, pictures: torch.Tensor, settings: Settings) -> None:
-    """Store shift and scale, print the reconstruction error and the gap between the scales."""
-    with evaluation_mode(vae):
-        x = pictures.to(settings.device).float().div(127.5).sub(1)
-        z = vae.encode(x).latent_dist.mean
-        error = (vae.decode(z).sample.clamp(-1, 1) - x).div(2).square().mean().item()
-        gaps = {}
-        for factor in (2, 4):
-            small = vae.encode(F.avg_pool2d(x, factor)).latent_dist.mean
-            gap = (small - F.avg_pool2d(z, factor)).square().mean() / small.var()
-            gaps[factor] = math.sqrt(gap.item())
-    shift, scale = z.mean().item(), 1 / z.std().item()
-    tqdm.write(f"vae: {-10 * math.log10(error):.1f} dB, relative gap between scales {gaps}")
-    tqdm.write(f"vae: shift {shift:.4f} scale {scale:.4f}, channel std {z.std((0, 2, 3)).tolist()}")
-    path = settings.work / "vae.pt"
-    state = load_checkpoint(path, "cpu")
-    assert state is not None
-    save_checkpoint(path, state | {"scaling_factor": scale, "shift_factor": shift})
+    return kind.statistics(z)

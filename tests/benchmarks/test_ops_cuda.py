@@ -27,7 +27,7 @@ def test_cases_cover_every_size_with_the_patches_that_divide_it() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 16, 8, 16), (2, 3, 5, 8, 24)])
 @pytest.mark.parametrize("patch", [2, 4, 8])
-def test_eager_contender_computes_the_same_as_the_op(shape: tuple[int, ...], patch: int) -> None:
+def test_eager_method_computes_the_same_as_the_op(shape: tuple[int, ...], patch: int) -> None:
     bench = import_module("ops_cuda")
     latents = torch.randn(shape)
     for channels_last in (False, True):
@@ -40,11 +40,11 @@ def test_eager_contender_computes_the_same_as_the_op(shape: tuple[int, ...], pat
 
 
 @pytest.mark.parametrize("unpack", [False, True])
-def test_case_moves_what_its_contenders_read_and_write(unpack: bool) -> None:
+def test_case_moves_what_its_methods_read_and_write(unpack: bool) -> None:
     bench = import_module("ops_cuda")
     case = bench.pack_case(CPU, "Wan 480p", 4, torch.bfloat16, True, unpack)
-    assert set(case.contenders) == {"native", "eager", "copy"}
-    for build in case.contenders.values():
+    assert set(case.methods) == {"native", "eager", "copy"}
+    for build in case.methods.values():
         result = build()()
         assert result.dtype == torch.bfloat16
         assert 2 * result.nbytes == case.moved_bytes == 2 * 2 * 16 * 21 * 60 * 104
@@ -99,7 +99,7 @@ def test_captured_launches_keep_their_results_apart() -> None:
     bench = import_module("ops_cuda")
     device = torch.device("cuda")
     case = bench.pack_case(device, "FLUX 1024", 2, torch.bfloat16, False, False)
-    graph, (calls, results) = bench.capture([case.contenders["native"]] * 4)
+    graph, (calls, results) = bench.capture([case.methods["native"]] * 4)
     graph.replay()
     torch.cuda.synchronize()
     assert len({result.data_ptr() for result in results}) == 4
@@ -109,7 +109,7 @@ def test_captured_launches_keep_their_results_apart() -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_entry_has_times_of_all_contenders() -> None:
+def test_entry_has_times_of_all_methods() -> None:
     bench = import_module("ops_cuda")
     case = bench.pack_case(torch.device("cuda"), "FLUX 1024", 2, torch.bfloat16, False, False)
     row = bench.entry(case, 2, 50 << 20, 1e12)

@@ -56,22 +56,22 @@ def test_quick_run_matches_costs_and_goes_on_from_what_it_kept(
     assert bench.main([*arguments, "--tables", *TABLES]) == 0
     report = strict(out)
     assert list(report["tables"]) == TABLES
-    check_rivals(report)
+    check_baselines(report)
     check_paths(report)
     assert out.with_suffix(".png").stat().st_size > 10_000
-    text = import_module("tables_quality").quality_demo(report)
+    text = import_module("tables").TABLES["quality_demo"](report)
     assert "SNR, trained" in text
     assert "Not measured" not in text
-    assert "better than fewer fine steps at equal time" in text
+    assert "better than fewer steps at equal time" in text
     capsys.readouterr()
     assert bench.main([*arguments, "--tables", "adapters"]) == 0
-    assert "adapters: 0 pictures" in capsys.readouterr().err
+    assert "adapters: 0 images" in capsys.readouterr().err
     again = strict(out)
     assert again["tables"] == report["tables"]
     assert again["costs"] == report["costs"]
 
 
-def test_quick_clips_are_compared_frame_by_frame_and_kept(
+def test_quick_videos_are_compared_frame_by_frame_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need("matplotlib", "torchmetrics")
@@ -79,20 +79,20 @@ def test_quick_clips_are_compared_frame_by_frame_and_kept(
     arguments = ["--quick", "--out", str(out), "--cache", str(cache), "--tables", "video"]
     bench = import_module("bench_quality")
     assert bench.main(arguments) == 0
-    assert not out.exists()  # the picture tables were not asked for
+    assert not out.exists()  # the ablations were not asked for
     report = strict(tmp_path / "quick_video.json")
-    check_rivals(report)
+    check_baselines(report)
     rows = {row["name"]: row for row in report["tables"]["video"]}
     plans = ["demo_static", "demo_dynamic", "2p_0.25", "4p_0.25", "2p_0.5_block", "4p_0.5_block"]
     plans += ["tau_0.04", "paper_0.01"]
     assert [name for name, row in rows.items() if row["kind"] != "fewer_steps"] == ["fine", *plans]
-    check_clips(rows, report["settings"]["num_frames"])
+    check_videos(rows, report["settings"]["num_frames"])
     claims = [claim for claim in report["claims"] if claim["better"] == "demo_static"]
     assert [claim["worse"] for claim in claims] == list(rows["demo_static"]["fewer_steps"].values())
-    check_clip_table(report)
+    check_video_table(report)
     # What was made is found again, without a single run.
-    runs = import_module("quality_runs").PictureRuns
-    monkeypatch.setattr(runs, "_engine_batch", lambda *_: pytest.fail("made again"))
+    runs = import_module("quality_runs").Runs
+    monkeypatch.setattr(runs, "_generate", lambda *_: pytest.fail("made again"))
     assert bench.main(arguments) == 0
     for row in strict(tmp_path / "quick_video.json")["tables"]["video"]:
         before = rows.pop(row["name"])
@@ -104,7 +104,7 @@ def test_quick_clips_are_compared_frame_by_frame_and_kept(
     assert not rows
 
 
-def check_clips(rows: dict[str, Any], frames: int) -> None:
+def check_videos(rows: dict[str, Any], frames: int) -> None:
     fine = rows["fine"]
     assert fine["psnr"] is None
     assert fine["ssim"] == fine["ssim"] | {"value": 1, "low": 1, "high": 1}
@@ -112,7 +112,7 @@ def check_clips(rows: dict[str, Any], frames: int) -> None:
     assert rows["demo_static"]["steps_at"] == {"4p": 2, "p": 5}
     for row in rows.values():
         assert len(row["frames"]) == frames
-        # Every clip has as many frames, so means of means are the mean of all.
+        # Every video has as many frames, so means of means are the mean of all.
         means = [frame["ssim"] for frame in row["frames"]]
         assert row["ssim"]["value"] == pytest.approx(np.mean(means))
         if row["tokens_share"] < 1:
@@ -123,7 +123,7 @@ def check_clips(rows: dict[str, Any], frames: int) -> None:
     assert rows["demo_static"]["psnr"]["value"] == pytest.approx(np.mean(psnr))
 
 
-def check_clip_table(report: dict[str, Any]) -> None:
+def check_video_table(report: dict[str, Any]) -> None:
     lines = import_module("tables").TABLES["quality_demo_video"](report).splitlines()
     static = next(row for row in report["tables"]["video"] if row["name"] == "demo_static")
     (first, *frames) = [line for line in lines if line.startswith("| static, as in the demo |")]
@@ -135,26 +135,26 @@ def check_clip_table(report: dict[str, Any]) -> None:
         + " |"
         for value, digits in (("ssim", 3), ("psnr", 1))
     ]
-    assert any(line.startswith("- A static plan is better than fewer fine") for line in lines)
+    assert any(line.startswith("- A static plan is better than fewer steps") for line in lines)
 
 
-def test_settings_of_clips_stand_beside_those_of_pictures() -> None:
-    parse = import_module("bench_quality").parse
-    both = parse([])
-    assert (both.steps, both.prompts, both.seeds) == (28, 64, 2)
-    assert (both.clips.steps, both.clips.prompts, both.clips.seeds) == (24, 24, 1)
-    assert both.clips.out.name == "quality_demo_video.json"
-    assert "video" not in both.tables
-    assert parse(["--tables", "order", "--steps", "12"]).clips is None
-    few = parse(["--tables", "video", "--prompts", "6"])
-    assert few.tables == []
-    assert few.clips.prompts == 6
+def test_settings_of_a_table_stand_beside_those_of_the_others() -> None:
+    bench = import_module("bench_quality")
+    args = bench.parse([])
+    ablations, video = bench.of_table(args, ""), bench.of_table(args, "video")
+    assert (ablations.steps, ablations.prompts, ablations.seeds) == (28, 64, 2)
+    assert (video.steps, video.prompts, video.seeds) == (24, 24, 1)
+    assert video.out.name == "quality_demo_video.json"
+    assert bench.of_table(args, "caches").out.name == "skip_demo.json"
+    few = bench.parse(["--tables", "video", "--prompts", "6", "--out", "x.json"])
+    assert bench.of_table(few, "video").prompts == 6
+    assert bench.of_table(few, "video").out.name == "x_video.json"
     with pytest.raises(SystemExit):
-        parse(["--tables", "video", "--prompts", "1"])
+        bench.parse(["--tables", "video", "--prompts", "1"])
 
 
-def check_rivals(report: dict[str, Any]) -> None:
-    """Rivals cost no more than their plan, and one more step would."""
+def check_baselines(report: dict[str, Any]) -> None:
+    """Baselines cost no more than their plan, and one more step would."""
     step = report["costs"]["milliseconds"]["training_free"]["p"]
     for rows in report["tables"].values():
         by_name = {row["name"]: row for row in rows}
@@ -163,11 +163,11 @@ def check_rivals(report: dict[str, Any]) -> None:
             if "static" in row:
                 assert by_name[row["static"]]["loop_ms"] <= row["loop_ms"] * (1 + 1e-12)
             if "fewer_steps" in row:
-                rival = by_name[row["fewer_steps"]["equal_time"]]
-                assert rival["loop_ms"] == pytest.approx(rival["steps"] * step)
+                fewer = by_name[row["fewer_steps"]["equal_time"]]
+                assert fewer["loop_ms"] == pytest.approx(fewer["steps"] * step)
                 # The least is one step, the most as many as the reference has.
-                if 1 < rival["steps"] < row["reference_steps"]:
-                    assert rival["loop_ms"] <= row["loop_ms"] < rival["loop_ms"] + step
+                if 1 < fewer["steps"] < row["reference_steps"]:
+                    assert fewer["loop_ms"] <= row["loop_ms"] < fewer["loop_ms"] + step
                 assert by_name[row["fewer_steps"]["equal_tokens"]]["tokens"] <= row["tokens"]
 
 
@@ -196,58 +196,46 @@ def strict(path: Path) -> dict[str, Any]:
     return data
 
 
-def test_plain_loop_decides_and_draws_as_the_engine_does(pipeline: Any) -> None:
-    quality_loop, quality_runs = import_module("quality_loop"), import_module("quality_runs")
-    paths, missing = import_module("quality_paths").build_paths(
-        pipeline, {}, untrained=False, backend="eager", progress=False
-    )
-    assert set(missing) == {"paper_trained", "snr_trained"}
-    runs = quality_runs.PictureRuns(paths=paths, arguments=ARGUMENTS)
-    prompts = [Prompt(text=text, seed=seed) for seed, text in enumerate(held_out_prompts(2))]
-    tau = 2e-2
-    made = [
-        runs.run(quality_runs.Plan(policy=policy, steps=9), prompts)
-        for policy in (
-            DDiTPolicy.paper(tau),
-            quality_loop.HostRule(tau=tau, statistic="quantile"),
-        )
-    ]
-    assert made[0].sizes == made[1].sizes
-    assert {size for sizes in made[0].sizes for size in sizes} > {"p"}
-    # The solvers round differently; a byte of a pixel may differ by one.
-    for own, other in zip(made[0].pictures, made[1].pictures, strict=True):
-        assert np.abs(own.astype(int) - other.astype(int)).max() <= 1
-
-
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_plain_scores_agree_with_the_native_op_and_with_a_mean_by_hand(order: int) -> None:
-    rule = import_module("quality_loop").HostRule
-    history = torch.randn(4, 1, 3, 8, 8, generator=torch.Generator().manual_seed(order))
-    native = ops.patch_scores(history, [2, 4], 0.4, order, 0)[0].tolist()
-    quantile = rule(tau=1.0, statistic="quantile", order=order)
-    # The op computes in float32.
-    own = [quantile.score(list(history), patch) for patch in (2, 4)]
-    assert own == pytest.approx(native, rel=1e-5)
-    z = history[:, 0].double().numpy()
+def test_mean_scores_are_those_by_hand(order: int) -> None:
+    generator = torch.Generator().manual_seed(order)
+    history = torch.randn(4, 2, 3, 8, 8, generator=generator)
+    scores = import_module("quality_runs").mean_scores(history, [2, 4], 0.4, order, 3)
+    assert scores.shape == (2, 2)
+    # Slot 3 is the newest, then come 0, 1 and 2.
+    z = history.roll(1, 0)[:, 1].double().numpy()
     difference = -np.diff(z[: order + 1], n=order, axis=0)[0] * (-1) ** (order + 1)
     deviations = [
         difference[:, row : row + 4, column : column + 4].std(ddof=1)
         for row in (0, 4)
         for column in (0, 4)
     ]
-    mean = rule(tau=1.0, statistic="mean", order=order).score(list(history), 4)
-    assert mean == pytest.approx(np.mean(deviations), rel=1e-12)
+    assert float(scores[1, 1]) == pytest.approx(np.mean(deviations), rel=1e-6)
 
 
-def test_rule_is_fine_until_there_is_a_difference_then_takes_the_largest_fitting_size() -> None:
-    rule = import_module("quality_loop").HostRule(tau=1e-6)
-    flat = [torch.zeros(1, 3, 8, 8)] * 4
-    assert rule.choose(flat[:3], [1, 2, 4], 2) == 1
-    assert rule.choose(flat, [1, 2, 4], 2) == 4
-    rough = [torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), *flat[1:]]
-    assert rule.choose(rough, [1, 2, 4], 2) == 1
-    with pytest.raises(ValueError, match="statistic='median'"):
-        type(rule)(tau=1.0, statistic="median")
+def test_statistic_of_a_plan_is_what_the_engines_loop_decides_by(
+    pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs_of, paths_of = import_module("quality_runs"), import_module("quality_paths")
+    paths, missing = paths_of.build_paths(pipeline, {}, untrained=False, backend="eager")
+    assert set(missing) == {"paper_trained", "snr_trained"}
+    runs, native = runs_of.Runs(paths=paths, arguments=ARGUMENTS), ops.patch_scores
+    prompts = [Prompt(text=text, seed=seed) for seed, text in enumerate(held_out_prompts(2))]
+    rule = DDiTPolicy.paper(2e-2)
+    plans = [runs_of.Plan(policy=rule, steps=9, statistic=s) for s in ("quantile", "mean")]
+    asked: list[tuple[int, ...]] = []
+
+    def high(history: torch.Tensor, patch_sizes: Any, *_: Any) -> torch.Tensor:
+        asked.append(tuple(patch_sizes))
+        return torch.full((history.shape[1], len(patch_sizes)), 1e9)
+
+    monkeypatch.setattr(runs_of, "mean_scores", high)
+    quantile, mean = (runs.run(plan, prompts) for plan in plans)
+    assert {one for own in quantile.branches for one in own} > {"p"}
+    assert mean.branches == [["p"] * 9] * 2
+    assert set(asked) == {(4, 8)}
+    assert plans[1].to_dict()["policy"]["statistic"] == "mean"
+    assert ops.patch_scores is native
 
 
 def test_adapters_of_another_variant_are_refused(pipeline: Any, folders: dict[str, Path]) -> None:
@@ -288,9 +276,10 @@ def test_claims_follow_the_interval_of_the_paired_difference(
 
 
 def test_reported_prompts_are_held_out_first_and_never_searched_with() -> None:
-    captions, search = import_module("bench_quality").captions_of(64, 6)
+    model = import_module("demo_models").image_model()
+    captions, search = import_module("bench_quality").captions_of(model, 64, 6)
     assert len(set(captions)) == 64
     assert set(held_out_prompts()) <= set(captions)
     assert not {prompt.text for prompt in search} & set(captions)
-    few, _ = import_module("bench_quality").captions_of(12, 6)
+    few, _ = import_module("bench_quality").captions_of(model, 12, 6)
     assert few == held_out_prompts(12)

@@ -24,7 +24,7 @@ def test_spread_of_known_values() -> None:
     assert set(spread([7.0]).values()) == {7.0, 1}
 
 
-def test_contenders_take_turns_after_their_warm_up() -> None:
+def test_methods_take_turns_after_their_warm_up() -> None:
     timing = import_module("timing")
     order: list[str] = []
 
@@ -45,7 +45,7 @@ def test_contenders_take_turns_after_their_warm_up() -> None:
 
 
 @pytest.mark.parametrize("fails_at", ["build", "first call", "third call"])
-def test_failing_contender_leaves_its_error_and_the_others_go_on(fails_at: str) -> None:
+def test_failing_method_leaves_its_error_and_the_others_go_on(fails_at: str) -> None:
     timing = import_module("timing")
     calls = 0
 
@@ -72,7 +72,7 @@ def test_failing_contender_leaves_its_error_and_the_others_go_on(fails_at: str) 
     assert measured["good"].results == [7, 7]
 
 
-def test_contender_that_takes_too_long_to_get_ready_drops_out() -> None:
+def test_method_that_takes_too_long_to_get_ready_drops_out() -> None:
     timing = import_module("timing")
 
     def compile_for_ever() -> Callable[[], None]:
@@ -122,7 +122,7 @@ def test_nothing_starts_after_the_deadline() -> None:
     assert measured["late"].results == []
 
 
-def test_contenders_get_ready_only_while_a_round_of_the_others_fits() -> None:
+def test_methods_get_ready_only_while_a_round_of_the_others_fits() -> None:
     timing = import_module("timing")
 
     class Scripted:

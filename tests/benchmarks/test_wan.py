@@ -10,20 +10,26 @@ import pytest
 
 
 def run(out: Path, *arguments: str) -> dict[str, Any]:
-    assert import_module("bench_wan").main(["--quick", "--out", str(out), *arguments]) == 0
+    assert (
+        import_module("bench_real_size").main(
+            ["--model", "wan", "--quick", "--out", str(out), *arguments]
+        )
+        == 0
+    )
     data: dict[str, Any] = json.loads(out.read_text())
     return data
 
 
 def test_quick_run_has_a_row_of_everything(tmp_path: Path) -> None:
-    report = run(tmp_path / "wan.json", "--contenders", "ddit_rt_*", "mag_cache")
-    sections, key = report["sections"], "128x128x5/batch1/steps16"
+    chosen = ["--sections", "buckets", "loops", "memory", "--methods", "ddit_rt_*", "mag_cache"]
+    report = run(tmp_path / "wan.json", *chosen)
+    sections, key = report["sections"], "128x128x5/batch1"
     rows = sections["buckets"][key]["rows"]
     assert list(rows) == ["p", "2p", "4p"]
     assert rows["p"]["flops"] > rows["2p"]["flops"] > rows["4p"]["flops"]
     for row in rows.values():
         assert row["over_floor"] == row["seconds"]["median"] / row["floor_seconds"]
-    loops = sections["loops"][key]["rows"]
+    loops = sections["loops"][f"{key}/steps16"]["rows"]
     names = ("fine", "paper_1.60x", "paper_2.10x", "paper_3.20x", "dynamic")
     skipping = ("fine+teacache", "paper_2.10x+teacache")
     ours = {f"ddit_rt_auto_{name}" for name in (*names, *skipping)}
@@ -43,7 +49,7 @@ def test_quick_run_has_a_row_of_everything(tmp_path: Path) -> None:
         r"\| diffusers \+ MagCache \(every other step\) \| .* \|  \| 50% \|  \|", table
     )
     assert "every other step reuses" in table
-    memory = sections["memory"][key]
+    memory = sections["memory"][key]["state"]
     assert memory["latent_bytes"] == 4 * 16 * 2 * 16 * 16
     assert memory["history_bytes"] == 4 * memory["latent_bytes"]
 
@@ -69,7 +75,7 @@ def check_skipped(loops: dict[str, Any]) -> None:
 
 @pytest.mark.filterwarnings("ignore:4p is not offered")
 def test_size_without_4p_has_plans_without_it(tmp_path: Path) -> None:
-    chosen = ["--sections", "loops", "--videos", "96x128x5", "--contenders", "*_paper_2.10x"]
+    chosen = ["--sections", "loops", "--videos", "96x128x5", "--methods", "*_paper_2.10x"]
     chosen += ["--steps", "50"]
     rows = run(tmp_path / "wan.json", *chosen)["sections"]["loops"]
     (row,) = (
@@ -83,14 +89,3 @@ def test_size_without_4p_has_plans_without_it(tmp_path: Path) -> None:
 def test_unreadable_size_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'480x832'; write height x width x frames"):
         run(tmp_path / "wan.json", "--videos", "480x832")
-
-
-def test_published_config_is_that_of_the_1_3b_model() -> None:
-    """Parameters of Wan 2.1 T2V 1.3B, counted without memory."""
-    import torch
-    from diffusers import WanTransformer3DModel
-
-    preset = import_module("wan_model").PRESETS["wan-1.3b"]
-    with torch.device("meta"):
-        model = WanTransformer3DModel(**preset.config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == 1_418_996_800

@@ -64,7 +64,7 @@ def test_artifact_holds_plans_and_evidence(calibrated: Path, artifact: Path) -> 
         "max_sequence_length": 8,
         "guidance_scale": 3.5,  # of the pipeline's call, which was not told another
     }
-    assert evidence["makes"] == "picture"
+    assert evidence["makes"] == "image"
     assert {entry["kind"] for entry in evidence["candidates"]} >= {"fine", "steps", "static"}
     assert evidence["winner"] in evidence["held_out"]
 
@@ -192,7 +192,7 @@ def test_missing_extra_is_named(
 
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     assert main(["calibrate", str(artifact), *options, "--speedup", "2"]) == 2
-    assert "pip install 'ddit_rt[demo]'" in capsys.readouterr().err
+    assert "pip install 'ddit_rt[eval]'" in capsys.readouterr().err
 
 
 def test_untrusted_artifact_is_exit_3(artifact: Path, options: list[str]) -> None:
@@ -246,7 +246,7 @@ def test_search_has_step_caches_where_there_is_a_fit(
     assert main(["calibrate", str(path), *target]) == 0
     captured = capsys.readouterr()
     assert "no step cache" not in captured.err
-    assert "rivals at the cost that the cached plan has there" in captured.out
+    assert "baselines at the cost that the cached plan has there" in captured.out
     manifest = read_manifest(path)
     assert manifest.schema_version == 4
     (calibration,) = manifest.calibrations

@@ -77,7 +77,7 @@ def test_video_model_is_calibrated_on_its_own_captions(
     assert all(" moving " in text for text, _ in evidence["prompts"])
     assert evidence["arguments"]["num_frames"] == 5
     assert set(evidence["step_costs"]) == {"p", "2p", "4p"}
-    # A trained model's clips lose little by a step or two less, whichever plan it is.
+    # A trained model's videos lose little by a step or two less, whichever plan it is.
     assert calibration["presets"]["balanced"]["ssim"] >= 0.8
     assert evidence["held_out"][evidence["winner"]]["ssim"] > 0.7
     preset = ["--prompt", evidence["held_out_prompts"][0][0], "--policy", "balanced"]

@@ -39,7 +39,7 @@ def evaluated(artifact: Path, options: list[str], tmp_path_factory: pytest.TempP
     return out
 
 
-def test_report_has_the_chosen_plans_and_their_rivals(evaluated: Path, artifact: Path) -> None:
+def test_report_has_the_chosen_plans_and_their_baselines(evaluated: Path, artifact: Path) -> None:
     report = json.loads((evaluated / "report.json").read_text())
     assert report["main"] == "dynamic"
     assert [plan["name"] for plan in report["plans"]][:3] == ["fine", "policy-1", "dynamic"]

@@ -1,7 +1,6 @@
-"""Calibration: a closed-loop search for the plans of an artifact, against the plainest rivals."""
+"""Calibration: a closed-loop search for the plans of an artifact, against plain baselines."""
 
 from ddit_rt.lab.calibrate.confirm import Confirmation
-from ddit_rt.lab.calibrate.families import Family
 from ddit_rt.lab.calibrate.run import CalibrationConfig, calibrate
 from ddit_rt.lab.calibrate.search import search
 from ddit_rt.lab.plans.candidates import CacheRange, Candidate
@@ -14,7 +13,6 @@ __all__ = [
     "Candidate",
     "Confirmation",
     "Evaluator",
-    "Family",
     "Measurement",
     "Prompt",
     "Target",

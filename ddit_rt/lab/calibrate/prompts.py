@@ -22,4 +22,4 @@ PROMPTS = (
     "a child's drawing of a house and a sun",
     "an aerial view of terraced rice fields",
 )
-"""Plain and textured scenes, people, text and drawings: what the cost of a picture varies with."""
+"""Plain and textured scenes, people, text and drawings: what the cost of an image varies with."""

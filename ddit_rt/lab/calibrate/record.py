@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.artifact import CalibratedPlan, Calibration
-from ddit_rt.lab.calibrate.confirm import Confirmation, Finalist
+from ddit_rt.lab.calibrate.confirm import Confirmation, HeldOut
 from ddit_rt.lab.plans.bench import Bench
 from ddit_rt.lab.plans.candidates import Candidate
 from ddit_rt.lab.plans.points import Point, best_for, pareto_front
@@ -35,19 +35,20 @@ def calibration_record(
         conditions: What the figures hold for.
         decided: Held-out figures.
         winner: The winner on the calibration prompts.
-        points: Every plan that was measured, all fine first.
+        points: Every plan that was measured, full resolution first.
         target: The request as a limit.
     """
     base = points[0].cost
     # A plan that looked better than the winner until the held-out prompts is no part of the front.
-    front = pareto_front([point for point in points if not point.dominates(winner)])
+    standing = [point for point in points if not point.dominates(winner)]
+    front = pareto_front(standing, lambda point: point.cost, lambda point: point.ssim)[::-1]
     presets = {
         "quality": _quality(front, winner, target.shifted(GENTLE, base)),
         "balanced": winner,
         "fast": _fast(front, winner, target.shifted(STRONG, base)),
     }
     evidence = {
-        "verdict": decided.verdict,
+        "verdict": decided.decision,
         "seed": config.seed,
         "notes": list(bench.notes),
         "makes": bench.makes,
@@ -89,8 +90,8 @@ def _costs(bench: Bench) -> dict[str, Any]:
 def _decision(decided: Confirmation) -> dict[str, Any]:
     return {
         "held_out_fine_cost": decided.fine.cost,
-        "held_out": _by_kind(decided, decided.finalists),
-        "at_equal_cost": {kind: _by_kind(decided, row) for kind, row in decided.equals.items()},
+        "held_out": _by_kind(decided, decided.candidates),
+        "at_equal_cost": {kind: _by_kind(decided, row) for kind, row in decided.baselines.items()},
         "closer_on": {kind: dict(row) for kind, row in decided.shares.items()},
         "static_at_the_winners_cost": decided.static and _held_out(decided, decided.static),
         "winner_is_closer_than_static_on": decided.over_static,
@@ -99,7 +100,7 @@ def _decision(decided: Confirmation) -> dict[str, Any]:
     }
 
 
-def _by_kind(decided: Confirmation, plans: Mapping[str, Finalist]) -> dict[str, Any]:
+def _by_kind(decided: Confirmation, plans: Mapping[str, HeldOut]) -> dict[str, Any]:
     return {kind: _held_out(decided, plan) for kind, plan in plans.items()}
 
 
@@ -131,7 +132,7 @@ def _plan(point: Point, base: float) -> CalibratedPlan:
 
 
 def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back: a record equals itself after loading."""
+    """What JSON gives back, so that a record equals itself after loading."""
     plain = json.loads(json.dumps(data))
     assert isinstance(plain, dict)
     return plain
@@ -154,7 +155,7 @@ def _candidate(point: Point) -> dict[str, Any]:
     }
 
 
-def _held_out(decided: Confirmation, plan: Finalist) -> dict[str, Any]:
+def _held_out(decided: Confirmation, plan: HeldOut) -> dict[str, Any]:
     return {
         "label": plan.candidate.label,
         "step_cache": _cache(plan.candidate),

@@ -1,30 +1,29 @@
-"""What a calibration leaves behind: a JSON file, the Pareto front as a picture, and a summary."""
+"""What a calibration leaves behind: a JSON file, the Pareto front as an image, and a summary."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ddit_rt.artifact import Calibration
-from ddit_rt.lab.measure.grid import new_figure
+from ddit_rt.lab.measure import figures
+from ddit_rt.lab.measure.report import write_json
 from ddit_rt.lab.plans.candidates import ADAPTIVE, CACHED, COMBINED, DYNAMIC, FINE, STATIC, STEPS
 from ddit_rt.lab.plans.points import Point
 
 SCHEMA_VERSION = 2
-"""Version 2 added step caches, and has the rivals of each adaptive plan under its kind."""
+"""Version 2 added step caches, and has the baselines of each adaptive plan under its kind."""
 
 _STYLES = {
-    FINE: ("all fine", "#000000", "*"),
-    STEPS: ("fewer fine steps", "#0072B2", "s"),
-    STATIC: ("static plans", "#E69F00", "^"),
-    CACHED: ("fine steps with {caches}", "#D55E00", "D"),
-    DYNAMIC: ("dynamic plans", "#009E73", "o"),
-    COMBINED: ("dynamic plans with {caches}", "#56B4E9", "P"),
+    FINE: ("full resolution", figures.BLACK, "*"),
+    STEPS: ("fewer steps", figures.BLUE, "s"),
+    STATIC: ("static plans", figures.ORANGE, "^"),
+    CACHED: ("full resolution with {caches}", figures.RED, "D"),
+    DYNAMIC: ("dynamic plans", figures.GREEN, "o"),
+    COMBINED: ("dynamic plans with {caches}", figures.SKY, "P"),
 }
-"""Okabe and Ito's palette, told apart by colour-blind readers too."""
 
 
 def write_report(calibration: Calibration, points: Sequence[Point], folder: Path) -> list[Path]:
@@ -45,10 +44,10 @@ def write_report(calibration: Calibration, points: Sequence[Point], folder: Path
     steps = calibration.num_inference_steps
     data = {"schema_version": SCHEMA_VERSION, **asdict(calibration)}
     data["policies"] = [point.candidate.policy.to_dict() for point in points]
-    record, picture = folder / f"calibration-{steps}.json", folder / f"pareto-{steps}.png"
-    record.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    draw_front(calibration, picture)
-    return [record, picture]
+    record, image = folder / f"calibration-{steps}.json", folder / f"pareto-{steps}.png"
+    write_json(record, data)
+    draw_front(calibration, image)
+    return [record, image]
 
 
 def draw_front(calibration: Calibration, path: Path) -> None:
@@ -61,7 +60,7 @@ def draw_front(calibration: Calibration, path: Path) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message names the extra.
     """
-    figure = new_figure((8.0, 5.0))
+    figure = figures.new_figure((8.0, 5.0))
     axes = figure.subplots()
     candidates = calibration.evidence["candidates"]
     base = calibration.front[0].cost
@@ -74,7 +73,7 @@ def draw_front(calibration: Calibration, path: Path) -> None:
         axes.scatter(x, y, s=28, color=colour, marker=marker, label=label, alpha=0.8, zorder=3)
     front = calibration.front
     x, y = [plan.speedup for plan in front], [plan.ssim for plan in front]
-    axes.step(x, y, where="pre", color="#CC79A7", lw=1.4, label="front", zorder=2)
+    axes.step(x, y, where="pre", color=figures.PINK, lw=1.4, label="front", zorder=2)
     for name, plan in calibration.presets.items():
         axes.annotate(
             name,
@@ -84,7 +83,7 @@ def draw_front(calibration: Calibration, path: Path) -> None:
             fontsize=10,
             weight="bold",
         )
-    axes.set_xlabel(f"speed-up of the loop over {calibration.num_inference_steps} fine steps")
+    axes.set_xlabel(f"speed-up of the loop over {calibration.num_inference_steps} steps at p")
     axes.set_ylabel(_similarity(calibration.evidence["makes"]))
     axes.set_xscale("log")
     ticks = [tick for tick in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if tick <= max(x) * 1.1]
@@ -96,8 +95,8 @@ def draw_front(calibration: Calibration, path: Path) -> None:
 
 
 def _similarity(makes: str) -> str:
-    frames = ", mean over their frames" if makes == "clip" else ""
-    return f"SSIM to the all-fine {makes}s{frames}"
+    frames = ", mean over the frames" if makes == "video" else ""
+    return f"SSIM to full resolution{frames}"
 
 
 def _caches(candidates: Sequence[dict[str, Any]]) -> str:
@@ -110,22 +109,24 @@ def summary(calibration: Calibration) -> str:
     """A few lines for a terminal."""
     evidence, unit = calibration.evidence, calibration.cost_unit
     ((name, value),) = calibration.target.items()
-    fine = f"{evidence['held_out_fine_cost']:.1f} {unit} a {evidence['makes']}"
+    fine = f"{evidence['held_out_fine_cost']:.1f} {unit} per {evidence['makes']}"
     lines = [
         f"{calibration.num_inference_steps} steps, {name} {value:g}: {evidence['verdict']}",
-        f"on {len(evidence['held_out_prompts'])} held-out prompts; all fine takes {fine}",
+        f"on {len(evidence['held_out_prompts'])} held-out prompts; full resolution takes {fine}",
         f"  {'plan':<9}{unit:>9}{'speed-up':>10}{'SSIM':>8}{'PSNR':>7}",
         *(_row(kind, entry) for kind, entry in evidence["held_out"].items()),
     ]
     for plan in (kind for kind in ADAPTIVE if kind in evidence["at_equal_cost"]):
-        lines.append(f"rivals at the cost that the {plan} plan has there")
+        lines.append(f"baselines at the cost that the {plan} plan has there")
         for kind, entry in evidence["at_equal_cost"][plan].items():
             share = evidence["closer_on"][plan][kind]
-            lines.append(f"{_row(kind, entry)}  {plan} is closer on {share:.0%} of the prompts")
+            lines.append(
+                f"{_row(kind, entry)}  {plan} is more similar on {share:.0%} of the prompts"
+            )
     if evidence["winner_is_closer_than_static_on"] is not None:
         share = evidence["winner_is_closer_than_static_on"]
         lines.append(
-            f"the winner is closer than the static plan of its cost on {share:.0%} of them"
+            f"the winner is more similar than the static plan of its cost on {share:.0%} of them"
         )
         lines.append(_row("static", evidence["static_at_the_winners_cost"]))
     lines.append(f"presets, on the {len(evidence['prompts'])} calibration prompts")

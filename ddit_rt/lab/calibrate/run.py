@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ddit_rt.artifact import Calibration
 from ddit_rt.lab.calibrate.confirm import Confirmation, confirm
-from ddit_rt.lab.calibrate.families import Family, combined_family, families
 from ddit_rt.lab.calibrate.record import calibration_record
 from ddit_rt.lab.calibrate.search import search
+from ddit_rt.lab.calibrate.spaces import COMBINED as WITH_CACHE
+from ddit_rt.lab.calibrate.spaces import Space, spaces
 from ddit_rt.lab.plans.bench import Bench
-from ddit_rt.lab.plans.candidates import CACHED, DYNAMIC, Dynamic, ThresholdCache, all_fine
+from ddit_rt.lab.plans.candidates import (
+    CACHED,
+    COMBINED,
+    DYNAMIC,
+    Dynamic,
+    ThresholdCache,
+    full_resolution,
+)
 from ddit_rt.lab.plans.points import Found, Measurement, Point, Prompt, best_for
 from ddit_rt.lab.plans.target import BUDGET_MS, GENTLE, MIN_SSIM, SPEEDUP, STRONG, Target
 
@@ -25,11 +33,11 @@ class CalibrationConfig:
     Attributes:
         request: One of `{"speedup": x}`, `{"min_ssim": x}`, `{"budget_ms": x}`.
         prompts: Texts to draw from.
-        calibration_prompts: How many the search uses.
-        held_out_prompts: How many others confirm.
-        evaluations: Plans per family at most.
+        calibration_prompts: Number of prompts that the search uses.
+        held_out_prompts: Number of others that confirm what it found.
+        evaluations: Plans of each kind that are tried, at most.
         cost_unit: `"ms"` or `"tokens"`.
-        seed: Of the draw of prompts; each prompt's noise has `seed` plus its place.
+        seed: Seed of the draw of prompts; the noise of prompt i has seed + i.
     """
 
     request: Mapping[str, float]
@@ -76,7 +84,7 @@ class CalibrationConfig:
         """The request as a limit.
 
         Raises:
-            ValueError: All-fine keeps the budget already.
+            ValueError: Full resolution keeps the budget already.
         """
         ((name, value),) = self.request.items()
         if name == MIN_SSIM:
@@ -84,7 +92,7 @@ class CalibrationConfig:
         limit = value if name == BUDGET_MS else base_cost / value
         if limit >= base_cost:
             raise ValueError(
-                f"got budget_ms={value}; all fine steps take {base_cost:.0f} ms here, which is "
+                f"got budget_ms={value}; full resolution takes {base_cost:.0f} ms here, which is "
                 "within it: there is nothing to calibrate"
             )
         return Target(max_cost=limit)
@@ -124,7 +132,7 @@ def calibrate(
     coarse = tuple(size for size in bench.costs if size != "p")
     gentle, strong = target.shifted(GENTLE, base), target.shifted(STRONG, base)
 
-    def searched(what: Sequence[Family]) -> dict[str, Found]:
+    def searched(what: Sequence[Space]) -> dict[str, Found]:
         return search(
             what,
             bench,
@@ -134,27 +142,27 @@ def calibrate(
             evaluations=config.evaluations,
         )
 
-    found = searched(families(bench.steps, coarse, bench.taus, bench.caches))
+    found = searched(spaces(bench.steps, coarse, bench.taus, bench.caches))
     found |= searched(_combined(found, gentle, base))
     cheaper = {kind: [p for p in f.points if p.cost < base] for kind, f in found.items()}
-    finalists = {
-        kind: best
+    best = {
+        kind: point
         for kind, points in cheaper.items()
-        if (best := best_for(target, points)) is not None
+        if (point := best_for(target, points)) is not None
     }
-    if not finalists:
+    if not best:
         tried = [point for row in cheaper.values() for point in row]
         raise ValueError(_unreachable(config, base, tried, bench.makes))
-    decided = confirm(bench, found, finalists, held_out, config.request, target)
-    points = [_fine_point(bench.steps, base, len(prompts))]
+    decided = confirm(bench, found, best, held_out, config.request, target)
+    points = [_reference_point(bench.steps, base, len(prompts))]
     points += [point for row in cheaper.values() for point in row]
     calibration = calibration_record(
-        bench, config, conditions, decided, finalists[decided.winner], points, target
+        bench, config, conditions, decided, best[decided.winner], points, target
     )
     return CalibrationResult(calibration=calibration, confirmation=decided, points=points)
 
 
-def _combined(found: Mapping[str, Found], gentle: Target, base: float) -> list[Family]:
+def _combined(found: Mapping[str, Found], gentle: Target, base: float) -> list[Space]:
     """The best dynamic plan with the step cache that alone would give the gentler target."""
     if DYNAMIC not in found or CACHED not in found:
         return []
@@ -165,12 +173,13 @@ def _combined(found: Mapping[str, Found], gentle: Target, base: float) -> list[F
     cache, dynamic = point.candidate.step_cache, found[DYNAMIC]
     assert isinstance(cache, ThresholdCache)
     assert isinstance(dynamic.template, Dynamic)
-    return [combined_family(dynamic.template, dynamic.level, cache)]
+    start = replace(dynamic.template, cache=cache)
+    return [Space(kind=COMBINED, start=start, variations=WITH_CACHE, level=dynamic.level)]
 
 
-def _fine_point(steps: int, base: float, prompts: int) -> Point:
+def _reference_point(steps: int, base: float, prompts: int) -> Point:
     same = Measurement(cost=base, similarity=(1.0,) * prompts, psnr=(None,) * prompts)
-    return Point(candidate=all_fine(steps), measurement=same)
+    return Point(candidate=full_resolution(steps), measurement=same)
 
 
 def _unreachable(
@@ -178,13 +187,13 @@ def _unreachable(
 ) -> str:
     ((name, value),) = config.request.items()
     if not points:
-        return f"no plan for {name}={value:g}: with these steps nothing is faster than all fine"
+        return f"no plan for {name}={value:g}: with these steps no plan is faster than all at p"
     nearest = config.target(base)
     best = min(points, key=nearest.shortfall)
     return (
         f"no plan reaches {name}={value:g}; the nearest is {best.candidate.label}: SSIM "
-        f"{best.ssim:.4f}, {base / best.cost:.2f}x as fast as all fine, {best.cost:.1f} "
-        f"{config.cost_unit} a {makes}. Ask for less, or for another number of steps"
+        f"{best.ssim:.4f}, {base / best.cost:.2f}x as fast as full resolution, {best.cost:.1f} "
+        f"{config.cost_unit} per {makes}. Ask for less, or for another number of steps"
     )
 
 
@@ -193,15 +202,15 @@ def most_runs(config: CalibrationConfig, *, sizes: int, caches: int, repeats: in
 
     Args:
         config: Its settings.
-        sizes: Patch sizes of the artifact.
-        caches: Step caches that the model has a fit for.
+        sizes: Number of patch sizes of the artifact.
+        caches: Number of step caches that the model has a fit for.
         repeats: Rounds of `EngineBench.confirm`.
     """
     rounds = repeats if config.cost_unit == "ms" else 1
-    families, adaptive = (5, 3) if caches else (3, 1)
+    kinds, adaptive = (5, 3) if caches else (3, 1)
     probes = (1 + caches) * 2 * sizes + 2 + caches
-    search = config.calibration_prompts * (1 + families * config.evaluations)
-    # Finalists; of each adaptive one two rivals at equal cost; a static plan at the cost of fewer
-    # steps. Each time beside all fine, and warmed up.
-    confirm = (1 + families + 1 + 2 * adaptive + 1 + 1) * (1 + rounds * config.held_out_prompts)
+    search = config.calibration_prompts * (1 + kinds * config.evaluations)
+    # The best plan of each kind; two baselines at equal cost for each adaptive one; a static plan
+    # at the cost of fewer steps. Each time beside full resolution, and warmed up.
+    confirm = (1 + kinds + 1 + 2 * adaptive + 1 + 1) * (1 + rounds * config.held_out_prompts)
     return probes + search + confirm

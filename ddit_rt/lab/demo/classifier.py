@@ -1,4 +1,4 @@
-"""A small convolutional network that reads the caption's attributes off a 128 px picture.
+"""A small convolutional network that reads the caption's attributes off a 128 px image.
 
 It scores samples in tests and quality studies; its weights lie beside this file.
 """
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from ddit_rt.lab.demo.pictures import ATTRIBUTE_SIZES, Attributes
+from ddit_rt.lab.demo.images import ATTRIBUTE_SIZES, Attributes
 
 _SIDE = 128
 
@@ -33,23 +33,23 @@ class AttributeClassifier(nn.Module):
         self.features = nn.Sequential(*layers, nn.Conv2d(64, 64, 3, padding=1), nn.SiLU())
         self.head = nn.Linear(64 * 16, sum(ATTRIBUTE_SIZES.values()))
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Score pictures.
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Score images.
 
         Args:
-            pictures: ``[B, 3, H, W]`` RGB in [0, 1]; sizes other than 128 px are resized.
+            images: ``[B, 3, H, W]`` RGB in [0, 1]; sizes other than 128 px are resized.
 
         Returns:
             ``[B, 22]`` scores: shape, colour, background, background colour, one after another.
         """
-        features = self.feature_maps(pictures)
+        features = self.feature_maps(images)
         return torch.as_tensor(self.head(F.adaptive_avg_pool2d(features, 4).flatten(1)))
 
-    def feature_maps(self, pictures: torch.Tensor) -> torch.Tensor:
+    def feature_maps(self, images: torch.Tensor) -> torch.Tensor:
         """What the last layer sees before it averages, ``[B, 64, 8, 8]``."""
-        if pictures.shape[-2:] != (_SIDE, _SIDE):
-            pictures = F.interpolate(pictures, (_SIDE, _SIDE), mode="bilinear")
-        return torch.as_tensor(self.features(pictures * 2 - 1))
+        if images.shape[-2:] != (_SIDE, _SIDE):
+            images = F.interpolate(images, (_SIDE, _SIDE), mode="bilinear")
+        return torch.as_tensor(self.features(images * 2 - 1))
 
 
 def weights_path() -> pathlib.Path:
@@ -65,46 +65,46 @@ def load_classifier() -> AttributeClassifier:
 
 
 def attribute_hits(
-    classifier: AttributeClassifier, pictures: torch.Tensor, expected: list[Attributes]
+    classifier: AttributeClassifier, images: torch.Tensor, expected: list[Attributes]
 ) -> dict[str, torch.Tensor]:
-    """Which pictures show the expected attribute.
+    """Which images show the expected attribute.
 
     Args:
         classifier: A trained classifier.
-        pictures: ``[B, 3, H, W]`` RGB in [0, 1].
-        expected: The attributes that each picture should show.
+        images: ``[B, 3, H, W]`` RGB in [0, 1].
+        expected: The attributes that each image should show.
 
     Returns:
         For each attribute name a boolean tensor ``[B]``.
 
     Raises:
-        ValueError: If the numbers of pictures and of expectations differ.
+        ValueError: If the numbers of images and of expectations differ.
     """
-    if len(pictures) != len(expected):
+    if len(images) != len(expected):
         raise ValueError(
-            f"got {len(pictures)} pictures and {len(expected)} expectations; pass one for each"
+            f"got {len(images)} images and {len(expected)} expectations; pass one for each"
         )
     with torch.no_grad():
-        parts = classifier(pictures.float()).split(list(ATTRIBUTE_SIZES.values()), dim=1)
-    labels = torch.tensor([attributes.labels for attributes in expected], device=pictures.device)
+        parts = classifier(images.float()).split(list(ATTRIBUTE_SIZES.values()), dim=1)
+    labels = torch.tensor([attributes.labels for attributes in expected], device=images.device)
     return {
         name: part.argmax(1) == labels[:, i]
         for i, (name, part) in enumerate(zip(ATTRIBUTE_SIZES, parts, strict=True))
     }
 
 
-def picture_features(classifier: AttributeClassifier, pictures: torch.Tensor) -> torch.Tensor:
-    """Features for a Fréchet distance between sets of pictures.
+def image_features(classifier: AttributeClassifier, images: torch.Tensor) -> torch.Tensor:
+    """Features for a Fréchet distance between sets of images.
 
-    Means over the whole picture of the classifier's last 64 channels: few enough that some hundred
-    pictures give their covariance, and without a place in the picture, as Inception's are.
+    Means over the whole image of the classifier's last 64 channels: few enough that some hundred
+    images give their covariance, and without a place in the image, as Inception's are.
 
     Args:
         classifier: A trained classifier.
-        pictures: ``[B, 3, H, W]`` RGB in [0, 1].
+        images: ``[B, 3, H, W]`` RGB in [0, 1].
 
     Returns:
         ``[B, 64]``.
     """
     with torch.no_grad():
-        return classifier.feature_maps(pictures.float()).mean(dim=(2, 3))
+        return classifier.feature_maps(images.float()).mean(dim=(2, 3))

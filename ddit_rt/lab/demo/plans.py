@@ -26,7 +26,7 @@ class Plan:
 
 # Candidates were swept at 24 steps on 12 held-out prompts with seeds of their own. The last
 # choice, 4e-3 / 2e-3 over 8e-3 / 4e-3, was made after seeing the demo's prompts, on which the
-# looser pair took 4p at every dynamic step. The first steps fix the layout that the other pictures
+# looser pair took 4p at every dynamic step. The first steps fix the layout that the other images
 # are compared with; a step at p after every few corrects the coarse ones.
 DEMO_POLICY = DDiTPolicy(
     criterion="raw",
@@ -41,7 +41,7 @@ DEMO_POLICY = DDiTPolicy(
 
 
 def static_plan(steps: int) -> StaticPolicy:
-    """The best plan of those tried that looks at no picture: (4p, 4p, 4p, p) over and over.
+    """The best plan of those tried that looks at no image: (4p, 4p, 4p, p) over and over.
 
     Args:
         steps: Denoising steps; the first three and the last two run at p.
@@ -68,14 +68,14 @@ VIDEO_POLICY = DDiTPolicy(
 
 
 def demo_plans(steps: int, dynamic: DDiTPolicy = DEMO_POLICY) -> tuple[Plan, ...]:
-    """All-fine, a static plan of about as many tokens as the dynamic one, and the dynamic one.
+    """Full resolution, a static plan of about as many tokens as the dynamic one, and that one.
 
     Args:
         steps: Denoising steps.
         dynamic: The dynamic plan's policy.
     """
     return (
-        Plan(name=FINE, label="all fine", policy=FinePolicy()),
+        Plan(name=FINE, label="full resolution", policy=FinePolicy()),
         Plan(name=STATIC, label="static plan", policy=static_plan(steps)),
         Plan(name=DYNAMIC, label="dynamic", policy=dynamic),
     )

@@ -1,10 +1,19 @@
 """Prompts for the demo models."""
 
-from ddit_rt.lab.demo.clips import all_clip_attributes, is_held_out_clip
-from ddit_rt.lab.demo.pictures import all_attributes, is_held_out
+from ddit_rt.lab.demo.images import all_attributes, is_held_out
+from ddit_rt.lab.demo.videos import all_video_attributes, is_held_out_video
 
-# The sequence length that both demo models were trained with; pass it to the pipeline.
 MAX_SEQUENCE_LENGTH = 16
+"""Text tokens that both demo models were trained with; pass it to the pipeline."""
+
+IMAGE_CALL = {"height": 128, "width": 128, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+VIDEO_CALL = {
+    "height": 64,
+    "width": 64,
+    "num_frames": 13,
+    "max_sequence_length": MAX_SEQUENCE_LENGTH,
+}
+"""Arguments of a call with the size that a demo model was trained on."""
 
 DEMO_PROMPTS = (
     "a red circle on plain blue",
@@ -45,6 +54,6 @@ def held_out_prompts(count: int | None = None) -> list[str]:
     return [captions[i * len(captions) // count] for i in range(count)]
 
 
-def held_out_clip_prompts() -> list[str]:
-    """Captions of clips whose combination of attributes was kept out of training."""
-    return [a.caption for a in all_clip_attributes() if is_held_out_clip(a)]
+def held_out_video_prompts() -> list[str]:
+    """Captions of videos whose combination of attributes was kept out of training."""
+    return [a.caption for a in all_video_attributes() if is_held_out_video(a)]

@@ -1,17 +1,45 @@
-"""The demo run: compile, save, load, generate with every plan, compare, draw."""
+"""The demo run: compile, save, load, generate with every plan, compare, draw.
+
+Images by the embedded FLUX model and videos by the embedded Wan model take the same path.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
+import ddit_rt
+from ddit_rt.artifact import require_savable
 from ddit_rt.engine import Engine
-from ddit_rt.lab.demo.comparison import artifact_folder, prepare_engine, report_of, timed
-from ddit_rt.lab.demo.plans import DEMO_POLICY, FINE, Plan, demo_plans
-from ddit_rt.lab.measure.fidelity import fidelity
+from ddit_rt.lab.demo.plans import DEMO_POLICY, FINE, VIDEO_POLICY, Plan, demo_plans
+from ddit_rt.lab.demo.prompts import (
+    DEMO_PROMPTS,
+    IMAGE_CALL,
+    MAX_SEQUENCE_LENGTH,
+    VIDEO_CALL,
+    VIDEO_PROMPTS,
+)
+from ddit_rt.lab.demo.report import REFERENCE, add_frames, report_of
+from ddit_rt.lab.measure.fidelity import fidelity, video_fidelity
+from ddit_rt.lab.measure.report import write_json
+from ddit_rt.lab.measure.timing import (
+    Batch,
+    Pixels,
+    Sample,
+    engine_method,
+    measure,
+    pipeline_method,
+)
+from ddit_rt.lab.measure.video_file import require_encoder, write_mp4
+
+_FRAMES_PER_SECOND = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,34 +48,65 @@ class DemoConfig:
 
     Attributes:
         out: Folder to write to; it is made.
+        prompts: One image or video is generated of each.
         steps: Denoising steps.
-        height: Picture height.
-        width: Picture width.
+        height: Height of an image or frame.
+        width: Width of an image or frame.
+        num_frames: Frames of a video; None for images.
+        guidance_scale: Weight of the prompt against the empty one; None for the pipeline's own.
         max_sequence_length: Text tokens.
-        seed: Seed of the first prompt; the next ones count up.
-        repeats: Timed runs of every picture.
-        keep_artifact: Whether the artifact stays, as `demo.ddit` in `out`.
+        seed: Seed of the first prompt; prompt i uses seed + i.
+        repeats: Timed runs of every image or video.
+        backend: `"aot"` or `"eager"`, as `ddit_rt.compile` takes it.
+        keep_artifact: Whether the artifact stays in `out`, as `demo.ddit` or `video.ddit`.
     """
 
     out: Path
+    prompts: tuple[str, ...] = DEMO_PROMPTS
     steps: int = 24
-    height: int = 128
-    width: int = 128
-    max_sequence_length: int = 16
+    height: int = IMAGE_CALL["height"]
+    width: int = IMAGE_CALL["width"]
+    num_frames: int | None = None
+    guidance_scale: float | None = None
+    max_sequence_length: int = MAX_SEQUENCE_LENGTH
     seed: int = 0
     repeats: int = 3
+    backend: str = "aot"
     keep_artifact: bool = False
 
     def __post_init__(self) -> None:
         """Checks the counts before minutes of work."""
-        if self.steps < 1 or self.repeats < 1:
+        if self.steps < 1 or self.repeats < 1 or not self.prompts:
             raise ValueError(
-                f"got steps={self.steps}, repeats={self.repeats}; both must be at least 1"
+                f"got steps={self.steps}, repeats={self.repeats}, {len(self.prompts)} prompts; "
+                "each must be at least 1"
             )
+
+    @property
+    def video(self) -> bool:
+        """Whether videos are made."""
+        return self.num_frames is not None
+
+    def size(self) -> dict[str, int]:
+        """Arguments of `compile` and of a call."""
+        size = {"height": self.height, "width": self.width}
+        return size if self.num_frames is None else {**size, "num_frames": self.num_frames}
+
+    def call(self) -> dict[str, Any]:
+        """Further arguments of a call, except for the steps."""
+        call = {**self.size(), "max_sequence_length": self.max_sequence_length}
+        guidance = self.guidance_scale
+        return call if guidance is None else {**call, "guidance_scale": guidance}
+
+
+def video_demo(out: Path, **settings: Any) -> DemoConfig:
+    """Settings of the video demo, of which `settings` change some."""
+    defaults = {"prompts": VIDEO_PROMPTS, **VIDEO_CALL, "guidance_scale": 3.0, "repeats": 2}
+    return DemoConfig(out=out, **{**defaults, **settings})
 
 
 def run_demo(pipeline: Any, config: DemoConfig) -> dict[str, Any]:
-    """Runs the demo and writes its three files.
+    """Runs the demo and writes its files, as `compare` does.
 
     Args:
         pipeline: The embedded pipeline, loaded.
@@ -55,67 +114,145 @@ def run_demo(pipeline: Any, config: DemoConfig) -> dict[str, Any]:
 
     Returns:
         The report, as in `report.json`.
-    """
-    from ddit_rt.lab.demo.prompts import DEMO_PROMPTS
 
+    Raises:
+        ModuleNotFoundError: A package of the extra `demo` is missing; the message names it.
+    """
+    if config.video:
+        require_encoder()
     config.out.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
-    with artifact_folder(config.out, keep=config.keep_artifact) as folder:
+    policy = VIDEO_POLICY if config.video else DEMO_POLICY
+    with _artifact_folder(config) as folder:
         engine, compiling = prepare_engine(
             pipeline,
-            folder / "demo.ddit",
-            height=config.height,
-            width=config.width,
-            patch_policy=DEMO_POLICY,
+            folder / ("video.ddit" if config.video else "demo.ddit"),
+            **config.size(),
+            patch_policy=policy,
+            backend=config.backend,
         )
-        return compare(engine, DEMO_PROMPTS, demo_plans(config.steps), config, compiling)
+        return compare(engine, demo_plans(config.steps, policy), config, compiling)
+
+
+@contextmanager
+def _artifact_folder(config: DemoConfig) -> Iterator[Path]:
+    """Where an artifact goes: into `out`, or a folder that is gone afterwards."""
+    if config.keep_artifact:
+        yield config.out
+        return
+    with tempfile.TemporaryDirectory(prefix="ddit_rt-") as folder:
+        yield Path(folder)
+
+
+def prepare_engine(
+    pipeline: Any, path: Path, **arguments: Any
+) -> tuple[Engine, dict[str, float | int]]:
+    """Compiles, saves and loads back, so that the loaded engine is what a demo runs.
+
+    Args:
+        pipeline: The pipeline.
+        path: Where its artifact goes.
+        arguments: Arguments of `ddit_rt.compile`.
+
+    Returns:
+        The engine, and the entry `compile` of the report.
+    """
+    require_savable(path)
+    started = time.perf_counter()
+    compiled = ddit_rt.compile(pipeline, **arguments)
+    seconds = time.perf_counter() - started
+    compiled.save(path)
+    started = time.perf_counter()
+    engine = ddit_rt.load(path, pipeline)
+    return engine, {
+        "compile_seconds": seconds,
+        "load_seconds": time.perf_counter() - started,
+        "artifact_bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+    }
 
 
 def compare(
     engine: Engine,
-    prompts: Sequence[str],
     plans: Sequence[Plan],
     config: DemoConfig,
     compiling: Mapping[str, float | int],
 ) -> dict[str, Any]:
-    """Generates every prompt with every plan and with diffusers, and writes the three files.
+    """Generates every prompt with diffusers and with every plan, and writes the files of the demo.
+
+    These are `report.json`, `timeline.png`, and `grid.png` or, of videos, `clips.mp4`.
 
     Args:
         engine: A compiled pipeline.
-        prompts: One picture each.
-        plans: The plans, all-fine among them.
+        plans: The plans, full resolution among them.
         config: Settings; `out` must exist.
         compiling: The entry `compile`.
 
     Returns:
         The report.
     """
-    from ddit_rt.lab.demo.timeline import draw_timeline
-    from ddit_rt.lab.measure.grid import draw_grid
-
-    arguments = {
-        "num_inference_steps": config.steps,
-        "height": config.height,
-        "width": config.width,
-        "max_sequence_length": config.max_sequence_length,
+    samples = _timed(engine, plans, config)
+    made = {name: [sample.outputs[0] for sample in row] for name, row in samples.items()}
+    settings = {
+        **config.call(),
+        "steps": config.steps,
+        "seed": config.seed,
+        "repeats": config.repeats,
+        "prompts": list(config.prompts),
     }
-    samples = timed(
-        engine, plans, prompts, seed=config.seed, repeats=config.repeats, arguments=arguments
-    )
-    pictures = {name: [sample.pictures[0] for sample in row] for name, row in samples.items()}
-    settings = asdict(config)
-    del settings["out"], settings["keep_artifact"]
-    report = report_of(
-        "demo",
-        engine,
-        plans,
-        samples,
-        {name: fidelity(row, pictures[FINE]) for name, row in pictures.items()},
-        settings={**settings, "prompts": list(prompts)},
-        compiling=compiling,
-    )
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    (config.out / "report.json").write_text(text, encoding="utf-8")
-    draw_grid(report, pictures, config.out / "grid.png")
-    draw_timeline(report, config.out / "timeline.png")
+    report = _compared(engine, plans, samples, made, settings, compiling)
+    write_json(config.out / "report.json", report)
+    _draw(report, made, config)
     return report
+
+
+def _timed(engine: Engine, plans: Sequence[Plan], config: DemoConfig) -> dict[str, list[Sample]]:
+    """A sample per prompt, by the name of the plan and of `REFERENCE`, which take turns."""
+    arguments = {"num_inference_steps": config.steps, **config.call()}
+    methods = [
+        pipeline_method(REFERENCE, REFERENCE, engine.pipeline, **arguments),
+        *(
+            engine_method(plan.name, plan.label, engine, patch_policy=plan.policy, **arguments)
+            for plan in plans
+        ),
+    ]
+    batches = [
+        Batch(prompts=(prompt,), seeds=(config.seed + index,))
+        for index, prompt in enumerate(config.prompts)
+    ]
+    total = len(methods) * (1 + config.repeats * len(batches))
+    with tqdm(total=total, desc="generate", leave=False) as bar:
+        return measure(methods, batches, repeats=config.repeats, advance=bar.update)
+
+
+def _compared(
+    engine: Engine,
+    plans: Sequence[Plan],
+    samples: Mapping[str, Sequence[Sample]],
+    made: Mapping[str, Sequence[Pixels]],
+    settings: Mapping[str, Any],
+    compiling: Mapping[str, float | int],
+) -> dict[str, Any]:
+    if "num_frames" not in settings:
+        found = {name: fidelity(row, made[FINE]) for name, row in made.items()}
+        return report_of(
+            "demo", engine, plans, samples, found, settings=settings, compiling=compiling
+        )
+    videos = {name: video_fidelity(row, made[FINE]) for name, row in made.items()}
+    means = {name: each.videos for name, each in videos.items()}
+    report = report_of(
+        "demo-video", engine, plans, samples, means, settings=settings, compiling=compiling
+    )
+    add_frames(report, videos)
+    return report
+
+
+def _draw(
+    report: Mapping[str, Any], made: Mapping[str, Sequence[Pixels]], config: DemoConfig
+) -> None:
+    from ddit_rt.lab.demo.figures import draw_grid, draw_timeline, grid_frames
+
+    draw_timeline(report, config.out / "timeline.png")
+    if config.video:
+        write_mp4(config.out / "clips.mp4", grid_frames(report, made), _FRAMES_PER_SECOND)
+    else:
+        draw_grid(report, made, config.out / "grid.png")

@@ -13,12 +13,12 @@ from ddit_rt.planning.request import PolicyChoice
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """One picture of a prompt.
+    """One image of a prompt.
 
     Attributes:
         prompt: Index of the prompt.
-        repeat: Which picture of it, from 0.
-        seed: Of the noise.
+        repeat: Which image of it, from 0.
+        seed: Seed of its noise.
     """
 
     prompt: int
@@ -32,17 +32,17 @@ class EvaluationConfig:
 
     Attributes:
         out: Folder to write to, or to go on in.
-        prompts: Texts.
+        prompts: The prompts.
         source: Where they come from, for the report.
         steps: Steps of the reference.
         policies: Name and policy, preset or speed of each plan; none for the artifact's own.
         arguments: Further arguments of the engine's call, e.g. `height`.
-        seeds: Pictures of each prompt, with noise of their own.
-        seed: Of the first picture; the next ones count up.
+        seeds: Images of each prompt, each with noise of its own.
+        seed: Seed of the first image; image i uses seed + i.
         batch: Prompts in a call.
-        repeats: Timed runs of every picture.
-        cost_unit: What the rivals' cost is equal in: `"ms"` of the loop, or `"tokens"`.
-        references: Folder of pictures that FID compares with; None for the all-fine ones.
+        repeats: Timed runs of every image.
+        cost_unit: What the baselines' cost is equal in: `"ms"` of the loop, or `"tokens"`.
+        references: Folder of images that FID compares with; None for the full-resolution ones.
     """
 
     out: Path
@@ -71,14 +71,14 @@ class EvaluationConfig:
             )
         if self.cost_unit not in UNITS:
             raise ValueError(f"got the cost {self.cost_unit!r}; it is one of {list(UNITS)}")
-        if self.references is not None and len(picture_files(self.references)) < 2:
+        if self.references is not None and len(image_files(self.references)) < 2:
             raise ValueError(
-                f"found fewer than two pictures ({', '.join(PICTURE_SUFFIXES)}) in "
+                f"found fewer than two images ({', '.join(PICTURE_SUFFIXES)}) in "
                 f"{self.references}; --references names a folder of them"
             )
 
     def jobs(self) -> list[tuple[Item, ...]]:
-        """The pictures, by call. A batch holds different prompts."""
+        """The images, by call. A batch holds different prompts."""
         items = [
             Item(prompt=prompt, repeat=repeat, seed=self.seed + prompt * self.seeds + repeat)
             for repeat in range(self.seeds)
@@ -92,8 +92,8 @@ class EvaluationConfig:
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """The pictures in a folder and below it, by name.
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder and below it, by name.
 
     Raises:
         ValueError: No such folder.

@@ -1,9 +1,8 @@
-"""The pictures of an evaluation and their times; what is there already is not made again."""
+"""The images of an evaluation and their times; what is there already is not made again."""
 
 from __future__ import annotations
 
 import datetime as dt
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 from ddit_rt.lab.evaluate.config import EvaluationConfig, Item
 from ddit_rt.lab.evaluate.plans import (
     NamedPlan,
+    baselines,
     cached_plan,
     chosen_plans,
     main_plan,
     reference_plan,
-    rivals,
 )
-from ddit_rt.lab.evaluate.store import PictureRecord, Store
+from ddit_rt.lab.evaluate.store import ImageRecord, Store
 from ddit_rt.lab.measure.report import machine, versions
-from ddit_rt.lab.measure.timing import Batch, Contender, Sample, engine_contender, measure
+from ddit_rt.lab.measure.timing import Batch, Sample, measure
 from ddit_rt.lab.plans.bench import EngineBench
+from ddit_rt.lab.plans.dial import highest, on_log_scale
 from ddit_rt.lab.plans.points import Prompt
 
 if TYPE_CHECKING:
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 _PILOT = 8
 """Prompts at most, spread over all, that tell what the main plan costs."""
 
-_THRESHOLDS = (0.01, 10.0)
-_HALVINGS = 7
+_THRESHOLDS, _THRESHOLD_LEVELS = (0.01, 10.0), 126
+"""Thresholds of TeaCache that are tried, and the levels of its dial: seven halvings."""
+
 _CACHE_PILOT = 2
 """Prompts that TeaCache's threshold is found on."""
 
@@ -44,7 +45,7 @@ def generate(
     *,
     progress: bool = True,
 ) -> tuple[tuple[NamedPlan, ...], dict[str, Any]]:
-    """Makes every picture that is not there yet, with all plans interleaved on each batch.
+    """Makes every image that is not there yet, with all plans interleaved on each batch.
 
     Args:
         engine: A compiled pipeline.
@@ -55,7 +56,7 @@ def generate(
 
     Returns:
         The plans, the reference first; and the cost table, the main plan's cost and the notes that
-        the choice of the rivals left.
+        the choice of the baselines left.
 
     Raises:
         ValueError: The folder holds another evaluation, or a policy does not fit.
@@ -73,7 +74,7 @@ def generate(
 
 
 def _request(config: EvaluationConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that pictures and times depend on."""
+    """Everything that images and times depend on."""
     from ddit_rt.policies import PatchPolicy
 
     return {
@@ -102,7 +103,7 @@ def _is_done(store: Store, plans: Sequence[NamedPlan], job: Sequence[Item]) -> b
 def _plans(
     engine: Engine, config: EvaluationConfig
 ) -> tuple[tuple[NamedPlan, ...], dict[str, Any]]:
-    """The plans; the rivals from what the main plan costs on some of the prompts."""
+    """The plans; the baselines from what the main plan costs on some of the prompts."""
     manifest, steps = engine.artifact.manifest, config.steps
     chosen = chosen_plans(
         config.policies, manifest, engine.default_policy, steps, engine.default_step_cache
@@ -118,7 +119,7 @@ def _plans(
         unit=config.cost_unit,
     )
     cost = _cost(engine, main, config, items, bench)
-    others, notes = rivals(main, cost, bench.costs, steps)
+    others, notes = baselines(main, cost, bench.costs, steps)
     cached, absent = _cached(engine, config, items[:_CACHE_PILOT], bench, cost)
     found = {
         "main": main.name,
@@ -138,10 +139,10 @@ def _cost(
     items: Sequence[Item],
     bench: EngineBench,
 ) -> float:
-    """Mean cost of a plan's pictures."""
-    contender, costs = _contender(engine, plan, config), []
+    """Mean cost of a plan's images."""
+    method, costs = plan.candidate.on(engine, plan.name, **config.arguments), []
     for item in items:
-        trace = contender.generate(_batch(config, (item,))).trace
+        trace = method.generate(_batch(config, (item,))).trace
         assert trace is not None, "an engine's run has a trace"
         costs.append(_spent(trace, bench.costs, config.cost_unit))
     return statistics.fmean(costs)
@@ -161,17 +162,19 @@ def _cached(
     cost: float,
 ) -> tuple[list[NamedPlan], list[dict[str, str]]]:
     """TeaCache at the threshold, of those tried, whose cost comes closest; or why it is absent."""
-    low, high = map(math.log, _THRESHOLDS)
     tried: list[tuple[float, NamedPlan]] = []
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        plan = cached_plan(float(f"{math.exp(middle):.3g}"), config.steps)
-        try:
-            spent = _cost(engine, plan, config, items, bench)
-        except ValueError as error:  # nothing was fitted for this model
-            return [], [{"name": "TeaCache", "reason": str(error)}]
+
+    def dearer(level: int) -> bool:
+        threshold = on_log_scale(_THRESHOLDS, level, _THRESHOLD_LEVELS)
+        plan = cached_plan(threshold, config.steps)
+        spent = _cost(engine, plan, config, items, bench)
         tried.append((abs(spent - cost), plan))
-        low, high = (middle, high) if spent > cost else (low, middle)
+        return spent > cost
+
+    try:
+        highest(_THRESHOLD_LEVELS, dearer)
+    except ValueError as error:  # nothing was fitted for this model
+        return [], [{"name": "TeaCache", "reason": str(error)}]
     return [min(tried, key=lambda entry: entry[0])[1]], []
 
 
@@ -199,12 +202,12 @@ def _make(
             "versions": versions(),
         }
     )
-    contenders = [_contender(engine, plan, config) for plan in plans]
+    methods = [plan.candidate.on(engine, plan.name, **config.arguments) for plan in plans]
     total = len(plans) * (1 + config.repeats * len(jobs))
     with tqdm(total=total, desc="eval", unit="run", leave=False, disable=not progress) as bar:
         for index, job in enumerate(jobs):
             samples = measure(
-                contenders,
+                methods,
                 [_batch(config, job)],
                 repeats=config.repeats,
                 advance=bar.update,
@@ -216,16 +219,16 @@ def _make(
 
 def _records(
     store: Store, rows: Mapping[str, Sample], job: Sequence[Item], session: int
-) -> list[PictureRecord]:
-    """Saves the pictures of a batch. A picture's time is its share of the batch's."""
+) -> list[ImageRecord]:
+    """Saves the images of a batch. An image's time is its share of the batch's."""
     records = []
     for name, sample in rows.items():
         trace, share = sample.trace, 1 / len(job)
         assert trace is not None, "an engine's run has a trace"
-        for item, picture in zip(job, sample.pictures, strict=True):
-            digest = store.save_picture(picture, name, item.prompt, item.repeat)
+        for item, image in zip(job, sample.outputs, strict=True):
+            digest = store.save_image(image, name, item.prompt, item.repeat)
             records.append(
-                PictureRecord(
+                ImageRecord(
                     plan=name,
                     prompt=item.prompt,
                     repeat=item.repeat,
@@ -240,18 +243,6 @@ def _records(
                 )
             )
     return records
-
-
-def _contender(engine: Engine, plan: NamedPlan, config: EvaluationConfig) -> Contender:
-    return engine_contender(
-        plan.name,
-        plan.candidate.label,
-        engine,
-        patch_policy=plan.candidate.policy,
-        num_inference_steps=plan.candidate.num_inference_steps,
-        step_cache=plan.candidate.step_cache,
-        **config.arguments,
-    )
 
 
 def _batch(config: EvaluationConfig, job: Sequence[Item]) -> Batch:

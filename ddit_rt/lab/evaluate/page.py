@@ -1,242 +1,213 @@
-"""`report.html`: one file without anything outside it."""
+"""`report.html`: one file that loads nothing from outside it, by Jinja2 and matplotlib."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
-from collections.abc import Mapping, Sequence
-from html import escape
-from importlib.resources import files
-from typing import Any
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ddit_rt.lab.evaluate.cases import Pictures, Report, cases
-from ddit_rt.lab.evaluate.plots import colours, marks, pareto_plot
+from PIL import Image
 
-_LONG = 40
-"""Characters above which the head of a column is made wide."""
+from ddit_rt.lab.measure.figures import PALETTE, SIZE_COLOURS, new_figure, size_colour
+from ddit_rt.lab.measure.timing import Pixels
+from ddit_rt.lab.plans.points import pareto_front
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGES = Path(__file__).parent / "pages"
+"""Templates, style and scripts."""
+
+_LOSSLESS_SIDE = 256
+"""Up to this side an image is shown without loss."""
+
+_LARGEST_SIDE = 768
+
+Report = Mapping[str, Any]
+GetImage = Callable[[str, int, int], Pixels]
+"""Gives the image of a plan, prompt and repeat."""
 
 
-def page_file(name: str) -> str:
-    """A file of `pages/`."""
-    return (files("ddit_rt.lab.evaluate") / "pages" / name).read_text(encoding="utf-8")
-
-
-def build_page(report: Report, picture: Pictures, *, shown: int) -> str:
-    """The page.
+def build_page(report: Report, image: GetImage, *, shown: int) -> str:
+    """Renders the page.
 
     Args:
         report: What `build_report` gave.
-        picture: Gives pictures.
-        shown: Prompts with pictures at most, worst first.
+        image: Gives images.
+        shown: Prompts with images at most, worst first.
+
+    Raises:
+        ModuleNotFoundError: Jinja2 or matplotlib is not installed; the message names the extra.
     """
-    worst = report["worst"][:shown]
-    body = [
-        _header(report),
-        _plan_table(report),
-        _win_table(report),
-        _plots(report),
-        cases(report, worst, picture),
-        _missing(report),
-        _notes(report),
-        _details(report),
-    ]
-    return (
-        '<!doctype html><html lang="en" class="no-script"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # The file can load nothing, whatever stands in a prompt.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        f"<title>ddit-rt eval: {escape(report['model']['name'])}</title>"
-        f"<style>{page_file('report.css')}</style></head><body>{''.join(body)}"
-        f"<script>{page_file('report.js')}</script></body></html>\n"
+    environment = _environment()
+    colours = {p["name"]: PALETTE[i % len(PALETTE)] for i, p in enumerate(report["plans"])}
+    return str(
+        environment.get_template("report.html.j2").render(
+            report=report,
+            plans={plan["name"]: plan for plan in report["plans"]},
+            colours=colours,
+            size_colours=SIZE_COLOURS,
+            wins={(win["against"], win["metric"]): win["share"] for win in report["wins"]},
+            plots=list(filter(None, (_plot(report, m, colours) for m in report["metrics"]))),
+            cases=[_case(report, index, image) for index in report["worst"][:shown]],
+            details=_details(report),
+            lossless_side=_LOSSLESS_SIDE,
+            largest_side=_LARGEST_SIDE,
+        )
     )
 
 
-def _header(report: Report) -> str:
-    settings, machine = report["settings"], report["machine"]
-    prompts = f"{settings['prompts']} prompts ({settings['source']})"
-    if settings["seeds"] > 1:
-        prompts += f", {settings['seeds']} pictures each"
-    return (
-        f"<header><h1>Plans of {escape(report['model']['name'])}, side by side</h1>"
-        f'<p class="muted">{escape(prompts)}, {settings["steps"]} steps. '
-        f"{escape(machine['cpu'])}, {machine['threads']} threads, device "
-        f"{escape(report['device'])}; torch {escape(report['versions']['torch'])}, "
-        f"ddit_rt {escape(report['versions']['ddit_rt'])}.</p>{_summary(report)}</header>"
+def _environment() -> Any:
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the page needs Jinja2 ({error}); pip install 'ddit_rt[eval]'"
+        ) from error
+    environment = Environment(
+        loader=FileSystemLoader(PAGES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    environment.filters["number"] = number
+    environment.filters["share"] = _share
+    environment.filters["size_colour"] = size_colour
+    environment.filters["size_counts"] = _size_counts
+    environment.filters["side"] = lambda size: int(size.removesuffix("p") or 1)
+    return environment
 
 
-def _summary(report: Report) -> str:
-    plans = {plan["name"]: plan for plan in report["plans"]}
-    main = plans[report["main"]]
-    ssim = _number(main["scores"]["ssim"]["value"])
-    text = (
-        f"<strong>{escape(main['title'])}</strong> runs {main['speedup']:.2f}x as fast as all "
-        f"fine in the denoising loop, at SSIM {ssim} to its pictures."
+def number(value: float) -> str:
+    """Four significant digits; an exponent only below a thousandth."""
+    if abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:#.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
+
+
+def _share(share: Mapping[str, float]) -> str:
+    return f"{share['value']:.0%} ({share['low']:.0%} to {share['high']:.0%})"
+
+
+def _size_counts(sizes: Sequence[str]) -> str:
+    """Patch sizes of a run in words: `"8 steps: 5 at 2p, 3 at p"`."""
+    counts = ", ".join(f"{sizes.count(size)} at {size}" for size in sorted(set(sizes)))
+    return f"{len(sizes)} steps: {counts}"
+
+
+def _case(report: Report, index: int, image: GetImage) -> dict[str, Any]:
+    """A prompt with the image of every plan, of the repeat where the main plan is worst."""
+    entry = report["prompts"][index]
+    own = entry["pictures"][report["main"]]
+    repeat = min(range(len(own)), key=lambda i: float(own[i]["scores"]["ssim"]))
+    return {
+        "prompt": entry["prompt"],
+        "seed": own[repeat]["seed"],
+        "made": [
+            {
+                **entry["pictures"][plan["name"]][repeat],
+                "plan": plan,
+                "uri": data_uri(image(plan["name"], index, repeat)),
+            }
+            for plan in report["plans"]
+        ],
+    }
+
+
+def data_uri(image: Pixels) -> str:
+    """An image inside the page: without loss where it is small, else a smaller JPEG."""
+    shown, buffer = Image.fromarray(image), io.BytesIO()
+    if max(shown.size) <= _LOSSLESS_SIDE:
+        shown.save(buffer, format="PNG", optimize=True)
+        return _uri("png", buffer.getvalue())
+    shown.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE), Image.Resampling.LANCZOS)
+    shown.save(buffer, format="JPEG", quality=90)
+    return _uri("jpeg", buffer.getvalue())
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _plot(
+    report: Report, metric: Mapping[str, Any], colours: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """A metric against time; None where no plan has a score."""
+    figure = quality_figure(report["plans"], metric, colours)
+    if figure is None:
+        return None
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    side = "Up" if metric["higher_is_better"] else "Down"
+    return {"uri": _uri("svg+xml", buffer.getvalue()), "metric": metric, "side": side}
+
+
+def quality_figure(
+    plans: Sequence[Mapping[str, Any]], metric: Mapping[str, Any], colours: Mapping[str, str]
+) -> Figure | None:
+    """Draws a score against seconds with 95% intervals, and the front that no other plan beats.
+
+    Args:
+        plans: The entries `plans` of a report.
+        metric: The metric's entry.
+        colours: A colour for each plan by name.
+
+    Returns:
+        None where no plan has a score.
+    """
+    scores = {plan["name"]: plan["scores"].get(metric["name"]) for plan in plans}
+    scored = [p for p in plans if (s := scores[p["name"]]) and s["value"] is not None]
+    if not scored:
+        return None
+    figure = new_figure((5.6, 3.9))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    for plan in scored:
+        x, y, name = plan["seconds"], scores[plan["name"]], plan["name"]
+        axes.errorbar(
+            x["value"],
+            y["value"],
+            xerr=_reach(x),
+            yerr=_reach(y),
+            fmt="o",
+            color=colours[name],
+            label=plan["title"],
+        )
+    sign = 1 if metric["higher_is_better"] else -1
+    front = pareto_front(
+        scored,
+        lambda plan: float(plan["seconds"]["value"]),
+        lambda plan: sign * float(scores[plan["name"]]["value"]),
     )
-    for entry in report["wins"]:
-        if entry["metric"] == "ssim" and plans[entry["against"]]["role"] == "rival":
-            rival = plans[entry["against"]]
-            text += (
-                f" Against {escape(rival['title'])} ({rival['speedup']:.2f}x) it is closer on "
-                f"{_share(entry['share'])} of the prompts."
-            )
-    return f"<p>{text}</p>"
+    xs = [plan["seconds"]["value"] for plan in front]
+    ys = [scores[plan["name"]]["value"] for plan in front]
+    axes.step(xs, ys, where="post", color="#57606a", linestyle="--", lw=1.2, zorder=1)
+    axes.margins(0.12)
+    axes.grid(visible=True, alpha=0.3)
+    axes.set_xlabel("seconds of the denoising loop, per image")
+    axes.set_ylabel(textwrap.fill(metric["label"], 36))
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False)
+    return figure
 
 
-def _plan_table(report: Report) -> str:
-    heads = ["plan", "loop, s", "speed-up", "whole call, s", "tokens"]
-    heads += [_headed(metric) for metric in report["metrics"]]
-    rows = [_plan_row(report, plan) for plan in report["plans"]]
-    return (
-        "<section><h2>Plans</h2>"
-        + _table(heads, rows)
-        + '<p class="muted">Means over prompts, with 95% bootstrap intervals; seconds and tokens '
-        "for one picture. Speed-up is of the denoising loop over all fine. An arrow says which "
-        "way is better.</p></section>"
-    )
+def _reach(interval: Mapping[str, float | None]) -> list[list[float]]:
+    """How far an interval reaches below and above its value; a bound that is missing lies on it."""
+    value, low, high = (interval.get(name) for name in ("value", "low", "high"))
+    assert value is not None, "plans without a value are left out"
+    return [[0.0 if low is None else value - low], [0.0 if high is None else high - value]]
 
 
-def _headed(metric: Mapping[str, Any]) -> str:
-    arrow = "&uarr;" if metric["higher_is_better"] else "&darr;"
-    below = f"<small>to {escape(metric['references'])}</small>" if "references" in metric else ""
-    label = f"{escape(metric['label'])} {arrow}{below}"
-    return f'<span class="wide">{label}</span>' if len(label) > _LONG else label
-
-
-def _plan_row(report: Report, plan: Mapping[str, Any]) -> str:
-    colour = colours(report["plans"])[plan["name"]]
-    name = (
-        f'<span class="swatch" style="background:{colour}"></span>{escape(plan["title"])}'
-        f"<small>{escape(plan['label'])}</small>"
-    )
-    cells = [
-        _interval(plan["seconds"]),
-        f"{plan['speedup']:.2f}x",
-        _interval(plan["seconds_call"]),
-        _interval(plan["tokens"]),
-        *(_score(plan, metric) for metric in report["metrics"]),
-    ]
-    kind = ' class="main"' if plan["name"] == report["main"] else ""
-    return f'<tr{kind}><th scope="row">{name}</th>{_cells(cells)}</tr>'
-
-
-def _score(plan: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
-    score = plan["scores"].get(metric["name"])
-    if score is None:
-        return '<span class="muted">reference</span>'
-    if score["value"] is None:
-        return "same"
-    same = score.get("identical", 0)
-    note = f"<small>{same} more are identical</small>" if same and metric["name"] == "psnr" else ""
-    return _interval(score) + note
-
-
-def _win_table(report: Report) -> str:
-    if not report["wins"]:
-        return ""
-    titles = {plan["name"]: plan["title"] for plan in report["plans"]}
-    labels = {metric["name"]: metric["label"] for metric in report["metrics"]}
-    shares = {(entry["against"], entry["metric"]): entry["share"] for entry in report["wins"]}
-    rivals = list(dict.fromkeys(entry["against"] for entry in report["wins"]))
-    metrics = list(dict.fromkeys(entry["metric"] for entry in report["wins"]))
-    rows = [
-        f'<tr><th scope="row">{escape(titles[rival])}</th>'
-        + _cells([_win(shares.get((rival, metric))) for metric in metrics])
-        + "</tr>"
-        for rival in rivals
-    ]
-    main = escape(titles[report["main"]])
-    return (
-        f"<section><h2>How often {main} is better</h2>"
-        + _table(["against", *(escape(labels[metric]) for metric in metrics)], rows)
-        + '<p class="muted">Share of prompts; a tie counts half. 95% intervals by Wilson&#x27;s '
-        "formula.</p></section>"
-    )
-
-
-def _win(share: Mapping[str, float] | None) -> str:
-    return '<span class="muted">no score</span>' if share is None else _share(share)
-
-
-def _plots(report: Report) -> str:
-    figures = "".join(_plot(report, metric) for metric in report["metrics"])
-    return (
-        f'<section><h2>Quality against time</h2><div class="plots">{figures}</div>'
-        '<p class="muted">Bars are 95% intervals, the dashed line is the front. All fine is the '
-        "reference of the scores that compare with it, and has none of them.</p></section>"
-    )
-
-
-def _plot(report: Report, metric: Mapping[str, Any]) -> str:
-    points = marks(report["plans"], metric["name"])
-    if not points:
-        return ""
-    better = metric["higher_is_better"]
-    plot = pareto_plot(
-        points,
-        x_label="seconds of the denoising loop, per picture",
-        y_label=metric["label"],
-        higher_is_better=better,
-    )
-    side = "Up" if better else "Down"
-    return f"<figure>{plot}<figcaption>{side} and to the left is better.</figcaption></figure>"
-
-
-def _missing(report: Report) -> str:
-    rows = [(entry["label"], entry["reason"]) for entry in report["skipped"]]
-    rows += [(entry["name"], entry["reason"]) for entry in report["absent"]]
-    items = "".join(f"<li><strong>{escape(n)}</strong>: {escape(r)}</li>" for n, r in rows)
-    return f"<section><h2>Not in this report</h2><ul>{items}</ul></section>"
-
-
-def _notes(report: Report) -> str:
-    if not report["notes"]:
-        return ""
-    items = "".join(f"<li>{escape(note)}</li>" for note in report["notes"])
-    return f"<section><h2>Notes</h2><ul>{items}</ul></section>"
-
-
-def _details(report: Report) -> str:
+def _details(report: Report) -> dict[str, str]:
     policies = {
         plan["title"]: {"steps": plan["num_inference_steps"], **plan["policy"]}
         for plan in report["plans"]
     }
     names = ("settings", "costs", "sessions", "machine", "versions", "model", "artifact")
     parts = {"plans": policies, **{name: report[name] for name in names}}
-    blocks = "".join(
-        f"<details><summary>{escape(name)}</summary><pre>"
-        f"{escape(json.dumps(value, indent=1))}</pre></details>"
-        for name, value in parts.items()
-    )
-    return f"<section><h2>Details</h2>{blocks}</section>"
-
-
-def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
-    head = "".join(f'<th scope="col">{text}</th>' for text in heads)
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _cells(texts: Sequence[str]) -> str:
-    return "".join(f"<td>{text}</td>" for text in texts)
-
-
-def _number(value: float) -> str:
-    """Four significant digits, without an exponent."""
-    if abs(value) >= 1000:
-        return f"{value:.0f}"
-    return f"{value:#.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
-
-
-def _interval(entry: Mapping[str, float | None]) -> str:
-    value, low, high = (entry.get(name) for name in ("value", "low", "high"))
-    assert value is not None, "the caller shows a missing value by itself"
-    if low is None or high is None:
-        return _number(value)
-    return f"{_number(value)}<small>{_number(low)} to {_number(high)}</small>"
-
-
-def _share(share: Mapping[str, float]) -> str:
-    return f"{share['value']:.0%} ({share['low']:.0%} to {share['high']:.0%})"
+    return {name: json.dumps(value, indent=1) for name, value in parts.items()}

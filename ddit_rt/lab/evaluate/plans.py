@@ -1,4 +1,4 @@
-"""Which plans stand side by side: all fine, the chosen ones, and rivals of about equal cost."""
+"""Which plans stand side by side: full resolution, the chosen ones, and baselines of equal cost."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from ddit_rt.lab.plans.candidates import (
     Candidate,
     FewerSteps,
     Static,
-    Template,
-    all_fine,
     cache_text,
+    full_resolution,
 )
-from ddit_rt.lab.plans.points import Found
 from ddit_rt.planning.request import PolicyChoice, read_request
 from ddit_rt.policies import (
     DDiTPolicy,
@@ -35,12 +33,13 @@ from ddit_rt.policies import (
     step_cache_from_dict,
 )
 
-REFERENCE, CHOSEN, RIVAL = "reference", "chosen", "rival"
+REFERENCE, CHOSEN, BASELINE = "reference", "chosen", "rival"
+"""Roles, by the names that they have in records."""
 
 EQUAL_STEPS, EQUAL_STATIC, TEACACHE = "equal-steps", "equal-static", "teacache"
 _DYNAMIC = (DYNAMIC, COMBINED)
 _NAMES = {
-    FINE: "all fine",
+    FINE: "full resolution",
     EQUAL_STEPS: "fewer steps, equal cost",
     EQUAL_STATIC: "static, equal cost",
     TEACACHE: "TeaCache, equal cost",
@@ -53,7 +52,8 @@ class NamedPlan:
 
     Attributes:
         name: Identifier in reports and file names.
-        role: `"reference"` (all fine), `"chosen"`, or `"rival"` at about the main plan's cost.
+        role: `"reference"` (full resolution), `"chosen"`, or `"rival"`: a baseline at about the
+            main plan's cost.
         candidate: The plan.
     """
 
@@ -97,8 +97,8 @@ class NamedPlan:
 
 
 def reference_plan(steps: int) -> NamedPlan:
-    """All fine at the full number of steps."""
-    return NamedPlan(name=FINE, role=REFERENCE, candidate=all_fine(steps))
+    """Full resolution at the full number of steps."""
+    return NamedPlan(name=FINE, role=REFERENCE, candidate=full_resolution(steps))
 
 
 def chosen_plans(
@@ -120,7 +120,7 @@ def chosen_plans(
         default_cache: The artifact's step cache, which a calibrated plan does not take.
 
     Raises:
-        ValueError: A preset without calibration, or nothing that differs from all fine.
+        ValueError: A preset without calibration, or nothing that differs from full resolution.
     """
     if choices:
         named = [
@@ -128,7 +128,7 @@ def chosen_plans(
         ]
     else:
         named = _of_artifact(manifest, default, steps, default_cache)
-    seen, found = {all_fine(steps).key}, []
+    seen, found = {full_resolution(steps).key}, []
     for name, candidate in named:
         if candidate.key not in seen:
             seen.add(candidate.key)
@@ -142,72 +142,63 @@ def chosen_plans(
 
 
 def main_plan(plans: Sequence[NamedPlan]) -> NamedPlan:
-    """The plan that the rivals are measured against: the first dynamic one chosen, else the first.
+    """The plan that gets baselines of its cost: the first dynamic one chosen, else the first.
 
     Args:
-        plans: Of any roles, one chosen among them.
+        plans: Plans of any roles, one chosen among them.
     """
     chosen = [plan for plan in plans if plan.role == CHOSEN]
     return next((plan for plan in chosen if plan.candidate.kind in _DYNAMIC), chosen[0])
 
 
-def rivals(
+def baselines(
     main: NamedPlan, cost: float, costs: Mapping[str, float], steps: int
 ) -> tuple[list[NamedPlan], list[str]]:
-    """Fewer fine steps and a static plan of about a cost, to half a fine step.
+    """Fewer steps and a static plan of about a cost, to half a step at p.
 
     Args:
-        main: The plan that they rival.
-        cost: Its mean cost for a picture.
+        main: The plan that they are compared with.
+        cost: Its mean cost for an image.
         costs: Cost of one step at each patch size that the engine offers.
         steps: Steps of the reference.
 
     Returns:
-        The rivals, and a note for each that cannot be.
+        The baselines, and a note for each that cannot be.
     """
     limit = cost + costs["p"] / 2
+    coarse = tuple(size for size in costs if size != "p")[-1:]
+    # The best shape on the demo model comes first; later ones can be cheaper.
+    static = (
+        [
+            Static(steps=steps, coarse=coarse),
+            Static(steps=steps, coarse=coarse, refresh=None),
+            Static(steps=steps, coarse=coarse, refresh=None, head=0),
+        ]
+        if coarse and steps >= 7
+        else []
+    )
     found, notes = [], []
-    for name, templates in (
-        (EQUAL_STEPS, [FewerSteps(steps=steps)]),
-        (EQUAL_STATIC, _static_templates(tuple(size for size in costs if size != "p"), steps)),
+    for name, what, templates in (
+        (EQUAL_STEPS, "run of fewer steps", [FewerSteps(steps=steps)]),
+        (EQUAL_STATIC, "static plan", static),
     ):
-        candidate = _costing(templates, limit, costs)
-        if candidate is None:
-            notes.append(f"no {_RIVALS[name]} of {steps} steps is as cheap as {main.name}")
-        elif candidate.key == main.candidate.key:
-            notes.append(f"{main.name} is itself the {_RIVALS[name]} of its cost")
+        levels = ((template, template.within(limit, costs)) for template in templates)
+        plan = next((one.at(level) for one, level in levels if level is not None), None)
+        if plan is None:
+            notes.append(f"no {what} of {steps} steps is as cheap as {main.name}")
+        elif plan.key == main.candidate.key:
+            notes.append(f"{main.name} is itself the {what} of its cost")
         else:
-            found.append(NamedPlan(name=name, role=RIVAL, candidate=candidate))
+            found.append(NamedPlan(name=name, role=BASELINE, candidate=plan))
     return found, notes
 
 
 def cached_plan(threshold: float, steps: int) -> NamedPlan:
     """All steps at p, with TeaCache."""
     cache = TeaCache(threshold)
-    label = f"{steps} fine steps, {cache_text(cache)}"
-    candidate = replace(all_fine(steps), kind=CACHED, label=label, step_cache=cache)
-    return NamedPlan(name=TEACACHE, role=RIVAL, candidate=candidate)
-
-
-_RIVALS = {EQUAL_STEPS: "run of fewer fine steps", EQUAL_STATIC: "static plan"}
-
-
-def _static_templates(coarse: tuple[str, ...], steps: int) -> list[Template]:
-    """Shapes of static plans, the best on the demo model first; later ones can be cheaper."""
-    if not coarse or steps < 7:
-        return []
-    return [
-        Static(steps=steps, coarse=coarse[-1:]),
-        Static(steps=steps, coarse=coarse[-1:], refresh=None),
-        Static(steps=steps, coarse=coarse[-1:], refresh=None, head=0),
-    ]
-
-
-def _costing(
-    templates: Sequence[Template], limit: float, costs: Mapping[str, float]
-) -> Candidate | None:
-    found = (Found(points=[], template=template).costing(limit, costs) for template in templates)
-    return next((candidate for candidate in found if candidate is not None), None)
+    label = f"{steps} steps at p, {cache_text(cache)}"
+    candidate = replace(full_resolution(steps), kind=CACHED, label=label, step_cache=cache)
+    return NamedPlan(name=TEACACHE, role=BASELINE, candidate=candidate)
 
 
 def _resolved(
@@ -232,7 +223,7 @@ def _candidate(policy: PatchPolicy, steps: int, label: str, cache: StepCache) ->
 
 def _describe(policy: PatchPolicy, steps: int) -> str:
     if isinstance(policy, FinePolicy):
-        return f"{steps} fine steps"
+        return f"{steps} steps at p"
     if isinstance(policy, StaticPolicy):
         plan = policy.plan if isinstance(policy.plan, str) else "a plan of its own"
         return f"static, {steps} steps, {plan}"
@@ -259,7 +250,7 @@ def _of_artifact(
 
 
 def _dynamic_of(calibration: Calibration) -> list[tuple[str, Candidate]]:
-    """Of the front's dynamic plans the one that costs most nearly what `balanced` does."""
+    """The dynamic plan of the front that costs most nearly what `balanced` does."""
     plans = [plan for plan in calibration.front if plan.kind in _DYNAMIC]
     balanced = calibration.presets["balanced"].cost
     nearest = min(plans, key=lambda plan: abs(plan.cost - balanced), default=None)

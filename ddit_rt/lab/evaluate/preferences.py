@@ -1,4 +1,4 @@
-"""Blind comparison by people: which of two pictures of a prompt, without names and in random order.
+"""Blind comparison by people: which of two images of a prompt, without names and in random order.
 
 An answer is one line of `preferences.jsonl` in the evaluation's folder. Everything about a pair,
 its order included, follows from the rater's name, so that a rater can stop and go on.
@@ -7,7 +7,6 @@ its order included, follows from the rater's name, so that a rater can stop and 
 from __future__ import annotations
 
 import json
-import os
 import random
 import threading
 from collections.abc import Mapping
@@ -15,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddit_rt.lab.evaluate.intervals import share_interval
 from ddit_rt.lab.evaluate.report import interval_entry
+from ddit_rt.lab.evaluate.store import append_lines, read_lines
+from ddit_rt.lab.measure.statistics import share_interval
 
 CHOICES = ("left", "equal", "right")
 SIDES = ("left", "right")
@@ -26,13 +26,13 @@ _LONGEST_NAME = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """Two pictures of one prompt, as one rater sees them.
+    """Two images of one prompt, as one rater sees them.
 
     Attributes:
         number: Its place in the evaluation.
         prompt: The text.
         plans: Names of the plans on the left and on the right.
-        files: Their pictures.
+        files: Their images.
     """
 
     number: int
@@ -54,8 +54,8 @@ class Study:
 
         Args:
             folder: What `ddit-rt eval` wrote.
-            plan: By default the evaluation's main plan.
-            against: By default all fine.
+            plan: The plan that is judged; by default the evaluation's main plan.
+            against: What it is judged against; by default full resolution.
 
         Raises:
             ValueError: No finished evaluation, or no such plan in it.
@@ -77,7 +77,7 @@ class Study:
             )
         self._answers_file = folder / "preferences.jsonl"
         self._lock = threading.Lock()
-        self._pictures = [
+        self._images = [
             (entry["prompt"], folder / one["file"], folder / other["file"], one["seed"])
             for entry in report["prompts"]
             for one, other in zip(
@@ -86,7 +86,7 @@ class Study:
         ]
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def pairs(self, rater: str) -> list[Pair]:
         """Every pair in the rater's own order, sides drawn at random."""
@@ -98,7 +98,7 @@ class Study:
         return [self._pair(number, swap=swapped[number]) for number in order]
 
     def _pair(self, number: int, *, swap: bool) -> Pair:
-        prompt, one, other, _ = self._pictures[number]
+        prompt, one, other, _ = self._images[number]
         plans, files = (self.plan, self.against), (one, other)
         if swap:
             plans, files = (plans[1], plans[0]), (files[1], files[0])
@@ -117,14 +117,12 @@ class Study:
 
     def answers(self) -> list[dict[str, Any]]:
         """The answers about these two plans; a line that was cut off does not count."""
-        if not self._answers_file.is_file():
-            return []
-        rows = []
-        for line in self._answers_file.read_text(encoding="utf-8").splitlines():
-            row = _parsed(line)
-            if row and {row["left"], row["right"]} == {self.plan, self.against}:
-                rows.append(row)
-        return rows
+        return [
+            row
+            for row in read_lines(self._answers_file)
+            if {"left", "right", "pair", "rater"} <= set(row)
+            and {row["left"], row["right"]} == {self.plan, self.against}
+        ]
 
     def state(self, rater: str) -> dict[str, Any]:
         """What a rater sees next: `done`, `total`, and `pair` or, at the end, `summary`."""
@@ -152,34 +150,29 @@ class Study:
                 if earlier["choice"] == choice:
                     return
                 raise ValueError(f"pair {number} was answered before, with {earlier['choice']!r}")
-            self._append(
-                {
-                    "rater": rater,
-                    "pair": number,
-                    "prompt": pair.prompt,
-                    "seed": self._pictures[number][3],
-                    "left": pair.plans[0],
-                    "right": pair.plans[1],
-                    "choice": choice,
-                    "preferred": "equal" if choice == "equal" else pair.plans[SIDES.index(choice)],
-                }
+            append_lines(
+                self._answers_file,
+                [
+                    {
+                        "rater": rater,
+                        "pair": number,
+                        "prompt": pair.prompt,
+                        "seed": self._images[number][3],
+                        "left": pair.plans[0],
+                        "right": pair.plans[1],
+                        "choice": choice,
+                        "preferred": "equal"
+                        if choice == "equal"
+                        else pair.plans[SIDES.index(choice)],
+                    }
+                ],
             )
-
-    def _append(self, row: Mapping[str, Any]) -> None:
-        with self._answers_file.open("ab+") as file:
-            if file.tell() > 0:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a stop cut the last line off
-                    file.write(b"\n")
-            file.write(json.dumps(row).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def summary(self) -> dict[str, Any]:
         """Shares of the answers: `better`, `equal`, `worse`, and `as_good` (better or equal).
 
         Each with Wilson's interval, which takes the answers for independent; those of one rater,
-        or about one picture, are not quite.
+        or about one image, are not quite.
         """
         answers = self.answers()
         total = len(answers)
@@ -239,11 +232,3 @@ def _checked(answer: Any) -> tuple[str, int, str]:
     if choice not in CHOICES:
         raise ValueError(f"got the choice {choice!r:.80}; it is one of {list(CHOICES)}")
     return rater, number, choice
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) and {"left", "right", "pair", "rater"} <= set(row) else None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ddit_rt import checks
+from ddit_rt.lab.plans.points import prompt_lines
 
 DEMO = "demo"
 
@@ -65,7 +65,7 @@ def _lines(source: str) -> Sequence[str]:
         return held_out_prompts()
     if source in HUB_SETS:
         return _hub_lines(HUB_SETS[source])
-    return checks.text_lines(source)
+    return prompt_lines(source)
 
 
 def _hub_lines(wanted: HubSet) -> list[str]:

@@ -1,8 +1,7 @@
-"""An evaluation from settings to report: pictures, scores, `report.json`, `report.html`."""
+"""An evaluation from settings to report: images, scores, `report.json`, `report.html`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from ddit_rt.lab.evaluate.metrics import Metric, Skipped
 from ddit_rt.lab.evaluate.page import build_page
 from ddit_rt.lab.evaluate.report import build_report
 from ddit_rt.lab.evaluate.scoring import score
-from ddit_rt.lab.evaluate.store import Store, write_atomically
-from ddit_rt.lab.measure.report import machine, model_entry, versions
+from ddit_rt.lab.evaluate.store import Store
+from ddit_rt.lab.measure.report import machine, model_entry, versions, write_json, write_whole
 
 if TYPE_CHECKING:
     from ddit_rt.engine import Engine
@@ -44,7 +43,7 @@ def evaluate(
     shown: int = 12,
     progress: bool = True,
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Makes what is missing of the pictures and scores, and writes the report.
+    """Makes what is missing of the images and scores, and writes the report.
 
     Args:
         engine: A compiled pipeline.
@@ -52,7 +51,7 @@ def evaluate(
         subject: What is evaluated, by name.
         metrics: Metrics that can run here, SSIM among them.
         skipped: Metrics that cannot.
-        shown: Prompts with pictures on the page at most, worst first.
+        shown: Prompts with images on the page at most, worst first.
         progress: Whether to show bars.
 
     Returns:
@@ -80,9 +79,8 @@ def evaluate(
 
 def _write(report: Mapping[str, Any], store: Store, shown: int) -> list[Path]:
     record, page = store.folder / "report.json", store.folder / "report.html"
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    write_atomically(record, text.encode())
-    write_atomically(page, build_page(report, store.picture, shown=shown).encode())
+    write_json(record, report)
+    write_whole(page, build_page(report, store.image, shown=shown).encode())
     return [page, record]
 
 
@@ -108,8 +106,8 @@ def summary(report: Mapping[str, Any]) -> str:
         if entry["metric"] == "ssim":
             share = entry["share"]
             lines.append(
-                f"{report['main']} is closer than {entry['against']} on {share['value']:.0%} of "
-                f"the prompts ({share['low']:.0%} to {share['high']:.0%}), by SSIM"
+                f"{report['main']} is more similar than {entry['against']} on "
+                f"{share['value']:.0%} of the prompts ({share['low']:.0%} to {share['high']:.0%})"
             )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Scores of the pictures of an evaluation; known ones are not computed again."""
+"""Scores of the images of an evaluation; known ones are not computed again."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ddit_rt.lab.evaluate.config import EvaluationConfig, Item, picture_files
-from ddit_rt.lab.evaluate.metrics import Case, Metric, PictureMetric, SetMetric, Skipped
+from ddit_rt.lab.evaluate.config import EvaluationConfig, Item, image_files
+from ddit_rt.lab.evaluate.metrics import Case, ImageMetric, Metric, SetMetric, Skipped
 from ddit_rt.lab.evaluate.plans import NamedPlan
 from ddit_rt.lab.evaluate.store import Store
-from ddit_rt.lab.measure.timing import Picture
+from ddit_rt.lab.measure.timing import Pixels
 from ddit_rt.lab.plans.candidates import FINE
 
 _SAVED_EVERY = 16
@@ -28,13 +28,13 @@ class Scores:
     """What the metrics say.
 
     Attributes:
-        pictures: Per metric's name, the score of each picture; None where it is infinite, as the
-            PSNR of a picture that equals its reference.
-        sets: Per metric's name, the distance of each plan's pictures from the references.
+        images: Per metric's name, the score of each image; None where it is infinite, as the
+            PSNR of an image that equals its reference.
+        sets: Per metric's name, the distance of each plan's images from the references.
         skipped: Metrics that could not run, with the reason.
     """
 
-    pictures: dict[str, dict[Place, float | None]]
+    images: dict[str, dict[Place, float | None]]
     sets: dict[str, dict[str, float]]
     skipped: tuple[Skipped, ...]
 
@@ -48,10 +48,10 @@ def score(
     *,
     progress: bool = True,
 ) -> Scores:
-    """Scores every picture of every plan.
+    """Scores every image of every plan.
 
     Args:
-        store: The folder, with all pictures.
+        store: The folder, with all images.
         config: Settings.
         plans: The plans.
         metrics: Metrics that can run.
@@ -61,29 +61,29 @@ def score(
     from tqdm.auto import tqdm
 
     items = [item for job in config.jobs() for item in job]
-    single = [metric for metric in metrics if isinstance(metric, PictureMetric)]
+    single = [metric for metric in metrics if isinstance(metric, ImageMetric)]
     total = len(single) * len(plans) * len(items)
     with tqdm(total=total, desc="score", leave=False, disable=not progress) as bar:
-        pictures = {
-            metric.name: _score_pictures(store, config, plans, metric, advance=bar.update)
+        images = {
+            metric.name: _score_images(store, config, plans, metric, advance=bar.update)
             for metric in single
         }
     sets, few = {}, []
     for metric in metrics:
         if isinstance(metric, SetMetric):
             if len(items) < 2:
-                reason = "a distance of sets needs two pictures at least"
+                reason = "a distance of sets needs two images at least"
                 few.append(Skipped(name=metric.name, label=metric.label, reason=reason))
             else:
                 sets[metric.name] = _distances(store, metric, plans, items, config.references)
-    return Scores(pictures=pictures, sets=sets, skipped=(*skipped, *few))
+    return Scores(images=images, sets=sets, skipped=(*skipped, *few))
 
 
-def _score_pictures(
+def _score_images(
     store: Store,
     config: EvaluationConfig,
     plans: Sequence[NamedPlan],
-    metric: PictureMetric,
+    metric: ImageMetric,
     *,
     advance: Callable[[], object],
 ) -> dict[Place, float | None]:
@@ -113,8 +113,8 @@ def _places(config: EvaluationConfig, plans: Sequence[NamedPlan]) -> Iterator[Pl
                 yield plan.name, item.prompt, item.repeat
 
 
-def _key(store: Store, metric: PictureMetric, prompt: str, place: Place) -> tuple[str, str, str]:
-    """What a score depends on; its reference is the all-fine picture or the prompt."""
+def _key(store: Store, metric: ImageMetric, prompt: str, place: Place) -> tuple[str, str, str]:
+    """What a score depends on; its reference is the full-resolution image or the prompt."""
     fine = (FINE, place[1], place[2])
     reference = store.records[fine].sha256 if metric.needs_reference else prompt
     return metric.key, store.records[place].sha256, reference
@@ -123,8 +123,8 @@ def _key(store: Store, metric: PictureMetric, prompt: str, place: Place) -> tupl
 def _case(store: Store, prompt: str, place: Place) -> Case:
     return Case(
         prompt=prompt,
-        picture=store.picture(*place),
-        reference=store.picture(FINE, *place[1:]),
+        image=store.image(*place),
+        reference=store.image(FINE, *place[1:]),
     )
 
 
@@ -136,20 +136,20 @@ def _distances(
     references: Path | None,
 ) -> dict[str, float]:
     sets = {
-        plan.name: _pictures(store, plan.name, items)
+        plan.name: _images(store, plan.name, items)
         for plan in plans
         if references is not None or plan.name != FINE
     }
     if references is None:
-        return metric.distances(sets, _pictures(store, FINE, items))
-    return metric.distances(sets, _read(picture_files(references)))
+        return metric.distances(sets, _images(store, FINE, items))
+    return metric.distances(sets, _read(image_files(references)))
 
 
-def _pictures(store: Store, plan: str, items: Sequence[Item]) -> Iterator[Picture]:
-    return (store.picture(plan, item.prompt, item.repeat) for item in items)
+def _images(store: Store, plan: str, items: Sequence[Item]) -> Iterator[Pixels]:
+    return (store.image(plan, item.prompt, item.repeat) for item in items)
 
 
-def _read(files: Sequence[Path]) -> Iterator[Picture]:
+def _read(files: Sequence[Path]) -> Iterator[Pixels]:
     for file in files:
         with Image.open(file) as image:
             yield np.asarray(image.convert("RGB"), dtype=np.uint8)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from ddit_rt.lab.evaluate.page import page_file
 from ddit_rt.lab.evaluate.preferences import SIDES, Study, check_rater
 
 HOST = "127.0.0.1"
 _LARGEST_BODY = 4096
+_PAGE = Path(__file__).parent / "pages" / "preferences.html"
 
 
 class StudyServer(ThreadingHTTPServer):
@@ -20,7 +21,7 @@ class StudyServer(ThreadingHTTPServer):
 
     - `GET /`: the page.
     - `GET /state?rater=NAME`: what this rater sees next.
-    - `GET /picture?rater=NAME&pair=N&side=left`: a picture; its address names no plan.
+    - `GET /picture?rater=NAME&pair=N&side=left`: an image; its address names no plan.
     - `POST /answer`: JSON with `rater`, `pair` and `choice`.
 
     A request that is not well-formed is answered with 400 and a reason.
@@ -69,15 +70,15 @@ class _Handler(BaseHTTPRequestHandler):
         address = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(address.query).items()}
         if address.path == "/":
-            self._send(page_file("preferences.html").encode(), "text/html; charset=utf-8")
+            self._send(_PAGE.read_bytes(), "text/html; charset=utf-8")
         elif address.path == "/state":
             self._json(self.server.study.state(check_rater(query.get("rater"))))
         elif address.path == "/picture":
-            self._picture(query)
+            self._image(query)
         else:
             self._json({"error": f"there is no {address.path}"}, HTTPStatus.NOT_FOUND)
 
-    def _picture(self, query: dict[str, str]) -> None:
+    def _image(self, query: dict[str, str]) -> None:
         side = query.get("side", "")
         if side not in SIDES:
             raise ValueError(f"got the side {side!r}; it is one of {list(SIDES)}")

@@ -1,7 +1,7 @@
-"""The folder of an evaluation: settings, pictures and scores, written so that a run can go on.
+"""The folder of an evaluation: settings, images and scores, written so that a run can go on.
 
 - `settings.json`: what was asked for, and the plans that it came to.
-- `sessions.jsonl`: one line for each time that pictures were made: when, and on which machine.
+- `sessions.jsonl`: one line for each time that images were made: when, and on which machine.
 - `pictures/PLAN/PROMPT-SEED.png`, and in `pictures.jsonl` a line for each: times, tokens, trace.
 - `scores.jsonl`: one line for each score of a metric.
 - `report.json`, `report.html`: the result; `preferences.jsonl`: answers of `ddit-rt ab`.
@@ -13,7 +13,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,24 +23,25 @@ import numpy as np
 from PIL import Image
 
 from ddit_rt.lab.evaluate.plans import NamedPlan
-from ddit_rt.lab.measure.timing import Picture
+from ddit_rt.lab.measure.report import write_json, write_whole
+from ddit_rt.lab.measure.timing import Pixels
 
 SETTINGS_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PictureRecord:
-    """One picture that was made.
+class ImageRecord:
+    """One image that was made.
 
     Attributes:
         plan: Name of its plan.
         prompt: Index of its prompt.
-        repeat: Which picture of the prompt, from 0.
-        seed: Of its noise.
-        sha256: Of its file.
-        seconds: Of the denoising loop for this picture, median over the repeats.
+        repeat: Which image of the prompt, from 0.
+        seed: Seed of its noise.
+        sha256: Hash of its file.
+        seconds: Seconds of the denoising loop for this image, median over the repeats.
         seconds_spread: Least and most of the same.
-        seconds_call: Of the whole call for this picture, median over the repeats.
+        seconds_call: Seconds of the whole call for this image, median over the repeats.
         tokens: Image tokens over the steps.
         session: Number of the session that made it.
         trace: `RunTrace.to_dict()`.
@@ -68,13 +70,13 @@ class Store:
 
     Attributes:
         folder: Where it lies.
-        records: The pictures that are there, by plan, prompt and repeat.
+        records: The images that are there, by plan, prompt and repeat.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Reads what is there; a line that was cut off, or has lost its picture, does not count."""
+        """Reads what is there; a line that was cut off, or has lost its image, does not count."""
         self.folder = folder
-        rows = [PictureRecord(**row) for row in _read_lines(folder / "pictures.jsonl")]
+        rows = [ImageRecord(**row) for row in read_lines(folder / "pictures.jsonl")]
         self.records = {row.place: row for row in rows if self.path(*row.place).is_file()}
 
     def settle(
@@ -108,7 +110,7 @@ class Store:
     def begin(
         self, request: dict[str, Any], plans: Sequence[NamedPlan], found: dict[str, Any]
     ) -> None:
-        """Writes the settings of a new evaluation; `found` is what led to the rivals."""
+        """Writes the settings of a new evaluation; `found` is what led to the baselines."""
         self.folder.mkdir(parents=True, exist_ok=True)
         data = {
             "schema_version": SETTINGS_VERSION,
@@ -116,52 +118,50 @@ class Store:
             "plans": [plan.to_dict() for plan in plans],
             "found": found,
         }
-        write_atomically(
-            self.folder / "settings.json", (json.dumps(data, indent=1) + "\n").encode()
-        )
+        write_json(self.folder / "settings.json", data)
 
     def sessions(self) -> list[dict[str, Any]]:
-        """Every time that pictures were made."""
-        return _read_lines(self.folder / "sessions.jsonl")
+        """Every time that images were made."""
+        return read_lines(self.folder / "sessions.jsonl")
 
     def add_session(self, session: dict[str, Any]) -> int:
         """Notes that a session begins; returns its number."""
         number = len(self.sessions())
-        _append(self.folder / "sessions.jsonl", [session])
+        append_lines(self.folder / "sessions.jsonl", [session])
         return number
 
     def path(self, plan: str, prompt: int, repeat: int) -> Path:
-        """File of a picture."""
+        """File of an image."""
         return self.folder / "pictures" / plan / f"{prompt:05d}-{repeat}.png"
 
-    def save_picture(self, picture: Picture, plan: str, prompt: int, repeat: int) -> str:
-        """Writes a picture without loss; returns its hash."""
+    def save_image(self, image: Pixels, plan: str, prompt: int, repeat: int) -> str:
+        """Writes an image without loss; returns its hash."""
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, format="PNG")
+        Image.fromarray(image).save(buffer, format="PNG")
         path = self.path(plan, prompt, repeat)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getvalue())
+        write_whole(path, buffer.getvalue())
         return hashlib.sha256(buffer.getvalue()).hexdigest()
 
-    def add(self, records: Sequence[PictureRecord]) -> None:
-        """Notes pictures whose files are written."""
-        _append(self.folder / "pictures.jsonl", [asdict(record) for record in records])
+    def add(self, records: Sequence[ImageRecord]) -> None:
+        """Notes images whose files are written."""
+        append_lines(self.folder / "pictures.jsonl", [asdict(record) for record in records])
         self.records |= {record.place: record for record in records}
 
-    def picture(self, plan: str, prompt: int, repeat: int) -> Picture:
-        """A picture that was made, `[H, W, 3]` bytes."""
+    def image(self, plan: str, prompt: int, repeat: int) -> Pixels:
+        """An image that was made, `[H, W, 3]` bytes."""
         with Image.open(self.path(plan, prompt, repeat)) as image:
             return np.asarray(image.convert("RGB"), dtype=np.uint8)
 
     def scores(self) -> dict[tuple[str, str, str], float | None]:
-        """Known scores by the metric's key, the picture's hash and what it was compared with."""
-        rows = _read_lines(self.folder / "scores.jsonl")
+        """Known scores by the metric's key, the image's hash and what it was compared with."""
+        rows = read_lines(self.folder / "scores.jsonl")
         return {(row["metric"], row["picture"], row["reference"]): row["value"] for row in rows}
 
     def add_scores(self, scores: Iterable[tuple[str, str, str, float | None]]) -> None:
         """Notes scores: the three parts of a key of `scores`, and the value."""
         names = ("metric", "picture", "reference", "value")
-        _append(
+        append_lines(
             self.folder / "scores.jsonl", [dict(zip(names, row, strict=True)) for row in scores]
         )
 
@@ -174,34 +174,23 @@ class Store:
             )
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_bytes(data)
-    partial.replace(path)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSON lines file; one that a stop cut off is left out."""
     if not path.is_file():
         return []
-    rows = (_parsed(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [row for row in rows if row is not None]
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) else []
+    return rows
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        row: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row
-
-
-def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends to a JSON lines file, whole lines even after a stop that cut one off."""
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     cut_off = path.is_file() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
     with path.open("a", encoding="utf-8") as file:
-        # After a line that a stop cut off, the next one begins anew.
         file.write("\n" + text if cut_off else text)
         file.flush()
         os.fsync(file.fileno())

@@ -1,10 +1,10 @@
-"""Fair timing of several ways to generate the same pictures or clips.
+"""Fair timing of several ways to generate the same images or videos.
 
 The denoising loop is timed from the return of `pipeline.prepare_latents` to the call of
 `pipeline.vae.decode`. diffusers' own call and `ddit_rt.Engine` both go through these two methods
 of the same pipeline, so both pay for everything in between: timesteps, set-up of the run, model,
-scheduler and progress bar. End-to-end time is the whole call, prompt encoding, decoding and
-conversion to pictures included.
+scheduler and progress bar. End-to-end time is the whole call, which includes encoding prompts,
+decoding and conversion to images.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from ddit_rt.loop import RunTrace
 
-Picture = npt.NDArray[np.uint8]
-"""`[H, W, 3]`, or `[F, H, W, 3]` of a clip; RGB."""
+Pixels = npt.NDArray[np.uint8]
+"""An image, `[H, W, 3]`, or a video, `[F, H, W, 3]`; RGB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,20 +35,20 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
-    """What one call gave: a picture per prompt, and the trace if an engine made them."""
+    """What one call gave: an image or video per prompt, and the trace if an engine made them."""
 
-    pictures: tuple[Picture, ...]
+    outputs: tuple[Pixels, ...]
     trace: RunTrace | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Contender:
+class Method:
     """One way to generate.
 
     Attributes:
         name: Identifier in reports.
         label: Name for people.
-        generate: Makes the pictures of a batch.
+        generate: Generates a batch.
         pipeline: The pipeline that `generate` goes through, which is what gets timed.
     """
 
@@ -60,18 +60,18 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """Repeated measurements of one contender on one batch.
+    """Repeated measurements of one method on one batch.
 
     Attributes:
         batch: What was generated.
-        pictures: Result of the latest repeat; every repeat starts from the same noise.
+        outputs: Images or videos of the latest repeat; every repeat starts from the same noise.
         trace: Trace of the latest repeat.
         denoise: Seconds of the denoising loop, per repeat.
         end_to_end: Seconds of the whole call, per repeat.
     """
 
     batch: Batch
-    pictures: tuple[Picture, ...]
+    outputs: tuple[Pixels, ...]
     trace: RunTrace | None
     denoise: tuple[float, ...]
     end_to_end: tuple[float, ...]
@@ -118,7 +118,7 @@ def loop_clock(pipeline: Any, clock: Callable[[], float] = time.perf_counter) ->
 
 
 def measure(
-    contenders: Sequence[Contender],
+    methods: Sequence[Method],
     batches: Sequence[Batch],
     *,
     repeats: int,
@@ -126,84 +126,85 @@ def measure(
     warm_up: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[Sample]]:
-    """Generates every batch with every contender, interleaved, after a warm-up.
+    """Generates every batch with every method, interleaved, after a warm-up.
 
-    Contenders take turns on each batch, and rounds repeat, so that a machine that slows down or
+    Methods take turns on each batch, and rounds repeat, so that a machine that slows down or
     speeds up meanwhile does so for all of them alike.
 
     Args:
-        contenders: Ways to generate.
+        methods: Ways to generate.
         batches: What to generate.
         repeats: Measured rounds.
-        advance: Called after every call, warm-up included: `len(contenders)` x
+        advance: Called after every call, warm-up included: `len(methods)` x
             (1 + `repeats` x `len(batches)`) times.
-        warm_up: Whether every contender runs once unmeasured; not needed where all of them have
-            just run.
-        clock: Seconds. On a CPU with one thread, `time.process_time` leaves out what other work on
-            the machine took from it.
+        warm_up: Whether every method runs once unmeasured; that is not needed where all of them
+            have just run.
+        clock: Gives seconds. On a CPU with one thread, `time.process_time` leaves out what other
+            work on the machine took from it.
 
     Returns:
-        Per contender's name, one sample per batch.
+        One sample per batch, by the name of the method.
     """
-    for contender in contenders if warm_up else ():
-        contender.generate(batches[0])
+    for method in methods if warm_up else ():
+        method.generate(batches[0])
         advance()
     times: dict[tuple[str, int], list[tuple[float, float]]] = {}
     results: dict[tuple[str, int], Generation] = {}
     for _ in range(repeats):
         for index, batch in enumerate(batches):
-            for contender in contenders:
-                key = contender.name, index
-                results[key], seconds = _timed(contender, batch, clock)
+            for method in methods:
+                key = method.name, index
+                results[key], seconds = _timed(method, batch, clock)
                 times.setdefault(key, []).append(seconds)
                 advance()
     return {
-        contender.name: [
-            _sample(batch, results[contender.name, index], times[contender.name, index])
+        method.name: [
+            _sample(batch, results[method.name, index], times[method.name, index])
             for index, batch in enumerate(batches)
         ]
-        for contender in contenders
+        for method in methods
     }
 
 
 def _timed(
-    contender: Contender, batch: Batch, clock: Callable[[], float]
+    method: Method, batch: Batch, clock: Callable[[], float]
 ) -> tuple[Generation, tuple[float, float]]:
-    with loop_clock(contender.pipeline, clock) as loop:
+    with loop_clock(method.pipeline, clock) as loop:
         started = clock()
-        generation = contender.generate(batch)
+        generation = method.generate(batch)
         total = clock() - started
     return generation, (loop.seconds, total)
 
 
 def _sample(batch: Batch, result: Generation, times: list[tuple[float, float]]) -> Sample:
+    denoise, end_to_end = zip(*times, strict=True)
     return Sample(
         batch=batch,
-        pictures=result.pictures,
+        outputs=result.outputs,
         trace=result.trace,
-        denoise=tuple(denoise for denoise, _ in times),
-        end_to_end=tuple(total for _, total in times),
+        denoise=denoise,
+        end_to_end=end_to_end,
     )
 
 
-def pipeline_contender(name: str, label: str, pipeline: Any, **arguments: Any) -> Contender:
+def pipeline_method(name: str, label: str, pipeline: Any, **arguments: Any) -> Method:
     """The pipeline's own call, as diffusers wrote it."""
 
     def generate(batch: Batch) -> Generation:
         output = pipeline(list(batch.prompts), generator=generators(batch), **arguments)
-        return Generation(pictures=_pictures(output), trace=None)
+        return Generation(outputs=_pixels(output), trace=None)
 
-    return Contender(name=name, label=label, generate=generate, pipeline=pipeline)
+    return Method(name=name, label=label, generate=generate, pipeline=pipeline)
 
 
-def engine_contender(name: str, label: str, engine: Any, **arguments: Any) -> Contender:
+def engine_method(name: str, label: str, engine: Any, **arguments: Any) -> Method:
     """A compiled engine; `arguments` hold its `patch_policy`."""
 
     def generate(batch: Batch) -> Generation:
         output = engine(list(batch.prompts), generator=generators(batch), **arguments)
-        return Generation(pictures=_pictures(output), trace=engine.last_trace)
+        return Generation(outputs=_pixels(output), trace=engine.last_trace)
 
-    return Contender(name=name, label=label, generate=generate, pipeline=engine.pipeline)
+    return Method(name=name, label=label, generate=generate, pipeline=engine.pipeline)
 
 
 def generators(batch: Batch) -> list[Any]:
@@ -213,7 +214,7 @@ def generators(batch: Batch) -> list[Any]:
     return [torch.Generator().manual_seed(seed) for seed in batch.seeds]
 
 
-def _pictures(output: Any) -> tuple[Picture, ...]:
+def _pixels(output: Any) -> tuple[Pixels, ...]:
     if hasattr(output, "frames"):  # `[B, F, H, W, 3]` in [0, 1]
-        return tuple(np.rint(np.asarray(clip) * 255).astype(np.uint8) for clip in output.frames)
+        return tuple(np.rint(np.asarray(video) * 255).astype(np.uint8) for video in output.frames)
     return tuple(np.asarray(image.convert("RGB"), dtype=np.uint8) for image in output.images)

@@ -2,19 +2,21 @@
 
 A template fixes everything but one whole number, its level: cost and fidelity both fall as the
 level rises. `Dynamic` turns tau, with or without a step cache, `Static` the number of coarse steps,
-`Cached` the threshold of a step cache over steps at p. `FewerSteps` takes steps away and stays
-fine: the rival that any cheaper plan has to beat.
+`Cached` the threshold of a step cache over steps at p. `FewerSteps` takes steps away and stays at
+full resolution: the baseline that any cheaper plan has to beat.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
+from ddit_rt.lab.measure.timing import Method, engine_method
+from ddit_rt.lab.plans.dial import on_log_scale
 from ddit_rt.policies import (
     DDiTPolicy,
     FinePolicy,
@@ -42,8 +44,8 @@ class Candidate:
     """One plan to measure.
 
     Attributes:
-        kind: Its family: `"fine"`, `"steps"`, `"static"`, `"cached"` (steps at p, with a step
-            cache), `"dynamic"`, or `"combined"` (a dynamic plan with a step cache).
+        kind: `"fine"`, `"steps"`, `"static"`, `"cached"` (steps at p, with a step cache),
+            `"dynamic"`, or `"combined"` (a dynamic plan with a step cache).
         label: The plan in a few words.
         policy: Which patch size each step takes.
         num_inference_steps: How many steps.
@@ -62,11 +64,29 @@ class Candidate:
         does = [self.policy.to_dict(), self.num_inference_steps, self.step_cache.to_dict()]
         return json.dumps(does, sort_keys=True)
 
+    def on(self, engine: Any, name: str, **arguments: Any) -> Method:
+        """This plan on an engine.
 
-def all_fine(steps: int) -> Candidate:
-    """The reference of everything."""
+        Args:
+            engine: A compiled pipeline.
+            name: Name of the method.
+            arguments: Further arguments of the engine's call.
+        """
+        return engine_method(
+            name,
+            self.label,
+            engine,
+            patch_policy=self.policy,
+            num_inference_steps=self.num_inference_steps,
+            step_cache=self.step_cache,
+            **arguments,
+        )
+
+
+def full_resolution(steps: int) -> Candidate:
+    """Every step at p: the reference of everything."""
     return Candidate(
-        kind=FINE, label=f"{steps} fine steps", policy=FinePolicy(), num_inference_steps=steps
+        kind=FINE, label=f"{steps} steps at p", policy=FinePolicy(), num_inference_steps=steps
     )
 
 
@@ -82,20 +102,34 @@ class Template(ABC):
     def at(self, level: int) -> Candidate:
         """The plan of a level."""
 
-    @abstractmethod
     def sizes(self, level: int) -> Mapping[str, int] | None:
         """How many steps run at each patch size; None where only a run can tell."""
+        del level
+        return None
 
+    @property
+    def known_cost(self) -> bool:
+        """Whether costs follow from those of a step."""
+        return self.sizes(0) is not None
 
-def _on_log_scale(ends: tuple[float, float], level: int) -> float:
-    """The level's value, of many evenly spaced on a log scale from one end to the other."""
-    low, high = ends
-    return low * math.pow(high / low, level / _LOG_LEVELS)
+    def within(self, cost: float, costs: Mapping[str, float]) -> int | None:
+        """The lowest level that costs at most `cost`; None where there is none.
+
+        Args:
+            cost: Cost of a run.
+            costs: Cost of one step at each patch size.
+        """
+        for level in range(self.levels + 1):
+            sizes = self.sizes(level)
+            assert sizes is not None, "the caller asked whether costs are known"
+            if sum(costs[size] * count for size, count in sizes.items()) <= cost:
+                return level
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FewerSteps(Template):
-    """Level n is n steps fewer than the reference, all fine."""
+    """Level n is n steps fewer than the reference, all at p."""
 
     steps: int
 
@@ -106,7 +140,7 @@ class FewerSteps(Template):
 
     def at(self, level: int) -> Candidate:
         """See `Template.at`."""
-        return replace(all_fine(self.steps - level), kind=STEPS)
+        return replace(full_resolution(self.steps - level), kind=STEPS)
 
     def sizes(self, level: int) -> Mapping[str, int]:
         """See `Template.sizes`."""
@@ -152,7 +186,7 @@ class Static(Template):
 
     def at(self, level: int) -> Candidate:
         """See `Template.at`."""
-        shape = "in a block" if self.refresh is None else f"a fine one after {self.refresh}"
+        shape = "in a block" if self.refresh is None else f"one at p after {self.refresh}"
         label = f"static, {level} of {self.steps} steps at {'/'.join(self.coarse)}, {shape}"
         policy = StaticPolicy(self._plan(level))
         return Candidate(kind=STATIC, label=label, policy=policy, num_inference_steps=self.steps)
@@ -187,7 +221,7 @@ class Dynamic(Template):
 
     def at(self, level: int) -> Candidate:
         """See `Template.at`."""
-        tau = _on_log_scale(self.taus, level)
+        tau = on_log_scale(self.taus, level, self.levels)
         sizes = {size: float(f"{tau * factor:.4g}") for size, factor in self.factors}
         policy = replace(self.policy, tau=sizes)
         named = ", ".join(f"tau {size} {value:.2g}" for size, value in sizes.items())
@@ -199,10 +233,6 @@ class Dynamic(Template):
             num_inference_steps=self.steps,
             step_cache=NoCache() if self.cache is None else self.cache,
         )
-
-    def sizes(self, level: int) -> None:
-        """See `Template.sizes`."""
-        del level
 
 
 def _structure(policy: DDiTPolicy) -> str:
@@ -250,18 +280,14 @@ class Cached(Template):
 
     def at(self, level: int) -> Candidate:
         """See `Template.at`."""
-        threshold = float(f"{_on_log_scale(self.range.thresholds, level):.4g}")
+        threshold = on_log_scale(self.range.thresholds, level, self.levels)
         cache = replace(self.range.cache, threshold=threshold)
         return replace(
-            all_fine(self.steps),
+            full_resolution(self.steps),
             kind=CACHED,
-            label=f"{self.steps} fine steps, {cache_text(cache)}",
+            label=f"{self.steps} steps at p, {cache_text(cache)}",
             step_cache=cache,
         )
-
-    def sizes(self, level: int) -> None:
-        """See `Template.sizes`."""
-        del level
 
 
 def cache_text(cache: StepCache) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from ddit_rt import checks
 from ddit_rt.lab.plans.candidates import Candidate, Template
 from ddit_rt.lab.plans.target import Target
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,15 +23,27 @@ class Prompt:
     seed: int
 
 
+def prompt_lines(path: str | Path) -> list[str]:
+    """Prompts of a text file, one a line; blank lines and lines that begin with # are left out.
+
+    Raises:
+        OSError, ValueError: No such file, or none that holds prompts.
+    """
+    prompts = [line for line in checks.text_lines(path) if not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; write one a line")
+    return prompts
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """What an evaluation gave.
+    """What an evaluation of a plan gave.
 
     Attributes:
         cost: Mean cost of a denoising loop.
-        similarity: SSIM of each prompt's picture to its all-fine reference; of a clip, the mean
-            over its frames.
-        psnr: The same in dB; None where the picture or clip equals its reference.
+        similarity: SSIM of each prompt's image to the one at full resolution; for a video, the
+            mean over its frames.
+        psnr: The same in dB; None where both are equal.
     """
 
     cost: float
@@ -50,7 +66,7 @@ class Evaluator(Protocol):
     """Runs a plan: the one thing that the search needs of an engine."""
 
     def evaluate(self, candidate: Candidate, prompts: Sequence[Prompt]) -> Measurement:
-        """Generates every prompt and compares with all fine from the same noise."""
+        """Generates every prompt and compares with full resolution from the same noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,18 +101,26 @@ def best_for(target: Target, points: Sequence[Point]) -> Point | None:
     return best
 
 
-def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Points that none dominates, by falling cost; of equal ones the first."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.cost, -point.ssim)):
-        if not front or point.ssim > front[-1].ssim:
-            front.append(point)
-    return front[::-1]
+def pareto_front(
+    items: Sequence[T], cost: Callable[[T], float], score: Callable[[T], float]
+) -> list[T]:
+    """The items that none beats in both, by rising cost; of equal ones the first.
+
+    Args:
+        items: What is compared.
+        cost: Its cost; less is better.
+        score: Its score; more is better.
+    """
+    front: list[T] = []
+    for item in sorted(items, key=lambda item: (cost(item), -score(item))):
+        if not front or score(item) > score(front[-1]):
+            front.append(item)
+    return front
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What a family's search found.
+    """What the search found of one kind of plan.
 
     Attributes:
         points: Everything that was measured.
@@ -110,11 +134,9 @@ class Found:
 
     def costing(self, cost: float, costs: Mapping[str, float]) -> Candidate | None:
         """The template's plan of at most `cost`; else the closest measured one; else None."""
-        for level in range(self.template.levels + 1):
-            sizes = self.template.sizes(level)
-            assert sizes is not None, "only plans of known cost are rivals"
-            if sum(costs[size] * count for size, count in sizes.items()) <= cost:
-                return self.template.at(level)
+        level = self.template.within(cost, costs)
+        if level is not None:
+            return self.template.at(level)
         cheaper = [point for point in self.points if point.cost <= cost]
         best = max(cheaper, key=lambda point: point.ssim, default=None)
         return best.candidate if best else None

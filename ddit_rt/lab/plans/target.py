@@ -12,7 +12,7 @@ GENTLE, STRONG = 0.5, 1.5
 """Powers of the target's speed-up at which the presets `quality` and `fast` are searched."""
 
 _COST_MARGIN, _SSIM_MARGIN = 0.10, 0.02
-"""By how much a plan may miss on held-out prompts: what prompts vary by."""
+"""A plan may miss by this much on held-out prompts, which is what prompts vary by."""
 
 
 class Measured(Protocol):
@@ -49,7 +49,7 @@ class Target:
             raise ValueError(f"got min_ssim={self.min_ssim}; it lies between 0 and 1")
 
     def shortfall(self, point: Measured) -> float:
-        """By what share of its cost, or by how much similarity, a plan misses; <= 0 if it meets."""
+        """How far a plan misses, as a share of cost or in similarity; <= 0 if it meets."""
         if self.max_cost is not None:
             return point.cost / self.max_cost - 1
         assert self.min_ssim is not None
@@ -67,6 +67,14 @@ class Target:
         """Whether a plan meets the limit and hardly leaves room."""
         room = 0.005 if self.max_cost is None else 0.03
         return self.met(point) and self.shortfall(point) >= -room
+
+    def open_end(self, point: Measured) -> float:
+        """What is not limited: a plan's cost, or minus its similarity; less is better."""
+        return point.cost if self.max_cost is None else -point.ssim
+
+    def wants_cheaper(self, point: Measured) -> bool:
+        """Whether the target lies on the cheaper side of a plan."""
+        return self.met(point) == (self.max_cost is None)
 
     def better(self, one: Measured, other: Measured | None) -> bool:
         """Whether `one` serves better: it meets the limit, and beats `other` in what is left."""
@@ -90,8 +98,8 @@ class Target:
         """A gentler (power < 1) or stronger (> 1) target on the same scale.
 
         Args:
-            power: Of the speed-up over all-fine; of similarity lost, a factor of 2 per 0.5.
-            base_cost: Cost of all-fine.
+            power: Exponent of the speed-up; each 0.5 of it doubles the similarity that is lost.
+            base_cost: Cost of full resolution.
         """
         if self.max_cost is not None:
             return replace(self, max_cost=base_cost * (self.max_cost / base_cost) ** power)

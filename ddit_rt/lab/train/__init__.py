@@ -9,7 +9,6 @@ from ddit_rt.lab.train.config import (
     OptimizerConfig,
     TimeSampling,
     TrainConfig,
-    read_prompts,
 )
 from ddit_rt.lab.train.trainer import TrainResult, train
 
@@ -23,6 +22,5 @@ __all__ = [
     "TimeSampling",
     "TrainConfig",
     "TrainResult",
-    "read_prompts",
     "train",
 ]

@@ -37,7 +37,7 @@ def model_card(
         config: The run.
         data: Its data.
         samples: Rows of the cache.
-        skipped: Pictures that were left out.
+        skipped: Images that were left out.
         losses: Loss on the probe batch, by path and size.
         gains: Measured gain.
         gain_prompts: Which prompts those are, in words.
@@ -66,7 +66,7 @@ def _gain_table(gains: Sequence[Gain], gain_prompts: str) -> str:
         return ""
     names = [n for n in (TRAINING_FREE, UNTRAINED, TRAINED) if n in gains[0].psnr]
     title = (
-        "PSNR in dB against the all-fine pictures from the same noise, mean of "
+        "PSNR in dB against full resolution from the same noise, mean of "
         f"{gains[0].prompts} prompts ({gain_prompts}):"
     )
     lines = [
@@ -98,7 +98,7 @@ def _loss_table(losses: Mapping[str, Losses], config: TrainConfig) -> str:
 def _recipe(config: TrainConfig, data: DataConfig, samples: int, skipped: int) -> str:
     optimizer, times = config.optimizer, config.times
     adapter = config.adapters()[0]
-    source = "the model's own trajectories" if data.kind == "self" else f"pictures ({data.kind})"
+    source = "the model's own trajectories" if data.kind == "self" else f"images ({data.kind})"
     rows = {
         "data": f"{samples} samples of {source}, {data.height} x {data.width}, {skipped} skipped",
         "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} samples",

@@ -18,6 +18,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ddit_rt.lab.measure.report import write_json
+
 _TRAINABLE = "trainable.safetensors"
 _NAME = re.compile(r"step-(\d+)")
 
@@ -88,15 +90,13 @@ def check_same_run(path: Path, settings: dict[str, Any]) -> None:
     wanted = json.loads(json.dumps(settings))
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_json(path, wanted)
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(wanted)
     differing = [
-        f"{name}: {_get(found, name)!r} there, {value!r} now"
-        for name, value in _flat(wanted).items()
-        if _get(found, name) != value
+        f"{name}: {found.get(name)!r} there, {value!r} now"
+        for name, value in now.items()
+        if found.get(name) != value
     ]
     if differing:
         raise ValueError(
@@ -113,7 +113,3 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
-
-
-def _get(settings: dict[str, Any], name: str) -> Any:
-    return _flat(settings).get(name)

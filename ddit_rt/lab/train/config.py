@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from ddit_rt import checks
 from ddit_rt.adapters import AdapterConfig
 from ddit_rt.policies import parse_patch, patch_name
 
@@ -105,7 +103,7 @@ class TrainConfig:
         size_weights: Factor of each size's loss, in the order of `patch_sizes`; by default 1.
         detail_share: Share of samples, `snr` only, that follow an earlier step at p.
         gradient_checkpointing: Whether blocks are computed again in the backward pass.
-        seed: Of every random draw.
+        seed: Seed of every random draw.
         log_every: Steps between log entries.
         sample_every: Steps between grids of samples; 0 makes none.
         checkpoint_every: Steps between checkpoints.
@@ -184,16 +182,16 @@ class DataConfig:
     Attributes:
         kind: `"folder"`, `"webdataset"`, `"datasets"`, or `"self"`: the model's own samples.
         source: Folder, tar file(s) (a glob), or data set name; for `"self"` the prompt file.
-        height: Picture rows, in pixels.
-        width: Picture columns, in pixels.
-        max_sequence_length: Text tokens; None: the pipeline's own.
-        guidance_scale: Of the teacher; None: the pipeline's own.
-        limit: Most pictures to read; for `"self"` the number of trajectories, prompts in turn.
+        height: Pixels rows, in pixels.
+        width: Pixels columns, in pixels.
+        max_sequence_length: Text tokens; None for the pipeline's own.
+        guidance_scale: Guidance of the teacher; None for the pipeline's own.
+        limit: Most images to read; for `"self"` the number of trajectories, prompts in turn.
         sampling_steps: Steps of a trajectory (`"self"`).
-        image_column: Of a `datasets` data set.
-        caption_column: Of a `datasets` data set.
-        encode_batch: Pictures or prompts that are encoded at once.
-        seed: Of the noise of trajectories.
+        image_column: Column of images in a `datasets` data set.
+        caption_column: Column of captions in a `datasets` data set.
+        encode_batch: Images or prompts that are encoded at once.
+        seed: Seed of the noise of trajectories.
     """
 
     kind: str
@@ -233,18 +231,6 @@ class DataConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a text file, one a line; blank lines and lines that begin with # are left out.
-
-    Raises:
-        OSError, ValueError: No such file, or none that holds prompts.
-    """
-    prompts = [line for line in checks.text_lines(path) if not line.startswith("#")]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt; write one a line")
-    return prompts
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

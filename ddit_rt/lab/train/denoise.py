@@ -55,7 +55,7 @@ def denoise(
 
     Args:
         model: The model.
-        prepared: Of `prepare`; used up, since its scheduler is stepped.
+        prepared: A call by `prepare`; it is used up, since its scheduler is stepped.
         multiples: Patch size of each step, as a multiple of p.
         make_coarse: Makes the buckets that are not at p.
         record: Is shown z_k and v_k of each step, `[B, C, H, W]`.

@@ -1,4 +1,4 @@
-"""What training is compared with: losses of untrained paths, and pictures against all-fine ones."""
+"""What training is compared with: losses of untrained paths, and fidelity of images."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def warn_if_worse(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gain:
-    """Closeness of one patch size's pictures to the all-fine ones from the same noise.
+    """Fidelity of one patch size's images to full resolution from the same noise.
 
     Attributes:
         patch: Patch size by name.
@@ -123,7 +123,7 @@ def measure_gain(
 def sample_grid(
     student: Student, pipeline: Any, data: DataConfig, prompts: Sequence[str], seed: int
 ) -> Tensor:
-    """All-fine pictures on top, then for each size the training-free and the trained ones.
+    """Full resolution on top, then for each size the training-free and the trained ones.
 
     Returns:
         `[3, rows * height, prompts * width]`, in [0, 1].
@@ -137,15 +137,15 @@ def sample_grid(
     return torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
 
 
-def write_png(path: Path, picture: Tensor) -> None:
+def write_png(path: Path, image: Tensor) -> None:
     """`[3, H, W]` in [0, 1] to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = picture.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+    pixels = image.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
     Image.fromarray(np.ascontiguousarray(pixels)).save(path)
 
 
 class _Renderer:
-    """Pictures of some prompts, always from the same noise, for any plan."""
+    """Images of some prompts, always from the same noise, for any plan."""
 
     def __init__(
         self,
@@ -202,7 +202,7 @@ def _untrained_paper(student: Student, multiple: int) -> PatchAdapter:
         return PatchAdapter.from_base(config, student.family, student.transformer)
 
 
-def _psnr(pictures: Tensor, references: Tensor) -> float:
-    """Mean over the pictures, in dB; one that equals its reference counts as 100 dB."""
-    errors = (pictures - references).square().flatten(1).mean(1).tolist()
+def _psnr(images: Tensor, references: Tensor) -> float:
+    """Mean over the images, in dB; one that equals its reference counts as 100 dB."""
+    errors = (images - references).square().flatten(1).mean(1).tolist()
     return sum(min(100.0, -10 * math.log10(max(error, 1e-30))) for error in errors) / len(errors)

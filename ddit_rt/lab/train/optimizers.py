@@ -92,11 +92,11 @@ class WeightAverage:
             parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Gives the state for a checkpoint."""
         return {"updates": self._updates, "values": self.values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
+        """Takes the state of a checkpoint."""
         self._updates = state["updates"]
         for value, stored in zip(self.values, state["values"], strict=True):
             value.copy_(stored)

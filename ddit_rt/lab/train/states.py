@@ -6,12 +6,15 @@ unbroken one would have, and nothing but the step's number needs to be kept of i
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddit_rt.lab.train.cache import LatentCache
 from ddit_rt.lab.train.config import TimeSampling, TrainConfig
+from ddit_rt.lab.train.latent_cache import LatentCache
 from ddit_rt.lab.train.velocities import Earlier, States
 
 _MAX_RUN = 8
@@ -19,7 +22,7 @@ _MAX_RUN = 8
 _HELD = 16
 """Most rows that are kept for the probe; never more than an eighth."""
 _STEP = (0.02, 0.06)
-"""Distance of two noise levels in runs that are made up from pictures: 50 to 16 steps."""
+"""Distance of two noise levels in runs that are made up from images: 50 to 16 steps."""
 
 
 class StateSource:
@@ -57,7 +60,7 @@ class StateSource:
         first = (step * self._config.accumulate + part) * self._processes + self._process
         rows = [self._row(first * count + offset) for offset in range(count)]
         levels = draw_levels(self._config.times, count, rng)
-        draw = self._of_pictures if self._sigmas is None else self._of_trajectories
+        draw = self._of_images if self._sigmas is None else self._of_trajectories
         return draw(rows, levels, rng)
 
     def probe(self, size: int) -> States:
@@ -68,7 +71,7 @@ class StateSource:
         rng = torch.Generator().manual_seed(self._seed(2**31 - 1, 0))
         rows = [self._held[index % len(self._held)] for index in range(size)]
         levels = draw_levels(self._config.times, size, rng)
-        draw = self._of_pictures if self._sigmas is None else self._of_trajectories
+        draw = self._of_images if self._sigmas is None else self._of_trajectories
         return draw(rows, levels, rng)
 
     def _seed(self, *numbers: int) -> int:
@@ -89,7 +92,7 @@ class StateSource:
         follows = torch.rand(count, generator=rng) < share
         return follows, torch.randint(1, _MAX_RUN + 1, (count,), generator=rng)
 
-    def _of_pictures(self, rows: list[int], levels: Tensor, rng: torch.Generator) -> States:
+    def _of_images(self, rows: list[int], levels: Tensor, rng: torch.Generator) -> States:
         clean = self._cache.values("latents", rows)
         noise = torch.randn(clean.shape, generator=rng)
         used, ago = self._follows(len(rows), rng)
@@ -156,12 +159,11 @@ def draw_levels(times: TimeSampling, count: int, rng: torch.Generator) -> Tensor
 def to_device(states: States, device: torch.device) -> States:
     """The same states on a device."""
 
-    def move(value: object) -> object:
-        return value.to(device) if isinstance(value, Tensor) else value
+    def moved(value: Any) -> Any:
+        tensors = {n: v.to(device) for n, v in vars(value).items() if isinstance(v, Tensor)}
+        return replace(value, **tensors)
 
-    fields = {name: move(value) for name, value in vars(states).items()}
-    fields["conditioning"] = {k: v.to(device) for k, v in states.conditioning.items()}
-    if states.earlier is not None:
-        earlier = {name: move(value) for name, value in vars(states.earlier).items()}
-        fields["earlier"] = Earlier(**earlier)  # type: ignore[arg-type]
-    return States(**fields)  # type: ignore[arg-type]
+    conditioning = {name: value.to(device) for name, value in states.conditioning.items()}
+    earlier = None if states.earlier is None else moved(states.earlier)
+    on_device: States = replace(moved(states), conditioning=conditioning, earlier=earlier)
+    return on_device

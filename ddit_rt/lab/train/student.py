@@ -78,7 +78,7 @@ class Student(nn.Module):
     Attributes:
         family: The transformer's family.
         transformer: The model itself; `unload` gives it back as it was.
-        adapters: By patch size's name, float32.
+        adapters: Adapters by the name of their patch size, float32.
     """
 
     def __init__(

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from ddit_rt.adapters import adaptable_layers, save_adapters
 from ddit_rt.errors import ShapeError
-from ddit_rt.lab.train.cache import LatentCache, open_cache
 from ddit_rt.lab.train.card import model_card
 from ddit_rt.lab.train.checkpoint import Checkpoints, check_same_run, register_hooks
 from ddit_rt.lab.train.config import DataConfig, TrainConfig
@@ -31,6 +30,7 @@ from ddit_rt.lab.train.evaluate import (
     warn_if_worse,
     write_png,
 )
+from ddit_rt.lab.train.latent_cache import LatentCache, open_cache
 from ddit_rt.lab.train.optimizers import WeightAverage, build_optimizer, learning_rate_at
 from ddit_rt.lab.train.states import StateSource, to_device
 from ddit_rt.lab.train.student import Student
@@ -50,12 +50,12 @@ class TrainResult:
     Attributes:
         folder: The adapters, as `load_adapters` reads them.
         steps: Optimizer steps in all.
-        samples: Rows of the cache.
-        skipped: Pictures that were left out, each with its reason.
-        losses: On one fixed batch, by path and multiple of p.
-        gains: Pictures against all-fine ones.
+        samples: Number of samples in the cache.
+        skipped: Images that were left out, each with its reason.
+        losses: Losses on one fixed batch, by path and multiple of p.
+        gains: Fidelity of images to full resolution.
         warnings: What was said loudly.
-        seconds_per_step: Of this call's own steps; None when it had none left to do.
+        seconds_per_step: Mean over this call's own steps; None when none were left to do.
         is_main: Whether this process wrote the folder; one of several does.
     """
 
@@ -98,7 +98,7 @@ def train(
         cache: Folder of latents and embeddings; by default `run/cache` under `out`.
         restart: Whether to throw an earlier run under `out` away; its cache is kept.
         save_dtype: To store the adapters in; by default float32.
-        model_name: Of the base model, for the card; by default what it was loaded from.
+        model_name: Name of the base model on the card; by default what it was loaded from.
         progress: Whether to show progress bars on stderr.
 
     Raises:
@@ -336,7 +336,7 @@ def _check_sizes(family: Any, pipeline: Any, data: DataConfig, config: TrainConf
         patch = base * multiple
         if height % patch or width % patch:
             raise ShapeError(
-                f"pictures of {data.height} x {data.width} have latents of {height} x {width}, "
+                f"images of {data.height} x {data.width} have latents of {height} x {width}, "
                 f"which {patch_name(multiple)} (patches of {patch}) does not divide; train at "
                 "another size, or leave that patch size out"
             )

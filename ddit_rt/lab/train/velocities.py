@@ -7,16 +7,14 @@ and with a noise level and a past of its own for every sample of a batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ddit_rt import ops
 from ddit_rt.adapters import PatchAdapter, embed_adapted, snr_tokens
-from ddit_rt.steps import Blocks, Runners, StepModel, matched_level, token_velocity
+from ddit_rt.steps import Blocks, Runners, StepModel, down, matched_level, token_velocity, up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +47,7 @@ class States:
         latents: z, `[B, C, H, W]`, float32.
         sigmas: Noise level t of each sample, `[B]`, float32.
         velocity: The teacher's velocity, `[B, C, H, W]`, float32; None: it is asked.
-        conditioning: As the family takes it.
+        conditioning: Conditioning tensors, as the family takes them.
         earlier: The past; None: no sample has any.
     """
 
@@ -67,14 +65,14 @@ def taught(model: StepModel, states: States) -> States:
     if states.velocity is not None:
         return states
     velocity = teacher(model, states.latents, states.sigmas, states.conditioning)
-    return States(**{**_fields(states), "velocity": velocity})
+    return replace(states, velocity=velocity)
 
 
 def _led_on(model: StepModel, states: States) -> States:
     """Asks the teacher at the earlier steps, and takes the states after them from there.
 
-    States on the straight line from noise to a picture will not do: from one to the next they
-    reveal more of the picture, which a run, whose next state follows from this one, does not.
+    States on the straight line from noise to an image will not do: from one to the next they
+    reveal more of the image, which a run, whose next state follows from this one, does not.
     """
     earlier = states.earlier
     if earlier is None or earlier.velocity is not None:
@@ -88,8 +86,8 @@ def _led_on(model: StepModel, states: States) -> States:
     later = earlier.latents + _column(away) * velocity
     latents = torch.where(_column(earlier.used), later, states.latents)
     first = earlier.latents + _column(first_away) * velocity
-    earlier = Earlier(**{**_fields(earlier), "velocity": velocity, "first_latents": first})
-    return States(**{**_fields(states), "latents": latents, "earlier": earlier})
+    earlier = replace(earlier, velocity=velocity, first_latents=first)
+    return replace(states, latents=latents, earlier=earlier)
 
 
 @torch.no_grad()
@@ -118,7 +116,7 @@ def coarse_velocity(
         model: The frozen model.
         states: With the teacher's velocity where there is a past.
         multiple: s.
-        adapter: Of either variant; None: the training-free step.
+        adapter: An adapter of either variant; None for the training-free step.
         runners: The blocks.
 
     Returns:
@@ -154,27 +152,24 @@ def _paper(
 
 @dataclass(frozen=True)
 class _Coarse:
-    """A way to take a patch size through a small picture."""
+    """A way to take a patch size through a small image."""
 
     model: StepModel
     multiple: int
     adapter: PatchAdapter | None
     runners: Runners
 
-    def reduce(self, latents: Tensor) -> Tensor:
-        return F.avg_pool2d(latents, self.multiple)
-
     def small(
         self, latents: Tensor, sigmas: Tensor, known: Tensor, conditioning: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Clean estimate of the small picture, and the adapter's correction of v."""
+        """Clean estimate of the small image, and the adapter's correction of v."""
         model, family, transformer = self.model, self.model.family, self.model.transformer
         height, width = latents.shape[-2:]
         text = family.embed_text(transformer, conditioning)
         grid = model.grid(height, width, self.multiple)
         positions = family.positions(transformer, grid, text.shape[1])
         scale, level = matched_level(sigmas, self.multiple)
-        low = self.reduce(latents) * _column(scale)
+        low = down(latents, self.multiple) * _column(scale)
         tokens = ops.pack(low.to(model.dtype), model.patch_size)
         temb = _embed_time(model, level, conditioning)
         if self.adapter is None:
@@ -195,24 +190,24 @@ class _Coarse:
 
 
 def _snr(coarse: _Coarse, states: States) -> Tensor:
-    """As `SnrBucket` and `SnrAdapterBucket` compute it."""
+    """The velocity that `SnrBucket` and `SnrAdapterBucket` compute."""
     sigmas, earlier = _column(states.sigmas), states.earlier
     known = torch.zeros_like(states.latents) if earlier is None else _clean_estimate(earlier)
     low, correction = coarse.small(states.latents, states.sigmas, known, states.conditioning)
-    change = low - coarse.reduce(known)
+    change = low - down(known, coarse.multiple)
     if earlier is not None:
         change = change - _disagreement(coarse, states, earlier, known)
         # At the first coarse step the two cancel, whatever the model says: no gradient there.
         is_first = earlier.used & (states.sigmas == earlier.first_sigmas)
         change = torch.where(_column(is_first), torch.zeros_like(change), change)
-    clean = known + F.interpolate(change, scale_factor=coarse.multiple, mode="bicubic")
+    clean = known + up(change, coarse.multiple)
     return (states.latents - clean) / sigmas + correction
 
 
 @torch.no_grad()
 def _disagreement(coarse: _Coarse, states: States, earlier: Earlier, known: Tensor) -> Tensor:
     """The faded e of `SnrBucket`; zero where there is no past, or where it cancels anyway."""
-    faded = torch.zeros_like(coarse.reduce(known))
+    faded = torch.zeros_like(down(known, coarse.multiple))
     rows = (earlier.used & (states.sigmas != earlier.first_sigmas)).nonzero()[:, 0]
     if len(rows):
         known, sigmas = known[rows], earlier.first_sigmas[rows]
@@ -220,7 +215,7 @@ def _disagreement(coarse: _Coarse, states: States, earlier: Earlier, known: Tens
         assert earlier.first_latents is not None, "known with the velocity"
         first, _ = coarse.small(earlier.first_latents[rows], sigmas, known, conditioning)
         fade = _column(states.sigmas[rows] / sigmas).square()
-        faded[rows] = (first - coarse.reduce(known)) * fade
+        faded[rows] = (first - down(known, coarse.multiple)) * fade
     return faded
 
 
@@ -238,8 +233,3 @@ def _clean_estimate(earlier: Earlier) -> Tensor:
 
 def _column(values: Tensor) -> Tensor:
     return values[:, None, None, None]
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    """Fields of a dataclass, without copying tensors."""
-    return dict(vars(value))

@@ -1,4 +1,4 @@
-"""Plans of a tiny Wan pipeline: how clips are compared, what they cost, and whole calibrations."""
+"""Plans of a tiny Wan pipeline: how videos are compared, what they cost, and whole calibrations."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def frames(engine: Engine, policy: ddit_rt.PatchPolicy) -> torch.Tensor:
     """`[F, 3, H, W]`, rounded to bytes as a video file has them, in [0, 1]."""
     generator = torch.Generator().manual_seed(PROMPT.seed)
     call = {**CALL, "num_inference_steps": STEPS, "patch_policy": policy, "generator": generator}
-    (clip,) = engine(PROMPT.text, **call).frames
-    return torch.from_numpy(np.rint(clip * 255) / 255).permute(0, 3, 1, 2).float()
+    (video,) = engine(PROMPT.text, **call).frames
+    return torch.from_numpy(np.rint(video * 255) / 255).permute(0, 3, 1, 2).float()
 
 
 def test_clip_is_as_similar_as_its_frames_are_on_average() -> None:
@@ -95,7 +95,7 @@ def test_clip_is_as_similar_as_its_frames_are_on_average() -> None:
     for measured in (made.evaluate(plans[1], [PROMPT]), made.confirm(plans, [PROMPT])[1]):
         assert measured.similarity == (pytest.approx(ssim, abs=1e-5),)
         assert measured.psnr == (pytest.approx(psnr, abs=1e-3),)
-    # The frames of this clip differ enough to tell another order of them.
+    # The frames of this video differ enough to tell another order of them.
     assert abs(means(fine.flip(0))[0] - ssim) > 1e-3
 
 
@@ -119,7 +119,7 @@ def test_calibrated_plans_of_clips_are_told_and_run(tmp_path: Any) -> None:
     need("matplotlib", "torchmetrics")
     engine = eager(MAGCACHE)
     made = bench(engine)
-    assert made.makes == "clip"
+    assert made.makes == "video"
     assert not made.notes
     result = calibrate(made, config(), {})
     assert {point.candidate.kind for point in result.points} >= {"steps", "static", "cached"}
@@ -127,8 +127,8 @@ def test_calibrated_plans_of_clips_are_told_and_run(tmp_path: Any) -> None:
     assert all(-1 <= plan.ssim <= 1 for plan in calibration.plans)
     assert calibration.presets["balanced"].cost <= STEPS * 32 / 1.5
     text = summary(calibration)
-    assert "all fine takes 256.0 tokens a clip" in text
-    assert "picture" not in text
+    assert "full resolution takes 256.0 tokens per video" in text
+    assert "image" not in text
     write_report(calibration, result.points, tmp_path)
     assert (tmp_path / f"pareto-{STEPS}.png").is_file()
     engine.artifact = engine.artifact.with_calibration(calibration)
@@ -138,9 +138,9 @@ def test_calibrated_plans_of_clips_are_told_and_run(tmp_path: Any) -> None:
     assert len(trace) == calibration.presets["balanced"].num_inference_steps
 
 
-def test_unreachable_target_speaks_of_clips() -> None:
+def test_unreachable_target_speaks_of_videos() -> None:
     need("torchmetrics")
-    with pytest.raises(ValueError, match=r"tokens a clip\. Ask for less"):
+    with pytest.raises(ValueError, match=r"tokens per video\. Ask for less"):
         calibrate(bench(eager()), config(request={"speedup": 50}), {})
 
 

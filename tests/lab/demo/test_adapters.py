@@ -10,7 +10,7 @@ import ddit_rt
 from ddit_rt.lab.demo import adapters_path, model_path
 from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_prompts
 from ddit_rt.lab.measure.fidelity import fidelity
-from ddit_rt.lab.measure.timing import Batch, engine_contender
+from ddit_rt.lab.measure.timing import Batch, engine_method
 from ddit_rt.policies import FinePolicy, StaticPolicy
 
 
@@ -21,7 +21,7 @@ def test_files_stay_small() -> None:
 
 
 @pytest.mark.slow
-def test_pictures_of_a_coarse_start_are_closer_with_them() -> None:
+def test_images_of_a_coarse_start_are_closer_with_them() -> None:
     need("torchmetrics")
     prompts = tuple(held_out_prompts(8))
     batch = Batch(prompts=prompts, seeds=tuple(range(500, 500 + len(prompts))))
@@ -30,8 +30,8 @@ def test_pictures_of_a_coarse_start_are_closer_with_them() -> None:
         pipeline = FluxPipeline.from_pretrained(model_path())
         pipeline.set_progress_bar_config(disable=True)
         engine = ddit_rt.compile(pipeline, height=128, width=128, adapter=adapter, backend="eager")
-        pictures = [
-            engine_contender(
+        images = [
+            engine_method(
                 name,
                 name,
                 engine,
@@ -42,9 +42,9 @@ def test_pictures_of_a_coarse_start_are_closer_with_them() -> None:
                 max_sequence_length=MAX_SEQUENCE_LENGTH,
             )
             .generate(batch)
-            .pictures
+            .outputs
             for policy in (FinePolicy(), StaticPolicy("2p:0.6,p"))
         ]
-        psnr[name] = fidelity(pictures[1], pictures[0]).mean_psnr
+        psnr[name] = fidelity(images[1], images[0]).mean_psnr
     # The card has 1.1 dB over 24 prompts; eight of them vary by half of that.
     assert psnr["trained"] > psnr["training-free"] + 0.5

@@ -2,18 +2,19 @@
 
 import pytest
 import torch
+from demo_training.draw_images import ImageConfig, draw_series
 from diffusers import FluxPipeline
 
 from ddit_rt.lab.demo import model_path
 from ddit_rt.lab.demo.classifier import (
     attribute_hits,
+    image_features,
     load_classifier,
-    picture_features,
     weights_path,
 )
-from ddit_rt.lab.demo.pictures import PictureConfig, draw_series, parse_caption
+from ddit_rt.lab.demo.images import parse_caption
 from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_prompts
-from ddit_rt.lab.evaluate import frechet_distance, gaussian
+from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +30,19 @@ def test_files_stay_small() -> None:
     assert weights_path().stat().st_size <= 300e3
 
 
-def test_classifier_reads_drawn_pictures() -> None:
-    pictures, drawn = draw_series(PictureConfig(), seed=99, start=0, count=48)
-    hits = attribute_hits(load_classifier(), torch.from_numpy(pictures) / 255, drawn)
+def test_classifier_reads_drawn_images() -> None:
+    images, drawn = draw_series(ImageConfig(), seed=99, start=0, count=48)
+    hits = attribute_hits(load_classifier(), torch.from_numpy(images) / 255, drawn)
     assert all(hit.float().mean() >= 0.95 for hit in hits.values())
 
 
 def test_distance_of_features_grows_with_blur() -> None:
-    drawn, _ = draw_series(PictureConfig(), seed=99, start=0, count=96)
-    pictures = torch.from_numpy(drawn) / 255
+    drawn, _ = draw_series(ImageConfig(), seed=99, start=0, count=96)
+    images = torch.from_numpy(drawn) / 255
     gaussians = []
     for width in (1, 3, 7, 15):
-        blurred = torch.nn.functional.avg_pool2d(pictures, width, stride=1, padding=width // 2)
-        features = picture_features(load_classifier(), blurred)
+        blurred = torch.nn.functional.avg_pool2d(images, width, stride=1, padding=width // 2)
+        features = image_features(load_classifier(), blurred)
         assert features.shape == (96, 64)
         gaussians.append(gaussian(features.double().numpy()))
     found = [frechet_distance(*gaussians[0], *other) for other in gaussians]
@@ -52,7 +53,7 @@ def test_distance_of_features_grows_with_blur() -> None:
 
 
 def test_classifier_names_both_counts_when_they_differ() -> None:
-    with pytest.raises(ValueError, match="got 2 pictures and 1 expectations"):
+    with pytest.raises(ValueError, match="got 2 images and 1 expectations"):
         attribute_hits(
             load_classifier(), torch.zeros(2, 3, 128, 128), [parse_caption(held_out_prompts(1)[0])]
         )
@@ -77,12 +78,12 @@ def test_text_encoders_tell_which_word_has_which_colour(pipeline: FluxPipeline) 
 
 
 def test_latents_have_mean_zero_and_deviation_one(pipeline: FluxPipeline) -> None:
-    pictures, _ = draw_series(PictureConfig(), seed=98, start=0, count=16)
-    x = torch.from_numpy(pictures).float() / 127.5 - 1
+    images, _ = draw_series(ImageConfig(), seed=98, start=0, count=16)
+    x = torch.from_numpy(images).float() / 127.5 - 1
     with torch.no_grad():
         z = pipeline.vae.encode(x).latent_dist.mean
     z = (z - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor
-    # 16 pictures are a small sample of colours: the mean of a colour axis has an error near .15.
+    # 16 images are a small sample of colours: the mean of a colour axis has an error near .15.
     assert abs(z.mean()) < 0.2
     assert abs(z.std() - 1) < 0.2
 
@@ -90,7 +91,7 @@ def test_latents_have_mean_zero_and_deviation_one(pipeline: FluxPipeline) -> Non
 @pytest.mark.slow
 def test_samples_show_their_captions(pipeline: FluxPipeline) -> None:
     prompts = held_out_prompts(24)
-    pictures = pipeline(
+    images = pipeline(
         prompts,
         height=128,
         width=128,
@@ -99,6 +100,6 @@ def test_samples_show_their_captions(pipeline: FluxPipeline) -> None:
         generator=torch.Generator().manual_seed(11),
         output_type="pt",
     ).images
-    hits = attribute_hits(load_classifier(), pictures, [parse_caption(p) for p in prompts])
+    hits = attribute_hits(load_classifier(), images, [parse_caption(p) for p in prompts])
     shares = {name: hit.float().mean().item() for name, hit in hits.items()}
     assert min(shares.values()) >= 0.9, shares

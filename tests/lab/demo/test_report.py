@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ddit_rt.lab.measure.report import summary_table
+from ddit_rt.lab.demo.report import summary_table
 
 ENTRY = {"label", "seconds", "seconds_denoise", "psnr", "ssim", "prompts"}
 RUN = ENTRY | {"policy", "settings", "tokens", "speedup_denoise", "speedup_end_to_end"}
@@ -57,7 +57,7 @@ def test_all_fine_is_its_own_reference_of_quality(report: dict[str, Any]) -> Non
     assert fine["ssim"] == pytest.approx(1)
 
 
-def test_diffusers_made_the_same_pictures_up_to_rounding(report: dict[str, Any]) -> None:
+def test_diffusers_made_the_same_images_up_to_rounding(report: dict[str, Any]) -> None:
     # A byte may round the other way: one level in 255 is 48 dB.
     assert report["reference"]["psnr"] is None or report["reference"]["psnr"] > 48
 
@@ -80,5 +80,5 @@ def test_static_plan_spends_the_planned_tokens(report: dict[str, Any]) -> None:
 
 def test_summary_has_a_line_per_way(report: dict[str, Any]) -> None:
     table = summary_table(report)
-    for label in ("diffusers", "all fine", "static plan", "dynamic"):
+    for label in ("diffusers", "full resolution", "static plan", "dynamic"):
         assert any(line.startswith(label) for line in table.splitlines())

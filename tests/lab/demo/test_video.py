@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,12 @@ from PIL import Image
 from wan_models import wan_pipeline
 
 import ddit_rt
+from ddit_rt.lab.demo.figures import grid_frames
 from ddit_rt.lab.demo.plans import Plan
-from ddit_rt.lab.demo.video import (
-    VideoDemoConfig,
-    compare_clips,
-    run_video_demo,
-    video_summary_table,
-)
-from ddit_rt.lab.measure.video_fidelity import clip_fidelity
-from ddit_rt.lab.measure.video_file import side_by_side, write_mp4
+from ddit_rt.lab.demo.report import summary_table
+from ddit_rt.lab.demo.run import DemoConfig, compare, run_demo, video_demo
+from ddit_rt.lab.measure.fidelity import video_fidelity
+from ddit_rt.lab.measure.video_file import write_mp4
 
 PROMPTS = ("a red circle moving left on plain blue", "a red circle moving up on blue dots")
 STEPS = 6
@@ -47,11 +45,11 @@ def clip_report(out: Path) -> dict[str, Any]:
         progress=False,
     )
     plans = (
-        Plan(name="fine", label="all fine", policy=ddit_rt.FinePolicy()),
+        Plan(name="fine", label="full resolution", policy=ddit_rt.FinePolicy()),
         Plan(name="static", label="static plan", policy=ddit_rt.StaticPolicy("2p:0.5,p")),
         Plan(name="dynamic", label="dynamic", policy=ddit_rt.DDiTPolicy(tau={"2p": 1.0})),
     )
-    config = VideoDemoConfig(
+    config = video_demo(
         out=out,
         prompts=PROMPTS,
         steps=STEPS,
@@ -61,7 +59,7 @@ def clip_report(out: Path) -> dict[str, Any]:
         repeats=1,
     )
     compiling = {"compile_seconds": 1.0, "load_seconds": 0.5, "artifact_bytes": 10}
-    return compare_clips(engine, plans, config, compiling)
+    return compare(engine, plans, config, compiling)
 
 
 def read_video(path: Path) -> np.ndarray:
@@ -108,7 +106,7 @@ def test_video_is_readable_and_shows_every_plan(clip_report: dict[str, Any], out
     frames = read_video(out / "clips.mp4")
     assert len(frames) == 3 * 5
     _, height, width, _ = frames.shape
-    # Three rows of clips of 192 px and two columns, beside labels and below captions.
+    # Three rows of videos of 192 px and two columns, beside labels and below captions.
     assert height >= 3 * 192
     assert width >= 2 * 192
     with Image.open(out / "timeline.png") as image:
@@ -116,8 +114,8 @@ def test_video_is_readable_and_shows_every_plan(clip_report: dict[str, Any], out
 
 
 def test_summary_has_a_line_per_way(clip_report: dict[str, Any]) -> None:
-    table = video_summary_table(clip_report)
-    for label in ("diffusers", "all fine", "static plan", "dynamic"):
+    table = summary_table(clip_report)
+    for label in ("diffusers", "full resolution", "static plan", "dynamic"):
         assert any(line.startswith(label) for line in table.splitlines())
 
 
@@ -138,25 +136,33 @@ def test_odd_sides_are_refused(tmp_path: Path) -> None:
         write_mp4(tmp_path / "odd.mp4", [np.zeros((41, 64, 3), dtype=np.uint8)], 8)
 
 
-def test_side_by_side_puts_rows_below_and_prompts_beside_each_other() -> None:
-    colours = {"one": ((200, 0, 0), (0, 200, 0)), "two": ((0, 0, 200), (200, 0, 200))}
-    clips = {
-        label: [np.full((2, 8, 8, 3), colour, dtype=np.uint8) for colour in row]
-        for label, row in colours.items()
+def test_grid_puts_plans_below_and_prompts_beside_each_other(clip_report: dict[str, Any]) -> None:
+    names = ("diffusers", "fine", "static", "dynamic")
+    levels = {name: (40 * row, 40 * row + 20) for row, name in enumerate(names)}
+    videos = {
+        name: [np.full((2, 8, 8, 3), (level, 200, 0), dtype=np.uint8) for level in row]
+        for name, row in levels.items()
     }
-    frames = side_by_side(PROMPTS, clips, side=64, loops=2)
+    for row in videos.values():
+        for video in row:
+            video[1, ..., 2] = 255  # the second frame differs
+    frames = grid_frames(clip_report, videos, loops=2)
     assert len(frames) == 4
     assert all(side % 16 == 0 for side in frames[0].shape[:2])
+    assert np.array_equal(frames[0], frames[2])
 
-    def corner(label: str, column: int) -> np.ndarray:
-        found = np.argwhere((frames[0] == colours[label][column]).all(axis=-1))
-        assert len(found) == 64 * 64
+    def corner(level: int, blue: int) -> np.ndarray:
+        found = np.argwhere((frames[blue // 255] == (level, 200, blue)).all(axis=-1))
+        assert len(found) > 150 * 150
         return found.min(axis=0)
 
-    first = corner("one", 0)
-    assert tuple(corner("two", 0) - first) == (72, 0)
-    assert tuple(corner("one", 1) - first) == (0, 72)
-    assert tuple(corner("two", 1) - first) == (72, 72)
+    places = {name: [corner(level, 0) for level in row] for name, row in levels.items()}
+    assert np.array_equal(corner(levels["fine"][1], 255), places["fine"][1])
+    for above, below in pairwise(names):
+        assert places[below][0][0] > places[above][0][0] + 150
+    for left, right in places.values():
+        assert right[1] > left[1] + 150
+        assert right[0] == left[0]
 
 
 def test_flicker_ignores_a_constant_offset_and_counts_alternation() -> None:
@@ -165,7 +171,7 @@ def test_flicker_ignores_a_constant_offset_and_counts_alternation() -> None:
     brighter = still + 10
     flickering = still.copy()
     flickering[1::2] += 10
-    closeness = clip_fidelity([brighter, flickering], [still, still])
+    closeness = video_fidelity([brighter, flickering], [still, still])
     assert closeness.flicker == pytest.approx((0, 10 / 255))
 
 
@@ -174,10 +180,10 @@ def test_missing_encoder_is_named_before_any_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ModuleNotFoundError, match=r"PyAV .*ddit_rt\[video\]"):
-        run_video_demo(None, VideoDemoConfig(out=tmp_path / "never"))
+        run_demo(None, video_demo(out=tmp_path / "never"))
     assert not (tmp_path / "never").exists()
 
 
 def test_bad_counts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got steps=0"):
-        VideoDemoConfig(out=tmp_path, steps=0)
+        DemoConfig(out=tmp_path, steps=0)

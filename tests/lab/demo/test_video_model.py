@@ -3,19 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from demo_training.draw_videos import VideoConfig, draw_video, draw_videos
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5EncoderModel
 
 from ddit_rt.lab.demo import video_model_path
-from ddit_rt.lab.demo.clip_hits import clip_hits
-from ddit_rt.lab.demo.clips import (
-    ClipConfig,
-    all_clip_attributes,
-    draw_clip,
-    draw_clips,
-    is_held_out_clip,
-)
 from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH
+from ddit_rt.lab.demo.video_hits import video_hits
+from ddit_rt.lab.demo.videos import all_video_attributes, is_held_out_video
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +48,8 @@ def test_text_encoder_tells_which_word_has_which_colour(pipeline: WanPipeline) -
 
 
 def test_autoencoder_keeps_drawn_clips_and_scales_their_latents(pipeline: WanPipeline) -> None:
-    clips, _ = draw_clips(ClipConfig(), seed=98, start=0, count=4)
-    x = torch.from_numpy(clips).float() / 127.5 - 1
+    videos, _ = draw_videos(VideoConfig(), seed=98, start=0, count=4)
+    x = torch.from_numpy(videos).float() / 127.5 - 1
     vae = pipeline.vae
     with torch.no_grad():
         z = vae.encode(x).latent_dist.mean
@@ -64,17 +59,17 @@ def test_autoencoder_keeps_drawn_clips_and_scales_their_latents(pipeline: WanPip
         torch.tensor(values).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    # Four clips are a small sample of colours.
+    # Four videos are a small sample of colours.
     assert ((z - mean) / std).std() == pytest.approx(1, abs=0.3)
     error = ((decoded - x) / 2).square().mean().item()
     assert -10 * np.log10(error) > 21
 
 
 def test_clips_show_what_held_out_captions_say(pipeline: WanPipeline) -> None:
-    chosen = [a for a in all_clip_attributes() if is_held_out_clip(a)][::9]
-    drawn = [draw_clip(a, ClipConfig(), 97, index) for index, a in enumerate(chosen)]
-    exact = clip_hits(torch.from_numpy(np.stack(drawn)).movedim(-1, 2), chosen)
-    clips = pipeline(
+    chosen = [a for a in all_video_attributes() if is_held_out_video(a)][::9]
+    drawn = [draw_video(a, VideoConfig(), 97, index) for index, a in enumerate(chosen)]
+    exact = video_hits(torch.from_numpy(np.stack(drawn)).movedim(-1, 2), chosen)
+    videos = pipeline(
         [a.caption for a in chosen],
         negative_prompt="",
         height=64,
@@ -86,7 +81,7 @@ def test_clips_show_what_held_out_captions_say(pipeline: WanPipeline) -> None:
         max_sequence_length=MAX_SEQUENCE_LENGTH,
         generator=torch.Generator().manual_seed(1),
     ).frames
-    for name, hits in clip_hits(clips.float(), chosen).items():
+    for name, hits in video_hits(videos.float(), chosen).items():
         assert exact[name].all(), name
         # 96% and more of each are right.
         assert hits.sum() >= len(chosen) - 2, name

@@ -15,9 +15,9 @@ from extras import need
 from PIL import Image
 
 from ddit_rt import Engine, StaticPolicy
-from ddit_rt.lab.evaluate import mean_interval
 from ddit_rt.lab.evaluate.report import _unequal
 from ddit_rt.lab.measure.fidelity import fidelity
+from ddit_rt.lab.measure.statistics import mean_interval
 from ddit_rt.policies import CacheFit
 
 PLANS = ["fine", "default", "equal-steps", "equal-static"]
@@ -61,7 +61,7 @@ def test_every_plan_is_there_with_cost_and_quality(report: dict[str, Any]) -> No
         assert -64 < plan["tokens"]["value"] - default["tokens"]["value"] <= 32
 
 
-def test_scores_are_of_the_pictures_in_the_folder(report: dict[str, Any], evaluation: Path) -> None:
+def test_scores_are_of_the_images_in_the_folder(report: dict[str, Any], evaluation: Path) -> None:
     for name in PLANS[1:]:
         means = []
         for index in range(len(PROMPTS)):
@@ -75,11 +75,11 @@ def test_scores_are_of_the_pictures_in_the_folder(report: dict[str, Any], evalua
         assert found["pictures"] == 6
 
 
-def test_noise_is_the_same_for_every_plan_and_its_own_for_every_picture(
+def test_noise_is_the_same_for_every_plan_and_its_own_for_every_image(
     report: dict[str, Any],
 ) -> None:
     seeds = [
-        [picture["seed"] for entry in report["prompts"] for picture in entry["pictures"][plan]]
+        [image["seed"] for entry in report["prompts"] for image in entry["pictures"][plan]]
         for plan in PLANS
     ]
     assert seeds == [[0, 1, 2, 3, 4, 5]] * len(PLANS)
@@ -100,7 +100,7 @@ def test_wins_are_counted_over_prompts(report: dict[str, Any]) -> None:
 
 def test_worst_prompt_comes_first(report: dict[str, Any]) -> None:
     lowest = [
-        min(picture["scores"]["ssim"] for picture in report["prompts"][i]["pictures"]["default"])
+        min(image["scores"]["ssim"] for image in report["prompts"][i]["pictures"]["default"])
         for i in report["worst"]
     ]
     assert sorted(report["worst"]) == [0, 1, 2]
@@ -115,7 +115,7 @@ def test_report_names_what_is_missing(report: dict[str, Any]) -> None:
     assert any("3 prompts" in note for note in report["notes"])
 
 
-def test_teacache_is_a_rival_where_it_was_fitted(
+def test_teacache_is_a_baseline_where_it_was_fitted(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need("torchmetrics")
@@ -131,7 +131,7 @@ def test_teacache_is_a_rival_where_it_was_fitted(
     assert default["step_cache"] == {"step_cache": "NoCache"}
 
 
-def test_rival_of_other_seconds_is_noted() -> None:
+def test_baseline_of_other_seconds_is_noted() -> None:
     names = {"a": 1.0, "b": 1.1, "c": 1.5, "d": 0.5}
     entries = [
         {"name": name, "title": name, "role": "rival", "seconds": {"value": seconds}}
@@ -144,7 +144,7 @@ def test_rival_of_other_seconds_is_noted() -> None:
 
 def test_going_on_makes_and_scores_only_what_is_missing(engine: Engine, copy: Path) -> None:
     before = json.loads((copy / "report.json").read_text())
-    # As after a stop: the last pictures are unnoted, a line is cut off, a picture is lost.
+    # As after a stop: the last images are unnoted, a line is cut off, an image is lost.
     rows = (copy / "pictures.jsonl").read_text().splitlines(keepends=True)
     (copy / "pictures.jsonl").write_text("".join(rows[:-4]) + rows[-4][:50])
     lost = copy / "pictures" / "default" / "00000-0.png"
@@ -154,7 +154,7 @@ def test_going_on_makes_and_scores_only_what_is_missing(engine: Engine, copy: Pa
     after = run(engine, settings(copy, seeds=2))
     assert lost.is_file()
     assert kept.stat().st_mtime_ns == stamp
-    # Two batches of four plans came anew; equal pictures have equal scores, read not computed.
+    # Two batches of four plans came anew; equal images have equal scores, read not computed.
     assert [session["pictures"] for session in after["sessions"]] == [16, 8]
     assert any("timed in 2 sessions" in note for note in after["notes"])
     assert [plan["scores"] for plan in after["plans"]] == [
@@ -167,9 +167,9 @@ def test_going_on_makes_and_scores_only_what_is_missing(engine: Engine, copy: Pa
 
 
 def test_finished_evaluation_generates_nothing(engine: Engine, copy: Path) -> None:
-    pictures = (copy / "pictures.jsonl").read_bytes()
+    images = (copy / "pictures.jsonl").read_bytes()
     run(engine, settings(copy, seeds=2))
-    assert (copy / "pictures.jsonl").read_bytes() == pictures
+    assert (copy / "pictures.jsonl").read_bytes() == images
     assert len(lines(copy / "sessions.jsonl")) == 1
 
 
@@ -207,7 +207,7 @@ def test_batch_shares_its_time_and_one_prompt_has_no_interval(
     one = run(engine, settings(tmp_path / "b", prompts=("a zebra",)))
     assert one["plans"][1]["scores"]["ssim"]["low"] is None
     (few,) = (s for s in one["skipped"] if s["name"] == "demo_frechet")
-    assert few["reason"] == "a distance of sets needs two pictures at least"
+    assert few["reason"] == "a distance of sets needs two images at least"
     json.dumps(one, allow_nan=False)
 
 
@@ -219,7 +219,7 @@ def test_references_of_your_own_give_all_fine_a_distance(
     fine = report["plans"][0]["scores"]["demo_frechet"]["value"]
     assert fine >= 0
     (metric,) = (m for m in report["metrics"] if m["name"] == "demo_frechet")
-    assert metric["references"] == f"6 pictures in {folder}"
+    assert metric["references"] == f"6 images in {folder}"
 
 
 def test_bad_settings_are_refused_before_any_work(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_bad_settings_are_refused_before_any_work(tmp_path: Path) -> None:
         settings(tmp_path, seeds=0)
     with pytest.raises(ValueError, match="got the cost 'euro'"):
         settings(tmp_path, cost_unit="euro")
-    with pytest.raises(ValueError, match="fewer than two pictures"):
+    with pytest.raises(ValueError, match="fewer than two images"):
         settings(tmp_path, references=tmp_path)
     with pytest.raises(ValueError, match="there is no folder"):
         settings(tmp_path, references=tmp_path / "none")

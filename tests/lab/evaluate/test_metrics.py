@@ -35,32 +35,32 @@ from ddit_rt.lab.evaluate.metrics import (
     usable,
     weights_folder,
 )
-from ddit_rt.lab.measure.timing import Picture
+from ddit_rt.lab.measure.timing import Pixels
 
 
-def picture(seed: int, side: int = 24, scale: int = 256) -> Picture:
+def image(seed: int, side: int = 24, scale: int = 256) -> Pixels:
     rng = np.random.default_rng(seed)
     return rng.integers(scale, size=(side, side, 3), dtype=np.uint8)
 
 
-def case(one: Picture, other: Picture, prompt: str = "a cat") -> Case:
-    return Case(prompt=prompt, picture=one, reference=other)
+def case(one: Pixels, other: Pixels, prompt: str = "a cat") -> Case:
+    return Case(prompt=prompt, image=one, reference=other)
 
 
 def test_psnr_is_its_formula() -> None:
     need("torchmetrics")
-    one, other = picture(0), picture(1)
+    one, other = image(0), image(1)
     error = np.mean((one.astype(float) - other) ** 2)
     # torchmetrics computes in single precision.
     assert Psnr().score(case(one, other)) == pytest.approx(10 * math.log10(255**2 / error), 1e-5)
 
 
-def test_psnr_of_equal_pictures_is_infinite_hence_none() -> None:
+def test_psnr_of_equal_images_is_infinite_hence_none() -> None:
     need("torchmetrics")
-    assert Psnr().score(case(picture(0), picture(0))) is None
+    assert Psnr().score(case(image(0), image(0))) is None
 
 
-def reference_ssim(one: Picture, other: Picture) -> float:
+def reference_ssim(one: Pixels, other: Pixels) -> float:
     """Wang et al. (2004), equation 13: 11 x 11 Gaussian windows of 1.5, mirrored at the edge."""
     place = np.arange(11) - 5
     line = np.exp(-(place**2) / (2 * 1.5**2))
@@ -83,7 +83,7 @@ def reference_ssim(one: Picture, other: Picture) -> float:
 
 def test_ssim_is_its_formula() -> None:
     need("torchmetrics")
-    one = picture(0)
+    one = image(0)
     other = np.clip(one.astype(int) + np.random.default_rng(1).integers(-40, 41, one.shape), 0, 255)
     other = other.astype(np.uint8)
     # Single precision of a difference of squares.
@@ -111,16 +111,16 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     words.model_max_length = 16
-    pictures = CLIPImageProcessorPil(
+    images = CLIPImageProcessorPil(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
     folder = tmp_path_factory.mktemp("clip")
     model.save_pretrained(folder)
-    CLIPProcessor(image_processor=pictures, tokenizer=words).save_pretrained(folder)
+    CLIPProcessor(image_processor=images, tokenizer=words).save_pretrained(folder)
     return folder
 
 
-def reference_clip(folder: Path, shown: Picture, prompt: str) -> float:
+def reference_clip(folder: Path, shown: Pixels, prompt: str) -> float:
     """100 max(cos, 0), from the model's own image-text similarity."""
     model = CLIPModel.from_pretrained(folder).eval()
     processor = CLIPProcessor.from_pretrained(folder)
@@ -135,8 +135,8 @@ def test_clip_score_is_the_models_cosine(clip_folder: Path, prompt: str) -> None
     need("torchmetrics")
     metric = ClipScore(str(clip_folder))
     assert metric.unavailable() is None
-    scores = [metric.score(case(picture(s, 32), picture(9, 32), prompt)) for s in range(4)]
-    wanted = [reference_clip(clip_folder, picture(s, 32), prompt) for s in range(4)]
+    scores = [metric.score(case(image(s, 32), image(9, 32), prompt)) for s in range(4)]
+    wanted = [reference_clip(clip_folder, image(s, 32), prompt) for s in range(4)]
     # Resized by the same code: rounding of single precision is all that is left.
     assert scores == pytest.approx(wanted, abs=1e-3)
     assert len({round(score or 0, 3) for score in scores}) > 1
@@ -165,16 +165,16 @@ def reference_frechet(one: Any, other: Any) -> float:
     return float(mean @ mean + np.trace(first + second) - 2 * np.sqrt(inner).sum())
 
 
-def classifier_features(pictures: list[Picture]) -> Any:
-    batch = torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def classifier_features(images: list[Pixels]) -> Any:
+    batch = torch.tensor(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         return load_classifier().features(batch).mean((2, 3)).double().numpy()
 
 
 def test_demo_distance_is_frechets_on_the_classifiers_features() -> None:
     need("torchmetrics")
-    references = [picture(s, 64) for s in range(8)]
-    dark = [picture(s, 64, scale=128) for s in range(20, 26)]
+    references = [image(s, 64) for s in range(8)]
+    dark = [image(s, 64, scale=128) for s in range(20, 26)]
     metric = DemoFrechetDistance()
     assert metric.unavailable() is None
     found = metric.distances({"dark": dark, "same": references}, references)
@@ -211,20 +211,20 @@ def test_missing_package_is_named_with_its_remedy(metric: Any, module: str, inst
 
 
 @pytest.mark.parametrize("metric", [Lpips(), Fid()])
-def test_real_network_gives_zero_for_equal_pictures(metric: Any) -> None:
+def test_real_network_gives_zero_for_equal_images(metric: Any) -> None:
     if reason := metric.unavailable():
         pytest.skip(reason)
-    pictures = [picture(s, 64) for s in range(4)]
+    images = [image(s, 64) for s in range(4)]
     if isinstance(metric, Lpips):
-        assert metric.score(case(pictures[0], pictures[0])) == pytest.approx(0, abs=1e-6)
-        assert metric.score(case(pictures[0], pictures[1])) > 0.01
+        assert metric.score(case(images[0], images[0])) == pytest.approx(0, abs=1e-6)
+        assert metric.score(case(images[0], images[1])) > 0.01
     else:
-        found = metric.distances({"same": pictures, "dark": [p // 2 for p in pictures]}, pictures)
+        found = metric.distances({"same": images, "dark": [p // 2 for p in images]}, images)
         assert found["same"] == pytest.approx(0, abs=1e-2)
         assert found["dark"] > 1
 
 
-def test_image_reward_passes_prompt_picture_and_folder(
+def test_image_reward_passes_prompt_image_and_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wrapper alone, on a stand-in: the package needs torchvision and 1.8 GB of weights."""
@@ -241,9 +241,9 @@ def test_image_reward_passes_prompt_picture_and_folder(
     module = ModuleType("ImageReward")
     module.load = load  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ImageReward", module)
-    shown = picture(0)
+    shown = image(0)
     metric = ImageReward("cpu", tmp_path)
-    assert metric.score(case(shown, picture(1), "a fox")) == 5 + shown.sum(dtype=int)
+    assert metric.score(case(shown, image(1), "a fox")) == 5 + shown.sum(dtype=int)
     wanted = {"name": "ImageReward-v1.0", "device": "cpu", "download_root": str(tmp_path)}
     assert calls == wanted
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from extras import need
 from PIL import Image
 
-from ddit_rt.lab.evaluate.cases import data_uri
-from ddit_rt.lab.evaluate.plots import Mark, front, marks, pareto_plot, timeline
+from ddit_rt.lab.evaluate.page import data_uri, quality_figure
 
 VOID = {"meta", "img", "input", "br"}
 
@@ -65,23 +65,26 @@ def test_page_refers_to_nothing_outside(page: Reader) -> None:
     assert "default-src 'none'" in policy
 
 
-def test_worst_cases_have_slider_pictures_and_timelines(page: Reader, evaluation: Path) -> None:
+def test_worst_cases_have_slider_images_and_timelines(page: Reader, evaluation: Path) -> None:
     assert len(page.all("article")) == 2  # of three, as asked for
     assert "2 of 3 prompts" in page.text
     sliders = page.all("input")
     assert len(sliders) == 2
     assert all(slider["type"] == "range" and slider["aria-label"] for slider in sliders)
-    pictures = [image["src"] for image in page.all("img") if "src" in image]
-    assert len(pictures) == 2 * 4
-    # Small pictures are the very ones of the folder.
+    images = [image["src"] for image in page.all("img") if "image/png" in image.get("src", "")]
+    assert len(images) == 2 * 4
+    # Small images are the very ones of the folder.
     worst = json.loads((evaluation / "report.json").read_text())["worst"][0]
-    with Image.open(io.BytesIO(base64.b64decode(pictures[0].partition(",")[2]))) as image:
+    with Image.open(io.BytesIO(base64.b64decode(images[0].partition(",")[2]))) as image:
         first = np.asarray(image)
     found = [evaluation / "pictures" / "fine" / f"{worst:05d}-{repeat}.png" for repeat in (0, 1)]
     assert any(np.array_equal(first, np.asarray(Image.open(file))) for file in found)
-    timelines = [svg for svg in page.all("svg") if svg["class"] == "timeline"]
+    timelines = [element for element in page.all("div") if element.get("class") == "timeline"]
     assert len(timelines) == 2 * 4
     assert timelines[0]["aria-label"] == "8 steps: 8 at p"
+    bars = [bar["style"] for bar in page.all("i")]
+    assert len(bars) == sum(int(line["aria-label"].split()[0]) for line in timelines)
+    assert bars[0] == "height:100%;background:#0072B2"
 
 
 def test_page_names_what_is_not_there(page: Reader) -> None:
@@ -89,57 +92,53 @@ def test_page_names_what_is_not_there(page: Reader) -> None:
     assert "LPIPS: not installed: <torchvision>" in page.text
 
 
-def test_large_picture_becomes_a_smaller_jpeg() -> None:
-    picture = np.zeros((1000, 2000, 3), np.uint8)
-    uri = data_uri(picture)
+def test_large_image_becomes_a_smaller_jpeg() -> None:
+    image = np.zeros((1000, 2000, 3), np.uint8)
+    uri = data_uri(image)
     assert uri.startswith("data:image/jpeg;base64,")
     with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as image:
         assert image.size == (768, 384)
 
 
-def mark(title: str, x: float, y: float) -> Mark:
-    return Mark(title=title, colour="#000000", x=(x, x, x), y=(y, y, y))
+def plan(name: str, seconds: float, score: float | None, **bounds: float) -> dict[str, Any]:
+    interval = {"value": score, "low": None, "high": None, **bounds}
+    return {
+        "name": name,
+        "title": f"plan {name}",
+        "seconds": {"value": seconds, "low": None, "high": None},
+        "scores": {"m": interval},
+    }
 
 
-def test_front_is_what_nothing_beats() -> None:
-    points = [mark("a", 1, 0.5), mark("b", 2, 0.4), mark("c", 3, 0.9), mark("d", 3, 0.8)]
-    assert [p.title for p in front(points, higher_is_better=True)] == ["a", "c"]
-    assert [p.title for p in front(points, higher_is_better=False)] == ["a", "b"]
+def drawn(plans: list[dict[str, Any]], *, higher_is_better: bool = True) -> Any:
+    need("matplotlib")
+    metric = {"name": "m", "label": "a score", "higher_is_better": higher_is_better}
+    figure = quality_figure(plans, metric, {each["name"]: "#000000" for each in plans})
+    return None if figure is None else figure.axes[0]
 
 
-def test_plot_places_points_in_their_order() -> None:
-    plot = Reader(
-        pareto_plot(
-            [mark("slow & good", 3, 0.9), mark("fast", 1, 0.5)],
-            x_label="s",
-            y_label="SSIM",
-            higher_is_better=True,
-        )
-    )
-    slow, fast = plot.all("circle")
-    assert float(slow["cx"]) > float(fast["cx"])
-    assert float(slow["cy"]) < float(fast["cy"])  # up is better
-    assert "slow & good" in plot.text
+PLANS = [plan("a", 1, 0.5), plan("b", 2, 0.4), plan("c", 3, 0.9), plan("d", 3, 0.8)]
 
 
-def test_single_plan_and_score_still_plot() -> None:
-    plot = pareto_plot([mark("a", 0.0, 0.0)], x_label="s", y_label="LPIPS", higher_is_better=False)
-    assert "nan" not in plot
+@pytest.mark.parametrize(
+    ("higher_is_better", "front"),
+    [(True, [(1, 0.5), (3, 0.9)]), (False, [(1, 0.5), (2, 0.4)])],
+)
+def test_dashed_line_is_the_front_that_nothing_beats(
+    higher_is_better: bool, front: list[tuple[float, float]]
+) -> None:
+    axes = drawn(PLANS, higher_is_better=higher_is_better)
+    (line,) = (line for line in axes.lines if line.get_linestyle() == "--")
+    assert [tuple(point) for point in line.get_xydata()] == front
 
 
-def test_plan_without_a_score_is_not_marked() -> None:
-    one = {"value": 1.0, "low": None, "high": None}
-    plans = [
-        {"name": "fine", "title": "all fine", "seconds": one, "scores": {}},
-        {"name": "a", "title": "a", "seconds": one, "scores": {"psnr": {**one, "value": None}}},
-        {"name": "b", "title": "b", "seconds": one, "scores": {"psnr": one}},
-    ]
-    (found,) = marks(plans, "psnr")
-    assert found.title == "b"
-    assert found.y == (1, 1, 1)
+def test_every_plan_with_a_score_is_a_point_with_its_interval() -> None:
+    axes = drawn([plan("slow", 3, 0.9, low=0.7, high=1.0), plan("fine", 5, None), PLANS[0]])
+    found = {container.get_label(): container for container in axes.containers}
+    assert found.keys() == {"plan slow", "plan a"}
+    ((low, high),) = (segment[:, 1] for segment in found["plan slow"].lines[2][1].get_segments())
+    assert (low, high) == pytest.approx((0.7, 1.0))
 
 
-def test_timeline_counts_sizes() -> None:
-    strip = Reader(timeline(["p", "4p", "4p", "2p"]))
-    assert strip.all("svg")[0]["aria-label"] == "4 steps: 1 at 2p, 2 at 4p, 1 at p"
-    assert [float(bar["height"]) for bar in strip.all("rect")] == [100, 50, 50, 70.7]
+def test_metric_without_any_score_has_no_figure() -> None:
+    assert drawn([plan("fine", 5, None)]) is None

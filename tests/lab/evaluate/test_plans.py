@@ -11,10 +11,10 @@ from ddit_rt.lab.evaluate.plans import (
     EQUAL_STATIC,
     EQUAL_STEPS,
     NamedPlan,
+    baselines,
     chosen_plans,
     main_plan,
     reference_plan,
-    rivals,
 )
 from ddit_rt.policies import PatchPolicy
 
@@ -156,9 +156,9 @@ def cost_of(plan: NamedPlan) -> float:
 
 
 @pytest.mark.parametrize("cost", [60.0, 100.0, 131.0, 200.0])
-def test_rivals_cost_the_same_within_a_fine_step(manifest: Manifest, cost: float) -> None:
+def test_baselines_cost_the_same_within_a_fine_step(manifest: Manifest, cost: float) -> None:
     (main,) = chosen(manifest)
-    found, notes = rivals(main, cost, COSTS, 24)
+    found, notes = baselines(main, cost, COSTS, 24)
     assert [plan.name for plan in found] == [EQUAL_STEPS, EQUAL_STATIC]
     assert not notes
     for plan in found:
@@ -166,22 +166,22 @@ def test_rivals_cost_the_same_within_a_fine_step(manifest: Manifest, cost: float
         assert cost - COSTS["p"] < cost_of(plan) <= cost + COSTS["p"] / 2
 
 
-def test_rival_that_cannot_be_so_cheap_is_noted(manifest: Manifest) -> None:
+def test_baseline_that_cannot_be_so_cheap_is_noted(manifest: Manifest) -> None:
     (main,) = chosen(manifest)
-    found, notes = rivals(main, 30.0, COSTS, 24)
+    found, notes = baselines(main, 30.0, COSTS, 24)
     assert [plan.name for plan in found] == [EQUAL_STEPS]
     assert notes == ["no static plan of 24 steps is as cheap as default"]
 
 
-def test_rival_that_is_the_main_plan_itself_is_noted(manifest: Manifest) -> None:
+def test_baseline_that_is_the_main_plan_itself_is_noted(manifest: Manifest) -> None:
     (main,) = chosen(calibrated(manifest, "steps", "steps", "steps"), "balanced")
-    found, notes = rivals(main, 220.0, COSTS, 24)
+    found, notes = baselines(main, 220.0, COSTS, 24)
     assert [plan.name for plan in found] == [EQUAL_STATIC]
-    assert notes == ["0 is itself the run of fewer fine steps of its cost"]
+    assert notes == ["0 is itself the run of fewer steps of its cost"]
 
 
-def test_no_static_rival_without_a_coarse_size(manifest: Manifest) -> None:
+def test_no_static_baseline_without_a_coarse_size(manifest: Manifest) -> None:
     (main,) = chosen(manifest)
-    found, notes = rivals(main, 100.0, {"p": 10.0}, 24)
+    found, notes = baselines(main, 100.0, {"p": 10.0}, 24)
     assert [plan.name for plan in found] == [EQUAL_STEPS]
     assert notes == ["no static plan of 24 steps is as cheap as default"]

@@ -14,9 +14,9 @@ from urllib.parse import urlencode
 
 import pytest
 
-from ddit_rt.lab.evaluate import share_interval
 from ddit_rt.lab.evaluate.preferences import Study, summary_text
 from ddit_rt.lab.evaluate.server import StudyServer
+from ddit_rt.lab.measure.statistics import share_interval
 
 
 @pytest.fixture
@@ -66,13 +66,13 @@ def written(folder: Path) -> list[dict[str, Any]]:
 
 def test_page_is_served_and_names_no_plan(server: StudyServer) -> None:
     page = get(server, "").decode()
-    assert "<title>Which picture is better?</title>" in page
+    assert "<title>Which image is better?</title>" in page
     pair = state(server, "ada")["pair"]
     assert set(pair) == {"number", "prompt"}
     assert "equal-steps" not in page
 
 
-def test_pictures_are_the_two_plans_in_the_raters_order(server: StudyServer, folder: Path) -> None:
+def test_images_are_the_two_plans_in_the_raters_order(server: StudyServer, folder: Path) -> None:
     for pair in Study(folder).pairs("ada"):
         for side, plan in zip(("left", "right"), pair.plans, strict=True):
             shown = get(server, "picture", rater="ada", pair=pair.number, side=side)

@@ -37,7 +37,7 @@ def test_limit_below_one_is_refused(limit: int) -> None:
 def test_empty_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text(" \n\n")
-    with pytest.raises(ValueError, match="holds no prompts; expected one a line"):
+    with pytest.raises(ValueError, match="holds no prompts; write one a line"):
         read_prompts(str(file))
 
 

@@ -33,8 +33,8 @@ def own_data(prompt_file: Path) -> DataConfig:
 
 
 @pytest.fixture
-def picture_folder(tmp_path: Path) -> Path:
-    """Three good pictures, one broken, one without a caption."""
+def image_folder(tmp_path: Path) -> Path:
+    """Three good images, one broken, one without a caption."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for index, name in enumerate(("a", "b", "c")):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ddit_rt.lab.train import DataConfig, OptimizerConfig, TimeSampling, TrainConfig, read_prompts
+from ddit_rt.lab.plans.points import prompt_lines
+from ddit_rt.lab.train import DataConfig, OptimizerConfig, TimeSampling, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,6 @@ def test_file_without_prompts_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("# only a comment\n\n")
     with pytest.raises(ValueError, match="holds no prompt"):
-        read_prompts(path)
+        prompt_lines(path)
     path.write_text("# comment\n a fox \n\nan owl\n")
-    assert read_prompts(path) == ["a fox", "an owl"]
+    assert prompt_lines(path) == ["a fox", "an owl"]

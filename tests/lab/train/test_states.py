@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxPipeline
 
 from ddit_rt.lab.train import DataConfig, TimeSampling, TrainConfig
-from ddit_rt.lab.train.cache import LatentCache, open_cache
+from ddit_rt.lab.train.latent_cache import LatentCache, open_cache
 from ddit_rt.lab.train.states import StateSource, draw_levels
 from ddit_rt.lab.train.student import Student
 from ddit_rt.models.flux import FluxFamily
@@ -29,8 +29,8 @@ def trajectories(tmp_path: Path, own_data: DataConfig, pipeline: FluxPipeline) -
 
 
 @pytest.fixture
-def pictures(tmp_path: Path, picture_folder: Path, pipeline: FluxPipeline) -> LatentCache:
-    data = DataConfig(kind="folder", source=str(picture_folder), height=64, width=64)
+def images(tmp_path: Path, image_folder: Path, pipeline: FluxPipeline) -> LatentCache:
+    data = DataConfig(kind="folder", source=str(image_folder), height=64, width=64)
     return opened(tmp_path / "cache", data, pipeline)
 
 
@@ -73,9 +73,9 @@ def test_pasts_of_trajectories_come_before_their_states(trajectories: LatentCach
     assert states.velocity is not None
 
 
-def test_pasts_of_pictures_come_before_their_states(pictures: LatentCache) -> None:
+def test_pasts_of_images_come_before_their_states(images: LatentCache) -> None:
     config = dataclasses.replace(CONFIG, batch_size=32, detail_share=1.0)
-    states = StateSource(pictures, config).batch(0, 0)
+    states = StateSource(images, config).batch(0, 0)
     earlier = states.earlier
     assert earlier is not None
     used = earlier.used

@@ -35,7 +35,7 @@ CONFIG = TrainConfig(
     log_every=2,
 )
 
-# A random model makes nothing of a small picture: there the training-free step is worse than the
+# A random model makes nothing of a small image: there the training-free step is worse than the
 # paper's initialisation, and a few steps do not change that.
 pytestmark = pytest.mark.filterwarnings("ignore:after .* leave the adapter out")
 
@@ -176,8 +176,8 @@ def test_gain_samples_logs_and_card_are_written(
     assert "6 samples of the model's own trajectories" in card
 
 
-def test_pictures_train_too(pipeline: FluxPipeline, picture_folder: Path, tmp_path: Path) -> None:
-    data = DataConfig(kind="folder", source=str(picture_folder), height=64, width=64)
+def test_images_train_too(pipeline: FluxPipeline, image_folder: Path, tmp_path: Path) -> None:
+    data = DataConfig(kind="folder", source=str(image_folder), height=64, width=64)
     config = dataclasses.replace(CONFIG, weighting="clean", gradient_checkpointing=True)
     result = run(pipeline, data, tmp_path / "out", config)
     assert result.samples == 3

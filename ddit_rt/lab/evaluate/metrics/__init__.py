@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ddit_rt.lab.evaluate.metrics.base import Case, Metric, PictureMetric, SetMetric
+from ddit_rt.lab.evaluate.metrics.base import Case, ImageMetric, Metric, SetMetric
 from ddit_rt.lab.evaluate.metrics.fidelity import Lpips, Psnr, Ssim
 from ddit_rt.lab.evaluate.metrics.sets import DemoFrechetDistance, Fid
 from ddit_rt.lab.evaluate.metrics.text import CLIP_MODEL, ClipScore, ImageReward
@@ -20,10 +20,10 @@ __all__ = [
     "ClipScore",
     "DemoFrechetDistance",
     "Fid",
+    "ImageMetric",
     "ImageReward",
     "Lpips",
     "Metric",
-    "PictureMetric",
     "Psnr",
     "SetMetric",
     "Skipped",
@@ -56,7 +56,7 @@ def all_metrics(
         device: Where networks run.
         clip_model: Folder or Hub name of the CLIP model.
         weights: Folder with the weights of ImageReward; None for the package's own cache.
-        demo: Whether the pictures are the demo model's, whose classifier has features for them.
+        demo: Whether the images are the demo model's, whose classifier has features for them.
     """
     metrics: list[Metric] = [Psnr(), Ssim(), Lpips(device), ClipScore(clip_model, device)]
     metrics += [ImageReward(device, weights), Fid(device)]

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from ddit_rt.lab.measure.timing import Picture
+from ddit_rt.lab.measure.timing import Pixels
 
 _LOAD_ERRORS = (ImportError, OSError, ValueError, RuntimeError)
 """What a metric's library raises where weights are missing or versions do not fit."""
@@ -20,17 +20,17 @@ _LONGEST_REASON = 300
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One picture to score.
+    """One image to score.
 
     Attributes:
         prompt: What it should show.
-        picture: `[H, W, 3]` bytes.
-        reference: The all-fine picture of the same noise, of the same size.
+        image: `[H, W, 3]` bytes.
+        reference: The full-resolution image of the same noise and size.
     """
 
     prompt: str
-    picture: Picture
-    reference: Picture
+    image: Pixels
+    reference: Pixels
 
 
 class Metric(ABC):
@@ -76,11 +76,11 @@ class Metric(ABC):
         return self.name
 
 
-class PictureMetric(Metric):
-    """A score of every single picture.
+class ImageMetric(Metric):
+    """A score of every single image.
 
     Attributes:
-        needs_reference: Whether it compares with the all-fine picture, so that all-fine itself
+        needs_reference: Whether it compares with full resolution, so that this itself
             has no score.
     """
 
@@ -88,19 +88,19 @@ class PictureMetric(Metric):
 
     @abstractmethod
     def score(self, case: Case) -> float | None:
-        """The score; None where the picture equals its reference and the score is infinite."""
+        """The score; None where the image equals its reference and the score is infinite."""
 
 
 class SetMetric(Metric):
-    """A distance between two sets of pictures."""
+    """A distance between two sets of images."""
 
     @abstractmethod
     def distances(
-        self, sets: Mapping[str, Iterable[Picture]], references: Iterable[Picture]
+        self, sets: Mapping[str, Iterable[Pixels]], references: Iterable[Pixels]
     ) -> dict[str, float]:
-        """The distance of each set from the references; both need two pictures at least."""
+        """The distance of each set from the references; both need two images at least."""
 
 
-def as_tensor(picture: Picture, device: str = "cpu") -> torch.Tensor:
+def as_tensor(image: Pixels, device: str = "cpu") -> torch.Tensor:
     """`[H, W, 3]` bytes to `[1, 3, H, W]` bytes."""
-    return torch.tensor(picture).permute(2, 0, 1)[None].to(device)
+    return torch.tensor(image).permute(2, 0, 1)[None].to(device)

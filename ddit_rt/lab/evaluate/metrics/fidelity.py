@@ -1,4 +1,4 @@
-"""Closeness to the all-fine picture: PSNR, SSIM, LPIPS."""
+"""Fidelity to full resolution: PSNR, SSIM, LPIPS."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ from typing import Any, ClassVar
 
 import torch
 
-from ddit_rt.lab.evaluate.metrics.base import Case, PictureMetric, as_tensor
+from ddit_rt.lab.evaluate.metrics.base import Case, ImageMetric, as_tensor
 from ddit_rt.lab.measure.fidelity import fidelity
 
 TORCHMETRICS = {"torchmetrics": "pip install 'ddit_rt[eval]'"}
 
 
-class Psnr(PictureMetric):
+class Psnr(ImageMetric):
     """Peak signal-to-noise ratio, by torchmetrics."""
 
     name, label, higher_is_better, needs_reference = "psnr", "PSNR, dB", True, True
     packages: ClassVar = TORCHMETRICS
 
     def score(self, case: Case) -> float | None:
-        """See `PictureMetric.score`."""
-        return fidelity([case.picture], [case.reference]).psnr[0]
+        """See `ImageMetric.score`."""
+        return fidelity([case.image], [case.reference]).psnr[0]
 
 
-class Ssim(PictureMetric):
+class Ssim(ImageMetric):
     """Structural similarity (Wang et al., 2004), by torchmetrics."""
 
     name, label, higher_is_better, needs_reference = "ssim", "SSIM", True, True
     packages: ClassVar = TORCHMETRICS
 
     def score(self, case: Case) -> float | None:
-        """See `PictureMetric.score`."""
-        return fidelity([case.picture], [case.reference]).ssim[0]
+        """See `ImageMetric.score`."""
+        return fidelity([case.image], [case.reference]).ssim[0]
 
 
-class Lpips(PictureMetric):
+class Lpips(ImageMetric):
     """Learned perceptual distance (Zhang et al., 2018) on AlexNet, by torchmetrics.
 
     torchvision holds the network, whose weights come from torch.hub's folder.
@@ -60,9 +60,9 @@ class Lpips(PictureMetric):
             self._network = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
 
     def score(self, case: Case) -> float | None:
-        """See `PictureMetric.score`."""
+        """See `ImageMetric.score`."""
         self.load()
         self._network.to(self._device)
-        pair = [as_tensor(p, self._device).float() / 255 for p in (case.picture, case.reference)]
+        pair = [as_tensor(p, self._device).float() / 255 for p in (case.image, case.reference)]
         with torch.no_grad():
             return float(self._network(*pair))

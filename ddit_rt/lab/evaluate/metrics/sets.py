@@ -1,4 +1,4 @@
-"""Distances between sets of pictures: FID, and the same on the demo classifier's features."""
+"""Distances between sets of images: FID, and the same on the demo classifier's features."""
 
 from __future__ import annotations
 
@@ -6,63 +6,53 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import nn
 
 from ddit_rt.lab.evaluate.metrics.base import SetMetric, as_tensor
 from ddit_rt.lab.evaluate.metrics.fidelity import TORCHMETRICS
-from ddit_rt.lab.measure.timing import Picture
+from ddit_rt.lab.measure.statistics import Array, frechet_distance, gaussian
+from ddit_rt.lab.measure.timing import Pixels
 
 
 class FrechetDistance(SetMetric):
-    """Frechet distance of Gaussians fitted to features (Heusel et al., 2017), by torchmetrics."""
+    """Fréchet distance of Gaussians fitted to a network's features (Heusel et al., 2017)."""
 
     higher_is_better = False
 
     def __init__(self, device: str = "cpu") -> None:
-        """The device that it runs on."""
+        """Takes the device that the network runs on."""
         self._device = device
-        self._metric: Any = None
+        self._network: Any = None
 
     @abstractmethod
-    def feature(self) -> Any:
-        """What torchmetrics takes as `feature`: a layer's width, or a module."""
+    def network(self) -> Any:
+        """The network, from `[1, 3, H, W]` bytes to features `[1, D]`."""
 
     def load(self) -> None:
         """See `Metric.load`."""
-        if self._metric is None:
-            from torchmetrics.image.fid import FrechetInceptionDistance
-
-            self._metric = FrechetInceptionDistance(
-                feature=self.feature(), reset_real_features=False
-            )
+        if self._network is None:
+            self._network = self.network()
 
     def distances(
-        self, sets: Mapping[str, Iterable[Picture]], references: Iterable[Picture]
+        self, sets: Mapping[str, Iterable[Pixels]], references: Iterable[Pixels]
     ) -> dict[str, float]:
         """See `SetMetric.distances`."""
         self.load()
-        metric = self._metric.to(self._device)
-        metric.reset_real_features = True
-        metric.reset()
-        metric.reset_real_features = False
-        self._update(metric, references, real=True)
-        found = {}
-        for name, pictures in sets.items():
-            self._update(metric, pictures, real=False)
-            # A product of rounded matrices may come out a rounding error below zero.
-            found[name] = max(0.0, float(metric.compute()))
-            metric.reset()
-        return found
+        wanted = gaussian(self._features(references))
+        return {
+            name: frechet_distance(*gaussian(self._features(images)), *wanted)
+            for name, images in sets.items()
+        }
 
-    def _update(self, metric: Any, pictures: Iterable[Picture], *, real: bool) -> None:
-        with torch.no_grad():
-            for picture in pictures:
-                metric.update(as_tensor(picture, self._device), real=real)
+    @torch.no_grad()
+    def _features(self, images: Iterable[Pixels]) -> Array:
+        rows = [self._network(as_tensor(image, self._device))[0] for image in images]
+        return np.asarray(torch.stack(rows).double().cpu())
 
 
 class Fid(FrechetDistance):
-    """Frechet inception distance, with the weights of torch-fidelity."""
+    """Fréchet inception distance, with the weights of torch-fidelity, by torchmetrics."""
 
     name, label = "fid", "FID"
     packages: ClassVar = {
@@ -71,34 +61,22 @@ class Fid(FrechetDistance):
     }
     hint = "--weights names a folder with its weights in checkpoints/"
 
-    def feature(self) -> int:
-        """See `FrechetDistance.feature`."""
-        return 2048
+    def network(self) -> Any:
+        """See `FrechetDistance.network`."""
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        return FrechetInceptionDistance(feature=2048).inception.to(self._device)
 
 
 class DemoFrechetDistance(FrechetDistance):
-    """Not FID: the same distance on 64 features of the small classifier of the demo's pictures."""
+    """Not FID: the same distance on 64 features of the small classifier of the demo's images."""
 
     name = "demo_frechet"
     label = "FID-like distance on the demo classifier's features"
-    packages: ClassVar = TORCHMETRICS
 
-    def feature(self) -> nn.Module:
-        """See `FrechetDistance.feature`."""
+    def network(self) -> Any:
+        """See `FrechetDistance.network`."""
         from ddit_rt.lab.demo.classifier import load_classifier
 
-        return _DemoFeatures(load_classifier())
-
-
-class _DemoFeatures(nn.Module):
-    """`[B, 3, H, W]` bytes to `[B, 64]`: the classifier's last feature map, averaged."""
-
-    num_features = 64
-
-    def __init__(self, classifier: Any) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        features = self.classifier.features(pictures.float() / 127.5 - 1)
-        return torch.as_tensor(features.mean(dim=(2, 3)))
+        classifier = load_classifier().to(self._device)
+        return lambda image: classifier.features(image.float() / 127.5 - 1).mean(dim=(2, 3))

@@ -1,4 +1,4 @@
-"""How well a picture shows its prompt: CLIP score, ImageReward."""
+"""How well an image shows its prompt: CLIP score, ImageReward."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
-from ddit_rt.lab.evaluate.metrics.base import Case, PictureMetric, as_tensor
+from ddit_rt.lab.evaluate.metrics.base import Case, ImageMetric, as_tensor
 from ddit_rt.lab.evaluate.metrics.fidelity import TORCHMETRICS
 
 CLIP_MODEL = "openai/clip-vit-large-patch14"
@@ -17,7 +17,7 @@ CLIP_MODEL = "openai/clip-vit-large-patch14"
 class _Embeddings:
     """A CLIPModel as torchmetrics knows it: its feature methods return tensors.
 
-    From transformers 5 on they return outputs with the tensor inside.
+    Since transformers 5 they return outputs with the tensor inside.
     """
 
     def __init__(self, model: Any) -> None:
@@ -41,8 +41,8 @@ class _Embeddings:
         return features
 
 
-class ClipScore(PictureMetric):
-    """CLIP score (Hessel et al., 2021): 100 max(cos, 0) of picture and prompt, by torchmetrics."""
+class ClipScore(ImageMetric):
+    """CLIP score (Hessel et al., 2021): 100 max(cos, 0) of image and prompt, by torchmetrics."""
 
     higher_is_better, needs_reference, name = True, False, "clip"
     packages: ClassVar = TORCHMETRICS
@@ -73,13 +73,13 @@ class ClipScore(PictureMetric):
             self._pair = _Embeddings(parts[0].eval()), parts[1]
 
     def score(self, case: Case) -> float | None:
-        """See `PictureMetric.score`. Prompts are cut to the tokens that the model reads."""
+        """See `ImageMetric.score`. Prompts are cut to the tokens that the model reads."""
         from torchmetrics.functional.multimodal import clip_score
 
         self.load()
-        picture = as_tensor(case.picture, self._device)[0]
+        image = as_tensor(case.image, self._device)[0]
         with torch.no_grad():
-            return float(clip_score(picture, case.prompt, self._loaded))
+            return float(clip_score(image, case.prompt, self._loaded))
 
     def _loaded(self) -> tuple[_Embeddings, Any]:
         assert self._pair is not None, "load comes first"
@@ -99,7 +99,7 @@ class _Truncating:
         return self._processor(**arguments)
 
 
-class ImageReward(PictureMetric):
+class ImageReward(ImageMetric):
     """ImageReward (Xu et al., 2023), by the authors' package."""
 
     name, label = "image_reward", "ImageReward"
@@ -127,7 +127,7 @@ class ImageReward(PictureMetric):
             )
 
     def score(self, case: Case) -> float | None:
-        """See `PictureMetric.score`."""
+        """See `ImageMetric.score`."""
         self.load()
         with torch.no_grad():
-            return float(self._model.score(case.prompt, [Image.fromarray(case.picture)]))
+            return float(self._model.score(case.prompt, [Image.fromarray(case.image)]))

@@ -11,7 +11,7 @@ for (const article of document.querySelectorAll(".case")) {
   const choose = (button) => {
     right.src = button.querySelector("img").src;
     right.alt = name.textContent = button.dataset.title;
-    range.setAttribute("aria-label", "all fine left of the edge, " + button.dataset.title + " right of it");
+    range.setAttribute("aria-label", "full resolution left of the edge, " + button.dataset.title + " right of it");
     for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
   };
   range.addEventListener("input", cut);

@@ -1,0 +1,155 @@
+"""Ways to generate the same images: diffusers, what diffusers offers for speed, and ddit_rt.
+
+Each method that changes the transformer works on its own copy of it; text encoders and VAE are
+shared, so nothing else differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ddit_rt.engine import Engine
+from ddit_rt.lab.demo.plans import demo_plans
+from ddit_rt.lab.measure.fidelity import fidelity
+from ddit_rt.lab.measure.timing import (
+    Batch,
+    Method,
+    Sample,
+    engine_method,
+    measure,
+    pipeline_method,
+)
+from ddit_rt.policies import FinePolicy
+
+CACHE_THRESHOLDS = (0.02, 0.05, 0.08, 0.12, 0.16, 0.2, 0.3, 0.4, 0.6)
+CACHE_DEFAULT = 0.05
+PROBE_BATCHES = 2
+"""Batches that settings are chosen on, before anything is reported."""
+
+
+def with_own_transformer(pipeline: Any) -> Any:
+    """The same pipeline around a copy of its transformer.
+
+    Built anew: a deep copy would take along the hook registry that a run leaves behind, and that
+    does not see hooks which are added later.
+    """
+    original = pipeline.transformer
+    transformer = type(original).from_config(original.config).eval()
+    transformer.load_state_dict(original.state_dict())
+    copied = type(pipeline)(**{**pipeline.components, "transformer": transformer})
+    copied.set_progress_bar_config(disable=True)
+    return copied
+
+
+def compiled_pipeline(pipeline: Any) -> Any:
+    """Regional torch.compile with static shapes, its fastest way to run on a CPU.
+
+    `max-autotune` is left out: on CPUs it tunes for minutes and its templates lost to MKL.
+    """
+    copied = with_own_transformer(pipeline)
+    copied.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    return copied
+
+
+def cached_pipeline(pipeline: Any, threshold: float) -> Any:
+    """The FirstBlockCache of diffusers. Its hooks decide with `.item()`, so it runs uncompiled."""
+    from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+
+    copied = with_own_transformer(pipeline)
+    apply_first_block_cache(copied.transformer, FirstBlockCacheConfig(threshold=threshold))
+    return copied
+
+
+def all_methods(
+    engine: Engine, batches: Sequence[Batch], arguments: Mapping[str, Any]
+) -> list[Method]:
+    """Everything that the benchmark compares.
+
+    Args:
+        engine: The loaded artifact.
+        batches: What will be generated; the first of them serve to choose settings.
+        arguments: Arguments of the pipeline's call.
+    """
+    pipeline, probe = engine.pipeline, batches[:PROBE_BATCHES]
+    ours = [
+        engine_method(
+            plan.name, f"ddit_rt, {plan.label}", engine, patch_policy=plan.policy, **arguments
+        )
+        for plan in demo_plans(arguments["num_inference_steps"])
+    ]
+    probed = measure(ours, probe, repeats=2)
+    threshold = best_threshold(pipeline, probe, arguments, probed)
+    steps = equal_time_steps(probed, arguments["num_inference_steps"])
+    return [
+        pipeline_method("diffusers", "diffusers, eager", pipeline, **arguments),
+        pipeline_method(
+            "torch_compile",
+            "diffusers + torch.compile (regional)",
+            compiled_pipeline(pipeline),
+            **arguments,
+        ),
+        _cached("first_block_cache", "default", pipeline, CACHE_DEFAULT, arguments),
+        _cached("first_block_cache_best", "best", pipeline, threshold, arguments),
+        *ours,
+        engine_method(
+            "fewer_steps",
+            f"ddit_rt, {steps} steps at full resolution (time of dynamic)",
+            engine,
+            patch_policy=FinePolicy(),
+            **{**arguments, "num_inference_steps": steps},
+        ),
+    ]
+
+
+def _cached(
+    name: str, kind: str, pipeline: Any, threshold: float, arguments: Mapping[str, Any]
+) -> Method:
+    label = f"diffusers + FirstBlockCache ({kind}, {threshold:g})"
+    return pipeline_method(name, label, cached_pipeline(pipeline, threshold), **arguments)
+
+
+def best_threshold(
+    pipeline: Any,
+    probe: Sequence[Batch],
+    arguments: Mapping[str, Any],
+    ours: Mapping[str, Sequence[Sample]],
+) -> float:
+    """The largest threshold, so the fastest cache, that is at least as faithful as our dynamic run.
+
+    The smallest threshold where none is.
+    """
+    wanted = _mean_ssim(ours["dynamic"], ours["fine"])
+    best = CACHE_THRESHOLDS[0]
+    for threshold in CACHE_THRESHOLDS:
+        method = _cached("cache", "probe", pipeline, threshold, arguments)
+        samples = [
+            Sample(
+                batch=batch,
+                outputs=method.generate(batch).outputs,
+                trace=None,
+                denoise=(),
+                end_to_end=(),
+            )
+            for batch in probe
+        ]
+        if _mean_ssim(samples, ours["fine"]) >= wanted:
+            best = threshold
+    return best
+
+
+def equal_time_steps(ours: Mapping[str, Sequence[Sample]], steps: int) -> int:
+    """Fine steps that take as long as the dynamic run."""
+    dynamic, fine = (
+        sum(sample.median_denoise for sample in ours[name]) for name in ("dynamic", "fine")
+    )
+    return max(1, min(steps, round(steps * dynamic / fine)))
+
+
+def _mean_ssim(samples: Sequence[Sample], references: Sequence[Sample]) -> float:
+    return fidelity(all_images(samples), all_images(references)).mean_ssim
+
+
+def all_images(samples: Sequence[Sample]) -> list[Any]:
+    """The images of all batches, in order."""
+    return [image for sample in samples for image in sample.outputs]

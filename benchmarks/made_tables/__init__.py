@@ -1,0 +1,1 @@
+"""One function per table of the documents, from a record to Markdown."""

@@ -1,0 +1,325 @@
+"""Tables `caches` and `caches_video`: DDiT and step caches, alone and together, at equal fidelity.
+
+Every comparison is made prompt by prompt, on the mean of the ratio of the loops' times and of the
+difference in SSIM, each with its 95% bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from demo_models import DemoModel
+from quality_paths import TRAINING_FREE
+from quality_rows import Row, fidelity_entry, steps_at
+from quality_runs import Plan, Runs, batch_of, reference
+from quality_search import (
+    CACHE_LEVELS,
+    DDIT,
+    FidelitySearch,
+    Tried,
+    coarse_share,
+    plan_of,
+    reused_share,
+    with_cache,
+)
+from records import interval_entry
+
+from ddit_rt.lab.calibrate.cache_fit import fit_cache
+from ddit_rt.lab.measure.statistics import mean_interval
+from ddit_rt.lab.measure.timing import Sample, measure
+from ddit_rt.lab.plans.candidates import (
+    CacheRange,
+    Dynamic,
+    FewerSteps,
+    Static,
+    Template,
+    ThresholdCache,
+)
+from ddit_rt.lab.plans.dial import TAU_PROBES, branch, tau_range
+from ddit_rt.lab.plans.points import Prompt
+from ddit_rt.lab.plans.step_caches import threshold_range
+from ddit_rt.loop import RunTrace
+from ddit_rt.policies import CacheFit, DDiTPolicy, FinePolicy, MagCache, TeaCache
+
+FEWER, STATIC = "fewer_steps", "static"
+CACHES = ("teacache", "magcache")
+COMBINED = tuple(f"{DDIT}_{cache}" for cache in CACHES)
+KINDS = (FEWER, STATIC, DDIT, *CACHES, *COMBINED)
+"""In the order of the table."""
+
+RULES = (
+    DDiTPolicy(),
+    DDiTPolicy(refresh=None),
+    DDiTPolicy(warmup="coarse"),
+    DDiTPolicy(warmup="coarse", refresh=None),
+)
+_MAGCACHES = (
+    MagCache(),
+    MagCache(max_skip_steps=6, retention_ratio=0.1),
+    MagCache(max_skip_steps=6, retention_ratio=0.0),
+)
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+YES, NO, UNDECIDED, UNEQUAL = "yes", "no", "undecided", "not comparable"
+TOLERANCE = 0.02
+"""SSIM by which plans may differ and still count as equal."""
+
+_FIT_SEED, _SEARCH_SEED = 70_000, 50_000
+
+
+def measure_caches(model: DemoModel, runs: Runs, args: argparse.Namespace) -> dict[str, Any]:
+    """The entries of the report behind machine, versions and model."""
+    fitting, searched, held_out = prompts_of(model, args)
+    engine = runs.paths[TRAINING_FREE].engine
+    arguments = {**model.arguments, "num_inference_steps": args.steps}
+    fits = {
+        kind: fit_cache(engine, kind, fitting, arguments=arguments, conditions={})
+        for kind in CACHES
+    }
+    ranges = cache_ranges(fits, runs, args.steps, searched[0])
+    kinds = {type(one.cache).__name__: one.cache for own in ranges.values() for one in own}
+    costs = runs.costs(args.steps, searched[0], args.repeats, tuple(kinds.values()))
+    search = FidelitySearch(model=model, runs=runs, prompts=searched, steps=args.steps, costs=costs)
+    started = time.perf_counter()
+    look(search, ranges, args)
+    seconds = time.perf_counter() - started
+    print(f"search: {len(search.tried)} plans in {seconds:.0f} s", file=sys.stderr)
+    return {
+        "settings": settings(model, (fitting, searched, held_out), args),
+        "fits": {name: asdict(fit) for name, fit in fits.items()},
+        "costs": costs.milliseconds,
+        "search": {"plans": len(search.tried), "seconds": seconds},
+        **confirmed(search, held_out, args),
+    }
+
+
+def prompts_of(
+    model: DemoModel, args: argparse.Namespace
+) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """Prompts to fit and to search with, which the model has seen, and held-out ones to report.
+
+    Raises:
+        ValueError: The model has fewer held-out captions.
+    """
+    fits, searched = args.fit_prompts, args.search_prompts
+    return (
+        _seeded(model.seen[:fits], _FIT_SEED),
+        _seeded(model.seen[fits : fits + searched], _SEARCH_SEED),
+        _seeded(model.reported(args.prompts), 0),
+    )
+
+
+def _seeded(texts: Sequence[str], seed: int) -> tuple[Prompt, ...]:
+    return tuple(Prompt(text=text, seed=seed + place) for place, text in enumerate(texts))
+
+
+def settings(
+    model: DemoModel, prompts: Sequence[Sequence[Prompt]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """The entry `settings`."""
+    fitting, searched, held_out = ([prompt.text for prompt in one] for one in prompts)
+    names = ("targets", "steps", "taus", "repeats", "patch_sizes", "backend", "clock")
+    return {
+        **{name: getattr(args, name) for name in names},
+        "arguments": model.arguments,
+        "warm_up_calls": 1,
+        "prompts": held_out,
+        "search_prompts": searched,
+        "fit_prompts": fitting,
+    }
+
+
+def cache_ranges(
+    fits: Mapping[str, CacheFit], runs: Runs, steps: int, prompt: Prompt
+) -> dict[str, list[CacheRange]]:
+    """Every step cache in each of its shapes, and the thresholds that are worth trying."""
+    shapes: dict[str, list[ThresholdCache]] = {
+        "teacache": [TeaCache(0.0, coefficients=fits["teacache"].values)],
+        "magcache": [
+            replace(shape, threshold=0.0, mag_ratios=fits["magcache"].values)
+            for shape in _MAGCACHES
+        ],
+    }
+    found: dict[str, list[CacheRange]] = {}
+    for name, caches in shapes.items():
+        for cache in caches:
+            plan = Plan(policy=FinePolicy(), steps=steps, cache=cache)
+            ends = threshold_range(runs.trace(plan, prompt))
+            if ends is not None:
+                found.setdefault(name, []).append(CacheRange(cache=cache, thresholds=ends))
+    return found
+
+
+def look(
+    search: FidelitySearch, caches: Mapping[str, Sequence[CacheRange]], args: argparse.Namespace
+) -> None:
+    """Runs plans of every kind on the search prompts."""
+    steps, coarse, targets = args.steps, search.runs.sizes()[1:], args.targets
+    probes = [Plan(policy=policy, steps=steps) for policy in TAU_PROBES]
+    traces = [search.runs.trace(plan, prompt) for plan in probes for prompt in search.prompts[:2]]
+    # A size of twice the side has about the half of the other's threshold at equal error.
+    factors = tuple((size, 0.5**place) for place, size in enumerate(coarse))
+    rules = [
+        Dynamic(steps=steps, factors=factors, taus=tau_range(traces), policy=rule)
+        for rule in RULES[: args.rules]
+    ]
+    dials: list[tuple[str, Template]] = [(FEWER, FewerSteps(steps=steps))]
+    dials += [(STATIC, Static(steps=steps, coarse=(size,))) for size in coarse]
+    dials += [(DDIT, rule) for rule in rules]
+    for kind, template in dials:
+        search.sweep(_at(template, kind), template.levels, targets)
+    for name, ranges in caches.items():
+        for cache in ranges:
+            search.sweep(_cached_at(steps, name, cache), CACHE_LEVELS, targets)
+            for rule in rules:
+                search.sweep_pairs(rule, f"{DDIT}_{name}", cache, targets, args.taus)
+
+
+def _at(template: Template, kind: str) -> Callable[[int], Plan]:
+    return lambda level: plan_of(template.at(level), kind)
+
+
+def _cached_at(steps: int, kind: str, cache: CacheRange) -> Callable[[int], Plan]:
+    return lambda level: with_cache(reference(steps), kind, cache, level)
+
+
+def confirmed(
+    search: FidelitySearch, prompts: Sequence[Prompt], args: argparse.Namespace
+) -> dict[str, Any]:
+    """The entries `fine` and `targets`: every plan that was found, side by side."""
+    chosen = {
+        target: {
+            kind: found
+            for kind in KINDS
+            if (found := search.cheapest(kind, target, both=kind in COMBINED))
+        }
+        for target in args.targets
+    }
+    whole = search.run(reference(args.steps))
+    plans = {whole.plan.key: whole}
+    plans |= {tried.plan.key: tried for kinds in chosen.values() for tried in kinds.values()}
+    started = time.perf_counter()
+    samples = measure(
+        [search.runs.method(tried.plan) for tried in plans.values()],
+        [batch_of([prompt]) for prompt in prompts],
+        repeats=args.repeats,
+        clock=CLOCKS[args.clock],
+    )
+    seconds = time.perf_counter() - started
+    print(f"held-out prompts: {len(plans)} plans in {seconds:.0f} s", file=sys.stderr)
+    own = {
+        key: row(search.model, tried, samples[key], samples[whole.plan.key])
+        for key, tried in plans.items()
+    }
+    targets = []
+    for target, kinds in chosen.items():
+        rows = {kind: own[tried.plan.key] for kind, tried in kinds.items()}
+        entry = {"ssim": target, "rows": list(rows.values()), "verdicts": verdicts(rows, target)}
+        targets.append(entry)
+    return {"fine": own[whole.plan.key], "targets": targets}
+
+
+def row(model: DemoModel, tried: Tried, samples: Sequence[Sample], fine: Sequence[Sample]) -> Row:
+    """A plan's row; `bench_quality.py` says what is in it.
+
+    Args:
+        model: What was drawn.
+        tried: The plan, and what it came to in the search.
+        samples: One per held-out prompt.
+        fine: The same of full resolution.
+    """
+    plan, traces = tried.plan, [_trace(sample) for sample in samples]
+    branches = [[branch(step) for step in trace] for trace in traces]
+    images, whole = ([sample.outputs[0] for sample in own] for own in (samples, fine))
+    return {
+        "kind": plan.kind,
+        "label": plan.label,
+        "policy": plan.policy.to_dict(),
+        "step_cache": plan.cache.to_dict(),
+        "steps": plan.steps,
+        "search": {"ssim": tried.ssim, "cost_ms": tried.cost_ms},
+        "tokens": statistics.fmean(trace.tokens for trace in traces),
+        "reused_share": statistics.fmean(map(reused_share, branches)),
+        "coarse_share": statistics.fmean(map(coarse_share, branches)),
+        "steps_at": steps_at(branches),
+        **_times(samples, fine),
+        **fidelity_entry(model.compare(images, whole), len(samples)),
+    }
+
+
+def _times(samples: Sequence[Sample], fine: Sequence[Sample]) -> Row:
+    own = [sample.median_denoise for sample in samples]
+    rounds = [
+        sum(whole.denoise[index] for whole in fine)
+        / sum(sample.denoise[index] for sample in samples)
+        for index in range(len(samples[0].denoise))
+    ]
+    ratios = [whole.median_denoise / seconds for whole, seconds in zip(fine, own, strict=True)]
+    return {
+        "loop_seconds": interval_entry(own),
+        "speedup": interval_entry(ratios),
+        "speedup_rounds": [min(rounds), max(rounds)],
+        "loop_seconds_per_prompt": own,
+    }
+
+
+def _trace(sample: Sample) -> RunTrace:
+    assert sample.trace is not None, "an engine's run has a trace"
+    return sample.trace
+
+
+def verdicts(rows: Mapping[str, Row], target: float) -> list[dict[str, Any]]:
+    """Per way to combine, whether it is faster than either alone, and than every other plan.
+
+    Args:
+        rows: By kind the cheapest that has the SSIM asked for.
+        target: That SSIM.
+    """
+    return [
+        _verdict(kind, cache, rows, target) for kind, cache in zip(COMBINED, CACHES, strict=True)
+    ]
+
+
+def _verdict(kind: str, cache: str, rows: Mapping[str, Row], target: float) -> dict[str, Any]:
+    others = [name for name in (DDIT, cache, *CACHES, FEWER, STATIC) if name in rows]
+    if kind not in rows:
+        return {"kind": kind, "either_alone": NO, "against": {}, "reason": "none was close enough"}
+    against = {name: compare(rows[kind], rows[name], target) for name in dict.fromkeys(others)}
+    either = [against[name]["faster"] for name in (DDIT, cache) if name in against]
+    return {"kind": kind, "either_alone": together(either), "against": against}
+
+
+def compare(own: Row, other: Row, target: float) -> dict[str, Any]:
+    """Whether one plan is faster than another at an equal SSIM.
+
+    The SSIM of the faster one may lie `TOLERANCE` below that of the other or, if that is lower, the
+    one that both were asked for: a plan that is closer than asked is still the cheapest of its kind
+    that is close enough. Where it lies further below, nothing is said.
+    """
+    speed = mean_interval(_paired(other, own, "loop_seconds_per_prompt", lambda a, b: a / b))
+    ssim = mean_interval(_paired(own, other, "ssim_per_prompt", lambda a, b: a - b))
+    here, there = own["ssim"]["value"], other["ssim"]["value"]
+    close, other_close = (
+        one >= min(wanted, target) - TOLERANCE for one, wanted in ((here, there), (there, here))
+    )
+    if speed.low > 1:
+        faster = YES if close else UNEQUAL
+    elif speed.high < 1:
+        faster = NO if other_close else UNEQUAL
+    else:
+        faster = UNDECIDED if close and other_close else UNEQUAL
+    return {"speed": asdict(speed), "ssim": asdict(ssim), "faster": faster}
+
+
+def together(answers: Sequence[str]) -> str:
+    """Yes if all are; else the first of no, not comparable and undecided that is among them."""
+    return next((answer for answer in (NO, UNEQUAL, UNDECIDED) if answer in answers), YES)
+
+
+def _paired(one: Row, other: Row, field: str, join: Callable[[float, float], float]) -> list[float]:
+    return [join(a, b) for a, b in zip(one[field], other[field], strict=True)]

@@ -1,0 +1,217 @@
+"""One row of a quality table: what a plan costs, and how good its images are."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from demo_models import Compared, DemoModel, frame_means
+from quality_paths import TRAINING_FREE
+from quality_runs import Made, Plan, Runs, StepCosts, reference
+from records import interval_entry
+
+from ddit_rt.lab.demo.classifier import (
+    AttributeClassifier,
+    attribute_hits,
+    image_features,
+    load_classifier,
+)
+from ddit_rt.lab.demo.images import parse_caption
+from ddit_rt.lab.demo.video_hits import video_hits
+from ddit_rt.lab.demo.videos import parse_video_caption
+from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
+from ddit_rt.lab.measure.timing import Pixels
+from ddit_rt.lab.plans.points import Prompt
+
+_RENDER_SEED = 90_000
+Array = npt.NDArray[np.float64]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Rows for plans, all on the same prompts.
+
+    Attributes:
+        model: What draws.
+        runs: Makes the images.
+        costs: Cost of a step.
+        captions: Prompts.
+        seeds: Images of each prompt.
+    """
+
+    model: DemoModel
+    runs: Runs
+    costs: StepCosts
+    captions: tuple[str, ...]
+    seeds: int
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """All captions with the first seed, then all with the second, and so on."""
+        count = len(self.captions)
+        return [
+            Prompt(text=text, seed=seed * count + index)
+            for seed in range(self.seeds)
+            for index, text in enumerate(self.captions)
+        ]
+
+    def row(self, name: str, label: str, kind: str, plan: Plan, reference_steps: int) -> Row:
+        """A plan's row; `bench_quality.py` says what is in it.
+
+        Args:
+            name: Identifier within its table.
+            label: Name for people.
+            kind: `"fine"`, `"dynamic"`, `"static"` or `"fewer_steps"`.
+            plan: The plan.
+            reference_steps: It is compared with full resolution of this many steps.
+        """
+        made = self.runs.run(plan, self.prompts)
+        baseline = self.runs.run(reference(reference_steps), self.prompts)
+        return {
+            "name": name,
+            "label": label,
+            "kind": kind,
+            "reference_steps": reference_steps,
+            **plan.to_dict(),
+            **self.cost(made, plan, reference_steps),
+            **self.quality(made, baseline),
+        }
+
+    def cost(self, made: Made, plan: Plan, reference_steps: int) -> Row:
+        """Means over the images, and the median of the loops' wall times."""
+        tokens = statistics.fmean(self.costs.loop_tokens(one) for one in made.branches)
+        return {
+            "tokens": tokens,
+            "tokens_share": tokens / (self.costs.tokens["p"] * reference_steps),
+            "loop_ms": statistics.fmean(self.costs.loop_ms(plan, one) for one in made.branches),
+            "loop_ms_measured": statistics.median(made.loop_ms) if made.loop_ms else None,
+            "steps_at": steps_at(made.branches),
+            "switches": statistics.fmean(
+                sum(a != b for a, b in pairwise(one)) for one in made.branches
+            ),
+        }
+
+    def quality(self, made: Made, baseline: Made) -> Row:
+        """Fidelity to the reference, distance of the features, and what the images show."""
+        compared = self.model.compare(made.images, baseline.images)
+        identical = sum(value is None for value in compared.psnr)
+        row = {**fidelity_entry(compared, len(self.captions)), "identical": identical}
+        row.pop("psnr_per_prompt")
+        if not self.model.video:
+            own = gaussian(features(made.images))
+            row["frechet"] = frechet_distance(*own, *gaussian(features(baseline.images)))
+            row["frechet_renders"] = frechet_distance(*own, *self._of_renders)
+        return {**row, "correct": self.correct(made.images)}
+
+    def correct(self, images: Sequence[Pixels]) -> Row:
+        """Share of images that show what was asked: all of it, and each attribute."""
+        texts = [prompt.text for prompt in self.prompts]
+        if self.model.video:
+            videos = torch.stack([tensor(list(video)) for video in images])
+            hits = video_hits(videos, [parse_video_caption(text) for text in texts])
+        else:
+            expected = [parse_caption(text) for text in texts]
+            hits = attribute_hits(_classifier(), tensor(images), expected)
+        every = torch.stack(list(hits.values())).all(0).double().tolist()
+        shares = {name: float(hit.double().mean()) for name, hit in hits.items()}
+        return {"all": interval_entry(_present(per_prompt(every, len(self.captions)))), **shares}
+
+    @cached_property
+    def renders(self) -> list[Pixels]:
+        """Drawn images of the same captions, as many as a plan makes."""
+        # Last, because `profile.py` there would hide the standard library's.
+        sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+        drawing = import_module("demo_training.draw_images")
+        config = drawing.ImageConfig(**self.model.size)
+        drawn = (
+            drawing.draw_image(parse_caption(prompt.text), config, _RENDER_SEED, prompt.seed)
+            for prompt in self.prompts
+        )
+        return [np.rint(image * 255).astype(np.uint8) for image in drawn]
+
+    @cached_property
+    def _of_renders(self) -> tuple[Array, Array]:
+        return gaussian(features(self.renders))
+
+    def with_fewer_steps(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows, each followed by its baselines of fewer steps that are not there yet.
+
+        Those are the most steps at full resolution that take no longer, and that take no more
+        tokens. Writes their names into the rows, as `fewer_steps`.
+        """
+        table: dict[str, Row] = {}
+        for row in rows:
+            table[row["name"]] = row
+            if row["kind"] not in ("dynamic", "static") or row["tokens_share"] == 1:
+                continue  # nothing is cheaper than full resolution at its cost
+            whole, row["fewer_steps"] = row["reference_steps"], {}
+            for kind, exact in (
+                ("equal_time", row["loop_ms"] / self.costs.milliseconds[TRAINING_FREE]["p"]),
+                ("equal_tokens", row["tokens"] / self.costs.tokens["p"]),
+            ):
+                count = max(1, min(whole, math.floor(exact + 1e-9)))
+                name = row["fewer_steps"][kind] = f"fewer_{count}_of_{whole}"
+                if name not in table:
+                    label = f"{count} of {whole} steps at full resolution"
+                    table[name] = self.row(name, label, "fewer_steps", reference(count), whole)
+        return list(table.values())
+
+
+def fidelity_entry(compared: Compared, prompts: int) -> Row:
+    """Means over the prompts with their intervals, and the values of each prompt."""
+    ssim, psnr = per_prompt(compared.ssim, prompts), per_prompt(compared.psnr, prompts)
+    row: Row = {
+        "psnr": interval_entry(_present(psnr)) if _present(psnr) else None,
+        "ssim": interval_entry(_present(ssim)),
+        "ssim_per_prompt": ssim,
+        "psnr_per_prompt": psnr,
+    }
+    if compared.flicker is not None and compared.frames is not None:
+        row["flicker"] = interval_entry(_present(per_prompt(compared.flicker, prompts)))
+        row["frames"] = frame_means(compared.frames)
+    return row
+
+
+def steps_at(branches: Sequence[Sequence[str]]) -> Mapping[str, float]:
+    """Steps of a mean run by what they did."""
+    counts = Counter(one for run in branches for one in run)
+    return {name: count / len(branches) for name, count in sorted(counts.items())}
+
+
+def per_prompt(values: Sequence[float | None], prompts: int) -> list[float | None]:
+    """Means over the seeds of each prompt; None where there is no value."""
+    columns = [_present(values[start::prompts]) for start in range(prompts)]
+    return [statistics.fmean(column) if column else None for column in columns]
+
+
+def _present(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def features(images: Sequence[Pixels]) -> Array:
+    """`[N, 64]`: see `image_features`."""
+    found = image_features(_classifier(), tensor(images))
+    return np.asarray(found.double().numpy(), dtype=np.float64)
+
+
+def tensor(images: Sequence[Pixels]) -> torch.Tensor:
+    """`[N, 3, H, W]` in [0, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+
+
+@cache
+def _classifier() -> AttributeClassifier:
+    return load_classifier()

@@ -1,0 +1,477 @@
+"""FLUX and Wan with random weights at chosen sizes, and the requests that the benchmark gives them.
+
+No weight file is read: the weights are drawn on the device, so that a machine without network can
+time the real FLUX.1-dev. Speed does not depend on their values. Quality, the hits of a feature
+cache and the choices of a dynamic patch policy do, and mean nothing here.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    MagCacheConfig,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.hooks import FirstBlockCacheConfig
+from torch import Tensor, nn
+
+VAE_SCALE = 8
+_FRAMES_PER_LATENT = 4
+PAPER_SPEEDUPS = (2.18, 3.52)
+
+# The configurations of black-forest-labs/FLUX.1-dev and Wan-AI/Wan2.1-T2V-1.3B-Diffusers.
+_FLUX_SCHEDULER: Mapping[str, Any] = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+_WAN_SCHEDULER: Mapping[str, Any] = {
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}
+_WAN_SHARED: Mapping[str, Any] = {
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "in_channels": 16,
+    "out_channels": 16,
+    "freq_dim": 256,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """One model, and the sizes that it is timed at unless others are asked for.
+
+    Attributes:
+        config: Configuration of the transformer.
+        text_tokens: Text tokens of a prompt.
+        sizes: Height, width and, of videos, frames, in pixels.
+        batches: Batch sizes.
+        steps: Numbers of denoising steps.
+    """
+
+    config: Mapping[str, Any]
+    text_tokens: int
+    sizes: tuple[tuple[int, int, int], ...]
+    batches: tuple[int, ...]
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One size of a request.
+
+    Attributes:
+        height: Height in pixels.
+        width: Width in pixels.
+        batch: Images or videos in one call.
+        steps: Denoising steps.
+        num_frames: Frames of a video; 0 for an image.
+    """
+
+    height: int
+    width: int
+    batch: int
+    steps: int
+    num_frames: int = 0
+
+    @property
+    def size_key(self) -> str:
+        """Key of a record that does not depend on the number of steps."""
+        frames = f"x{self.num_frames}" * (self.num_frames > 0)
+        return f"{self.height}x{self.width}{frames}/batch{self.batch}"
+
+    @property
+    def key(self) -> str:
+        """Key of a record."""
+        return f"{self.size_key}/steps{self.steps}"
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        """Rows and columns of the latent."""
+        return self.height // VAE_SCALE, self.width // VAE_SCALE
+
+    @property
+    def latent_frames(self) -> int:
+        """Frames of the latent; 0 for an image."""
+        return (self.num_frames - 1) // _FRAMES_PER_LATENT + 1 if self.num_frames else 0
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The size and the steps as arguments of a pipeline's call."""
+        frames = {"num_frames": self.num_frames} if self.num_frames else {}
+        return {
+            "height": self.height,
+            "width": self.width,
+            **frames,
+            "num_inference_steps": self.steps,
+            "output_type": "latent",
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusersCache:
+    """A feature cache of diffusers, for comparison.
+
+    Attributes:
+        name: Of its method.
+        label: For people.
+        config: Its settings.
+        layer: Name of a layer of the transformer that runs only where a step computes.
+    """
+
+    name: str
+    label: str
+    config: Any
+    layer: str
+
+
+class RealModel(ABC):
+    """A model family.
+
+    Attributes:
+        name: As on the command line.
+        title: For people.
+        full: The preset at its real size.
+        presets: By name.
+        schedules: Of our methods, see `real_plans.py`.
+        passes: Samples that the model sees for each one of the batch: two with guidance.
+        notes: What the figures do not mean.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    full: ClassVar[str]
+    presets: ClassVar[Mapping[str, Preset]]
+    schedules: ClassVar[tuple[str, ...]]
+    passes: ClassVar[int] = 1
+    notes: ClassVar[tuple[str, ...]] = (
+        "weights are random: times are real, quality is not measured",
+        "relative_error is meaningful for schedule 'fine' and for compiled diffusers only",
+    )
+
+    @abstractmethod
+    def transformer(
+        self, preset: Preset, device: torch.device, dtype: torch.dtype, seed: int = 0
+    ) -> Any:
+        """A transformer whose weights are drawn on the device.
+
+        Matrices are normal with variance 1 / inputs, which keeps the scale of activations; biases
+        are 0 and the scales of norms 1, as at the start of a training.
+        """
+
+    @abstractmethod
+    def pipeline(self, transformer: Any) -> Any:
+        """A pipeline without text encoders and VAE: call it with `request`."""
+
+    @abstractmethod
+    def request(self, pipeline: Any, preset: Preset, case: Case, seed: int = 0) -> dict[str, Any]:
+        """Arguments of a pipeline's call, and of an engine's, without text encoders and VAE.
+
+        Noise and embeddings are drawn on the CPU, sample by sample: the same on every device, and
+        for a sample in any batch.
+        """
+
+    @abstractmethod
+    def cache(self, steps: int) -> DiffusersCache:
+        """What diffusers offers to skip steps."""
+
+    def latents(self, output: Any) -> Tensor:
+        """Final latents of a call, as the pipeline lays them out."""
+        found: Tensor = output.frames if hasattr(output, "frames") else output.images
+        return found
+
+    def with_shared_weights(self, pipeline: Any) -> Any:
+        """A pipeline around modules of its own that read the same tensors.
+
+        What compiles or hooks the transformer gets such a copy, so that twelve billion weights
+        stand in memory once and no method sees the changes of another.
+        """
+        original = pipeline.transformer
+        tensors = (*original.parameters(), *original.buffers())
+        return self.pipeline(copy.deepcopy(original, {id(tensor): tensor for tensor in tensors}))
+
+
+class Flux(RealModel):
+    """FLUX.1-dev."""
+
+    name, title, full = "flux", "FLUX", "flux-dev"
+    schedules = ("fine", *(f"paper_{ratio:.2f}x" for ratio in PAPER_SPEEDUPS), "mixed", "dynamic")
+    notes = (
+        *RealModel.notes,
+        "the choices of schedule 'dynamic' and the hits of first_block_cache are arbitrary",
+    )
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "flux-dev": Preset(
+            config={
+                "in_channels": 64,
+                "num_layers": 19,
+                "num_single_layers": 38,
+                "attention_head_dim": 128,
+                "num_attention_heads": 24,
+                "joint_attention_dim": 4096,
+                "pooled_projection_dim": 768,
+                "guidance_embeds": True,
+                "axes_dims_rope": (16, 56, 56),
+            },
+            text_tokens=512,
+            sizes=((1024, 1024, 0), (512, 512, 0)),
+            batches=(1, 4),
+            steps=(28, 50),
+        ),
+        "small": Preset(
+            config={
+                "in_channels": 64,
+                "num_layers": 2,
+                "num_single_layers": 4,
+                "attention_head_dim": 64,
+                "num_attention_heads": 4,
+                "joint_attention_dim": 256,
+                "pooled_projection_dim": 128,
+                "guidance_embeds": True,
+                "axes_dims_rope": (8, 28, 28),
+            },
+            text_tokens=32,
+            sizes=((256, 256, 0),),
+            batches=(1,),
+            steps=(28,),
+        ),
+        # For smoke tests: its figures mean nothing.
+        "tiny": Preset(
+            config={
+                "in_channels": 16,
+                "num_layers": 1,
+                "num_single_layers": 2,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "joint_attention_dim": 24,
+                "pooled_projection_dim": 20,
+                "guidance_embeds": True,
+                "axes_dims_rope": (4, 6, 6),
+            },
+            text_tokens=7,
+            sizes=((128, 128, 0),),
+            batches=(1,),
+            steps=(8,),
+        ),
+    }
+
+    def transformer(
+        self, preset: Preset, device: torch.device, dtype: torch.dtype, seed: int = 0
+    ) -> FluxTransformer2DModel:
+        """See `RealModel.transformer`; never in memory in another dtype."""
+        with torch.device("meta"):
+            model = FluxTransformer2DModel(**preset.config)
+        # Past `ModelMixin.to`, which warns of modules to be kept in float32 that FLUX has none of.
+        nn.Module.to(model, dtype)
+        model = model.to_empty(device=device).eval().requires_grad_(False)
+        assert not list(model.buffers()), "a buffer would be left without values"
+        return _drawn(model, device, seed)
+
+    def pipeline(self, transformer: Any) -> FluxPipeline:
+        """See `RealModel.pipeline`."""
+        pipeline = FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(**_FLUX_SCHEDULER),
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            transformer=transformer,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def request(self, pipeline: Any, preset: Preset, case: Case, seed: int = 0) -> dict[str, Any]:
+        """See `RealModel.request`."""
+        transformer, config = pipeline.transformer, pipeline.transformer.config
+        shapes = {
+            "prompt_embeds": (preset.text_tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+            # As the pipeline packs them.
+            "latents": (case.latent[0] * case.latent[1] // 4, config.in_channels),
+        }
+        drawn = _draw(shapes, case.batch, seed)
+        tensors = {n: t.to(transformer.device, transformer.dtype) for n, t in drawn.items()}
+        return {**tensors, **case.arguments, "guidance_scale": 3.5}
+
+    def cache(self, steps: int) -> DiffusersCache:
+        """FirstBlockCache at its default threshold.
+
+        With random weights the number of steps that it computes means nothing, and the time that
+        follows from it no more.
+        """
+        del steps
+        config = FirstBlockCacheConfig()
+        return DiffusersCache(
+            name="first_block_cache",
+            label=f"diffusers + FirstBlockCache (default, {config.threshold:g})",
+            config=config,
+            layer="single_transformer_blocks.0.attn.to_q",
+        )
+
+
+class Wan(RealModel):
+    """Wan 2.1 1.3B, guided: each step runs two passes."""
+
+    name, title, full, passes = "wan", "Wan", "wan-1.3b", 2
+    # The paper's speed-ups of Wan 2.1 1.3B: 1.6x, 2.1x and, of its schedule with TeaCache, 3.2x. So
+    # 2.1x has a row with skipped steps too, and 3.2x is without them, to show the larger share.
+    schedules = (
+        *("fine", "paper_1.60x", "paper_2.10x", "paper_3.20x", "dynamic"),
+        *("fine+teacache", "paper_2.10x+teacache"),
+    )
+    notes = (
+        *RealModel.notes,
+        "the choices of schedule 'dynamic' are arbitrary",
+        (
+            "every other step reuses with '+teacache' and in 'mag_cache', about the share of "
+            "TeaCache at 0.08 on Wan 2.1 1.3B; which steps those are is arbitrary, what they cost "
+            "is not"
+        ),
+    )
+    presets: ClassVar[Mapping[str, Preset]] = {
+        # At 480 x 832 patches of 4p do not divide the 60 rows of the latent; at 512 x 832 they do.
+        "wan-1.3b": Preset(
+            config={
+                **_WAN_SHARED,
+                "num_attention_heads": 12,
+                "attention_head_dim": 128,
+                "text_dim": 4096,
+                "ffn_dim": 8960,
+                "num_layers": 30,
+            },
+            text_tokens=512,
+            sizes=((480, 832, 81), (512, 832, 81)),
+            batches=(1,),
+            steps=(50,),
+        ),
+        "small": Preset(
+            config={
+                **_WAN_SHARED,
+                "num_attention_heads": 4,
+                "attention_head_dim": 64,
+                "text_dim": 256,
+                "ffn_dim": 1024,
+                "num_layers": 4,
+            },
+            text_tokens=32,
+            sizes=((256, 384, 9),),
+            batches=(1,),
+            steps=(50,),
+        ),
+        # For smoke tests: its figures mean nothing.
+        "tiny": Preset(
+            config={
+                **_WAN_SHARED,
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "text_dim": 24,
+                "freq_dim": 32,
+                "ffn_dim": 48,
+                "num_layers": 2,
+            },
+            text_tokens=7,
+            sizes=((128, 128, 5),),
+            batches=(1,),
+            steps=(16,),
+        ),
+    }
+
+    @torch.no_grad()
+    def transformer(
+        self, preset: Preset, device: torch.device, dtype: torch.dtype, seed: int = 0
+    ) -> WanTransformer3DModel:
+        """See `RealModel.transformer`.
+
+        Modules that diffusers keeps in float32 are left so, as `from_pretrained` leaves them.
+        """
+        with torch.device(device):
+            model = WanTransformer3DModel(**preset.config)
+        _drawn(model.eval().requires_grad_(False), device, seed)
+        for name, parameter in model.named_parameters():
+            if not set(name.split(".")) & set(model._keep_in_fp32_modules):  # noqa: SLF001
+                parameter.data = parameter.data.to(dtype)
+        return model
+
+    def pipeline(self, transformer: Any) -> WanPipeline:
+        """See `RealModel.pipeline`."""
+        pipeline = WanPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=None,
+            scheduler=UniPCMultistepScheduler(**_WAN_SCHEDULER),
+            transformer=transformer,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def request(self, pipeline: Any, preset: Preset, case: Case, seed: int = 0) -> dict[str, Any]:
+        """See `RealModel.request`."""
+        transformer, config = pipeline.transformer, pipeline.transformer.config
+        text = (preset.text_tokens, config.text_dim)
+        shapes = {
+            "prompt_embeds": text,
+            "negative_prompt_embeds": text,
+            "latents": (config.in_channels, case.latent_frames, *case.latent),
+        }
+        drawn = _draw(shapes, case.batch, seed)
+        tensors = {name: tensor.to(transformer.device) for name, tensor in drawn.items()}
+        return {**tensors, **case.arguments, "guidance_scale": 5.0}
+
+    def cache(self, steps: int) -> DiffusersCache:
+        """MagCache, so set that the steps reuse that do in `fine+teacache`.
+
+        diffusers has no TeaCache. With ratios of 1 and at most one reuse in a row, every other step
+        reuses, whatever the weights are; the hits of its FirstBlockCache would be arbitrary.
+        """
+        return DiffusersCache(
+            name="mag_cache",
+            label="diffusers + MagCache (every other step)",
+            config=MagCacheConfig(
+                max_skip_steps=1,
+                retention_ratio=1 / steps,
+                num_inference_steps=steps,
+                mag_ratios=[1.0] * steps,
+            ),
+            layer="blocks.0.attn1.to_q",
+        )
+
+
+MODELS: Mapping[str, RealModel] = {"flux": Flux(), "wan": Wan()}
+
+
+def _drawn(model: Any, device: torch.device, seed: int) -> Any:
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            std = parameter[0].numel() ** -0.5
+            nn.init.normal_(parameter, std=std, generator=generator)
+        else:
+            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+    return model
+
+
+def _draw(shapes: Mapping[str, tuple[int, ...]], batch: int, seed: int) -> dict[str, Tensor]:
+    def one(salt: int, shape: tuple[int, ...]) -> Tensor:
+        seeds = (1000 * (seed + sample) + salt for sample in range(batch))
+        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return torch.stack(drawn)
+
+    return {name: one(salt, shape) for salt, (name, shape) in enumerate(shapes.items(), 1)}

@@ -1,0 +1,173 @@
+"""What every section of `bench_real_size.py` works with: a model, an engine of it, and limits."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from hardware import rates
+from real_models import Case, Preset, RealModel
+from timing import Deadline, attempt, release, time_limit
+from torch import Tensor
+
+import ddit_rt
+from ddit_rt.engine import Engine
+from ddit_rt.engine.cost import StepCost, step_cost
+from ddit_rt.models import family_of
+from ddit_rt.policies import PatchPolicy, StepCache, parse_patch
+from ddit_rt.steps import StepModel
+
+PATCHES = ("p", "2p", "4p")
+
+
+@dataclass(kw_only=True)
+class Setup:
+    """One run of the script.
+
+    Attributes:
+        model: The family.
+        preset: The model of it, and its sizes.
+        device: Where it runs.
+        dtype: Of its weights.
+        artifact: Folder that a compiled artifact is loaded from, or saved to if it is not there.
+        backend: As for `ddit_rt.compile`.
+        repeats: Measured rounds of interleaved methods.
+        deadline: When the run has to end.
+        warm_up_limit: Seconds that one method may take to get ready.
+        executors: Forms of our executor; on a CPU there is one.
+        engine_times: Seconds that compiling and saving, or loading, the engine took.
+    """
+
+    model: RealModel
+    preset: Preset
+    device: torch.device
+    dtype: torch.dtype
+    artifact: Path
+    backend: str = "aot"
+    repeats: int = 5
+    deadline: Deadline = field(default_factory=lambda: Deadline(float("inf")))
+    warm_up_limit: float = 300.0
+    executors: tuple[str, ...] = ("auto",)
+    engine_times: dict[str, float] = field(default_factory=dict)
+    _engine_error: str | None = None
+    _costs: dict[Case, dict[str, StepCost]] = field(default_factory=dict)
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """The model, whose weights all methods share."""
+        return self.model.pipeline(self.model.transformer(self.preset, self.device, self.dtype))
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Our engine: loaded from `artifact`, or compiled and saved there."""
+        pipeline = self.pipeline
+        started = time.perf_counter()
+        compiles = self.backend == "eager" or not self.artifact.exists()
+        if compiles:
+            engine = ddit_rt.compile(pipeline, backend=self.backend, progress=False)
+            if self.backend != "eager":
+                engine.save(self.artifact)
+        else:
+            engine = ddit_rt.load(self.artifact, pipeline, progress=False)
+        name = "compile_seconds" if compiles else "load_seconds"
+        self.engine_times[name] = time.perf_counter() - started
+        return engine
+
+    def engine_error(self) -> str | None:
+        """Why there is no engine; None if there is one.
+
+        Compiles at most once, even if it fails, and no longer than a method may warm up.
+        """
+
+        def make() -> Engine:
+            with time_limit(min(self.warm_up_limit, self.deadline.left)):
+                return self.engine
+
+        if "engine" not in self.__dict__ and self._engine_error is None:
+            _, self._engine_error = attempt(make)
+        return self._engine_error
+
+    def need_engine(self) -> None:
+        """Raises unless there is an engine."""
+        problem = self.engine_error()
+        if problem is not None:
+            raise RuntimeError(f"no engine: {problem}")
+
+    def forget_engine(self) -> None:
+        """Drops the engine and all that it captured, to measure what is used without it."""
+        self.__dict__.pop("engine", None)
+        torch.compiler.reset()
+        release()
+
+    @property
+    def form(self) -> str:
+        """The form of a measurement that takes one: the only one there is, or what works."""
+        return self.executors[0] if len(self.executors) == 1 else "auto"
+
+    @cached_property
+    def rates(self) -> dict[str, float]:
+        """What the machine can do at best, measured in this run."""
+        return rates(self.device, self.dtype)
+
+    def request(self, case: Case) -> dict[str, Any]:
+        """Arguments of a call."""
+        return self.model.request(self.pipeline, self.preset, case)
+
+    def generate(
+        self,
+        case_request: dict[str, Any],
+        policy: PatchPolicy,
+        executor: str = "auto",
+        cache: StepCache | None = None,
+    ) -> Tensor:
+        """Final latents from our engine, as the pipeline lays them out."""
+        use_executor(self.engine, executor)
+        output = self.engine(**case_request, patch_policy=policy, step_cache=cache)
+        return self.model.latents(output)
+
+    def costs(self, case: Case) -> dict[str, StepCost]:
+        """Count of operations and weight bytes of one step, by patch sizes that the case offers."""
+        if case not in self._costs:
+            self._costs[case] = self._counted(case)
+        return self._costs[case]
+
+    def _counted(self, case: Case) -> dict[str, StepCost]:
+        transformer = self.pipeline.transformer
+        model = StepModel(family=family_of(transformer), transformer=transformer, base={})
+        height, width = case.latent
+        offered = [
+            patch
+            for patch in PATCHES
+            if not any(edge % (model.patch_size * parse_patch(patch)) for edge in (height, width))
+        ]
+        return {
+            patch: step_cost(
+                model,
+                height=height,
+                width=width,
+                frames=case.latent_frames,
+                multiple=parse_patch(patch),
+                batch=self.model.passes * case.batch,
+                text_tokens=self.preset.text_tokens,
+            )
+            for patch in offered
+        }
+
+    def flops(self, case: Case) -> dict[str, int]:
+        """Operations of one step by patch size."""
+        return {patch: cost.flops for patch, cost in self.costs(case).items()}
+
+
+def use_executor(engine: Any, form: str) -> None:
+    """Selects a form of the executor; `"auto"` is the only one on a CPU."""
+    if getattr(engine, "executor", "auto") != form:
+        engine.executor = form
+
+
+def captures_of(engine: Any) -> tuple[Any, ...]:
+    """Reports of what was captured; none on a CPU."""
+    return tuple(getattr(engine, "captures", ()))

@@ -1,0 +1,162 @@
+"""Fits of step caches: what TeaCache and MagCache have to know of a model, measured on it.
+
+Every prompt runs once, every step computed at p. TeaCache's polynomial gives the relative L1
+change of the model's output from that of its input signal (arXiv 2411.19108, section 3.3), by
+least squares over all steps and prompts. MagCache's ratios are the mean over tokens of
+|r_k| / |r_{k-1}|, r being what the blocks add (arXiv 2506.09045), averaged over prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddit_rt.engine import Engine
+from ddit_rt.lab.plans.points import Prompt
+from ddit_rt.loop import RunPlan
+from ddit_rt.policies import KINDS, CacheFit
+
+DEGREE = 4
+"""Degree of the polynomials, as the published ones have it."""
+
+_TERMS = 3
+"""Latents, and velocities, that a solver step combines."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepChanges:
+    """What one run has shown, from its second step on.
+
+    Attributes:
+        inputs: Relative L1 change of the signal, `[N - 1]`.
+        outputs: Relative L1 change of the velocity, `[N - 1]`.
+        ratios: Ratio of the residual's magnitude, `[N - 1]`.
+    """
+
+    inputs: tuple[float, ...]
+    outputs: tuple[float, ...]
+    ratios: tuple[float, ...]
+
+
+def fit_cache(
+    engine: Engine,
+    kind: str,
+    prompts: Sequence[Prompt],
+    *,
+    arguments: Mapping[str, Any],
+    conditions: Mapping[str, Any],
+    advance: Callable[[], object] = lambda: None,
+) -> CacheFit:
+    """Measures a model and fits what a step cache of a kind needs.
+
+    Args:
+        engine: The engine, with its pipeline.
+        kind: One of `KINDS`.
+        prompts: At least one.
+        arguments: Further arguments of the engine's call, e.g. `num_inference_steps`.
+        conditions: What the figures hold for: machine, versions; for the record.
+        advance: It is called after every run.
+
+    Raises:
+        ValueError: An unknown kind, one that does not suit the model, or too few steps.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"got the cache {kind!r}; fitted can be {list(KINDS)}")
+    runs = []
+    for prompt in prompts:
+        generator = torch.Generator().manual_seed(prompt.seed)
+        call = {**arguments, "prompt": prompt.text, "generator": generator}
+        plan, latents = engine.measuring_plan(projected=kind == "teacache-ret", **call)
+        runs.append(watch(plan, latents))
+        advance()
+    steps = 1 + len(runs[0].inputs)
+    values, found = _ratios(runs) if kind == "magcache" else _polynomial(runs)
+    evidence = {
+        "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
+        "num_inference_steps": steps,
+        **found,
+        **conditions,
+    }
+    source = f"fitted on this model: {len(prompts)} prompts, {steps} steps"
+    return CacheFit(kind=kind, values=values, source=source, evidence=evidence)
+
+
+@torch.no_grad()
+def watch(plan: RunPlan, latents: Tensor) -> StepChanges:
+    """Runs a plan's fine bucket at every step, in plain torch, and measures what changes.
+
+    Args:
+        plan: A plan by `Engine.measuring_plan`.
+        latents: z_0.
+    """
+    bucket, cache = plan.buckets[0][0], plan.cache
+    assert bucket is not None, "a fine plan"
+    assert cache is not None, "a plan that keeps residuals"
+    history, velocities, residuals = [latents], list[Tensor](), list[tuple[Tensor, ...]]()
+    inputs, outputs, ratios = [], [], []
+    for k, row in enumerate(plan.solver.coefficients.tolist()):
+        step = torch.tensor([k], device=latents.device)
+        velocities.insert(0, bucket.velocity(history[0], step).float())
+        residuals.insert(0, tuple(residual.clone() for residual in bucket.residuals()))
+        if k > 0:
+            change = cache.table.increments[k]
+            if cache.signal is not None:
+                change = float(cache.signal.change(history[0], history[1], step).mean())
+            inputs.append(change)
+            outputs.append(_relative_change(velocities[0], velocities[1]))
+            ratios.append(_magnitude_ratio(residuals[0], residuals[1]))
+        # The first steps have no older terms, and their coefficients are 0.
+        terms = [*zip(row[:_TERMS], history, strict=False)]
+        terms += zip(row[_TERMS:], velocities, strict=False)
+        history.insert(0, sum((c * x for c, x in terms), torch.zeros_like(latents)))
+        del history[_TERMS:], velocities[_TERMS:], residuals[2:]
+    return StepChanges(inputs=tuple(inputs), outputs=tuple(outputs), ratios=tuple(ratios))
+
+
+def _relative_change(now: Tensor, before: Tensor) -> float:
+    return float((now - before).abs().mean() / before.abs().mean())
+
+
+def _magnitude_ratio(now: Sequence[Tensor], before: Sequence[Tensor]) -> float:
+    """Mean over tokens, and over the passes of a step, of the ratio of norms."""
+    ratios = [
+        (one.float().norm(dim=-1) / (other.float().norm(dim=-1) + 1e-8)).mean()
+        for one, other in zip(now, before, strict=True)
+    ]
+    return float(torch.stack(ratios).mean())
+
+
+def _ratios(runs: Sequence[StepChanges]) -> tuple[tuple[float, ...], dict[str, Any]]:
+    rows = np.array([run.ratios for run in runs])
+    spread = float(rows.std(axis=0).mean())
+    return (1.0, *rows.mean(axis=0).tolist()), {"mean_deviation_between_prompts": spread}
+
+
+def _polynomial(runs: Sequence[StepChanges]) -> tuple[tuple[float, ...], dict[str, Any]]:
+    """Least squares over all steps and prompts.
+
+    Raises:
+        ValueError: Fewer different inputs than the polynomial has coefficients.
+    """
+    inputs = np.array([run.inputs for run in runs]).ravel()
+    outputs = np.array([run.outputs for run in runs]).ravel()
+    distinct = len(np.unique(inputs))
+    if distinct <= DEGREE:
+        raise ValueError(
+            f"got {distinct} different changes of the signal, and a polynomial of degree {DEGREE} "
+            f"needs at least {DEGREE + 1}; calibrate with more steps"
+        )
+    values = np.polyfit(inputs, outputs, DEGREE)
+    missed = outputs - np.polyval(values, inputs)
+    evidence = {
+        "inputs": [float(inputs.min()), float(inputs.max())],
+        "outputs": [float(outputs.min()), float(outputs.max())],
+        "residual_rms": float(np.sqrt(np.mean(missed**2))),
+        "points": len(inputs),
+    }
+    return tuple(values.tolist()), evidence

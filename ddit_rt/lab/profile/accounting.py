@@ -1,0 +1,151 @@
+"""Where the time of a run went: per patch size and phase, from a profile or from the trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ddit_rt.lab.profile.events import Event, device_ranges, ranges_of
+from ddit_rt.loop import RunTrace
+from ddit_rt.policies import parse_patch
+
+PREFIX = "ddit_rt/"
+PHASES = ("decide", "model", "solver")
+STEP, OTHER = "step", "other"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """The least that one call must do.
+
+    Attributes:
+        flops: Operations.
+        bytes: Bytes to read and write.
+    """
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A phase of all steps at one patch size.
+
+    Attributes:
+        patch: Patch size by name; empty for what belongs to none.
+        phase: One of `PHASES`, `STEP` where only whole steps are known, or `OTHER`: loop, host
+            and gaps.
+        calls: Steps.
+        seconds: Time of all calls.
+        flops: Operations of all calls, at least.
+        bytes: Bytes of all calls, at least.
+    """
+
+    patch: str
+    phase: str
+    calls: int
+    seconds: float
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Account:
+    """A run, taken apart.
+
+    Attributes:
+        clock: What measured: `"device"`, `"wall"`, or `"trace"` (the engine's own step times).
+        seconds: The loop, on that clock; the rows add up to it.
+        rows: Coarsest patch size last, phases in order.
+    """
+
+    clock: str
+    seconds: float
+    rows: tuple[Row, ...]
+
+
+WorkOf = Callable[[str, int], Work]
+"""The least work of a phase (`PHASES` or `STEP`) in step k."""
+
+
+def host_spans(events: Iterable[Event]) -> list[Event]:
+    """The engine's ranges in a profile, in order of their start, without their prefix."""
+    return [
+        replace(event, name=event.name.removeprefix(PREFIX))
+        for event in ranges_of(events)
+        if event.name.startswith(PREFIX)
+    ]
+
+
+def device_spans(events: Sequence[Event]) -> list[Event]:
+    """When the device did what was asked for inside each of those ranges."""
+    return device_ranges(events, host_spans(events))
+
+
+def account_of_spans(
+    spans: Sequence[Event], trace: RunTrace, work_of: WorkOf, clock: str
+) -> Account:
+    """Sums the phases of every step.
+
+    A phase that no span shows is left out; its time is in the rest. The loop is the range of the
+    run on the host, and on a device what its own timer says.
+
+    Raises:
+        ValueError: The spans are not those of this run.
+    """
+    found = {phase: [span for span in spans if _phase(span) == phase] for phase in PHASES}
+    counts = {phase: len(shown) for phase, shown in found.items()}
+    if counts["model"] != len(trace) or set(counts.values()) - {0, len(trace)}:
+        raise ValueError(f"the profile holds {counts} ranges of a run of {len(trace)} steps")
+    sizes = [span.name.removeprefix("model/") for span in found["model"]]
+    if sizes != trace.patch_sizes():
+        raise ValueError(f"the profile ran {sizes}, the trace says {trace.patch_sizes()}")
+    seconds = {
+        (phase, step): span.seconds
+        for phase, shown in found.items()
+        for step, span in enumerate(shown)
+    }
+    total = trace.latency_ms / 1e3
+    if clock == "wall":
+        (run,) = (span for span in spans if span.name == "run")
+        total = run.seconds
+    phases = [phase for phase in PHASES if counts[phase]]
+    rows = _rows(seconds, phases, trace, work_of)
+    rest = total - sum(row.seconds for row in rows)
+    rows.append(Row(patch="", phase=OTHER, calls=0, seconds=rest, flops=0, bytes=0))
+    return Account(clock=clock, seconds=total, rows=tuple(rows))
+
+
+def account_of_trace(trace: RunTrace, work_of: WorkOf) -> Account:
+    """Whole steps, as the engine itself timed them."""
+    seconds = {(STEP, record.step): record.latency_ms / 1e3 for record in trace}
+    rows = _rows(seconds, (STEP,), trace, work_of)
+    return Account(clock="trace", seconds=trace.latency_ms / 1e3, rows=tuple(rows))
+
+
+def _rows(
+    seconds: Mapping[tuple[str, int], float],
+    phases: Sequence[str],
+    trace: RunTrace,
+    work_of: WorkOf,
+) -> list[Row]:
+    rows = []
+    for patch in sorted(set(trace.patch_sizes()), key=parse_patch):
+        steps = [record.step for record in trace if record.patch_size == patch]
+        for phase in phases:
+            work = [work_of(phase, step) for step in steps]
+            rows.append(
+                Row(
+                    patch=patch,
+                    phase=phase,
+                    calls=len(steps),
+                    seconds=sum(seconds[phase, step] for step in steps),
+                    flops=sum(one.flops for one in work),
+                    bytes=sum(one.bytes for one in work),
+                )
+            )
+    return rows
+
+
+def _phase(span: Event) -> str:
+    return span.name.partition("/")[0]

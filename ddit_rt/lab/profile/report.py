@@ -1,0 +1,161 @@
+"""The result of a profile: a table for a terminal, and JSON.
+
+Schema of the JSON, version 1:
+
+- `tool`: `"torch"`; `machine`, `versions`: as in the report of the demo; `device`: its name.
+- `model`: `transformer_class`, `parameters`, `dtype`.
+- `settings`: `prompts`, `steps`, `latents` (shape), `text_tokens`, `policy`.
+- `ceilings`: see `Ceilings`.
+- `runs`, one per executor:
+  - `executor`; `trace`: `RunTrace.to_dict()`; `chrome_trace`: path; `notes`.
+  - `unprofiled_ms`: the loop of the run before it, without a profiler.
+  - `clock`, `loop_ms`; `rows`: `patch`, `phase`, `calls`, `ms`, `share` of the loop, `flops_per_s`
+    and `bytes_per_s` (at least; null where there is nothing to count), and both `of_ceiling`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ddit_rt.lab.measure.report import machine, model_entry, versions
+from ddit_rt.lab.profile.accounting import Account, Row
+from ddit_rt.lab.profile.ceilings import Ceilings
+from ddit_rt.lab.profile.subject import Subject
+from ddit_rt.loop import RunTrace
+
+SCHEMA_VERSION = 1
+
+_CLOCKS = {
+    "device": "device time: from the first kernel of a phase to its last; the loop by its timer",
+    "wall": "wall time on the host",
+    "trace": "the engine's own time of whole steps; the phases are inside the device's graph",
+}
+
+
+def report_of(
+    subject: Subject, ceilings: Ceilings, runs: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The whole report, JSON-ready.
+
+    Args:
+        subject: What ran.
+        ceilings: What the machine can do.
+        runs: What `run_entry` gave.
+    """
+    device = subject.device
+    on_cuda = device.type == "cuda"
+    model = model_entry("", subject.model.transformer)
+    del model["name"]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tool": "torch",
+        "machine": machine(),
+        "versions": versions(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+        "model": model,
+        "settings": {
+            "prompts": list(subject.prompts),
+            "steps": subject.steps,
+            "latents": list(subject.latents.shape),
+            "text_tokens": subject.text_tokens,
+            "policy": subject.policy.to_dict(),
+        },
+        "ceilings": asdict(ceilings),
+        "runs": list(runs),
+    }
+
+
+def run_entry(
+    account: Account,
+    trace: RunTrace,
+    ceilings: Ceilings,
+    *,
+    unprofiled_ms: float,
+    chrome_trace: str,
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """An entry of `runs`."""
+    return {
+        "executor": trace.executor,
+        "clock": account.clock,
+        "loop_ms": account.seconds * 1e3,
+        "unprofiled_ms": unprofiled_ms,
+        "chrome_trace": chrome_trace,
+        "notes": list(notes),
+        "rows": [_row_entry(row, account.seconds, ceilings) for row in account.rows],
+        "trace": trace.to_dict(),
+    }
+
+
+def _row_entry(row: Row, total: float, ceilings: Ceilings) -> dict[str, Any]:
+    flops, size = (
+        count / row.seconds if count and row.seconds > 0 else None
+        for count in (row.flops, row.bytes)
+    )
+    return {
+        "patch": row.patch,
+        "phase": row.phase,
+        "calls": row.calls,
+        "ms": row.seconds * 1e3,
+        "share": row.seconds / total,
+        "flops_per_s": flops,
+        "flops_of_ceiling": flops and flops / ceilings.matmul_flops_per_s,
+        "bytes_per_s": size,
+        "bytes_of_ceiling": size and size / ceilings.copy_bytes_per_s,
+    }
+
+
+def text_of(report: Mapping[str, Any]) -> str:
+    """The tables for a terminal."""
+    ceilings, settings = report["ceilings"], report["settings"]
+    model, shape = report["model"], " x ".join(str(size) for size in settings["latents"])
+    scale, unit = _scale(ceilings["matmul_flops_per_s"])
+    peak, copy = ceilings["matmul_flops_per_s"] / scale, ceilings["copy_bytes_per_s"] / 1e9
+    lines = [
+        f"{model['transformer_class']} {model['dtype']} on {report['device']}",
+        f"latents {shape}, {settings['text_tokens']} text tokens, {settings['steps']} steps",
+        f"peak, measured now: {peak:.3g} {unit} (product {ceilings['matmul']})",
+        f"copy, measured now: {copy:.3g} GB/s (of {ceilings['copy']})",
+    ]
+    for run in report["runs"]:
+        lines += ["", *_table(run, scale, unit)]
+    return "\n".join(lines)
+
+
+def _table(run: Mapping[str, Any], scale: float, unit: str) -> list[str]:
+    loops = f"loop {run['loop_ms']:.1f} ms, {run['unprofiled_ms']:.1f} ms without the profiler"
+    titles = f"{'patch':<7}{'phase':<8}{'calls':>6}{'ms':>10}{'ms/call':>9}{'share':>8}"
+    return [
+        f"executor {run['executor']}: {loops}",
+        f"{titles}{unit:>10}{'of peak':>9}{'GB/s':>8}{'of copy':>9}",
+        *(_line(row, scale) for row in run["rows"]),
+        f"({_CLOCKS[run['clock']]}; FLOP/s and GB/s are the least that the phase had to do)",
+        *(f"note: {note}" for note in run["notes"]),
+        f"wrote {run['chrome_trace']} (open it in ui.perfetto.dev)",
+    ]
+
+
+def _line(row: Mapping[str, Any], scale: float) -> str:
+    per_call = f"{row['ms'] / row['calls']:.3f}" if row["calls"] else ""
+    return (
+        f"{row['patch']:<7}{row['phase']:<8}{row['calls'] or '':>6}{row['ms']:>10.2f}"
+        f"{per_call:>9}{row['share']:>8.1%}"
+        f"{_number(row['flops_per_s'], scale):>10}{_percent(row['flops_of_ceiling']):>9}"
+        f"{_number(row['bytes_per_s'], 1e9):>8}{_percent(row['bytes_of_ceiling']):>9}"
+    ).rstrip()
+
+
+def _number(value: float | None, scale: float) -> str:
+    return "" if value is None else f"{value / scale:.3g}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _scale(flops_per_s: float) -> tuple[float, str]:
+    return (1e12, "TFLOP/s") if flops_per_s >= 1e12 else (1e9, "GFLOP/s")

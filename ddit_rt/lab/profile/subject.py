@@ -1,0 +1,88 @@
+"""What gets profiled: the denoising loop of an engine, on a prepared request."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddit_rt.engine import Engine
+from ddit_rt.loop import RunTrace
+from ddit_rt.models import family_of
+from ddit_rt.policies import PatchPolicy
+from ddit_rt.steps import StepModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """An engine and one request, encoded: what is left is the loop.
+
+    Attributes:
+        engine: The engine, with ranges for profilers.
+        model: Its model, for counts of what a step must do.
+        latents: Initial noise, `[B, C, H, W]`.
+        conditioning: The prompt, as `Engine.denoise` takes it.
+        steps: Denoising steps.
+        policy: Patch policy.
+        prompts: The prompts.
+    """
+
+    engine: Engine
+    model: StepModel
+    latents: Tensor
+    conditioning: Mapping[str, Tensor]
+    steps: int
+    policy: PatchPolicy
+    prompts: tuple[str, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.transformer.parameters()).device
+
+    @property
+    def text_tokens(self) -> int:
+        """Text tokens per sample."""
+        text = self.model.family.embed_text(self.model.transformer, self.conditioning)
+        return int(text.shape[1])
+
+    def run(self) -> RunTrace:
+        """Denoises once."""
+        arguments: dict[str, Any] = {"patch_policy": self.policy, **self.conditioning}
+        self.engine.denoise(self.latents, num_inference_steps=self.steps, **arguments)
+        assert self.engine.last_trace is not None, "a run that returned has a trace"
+        return self.engine.last_trace
+
+
+@torch.no_grad()
+def subject_of(
+    engine: Engine, policy: PatchPolicy, prompts: Sequence[str], arguments: Mapping[str, Any]
+) -> Subject:
+    """Encodes a request; the engine then marks its ranges for profilers.
+
+    Args:
+        engine: The engine.
+        policy: Patch policy.
+        prompts: A batch.
+        arguments: Further arguments of the pipeline's call, its `generator` among them.
+    """
+    engine.annotate = True
+    pipeline: Any = engine.pipeline
+    transformer = pipeline.transformer
+    model = StepModel(family=family_of(transformer), transformer=transformer, base={})
+    defaults = engine.artifact.manifest.pipeline_defaults
+    request = {**defaults, **arguments, "prompt": list(prompts)}
+    call = model.family.prepare(pipeline, copy.deepcopy(pipeline.scheduler), request)
+    return Subject(
+        engine=engine,
+        model=model,
+        latents=call.latents,
+        conditioning=call.conditioning,
+        steps=call.num_inference_steps,
+        policy=policy,
+        prompts=tuple(prompts),
+    )

@@ -1,1 +1,0 @@
-"""Parts of the profiler of a run; `profile.py` is its command."""

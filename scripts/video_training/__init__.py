@@ -1,1 +1,0 @@
-"""Stages of the training of the embedded video model; `train_video_model.py` is their command."""

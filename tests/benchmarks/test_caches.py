@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from extras import need
+from wan_models import TEXT_TOKENS, wan_pipeline
+
+from ddit_rt.lab.plans.candidates import CacheRange
+from ddit_rt.policies import DDiTPolicy, MagCache, TeaCache
+
+KINDS = (
+    "fewer_steps",
+    "static",
+    "ddit",
+    "teacache",
+    "magcache",
+    "ddit_teacache",
+    "ddit_magcache",
+)
+
+
+def strict(path: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    data: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse)
+    return data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    need("torchmetrics")
+    out = tmp_path_factory.mktemp("skip") / "quick.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
+        arguments = ["--quick", "--tables", "caches", "--out", str(out), "--cache", str(out.parent)]
+        assert import_module("bench_quality").main(arguments) == 0
+    return strict(out.with_stem("quick_caches"))
+
+
+def test_rows_are_plans_of_their_kind_that_the_search_found_close_enough(
+    report: dict[str, Any],
+) -> None:
+    fine = report["fine"]
+    assert fine["ssim"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert fine["psnr"] is None
+    assert fine["speedup"]["value"] == 1
+    assert [target["ssim"] for target in report["targets"]] == report["settings"]["targets"]
+    for target in report["targets"]:
+        kinds = [row["kind"] for row in target["rows"]]
+        assert kinds == [kind for kind in KINDS if kind in kinds]
+        assert set(kinds) >= set(KINDS[:5])
+        for row in target["rows"]:
+            assert row["search"]["ssim"] >= target["ssim"]
+            check_work(row)
+            assert row["loop_seconds"]["value"] > 0
+            assert len(row["ssim_per_prompt"]) == len(report["settings"]["prompts"])
+
+
+def check_work(row: dict[str, Any]) -> None:
+    """A kind does what its name says, and its steps add up."""
+    kind = row["kind"]
+    assert sum(row["steps_at"].values()) == pytest.approx(row["steps"])
+    reused = sum(count for name, count in row["steps_at"].items() if name.endswith(" reused"))
+    assert reused == pytest.approx(row["reused_share"] * row["steps"])
+    assert row["step_cache"]["step_cache"] == {
+        "teacache": "TeaCache",
+        "magcache": "MagCache",
+    }.get(kind.removeprefix("ddit_"), "NoCache")
+    if "cache" not in kind:
+        assert reused == 0
+    if kind in ("fewer_steps", "teacache", "magcache"):
+        assert row["coarse_share"] == 0
+
+
+def test_looser_target_costs_no_more(report: dict[str, Any]) -> None:
+    tight, loose = (
+        {row["kind"]: row["search"]["cost_ms"] for row in target["rows"]}
+        for target in report["targets"]
+    )
+    assert all(loose[kind] <= cost for kind, cost in tight.items())
+    assert loose["ddit_magcache"] <= loose["ddit"]
+
+
+def test_prompts_of_fit_search_and_report_are_different(report: dict[str, Any]) -> None:
+    settings = report["settings"]
+    lists = [settings[name] for name in ("prompts", "search_prompts", "fit_prompts")]
+    assert len(set().union(*lists)) == sum(map(len, lists))
+
+
+def test_table_has_a_line_per_plan_and_an_answer_per_target(report: dict[str, Any]) -> None:
+    text = import_module("tables").TABLES["skip_demo"](report)
+    lines = text.splitlines()
+    assert sum(line.startswith("|") for line in lines) == 3 + sum(
+        len(target["rows"]) for target in report["targets"]
+    )
+    answers = [line for line in lines if line.startswith("- At")]
+    assert len(answers) == len(report["targets"])
+    assert all("DDiT + MagCache **" in line for line in answers)
+    assert "flicker" not in text
+
+
+def test_more_prompts_than_there_are_held_out_are_refused() -> None:
+    bench, model = import_module("bench_quality"), import_module("demo_models").image_model()
+    args = bench.of_table(bench.parse(["--prompts", "50"]), "caches")
+    with pytest.raises(ValueError, match="--prompts 50; demo has 49"):
+        import_module("quality_caches").prompts_of(model, args)
+
+
+def test_levels_are_spread_from_the_first_to_the_last() -> None:
+    spread = import_module("quality_search").spread_levels
+    assert spread(3, 11, 5) == [3, 5, 7, 9, 11]
+    assert spread(3, 4, 5) == [3, 4]
+    assert spread(4, 4, 1) == [4]
+    assert spread(5, 4, 3) == []
+
+
+def tried(kind: str, ssim: float, cost: float, **shares: float) -> Any:
+    plan = replace(import_module("quality_runs").reference(8), kind=kind, label=f"{kind} {cost:g}")
+    shares = {"coarse": 0.5, "reused": 0.5, **shares}
+    search = import_module("quality_search")
+    return search.Tried(plan=plan, ssim=ssim, cost_ms=cost, **shares)
+
+
+def test_cheapest_plan_meets_the_target_and_a_combined_one_does_both() -> None:
+    found = [
+        tried("ddit", 0.99, 9.0),
+        tried("ddit", 0.96, 5.0),
+        tried("ddit", 0.90, 2.0),
+        tried("ddit_teacache", 0.96, 3.0, coarse=0.0),
+        tried("ddit_teacache", 0.96, 4.0),
+    ]
+    search = import_module("quality_search").FidelitySearch(
+        model=None,
+        runs=None,
+        prompts=(),
+        steps=8,
+        costs=None,
+        tried={one.plan.label: one for one in found},
+    )
+    assert search.cheapest("ddit", 0.95, both=False).cost_ms == 5
+    assert search.cheapest("ddit_teacache", 0.95, both=True).cost_ms == 4
+    assert search.cheapest("ddit_teacache", 0.97, both=True) is None
+
+
+@pytest.mark.parametrize("cache", [TeaCache(0.0, coefficients=(1.0, 0.0)), MagCache()])
+def test_levels_of_a_cache_raise_its_threshold_on_top_of_any_plan(cache: Any) -> None:
+    search, runs = import_module("quality_search"), import_module("quality_runs")
+    ends = CacheRange(cache=cache, thresholds=(0.02, 2.0))
+    plain = runs.Plan(policy=DDiTPolicy(), steps=8, kind="ddit", label="dynamic")
+    assert search.with_cache(plain, "both", ends, 0) is plain
+    plans = [search.with_cache(plain, "both", ends, level) for level in (1, 12, 24)]
+    thresholds = [plan.cache.threshold for plan in plans]
+    assert thresholds == [0.02, pytest.approx(0.18, abs=0.02), 2.0]
+    assert {(plan.kind, plan.policy) for plan in plans} == {("both", plain.policy)}
+    assert all(type(plan.cache) is type(cache) for plan in plans)
+    assert len({plan.key for plan in (plain, *plans)}) == 4
+
+
+def row(kind: str, seconds: list[float], ssim: list[float]) -> dict[str, Any]:
+    mean = {"value": sum(ssim) / len(ssim)}
+    return {
+        "kind": kind,
+        "loop_seconds_per_prompt": seconds,
+        "ssim": mean,
+        "ssim_per_prompt": ssim,
+    }
+
+
+FAST, SLOW, VARYING = [1.0, 1.1, 0.9], [2.0, 2.2, 1.8], [0.5, 1.1, 1.6]
+NEAR, FAR = [0.95, 0.96, 0.94], [0.90, 0.91, 0.89]
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "target", "answer"),
+    [
+        ((FAST, NEAR), (SLOW, NEAR), 0.95, "yes"),
+        ((FAST, NEAR), (SLOW, FAR), 0.95, "yes"),
+        ((FAST, FAR), (SLOW, NEAR), 0.95, "not comparable"),
+        ((FAST, FAR), (SLOW, NEAR), 0.91, "yes"),
+        ((SLOW, NEAR), (FAST, NEAR), 0.95, "no"),
+        ((SLOW, FAR), (FAST, NEAR), 0.95, "no"),
+        ((SLOW, NEAR), (FAST, FAR), 0.95, "not comparable"),
+        ((SLOW, NEAR), (FAST, FAR), 0.91, "no"),
+        ((VARYING, NEAR), (FAST, NEAR), 0.95, "undecided"),
+        ((VARYING, NEAR), (FAST, FAR), 0.95, "not comparable"),
+        ((VARYING, NEAR), (FAST, FAR), 0.91, "undecided"),
+    ],
+)
+def test_faster_counts_at_equal_closeness(
+    own: tuple[list[float], list[float]],
+    other: tuple[list[float], list[float]],
+    target: float,
+    answer: str,
+) -> None:
+    compare = import_module("quality_caches").compare
+    found = compare(row("ddit_teacache", *own), row("ddit", *other), target)
+    assert found["faster"] == answer
+    assert found["ssim"]["value"] == pytest.approx(sum(own[1]) / 3 - sum(other[1]) / 3)
+
+
+def test_verdict_wants_both_alone_beaten_and_lists_every_rival() -> None:
+    verdicts = import_module("quality_caches").verdicts
+    rows = {
+        "fewer_steps": row("fewer_steps", FAST, NEAR),
+        "ddit": row("ddit", SLOW, NEAR),
+        "teacache": row("teacache", SLOW, NEAR),
+        "magcache": row("magcache", FAST, NEAR),
+        "ddit_teacache": row("ddit_teacache", [0.5, 0.6, 0.4], NEAR),
+    }
+    tea, mag = verdicts(rows, 0.95)
+    assert tea["either_alone"] == "yes"
+    assert set(tea["against"]) == {"fewer_steps", "ddit", "teacache", "magcache"}
+    assert mag["either_alone"] == "no"
+    assert mag["reason"] == "none was close enough"
+    rows["ddit_teacache"] = row("ddit_teacache", [3.0, 3.0, 3.0], NEAR)
+    assert verdicts(rows, 0.95)[0]["either_alone"] == "no"
+
+
+@pytest.mark.parametrize(
+    ("answers", "answer"),
+    [
+        (["yes", "yes"], "yes"),
+        (["yes", "undecided"], "undecided"),
+        (["not comparable", "undecided"], "not comparable"),
+        (["not comparable", "no"], "no"),
+    ],
+)
+def test_answers_join_to_the_least_favourable(answers: list[str], answer: str) -> None:
+    assert import_module("quality_caches").together(answers) == answer
+
+
+def test_videos_are_compared_frame_by_frame_and_by_flicker(tmp_path: Path) -> None:
+    need("torchmetrics")
+    bench, models = import_module("bench_quality"), import_module("demo_models")
+    model = models.DemoModel(
+        name="tiny",
+        pipeline=wan_pipeline(),
+        size={"height": 64, "width": 64, "num_frames": 5},
+        others={"max_sequence_length": TEXT_TOKENS, "guidance_scale": 3.0},
+        held_out=("a red circle", "a blue star"),
+        seen=("a green square", "a red star"),
+        video=True,
+    )
+    model.pipeline.set_progress_bar_config(disable=True)
+    args = bench.of_table(bench.parse(["--quick"]), "caches_video")
+    args.cache = None
+    runs = bench.caches_runs(model, args)
+    report = import_module("quality_caches").measure_caches(model, runs, args)
+    fine = report["fine"]
+    assert fine["flicker"]["value"] == 0
+    assert fine["frames"] == [{"ssim": pytest.approx(1), "psnr": None}] * 5
+    for row in (row for target in report["targets"] for row in target["rows"]):
+        means = sum(frame["ssim"] for frame in row["frames"]) / 5
+        assert row["ssim"]["value"] == pytest.approx(means)
+        # A video that is not the reference flickers, of a random model more than by rounding.
+        assert (row["flicker"]["value"] > 0) == (row["psnr"] is not None)
+    report |= {"machine": {"cpu": "x", "threads": 1}, "versions": {"torch": "2", "diffusers": "0"}}
+    text = import_module("tables").TABLES["skip_demo_video"](report)
+    assert "64 x 64 x 5, 7 steps" in text
+    assert "flicker |" in text
+
+
+def test_flicker_is_the_error_of_the_change_between_frames() -> None:
+    need("torchmetrics")
+    compare = import_module("demo_models").video_model(quick=True).compare
+    still = np.zeros((3, 16, 16, 3), np.uint8)
+    darker, blinking = still + 51, still.copy()
+    blinking[1] += 51
+    assert compare([darker], [still]).flicker == (0.0,)
+    assert compare([blinking], [still]).flicker == (0.2,)
+    assert compare([blinking], [still]).frames[0].psnr[0] is None
