@@ -54,10 +54,10 @@ KINDS = (FEWER, STATIC, DDIT, *CACHES, *COMBINED)
 """In the order of the table."""
 
 RULES = (
-    DDiTPolicy(),
-    DDiTPolicy(refresh=None),
-    DDiTPolicy(warmup="coarse"),
-    DDiTPolicy(warmup="coarse", refresh=None),
+    DDiTPolicy(criterion="raw"),
+    DDiTPolicy(refresh=None, criterion="raw"),
+    DDiTPolicy(warmup="coarse", criterion="raw"),
+    DDiTPolicy(warmup="coarse", refresh=None, criterion="raw"),
 )
 _MAGCACHES = (
     MagCache(),

@@ -64,7 +64,7 @@ def paper_rule(tau: float, *, rho: float = PAPER_RHO, order: int = 3) -> DDiTPol
 
 def default_rule(tau: float) -> DDiTPolicy:
     """The product's rule. 4p has half the tau of 2p, at which the two err about as much."""
-    return DDiTPolicy(tau={"2p": tau, "4p": tau / 2})
+    return DDiTPolicy(tau={"2p": tau, "4p": tau / 2}, criterion="raw")
 
 
 def make_table(name: str, matcher: Matcher, grid: Grid) -> list[Row]:
