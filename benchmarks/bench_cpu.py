@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 from contenders import all_contenders, all_pictures
-from ddit_rt.lab.demo.comparison import prepare_engine
 from diffusers import FluxPipeline
 from tables import update_tables
 from tqdm.auto import tqdm
@@ -35,7 +34,7 @@ from tqdm.auto import tqdm
 from ddit_rt.lab.demo import model_path
 from ddit_rt.lab.demo.plans import DEMO_POLICY
 from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
-from ddit_rt.lab.demo.run import DemoConfig
+from ddit_rt.lab.demo.run import DemoConfig, prepare_engine
 from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.measure.report import machine, model_entry, versions
 from ddit_rt.lab.measure.timing import Batch, Method, Sample, measure
