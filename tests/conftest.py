@@ -11,6 +11,7 @@ import pytest
 import torch
 from block_models import CompiledBlocks
 from diffusers import FluxTransformer2DModel
+from made_once import made_once, packages_made_once, shared_folder
 from models import random_adapters, tiny_pipeline, tiny_transformer
 
 import ddit_rt
@@ -48,14 +49,15 @@ def artifact_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def artifact_path(tmp_path_factory: pytest.TempPathFactory, artifact_home: Path) -> Path:
     """A saved artifact of `tiny_pipeline()` with its random adapters: compiled once for all."""
     pipeline = tiny_pipeline()
-    engine = ddit_rt.compile(
-        pipeline,
-        height=64,
-        width=64,
-        adapter=random_adapters(pipeline),
-        patch_policy=ddit_rt.StaticPolicy("2p:0.5,p"),
-        progress=False,
-    )
+    with packages_made_once(tmp_path_factory):
+        engine = ddit_rt.compile(
+            pipeline,
+            height=64,
+            width=64,
+            adapter=random_adapters(pipeline),
+            patch_policy=ddit_rt.StaticPolicy("2p:0.5,p"),
+            progress=False,
+        )
     return engine.save(tmp_path_factory.mktemp("artifact") / "tiny.ddit")
 
 
@@ -71,7 +73,8 @@ def emulated_runtime(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     headers = emulated.cuda_headers()
     if headers is None:
         pytest.skip("no headers of CUDA 12.8 or newer beside nvcc, in CUDA_HOME or /usr/local")
-    return emulated.build(tmp_path_factory.mktemp("emulated"), headers)
+    folder = shared_folder(tmp_path_factory) / "emulated"
+    return emulated.load(made_once(folder, lambda new: emulated.build(new, headers)))
 
 
 @pytest.fixture

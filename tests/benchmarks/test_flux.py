@@ -188,6 +188,7 @@ def test_kernels_of_a_step_are_listed_with_their_share(tmp_path: Path) -> None:
         assert any("attention" in name for name in names)
 
 
+@pytest.mark.slow
 def test_an_engine_that_takes_too_long_to_make_leaves_its_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from made_once import packages_made_once
 from text_encoders import save_tiny
 
 from ddit_rt.cli import main
@@ -25,7 +26,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Pa
     """An artifact of the model, compiled by the command; use it with `--trust-code`."""
     path = tmp_path_factory.mktemp("artifact") / "tiny.ddit"
     size = ["--height", "32", "--width", "48", "--patch-sizes", "p,2p"]
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, packages_made_once(tmp_path_factory):
         patch.setenv("DDIT_RT_HOME", str(path.parent / "home"))
         assert main(["compile", str(model_folder), "-o", str(path), *size]) == 0
     return path

@@ -136,6 +136,7 @@ def test_info_names_the_presets(calibrated: Path, capsys: pytest.CaptureFixture[
     assert "calibrated   8 steps, speedup 1.4: quality " in text
 
 
+@pytest.mark.slow
 def test_second_step_count_joins_the_first(
     calibrated: Path, options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -228,6 +229,7 @@ def test_cache_fits_are_stored_used_and_told(
     assert f"{kind}: fitted on this model: 2 prompts, 8 steps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_search_has_step_caches_where_there_is_a_fit(
     artifact: Path,
     options: list[str],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from extras import need
+from made_once import packages_made_once
 from PIL import Image
 from wan_models import wan_pipeline
 
@@ -29,7 +30,7 @@ def wan_artifact(tmp_path_factory: pytest.TempPathFactory, wan_folder: Path) -> 
     """Compiled by the command."""
     path = tmp_path_factory.mktemp("artifact") / "wan.ddit"
     size = ["--height", "64", "--width", "64", "--num-frames", "5", "--patch-sizes", "p,2p"]
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, packages_made_once(tmp_path_factory):
         patch.setenv("DDIT_RT_HOME", str(path.parent / "home"))
         assert main(["compile", str(wan_folder), "-o", str(path), *size]) == 0
     return path

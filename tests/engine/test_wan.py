@@ -12,6 +12,7 @@ from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
 )
+from made_once import packages_made_once
 from models import noise, seeded
 from wan_models import (
     CALL,
@@ -152,10 +153,13 @@ def test_videos_equal_diffusers(output_type: str) -> None:
     assert difference <= (1 if output_type == "pil" else 1e-4)
 
 
-def test_compiled_blocks_equal_diffusers_at_every_patch_size(tmp_path: Path) -> None:
+def test_compiled_blocks_equal_diffusers_at_every_patch_size(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """One package serves all, and comes back from a folder."""
     pipeline = wan_pipeline()
-    engine = ddit_rt.compile(pipeline, height=64, width=128, num_frames=9, progress=False)
+    with packages_made_once(tmp_path_factory):
+        engine = ddit_rt.compile(pipeline, height=64, width=128, num_frames=9, progress=False)
     engine = ddit_rt.load(engine.save(tmp_path / "wan.ddit"), pipeline, progress=False)
     call = {name: CALL[name] for name in CALL.keys() - {"height", "width", "num_frames"}}
     expected = pipeline(**CALL, generator=seeded()).frames
