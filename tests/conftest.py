@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from block_models import CompiledBlocks
 from diffusers import FluxTransformer2DModel
-from made_once import made_once, packages_made_once, shared_folder
+from made_once import Packages, made_once, packages_made_once, shared_folder
 from models import random_adapters, tiny_pipeline, tiny_transformer
 
 import ddit_rt
@@ -20,7 +21,10 @@ from ddit_rt.blocks import LoraSpec
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs a GPU where there is none."""
+    """Skips what needs a GPU where there is none; lets one file compile before others need it."""
+    compiling = [item.path for item in items if "packages" in getattr(item, "fixturenames", ())]
+    later = set(compiling[1:]) - set(compiling[:1])
+    items.sort(key=lambda item: (item.path not in compiling[:1], item.path in later))
     reason = _no_gpu()
     if reason:
         for item in items:
@@ -46,10 +50,18 @@ def artifact_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def artifact_path(tmp_path_factory: pytest.TempPathFactory, artifact_home: Path) -> Path:
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
+    """Within `with packages():`, what this run has compiled before is not compiled again."""
+    return partial(packages_made_once, shared_folder(tmp_path_factory) / "packages")
+
+
+@pytest.fixture(scope="session")
+def artifact_path(
+    tmp_path_factory: pytest.TempPathFactory, artifact_home: Path, packages: Packages
+) -> Path:
     """A saved artifact of `tiny_pipeline()` with its random adapters: compiled once for all."""
     pipeline = tiny_pipeline()
-    with packages_made_once(tmp_path_factory):
+    with packages():
         engine = ddit_rt.compile(
             pipeline,
             height=64,

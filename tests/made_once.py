@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch.export import ExportedProgram
 
 import ddit_rt.blocks.compile as block_compiler
 from ddit_rt.blocks import PackageInfo, read_info
+
+Packages = Callable[[], AbstractContextManager[None]]
 
 
 def shared_folder(factory: pytest.TempPathFactory) -> Path:
@@ -37,13 +39,12 @@ def made_once(path: Path, make: Callable[[Path], Any]) -> Path:
 
 
 @contextmanager
-def packages_made_once(factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Within, a program that this run has compiled before is not compiled again.
+def packages_made_once(folder: Path) -> Iterator[None]:
+    """Within, a program whose package is in the folder is not compiled again.
 
     Blocks are exported each time. A package holds no weights, so equal programs with equal metadata
     are equal packages.
     """
-    folder = shared_folder(factory) / "packages"
     compile_program = block_compiler.compile_program
 
     def compile_or_copy(program: ExportedProgram, info: PackageInfo, target: Path) -> PackageInfo:

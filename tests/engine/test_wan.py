@@ -12,7 +12,7 @@ from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
 )
-from made_once import packages_made_once
+from made_once import Packages
 from models import noise, seeded
 from wan_models import (
     CALL,
@@ -154,11 +154,11 @@ def test_videos_equal_diffusers(output_type: str) -> None:
 
 
 def test_compiled_blocks_equal_diffusers_at_every_patch_size(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    tmp_path: Path, packages: Packages
 ) -> None:
     """One package serves all, and comes back from a folder."""
     pipeline = wan_pipeline()
-    with packages_made_once(tmp_path_factory):
+    with packages():
         engine = ddit_rt.compile(pipeline, height=64, width=128, num_frames=9, progress=False)
     engine = ddit_rt.load(engine.save(tmp_path / "wan.ddit"), pipeline, progress=False)
     call = {name: CALL[name] for name in CALL.keys() - {"height", "width", "num_frames"}}

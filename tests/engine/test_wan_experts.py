@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_once import packages_made_once
+from made_once import Packages
 from models import noise, seeded
 from safetensors.torch import save_file
 from wan_models import (
@@ -68,12 +68,10 @@ def test_either_expert_may_have_all_steps(boundary: float, first: bool) -> None:
     assert torch.equal(actual, expected)
 
 
-def test_packages_serve_both_experts(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_packages_serve_both_experts(tmp_path: Path, packages: Packages) -> None:
     """They hold no weights, so one per block class is enough; a fused change acts at once."""
     pipeline = wan_pipeline(boundary_ratio=BOUNDARY)
-    with packages_made_once(tmp_path_factory):
+    with packages():
         engine = ddit_rt.compile(pipeline, progress=False)
     engine = ddit_rt.load(engine.save(tmp_path / "wan22.ddit"), pipeline, progress=False)
     assert len(engine.artifact.manifest.packages) == 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, WanPipeline, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from made_once import packages_made_once
+from made_once import Packages
 from models import noise, seeded
 from torch import nn
 from wan_models import CALL, eager, wan_pipeline, wan_transformer
@@ -103,9 +103,11 @@ KINDS: dict[str, tuple[Callable[[WanTransformer3DModel], Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, artifact_home: Path) -> Path:
+def saved(
+    tmp_path_factory: pytest.TempPathFactory, artifact_home: Path, packages: Packages
+) -> Path:
     """An artifact of two experts, compiled once."""
-    with packages_made_once(tmp_path_factory):
+    with packages():
         engine = ddit_rt.compile(experts(), progress=False)
     return engine.save(tmp_path_factory.mktemp("wan") / "experts.ddit")
 
