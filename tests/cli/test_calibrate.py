@@ -136,7 +136,6 @@ def test_info_names_the_presets(calibrated: Path, capsys: pytest.CaptureFixture[
     assert "calibrated   8 steps, speedup 1.4: quality " in text
 
 
-@pytest.mark.slow
 def test_second_step_count_joins_the_first(
     calibrated: Path, options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

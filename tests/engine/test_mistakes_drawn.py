@@ -261,7 +261,7 @@ def test_bare_loop(bare: Engine, name: str, value: Any) -> None:
     ],
 )
 @given(value=ANY)
-@DRAWN
+@FEW
 def test_compile(flux: Engine, name: str, value: Any) -> None:
     arguments = {"backend": "eager", "progress": False, name: value}
     engine = outcome(lambda: ddit_rt.compile(flux.pipeline, **arguments), name)
