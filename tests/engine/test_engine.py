@@ -13,14 +13,7 @@ from diffusers import (
     FluxPipeline,
     UniPCMultistepScheduler,
 )
-from models import (
-    latents_of,
-    noise,
-    seeded,
-    tiny_conditioning,
-    tiny_embeds,
-    tiny_pipeline,
-)
+from models import latents_of, noise, seeded, tiny_conditioning, tiny_embeds, tiny_pipeline
 from PIL import Image
 from torch import Tensor
 

@@ -7,14 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    FluxPipeline,
-)
-from models import (
-    latents_of,
-    seeded,
-    tiny_embeds,
-)
+from diffusers import FluxPipeline
+from models import latents_of, seeded, tiny_embeds
 from torch import Tensor
 
 from ddit_rt import Engine, FinePolicy

@@ -6,10 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.guiders import ClassifierFreeGuidance
 from models import (
     latents_of,

@@ -8,10 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-)
+from diffusers import DEISMultistepScheduler, DPMSolverMultistepScheduler
 from made_once import Packages
 from models import noise, seeded
 from wan_models import (

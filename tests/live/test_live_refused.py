@@ -10,16 +10,8 @@ from typing import Any
 import pytest
 from diffusers import FirstBlockCacheConfig, FluxPipeline
 from live_kinds import KINDS
-from live_models import (
-    eager,
-    nothing,
-    run,
-)
-from models import (
-    noise,
-    tiny_conditioning,
-    tiny_transformer,
-)
+from live_models import eager, nothing, run
+from models import noise, tiny_conditioning, tiny_transformer
 
 import ddit_rt
 from ddit_rt.errors import ArtifactMismatchError, UnsupportedModelError
