@@ -106,7 +106,7 @@ def test_generate_runs_what_was_calibrated(
     ("extra", "message"),
     [
         (["--steps", "6", "--policy", "balanced"], "calibrated only for [8] steps"),
-        (["--steps", "8", "--policy", "2"], "got patch_policy=2.0; a speed lies between 0"),
+        (["--steps", "8", "--policy", "2"], "got patch_policy=2.0"),
         (["--steps", "8", "--policy", "quick"], "quality, balanced, fast or a speed"),
         (["--steps", "8", "--policy", "fast", "--tau", "0.1"], "belong to --policy dynamic"),
     ],

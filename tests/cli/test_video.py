@@ -106,6 +106,7 @@ def test_eval_refuses_videos(
     assert "ddit-rt calibrate" in message
 
 
+@pytest.mark.slow
 def test_calibrated_plans_are_for_the_call_and_run(
     wan_artifact: Path,
     wan_folder: Path,

@@ -162,6 +162,7 @@ def test_half_precision_has_the_dtypes_of_diffusers(callback: str, scheduler: An
     assert_equal(actual, expected, tolerance=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheduler", "boundary_ratio"), [(euler, None), (unipc, 0.8)])
 def test_half_precision_does_not_blind_the_policy(
     scheduler: Any, boundary_ratio: float | None
