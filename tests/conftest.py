@@ -18,6 +18,7 @@ from models import random_adapters, tiny_pipeline, tiny_transformer
 
 import ddit_rt
 from ddit_rt import _runtime
+from ddit_rt.artifact import read_manifest, trust
 from ddit_rt.blocks import LoraSpec
 
 
@@ -67,17 +68,23 @@ def artifact_path(
     tmp_path_factory: pytest.TempPathFactory, artifact_home: Path, packages: Packages
 ) -> Path:
     """A saved artifact of `tiny_pipeline()` with its random adapters: compiled once for all."""
-    pipeline = tiny_pipeline()
-    with packages():
-        engine = ddit_rt.compile(
-            pipeline,
-            height=64,
-            width=64,
-            adapter=random_adapters(pipeline),
-            patch_policy=ddit_rt.StaticPolicy("2p:0.5,p"),
-            progress=False,
-        )
-    return engine.save(tmp_path_factory.mktemp("artifact") / "tiny.ddit")
+
+    def make(path: Path) -> None:
+        pipeline = tiny_pipeline()
+        with packages():
+            engine = ddit_rt.compile(
+                pipeline,
+                height=64,
+                width=64,
+                adapter=random_adapters(pipeline),
+                patch_policy=ddit_rt.StaticPolicy("2p:0.5,p"),
+                progress=False,
+            )
+        engine.save(path)
+
+    path = made_once(shared_folder(tmp_path_factory) / "tiny.ddit", make)
+    trust(read_manifest(path).digest)  # of another worker's home, perhaps
+    return path
 
 
 @pytest.fixture(scope="session")
