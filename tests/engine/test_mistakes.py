@@ -214,7 +214,7 @@ def test_guidance_scale_of_a_bare_video_loop_is_a_tensor(scale: Any) -> None:
 
 
 COMPILE_MISTAKES = [
-    ({"height": 4, "width": 64}, ShapeError, "smallest picture"),
+    ({"height": 4, "width": 64}, ShapeError, "smallest"),
     ({"height": 4096, "width": 4096}, ShapeError, "outside the compiled range"),
     ({"patch_sizes": ["2p"]}, ValueError, '"p", the model'),
     ({"patch_sizes": ["p", "3p"]}, ValueError, "powers of two"),
