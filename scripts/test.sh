@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Sets the environment up if needed, then runs the tests. Arguments go to pytest:
-#   scripts/test.sh -m 'not slow' tests/ops
+# Sets the environment up if needed, then runs the tests but for those that are marked slow and, where
+# there is no GPU, those that are marked gpu: five minutes on two cores. Arguments go to pytest:
+#   scripts/test.sh tests/ops
+#   scripts/test.sh -m slow         the rest: long compiles, whole demos, training
+#   scripts/test.sh -m 'not gpu'    all that a CPU can run
 # VENV names another environment than .venv.
 set -euo pipefail
 
@@ -10,4 +13,5 @@ cd "$root"
 # A worker a core, each with whole files, whose fixtures compile; torch would take all cores for each,
 # and a worker takes about a GB.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "${VENV:-.venv}/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"
+exec "${VENV:-.venv}/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile \
+  --no-loadscope-reorder -m "not slow" "$@"

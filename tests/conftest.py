@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -11,20 +13,31 @@ import pytest
 import torch
 from block_models import CompiledBlocks
 from diffusers import FluxTransformer2DModel
+from made_once import Packages, made_once, packages_made_once, shared_folder
 from models import random_adapters, tiny_pipeline, tiny_transformer
 
 import ddit_rt
 from ddit_rt import _runtime
+from ddit_rt.artifact import read_manifest, trust
 from ddit_rt.blocks import LoraSpec
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs a GPU where there is none."""
+    """Skips what needs a GPU where there is none; lets one file compile before others need it."""
+    compiling = [item.path for item in items if "packages" in getattr(item, "fixturenames", ())]
+    later = set(compiling[1:]) - set(compiling[:1])
+    items.sort(key=lambda item: (item.path not in compiling[:1], item.path in later))
     reason = _no_gpu()
     if reason:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Lets tests that collect garbage pass by what has been imported, which stays."""
+    gc.collect()
+    gc.freeze()
 
 
 def _no_gpu() -> str:
@@ -45,18 +58,33 @@ def artifact_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def artifact_path(tmp_path_factory: pytest.TempPathFactory, artifact_home: Path) -> Path:
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
+    """Within `with packages():`, what this run has compiled before is not compiled again."""
+    return partial(packages_made_once, shared_folder(tmp_path_factory) / "packages")
+
+
+@pytest.fixture(scope="session")
+def artifact_path(
+    tmp_path_factory: pytest.TempPathFactory, artifact_home: Path, packages: Packages
+) -> Path:
     """A saved artifact of `tiny_pipeline()` with its random adapters: compiled once for all."""
-    pipeline = tiny_pipeline()
-    engine = ddit_rt.compile(
-        pipeline,
-        height=64,
-        width=64,
-        adapter=random_adapters(pipeline),
-        patch_policy=ddit_rt.StaticPolicy("2p:0.5,p"),
-        progress=False,
-    )
-    return engine.save(tmp_path_factory.mktemp("artifact") / "tiny.ddit")
+
+    def make(path: Path) -> None:
+        pipeline = tiny_pipeline()
+        with packages():
+            engine = ddit_rt.compile(
+                pipeline,
+                height=64,
+                width=64,
+                adapter=random_adapters(pipeline),
+                patch_policy=ddit_rt.StaticPolicy("2p:0.5,p"),
+                progress=False,
+            )
+        engine.save(path)
+
+    path = made_once(shared_folder(tmp_path_factory) / "tiny.ddit", make)
+    trust(read_manifest(path).digest)  # of another worker's home, perhaps
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +99,8 @@ def emulated_runtime(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     headers = emulated.cuda_headers()
     if headers is None:
         pytest.skip("no headers of CUDA 12.8 or newer beside nvcc, in CUDA_HOME or /usr/local")
-    return emulated.build(tmp_path_factory.mktemp("emulated"), headers)
+    folder = shared_folder(tmp_path_factory) / "emulated"
+    return emulated.load(made_once(folder, lambda new: emulated.build(new, headers)))
 
 
 @pytest.fixture

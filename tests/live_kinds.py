@@ -11,15 +11,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import FirstBlockCacheConfig, FluxPipeline
-from live_models import (
-    LORA,
-    Flipped,
-    Holder,
-    Packed,
-    deepest,
-    ip_adapter,
-    nothing,
-)
+from live_models import LORA, Flipped, Holder, Packed, deepest, ip_adapter, nothing
 from torch import nn
 
 

@@ -10,12 +10,7 @@ from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
     FluxIPAdapterAttnProcessor,
 )
-from models import (
-    latents_of,
-    noise,
-    seeded,
-    tiny_embeds,
-)
+from models import latents_of, noise, seeded, tiny_embeds
 from torch import nn
 
 import ddit_rt

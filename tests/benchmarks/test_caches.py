@@ -44,6 +44,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return strict(out.with_stem("quick_caches"))
 
 
+@pytest.mark.slow
 def test_rows_are_plans_of_their_kind_that_the_search_found_close_enough(
     report: dict[str, Any],
 ) -> None:
@@ -79,6 +80,7 @@ def check_work(row: dict[str, Any]) -> None:
         assert row["coarse_share"] == 0
 
 
+@pytest.mark.slow
 def test_looser_target_costs_no_more(report: dict[str, Any]) -> None:
     tight, loose = (
         {row["kind"]: row["search"]["cost_ms"] for row in target["rows"]}
@@ -88,12 +90,14 @@ def test_looser_target_costs_no_more(report: dict[str, Any]) -> None:
     assert loose["ddit_magcache"] <= loose["ddit"]
 
 
+@pytest.mark.slow
 def test_prompts_of_fit_search_and_report_are_different(report: dict[str, Any]) -> None:
     settings = report["settings"]
     lists = [settings[name] for name in ("prompts", "search_prompts", "fit_prompts")]
     assert len(set().union(*lists)) == sum(map(len, lists))
 
 
+@pytest.mark.slow
 def test_table_has_a_line_per_plan_and_an_answer_per_target(report: dict[str, Any]) -> None:
     text = import_module("tables").TABLES["skip_demo"](report)
     lines = text.splitlines()
@@ -236,6 +240,7 @@ def test_answers_join_to_the_least_favourable(answers: list[str], answer: str) -
     assert import_module("quality_caches").together(answers) == answer
 
 
+@pytest.mark.slow
 def test_videos_are_compared_frame_by_frame_and_by_flicker(tmp_path: Path) -> None:
     need("torchmetrics")
     bench, models = import_module("bench_quality"), import_module("demo_models")

@@ -45,6 +45,7 @@ def folders(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return made
 
 
+@pytest.mark.slow
 def test_quick_run_matches_costs_and_goes_on_from_what_it_kept(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,6 +72,7 @@ def test_quick_run_matches_costs_and_goes_on_from_what_it_kept(
     assert again["costs"] == report["costs"]
 
 
+@pytest.mark.slow
 def test_quick_videos_are_compared_frame_by_frame_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

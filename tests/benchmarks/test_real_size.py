@@ -197,6 +197,7 @@ def test_kernels_count_where_their_step_ran() -> None:
         table(events, "ddit_rt/model/4p", cuda=True)
 
 
+@pytest.mark.slow
 def test_an_engine_that_takes_too_long_to_make_leaves_its_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

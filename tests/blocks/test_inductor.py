@@ -101,23 +101,17 @@ def observed(
     return compile_and
 
 
-@pytest.mark.parametrize("name", [name for name in HARMFUL if name in inductor.get_config_copy()])
-def test_harmful_settings_do_not_reach_a_compile(
-    observed: Callable[[Callable[[], Any]], Any], name: str
+def test_harmful_settings_do_not_reach_a_compile_and_harmless_ones_stay_the_users(
+    observed: Callable[[Callable[[], Any]], Any],
 ) -> None:
-    usual = inductor.get_config_copy()[name]
-    with inductor.patch({name: HARMFUL[name]}):
-        found = observed(lambda: inductor.get_config_copy()[name])
-    assert found == _NEEDED.get(name, usual)
-    assert found != HARMFUL[name]
-
-
-@pytest.mark.parametrize("name", HARMLESS)
-def test_harmless_settings_stay_the_users(
-    observed: Callable[[Callable[[], Any]], Any], name: str
-) -> None:
-    with inductor.patch({name: HARMLESS[name]}):
-        assert observed(lambda: inductor.get_config_copy()[name]) == HARMLESS[name]
+    usual = inductor.get_config_copy()
+    harmful = {name: value for name, value in HARMFUL.items() if name in usual}
+    with inductor.patch({**harmful, **HARMLESS}):
+        found = observed(inductor.get_config_copy)
+    for name, value in harmful.items():
+        assert found[name] == _NEEDED.get(name, usual[name]), name
+        assert found[name] != value, name
+    assert {name: found[name] for name in HARMLESS} == HARMLESS
 
 
 def test_torchs_warnings_do_not_fail_a_compile(

@@ -11,13 +11,7 @@ from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from ddit_rt.blocks import (
-    CompiledRunner,
-    EagerRunner,
-    LoadedPackage,
-    TokenRanges,
-    load_runner,
-)
+from ddit_rt.blocks import CompiledRunner, EagerRunner, LoadedPackage, TokenRanges, load_runner
 from ddit_rt.blocks import runner as runner_module
 from ddit_rt.errors import ArtifactError, ArtifactMismatchError, ShapeError
 from ddit_rt.models import family_of

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from made_once import Packages, made_once, shared_folder
 from text_encoders import save_tiny
 
 from ddit_rt.cli import main
@@ -21,11 +22,15 @@ def other_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def artifact(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+def artifact(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, packages: Packages
+) -> Path:
     """An artifact of the model, compiled by the command; use it with `--trust-code`."""
-    path = tmp_path_factory.mktemp("artifact") / "tiny.ddit"
     size = ["--height", "32", "--width", "48", "--patch-sizes", "p,2p"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DDIT_RT_HOME", str(path.parent / "home"))
-        assert main(["compile", str(model_folder), "-o", str(path), *size]) == 0
-    return path
+
+    def make(path: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch, packages():
+            patch.setenv("DDIT_RT_HOME", str(path.with_name("cli-home")))
+            assert main(["compile", str(model_folder), "-o", str(path), *size]) == 0
+
+    return made_once(shared_folder(tmp_path_factory) / "cli.ddit", make)

@@ -49,8 +49,7 @@ def test_no_place_for_the_list_of_trusted_artifacts_is_exit_3_before_any_work(
     [
         (["--patch-sizes", "2p,4p"], '"p", the model\'s own, must be among them'),
         (["--patch-sizes", "p,3p"], "powers of two"),
-        (["--height", "2"], "smallest picture"),
-        (["--adapter", "no-such-folder"], "no-such-folder"),
+        (["--height", "2"], "smallest"),
     ],
 )
 def test_bad_request_is_exit_2(

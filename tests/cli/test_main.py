@@ -50,14 +50,6 @@ def test_help_does_not_wait_for_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["info"], ["info", "a.ddit", "--what"]])
-def test_bad_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == ExitCode.USAGE
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "usage: ddit-rt" in captured.err
-
-
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == ExitCode.OK
     assert capsys.readouterr().out.startswith("ddit-rt ")

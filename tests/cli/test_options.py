@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,39 +19,34 @@ COMPILE = ["compile", "none", "-o", "none.ddit"]
 TRAIN = ["train", "none", "--out", "none", "--data", "hf:none"]
 
 
-def typed_options() -> Iterator[tuple[str, argparse.Action]]:
-    """Every option, or argument, of every command that has a type of its own."""
+def commands() -> dict[str, argparse.ArgumentParser]:
     parser = build_parser()
-    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    for name, command in commands.choices.items():
-        for action in command._actions:
-            if action.type is not None:
-                yield name, action
+    (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return action.choices
 
 
-@pytest.mark.parametrize(
-    ("command", "action"),
-    [pytest.param(c, a, id=f"{c} {a.dest}") for c, a in typed_options()],
-)
+@pytest.mark.parametrize("command", commands())
 def test_type_of_every_option_takes_a_text_or_says_why_not(
-    command: str, action: argparse.Action, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert action.type not in (int, float), "such a number has no bounds, and may be NaN"
-    for text in ("", "x", "nan", "inf", "-inf", "-1", "0", "1e400", "9" * 5000, "0.5", "\0", "é"):
-        with contextlib.suppress(argparse.ArgumentTypeError):
-            value = action.type(text)
-            assert value == value, f"{command} {action.dest} takes NaN"
+    texts = ("", "x", "nan", "inf", "-inf", "-1", "0", "1e400", "9" * 5000, "0.5", "\0", "é")
+    for action in commands()[command]._actions:
+        assert action.type not in (int, float), f"{action.dest} has no bounds, and may be NaN"
+        for text in texts if action.type else ():
+            with contextlib.suppress(argparse.ArgumentTypeError):
+                value = action.type(text)
+                assert value == value, f"{action.dest} takes NaN"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*GENERATE, "--steps", "0"], "argument --steps: got '0'; expected a whole number of at"),
-        ([*GENERATE, "--steps", "2.5"], "argument --steps: got '2.5'; expected a whole number"),
-        ([*GENERATE, "--seed", "-1"], "argument --seed: got '-1'; expected a whole number from 0"),
+        ([*GENERATE, "--steps", "0"], "argument --steps: got '0'"),
+        ([*GENERATE, "--steps", "2.5"], "argument --steps: got '2.5'"),
+        ([*GENERATE, "--seed", "-1"], "argument --seed: got '-1'"),
         ([*GENERATE, "--height", "x"], "argument --height: got 'x'"),
-        ([*GENERATE, "--guidance-scale", "nan"], "argument --guidance-scale: got 'nan'; expected"),
+        ([*GENERATE, "--guidance-scale", "nan"], "argument --guidance-scale: got 'nan'"),
         ([*GENERATE, "--true-cfg-scale", "inf"], "argument --true-cfg-scale: got 'inf'"),
         ([*GENERATE, "--fps", "0"], "argument --fps: got '0'"),
         ([*GENERATE, "--guidance-interval", "0", "2"], "argument --guidance-interval: got '2'"),
@@ -60,7 +54,7 @@ def test_type_of_every_option_takes_a_text_or_says_why_not(
         ([*GENERATE, "--policy", "dynamik"], "did you mean 'dynamic'"),
         ([*GENERATE, "--policy", "3p:0.5,p"], "argument --policy: cannot read '3p:0.5'"),
         ([*GENERATE, "--policy", "fine", "--rho", "0.5"], "belong to --policy dynamic"),
-        ([*GENERATE, "--rho", "nan"], "argument --rho: got 'nan'; expected a finite number from 0"),
+        ([*GENERATE, "--rho", "nan"], "argument --rho: got 'nan'"),
         ([*GENERATE, "--tau", "2p=nan"], "argument --tau: got tau['2p']=nan"),
         ([*GENERATE, "--step-cache", "teacach:1"], "did you mean 'teacache'"),
         ([*GENERATE, "--executor", "fast"], "argument --executor: invalid choice: 'fast'"),
@@ -80,12 +74,12 @@ def test_type_of_every_option_takes_a_text_or_says_why_not(
         ([*COMPILE, "--adapter", "no"], "no such folder: no; --adapter names one"),
         (["compile", "./no", "-o", "a.ddit"], "no such folder: ./no; expected a diffusers folder"),
         (["compile", "notes.txt", "-o", "a.ddit"], "notes.txt is a file; expected a diffusers"),
-        ([*TRAIN, "--lr", "0"], "argument --lr: got '0'; expected a finite number above 0"),
-        ([*TRAIN, "--ema", "1.5"], "argument --ema: got '1.5'; expected a finite number from 0 to"),
+        ([*TRAIN, "--lr", "0"], "argument --lr: got '0'"),
+        ([*TRAIN, "--ema", "1.5"], "argument --ema: got '1.5'"),
         ([*TRAIN, "--gain-prompts", "no.txt"], "argument --gain-prompts: no such file: no.txt"),
         (["train", "none", "--out", "o", "--self", "no.txt"], "--self: no such file: no.txt"),
         (["ab", "no"], "no such folder: no"),
-        (["ab", ".", "--port", "-1"], "argument --port: got '-1'; expected a whole number from 0"),
+        (["ab", ".", "--port", "-1"], "argument --port: got '-1'"),
         (["demo", "--repeats", "0"], "argument --repeats: got '0'"),
         (["demo", "--out", "notes.txt"], "argument --out: notes.txt is a file; name a folder"),
     ],

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from ddit_rt import DDiTPolicy, FinePolicy, StaticPolicy
+from ddit_rt import DDiTPolicy, FinePolicy
 from ddit_rt.cli.policies import choose_policy, parse_tau
 
 DEFAULT = DDiTPolicy(tau={"2p": 3e-3}, dwell=5)
@@ -12,13 +12,6 @@ DEFAULT = DDiTPolicy(tau={"2p": 3e-3}, dwell=5)
 
 def test_no_option_keeps_the_default() -> None:
     assert choose_policy(None, None, None, DEFAULT) is DEFAULT
-
-
-def test_names_and_plans() -> None:
-    assert choose_policy("fine", None, None, DEFAULT) == FinePolicy()
-    assert choose_policy("static", None, None, DEFAULT) == StaticPolicy("2p:0.4,p")
-    plan = "4p:0.2,2p:0.4,p"
-    assert choose_policy(plan, None, None, DEFAULT) == StaticPolicy(plan)
 
 
 def test_dynamic_starts_from_a_dynamic_default() -> None:
@@ -37,11 +30,6 @@ def test_thresholds_alone_mean_dynamic() -> None:
 def test_thresholds_with_a_fixed_plan_are_refused() -> None:
     with pytest.raises(ValueError, match="belong to --policy dynamic"):
         choose_policy("fine", 1e-3, None, DEFAULT)
-
-
-def test_unknown_policy_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="fine, static, dynamic"):
-        choose_policy("quick", None, None, DEFAULT)
 
 
 def test_tau_for_all_sizes_or_one_each() -> None:

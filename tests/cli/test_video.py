@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from extras import need
+from made_once import Packages
 from PIL import Image
 from wan_models import wan_pipeline
 
@@ -25,11 +26,13 @@ def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wan_artifact(tmp_path_factory: pytest.TempPathFactory, wan_folder: Path) -> Path:
+def wan_artifact(
+    tmp_path_factory: pytest.TempPathFactory, wan_folder: Path, packages: Packages
+) -> Path:
     """Compiled by the command."""
     path = tmp_path_factory.mktemp("artifact") / "wan.ddit"
     size = ["--height", "64", "--width", "64", "--num-frames", "5", "--patch-sizes", "p,2p"]
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, packages():
         patch.setenv("DDIT_RT_HOME", str(path.parent / "home"))
         assert main(["compile", str(wan_folder), "-o", str(path), *size]) == 0
     return path
@@ -103,6 +106,7 @@ def test_eval_refuses_videos(
     assert "ddit-rt calibrate" in message
 
 
+@pytest.mark.slow
 def test_calibrated_plans_are_for_the_call_and_run(
     wan_artifact: Path,
     wan_folder: Path,

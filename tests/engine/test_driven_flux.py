@@ -173,6 +173,7 @@ def test_a_callback_that_changes_nothing_changes_nothing(policy: PatchPolicy, gu
     assert_equal(driven, table)
 
 
+@pytest.mark.slow
 def test_half_precision_does_not_blind_the_policy() -> None:
     """The pipeline rounds its latents to bfloat16, whose rounding alone scores above 0.003."""
     pipeline = tiny_pipeline().to(torch.bfloat16)

@@ -30,8 +30,14 @@ def trace_of(engine: Any) -> Any:
     return engine.last_trace
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
-@pytest.mark.parametrize("callback", CALLBACKS.values(), ids=CALLBACKS)
+@pytest.mark.parametrize(
+    ("callback", "scheduler"),
+    [
+        (callback, scheduler)
+        for row, callback in enumerate(CALLBACKS.values())
+        for scheduler in (heun, (euler, unipc)[row % 2])
+    ],
+)
 def test_every_callback_does_what_it_does_in_diffusers(
     callback: dict[str, Any], scheduler: Any
 ) -> None:
@@ -156,8 +162,8 @@ def test_half_precision_has_the_dtypes_of_diffusers(callback: str, scheduler: An
     assert_equal(actual, expected, tolerance=0.02)
 
 
-@pytest.mark.parametrize("scheduler", [euler, unipc])
-@pytest.mark.parametrize("boundary_ratio", [None, 0.8], ids=["", "experts"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheduler", "boundary_ratio"), [(euler, None), (unipc, 0.8)])
 def test_half_precision_does_not_blind_the_policy(
     scheduler: Any, boundary_ratio: float | None
 ) -> None:

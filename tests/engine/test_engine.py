@@ -13,14 +13,7 @@ from diffusers import (
     FluxPipeline,
     UniPCMultistepScheduler,
 )
-from models import (
-    latents_of,
-    noise,
-    seeded,
-    tiny_conditioning,
-    tiny_embeds,
-    tiny_pipeline,
-)
+from models import latents_of, noise, seeded, tiny_conditioning, tiny_embeds, tiny_pipeline
 from PIL import Image
 from torch import Tensor
 
@@ -166,12 +159,6 @@ def test_size_that_a_patch_does_not_divide_is_not_offered(engine: Engine) -> Non
         engine(**call, patch_policy=StaticPolicy("4p:0.5,p"))
 
 
-def test_batch_outside_the_compiled_range_is_refused(engine: Engine) -> None:
-    high = engine.artifact.manifest.ranges.batch[1]
-    with pytest.raises(ShapeError, match=f"batch size of {high + 1}"):
-        engine(**tiny_embeds(high + 1), num_inference_steps=1)
-
-
 def test_too_small_a_picture_is_refused(engine: Engine) -> None:
     with pytest.raises(ShapeError, match="smallest image is 8 x 8"):
         engine(**tiny_embeds(), height=4, width=64)
@@ -189,22 +176,6 @@ def test_misshapen_latents_are_refused_with_both_shapes(engine: Engine) -> None:
         engine(**tiny_embeds(), latents=noise(1, 60, 16))
     with pytest.raises(ShapeError, match=r"expected \[B, 4, H, W\]"):
         engine.denoise(noise(1, 3, 8, 8))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"prompts": "x"}, ValueError, r"unknown arguments \['prompts'\]"),
-        ({"joint_attention_kwargs": {"scale": 0.5}}, UnsupportedModelError, "would be ignored"),
-        ({"ip_adapter_image": Image.new("RGB", (8, 8))}, UnsupportedModelError, "IP-Adapter"),
-        ({"num_inference_steps": 0}, ValueError, "num_inference_steps=0"),
-    ],
-)
-def test_arguments_that_cannot_be_honoured_are_refused(
-    engine: Engine, arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        engine(**tiny_embeds(), **arguments)
 
 
 @pytest.mark.parametrize(

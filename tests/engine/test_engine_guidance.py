@@ -6,10 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.guiders import ClassifierFreeGuidance
 from models import (
     latents_of,
@@ -117,8 +114,6 @@ def test_guidance_interval_is_the_one_of_diffusers_guiders() -> None:
     ("arguments", "message"),
     [
         ({"guidance_interval": (0.5, 0.2)}, "0 <= start <= stop <= 1"),
-        ({"guidance_interval": 0.5}, r"got guidance_interval=0\.5; expected \(start, stop\)"),
-        ({"guidance_interval": (0.2,)}, "expected .start, stop."),
         ({"guidance_interval": (0.0, 0.5)}, "without classifier-free guidance"),
         ({"true_cfg_scale": torch.tensor(2.0)}, "`negative_encoder_hidden_states` is missing"),
         ({"true_cfg_scale": torch.ones(1)}, r"shape \[1\]; expected \[\]"),

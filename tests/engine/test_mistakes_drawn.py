@@ -33,10 +33,10 @@ DRAWN = settings(
     derandomize=True,
     deadline=None,
     database=None,
-    max_examples=25,
+    max_examples=15,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-FEW = settings(DRAWN, max_examples=12)
+FEW = settings(DRAWN, max_examples=8)
 
 ODD = [
     None,
@@ -261,7 +261,7 @@ def test_bare_loop(bare: Engine, name: str, value: Any) -> None:
     ],
 )
 @given(value=ANY)
-@DRAWN
+@FEW
 def test_compile(flux: Engine, name: str, value: Any) -> None:
     arguments = {"backend": "eager", "progress": False, name: value}
     engine = outcome(lambda: ddit_rt.compile(flux.pipeline, **arguments), name)

@@ -6,11 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    UniPCMultistepScheduler,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, UniPCMultistepScheduler
 from models import noise, random_adapters, tiny_conditioning, tiny_embeds, tiny_pipeline
 from reference_teacache import ReferenceTeaCache
 from torch import Tensor

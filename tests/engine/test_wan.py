@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-)
+from diffusers import DEISMultistepScheduler, DPMSolverMultistepScheduler
+from made_once import Packages
 from models import noise, seeded
 from wan_models import (
     CALL,
@@ -152,10 +150,13 @@ def test_videos_equal_diffusers(output_type: str) -> None:
     assert difference <= (1 if output_type == "pil" else 1e-4)
 
 
-def test_compiled_blocks_equal_diffusers_at_every_patch_size(tmp_path: Path) -> None:
+def test_compiled_blocks_equal_diffusers_at_every_patch_size(
+    tmp_path: Path, packages: Packages
+) -> None:
     """One package serves all, and comes back from a folder."""
     pipeline = wan_pipeline()
-    engine = ddit_rt.compile(pipeline, height=64, width=128, num_frames=9, progress=False)
+    with packages():
+        engine = ddit_rt.compile(pipeline, height=64, width=128, num_frames=9, progress=False)
     engine = ddit_rt.load(engine.save(tmp_path / "wan.ddit"), pipeline, progress=False)
     call = {name: CALL[name] for name in CALL.keys() - {"height", "width", "num_frames"}}
     expected = pipeline(**CALL, generator=seeded()).frames
@@ -229,8 +230,6 @@ def test_half_precision_keeps_what_diffusers_keeps_in_float32() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"num_frames": 8}, ShapeError, "num_frames=8.*multiple of 4 plus 1, such as 5 or 9"),
-        ({"height": 72}, ShapeError, "72 x 128 pixels.*multiples of 16, such as 64 x 128"),
         ({"attention_kwargs": {"scale": 1.0}}, UnsupportedModelError, "attention_kwargs"),
         ({"guidance_scale_2": 3.0}, ValueError, "boundary_ratio"),
         ({"latents": torch.zeros(1, CHANNELS, 2, 8, 16)}, ShapeError, r"expected \[1, 4, 3, 8, 16"),

@@ -10,10 +10,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import FirstBlockCacheConfig, FluxPipeline, FluxTransformer2DModel
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,
-)
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
     FluxSingleTransformerBlock,
@@ -32,11 +29,7 @@ from live_models import (
     nothing,
     run,
 )
-from models import (
-    noise,
-    tiny_pipeline,
-    tiny_transformer,
-)
+from models import noise, tiny_pipeline, tiny_transformer
 from text_encoders import clip_model, clip_words
 from torch import nn
 

@@ -10,24 +10,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from diffusers.models.attention_dispatch import (
-    attention_backend,
-)
-from diffusers.models.transformers.transformer_flux import (
-    FluxAttnProcessor,
-    FluxTransformerBlock,
-)
-from live_models import (
-    LORA,
-    check_equal,
-    eager,
-    nothing,
-    run,
-)
-from models import (
-    tiny_pipeline,
-    tiny_transformer,
-)
+from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxTransformerBlock
+from live_models import LORA, check_equal, eager, nothing, run
+from models import tiny_pipeline, tiny_transformer
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 

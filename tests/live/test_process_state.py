@@ -119,8 +119,15 @@ RUNS: dict[str, tuple[Callable[[], FluxPipeline], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [  # every state with two runs, every run with a state of every kind
+        (name, run)
+        for row, name in enumerate(STATES)
+        for column, run in enumerate(RUNS)
+        if (row - column) % 5 in (0, 2)
+    ],
+)
 def test_run_and_compile_have_the_same_bits_in_any_state(name: str, run: str) -> None:
     make, arguments = RUNS[run]
     pipeline = make()

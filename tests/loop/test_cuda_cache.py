@@ -89,12 +89,17 @@ def assert_same_run(actual: tuple[Tensor, Any], expected: tuple[Tensor, Any]) ->
     return "".join("r" if record.reused else "c" for record in expected[1])
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("policy", [FinePolicy(), StaticPolicy("4p:0.3,2p:0.3,p"), MIXED])
+POLICIES = [FinePolicy(), StaticPolicy("4p:0.3,2p:0.3,p"), MIXED]
+CACHES = [("flux", TEA), ("flux", MAG), ("wan", TEA_WAN), ("wan", MAG)]
+
+
 @pytest.mark.parametrize(
-    ("name", "cache"),
-    [("flux", TEA), ("flux", MAG), ("wan", TEA_WAN), ("wan", MAG)],
-    ids=["flux-tea", "flux-mag", "wan-tea", "wan-mag"],
+    ("form", "policy", "name", "cache"),
+    [  # all pairs
+        (form, POLICIES[(row + column) % 3], *CACHES[row])
+        for row in range(4)
+        for column, form in enumerate(FORMS)
+    ],
 )
 def test_equals_the_cpu_executor(
     graphs: EmulatedGraphs, form: str, policy: PatchPolicy, name: str, cache: StepCache
@@ -155,9 +160,14 @@ def test_two_passes_keep_a_residual_each(graphs: EmulatedGraphs) -> None:
     assert "r" in assert_same_run(actual, expected)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("cache", [NoCache(), TEA_WAN, MAG], ids=["none", "tea", "mag"])
+@pytest.mark.parametrize(
+    ("form", "cache", "batched"),
+    [  # all pairs
+        (form, cache, (row + column) % 2 == 0)
+        for row, form in enumerate(FORMS)
+        for column, cache in enumerate((NoCache(), TEA_WAN, MAG))
+    ],
+)
 def test_steps_outside_the_guidance_interval_have_graphs_of_their_own(
     graphs: EmulatedGraphs, form: str, batched: bool, cache: StepCache
 ) -> None:

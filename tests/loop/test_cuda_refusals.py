@@ -236,8 +236,10 @@ def wrapped() -> Exception:
     return error
 
 
-@pytest.mark.parametrize("form", ["auto", "loop", "step", "host"])
-@pytest.mark.parametrize("error", [out_of_memory, wrapped])
+@pytest.mark.parametrize(
+    ("form", "error"),
+    [("auto", out_of_memory), ("loop", wrapped), ("step", out_of_memory), ("host", wrapped)],
+)
 def test_a_capture_without_memory_names_shape_and_bucket(
     graphs: EmulatedGraphs, form: str, error: Callable[[], Exception]
 ) -> None:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_files import (
-    check_unchanged,
-    eager,
-    everything,
-)
+from lora_files import check_unchanged, eager, everything
 from models import noise
 from torch import Tensor
 from wan_models import wan_pipeline

@@ -52,32 +52,27 @@ def test_pack_equals_diffusers(dtype: torch.dtype, shape: tuple[int, int, int, i
 
 @pytest.mark.parametrize("p", [1, 2, 3, 4, 6, 8, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("frames", [0, 1, 3])
-def test_pack_equals_reference_and_unpack_inverts_it(
-    p: int, dtype: torch.dtype, frames: int
-) -> None:
-    size = (48, 96)
-    shape = (2, 5, frames, *size) if frames else (2, 5, *size)
-    latents = torch.randn(shape).to(dtype)
-    tokens = pack(latents, p)
-    assert tokens.dtype == dtype
-    assert torch.equal(tokens, reference_pack(latents, p))
-    assert torch.equal(unpack(tokens, p, *size, frames), latents)
+def test_pack_equals_reference_and_unpack_inverts_it(p: int, dtype: torch.dtype) -> None:
+    for frames in (0, 1, 3):
+        latents = torch.randn((2, 5, *[frames][: frames > 0], 48, 96)).to(dtype)
+        tokens = pack(latents, p)
+        assert tokens.dtype == dtype
+        assert torch.equal(tokens, reference_pack(latents, p))
+        assert torch.equal(unpack(tokens, p, 48, 96, frames), latents)
 
 
-@pytest.mark.parametrize("p", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [1, 2, 3, 8])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("frame_patch", [1, 2, 3])
-@pytest.mark.parametrize("channels", [1, 5, 16])
 def test_pack_in_every_layout_equals_reference_and_unpack_inverts_it(
-    p: int, dtype: torch.dtype, channels_last: bool, frame_patch: int, channels: int
+    p: int, channels_last: bool, frame_patch: int
 ) -> None:
-    latents = torch.randn(2, channels, 6, 24, 72).to(dtype)
-    tokens = pack(latents, p, frame_patch=frame_patch, channels_last=channels_last)
-    assert torch.equal(tokens, reference_pack(latents, p, frame_patch, channels_last))
-    unpacked = unpack(tokens, p, 24, 72, 6, frame_patch=frame_patch, channels_last=channels_last)
-    assert torch.equal(unpacked, latents)
+    layout = {"frame_patch": frame_patch, "channels_last": channels_last}
+    for channels, dtype in zip((1, 5, 16), DTYPES, strict=True):
+        latents = torch.randn(2, channels, 6, 24, 72).to(dtype)
+        tokens = pack(latents, p, **layout)
+        assert torch.equal(tokens, reference_pack(latents, p, frame_patch, channels_last))
+        assert torch.equal(unpack(tokens, p, 24, 72, 6, **layout), latents)
 
 
 def tiny_wan(patch_size: tuple[int, int, int]) -> WanTransformer3DModel:

@@ -105,6 +105,7 @@ def test_help_names_combinations_and_settings(checkout: Path) -> None:
     assert "set -euo" not in done.stdout
 
 
+@pytest.mark.slow
 def test_failed_tests_are_a_row_and_exit_1(checkout: Path) -> None:
     done = matrix(checkout, OWN, code=1, report=REPORT)
     assert done.returncode == 1, done.stderr

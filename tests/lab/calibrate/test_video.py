@@ -138,12 +138,14 @@ def test_calibrated_plans_of_clips_are_told_and_run(tmp_path: Any) -> None:
     assert len(trace) == calibration.presets["balanced"].num_inference_steps
 
 
+@pytest.mark.slow
 def test_unreachable_target_speaks_of_videos() -> None:
     need("torchmetrics")
     with pytest.raises(ValueError, match=r"tokens per video\. Ask for less"):
         calibrate(bench(eager()), config(request={"speedup": 50}), {})
 
 
+@pytest.mark.slow
 def test_two_experts_are_searched_without_step_caches() -> None:
     """Although there is a fit: for one model, which says nothing of two."""
     need("torchmetrics")

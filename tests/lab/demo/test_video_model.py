@@ -65,6 +65,7 @@ def test_autoencoder_keeps_drawn_clips_and_scales_their_latents(pipeline: WanPip
     assert -10 * np.log10(error) > 21
 
 
+@pytest.mark.slow
 def test_clips_show_what_held_out_captions_say(pipeline: WanPipeline) -> None:
     chosen = [a for a in all_video_attributes() if is_held_out_video(a)][::9]
     drawn = [draw_video(a, VideoConfig(), 97, index) for index, a in enumerate(chosen)]

@@ -1,0 +1,64 @@
+"""What takes long to compile is compiled once for all workers of a test run."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.export import ExportedProgram
+
+import ddit_rt.blocks.compile as block_compiler
+from ddit_rt.blocks import PackageInfo, read_info
+
+Packages = Callable[[], AbstractContextManager[None]]
+
+
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run see."""
+    own = factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def made_once(path: Path, make: Callable[[Path], Any]) -> Path:
+    """Calls `make(temporary)` unless another worker has made `path`, or waits until it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            temporary = path.with_name(f"{path.name}.unfinished")
+            make(temporary)
+            temporary.rename(path)
+    return path
+
+
+@contextmanager
+def packages_made_once(folder: Path) -> Iterator[None]:
+    """Within, a program whose package is in the folder is not compiled again.
+
+    Blocks are exported each time. A package holds no weights, so equal programs with equal metadata
+    are equal packages.
+    """
+    compile_program = block_compiler.compile_program
+
+    def compile_or_copy(program: ExportedProgram, info: PackageInfo, target: Path) -> PackageInfo:
+        text = f"{program}\n{info.to_json()}"
+        package = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.pt2"
+
+        def make(temporary: Path) -> None:
+            own = temporary.with_suffix(".pt2")
+            compile_program(program, info, own)
+            own.rename(temporary)
+
+        shutil.copyfile(made_once(package, make), target)
+        return read_info(target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_compiler, "compile_program", compile_or_copy)
+        yield
