@@ -22,7 +22,7 @@ class ExitCode(IntEnum):
 EXIT_CODES = """exit codes:
   0    done
   1    internal error (run again with --debug and report the traceback)
-  2    bad usage or input: an option, a model, a picture size, a missing file or package
+  2    bad usage or input: an option, a model, an image size, a missing file or package
   3    the artifact is missing, damaged, not trusted, or does not fit model or machine
   130  interrupted"""
 

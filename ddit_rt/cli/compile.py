@@ -28,8 +28,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", required=True, type=writable, metavar="OUT.ddit", help="artifact to write"
     )
-    parser.add_argument("--height", type=whole(1), help="picture height; default: the model's own")
-    parser.add_argument("--width", type=whole(1), help="picture width; default: the model's own")
+    parser.add_argument("--height", type=whole(1), help="image height; default: the model's own")
+    parser.add_argument("--width", type=whole(1), help="image width; default: the model's own")
     parser.add_argument("--num-frames", type=whole(1), help="of a video; default: the model's own")
     parser.add_argument(
         "--patch-sizes",

@@ -66,7 +66,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1),
         default=1,
         metavar="N",
-        help="pictures of each prompt (default: 1)",
+        help="images of each prompt (default: 1)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the first image (default: 0)")
     parser.add_argument(
@@ -102,7 +102,7 @@ def _add_metric_arguments(group: Any) -> None:
         "--references",
         type=existing_folder,
         metavar="DIR",
-        help="pictures that FID compares with; default: the full-resolution ones",
+        help="images that FID compares with; default: the full-resolution ones",
     )
     group.add_argument(
         "--clip-model",

@@ -1,4 +1,4 @@
-"""`ddit-rt generate`: pictures or videos from an artifact and its model."""
+"""`ddit-rt generate`: images or videos from an artifact and its model."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=file_to_write,
         metavar="FILE",
-        help="picture to write (default: out.png), or video (default: out.mp4; NAME.png: frames "
+        help="image to write (default: out.png), or video (default: out.mp4; NAME.png: frames "
         "NAME/000.png, ...); several become FILE-1, FILE-2, ...; existing files are replaced",
     )
     parser.add_argument(
-        "--num-images", type=whole(1), default=1, help="pictures or videos per prompt"
+        "--num-images", type=whole(1), default=1, help="images or videos per prompt"
     )
-    parser.add_argument("--seed", type=seed, help="seed of the first picture, then seed + 1, ...")
+    parser.add_argument("--seed", type=seed, help="seed of the first image, then seed + 1, ...")
     parser.add_argument("--steps", type=whole(1), help="denoising steps; default: the pipeline's")
     add_call_arguments(parser)
     add_further_arguments(parser)
@@ -99,14 +99,14 @@ def _run(args: argparse.Namespace) -> Outcome:
     policy = choose_policy(args.policy, args.tau, args.rho, engine.default_policy)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
     arguments = {**pipeline_arguments(args), "step_cache": args.step_cache}
-    pictures = [
+    images = [
         _generate(engine, policy, prompt, first + index, path, arguments, args.fps)
         for index, (prompt, path) in enumerate(zip(prompts, paths, strict=True))
     ]
-    data = {"artifact": str(args.artifact), "policy": _policy_entry(policy), "pictures": pictures}
+    data = {"artifact": str(args.artifact), "policy": _policy_entry(policy), "pictures": images}
     if args.trace is not None:
         _write_json(args.trace, data)
-    return Outcome(data=_without_traces(data), text=_text(pictures))
+    return Outcome(data=_without_traces(data), text=_text(images))
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -143,7 +143,7 @@ def _generate(
     arguments: dict[str, Any],
     fps: int,
 ) -> dict[str, Any]:
-    """One picture or video in its own run, so that it can be made again alone, with its seed."""
+    """One image or video in its own run, so that it can be made again alone, with its seed."""
     import torch
 
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -182,18 +182,17 @@ def _policy_entry(policy: PolicyChoice) -> dict[str, Any]:
 
 
 def _without_traces(data: dict[str, Any]) -> dict[str, Any]:
-    pictures = [
-        {key: value for key, value in picture.items() if key != "trace"}
-        for picture in data["pictures"]
+    images = [
+        {key: value for key, value in image.items() if key != "trace"} for image in data["pictures"]
     ]
-    return {**data, "pictures": pictures}
+    return {**data, "pictures": images}
 
 
-def _text(pictures: list[dict[str, Any]]) -> str:
+def _text(images: list[dict[str, Any]]) -> str:
     return "\n".join(
-        f"{picture['path']}  {picture['seconds']:.2f} s  seed {picture['seed']}  "
-        f"{run_lengths(picture['patch_sizes'])}{_reused_text(picture['reused_steps'])}"
-        for picture in pictures
+        f"{image['path']}  {image['seconds']:.2f} s  seed {image['seed']}  "
+        f"{run_lengths(image['patch_sizes'])}{_reused_text(image['reused_steps'])}"
+        for image in images
     )
 
 
@@ -219,7 +218,7 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 GENERATE = Command(
     name="generate",
-    summary="Generate pictures or videos with a compiled model.",
+    summary="Generate images or videos with a compiled model.",
     examples=(
         'ddit-rt generate demo.ddit --model demo --prompt "a red circle on plain blue" -o a.png',
         "ddit-rt generate flux.ddit --model black-forest-labs/FLUX.1-dev --dtype bfloat16 \\",

@@ -106,7 +106,7 @@ def load_pipeline(model: str, dtype: str | None = None, device: str = "cpu") -> 
 
 
 def refuse_video(manifest: Manifest, command: str) -> None:
-    """Refuses an artifact of a video model where pictures are compared.
+    """Refuses an artifact of a video model where images are compared.
 
     Raises:
         UnsupportedModelError: It is one.
@@ -116,7 +116,7 @@ def refuse_video(manifest: Manifest, command: str) -> None:
 
     if family_named(manifest.family).video:
         raise UnsupportedModelError(
-            f"ddit-rt {command} compares pictures, and this artifact makes videos "
+            f"ddit-rt {command} compares images, and this artifact makes videos "
             f"({manifest.transformer_class}); compare its plans with ddit-rt calibrate, which goes "
             "by SSIM, or by eye with ddit-rt generate --policy"
         )

@@ -1,4 +1,4 @@
-"""What `ddit-rt generate` writes: pictures, or videos as MP4 or frame by frame."""
+"""What `ddit-rt generate` writes: images, or videos as MP4 or frame by frame."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO = ".mp4"
 
 
 def output_paths(output: Path, count: int, *, video: bool = False) -> list[Path]:
-    """Where `count` pictures or videos go; the folder is made.
+    """Where `count` images or videos go; the folder is made.
 
     Raises:
         ValueError: None are asked for, or a file type that cannot be written.
         ModuleNotFoundError: What writes MP4 files is not installed.
     """
     if count < 1:
-        raise ValueError("got --num-images below 1; ask for at least one picture per prompt")
-    known = (*PICTURES, VIDEO) if video else PICTURES
+        raise ValueError("got --num-images below 1; ask for at least one image per prompt")
+    known = (*IMAGES, VIDEO) if video else IMAGES
     suffix = output.suffix.lower()
     if suffix not in known:
-        hint = "" if video or suffix != VIDEO else "; this model makes pictures, not videos"
+        hint = "" if video or suffix != VIDEO else "; this model makes images, not videos"
         raise ValueError(f"cannot write {output}: the name must end in {', '.join(known)}{hint}")
     if suffix == VIDEO:
         from ddit_rt.lab.measure.video_file import require_encoder
@@ -38,7 +38,7 @@ def output_paths(output: Path, count: int, *, video: bool = False) -> list[Path]
 
 
 def write_video(frames: Sequence[Any], path: Path, fps: int) -> None:
-    """Writes PIL frames: as MP4, or as `NAME/000.png`, ... for a picture's name."""
+    """Writes PIL frames: as MP4, or as `NAME/000.png`, ... for an image's name."""
     if path.suffix.lower() != VIDEO:
         folder = path.with_suffix("")
         folder.mkdir(exist_ok=True)

@@ -48,8 +48,8 @@ def _add_data_arguments(group: Any) -> None:
         metavar="PROMPTS",
         help="train on the model's own trajectories for the prompts in this file, one a line",
     )
-    group.add_argument("--height", type=whole(1), help="picture height; default: the model's own")
-    group.add_argument("--width", type=whole(1), help="picture width; default: the model's own")
+    group.add_argument("--height", type=whole(1), help="image height; default: the model's own")
+    group.add_argument("--width", type=whole(1), help="image width; default: the model's own")
     group.add_argument("--limit", type=whole(1), help="most images, or number of trajectories")
     group.add_argument(
         "--sampling-steps",
@@ -258,7 +258,7 @@ TRAIN = Command(
     summary="Train patch adapters for a model, distilled from the model itself.",
     examples=(
         "ddit-rt train demo --self prompts.txt --limit 512 --out adapters/",
-        "ddit-rt train black-forest-labs/FLUX.1-dev --dtype bfloat16 --data pictures/ \\",
+        "ddit-rt train black-forest-labs/FLUX.1-dev --dtype bfloat16 --data images/ \\",
         "    --gradient-checkpointing --optimizer prodigy --out adapters/",
         "accelerate launch -m ddit_rt.cli train ./flux --data 'shards/*.tar' --out adapters/",
         "torchrun --nproc_per_node 2 -m ddit_rt.cli train demo --self prompts.txt --out adapters/",

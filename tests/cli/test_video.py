@@ -102,7 +102,7 @@ def test_eval_refuses_videos(
     prompts = ["--prompts", str(tmp_path / "prompts.txt")]
     assert main(["eval", str(wan_artifact), "--model", str(wan_folder), *prompts]) == 2
     message = capsys.readouterr().err
-    assert "ddit-rt eval compares pictures" in message
+    assert "ddit-rt eval compares images" in message
     assert "ddit-rt calibrate" in message
 
 
