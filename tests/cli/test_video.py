@@ -127,7 +127,7 @@ def test_calibrated_plans_are_for_the_call_and_run(
     captured = capsys.readouterr()
     assert "no step cache has a fit for this model" in captured.err
     # Three latent frames of 12 x 8; p is 2.
-    assert "held-out prompts; all fine takes 576.0 tokens a clip" in captured.out
+    assert "held-out prompts; full resolution takes 576.0 tokens" in captured.out
     (calibration,) = read_manifest(path).calibrations
     evidence = calibration.evidence
     assert evidence["arguments"] == {
