@@ -58,6 +58,13 @@ def test_how_a_run_goes_is_an_argument_of_compile() -> None:
         ddit_rt.compile(pipeline, backend="eager", batched_guidance="no")
 
 
+@pytest.mark.parametrize("name", ["executor", "batched_guidance", "patch_sizes"])
+def test_a_call_says_where_what_changes_how_it_runs_belongs(name: str) -> None:
+    engine = ddit_rt.compile(tiny_pipeline(), backend="eager", progress=False)
+    with pytest.raises(ValueError, match=f"{name}.*compile"):
+        engine("a zebra", **{name: "auto"})
+
+
 def test_the_typed_call_has_the_pipelines_arguments_and_no_others() -> None:
     taken = {name for pipe in (tiny_pipeline(), wan_pipeline()) for name in call_defaults(pipe)}
     assert set(get_type_hints(CallArguments)) == taken - {"prompt"}

@@ -228,6 +228,10 @@ _SETTABLE = (
 """Entries of a manifest that may be others than when its engine was made."""
 
 
+_HOW_IT_RUNS = ("executor", "batched_guidance", "patch_sizes", "adapter", "ranges", "backend")
+"""Arguments of `compile` that a caller may look for in the call."""
+
+
 def check_call(
     pipeline: Any,
     arguments: Mapping[str, Any],
@@ -248,6 +252,11 @@ def check_call(
     Raises:
         TypeError, ValueError: An unknown argument, or a value that is none for its name.
     """
+    if elsewhere := [name for name in arguments if name in _HOW_IT_RUNS]:
+        raise ValueError(
+            f"got {elsewhere} in a call; how an engine runs is fixed for all of its calls: "
+            "give that to ddit_rt.compile or ddit_rt.load"
+        )
     given = {name: value for name, value in arguments.items() if _says_more(name, value, defaults)}
     checked = {**defaults, **check_arguments(pipeline, given, own)}
     _check_step_counts(checked.get("num_inference_steps"), checked.get("sigmas"))
