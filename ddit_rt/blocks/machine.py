@@ -22,8 +22,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from ddit_rt.errors import CompileError
 from ddit_rt.folder import no_place_for_code
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+_UNPACKS_IN_TMPDIR = (2, 13)
+"""From this torch on, packages are unpacked in TMPDIR; 2.11 takes /tmp whatever TMPDIR says."""
+_TMP = "/tmp"  # noqa: S108 - torch's own choice
 
 _TOOLKIT = Path("/usr/local/cuda")
 _STUBS = ("lib64/stubs", "lib/stubs", "targets/*/lib/stubs")
@@ -102,6 +109,19 @@ def _check_folders() -> None:
             raise CompileError(
                 f"torch compiles in {folder}, {problem}: set {variable} to another folder"
             )
+    folder, remedy = unpack_folder()
+    if problem := no_place_for_code(folder, _CODE_ROOM):
+        raise CompileError(f"torch loads what it compiled from {folder}, {problem}: {remedy}")
+
+
+def unpack_folder() -> tuple[Path, str]:
+    """Where torch unpacks a package to load its code, and what to do if it cannot."""
+    if TORCH >= _UNPACKS_IN_TMPDIR:
+        return Path(os.environ.get("TMPDIR") or _TMP), "set TMPDIR to another folder"
+    return Path(_TMP), (
+        f"PyTorch {torch.__version__} unpacks nowhere else, so make room there, or use PyTorch "
+        "2.13 or newer and set TMPDIR"
+    )
 
 
 def _cuda_paths(compiler: str, scratch: Path) -> dict[str, Path]:

@@ -11,7 +11,6 @@ A runner is not thread-safe and performs no synchronisation, so that a CUDA grap
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from ddit_rt.blocks.constants import Binding, ConstantSpec
 from ddit_rt.blocks.inputs import InputCheck, TokenRanges
+from ddit_rt.blocks.machine import TORCH, unpack_folder
 from ddit_rt.blocks.package import input_dtypes as resolve_dtypes
 from ddit_rt.blocks.package import read_info
 from ddit_rt.blocks.template import BlockTemplate, LoraSpec, canonical_name
@@ -32,12 +32,9 @@ if TYPE_CHECKING:
     from torch.export.pt2_archive._package import AOTICompiledModel
 
 
-_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _WAITS = (2, 13)
 """From this torch on, the first run after a change of tensors waits for its stream
 (`AOTInductorModelBase::run_const_fold`), which no capture allows."""
-_UNPACKS_IN_TMPDIR = (2, 13)
-"""From this torch on, packages are unpacked in TMPDIR; 2.11 takes /tmp whatever TMPDIR says."""
 
 
 class LoadedPackage:
@@ -79,7 +76,7 @@ class LoadedPackage:
     @property
     def shared(self) -> bool:
         """Whether blocks should share it: on CUDA, where torch can change tensors in a capture."""
-        return self.device.type == "cuda" and _TORCH < _WAITS
+        return self.device.type == "cuda" and TORCH < _WAITS
 
     def resolve(self, block: nn.Module, lora: Mapping[str, Tensor] | None) -> Binding:
         """A block's tensors, checked; arguments and errors as of `CompiledRunner.bind`."""
@@ -261,15 +258,6 @@ def _load(package: Path, device: torch.device) -> AOTICompiledModel:
 
 
 def _advice(package: Path, error: RuntimeError) -> str:
-    # The loader unpacks a package before it loads the code.
-    may_choose = _TORCH >= _UNPACKS_IN_TMPDIR
-    folder = Path((may_choose and os.environ.get("TMPDIR")) or "/tmp")  # noqa: S108
+    folder, remedy = unpack_folder()
     problem = no_place_for_code(folder, 2 * package.stat().st_size)
-    if not problem:
-        return f"({error}): compile it again"
-    if may_choose:
-        return f"from {folder}, {problem}: set TMPDIR to another folder"
-    return (
-        f"from {folder}, {problem}: PyTorch {torch.__version__} unpacks nowhere else, so make room "
-        "there, or use PyTorch 2.13 or newer and set TMPDIR"
-    )
+    return f"from {folder}, {problem}: {remedy}" if problem else f"({error}): compile it again"

@@ -70,11 +70,11 @@ def test_packages_are_shared_where_a_capture_may_change_their_tensors(
     compiled_blocks: CompiledBlocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = LoadedPackage(compiled_blocks.package("FluxTransformerBlock"), device=CPU)
-    monkeypatch.setattr("ddit_rt.blocks.runner._TORCH", (2, 11))
+    monkeypatch.setattr("ddit_rt.blocks.runner.TORCH", (2, 11))
     assert not package.shared
     package.device = torch.device("cuda", 0)
     assert package.shared
-    monkeypatch.setattr("ddit_rt.blocks.runner._TORCH", (2, 13))
+    monkeypatch.setattr("ddit_rt.blocks.runner.TORCH", (2, 13))
     assert not package.shared
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ddit_rt.blocks import machine
-from ddit_rt.blocks.machine import compiler_ready
+from ddit_rt.blocks.machine import compiler_ready, unpack_folder
 from ddit_rt.errors import CompileError
 from ddit_rt.folder import no_place_for_code
 
@@ -169,6 +170,23 @@ def test_locale_in_which_torch_cannot_read_itself_is_named(
         contextlib.nullcontext() if fits else pytest.raises(CompileError, match="set PYTHONUTF8=1")
     )
     with expected, compiler_ready("cpu"):
+        pass
+
+
+@pytest.mark.parametrize("version", [(2, 11), (2, 13)])
+def test_a_place_that_packages_cannot_be_loaded_from_is_refused_before_the_compile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: tuple[int, int]
+) -> None:
+    """Torch compiles below TMPDIR, but 2.11 unpacks in /tmp all the same."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(machine, "TORCH", version)
+    folder, remedy = unpack_folder()
+    assert (folder == tmp_path) == (version == (2, 13))
+    monkeypatch.setattr(
+        machine, "no_place_for_code", lambda asked, _: "noexec" if asked == folder else ""
+    )
+    said = re.escape(f"{folder}, noexec: {remedy}")
+    with pytest.raises(CompileError, match=said), compiler_ready("cpu"):
         pass
 
 
