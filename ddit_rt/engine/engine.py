@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ddit_rt import checks, notices
+from ddit_rt import checks
 from ddit_rt.artifact import Artifact
 from ddit_rt.engine.history import SeenLatents
 from ddit_rt.engine.inputs import (
@@ -22,17 +21,16 @@ from ddit_rt.engine.inputs import (
     check_latents,
     check_schedule,
     check_scheduler,
-    check_size,
 )
 from ddit_rt.engine.pipeline_driven import PipelineRun
 from ddit_rt.engine.table_driven import Loop, StepCallback
-from ddit_rt.errors import ArtifactMismatchError, UnsupportedModelError
-from ddit_rt.loop import CaptureReport, ProgressCallback, RunPlan, RunTrace
-from ddit_rt.lora.fused import FusedLora, lora_component
+from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.loop import CaptureReport, RunPlan, RunTrace
+from ddit_rt.lora.fused import FusedLoras
 from ddit_rt.models.arguments import check_callback, check_text_encoders
 from ddit_rt.models.calls import PipelineCall
 from ddit_rt.planning.compiled import CompiledModel
-from ddit_rt.planning.outline import Outline, driven_note, outline_run
+from ddit_rt.planning.outline import Outline, outline_run
 from ddit_rt.planning.plan import plan_run
 from ddit_rt.planning.request import (
     WHOLE_RUN,
@@ -43,7 +41,7 @@ from ddit_rt.planning.request import (
     read_request,
     requested_steps,
 )
-from ddit_rt.policies import FinePolicy, PatchPolicy, StepCache, TeaCache, patch_name
+from ddit_rt.policies import PatchPolicy, StepCache, patch_name
 from ddit_rt.solver import ProbedSchedules, SolverTable, own_steps, probe_scheduler
 from ddit_rt.steps import latent_frames
 from ddit_rt.torch_state import shielded, without_autocast
@@ -52,9 +50,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ddit_rt.engine.typed import CallArguments, PipelineOutput
-
-_IDLE = "a dynamic policy took no coarse step"
-"""Among what an engine has announced: said once, whatever the scores were."""
 
 
 class Engine:
@@ -71,8 +66,6 @@ class Engine:
     # A misspelt attribute is an AttributeError.
     __slots__ = (
         "__weakref__",
-        "_annotate",
-        "_announced",
         "_artifact",
         "_batched_guidance",
         "_compiled",
@@ -94,22 +87,19 @@ class Engine:
         batched_guidance: bool = True,
     ) -> None:
         self.pipeline = pipeline
-        self._annotate = False
         self._batched_guidance = batched_guidance
         self._compiled = compiled
         self._artifact = artifact
         self._device = compiled.steps.device
         self._loop = Loop(self._device)
         self._solver = ProbedSchedules()
-        self._announced: set[str] = set()
         self.executor = executor
         self._lock = threading.RLock()
-        self._fused: dict[str, FusedLora] = {}
+        self._fused = FusedLoras()
 
     def __repr__(self) -> str:
         """Model, patch sizes, defaults, device and state, on one line."""
         model, manifest = self._compiled.steps, self._artifact.manifest
-        where = self._artifact.directory
         parts = [
             type(self.pipeline or model.transformer).__name__,
             "sizes=" + ",".join(map(patch_name, self._compiled.multiples)),
@@ -120,7 +110,7 @@ class Engine:
             f"executor={self.executor}",
             "backend=" + ("aot" if manifest.packages else "eager"),
             "lora fused" if self._fused else "",
-            "" if where is None else f"artifact={str(where)!r}",
+            f"artifact={self._artifact.directory}" if self._artifact.directory else "",
         ]
         return f"Engine({', '.join(part for part in parts if part)})"
 
@@ -136,11 +126,11 @@ class Engine:
     @property
     def annotate(self) -> bool:
         """Whether profilers see named ranges of a run; see `executor.ranges`. May be set."""
-        return self._annotate
+        return self._loop.annotate
 
     @annotate.setter
     def annotate(self, annotate: bool) -> None:
-        self._annotate = checks.flag("annotate", annotate)
+        self._loop.annotate = checks.flag("annotate", annotate)
 
     @property
     def batched_guidance(self) -> bool:
@@ -239,7 +229,7 @@ class Engine:
             )
         with self._lock:
             self._check_state()
-            given = self._checked({"prompt": prompt, **arguments})
+            given = check_call(self._compiled, self.pipeline, self._artifact, prompt, arguments)
             request = read_request(
                 self._artifact.manifest,
                 lambda: requested_steps(self.pipeline, given),
@@ -263,8 +253,14 @@ class Engine:
             prepared = family.encode_call(self.pipeline, scheduler, call)
             plan = plan_run(self._compiled, outline, prepared.conditioning)
             with self.pipeline.progress_bar(total=prepared.num_inference_steps) as bar:
-                final = self._run(plan, prepared.latents, lambda _: bar.update(), self._interrupted)
-            self._look_back(outline)
+                final = self._loop.run(
+                    plan,
+                    prepared.latents,
+                    lambda _: bar.update(),
+                    # Diffusers' own way to end a run: someone sets this.
+                    interrupted=lambda: bool(getattr(self.pipeline, "_interrupt", False)),
+                )
+            self._loop.look_back(outline)
             result: PipelineOutput = prepared.finish(final)
             return result
 
@@ -321,11 +317,9 @@ class Engine:
         given = {name: value for name, value in conditioning.items() if value is not None}
         steps, sigmas = check_schedule(num_inference_steps, sigmas)
         check_callback("callback", callback)
-        if scheduler is None:
-            scheduler = self._default_scheduler()
         with self._lock:
             self._check_state()
-            scheduler = copy.deepcopy(check_scheduler(scheduler))
+            scheduler = copy.deepcopy(check_scheduler(scheduler, self.pipeline))
             request = read_request(
                 self._artifact.manifest,
                 lambda: (steps, sigmas is not None),
@@ -346,40 +340,30 @@ class Engine:
             if problem or callback is not None:
                 return self._by_scheduler(outline, given, latents, scheduler, callback, problem)
             plan = plan_run(self._compiled, outline, given)
-            final = self._run(plan, latents, None, lambda: False)
-            self._look_back(outline)
+            final = self._loop.run(plan, latents, None)
+            self._loop.look_back(outline)
             return final
 
     @shielded()
-    def measuring_plan(
-        self, *, projected: bool = False, **arguments: Any
-    ) -> tuple[RunPlan, Tensor]:
-        """A run of the pipeline with every step computed at p, for measuring what step caches need.
-
-        Its buckets keep their residuals, and its step cache holds the model's bare signal: a
-        `Signal`, or the relative changes of a time embedding as the increments.
+    def plan_call(self, request: Request, **arguments: Any) -> tuple[RunPlan, Tensor]:
+        """Plans a call of the pipeline, for whoever runs its buckets themselves.
 
         Args:
-            projected: Whether that embedding is the projected one.
+            request: What the run is asked to do.
             arguments: Of the pipeline's `__call__`.
 
         Returns:
             The plan and z_0; nothing has run.
         """
         arguments = {**self.artifact.manifest.pipeline_defaults, **arguments}
-        cache = TeaCache(0.0, coefficients=(1.0, 0.0), last=0)
-        if projected:
-            cache = replace(cache, use_ret_steps=True, first=1)
+        family = self._compiled.steps.family
         with self._lock:
             self._check_state()
             scheduler = copy.deepcopy(self.pipeline.scheduler)
-            call = self._compiled.steps.family.read_call(self.pipeline, scheduler, arguments)
-            request = Request(
-                policy=FinePolicy(), step_cache=cache, batched_guidance=self.batched_guidance
-            )
+            call = family.read_call(self.pipeline, scheduler, arguments)
             table = probe_scheduler(scheduler)
             outline = self._outline(request, call.shape, scheduler, table, guided=call.guided)
-            prepared = self._compiled.steps.family.encode_call(self.pipeline, scheduler, call)
+            prepared = family.encode_call(self.pipeline, scheduler, call)
             plan = plan_run(self._compiled, outline, prepared.conditioning)
             return plan, prepared.latents.to(self._device, torch.float32)
 
@@ -426,17 +410,10 @@ class Engine:
             UnsupportedModelError: A part of the LoRA has no place, or the pipeline has LoRA layers
                 of its own there.
         """
-        if self.pipeline is None:
-            raise UnsupportedModelError(
-                "fuse_lora loads through the pipeline; this engine has a bare transformer"
-            )
         with self._lock:
             self._check_state()
-            component = lora_component(load_arguments)
-            if component in self._fused:
-                raise ValueError("a LoRA is fused already; call unfuse_lora() first")
             models = [model.transformer for model in self._compiled.models]
-            self._fused[component] = FusedLora(self.pipeline, lora, scale, models, **load_arguments)
+            self._fused.fuse(self.pipeline, lora, scale, models, **load_arguments)
 
     @without_autocast()
     def unfuse_lora(self) -> None:
@@ -446,40 +423,12 @@ class Engine:
             ValueError: No LoRA is fused, or the pipeline has fused another since.
         """
         with self._lock:
-            if not self._fused:
-                raise ValueError("no LoRA is fused; fuse_lora(...) comes first")
-            for fused in self._fused.values():
-                fused.check_removable()
-            for component in list(self._fused):
-                self._fused[component].restore()
-                del self._fused[component]
+            self._fused.unfuse()
 
     def _check_state(self) -> None:
         """Refuses a call from within a run, and a model that is not what was compiled."""
         self._loop.check_alone()
-        for model in self._compiled.models:
-            if model.device != self._device:
-                raise ArtifactMismatchError(
-                    f"the model was on {self._device} when this engine was made and is on "
-                    f"{model.device} now; move it back, or compile or load again"
-                )
-        if self._compiled.live is not None:
-            self._compiled.live.check()
-
-    def _checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's arguments with the artifact's defaults, checked."""
-        defaults = self.artifact.manifest.pipeline_defaults
-        own = ("patch_policy", "guidance_interval", "step_cache")
-        checked = check_call(self.pipeline, arguments, defaults, own)
-        check_size(self._compiled, self.pipeline, checked)
-        return checked
-
-    def _default_scheduler(self) -> Any:
-        if self.pipeline is not None:
-            return self.pipeline.scheduler
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        return FlowMatchEulerDiscreteScheduler()
+        self._compiled.check_live(self._device)
 
     def _outline(
         self,
@@ -504,40 +453,8 @@ class Engine:
             fits=self._artifact.manifest.cache_fits,
             experts=family.expert_steps(self.pipeline, scheduler),
         )
-        self._announce(outline.warnings)
+        self._loop.announce(outline.warnings)
         return outline
-
-    def _look_back(self, outline: Outline) -> None:
-        """Notes, and says once, that a dynamic policy did nothing in the run that has ended."""
-        trace = self._loop.trace
-        if trace is None or not outline.dynamic or outline.offered == (1,):
-            return
-        reason = trace.why_all_fine()
-        if not reason:
-            return
-        note = f"the policy took no coarse step: {reason}"
-        self._loop.note(note)
-        if _IDLE not in self._announced:
-            self._announced.add(_IDLE)
-            notices.warn(f"{note}; raise its tau, run more steps, or pass a plan, '2p:0.4,p'")
-
-    def _announce(self, notes: Sequence[str]) -> None:
-        """Says each thing once."""
-        for note in notes:
-            if note not in self._announced:
-                self._announced.add(note)
-                notices.warn(note)
-
-    def _run(
-        self,
-        plan: RunPlan,
-        latents: Tensor,
-        on_progress: ProgressCallback | None,
-        interrupted: Callable[[], bool],
-    ) -> Tensor:
-        return self._loop.run(
-            plan, latents, on_progress, interrupted=interrupted, annotate=self.annotate
-        )
 
     def _by_scheduler(
         self,
@@ -550,12 +467,11 @@ class Engine:
     ) -> Tensor:
         """Runs the denoising loop with a scheduler that takes its steps itself."""
         driver, reason = "the scheduler's own steps", problem or "a callback comes between them"
-        outline = outline.driven_by(driver, reason, own_steps(scheduler))
-        if problem:
-            self._announce([driven_note(driver, reason)])
+        outline = outline.driven_by(driver, reason, own_steps(scheduler), aloud=bool(problem))
+        self._loop.announce(outline.warnings)
         plan = plan_run(self._compiled, outline, conditioning)
-        final = self._loop.by_scheduler(plan, latents, scheduler, callback, annotate=self.annotate)
-        self._look_back(outline)
+        final = self._loop.by_scheduler(plan, latents, scheduler, callback)
+        self._loop.look_back(outline)
         return final
 
     def _drive(
@@ -572,18 +488,13 @@ class Engine:
             reason += "; the passes of guidance run one after the other"
         table = None if problem or not outline.scored else outline.solver
         driver = "the pipeline's own loop"
-        outline = outline.driven_by(driver, reason, own_steps(scheduler))
-        if problem:
-            self._announce([driven_note(driver, reason)])
+        outline = outline.driven_by(driver, reason, own_steps(scheduler), aloud=bool(problem))
+        self._loop.announce(outline.warnings)
         scales = [call.scales[expert] for expert in outline.experts] if call.guided else []
         seen = SeenLatents(self._compiled.steps.family, call.shape, table, scales)
-        with self._loop.driven("pipeline", outline.steps, annotate=self.annotate) as run:
+        with self._loop.driven("pipeline", outline.steps) as run:
             drive = PipelineRun(self.pipeline, self._compiled, outline, call, run, seen)
             result: PipelineOutput = drive(arguments)
         self._loop.look_at(seen.latest)
-        self._look_back(outline)
+        self._loop.look_back(outline)
         return result
-
-    def _interrupted(self) -> bool:
-        """Diffusers' own way to end a run: someone sets `pipeline._interrupt`."""
-        return bool(getattr(self.pipeline, "_interrupt", False))

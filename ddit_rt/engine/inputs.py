@@ -228,38 +228,45 @@ _SETTABLE = (
 """Entries of a manifest that may be others than when its engine was made."""
 
 
+_OWN = ("patch_policy", "guidance_interval", "step_cache")
+"""Arguments of a call that are the engine's own."""
 _HOW_IT_RUNS = ("executor", "batched_guidance", "patch_sizes", "adapter", "ranges", "backend")
 """Arguments of `compile` that a caller may look for in the call."""
 
 
 def check_call(
+    compiled: CompiledModel,
     pipeline: Any,
+    artifact: Artifact,
+    prompt: Any,
     arguments: Mapping[str, Any],
-    defaults: Mapping[str, int],
-    own: Sequence[str],
 ) -> dict[str, Any]:
     """Arguments of an engine's call, each checked by itself.
 
     Args:
+        compiled: The compiled model.
         pipeline: The diffusers pipeline.
-        arguments: Those of the pipeline's call that came.
-        defaults: Sizes that were passed to `compile`.
-        own: Names of the arguments that are the engine's own.
+        artifact: The engine's, with the sizes that were passed to `compile`.
+        prompt: The prompt or prompts.
+        arguments: The other arguments of the pipeline's call that came.
 
     Returns:
         What came, as plain values, and the defaults where nothing did.
 
     Raises:
         TypeError, ValueError: An unknown argument, or a value that is none for its name.
+        ShapeError: A size that cannot be run.
     """
+    arguments, defaults = {"prompt": prompt, **arguments}, artifact.manifest.pipeline_defaults
     if elsewhere := [name for name in arguments if name in _HOW_IT_RUNS]:
         raise ValueError(
             f"got {elsewhere} in a call; how an engine runs is fixed for all of its calls: "
             "give that to ddit_rt.compile or ddit_rt.load"
         )
     given = {name: value for name, value in arguments.items() if _says_more(name, value, defaults)}
-    checked = {**defaults, **check_arguments(pipeline, given, own)}
+    checked = {**defaults, **check_arguments(pipeline, given, _OWN)}
     _check_step_counts(checked.get("num_inference_steps"), checked.get("sigmas"))
+    check_size(compiled, pipeline, checked)
     return checked
 
 
@@ -278,12 +285,18 @@ def check_schedule(
     return len(levels) if levels is not None else steps or DEFAULT_STEPS, levels
 
 
-def check_scheduler(scheduler: Any) -> Any:
-    """The scheduler of `Engine.denoise`.
+def check_scheduler(scheduler: Any, pipeline: Any) -> Any:
+    """The scheduler of `Engine.denoise`; by default the pipeline's, or Euler's without one.
 
     Raises:
         TypeError: No scheduler, or the class of one.
     """
+    if scheduler is None and pipeline is not None:
+        return pipeline.scheduler
+    if scheduler is None:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler()
     parts = ("set_timesteps", "step", "config")
     if isinstance(scheduler, type) or not all(hasattr(scheduler, part) for part in parts):
         advice = "call the class" if isinstance(scheduler, type) else ""

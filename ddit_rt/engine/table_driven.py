@@ -9,7 +9,7 @@ loop for `Engine.__call__` (`driven.py`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -27,6 +27,7 @@ from ddit_rt.loop import (
     StepSession,
     executor_for,
 )
+from ddit_rt.planning.outline import Outline
 from ddit_rt.torch_state import callers_modes
 
 
@@ -91,6 +92,9 @@ def announce_nonfinite(final: Tensor, trace: RunTrace) -> RunTrace:
     return replace(trace, nonfinite=True)
 
 
+_IDLE = "a dynamic policy took no coarse step"
+"""Among what was announced: said once, whatever the scores were."""
+
 StepCallback = Callable[[int, Tensor], Tensor | None]
 """Called after a step with its index and the new latents, which it may edit in place; may return
 latents to go on from."""
@@ -104,11 +108,14 @@ class Loop:
 
     Attributes:
         executor: What runs the steps.
+        annotate: Whether profilers see named ranges.
         trace: Of the latest run, or None.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.annotate = False
         self.trace: RunTrace | None = None
+        self._announced: set[str] = set()
         self.executor = executor_for(device)
         self._cancelled = threading.Event()
         self._running = False
@@ -123,8 +130,7 @@ class Loop:
         latents: Tensor,
         on_progress: ProgressCallback | None,
         *,
-        interrupted: Callable[[], bool],
-        annotate: bool,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> Tensor:
         """Runs a plan to its end, by its solver table.
 
@@ -133,7 +139,6 @@ class Loop:
             latents: z_0, as in `Engine.denoise`.
             on_progress: As in `Executor.run`.
             interrupted: Asked before every step, beside `cancel`.
-            annotate: Whether profilers see named ranges.
 
         Returns:
             Final latents; `trace` is the run's.
@@ -149,7 +154,7 @@ class Loop:
                 latents,
                 on_progress=on_progress,
                 should_stop=lambda: interrupted() or self._cancelled.is_set(),
-                annotate=annotate,
+                annotate=self.annotate,
             )
         finite.require()
         if self._cancelled.is_set():
@@ -157,10 +162,25 @@ class Loop:
         self.look_at(final)
         return final
 
-    def note(self, note: str) -> None:
-        """Adds to the notes of the latest run."""
-        if self.trace is not None:
-            self.trace = replace(self.trace, notes=(*self.trace.notes, note))
+    def announce(self, notes: Sequence[str]) -> None:
+        """Says each thing once."""
+        for note in notes:
+            if note not in self._announced:
+                self._announced.add(note)
+                notices.warn(note)
+
+    def look_back(self, outline: Outline) -> None:
+        """Notes, and says once, that a dynamic policy did nothing in the run that has ended."""
+        if self.trace is None or not outline.dynamic or outline.offered == (1,):
+            return
+        reason = self.trace.why_all_fine()
+        if not reason:
+            return
+        note = f"the policy took no coarse step: {reason}"
+        self.trace = replace(self.trace, notes=(*self.trace.notes, note))
+        if _IDLE not in self._announced:
+            self._announced.add(_IDLE)
+            notices.warn(f"{note}; raise its tau, run more steps, or pass a plan, '2p:0.4,p'")
 
     def look_at(self, final: Tensor | None) -> None:
         """Announces and records final latents that are not finite; see `announce_nonfinite`."""
@@ -168,16 +188,15 @@ class Loop:
             self.trace = announce_nonfinite(final, self.trace)
 
     @contextmanager
-    def driven(self, driver: str, steps: int, *, annotate: bool) -> Iterator[DrivenRun]:
+    def driven(self, driver: str, steps: int) -> Iterator[DrivenRun]:
         """A run whose steps are taken elsewhere; afterwards `trace` is that run's.
 
         Args:
             driver: Who takes them, for the trace.
             steps: Their number.
-            annotate: Whether profilers see named ranges.
         """
         with self._alone():
-            run = DrivenRun(self.executor, self._cancelled, driver, steps, annotate=annotate)
+            run = DrivenRun(self.executor, self._cancelled, driver, steps, annotate=self.annotate)
             try:
                 yield run
                 run.check_cancelled()
@@ -213,8 +232,6 @@ class Loop:
         latents: Tensor,
         scheduler: Any,
         callback: StepCallback | None,
-        *,
-        annotate: bool,
     ) -> Tensor:
         """Runs a plan to its end, a diffusers scheduler taking its steps.
 
@@ -223,7 +240,6 @@ class Loop:
             latents: z_0, as in `Engine.denoise`.
             scheduler: The run's own, its timesteps set.
             callback: See `StepCallback`.
-            annotate: As in `run`.
 
         Returns:
             As `run`.
@@ -232,7 +248,7 @@ class Loop:
             ValueError, RunCancelled: As in `run`.
         """
         scheduler.set_begin_index(0)
-        with self.driven("scheduler", plan.policy.steps, annotate=annotate) as run:
+        with self.driven("scheduler", plan.policy.steps) as run:
             session = run.open(plan, latents)
             for step, timestep in enumerate(scheduler.timesteps):
                 run.check_cancelled()

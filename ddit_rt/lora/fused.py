@@ -134,6 +134,48 @@ class FusedLora:
                 frame.restore()
 
 
+class FusedLoras:
+    """What an engine has fused, at most one LoRA for each transformer; false without any."""
+
+    def __init__(self) -> None:
+        self._fused: dict[str, FusedLora] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._fused)
+
+    def fuse(
+        self,
+        pipeline: Any,
+        lora: Any,
+        scale: float,
+        models: Sequence[nn.Module],
+        **load_arguments: Any,
+    ) -> None:
+        """Fuses one; arguments and errors as of `FusedLora`."""
+        if pipeline is None:
+            raise UnsupportedModelError(
+                "fuse_lora loads through the pipeline; this engine has a bare transformer"
+            )
+        component = lora_component(load_arguments)
+        if component in self._fused:
+            raise ValueError("a LoRA is fused already; call unfuse_lora() first")
+        self._fused[component] = FusedLora(pipeline, lora, scale, models, **load_arguments)
+
+    def unfuse(self) -> None:
+        """Takes out all, or none where one is under a LoRA of the pipeline's.
+
+        Raises:
+            ValueError: That, or none is fused.
+        """
+        if not self._fused:
+            raise ValueError("no LoRA is fused; fuse_lora(...) comes first")
+        for fused in self._fused.values():
+            fused.check_removable()
+        for component in list(self._fused):
+            self._fused[component].restore()
+            del self._fused[component]
+
+
 class _Frame:
     """The modules of a model, without their values: what loading a LoRA changes around them."""
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from ddit_rt.adapters import AdapterSet
 from ddit_rt.blocks import TokenRanges
-from ddit_rt.errors import ShapeError
+from ddit_rt.errors import ArtifactMismatchError, ShapeError
 from ddit_rt.live.live import LiveModel
 from ddit_rt.policies import patch_name
 from ddit_rt.steps import Runners, StepModel
@@ -68,6 +70,17 @@ class CompiledModel:
         if not low <= tokens <= high:
             return f"{tokens} image tokens are outside the compiled range {low} to {high}"
         return None
+
+    def check_live(self, device: torch.device) -> None:
+        """Refuses models that have left a device, or are not what the engine was made for."""
+        for model in self.models:
+            if model.device != device:
+                raise ArtifactMismatchError(
+                    f"the model was on {device} when this engine was made and is on {model.device} "
+                    "now; move it back, or compile or load again"
+                )
+        if self.live is not None:
+            self.live.check()
 
     def rebind(self) -> bool:
         """Binds runners again whose weights the model has moved; whether there were any."""

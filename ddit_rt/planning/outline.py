@@ -91,20 +91,18 @@ class Outline:
         """Whether a step's decision needs the scores."""
         return any(map(self.policy.scored, range(self.steps)))
 
-    def driven_by(self, driver: str, reason: str, solver: SolverTable) -> Outline:
+    def driven_by(self, driver: str, reason: str, solver: SolverTable, *, aloud: bool) -> Outline:
         """The run with something else than a table taking its steps, and why in its notes.
 
         Args:
             driver: What drives it.
             reason: Why.
             solver: `own_steps` of its scheduler.
+            aloud: Whether to say so too: the caller has not asked for it.
         """
-        return replace(self, solver=solver, notes=(*self.notes, driven_note(driver, reason)))
-
-
-def driven_note(driver: str, reason: str) -> str:
-    """Says that something else than a table takes the steps, and why."""
-    return f"driven by {driver}: {reason}"
+        note = f"driven by {driver}: {reason}"
+        warnings = (*self.warnings, note) if aloud else self.warnings
+        return replace(self, solver=solver, notes=(*self.notes, note), warnings=warnings)
 
 
 def outline_run(

@@ -9,7 +9,7 @@ least squares over all steps and prompts. MagCache's ratios are the mean over to
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from torch import Tensor
 from ddit_rt.engine import Engine
 from ddit_rt.lab.plans.points import Prompt
 from ddit_rt.loop import RunPlan
-from ddit_rt.policies import KINDS, CacheFit
+from ddit_rt.planning.request import Request
+from ddit_rt.policies import KINDS, CacheFit, FinePolicy, TeaCache
 
 DEGREE = 4
 """Degree of the polynomials, as the published ones have it."""
@@ -71,7 +72,7 @@ def fit_cache(
     for prompt in prompts:
         generator = torch.Generator().manual_seed(prompt.seed)
         call = {**arguments, "prompt": prompt.text, "generator": generator}
-        plan, latents = engine.measuring_plan(projected=kind == "teacache-ret", **call)
+        plan, latents = measuring_plan(engine, projected=kind == "teacache-ret", **call)
         runs.append(watch(plan, latents))
         advance()
     steps = 1 + len(runs[0].inputs)
@@ -86,12 +87,37 @@ def fit_cache(
     return CacheFit(kind=kind, values=values, source=source, evidence=evidence)
 
 
+def measuring_plan(
+    engine: Engine, *, projected: bool = False, **arguments: Any
+) -> tuple[RunPlan, Tensor]:
+    """A run of the pipeline with every step computed at p.
+
+    Its buckets keep their residuals, and its step cache holds the model's bare signal: a `Signal`,
+    or the relative changes of a time embedding as the increments.
+
+    Args:
+        engine: The engine, with its pipeline.
+        projected: Whether that embedding is the projected one.
+        arguments: Of the pipeline's `__call__`.
+
+    Returns:
+        The plan and z_0; nothing has run.
+    """
+    cache = TeaCache(0.0, coefficients=(1.0, 0.0), last=0)
+    if projected:
+        cache = replace(cache, use_ret_steps=True, first=1)
+    request = Request(
+        policy=FinePolicy(), step_cache=cache, batched_guidance=engine.batched_guidance
+    )
+    return engine.plan_call(request, **arguments)
+
+
 @torch.no_grad()
 def watch(plan: RunPlan, latents: Tensor) -> StepChanges:
     """Runs a plan's fine bucket at every step, in plain torch, and measures what changes.
 
     Args:
-        plan: A plan by `Engine.measuring_plan`.
+        plan: A plan by `measuring_plan`.
         latents: z_0.
     """
     bucket, cache = plan.buckets[0][0], plan.cache

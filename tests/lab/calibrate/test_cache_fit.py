@@ -15,7 +15,14 @@ from wan_models import euler, wan_pipeline
 import ddit_rt
 from ddit_rt import FinePolicy, MagCache, TeaCache
 from ddit_rt.lab.calibrate import Prompt
-from ddit_rt.lab.calibrate.cache_fit import StepChanges, _polynomial, _ratios, fit_cache, watch
+from ddit_rt.lab.calibrate.cache_fit import (
+    StepChanges,
+    _polynomial,
+    _ratios,
+    fit_cache,
+    measuring_plan,
+    watch,
+)
 from ddit_rt.policies import CacheFit
 
 STEPS = 12
@@ -44,7 +51,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def test_watch_measures_what_a_run_decides_by() -> None:
     engine = eager()
-    plan, latents = engine.measuring_plan(prompt="a zebra", generator=seeded(), **CALL)
+    plan, latents = measuring_plan(engine, prompt="a zebra", generator=seeded(), **CALL)
     changes = watch(plan, latents)
     never = TeaCache(0.0, coefficients=(1.0, 0.0), last=0)
     engine("a zebra", generator=seeded(), **CALL, patch_policy=FinePolicy(), step_cache=never)
@@ -66,7 +73,7 @@ def diffusers_ratios(pipeline: Any, capsys: pytest.CaptureFixture[str], **call: 
 def test_ratios_equal_those_of_diffusers(capsys: pytest.CaptureFixture[str]) -> None:
     call = {**CALL, "prompt": "a zebra", "generator": seeded()}
     (expected,) = diffusers_ratios(prompting_pipeline(), capsys, **call)
-    plan, latents = eager().measuring_plan(**{**call, "generator": seeded()})
+    plan, latents = measuring_plan(eager(), **{**call, "generator": seeded()})
     assert [1.0, *watch(plan, latents).ratios] == pytest.approx(expected, rel=1e-4)
 
 
@@ -79,7 +86,7 @@ def test_ratios_with_guidance_are_the_mean_over_both_passes(
     assert len(halves) == 2
     engine = ddit_rt.compile(wan_pipeline(euler()), backend="eager", progress=False)
     engine.batched_guidance = batched
-    plan, latents = engine.measuring_plan(**call, generator=seeded())
+    plan, latents = measuring_plan(engine, **call, generator=seeded())
     expected = np.mean(halves, axis=0).tolist()
     assert [1.0, *watch(plan, latents).ratios] == pytest.approx(expected, rel=1e-4)
 
