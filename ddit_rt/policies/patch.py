@@ -241,8 +241,7 @@ class DDiTPolicy(PatchPolicy):
     def _plans_blind(self, schedule: Schedule, forced: Sequence[int]) -> bool:
         """Whether a coarse step is planned because the run has too few for a score.
 
-        On the demo model the second of 4 or 5 steps costs least there: it corrects itself against
-        the first, and all the others follow it.
+        The second: it corrects itself against the first, and all the others follow it.
         """
         as_default = self.criterion == "normalised" and self.warmup == "fine"
         few = max(_FEWEST, self.fine_tail + 2) <= schedule.steps and DYNAMIC not in forced
