@@ -7,7 +7,7 @@ the blocks (with LoRA) make of the tokens, and e, d the base model's own layers:
 
 `paper`   v = D h + R x, the blocks taking E x + i at the time t. E and D start from the base
           model's, resized; positions are interpolated.
-`snr`     a correction on the training-free step of `buckets/snr.py`. The blocks take
+`snr`     a correction on the training-free step of `steps/coarse.py`. The blocks take
           e z' + E y + i at the time t', with z' the small image, t' its level, y = [x, x_fine],
           and x_fine the patches of the clean estimate of the latest step at p, zero before there
           is one; positions are those of z'. Then

@@ -125,7 +125,7 @@ class Engine:
 
     @property
     def annotate(self) -> bool:
-        """Whether profilers see named ranges of a run; see `executor.ranges`. May be set."""
+        """Whether profilers see named ranges of a run; see `loop.trace.ranges`. May be set."""
         return self._loop.annotate
 
     @annotate.setter

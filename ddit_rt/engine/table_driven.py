@@ -3,7 +3,7 @@
 A run is driven in one of three ways. The executor's own loop takes its solver's steps from a table;
 on a device it needs no host. Where a callback comes between the steps, or the scheduler is no
 table, the scheduler takes them: in `by_scheduler` for `Engine.denoise`, and in the pipeline's own
-loop for `Engine.__call__` (`driven.py`).
+loop for `Engine.__call__` (`pipeline_driven.py`).
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ class Executor(Protocol):
             latents: z_0, `[B, C, H, W]`, float32; left as it is.
             on_progress: See `ProgressCallback`.
             should_stop: Asked between steps; true ends the run with the latents so far.
-            annotate: Whether profilers see the ranges of `executor.ranges`.
+            annotate: Whether profilers see the ranges of `trace.ranges`.
 
         Returns:
             Final latents `[B, C, H, W]` float32, and the trace.
