@@ -127,8 +127,8 @@ few=() many=() wan=()
 if [[ $PRESET == tiny ]]; then few=(--steps 8) many=(--steps 10) wan=(--steps 4); else
   few=(--steps 28) many=(--steps 50) wan=(--videos 480x832x33 --steps 30)
 fi
-loops loops 200 flux "${size[@]}" "${few[@]}" --methods "${ours[@]}" compile_regional
 bench kernels 60 flux --sections kernels "${size[@]}" "${how[@]}"
+loops loops 200 flux "${size[@]}" "${few[@]}" --methods "${ours[@]}" compile_regional
 loops loops-50 150 flux "${size[@]}" "${many[@]}" --methods "${ours[@]}"
 if [[ $PRESET == flux-dev ]]; then
   bench buckets-512 90 flux --sections buckets --height 512 --batch 1 "${how[@]}"
