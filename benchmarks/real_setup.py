@@ -80,11 +80,11 @@ class Setup:
     def engine_error(self) -> str | None:
         """Why there is no engine; None if there is one.
 
-        Compiles at most once, even if it fails, and no longer than a method may warm up.
+        Compiles at most once, even if it fails, and no longer than this run has.
         """
 
         def make() -> Engine:
-            with time_limit(min(self.warm_up_limit, self.deadline.left)):
+            with time_limit(self.deadline.left):
                 return self.engine
 
         if "engine" not in self.__dict__ and self._engine_error is None:

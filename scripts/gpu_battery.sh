@@ -56,7 +56,7 @@ export CUDA_HOME="${CUDA_HOME:-/usr/local/cuda}" PATH="/usr/local/cuda/bin:$PATH
 driver="$(ldconfig -p 2>/dev/null | awk '/libcuda\.so\.1 /{print $NF; exit}')"
 ln -sf "${driver:-/usr/local/nvidia/lib64/libcuda.so.1}" lib/libcuda.so
 export LIBRARY_PATH="$work/lib:$CUDA_HOME/lib64/stubs${LIBRARY_PATH:+:$LIBRARY_PATH}"
-export PYTHONUNBUFFERED=1 PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" DDIT_RT_HOME="$work/home"
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" DDIT_RT_HOME="$work/home"
 export DDIT_RT_STALL_SECONDS="${DDIT_RT_STALL_SECONDS:-30}" # a loop that hangs must not eat the visit
 
 note() { echo "{$1}" | tee -a "$out/steps.jsonl" && cp "$out"/*.json* "$work/out"; }
@@ -75,12 +75,17 @@ step() { # step NAME LIMIT COMMAND...: never past END, and not again what an ear
   note "\"step\": \"$name\", \"code\": $code, \"from\": $from, \"seconds\": $((SECONDS - from))"
   return $code
 }
+budget() { # what a benchmark may take of its limit: it has to start, and to end by itself
+  local left=$((END - SECONDS))
+  ((left = left < $1 ? left : $1))
+  echo $((left > 60 ? left - 20 : left / 2))
+}
 bench() { # bench NAME LIMIT MODEL ARGUMENT...: a benchmark that stops by itself and has a good row
   local preset=$PRESET
   [[ $3 == flux || $PRESET == tiny ]] || preset=wan-1.3b
   step "$1" "$2" "${visit[@]}" bench "$out/${3}_$card.json" --model "$3" --device "$DEVICE" \
     --preset "$preset" --artifact "$work/$3.ddit" --repeats 3 --warm-up-limit-s 70 \
-    --budget-s $(($2 > 60 ? $2 - 25 : $2 / 2)) "${@:4}"
+    --budget-s $(budget "$2") "${@:4}"
 }
 tests() { # tests NAME LIMIT PYTEST-ARGUMENT...: those for a GPU; on a CPU all of them are skipped
   step "$1" "$2" "$PYTHON" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider \
@@ -116,7 +121,7 @@ for try in $form host eager; do
     *) how=(--executors "$try") ;;
   esac
   [[ $DEVICE == cuda ]] || how=(--executors auto)
-  bench "buckets-$try" 110 flux --sections buckets "${size[@]}" "${how[@]}" && break
+  bench "buckets-$try" 130 flux --sections buckets kernels "${size[@]}" "${how[@]}" && break
 done
 
 loops() { # loops NAME LIMIT MODEL ARGUMENT...: ours at their best setting beside diffusers'
@@ -127,7 +132,6 @@ few=() many=() wan=()
 if [[ $PRESET == tiny ]]; then few=(--steps 8) many=(--steps 10) wan=(--steps 4); else
   few=(--steps 28) many=(--steps 50) wan=(--videos 480x832x33 --steps 30)
 fi
-bench kernels 60 flux --sections kernels "${size[@]}" "${how[@]}"
 loops loops 200 flux "${size[@]}" "${few[@]}" --methods "${ours[@]}" compile_regional
 loops loops-50 150 flux "${size[@]}" "${many[@]}" --methods "${ours[@]}"
 if [[ $PRESET == flux-dev ]]; then

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,15 @@ def packages_made_once(folder: Path) -> Iterator[None]:
     """
     compile_program = block_compiler.compile_program
 
-    def compile_or_copy(program: ExportedProgram, info: PackageInfo, target: Path) -> PackageInfo:
+    def compile_or_copy(
+        program: ExportedProgram, info: PackageInfo, target: Path, options: Mapping[str, Any]
+    ) -> PackageInfo:
         text = f"{program}\n{info.to_json()}"
         package = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.pt2"
 
         def make(temporary: Path) -> None:
             own = temporary.with_suffix(".pt2")
-            compile_program(program, info, own)
+            compile_program(program, info, own, options)
             own.rename(temporary)
 
         shutil.copyfile(made_once(package, make), target)

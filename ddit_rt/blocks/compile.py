@@ -125,9 +125,13 @@ def compile_block(
         constants=constant_specs(template),
     )
     try:
-        with torch_as_tested(), compiler_ready(info.device), _replacing(package) as temporary:
+        with (
+            torch_as_tested(),
+            compiler_ready(info.device) as options,
+            _replacing(package) as temporary,
+        ):
             program = export_block(template, info, weight.device)
-            return compile_program(program, info, temporary)
+            return compile_program(program, info, temporary, options)
     except CompileError:
         raise
     except Exception as error:

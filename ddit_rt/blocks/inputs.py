@@ -58,7 +58,7 @@ class TokenRanges:
         """Raises `ShapeError` for a size outside its range.
 
         Args:
-            sizes: Size of some or all of `BATCH`, `IMAGE` and `TEXT`.
+            sizes: Size of some or all of `BATCH`, `IMAGE`, `TEXT` and `JOINT`.
         """
         for symbol, size in sizes.items():
             low, high = self.of(symbol)
@@ -119,7 +119,7 @@ class InputCheck:
             self._match(spec, shape, sizes)
         if sizes.keys() >= {IMAGE, TEXT}:
             self._agree(sizes.setdefault(JOINT, sizes[IMAGE] + sizes[TEXT]), sizes)
-        self._ranges.check({s: sizes[s] for s in SYMBOLS if s in sizes})
+        self._ranges.check({s: sizes[s] for s in (*SYMBOLS, JOINT) if s in sizes})
 
     def _match(self, spec: TensorSpec, shape: torch.Size, sizes: dict[str, int]) -> None:
         if len(shape) != len(spec.dims):

@@ -9,18 +9,24 @@ and handed to the compiler for the time of the compile:
 - `cuda.h`: `CUDA_HOME`, `CUDA_PATH`, `/usr/local/cuda`;
 - `libcuda.so`: the stubs of these toolkits, else the installed driver, which has it under the name
   `libcuda.so.1` alone. Whichever it is linked with, a package runs with the driver of the machine.
+
+A compiler that has the C++ library for static linking only would make packages with a copy of it
+inside, which crash beside torch's as soon as they are loaded. There the library that this process
+runs with is put before it.
 """
 
 from __future__ import annotations
 
 import locale
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +41,7 @@ _TMP = "/tmp"  # noqa: S108 - torch's own choice
 _TOOLKIT = Path("/usr/local/cuda")
 _STUBS = ("lib64/stubs", "lib/stubs", "targets/*/lib/stubs")
 _LDCONFIG = "/sbin/ldconfig"
+_CPP_LIBRARY = "libstdc++.so.6"
 
 _HEADER_ROOM = 256 * 2**20
 _CODE_ROOM = 32 * 2**20
@@ -42,8 +49,8 @@ _CODE_ROOM = 32 * 2**20
 
 
 @contextmanager
-def compiler_ready(device_type: str) -> Iterator[None]:
-    """Holds while a block is compiled.
+def compiler_ready(device_type: str) -> Iterator[dict[str, Any]]:
+    """Holds while a block is compiled; gives the options of Inductor that this compiler needs.
 
     Args:
         device_type: `cpu` or `cuda`.
@@ -54,13 +61,47 @@ def compiler_ready(device_type: str) -> Iterator[None]:
     _check_encoding()
     _check_folders()
     compiler = _cpp_compiler()
-    if device_type == "cpu":
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="ddit_rt-") as scratch:
-        added = _cuda_paths(compiler, Path(scratch))
+    with tempfile.TemporaryDirectory(prefix="ddit_rt-") as name:
+        scratch = Path(name)
+        options = {}
+        if not _shares_cpp_library(compiler, scratch):
+            compiler = _sharing_compiler(compiler, scratch)
+            options["cpp.cxx"] = (compiler,)
+        added = _cuda_paths(compiler, scratch) if device_type == "cuda" else {}
         with _environment(added):
-            yield
+            yield options
+
+
+def _shares_cpp_library(compiler: str, scratch: Path) -> bool:
+    """Whether what it links asks for the C++ library of the system, and has no copy inside."""
+    linked = scratch / "linked.so"
+    source = b"#include <string>\nstd::string text(int value) { return std::to_string(value); }\n"
+    if not _runs([compiler, "-shared", "-fPIC", "-xc++", "-", "-o", str(linked)], source):
+        return True  # What is wrong with it, torch will say.
+    code = linked.read_bytes()
+    return any(library in code for library in (_CPP_LIBRARY.encode(), b"libc++"))
+
+
+def _sharing_compiler(compiler: str, scratch: Path) -> str:
+    """The same compiler, with the C++ library of this process before its own."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
+    lines = (line.split(maxsplit=5) for line in maps.splitlines())
+    used = {words[5] for words in lines if len(words) > 5 and _CPP_LIBRARY in words[5]}
+    script = scratch / "c++"
+    script.write_text(
+        "#!/bin/sh\n"
+        f'case " $* " in *" -shared "*) set -- "$@" -Wl,--no-as-needed {shlex.join(used)};; esac\n'
+        f'exec {shlex.quote(compiler)} "$@"\n',
+        encoding="utf-8",
+        errors="surrogateescape",
+    )
+    script.chmod(0o700)
+    if not _shares_cpp_library(str(script), scratch):
+        raise CompileError(
+            f"{compiler} links the C++ library statically, and a package with a copy of it crashes "
+            "when it is loaded: point the environment variable CXX at another compiler"
+        )
+    return str(script)
 
 
 def _check_encoding() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ddit_rt import ops
 from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.models import flux_blocks
 from ddit_rt.models.arguments import check_steps
 from ddit_rt.models.base import (
     BATCH,
@@ -83,19 +84,21 @@ class FluxFamily(Family):
         """Double-stream blocks, then single-stream blocks."""
         width = self.hidden_size(transformer)
         head = int(transformer.config.attention_head_dim)
-        inputs = (
-            TensorSpec(name="hidden_states", dims=(BATCH, IMAGE, width)),
-            TensorSpec(name="encoder_hidden_states", dims=(BATCH, TEXT, width)),
-            TensorSpec(name="temb", dims=(BATCH, width)),
+        rotary = (
             TensorSpec(name="rotary_cos", dims=(JOINT, head)),
             TensorSpec(name="rotary_sin", dims=(JOINT, head)),
         )
         double = BlockType(
             name="FluxTransformerBlock",
             path="transformer_blocks",
-            inputs=inputs,
+            inputs=(
+                TensorSpec(name="hidden_states", dims=(BATCH, IMAGE, width)),
+                TensorSpec(name="encoder_hidden_states", dims=(BATCH, TEXT, width)),
+                TensorSpec(name="modulation", dims=(BATCH, flux_blocks.DOUBLE_CHUNKS * width)),
+                *rotary,
+            ),
             outputs=2,
-            forward=_run_block,
+            forward=flux_blocks.double,
             feed_forward=(
                 "ff.net.0.proj",
                 "ff.net.2",
@@ -106,9 +109,13 @@ class FluxFamily(Family):
         single = BlockType(
             name="FluxSingleTransformerBlock",
             path="single_transformer_blocks",
-            inputs=inputs,
-            outputs=2,
-            forward=_run_block,
+            inputs=(
+                TensorSpec(name="joint_hidden_states", dims=(BATCH, JOINT, width)),
+                TensorSpec(name="modulation", dims=(BATCH, flux_blocks.SINGLE_CHUNKS * width)),
+                *rotary,
+            ),
+            outputs=1,
+            forward=flux_blocks.single,
             feed_forward=("proj_mlp", "proj_out"),
         )
         present = (double, single)
@@ -171,7 +178,14 @@ class FluxFamily(Family):
             guidance = conditioning["guidance"].to(weight.device, weight.dtype)
             arguments.append(guidance.repeat(steps) * 1000)
         temb: Tensor = transformer.time_text_embed(*arguments, pooled.repeat(steps, 1))
-        return temb.reshape(steps, batch, -1)
+        rows = torch.cat((temb, flux_blocks.modulations(transformer, temb)), dim=-1)
+        return rows.reshape(steps, batch, -1)
+
+    def modulation_shape(self, transformer: Any) -> tuple[int, ...]:
+        """The embedded time, then the modulation of every block."""
+        chunks = 1 + flux_blocks.DOUBLE_CHUNKS * len(transformer.transformer_blocks)
+        chunks += flux_blocks.SINGLE_CHUNKS * len(transformer.single_transformer_blocks)
+        return (chunks * self.hidden_size(transformer),)
 
     def positions(
         self, transformer: Any, grid: Grid, text_tokens: int, *, stretch: int = 1
@@ -203,10 +217,21 @@ class FluxFamily(Family):
         positions: tuple[Tensor, ...],
     ) -> Tensor:
         """See `Family.run_blocks`."""
-        for path in ("transformer_blocks", "single_transformer_blocks"):
-            for block in runners.get(path, ()):
-                text, hidden = block(hidden, text, temb, *positions)
-        return hidden
+        double = runners.get("transformer_blocks", ())
+        single = runners.get("single_transformer_blocks", ())
+        width = hidden.shape[-1]
+        chunks = [flux_blocks.DOUBLE_CHUNKS] * len(double) + [flux_blocks.SINGLE_CHUNKS] * len(
+            single
+        )
+        _, *rows = torch.split(temb, [width, *(count * width for count in chunks)], dim=-1)
+        for block, row in zip(double, rows, strict=False):
+            text, hidden = block(hidden, text, row.contiguous(), *positions)
+        if not single:
+            return hidden
+        joint = torch.cat((text, hidden), dim=1)
+        for block, row in zip(single, rows[len(double) :], strict=True):
+            (joint,) = block(joint, row.contiguous(), *positions)
+        return joint[:, text.shape[1] :]
 
     def modulate_input(self, transformer: Any, hidden: Tensor, temb: Tensor) -> Tensor:
         """See `Family.modulate_input`."""
@@ -215,12 +240,13 @@ class FluxFamily(Family):
                 "TeaCache goes by the first double-stream block, and this model has none "
                 "(num_layers=0)"
             )
-        modulated: Tensor = transformer.transformer_blocks[0].norm1(hidden, emb=temb)[0]
+        time = temb[:, : hidden.shape[-1]]
+        modulated: Tensor = transformer.transformer_blocks[0].norm1(hidden, emb=time)[0]
         return modulated
 
     def modulate_output(self, transformer: Any, hidden: Tensor, temb: Tensor) -> Tensor:
         """See `Family.modulate_output`."""
-        normed: Tensor = transformer.norm_out(hidden, temb)
+        normed: Tensor = transformer.norm_out(hidden, temb[:, : hidden.shape[-1]])
         return normed
 
     def project_output(self, transformer: Any, hidden: Tensor) -> Tensor:
@@ -374,18 +400,6 @@ class FluxFamily(Family):
     def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
         """See `Family.unpack_latents`."""
         return ops.unpack(latents.contiguous(), PATCH, shape[-2], shape[-1])
-
-
-def _run_block(
-    block: nn.Module, hidden: Tensor, text: Tensor, temb: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, ...]:
-    text, hidden = block(
-        hidden_states=hidden,
-        encoder_hidden_states=text,
-        temb=temb,
-        image_rotary_emb=(cos, sin),
-    )
-    return text, hidden
 
 
 def _packed_shape(shape: Sequence[int]) -> tuple[int, ...]:

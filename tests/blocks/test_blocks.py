@@ -124,13 +124,14 @@ def test_compile_block_leaves_the_model_alone(
     ],
 )
 def test_export_block_keeps_dimensions_apart(
-    transformer: FluxTransformer2DModel, single: BlockType, ranges: TokenRanges, device: str
+    transformer: FluxTransformer2DModel, ranges: TokenRanges, device: str
 ) -> None:
     """With the example of either device; tracing computes nothing, so that the CPU can do it."""
-    template = BlockTemplate(single, transformer.single_transformer_blocks[0])
+    double = family_of(transformer).block_types(transformer)[0]
+    template = BlockTemplate(double, transformer.transformer_blocks[0])
     info = PackageInfo(
-        block=single.name,
-        inputs=single.inputs,
+        block=double.name,
+        inputs=double.inputs,
         input_dtypes=(torch.float32,) * 5,
         device=device,
         ranges=ranges,

@@ -84,7 +84,7 @@ def test_what_matters_most_comes_first_and_in_the_form_that_passed(tmp_path: Pat
     assert done.returncode == 0, done.stdout
     order = [name for name in steps(tmp_path) if name != "compile"]
     assert order == [
-        *("rules", "buckets-loop", "loops", "kernels", "loops-50", "buckets-512"),
+        *("rules", "buckets-loop", "loops", "loops-50", "buckets-512"),
         *("buckets-batch-4", "wan-buckets", "ops", "demo"),
     ]
     assert set(steps(tmp_path).values()) == {0}
