@@ -21,6 +21,8 @@ from ddit_rt import _runtime
 from ddit_rt.artifact import read_manifest, trust
 from ddit_rt.blocks import LoraSpec
 
+pytest.register_assert_rewrite("family_suite")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what needs a GPU where there is none; lets one file compile before others need it."""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ddit_rt.adapters.resize import resize_embedding, resize_projection
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.base import Family
+from ddit_rt.models.layered import layered
 from ddit_rt.policies import parse_patch, patch_name
 
 VARIANTS = ("paper", "snr")
@@ -144,9 +145,11 @@ def adaptable_layers(family: Family, transformer: nn.Module) -> tuple[nn.Linear,
     """The embedding and de-embedding that an adapter starts from.
 
     Raises:
-        UnsupportedModelError: The model embeds patches of a video, which adapters do not do yet.
+        UnsupportedModelError: The model embeds patches of a video, which adapters do not do yet, or
+            its family does not tell its layers.
     """
-    embed, project = family.embedding_layers(transformer)
+    told = layered(family, "trained adapters are not there")
+    embed, project = told.embedding_layers(transformer)
     if not isinstance(embed, nn.Linear):
         raise UnsupportedModelError(
             f"this version has no patch adapters for {type(transformer).__name__}, whose patch "

@@ -32,7 +32,7 @@ def embed_adapted(
     hidden = adapter.embed_tokens(tokens).to(model.dtype)
     if small is None:
         return hidden
-    return model.family.embed_tokens(model.transformer, small) + hidden
+    return model.layers.embed_tokens(model.transformer, small) + hidden
 
 
 class AdapterBucket:
@@ -107,15 +107,18 @@ class SnrAdapterBucket(SnrBucket):
         small = ops.pack(low.to(model.dtype), model.patch_size)
 
         def project(hidden: Tensor) -> Tensor:
-            own = model.family.project_output(model.transformer, hidden)
+            own = model.layers.project_output(model.transformer, hidden)
             correction = adapter.project_tokens(hidden, _for_all(tokens, hidden))
             # Side by side, so that guidance joins both at once.
             return torch.cat((own, correction), dim=-1)
 
         hidden = embed_adapted(model, adapter, tokens, small)
+        assert isinstance(self._passes, Passes), "an adapter's model tells its layers"
         both = self._passes(hidden, step, project, reuse=reuse, guided=guided)
         own, correction = both[..., : small.shape[-1]], both[..., small.shape[-1] :]
-        velocity = self._enlarge(latents, low, own.contiguous(), step)
+        height, width = low.shape[-2:]
+        low_velocity = model.unpack(own.contiguous(), height, width, context.frames)
+        velocity = self._enlarge(latents, low, low_velocity, step)
         correction = ops.unpack(correction.contiguous(), self._patch, context.height, context.width)
         return velocity + correction
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddit_rt.adapters.adapter import AdapterConfig, AdapterSet, PatchAdapter
+from ddit_rt.adapters.adapter import AdapterConfig, AdapterSet, PatchAdapter, adaptable_layers
 from ddit_rt.errors import ArtifactError, ArtifactMismatchError
 from ddit_rt.models.base import Family
 from ddit_rt.policies import patch_name
@@ -136,7 +136,7 @@ def load_adapters(
 def _base_sample(family: Family, transformer: nn.Module) -> list[float]:
     """Some weights of the embedding and de-embedding, by which a base model is known again."""
     values: list[float] = []
-    for layer in family.embedding_layers(transformer):
+    for layer in adaptable_layers(family, transformer):
         flat = layer.weight.detach().flatten()
         places = torch.linspace(
             0, flat.numel() - 1, _BASE_SAMPLES, dtype=torch.float64, device="cpu"
@@ -220,7 +220,7 @@ def _checked_lora(
 ) -> dict[str, Tensor]:
     """LoRA tensors without PEFT's prefix, in the model's dtype, complete and of the right shape."""
     named = {name.removeprefix(_PEFT_PREFIX): value for name, value in lora.items()}
-    weight = family.embedding_layers(transformer)[0].weight
+    weight = adaptable_layers(family, transformer)[0].weight
     checked: dict[str, Tensor] = {}
     for target in _lora_targets(family, transformer):
         linear = transformer.get_submodule(target)

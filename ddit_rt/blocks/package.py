@@ -179,7 +179,8 @@ def input_dtypes(
             f"input types given for {unknown}; the inputs are {[spec.name for spec in inputs]}"
         )
     return tuple(
-        given.get(spec.name, dtype if BATCH in spec.dims else torch.float32) for spec in inputs
+        given.get(spec.name, spec.dtype or (dtype if BATCH in spec.dims else torch.float32))
+        for spec in inputs
     )
 
 

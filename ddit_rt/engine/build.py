@@ -301,10 +301,10 @@ def _runners(
     runners: dict[str, list[Any]] = {}
     spec = _lora_spec(adapter) if adapter else None
     for block_type in types:
-        runners[block_type.path] = []
+        runners[block_type.key] = []
         for index, block in enumerate(block_type.blocks(transformer)):
             lora = block_lora(adapter.lora, f"{block_type.path}.{index}") if adapter else None
-            runners[block_type.path].append(make(block_type, block, spec, lora))
+            runners[block_type.key].append(make(block_type, block, spec, lora))
             counter.advance()
     return runners
 

@@ -19,7 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddit_rt.errors import ShapeError
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, TEXT, BlockType, Family
+from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.layered import LayeredFamily
 from ddit_rt.steps import StepModel
+from ddit_rt.steps.bound import without_data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +79,16 @@ def step_cost(
     tokens = model.grid(height, width, multiple, frames).tokens
     sizes = {BATCH: batch, IMAGE: tokens, TEXT: text_tokens, JOINT: tokens + text_tokens}
     twin = _meta_copy(model.family, model.transformer)
-    parts = [_ends(model.family, twin, sizes)]
-    parts += [_blocks(block_type, twin, sizes) for block_type in model.family.block_types(twin)]
+    if isinstance(model.family, ForwardFamily):
+        channels = model.family.latent_channels(twin)
+        size = (height // multiple, width // multiple)
+        shape = (batch, channels, *((frames,) if frames else ()), *size)
+        parts = [_forward_ends(model.family, twin, shape, text_tokens)]
+    else:
+        parts = [_ends(model.layers, twin, sizes)]
+    # One of several variants of a block stands for all: they have the same weights.
+    types = [kind for kind in model.family.block_types(twin) if not kind.variant]
+    parts += [_blocks(block_type, twin, sizes) for block_type in types]
     return StepCost(
         flops=sum(flops for flops, _ in parts),
         weight_bytes=sum(size for _, size in parts),
@@ -86,7 +97,16 @@ def step_cost(
     )
 
 
-def _ends(family: Family, twin: nn.Module, sizes: dict[str, int]) -> tuple[int, int]:
+def _forward_ends(
+    family: ForwardFamily, twin: nn.Module, shape: tuple[int, ...], text_tokens: int
+) -> tuple[int, int]:
+    """What a step computes beside its blocks."""
+    bound, arguments = without_data(family, twin, shape, text_tokens)
+    step = torch.zeros(1, dtype=torch.int64, device="meta")
+    return _count(twin, lambda: bound(arguments, step, reuse=False))
+
+
+def _ends(family: LayeredFamily, twin: nn.Module, sizes: dict[str, int]) -> tuple[int, int]:
     """Patch embedding, final modulated norm and de-embedding."""
     inputs = family.embedding_layers(twin)[0].weight[0].numel()
     tokens = _input(sizes[BATCH], sizes[IMAGE], inputs)
@@ -102,9 +122,17 @@ def _ends(family: Family, twin: nn.Module, sizes: dict[str, int]) -> tuple[int, 
 def _blocks(block_type: BlockType, twin: nn.Module, sizes: dict[str, int]) -> tuple[int, int]:
     """All blocks of one type: they differ in their values only, so one stands for all."""
     block, *others = block_type.blocks(twin)
-    inputs = [_input(*spec.shape(sizes)) for spec in block_type.inputs]
+    inputs = [
+        torch.empty(spec.shape(sizes), dtype=_float_or(spec.dtype), device="meta")
+        for spec in block_type.inputs
+    ]
     flops, size = _count(block, lambda: block_type.forward(block, *inputs))
     return flops * (1 + len(others)), size * (1 + len(others))
+
+
+def _float_or(dtype: torch.dtype | None) -> torch.dtype:
+    """Float32 for all that holds floating-point numbers, as the copy's weights."""
+    return torch.float32 if dtype is None or dtype.is_floating_point else dtype
 
 
 def _input(*shape: int) -> Tensor:

@@ -22,6 +22,7 @@ from ddit_rt.engine.inputs import (
     check_schedule,
     check_scheduler,
 )
+from ddit_rt.engine.intercepted import FirstStep, LoopInPipeline, Planner
 from ddit_rt.engine.pipeline_driven import PipelineRun
 from ddit_rt.engine.table_driven import Loop, StepCallback
 from ddit_rt.errors import UnsupportedModelError
@@ -29,6 +30,7 @@ from ddit_rt.loop import CaptureReport, RunPlan, RunTrace
 from ddit_rt.lora.fused import FusedLoras
 from ddit_rt.models.arguments import check_callback, check_text_encoders
 from ddit_rt.models.calls import PipelineCall
+from ddit_rt.models.layered import LayeredFamily
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.planning.outline import Outline, outline_run
 from ddit_rt.planning.plan import plan_run
@@ -250,6 +252,10 @@ class Engine:
             check_text_encoders(self.pipeline, call.arguments, guided=call.guided)
             if problem or given.get("callback_on_step_end") is not None:
                 return self._drive(outline, call, scheduler, given, problem)
+            if not isinstance(family, LayeredFamily):
+                run = LoopInPipeline(self._loop, self.pipeline, self._planner(request, call))
+                inside: PipelineOutput = run(self._compiled, call, given)
+                return inside
             prepared = family.encode_call(self.pipeline, scheduler, call)
             plan = plan_run(self._compiled, outline, prepared.conditioning)
             with self.pipeline.progress_bar(total=prepared.num_inference_steps) as bar:
@@ -361,11 +367,25 @@ class Engine:
             self._check_state()
             scheduler = copy.deepcopy(self.pipeline.scheduler)
             call = family.read_call(self.pipeline, scheduler, arguments)
+            if not isinstance(family, LayeredFamily):
+                first = FirstStep(self.pipeline, self._compiled, call)
+                latents, *set_up = first(arguments)
+                return self._planner(request, call)(*set_up)[1], latents
             table = probe_scheduler(scheduler)
             outline = self._outline(request, call.shape, scheduler, table, guided=call.guided)
             prepared = family.encode_call(self.pipeline, scheduler, call)
             plan = plan_run(self._compiled, outline, prepared.conditioning)
             return plan, prepared.latents.to(self._device, torch.float32)
+
+    def _planner(self, request: Request, call: PipelineCall) -> Planner:
+        """Outlines and plans a run whose scheduler the pipeline itself has set."""
+
+        def plan(conditioning: Mapping[str, Any], scheduler: Any) -> tuple[Outline, RunPlan]:
+            table, _ = self._solver(scheduler)
+            outline = self._outline(request, call.shape, scheduler, table, guided=call.guided)
+            return outline, plan_run(self._compiled, outline, conditioning)
+
+        return plan
 
     def cancel(self) -> None:
         """Ends the current run between two steps; its caller gets `RunCancelled`.
@@ -494,6 +514,8 @@ class Engine:
         seen = SeenLatents(self._compiled.steps.family, call.shape, table, scales)
         with self._loop.driven("pipeline", outline.steps) as run:
             drive = PipelineRun(self.pipeline, self._compiled, outline, call, run, seen)
+            if call.passes > 1 and not isinstance(self._compiled.steps.family, LayeredFamily):
+                drive.rehearsed = FirstStep(self.pipeline, self._compiled, call).passes(arguments)
             result: PipelineOutput = drive(arguments)
         self._loop.look_at(seen.latest)
         self._loop.look_back(outline)

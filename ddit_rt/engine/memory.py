@@ -12,9 +12,13 @@ from torch import Tensor, nn
 
 from ddit_rt.artifact import Artifact, BucketEntry
 from ddit_rt.models import Family, family_of
+from ddit_rt.models.base import Grid
+from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.probe import meta_twin
 from ddit_rt.policies import parse_patch
 from ddit_rt.solver import solver_of
 from ddit_rt.steps import StepModel, latent_frames
+from ddit_rt.steps.bound import without_data
 
 _STEPS = 50
 _FLOAT = 4
@@ -180,14 +184,13 @@ def _bucket_memory(run: _Run, entry: BucketEntry) -> BucketMemory:
     model, multiple = run.model, parse_patch(entry.patch)
     height, width = run.shape[-2:]
     grid = model.grid(height, width, multiple, latent_frames(run.shape))
-    positions = model.family.positions(model.transformer, grid, run.text_tokens)
-    width = math.prod(model.family.modulation_shape(model.transformer))
-    modulation = run.experts * run.steps * run.passes * width * run.itemsize
+    positions, modulation = _tables(run, grid, (height // multiple, width // multiple))
+    modulation *= run.experts * run.passes
     correction = 0
     if multiple > 1:
         modulation += 2 * run.steps * _FLOAT
         correction = run.latent_bytes // multiple**2
-    positions_bytes = run.experts * sum(_tensor_bytes(tensor) for tensor in positions)
+    positions_bytes = run.experts * positions
     hidden = model.family.hidden_size(model.transformer)
     return BucketMemory(
         patch=entry.patch,
@@ -198,6 +201,22 @@ def _bucket_memory(run: _Run, entry: BucketEntry) -> BucketMemory:
         bytes=positions_bytes + modulation + correction,
         residual_bytes=run.passes * grid.tokens * hidden * run.itemsize,
     )
+
+
+def _tables(run: _Run, grid: Grid, size: tuple[int, int]) -> tuple[int, int]:
+    """Bytes of position encodings and of the modulation of all steps, of one pass of one model.
+
+    Of a model whose own forward runs the steps: what is held for a run, and for every step.
+    """
+    model, family, transformer = run.model, run.model.family, run.model.transformer
+    if isinstance(family, ForwardFamily):
+        shape = (*run.shape[:-2], *size)
+        bound, _ = without_data(family, meta_twin(transformer), shape, run.text_tokens, run.steps)
+        held, timed = bound.held_tensors(), bound.timed_tensors()
+        return sum(map(_tensor_bytes, held)), sum(map(_tensor_bytes, timed))
+    positions = model.layers.positions(transformer, grid, run.text_tokens)
+    width = math.prod(model.layers.modulation_shape(transformer))
+    return sum(map(_tensor_bytes, positions)), run.steps * width * run.itemsize
 
 
 def _module_bytes(module: nn.Module) -> int:

@@ -25,12 +25,13 @@ own estimate.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddit_rt.engine.callbacks import StepEnd
@@ -47,7 +48,11 @@ from ddit_rt.torch_state import callers_modes, shielded
 
 
 class PipelineRun:
-    """One run."""
+    """One run.
+
+    Attributes:
+        rehearsed: Conditioning of every pass, where it was seen in a rehearsal.
+    """
 
     def __init__(
         self,
@@ -80,11 +85,12 @@ class PipelineRun:
         self._passes: list[str] = []
         self._inputs: dict[int, StepInputs] = {}
         self._timesteps: list[Tensor] = []
-        self._tokens: list[int] = []
+        self._shapes: list[dict[str, torch.Size]] = []
         self._reachable: list[int] = []
         self._session: StepSession | None = None
         self._step = _Step(0)
         self._computed: set[int] = set()
+        self.rehearsed: Sequence[Mapping[str, Any]] = ()
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
         """Runs the pipeline's own call.
@@ -115,9 +121,9 @@ class PipelineRun:
                 parts = {"forward": stand_in, "cache_context": self._cache_context}
                 # What `nn.Module.compile` leaves would be called instead of `forward`.
                 parts |= {"_compiled_call_impl": None}
-                stack.enter_context(_replaced(transformer, **parts))
+                stack.enter_context(replaced(transformer, **parts))
             noise = partial(self._prepare_latents, self._pipeline.prepare_latents)
-            stack.enter_context(_replaced(self._pipeline, prepare_latents=noise))
+            stack.enter_context(replaced(self._pipeline, prepare_latents=noise))
             yield
 
     @contextmanager
@@ -187,14 +193,14 @@ class PipelineRun:
 
     def _open(self, call: ModelCall) -> StepSession:
         """Plans every pass from the first call; a second has its number of text tokens by then."""
-        conditionings = [call.conditioning]
-        if self._call.passes > 1:
+        conditionings = [call.conditioning, *self.rehearsed[1:]]
+        if len(conditionings) < self._call.passes:
             text = call.conditioning["encoder_hidden_states"]
             tokens = negative_tokens(self._call.arguments, text.shape[1])
             empty = text.new_zeros(text.shape[0], tokens, text.shape[2])
             conditionings.append({**call.conditioning, "encoder_hidden_states": empty})
         plan = plan_passes(self._compiled, self._outline, conditionings)
-        self._tokens = [one["encoder_hidden_states"].shape[1] for one in conditionings]
+        self._shapes = list(map(_shapes, conditionings))
         self._reachable = sorted(plan.policy.reachable())
         self._session = self._run.open(plan, self._seen.entry(call.latents))
         return self._session
@@ -228,18 +234,20 @@ class PipelineRun:
                 "and computed"
             )
         self._computed.add(stage)
-        self._check_tokens(stage, inputs)
+        self._check_shapes(stage, inputs)
         session.bucket(stage, branch % sizes).refresh(self._step.index, inputs)
         return session.velocity(stage, branch, latents)
 
-    def _check_tokens(self, stage: int, inputs: StepInputs) -> None:
-        expected = self._tokens[stage % self._call.passes]
-        tokens = inputs.conditioning["encoder_hidden_states"].shape[1]
-        if tokens != expected:
-            raise ShapeError(
-                f"step {self._step.index} has {tokens} text tokens in a pass of {expected}; give "
-                "prompt and negative prompt alike, and let a callback keep their length"
-            )
+    def _check_shapes(self, stage: int, inputs: StepInputs) -> None:
+        expected = self._shapes[stage % self._call.passes]
+        given = _shapes(inputs.conditioning)
+        for name in sorted(given.keys() | expected.keys()):
+            if given.get(name) != expected.get(name):
+                was, now = (_shown(shapes.get(name)) for shapes in (expected, given))
+                raise ShapeError(
+                    f"step {self._step.index} has {now} as `{name}` in a pass of {was}; give "
+                    "prompt and negative prompt alike, and let a callback keep their length"
+                )
 
     @shielded()
     def _after_step(self, index: int, latents: Tensor) -> None:
@@ -286,6 +294,14 @@ class _Step:
         self.velocities: dict[int, Tensor] = {}
 
 
+def _shapes(conditioning: Mapping[str, Any]) -> dict[str, torch.Size]:
+    return {name: one.shape for name, one in conditioning.items() if isinstance(one, Tensor)}
+
+
+def _shown(shape: torch.Size | None) -> str:
+    return "nothing" if shape is None else str(list(shape))
+
+
 def negative_tokens(arguments: Mapping[str, Any], tokens: int) -> int:
     """Text tokens of the negative prompt in a call whose prompt has `tokens`."""
     given = arguments["negative_prompt_embeds"]
@@ -296,7 +312,7 @@ def negative_tokens(arguments: Mapping[str, Any], tokens: int) -> int:
 
 
 @contextmanager
-def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
     """Sets attributes of an instance; puts back afterwards what it had of its own."""
     own = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
     vars(owner).update(attributes)

@@ -31,6 +31,7 @@ from ddit_rt.models.structure import (
     parts,
     reference,
     relevant,
+    without_hidden,
 )
 
 _AS_CONFIGURED = "as its configuration says"
@@ -125,9 +126,15 @@ class LiveModel:
         model = self._models[name]
         self._check_class(name, model)
         plain = reference(model)
-        for block_type in self._family.block_types(model):
+        types = self._family.block_types(model)
+        for block_type in types:
             _check_count(name, block_type, model, plain)
-        return describe_parts(plain)
+        # Tables that a class itself keeps outside its blocks are read anew in every run.
+        blocks = tuple(f"{block_type.path}." for block_type in types)
+        return {
+            path: part if path.startswith(blocks) else without_hidden(part)
+            for path, part in describe_parts(plain).items()
+        }
 
     def _describe(self) -> dict[str, dict[str, Part]]:
         found = {}

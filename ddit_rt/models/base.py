@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ddit_rt.models.calls import ModelCall, PipelineCall, PreparedCall
+from ddit_rt.models.calls import ModelCall, PipelineCall
 
 BATCH = "batch"
 IMAGE = "image"
@@ -47,10 +47,13 @@ class TensorSpec:
         name: The block's own argument name.
         dims: One entry per dimension: a fixed size, or one of the symbols `BATCH`, `IMAGE`
             (image tokens), `TEXT` (text tokens) and `JOINT` (their sum).
+        dtype: Its data type; None for that of the block's weights with a batch dimension, and
+            float32 without.
     """
 
     name: str
     dims: tuple[str | int, ...]
+    dtype: torch.dtype | None = None
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The concrete shape for given symbol sizes."""
@@ -67,7 +70,9 @@ class BlockType:
         inputs: The flat tensor inputs, in order.
         outputs: Number of tensors returned.
         forward: Calls a block of this type on the flat inputs.
-        feed_forward: Names of the linear layers, inside the block, that an adapter's LoRA targets.
+        feed_forward: Names of the linear layers, inside the block, that an adapter's LoRA targets;
+            empty in a family without adapters.
+        variant: What sets it apart from another type of the same blocks, such as an input more.
     """
 
     name: str
@@ -76,6 +81,12 @@ class BlockType:
     outputs: int
     forward: Callable[..., tuple[Tensor, ...]]
     feed_forward: tuple[str, ...]
+    variant: str = ""
+
+    @property
+    def key(self) -> str:
+        """By which its runners are found: the path, and the variant if there is one."""
+        return f"{self.path}:{self.variant}" if self.variant else self.path
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """The transformer's own blocks of this type, in order."""
@@ -83,7 +94,7 @@ class BlockType:
 
     def dtype(self, block: nn.Module) -> torch.dtype:
         """Dtype of a block's matrix products; norms and tables may be kept in float32."""
-        return block.get_parameter(f"{self.feed_forward[0]}.weight").dtype
+        return max(block.parameters(), key=Tensor.numel).dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,12 +123,12 @@ class Guidance:
 
     Attributes:
         prompt: Conditioning of the pass with the prompt.
-        negative: The same tensors for the pass with the negative prompt.
+        negative: The same for the pass with the negative prompt.
         scale: `[]`, or `[E]` with one for each expert, float32, on the model's device.
     """
 
-    prompt: Mapping[str, Tensor]
-    negative: Mapping[str, Tensor]
+    prompt: Mapping[str, Any]
+    negative: Mapping[str, Any]
     scale: Tensor
 
 
@@ -135,8 +146,6 @@ class Family(ABC):
         video: Whether latents have frames.
         channels_last: Whether a token that the de-embedding makes holds a pixel's channels side by
             side; see `ops.unpack`.
-        time_driven: Whether what TeaCache goes by depends on the time alone; then the family has a
-            `time_signal`, otherwise `modulate_input`.
         guided_by_default: Whether a pipeline call that says nothing of guidance runs two passes.
         default_ranges: Fields of `TokenRanges` in which the family departs from its defaults.
     """
@@ -147,7 +156,6 @@ class Family(ABC):
     conditioning_names: ClassVar[tuple[str, ...]]
     video: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False
-    time_driven: ClassVar[bool] = False
     guided_by_default: ClassVar[bool] = False
     default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {}
 
@@ -187,6 +195,10 @@ class Family(ABC):
         """Channels of the latent that the model denoises."""
 
     @abstractmethod
+    def first_weight(self, transformer: nn.Module) -> Tensor:
+        """The weight that meets the latents first: its dtype and device are the model's."""
+
+    @abstractmethod
     def hidden_size(self, transformer: nn.Module) -> int:
         """Width d of a token inside the blocks."""
 
@@ -204,109 +216,6 @@ class Family(ABC):
         """How a conditioning asks for two passes a step; None for one pass."""
         del conditioning
         return None
-
-    @abstractmethod
-    def embed_text(self, transformer: nn.Module, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """Text tokens as the blocks take them, `[B, T, d]`. The same at every step."""
-
-    @abstractmethod
-    def embed_time(
-        self, transformer: nn.Module, timesteps: Tensor, conditioning: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Modulation input of every step.
-
-        Args:
-            transformer: The model.
-            timesteps: Noise levels t in [0, 1], `[N]`, float32.
-            conditioning: The run's conditioning.
-
-        Returns:
-            `[N, B, *modulation_shape]`, in the model's dtype.
-        """
-
-    def modulation_shape(self, transformer: nn.Module) -> tuple[int, ...]:
-        """Shape of one sample's modulation input; by default `[d]`."""
-        return (self.hidden_size(transformer),)
-
-    @abstractmethod
-    def positions(
-        self, transformer: nn.Module, grid: Grid, text_tokens: int, *, stretch: int = 1
-    ) -> tuple[Tensor, ...]:
-        """Position encodings that the blocks take for a grid of tokens.
-
-        Args:
-            transformer: The model.
-            grid: Token rows and columns, and frames.
-            text_tokens: Length of the text sequence.
-            stretch: 1 for the natural positions 0, 1, 2, ...; s for tokens that each cover
-                s x s base tokens of one frame, placed at the centres of what they cover.
-        """
-
-    @abstractmethod
-    def embed_tokens(self, transformer: nn.Module, tokens: Tensor) -> Tensor:
-        """The model's own patch embedding: `[B, n, C*p*p]` to `[B, n, d]`."""
-
-    @abstractmethod
-    def run_blocks(
-        self,
-        runners: Mapping[str, Sequence[Runner]],
-        hidden: Tensor,
-        text: Tensor,
-        temb: Tensor,
-        positions: tuple[Tensor, ...],
-    ) -> Tensor:
-        """All blocks.
-
-        Args:
-            runners: The blocks of each `BlockType.path`, in order.
-            hidden: Image tokens, `[B, n, d]`.
-            text: Text tokens, `[B, T, d]`.
-            temb: Modulation input of this step, `[B, *modulation_shape]`.
-            positions: As `positions` returned them.
-
-        Returns:
-            Image tokens, `[B, n, d]`.
-        """
-
-    def modulate_input(self, transformer: nn.Module, hidden: Tensor, temb: Tensor) -> Tensor:
-        """The first block's modulated norm of embedded tokens, by whose change TeaCache goes.
-
-        Of a family that is not `time_driven`.
-
-        Args:
-            transformer: The model.
-            hidden: Image tokens, `[B, n, d]`.
-            temb: Modulation input of this step, `[B, *modulation_shape]`.
-
-        Returns:
-            `[B, n, d]`.
-        """
-        raise NotImplementedError
-
-    def time_signal(self, transformer: nn.Module, timesteps: Tensor, *, projected: bool) -> Tensor:
-        """What TeaCache goes by in a family that is `time_driven`.
-
-        Args:
-            transformer: The model.
-            timesteps: Noise levels t in [0, 1], `[N]`, float32.
-            projected: Whether the projected time embedding is meant, not the embedding itself.
-
-        Returns:
-            `[N, m]`, float32.
-        """
-        raise NotImplementedError
-
-    @abstractmethod
-    def modulate_output(self, transformer: nn.Module, hidden: Tensor, temb: Tensor) -> Tensor:
-        """The final modulated norm, before the de-embedding: `[B, n, d]`."""
-
-    @abstractmethod
-    def project_output(self, transformer: nn.Module, hidden: Tensor) -> Tensor:
-        """The model's own de-embedding: `[B, n, d]` to `[B, n, C*p*p]`."""
-
-    @abstractmethod
-    def embedding_layers(self, transformer: nn.Module) -> tuple[nn.Linear | nn.Conv3d, nn.Linear]:
-        """The patch embedding and de-embedding, from which adapters are initialised."""
 
     @abstractmethod
     def default_size(self, pipeline: Any) -> tuple[int, int]:
@@ -347,20 +256,6 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def encode_call(self, pipeline: Any, scheduler: Any, call: PipelineCall) -> PreparedCall:
-        """The pipeline's own call up to its denoising loop.
-
-        Args:
-            pipeline: A pipeline of one of `pipeline_classes`.
-            scheduler: As `read_call` has set it.
-            call: What `read_call` gave.
-        """
-
-    def prepare(self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]) -> PreparedCall:
-        """`read_call`, then `encode_call`."""
-        return self.encode_call(pipeline, scheduler, self.read_call(pipeline, scheduler, arguments))
-
-    @abstractmethod
     def read_model_call(
         self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
     ) -> ModelCall:
@@ -381,18 +276,6 @@ class Family(ABC):
         self, scheduler: Any, num_inference_steps: int, sigmas: Sequence[float] | None, grid: Grid
     ) -> None:
         """Sets the scheduler as the family's pipeline does (dynamic shifting included)."""
-
-    @abstractmethod
-    def encode_images(self, pipeline: Any, pixels: Tensor) -> Tensor:
-        """Clean latents of images, scaled as the model takes them.
-
-        Args:
-            pipeline: A pipeline of one of `pipeline_classes`.
-            pixels: `[B, 3, height, width]`, in [-1, 1].
-
-        Returns:
-            `[B, C, H, W]`, float32.
-        """
 
     @abstractmethod
     def pack_latents(self, latents: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class ModelCall:
 
     latents: Tensor
     timestep: Tensor
-    conditioning: dict[str, Tensor]
+    conditioning: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,7 +25,6 @@ from ddit_rt.models.base import (
     JOINT,
     TEXT,
     BlockType,
-    Family,
     Grid,
     Guidance,
     Runner,
@@ -52,11 +51,12 @@ from ddit_rt.models.flux_calls import (
     ignored_arguments,
     wants_true_cfg,
 )
+from ddit_rt.models.layered import LayeredFamily
 
 _MODEL_CONDITIONING = ("encoder_hidden_states", "pooled_projections", "guidance")
 
 
-class FluxFamily(Family):
+class FluxFamily(LayeredFamily):
     """FLUX.1 text-to-image."""
 
     name: ClassVar[str] = "flux"

@@ -125,6 +125,17 @@ def relevant(live: Mapping[str, Part], plain: Mapping[str, Part]) -> dict[str, P
     return {path: _relevant(part, plain.get(path)) for path, part in live.items()}
 
 
+def without_hidden(part: Part) -> Part:
+    """A module without those of its attributes that hold tensors which no name leads to."""
+    if not part.hidden:
+        return part
+    values, words = (
+        {name: one for name, one in of.items() if name not in part.hidden}
+        for of in (part.values, part.words)
+    )
+    return replace(part, values=values, words=words, hidden=frozenset())
+
+
 def departures(live: Mapping[str, Part], plain: Mapping[str, Part]) -> dict[str, str]:
     """What a model has that the one of its configuration does not, in words, by place."""
     found = {place: now for place, (_, now) in differences(plain, live).items()}

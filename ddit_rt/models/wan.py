@@ -23,17 +23,7 @@ from torch import Tensor, nn
 
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.arguments import check_steps
-from ddit_rt.models.base import (
-    BATCH,
-    IMAGE,
-    TEXT,
-    BlockType,
-    Family,
-    Grid,
-    Guidance,
-    Runner,
-    TensorSpec,
-)
+from ddit_rt.models.base import BATCH, IMAGE, TEXT, BlockType, Grid, Guidance, Runner, TensorSpec
 from ddit_rt.models.calls import (
     ModelCall,
     PipelineCall,
@@ -45,6 +35,7 @@ from ddit_rt.models.calls import (
     of_batch,
     refuse_ignored,
 )
+from ddit_rt.models.layered import LayeredFamily
 from ddit_rt.models.wan_calls import (
     NEGATIVE,
     checked_batch,
@@ -63,7 +54,7 @@ _PATCH = (1, 2, 2)
 _BLOCK_ROWS = 6
 
 
-class WanFamily(Family):
+class WanFamily(LayeredFamily):
     """Wan text-to-video, with one transformer or two experts."""
 
     name: ClassVar[str] = "wan"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ddit_rt.artifact import public_config
 from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.models.layered import LayeredFamily, layered
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.planning.request import WHOLE_RUN, Request
 from ddit_rt.policies import (
@@ -208,21 +209,25 @@ def cache_table(
     """
     if isinstance(step_cache, NoCache):
         return None
-    transformer = model.transformer
+    transformer, family = model.transformer, model.family
+    time_driven = isinstance(family, LayeredFamily) and family.time_driven
 
     def changes(projected: bool) -> list[float]:
         # The host waits for these, once and before the run: they are its table.
-        signal = model.family.time_signal(transformer, timesteps, projected=projected)
+        signal = model.layers.time_signal(transformer, timesteps, projected=projected)
         return relative_changes(signal)
 
-    return step_cache.resolve(
+    table = step_cache.resolve(
         CacheModel(
             name=type(transformer).__name__,
             steps=len(timesteps),
             fits=model_fits(transformer, fits),
-            time_changes=changes if model.family.time_driven else None,
+            time_changes=changes if time_driven else None,
         )
     )
+    if table is not None and table.coefficients:
+        layered(family, f"{type(step_cache).__name__} needs a signal, which is not there")
+    return table
 
 
 def model_fits(transformer: nn.Module, fits: Sequence[CacheFit]) -> tuple[CacheFit, ...]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from ddit_rt.adapters import adapter_bucket
 from ddit_rt.errors import ShapeError
 from ddit_rt.loop import CachePlan, RunPlan
-from ddit_rt.models.base import Guidance
+from ddit_rt.models.base import Family, Guidance
+from ddit_rt.models.forward import ForwardFamily
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.planning.outline import Outline, stages_of
 from ddit_rt.steps import (
@@ -51,8 +52,12 @@ def plan_run(
         ShapeError: Prompts and negative prompts of unequal lengths cannot be one batch, or a batch
             or text length that the compiled blocks were not built for.
     """
-    guidance = compiled.steps.family.guidance(conditioning)
-    parts = passes_of(conditioning, guidance, outline.batched_guidance)
+    family = compiled.steps.family
+    guidance = family.guidance(conditioning)
+    parts = passes_of(family, conditioning, guidance, outline.batched_guidance)
+    if guidance is not None and outline.batched_guidance and len(parts) > 1:
+        note = "the passes of guidance run one after the other: their prompts are not of one shape"
+        outline = replace(outline, notes=(*outline.notes, note))
     scales = scales_of(guidance, outline.experts, len(compiled.models))
     contexts = _contexts(compiled, outline, (parts,), scales)
     own = [_buckets(compiled, outline, model, context) for model, (context,) in contexts]
@@ -125,6 +130,8 @@ def _contexts(
         detail=None,
         scales=None if scales is None else _table(scales, capacity, device),
         keeps_residual=outline.cache is not None,
+        steps=outline.steps,
+        unguided=scales is not None and not all(outline.guided),
     )
     details = [Detail(shape, device) if keeps_detail else None for _ in groups]
     contexts = [
@@ -262,7 +269,7 @@ def scales_of(guidance: Guidance | None, experts: Sequence[int], count: int) -> 
 
 
 def passes_of(
-    conditioning: Mapping[str, Tensor], guidance: Guidance | None, batched: bool
+    family: Family, conditioning: Mapping[str, Any], guidance: Guidance | None, batched: bool
 ) -> tuple[Mapping[str, Tensor], ...]:
     """Conditioning of every pass of the model in a step.
 
@@ -273,6 +280,8 @@ def passes_of(
         return (conditioning,)
     if not batched:
         return guidance.prompt, guidance.negative
+    if isinstance(family, ForwardFamily):
+        return family.together(guidance) or (guidance.prompt, guidance.negative)
     for name, tensor in guidance.prompt.items():
         if guidance.negative[name].shape != tensor.shape:
             raise ShapeError(

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from ddit_rt import ops
 from ddit_rt.models.base import Family, Grid, Runner
+from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.layered import LayeredFamily, layered
 
 Runners = Mapping[str, Sequence[Runner]]
-"""Blocks ready to run, by `BlockType.path`."""
+"""Blocks ready to run, by `BlockType.key`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +115,19 @@ class StepModel:
         return self.family.base_patch_size(self.transformer)
 
     @property
+    def layers(self) -> LayeredFamily:
+        """The family of a model that tells its layers; for others `UnsupportedModelError`."""
+        return layered(self.family, "adapters and TeaCache are not there")
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the embeddings and blocks."""
-        return self.family.embedding_layers(self.transformer)[0].weight.dtype
+        return self.family.first_weight(self.transformer).dtype
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.family.embedding_layers(self.transformer)[0].weight.device
+        return self.family.first_weight(self.transformer).device
 
     def grid(self, height: int, width: int, multiple: int = 1, frames: int = 0) -> Grid:
         """Tokens of a latent of `height` x `width` at `multiple` times p; 0 frames: an image."""
@@ -169,18 +176,26 @@ class Pass:
     """One pass of the model in a step; it may hold cond and uncond as one batch, cond first.
 
     Attributes:
-        conditioning: Its conditioning tensors.
-        text: Text tokens as the blocks take them, `[B, T, d]`, or `[2 B, T, d]` of cond and uncond.
+        conditioning: Its conditioning; of a `ForwardFamily` copies of tensors, and plain values.
+        text: Text tokens as the blocks take them, `[B, T, d]`, or `[2 B, T, d]` of cond and uncond;
+            of a `ForwardFamily` as its forward takes them.
+        tensors: What a captured run is given by copying it.
     """
 
-    conditioning: Mapping[str, Tensor]
+    conditioning: Mapping[str, Any]
     text: Tensor
+    tensors: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, model: StepModel, conditioning: Mapping[str, Tensor]) -> Pass:
-        """The pass of a conditioning, whose text it embeds."""
-        text = model.family.embed_text(model.transformer, conditioning)
-        return cls(conditioning=conditioning, text=text)
+    def of(cls, model: StepModel, conditioning: Mapping[str, Any]) -> Pass:
+        """The pass of a conditioning."""
+        family = model.family
+        if not isinstance(family, ForwardFamily):
+            text = model.layers.embed_text(model.transformer, conditioning)
+            return cls(conditioning=conditioning, text=text, tensors=(text,))
+        own = {name: _own(value, model) for name, value in conditioning.items()}
+        tensors = tuple(value for value in own.values() if isinstance(value, Tensor))
+        return cls(conditioning=own, text=own[family.text], tensors=tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +214,8 @@ class RunContext:
         scales: Guidance scale of every step, `[M]`, float32, read on the device; None without
             guidance.
         keeps_residual: Whether steps may reuse, so that buckets keep what their blocks add.
+        steps: Rows of the tables that are read; 0 for all.
+        unguided: Whether some steps of a run with guidance are not guided.
     """
 
     passes: tuple[Pass, ...]
@@ -210,12 +227,23 @@ class RunContext:
     frames: int = 0
     scales: Tensor | None = None
     keeps_residual: bool = False
+    steps: int = 0
+    unguided: bool = False
 
     def tensors(self) -> tuple[Tensor, ...]:
         """As `Bucket.tensors`, for what all buckets of the run share."""
         detail = () if self.detail is None else self.detail.state()
         scales = () if self.scales is None else (self.scales,)
-        return (*(one.text for one in self.passes), self.sigmas, *scales, *detail)
+        passes = (tensor for one in self.passes for tensor in one.tensors)
+        return (*passes, self.sigmas, *scales, *detail)
+
+
+def _own(value: Any, model: StepModel) -> Any:
+    """A copy of a tensor where the model is, in its dtype if it holds floating-point numbers."""
+    if not isinstance(value, Tensor):
+        return value
+    dtype = model.dtype if value.is_floating_point() else value.dtype
+    return value.to(model.device, dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 class Blocks:
@@ -223,7 +251,7 @@ class Blocks:
 
     def __init__(self, model: StepModel, runners: Runners, *, residual_rows: int = 0) -> None:
         """`residual_rows`: samples that a residual is kept of, 0 for none."""
-        self._family = model.family
+        self._family = model.layers
         self._runners = runners
         self._residual_rows = residual_rows
         self._residual: Tensor | None = None
@@ -285,5 +313,5 @@ def token_velocity(
         positions: As the family makes them.
     """
     hidden = Blocks(model, model.base)(hidden, text, temb, positions)
-    hidden = model.family.modulate_output(model.transformer, hidden, temb)
-    return model.family.project_output(model.transformer, hidden)
+    hidden = model.layers.modulate_output(model.transformer, hidden, temb)
+    return model.layers.project_output(model.transformer, hidden)

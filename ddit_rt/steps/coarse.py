@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddit_rt import ops
 from ddit_rt.steps.base import Detail, RunContext, Runners, StepInputs, StepModel, at_step
-from ddit_rt.steps.passes import Passes
+from ddit_rt.steps.forward import make_passes
 
 
 def matched_level(sigmas: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
@@ -62,7 +61,7 @@ class SnrBucket:
         self._context = context
         self._low = (context.height // multiple, context.width // multiple)
         self._scale, self._level = matched_level(context.sigmas, multiple)
-        self._passes = Passes(model, context, grid, self._level, runners=runners)
+        self._passes = make_passes(model, context, grid, self._low, self._level, runners=runners)
         self._correction: _Correction | None = None
         if (detail := context.detail) is not None:
             if multiple not in detail.corrections:
@@ -73,20 +72,17 @@ class SnrBucket:
         self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
     ) -> Tensor:
         """See `Bucket.velocity`."""
-        model, low = self._model, self._reduce(latents, step)
-        tokens = ops.pack(low.to(model.dtype), model.patch_size)
-        hidden = model.family.embed_tokens(model.transformer, tokens)
-        tokens = self._passes(hidden, step, reuse=reuse, guided=guided)
-        return self._enlarge(latents, low, tokens, step)
+        low = self._reduce(latents, step)
+        low_velocity = self._passes.velocity(low, step, reuse=reuse, guided=guided)
+        return self._enlarge(latents, low, low_velocity, step)
 
     def _reduce(self, latents: Tensor, step: Tensor) -> Tensor:
         """The small image z': `[B, C, H, W]` to `[B, C, H/s, W/s]`."""
         return down(latents, self.multiple) * at_step(self._scale, step)
 
-    def _enlarge(self, latents: Tensor, low: Tensor, tokens: Tensor, step: Tensor) -> Tensor:
-        """Velocity from the small image's velocity tokens `[B, n, C*p*p]`: `[B, C, H, W]`."""
+    def _enlarge(self, latents: Tensor, low: Tensor, low_velocity: Tensor, step: Tensor) -> Tensor:
+        """Velocity from that of the small image: `[B, C, H/s, W/s]` to `[B, C, H, W]`."""
         sigma = at_step(self._context.sigmas, step)
-        low_velocity = self._model.unpack(tokens, *self._low, self._context.frames)
         clean = torch.addcmul(low, low_velocity.float(), at_step(self._level, step), value=-1)
         if self._correction is None:
             clean = up(clean, self.multiple)

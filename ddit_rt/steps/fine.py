@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ddit_rt import ops
 from ddit_rt.steps.base import RunContext, StepInputs, StepModel, at_step
-from ddit_rt.steps.passes import Passes
+from ddit_rt.steps.forward import make_passes
 
 
 class FineBucket:
@@ -17,19 +16,16 @@ class FineBucket:
     def __init__(self, model: StepModel, context: RunContext) -> None:
         grid = model.grid(context.height, context.width, frames=context.frames)
         self.tokens = grid.tokens
-        self._model = model
         self._context = context
-        self._passes = Passes(model, context, grid, context.timesteps)
+        size = (context.height, context.width)
+        self._passes = make_passes(model, context, grid, size, context.timesteps)
 
     def velocity(
         self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
     ) -> Tensor:
         """See `Bucket.velocity`."""
-        model, context = self._model, self._context
-        tokens = ops.pack(latents.to(model.dtype), model.patch_size)
-        hidden = model.family.embed_tokens(model.transformer, tokens)
-        tokens = self._passes(hidden, step, reuse=reuse, guided=guided)
-        velocity = model.unpack(tokens, context.height, context.width, context.frames)
+        context = self._context
+        velocity = self._passes.velocity(latents, step, reuse=reuse, guided=guided)
         if context.detail is not None:
             context.detail.update(latents, velocity, at_step(context.sigmas, step))
         return velocity

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddit_rt import ops
 from ddit_rt.models.base import Grid
 from ddit_rt.steps.base import Blocks, RunContext, Runners, StepModel, at_step
 
@@ -56,8 +57,9 @@ class Passes:
             runners: The blocks; by default the unmodified ones.
             stretch: Distance of neighbouring tokens, as `Family.positions` takes it.
         """
-        family, transformer = model.family, model.transformer
+        family, transformer = model.layers, model.transformer
         self._model = model
+        self._frames = context.frames
         self._scales = context.scales
         self._passes = tuple(
             _Prepared(
@@ -105,15 +107,26 @@ class Passes:
         # Without dimensions, the scale leaves the velocities' dtype as it is, as in diffusers.
         return negative + at_step(self._scales, step) * (prompt - negative)
 
+    def velocity(
+        self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
+    ) -> Tensor:
+        """Velocity of latents `[B, ...]` of this size; see `Bucket.velocity`."""
+        model = self._model
+        tokens = ops.pack(latents.to(model.dtype), model.patch_size)
+        hidden = model.layers.embed_tokens(model.transformer, tokens)
+        tokens = self(hidden, step, reuse=reuse, guided=guided)
+        height, width = latents.shape[-2:]
+        return model.unpack(tokens, height, width, self._frames)
+
     def _run(self, one: _Prepared, hidden: Tensor, step: Tensor, reuse: bool) -> Tensor:
         """Image tokens through the blocks and the last modulation; of a pass's first rows."""
         rows = len(hidden)
-        family, temb = self._model.family, at_step(one.temb, step)[:rows]
+        family, temb = self._model.layers, at_step(one.temb, step)[:rows]
         hidden = one.blocks(hidden, one.text[:rows], temb, one.positions, reuse=reuse)
         return family.modulate_output(self._model.transformer, hidden, temb)
 
     def _project(self, hidden: Tensor) -> Tensor:
-        return self._model.family.project_output(self._model.transformer, hidden)
+        return self._model.layers.project_output(self._model.transformer, hidden)
 
     def refresh(self, step: int, level: Tensor, conditioning: Mapping[str, Tensor]) -> None:
         """As `Bucket.refresh`.
@@ -123,7 +136,7 @@ class Passes:
             level: t that the model is given, `[1]`.
             conditioning: Of the only pass.
         """
-        family, transformer = self._model.family, self._model.transformer
+        family, transformer = self._model.layers, self._model.transformer
         (one,) = self._passes
         one.text.copy_(family.embed_text(transformer, conditioning))
         one.temb[step].copy_(family.embed_time(transformer, level, conditioning)[0])

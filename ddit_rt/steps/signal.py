@@ -28,7 +28,7 @@ class Signal:
 
     def __init__(self, model: StepModel, context: RunContext) -> None:
         """Prepares the passes of a step."""
-        family, transformer = model.family, model.transformer
+        family, transformer = model.layers, model.transformer
         self._model = model
         self._tables = [
             family.embed_time(transformer, context.timesteps, one.conditioning)
@@ -63,7 +63,7 @@ class Signal:
 
     def _modulated(self, latents: Tensor, temb: Tensor) -> Tensor:
         """The modulated input m in float32, `[rows of temb, n, d]`."""
-        model, family = self._model, self._model.family
+        model, family = self._model, self._model.layers
         tokens = ops.pack(latents.to(model.dtype), model.patch_size)
         hidden = family.embed_tokens(model.transformer, tokens)
         hidden = hidden.repeat(len(temb) // len(hidden), 1, 1)
@@ -75,7 +75,7 @@ class Signal:
 
     def refresh(self, step: int, passes: Sequence[StepInputs]) -> None:
         """Writes a step's row of every pass anew; `sigma` is not read."""
-        family, transformer = self._model.family, self._model.transformer
+        family, transformer = self._model.layers, self._model.transformer
         for table, now in zip(self._tables, passes, strict=True):
             row = family.embed_time(transformer, now.timestep, now.conditioning)
             table[step].copy_(row[0])

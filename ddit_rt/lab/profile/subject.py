@@ -47,7 +47,7 @@ class Subject:
     @property
     def text_tokens(self) -> int:
         """Text tokens per sample."""
-        text = self.model.family.embed_text(self.model.transformer, self.conditioning)
+        text = self.model.layers.embed_text(self.model.transformer, self.conditioning)
         return int(text.shape[1])
 
     def run(self) -> RunTrace:
@@ -76,7 +76,7 @@ def subject_of(
     model = StepModel(family=family_of(transformer), transformer=transformer, base={})
     defaults = engine.artifact.manifest.pipeline_defaults
     request = {**defaults, **arguments, "prompt": list(prompts)}
-    call = model.family.prepare(pipeline, copy.deepcopy(pipeline.scheduler), request)
+    call = model.layers.prepare(pipeline, copy.deepcopy(pipeline.scheduler), request)
     return Subject(
         engine=engine,
         model=model,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddit_rt.models import Family
 from ddit_rt.models.calls import PreparedCall
+from ddit_rt.models.layered import layered
 from ddit_rt.steps import Bucket, Detail, FineBucket, Pass, RunContext, SnrBucket, StepModel
 
 MakeCoarse = Callable[[StepModel, RunContext, int], Bucket]
@@ -39,7 +40,7 @@ def prepare(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     arguments = {"prompt": list(prompts), "generator": generators, **arguments}
     with torch.no_grad():
-        call = family.prepare(pipeline, scheduler, arguments)
+        call = layered(family, "training is not there").prepare(pipeline, scheduler, arguments)
     return Prepared(call=call, scheduler=scheduler)
 
 

@@ -146,7 +146,7 @@ def open_cache(
 
 def _identity(config: DataConfig, model: StepModel) -> dict[str, Any]:
     """What must agree for a cache to serve again."""
-    weight = model.family.embedding_layers(model.transformer)[0].weight
+    weight = model.layers.embedding_layers(model.transformer)[0].weight
     fields = {k: v for k, v in config.to_dict().items() if k != "encode_batch"}
     if config.kind == "self":
         fields["prompts"] = hashlib.sha256(Path(config.source).read_bytes()).hexdigest()
@@ -166,7 +166,7 @@ def _images(
         arguments = {**config.call, "num_inference_steps": 1}
         prepared = prepare(model.family, pipeline, prompts, range(len(batch)), **arguments)
         with torch.no_grad():
-            latents = model.family.encode_images(pipeline, pixels)
+            latents = model.layers.encode_images(pipeline, pixels)
         yield {"latents": latents, **_named(prepared.call.conditioning)}, None
 
 

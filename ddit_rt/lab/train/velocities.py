@@ -95,7 +95,7 @@ def teacher(
     model: StepModel, latents: Tensor, sigmas: Tensor, conditioning: Mapping[str, Tensor]
 ) -> Tensor:
     """The unmodified model at p: `[B, C, H, W]`, float32."""
-    family, transformer = model.family, model.transformer
+    family, transformer = model.layers, model.transformer
     height, width = latents.shape[-2:]
     text = family.embed_text(transformer, conditioning)
     grid = model.grid(height, width)
@@ -129,14 +129,14 @@ def coarse_velocity(
 
 def _embed_time(model: StepModel, levels: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
     """`[B]` to `[B, d]`: the family pairs every level with every sample, one each is wanted."""
-    temb = model.family.embed_time(model.transformer, levels, conditioning)
+    temb = model.layers.embed_time(model.transformer, levels, conditioning)
     return temb.diagonal(dim1=0, dim2=1).T
 
 
 def _paper(
     model: StepModel, states: States, multiple: int, adapter: PatchAdapter, runners: Runners
 ) -> Tensor:
-    family, transformer = model.family, model.transformer
+    family, transformer = model.layers, model.transformer
     height, width = states.latents.shape[-2:]
     patch, grid = model.patch_size * multiple, model.grid(height, width, multiple)
     text = family.embed_text(transformer, states.conditioning)
@@ -163,7 +163,7 @@ class _Coarse:
         self, latents: Tensor, sigmas: Tensor, known: Tensor, conditioning: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Clean estimate of the small image, and the adapter's correction of v."""
-        model, family, transformer = self.model, self.model.family, self.model.transformer
+        model, family, transformer = self.model, self.model.layers, self.model.transformer
         height, width = latents.shape[-2:]
         text = family.embed_text(transformer, conditioning)
         grid = model.grid(height, width, self.multiple)

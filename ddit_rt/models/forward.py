@@ -1,0 +1,324 @@
+"""A family whose model's own forward runs every step: what is left to say about a model.
+
+The forward is the model, with its repeated blocks replaced by compiled ones; a coarse step is the
+same forward on a smaller latent. So a family says how the pipeline lays its latents out, which
+arguments of the forward hang on their size, how time enters, how guidance joins two passes, and
+what of the forward need not be computed at every step. What the blocks take is read off
+(`probe.py`), and the pipeline's own call runs around the loop.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.models.arguments import check_steps, check_tensor
+from ddit_rt.models.base import BATCH, IMAGE, Family, Grid, Guidance
+from ddit_rt.models.block_calls import parameters_of
+from ddit_rt.models.calls import (
+    ModelCall,
+    PipelineCall,
+    batch_of,
+    bind_call,
+    check_known,
+    check_shape,
+    refuse_ignored,
+)
+from ddit_rt.models.probe import Probe, ReadBlockType, read_block_types
+
+NEGATIVE = "negative_"
+"""Before the name of an argument of the forward: that of the pass with the negative prompt."""
+
+SCALE = "guidance_scale"
+"""Conditioning that is the scale of classifier-free guidance."""
+
+_OWN = ("hidden_states", "timestep", "return_dict")
+"""Arguments of a forward that every step makes anew."""
+
+
+class ForwardFamily(Family):
+    """See above. Latents are `[B, C, H, W]`, of a video `[B, C, F, H, W]`.
+
+    Attributes:
+        patch: p, the side of the square of latent pixels that becomes a token.
+        held: Children of the transformer whose outputs are the same at every step of a run.
+        timed: Children whose outputs hang on the time alone.
+        sized: Arguments of the forward that hang on the latents' size; `resized` makes them.
+        unbatched: Tensor arguments of the forward without a batch dimension.
+        text: The argument that holds text tokens, `[B, T, D]`.
+        variants: In how many ways the forward may be called; see `example`.
+    """
+
+    patch: ClassVar[int] = 2
+    held: ClassVar[tuple[str, ...]] = ()
+    timed: ClassVar[tuple[str, ...]] = ()
+    sized: ClassVar[tuple[str, ...]] = ()
+    unbatched: ClassVar[tuple[str, ...]] = ()
+    text: ClassVar[str] = "encoder_hidden_states"
+    variants: ClassVar[int] = 1
+
+    @abstractmethod
+    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
+        """Arguments of the forward that carry the prompt, as tensors without data, on `meta`.
+
+        Args:
+            transformer: The model.
+            variant: Which of the ways: with a text mask or without, say.
+            batch: Samples.
+            text: Text tokens.
+        """
+
+    @abstractmethod
+    def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        """The arguments named by `sized`, for latents of a shape.
+
+        Positions are those of a picture of that size, as the pipeline would make them.
+
+        Args:
+            arguments: Those that carry the prompt.
+            shape: Of the latents.
+        """
+
+    def forward_arguments(
+        self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """All arguments of the forward.
+
+        Args:
+            latents: `[B, C, h, w]` in the model's dtype, of whatever size.
+            level: t in [0, 1], `[1]`, float32.
+            arguments: Those that carry the prompt.
+        """
+        time = self.time(level, latents.dtype).expand(len(latents))
+        return {
+            **arguments,
+            **self.resized(arguments, tuple(latents.shape)),
+            "hidden_states": self.pack_latents(latents),
+            "timestep": time,
+            "return_dict": False,
+        }
+
+    def time(self, level: Tensor, dtype: torch.dtype) -> Tensor:
+        """The forward's `timestep`: by default t in [0, 1], rounded as the pipeline rounds 1000 t.
+
+        Args:
+            level: t in [0, 1], `[1]`, float32.
+            dtype: Of the latents.
+        """
+        return level if dtype == torch.float32 else (level * 1000).to(dtype) / 1000
+
+    def read_output(self, given: Any) -> Tensor:
+        """The velocity, in the pipeline's layout, of what the forward returns."""
+        velocity: Tensor = given[0]
+        return velocity
+
+    def no_output(self, given: Mapping[str, Any]) -> Tensor:
+        """Stands for the velocity of a call of the forward with these arguments: zeros."""
+        return torch.zeros_like(given["hidden_states"])
+
+    def join(self, prompt: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
+        """Velocity of a guided step, from those of its passes, in the pipeline's layout."""
+        return negative + scale * (prompt - negative)
+
+    @abstractmethod
+    def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
+        """Scale of classifier-free guidance of a pipeline's call; None for a single pass.
+
+        Args:
+            pipeline: The pipeline.
+            call: All arguments of its call.
+        """
+
+    def mu(self, scheduler: Any, tokens: int, steps: int) -> float:
+        """Shift that the pipeline gives its scheduler; by default FLUX's."""
+        del steps
+        config = scheduler.config
+        least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        return float(low + (high - low) * (tokens - least) / (most - least))
+
+    # What follows from these.
+
+    def base_patch_size(self, transformer: nn.Module) -> int:
+        """See `Family.base_patch_size`."""
+        return self.patch
+
+    def first_weight(self, transformer: nn.Module) -> Tensor:
+        """See `Family.first_weight`: of the first parameter, as diffusers' pipelines have it."""
+        return next(transformer.parameters())
+
+    def hidden_size(self, transformer: nn.Module) -> int:
+        """See `Family.hidden_size`."""
+        for kind in self.block_types(transformer):
+            for spec in kind.inputs:
+                if spec.dims[:2] == (BATCH, IMAGE) and isinstance(spec.dims[-1], int):
+                    return spec.dims[-1]
+        raise UnsupportedModelError(f"no block of {type(transformer).__name__} takes image tokens")
+
+    def block_types(self, transformer: nn.Module) -> tuple[ReadBlockType, ...]:
+        """See `Family.block_types`: read off the forward."""
+        return read_block_types(transformer, self.variants, self._run_probe)
+
+    def _run_probe(self, twin: nn.Module, probe: Probe, variant: int) -> Any:
+        dtype = self.first_weight(twin).dtype
+        frames = (1,) if self.video else ()
+        size = (probe.rows * self.patch, probe.columns * self.patch)
+        shape = (probe.batch, self.latent_channels(twin), *frames, *size)
+        arguments = self.forward_arguments(
+            torch.empty(shape, dtype=dtype, device="meta"),
+            torch.empty(1, device="meta"),
+            self.example(twin, variant, probe.batch, probe.text),
+        )
+        return type(twin).forward(twin, **arguments)
+
+    def check_conditioning(
+        self, transformer: nn.Module, batch: int, conditioning: Mapping[str, Any]
+    ) -> None:
+        """See `Family.check_conditioning`: by the names of the forward's own arguments."""
+        names = self._prompt_names(transformer)
+        known = (*names, *(NEGATIVE + name for name in names), SCALE)
+        check_known(conditioning, known, f"a {type(transformer).__name__}")
+        example = self.example(transformer, 0, batch, 1)
+        for prefix in ("", NEGATIVE) if SCALE in conditioning else ("",):
+            for name, like in example.items():
+                if isinstance(like, Tensor):
+                    given = conditioning.get(prefix + name, conditioning.get(name))
+                    shape: list[int | str] = list(like.shape)
+                    if name == self.text:
+                        shape[1] = "text tokens"
+                    check_shape(prefix + name, given, shape)
+        if SCALE in conditioning:
+            check_tensor(SCALE, conditioning[SCALE], "without dimensions", floating=False)
+
+    def _prompt_names(self, transformer: nn.Module) -> tuple[str, ...]:
+        own = (*_OWN, *self.sized)
+        forward = inspect.unwrap(type(transformer).forward)
+        return tuple(name for name in parameters_of(forward) if name not in own)
+
+    def guidance(self, conditioning: Mapping[str, Any]) -> Guidance | None:
+        """See `Family.guidance`."""
+        if SCALE not in conditioning:
+            return None
+        prompt = {
+            name: value
+            for name, value in conditioning.items()
+            if name != SCALE and not name.startswith(NEGATIVE)
+        }
+        negative = {name: conditioning.get(NEGATIVE + name, one) for name, one in prompt.items()}
+        device = conditioning[self.text].device
+        scale = conditioning[SCALE].to(device, torch.float32)
+        return Guidance(prompt=prompt, negative=negative, scale=scale)
+
+    def together(self, guidance: Guidance) -> tuple[Mapping[str, Any]] | None:
+        """Both passes as one batch, that with the prompt first; None where they cannot be one."""
+        both: dict[str, Any] = {}
+        for name, one in guidance.prompt.items():
+            other = guidance.negative[name]
+            if isinstance(one, Tensor) != isinstance(other, Tensor):
+                return None
+            both[name] = one
+            if isinstance(one, Tensor) and name not in self.unbatched:
+                if one.shape != other.shape:
+                    return None
+                both[name] = torch.cat((one, other))
+        return (both,)
+
+    def default_size(self, pipeline: Any) -> tuple[int, int]:
+        """See `Family.default_size`."""
+        size = int(pipeline.default_sample_size * pipeline.vae_scale_factor)
+        return size, size
+
+    def latent_shape(
+        self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None
+    ) -> tuple[int, ...]:
+        """See `Family.latent_shape`. Odd sizes round down to whole tokens, as the pipeline does."""
+        if num_frames is not None:
+            raise ShapeError(f"got num_frames={num_frames}; {self.name} makes images: leave it out")
+        unit = pipeline.vae_scale_factor * self.patch
+        if height < unit or width < unit:
+            raise ShapeError(
+                f"got {height} x {width} pixels; this pipeline's smallest image is {unit} x {unit}"
+            )
+        channels = self.latent_channels(pipeline.transformer)
+        return batch, channels, self.patch * (height // unit), self.patch * (width // unit)
+
+    def set_timesteps(
+        self, scheduler: Any, num_inference_steps: int, sigmas: Sequence[float] | None, grid: Grid
+    ) -> None:
+        """See `Family.set_timesteps`: the pipelines' way, with the family's own shift."""
+        check_steps(scheduler, num_inference_steps)
+        own_sigmas = scheduler.config.get("use_flow_sigmas", False)
+        if sigmas is not None and own_sigmas:
+            raise ValueError(
+                f"got sigmas for a {type(scheduler).__name__} with use_flow_sigmas=True, which "
+                "makes its own and would ignore them; leave them out"
+            )
+        if sigmas is None:
+            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+        takes = inspect.signature(scheduler.set_timesteps).parameters
+        more: dict[str, Any] = {}
+        if "mu" in takes:
+            more["mu"] = self.mu(scheduler, grid.tokens, num_inference_steps)
+        if own_sigmas:
+            scheduler.set_timesteps(num_inference_steps, **more)
+        elif "sigmas" in takes:
+            scheduler.set_timesteps(sigmas=sigmas, **more)
+        else:
+            raise UnsupportedModelError(
+                f"{type(scheduler).__name__} takes no noise levels, which this model's pipeline "
+                "gives it; use one that does, such as FlowMatchEulerDiscreteScheduler"
+            )
+
+    def read_call(
+        self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
+    ) -> PipelineCall:
+        """See `Family.read_call`. The pipeline's own checks come with its own call."""
+        call = bind_call(pipeline, arguments)
+        refuse_ignored(call)
+        rows, columns = self.default_size(pipeline)
+        call["height"] = rows if call["height"] is None else call["height"]
+        call["width"] = columns if call["width"] is None else call["width"]
+        shape = self.latent_shape(pipeline, call["height"], call["width"], batch_of(call))
+        if call["latents"] is not None:
+            packed = self.pack_latents(torch.empty(shape, device="meta"))
+            check_shape("latents", call["latents"], tuple(packed.shape))
+        patch = self.patch
+        grid = Grid(height=shape[-2] // patch, width=shape[-1] // patch)
+        self.set_timesteps(scheduler, call["num_inference_steps"], call.get("sigmas"), grid)
+        scale = self.scale_of(pipeline, call)
+        return PipelineCall(
+            arguments=call,
+            shape=shape,
+            scales=() if scale is None else (scale,),
+            passes=1 + (scale is not None),
+        )
+
+    def read_model_call(
+        self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
+    ) -> ModelCall:
+        """See `Family.read_model_call`."""
+        given = {
+            name: value
+            for name, value in arguments.items()
+            if value is not None and value != {} and name not in (*self.sized, "return_dict")
+        }
+        latents = self.unpack_latents(given.pop("hidden_states"), shape)
+        timestep = self.level_of(given.pop("timestep").reshape(-1)[:1])
+        conditioning = {
+            name: value.expand(shape[0], *value.shape[1:])
+            if isinstance(value, Tensor) and name not in self.unbatched
+            else value
+            for name, value in given.items()
+        }
+        return ModelCall(latents=latents, timestep=timestep, conditioning=conditioning)
+
+    def level_of(self, timestep: Tensor) -> Tensor:
+        """T in [0, 1], float32, of the forward's `timestep`; the inverse of `time`."""
+        return timestep.float()

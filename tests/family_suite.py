@@ -1,0 +1,297 @@
+"""What holds for every family whose model's own forward runs the steps; see `FamilySuite`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from driving import FINE, assert_equal, keep, latents_of, runs
+from emulated_graphs import EmulatedGraphs
+from models import noise, seeded
+from torch import Tensor, nn
+
+import ddit_rt
+from ddit_rt import DDiTPolicy, Engine, MagCache, StaticPolicy
+from ddit_rt.engine.cost import step_cost
+from ddit_rt.engine.memory import memory_of
+from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.loop import CudaExecutor
+from ddit_rt.models import family_of
+from ddit_rt.steps import StepModel
+
+MIXED = StaticPolicy(["p", "2p", "2p", "p", "2p", "p"])
+OTHER = StaticPolicy(["2p", "p", "2p", "2p", "p", "p"])
+TOLERANCE = 1e-5
+"""Of the latents' scale, in float32: passes of guidance as one batch round differently."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyCase:
+    """A tiny model of a real class, and how to ask for pictures.
+
+    Attributes:
+        pipeline: Makes a pipeline; always of the same weights.
+        prompts: Arguments of a call with one prompt of each of the given lengths, by a `seed`.
+        guided: Arguments that add guidance, for prompts of the same number, with negative prompts
+            of the given lengths; None where the pipeline has none.
+        sizes: Heights and widths in pixels; 2p divides all.
+        schedulers: Schedulers beside the pipeline's own, by name.
+        lora: Layers of the transformer that a LoRA changes, by the ends of their names.
+    """
+
+    pipeline: Callable[[], Any]
+    prompts: Callable[..., dict[str, Any]]
+    guided: Callable[[tuple[int, ...]], dict[str, Any]] | None
+    sizes: tuple[tuple[int, int], ...] = ((64, 96), (128, 64))
+    schedulers: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    lora: tuple[str, ...] = ("to_out.0", "net.2")
+
+    def call(
+        self, lengths: tuple[int, ...] = (7,), negative: tuple[int, ...] = (), **more: Any
+    ) -> dict[str, Any]:
+        """Arguments of a call for latents, with guidance if there are negative prompts."""
+        height, width = self.sizes[0]
+        call = {
+            "height": height,
+            "width": width,
+            "num_inference_steps": 6,
+            "output_type": "latent",
+            **self.prompts(lengths),
+        }
+        if negative:
+            if self.guided is None:
+                pytest.skip("the pipeline has no classifier-free guidance")
+            call |= self.guided(negative)
+        return call | more
+
+
+def eager(pipeline: Any, **options: Any) -> Engine:
+    """An engine that runs the blocks uncompiled."""
+    return ddit_rt.compile(pipeline, backend="eager", patch_sizes="p,2p", progress=False, **options)
+
+
+def generated(engine: Engine, call: Mapping[str, Any], **more: Any) -> Tensor:
+    """Latents of a call."""
+    return latents_of(engine(**call, **more, generator=seeded()))
+
+
+def trace_of(engine: Engine) -> Any:
+    """Of the latest run."""
+    assert engine.last_trace is not None
+    return engine.last_trace
+
+
+@pytest.fixture
+def graphs(emulated_runtime: Any) -> Iterator[EmulatedGraphs]:
+    """A CUDA device that a mock runtime makes of the CPU."""
+    emulated_runtime.reset()
+    yield EmulatedGraphs(emulated_runtime)
+    assert emulated_runtime.violation() == ""
+
+
+PROMPTS = {
+    "one": ((7,), ()),
+    "two": ((7, 4), ()),
+    "guided": ((7,), (7,)),
+    "guided apart": ((7,), (5,)),
+    "two guided": ((4, 7), (3, 5)),
+}
+
+
+class FamilySuite:
+    """A subclass whose name begins with `Test` runs all of this on its `case`."""
+
+    case: ClassVar[FamilyCase]
+
+    @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
+    @pytest.mark.parametrize("size", [0, 1])
+    def test_all_fine_equals_diffusers(self, size: int, prompts: Any) -> None:
+        pipeline = self.case.pipeline()
+        height, width = self.case.sizes[size]
+        call = self.case.call(*prompts, height=height, width=width)
+        engine = eager(pipeline)
+        assert_equal(*runs(pipeline, engine, call), tolerance=TOLERANCE)
+        assert trace_of(engine).executor == "cpu"
+
+    @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
+    def test_the_pipelines_own_loop_equals_diffusers(self, prompts: Any) -> None:
+        pipeline = self.case.pipeline()
+        engine = eager(pipeline)
+        call = self.case.call(*prompts)
+        assert_equal(*runs(pipeline, engine, call, callback_on_step_end=keep), tolerance=TOLERANCE)
+        assert trace_of(engine).executor == "pipeline-cpu"
+
+    def test_both_ways_agree_in_coarse_steps(self) -> None:
+        engine = eager(self.case.pipeline())
+        call = self.case.call((7,), (5,)) if self.case.guided else self.case.call()
+        table = generated(engine, call, patch_policy=MIXED)
+        driven = generated(engine, call, patch_policy=MIXED, callback_on_step_end=keep)
+        # The pipeline joins velocities, the table tokens of the small picture; that is linear only
+        # where guidance is.
+        assert table.shape == driven.shape
+        assert torch.isfinite(driven).all()
+        if self.case.guided is None:
+            assert_equal(driven, table, tolerance=TOLERANCE)
+
+    def test_the_models_own_scheduler_settings_are_kept(self) -> None:
+        for make in self.case.schedulers.values():
+            pipeline = self.case.pipeline()
+            pipeline.scheduler = make()
+            call = self.case.call()
+            assert_equal(*runs(pipeline, eager(pipeline), call), tolerance=TOLERANCE)
+
+    def test_a_lora_acts_and_goes_without_a_trace(self) -> None:
+        pipeline = self.case.pipeline()
+        engine, call = eager(pipeline), self.case.call()
+        before = generated(engine, call, patch_policy=FINE)
+        engine.fuse_lora(lora_of(pipeline.transformer, self.case.lora))
+        ours, theirs = runs(pipeline, engine, call)
+        assert_equal(ours, theirs, tolerance=TOLERANCE)
+        assert float((ours - before).abs().max()) > 1e-3
+        engine.unfuse_lora()
+        assert torch.equal(generated(engine, call, patch_policy=FINE), before)
+
+    @pytest.mark.parametrize("negative", [(), (7,)], ids=["", "guided"])
+    def test_coarse_steps_run_and_stand_in_the_trace(self, negative: tuple[int, ...]) -> None:
+        engine = eager(self.case.pipeline())
+        call = self.case.call((7,), negative)
+        fine = generated(engine, call, patch_policy=FINE)
+        mixed = generated(engine, call, patch_policy=MIXED)
+        trace = trace_of(engine)
+        assert trace.patch_sizes() == ["p", "2p", "2p", "p", "2p", "p"]
+        tokens = [record.tokens for record in trace]
+        assert tokens[0] == 4 * tokens[1]
+        assert torch.isfinite(mixed).all()
+        assert float((mixed - fine).abs().max()) > 1e-3
+        generated(engine, call, patch_policy=DDiTPolicy(tau=1.0, fine_tail=1))
+        assert "2p" in trace_of(engine).patch_sizes()
+
+    def test_what_follows_the_loop_is_the_pipelines_own(self) -> None:
+        pipeline = self.case.pipeline()
+        engine, call = eager(pipeline), self.case.call(output_type="np")
+        ours = engine(**call, generator=seeded(), patch_policy=FINE)
+        theirs = pipeline(**call, generator=seeded())
+        assert type(ours) is type(theirs)
+        np.testing.assert_allclose(ours.images, theirs.images, atol=1e-4)
+        as_tuple = engine(**call, generator=seeded(), patch_policy=FINE, return_dict=False)
+        np.testing.assert_allclose(as_tuple[0], theirs.images, atol=1e-4)
+
+    def test_nothing_of_the_pipeline_is_changed(self) -> None:
+        pipeline = self.case.pipeline()
+        engine = eager(pipeline)
+        before = attributes_of(pipeline)
+        generated(engine, self.case.call(), patch_policy=MIXED)
+        generated(engine, self.case.call(), patch_policy=MIXED, callback_on_step_end=keep)
+        after = attributes_of(pipeline)
+        assert after["transformer"] == before["transformer"]
+        # What the pipeline's own call leaves, and its scheduler.
+        assert all(name.startswith("_") for name in after["pipeline"] - before["pipeline"])
+        assert not {"step", "forward"} & after["scheduler"]
+
+    @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
+    def test_captured_runs_equal_the_cpus_to_the_bit(self, graphs: Any, prompts: Any) -> None:
+        call = self.case.call(*prompts)
+        others = call | self.case.prompts(prompts[0], seed=8)
+        cpu, device = eager(self.case.pipeline()), eager(self.case.pipeline())
+        device._loop.executor = CudaExecutor(graphs)
+        for arguments in (call, others, call):
+            policy = MIXED if arguments is call else OTHER
+            ours = generated(device, arguments, patch_policy=policy)
+            assert torch.equal(ours, generated(cpu, arguments, patch_policy=policy))
+        assert trace_of(device).executor == "cuda-loop"
+        assert sorted(graphs.captured) == ["2p", "p"]
+
+    def test_captured_runs_that_the_pipeline_drives_equal_the_cpus(self, graphs: Any) -> None:
+        guided = self.case.guided is not None
+        call = self.case.call((7,), (5,)) if guided else self.case.call()
+        cpu, device = eager(self.case.pipeline()), eager(self.case.pipeline())
+        device._loop.executor = CudaExecutor(graphs)
+        more = {"patch_policy": MIXED, "callback_on_step_end": keep}
+        assert torch.equal(generated(device, call, **more), generated(cpu, call, **more))
+        assert trace_of(device).executor == "pipeline-cuda"
+
+    def test_steps_outside_the_guidance_interval_run_the_prompt_alone(self, graphs: Any) -> None:
+        call = self.case.call((7,), (7,))
+        more = {"patch_policy": MIXED, "guidance_interval": (0.34, 0.67)}
+        cpu, device = eager(self.case.pipeline()), eager(self.case.pipeline())
+        device._loop.executor = CudaExecutor(graphs)
+        ours = generated(cpu, call, **more)
+        assert torch.equal(generated(device, call, **more), ours)
+        whole = generated(cpu, call, patch_policy=MIXED)
+        assert float((whole - ours).abs().max()) > 1e-3
+
+    def test_a_step_cache_reuses_what_the_blocks_added(self, graphs: Any) -> None:
+        call = self.case.call((7,), (7,)) if self.case.guided else self.case.call()
+        cache = MagCache(0.9, retention_ratio=0.0, max_skip_steps=2, mag_ratios=(1.0,) * 6)
+        cpu, device = eager(self.case.pipeline()), eager(self.case.pipeline())
+        device._loop.executor = CudaExecutor(graphs)
+        more = {"patch_policy": FINE, "step_cache": cache}
+        ours = generated(cpu, call, **more)
+        assert any("reused" in record.cache_reason for record in trace_of(cpu))
+        assert torch.equal(generated(device, call, **more), ours)
+        fine = generated(cpu, call, patch_policy=FINE)
+        assert 1e-6 < float((fine - ours).abs().max() / fine.abs().max()) < 1
+
+    def test_cost_and_memory_are_counted(self) -> None:
+        pipeline = self.case.pipeline()
+        engine = eager(pipeline)
+        model = StepModel(
+            family=family_of(pipeline.transformer), transformer=pipeline.transformer, base={}
+        )
+        sizes = {"height": 16, "width": 16, "batch": 1, "text_tokens": 7}
+        fine, coarse = (step_cost(model, multiple=multiple, **sizes) for multiple in (1, 2))
+        assert fine.flops > coarse.flops > 0
+        assert fine.weight_bytes == coarse.weight_bytes
+        memory = memory_of(engine.artifact, pipeline, 6, height=64, width=64)
+        assert [bucket.patch for bucket in memory.buckets] == ["p", "2p"]
+        assert all(bucket.positions_bytes > 0 for bucket in memory.buckets)
+
+    def test_what_a_compiled_block_would_ignore_is_refused_by_name(self) -> None:
+        pipeline = self.case.pipeline()
+        names = {"attention_kwargs", "joint_attention_kwargs"}
+        engine = eager(pipeline)
+        for name in names & set(type(pipeline).__call__.__code__.co_varnames):
+            with pytest.raises(UnsupportedModelError, match=f"`{name}`.*leave the argument out"):
+                engine(**self.case.call(), **{name: {"scale": 0.5}})
+        with pytest.raises(UnsupportedModelError, match="trained adapters"):
+            ddit_rt.compile(
+                pipeline,
+                backend="eager",
+                adapter=ddit_rt.AdapterSet(),
+                progress=False,
+            )
+
+    @pytest.mark.slow
+    def test_compiled_blocks_equal_diffusers(self) -> None:
+        pipeline = self.case.pipeline()
+        engine = ddit_rt.compile(pipeline, patch_sizes="p,2p", progress=False)
+        for prompts in PROMPTS.values():
+            if prompts[1] and self.case.guided is None:
+                continue
+            ours, theirs = runs(pipeline, engine, self.case.call(*prompts))
+            assert_equal(ours, theirs, tolerance=TOLERANCE)
+        uncompiled = generated(eager(pipeline), self.case.call(), patch_policy=MIXED)
+        assert_equal(
+            generated(engine, self.case.call(), patch_policy=MIXED), uncompiled, tolerance=1e-4
+        )
+
+
+def attributes_of(pipeline: Any) -> dict[str, set[str]]:
+    """Names of what a pipeline and its parts have of their own."""
+    parts = {name: getattr(pipeline, name) for name in ("transformer", "scheduler")}
+    return {name: set(vars(part)) for name, part in {"pipeline": pipeline, **parts}.items()}
+
+
+def lora_of(transformer: nn.Module, ends: tuple[str, ...]) -> dict[str, Tensor]:
+    """A LoRA of rank 4 for the transformer's layers whose names end so."""
+    state: dict[str, Tensor] = {}
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(ends):
+            for which, shape in (("A", (4, module.in_features)), ("B", (module.out_features, 4))):
+                state[f"transformer.{name}.lora_{which}.weight"] = noise(*shape) * 0.3
+    assert state
+    return state

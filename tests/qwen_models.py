@@ -1,0 +1,74 @@
+"""Small random Qwen-Image models of the real classes, for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from torch import Tensor, nn
+
+TEXT_WIDTH = 24
+CHANNELS = 4
+
+
+def tiny_transformer(*, seed: int = 0, **config: Any) -> QwenImageTransformer2DModel:
+    """A Qwen-Image transformer of three blocks, random but with every path alive."""
+    torch.manual_seed(seed)
+    fields: dict[str, Any] = {
+        "in_channels": 4 * CHANNELS,
+        "out_channels": CHANNELS,
+        "num_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": TEXT_WIDTH,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    model = QwenImageTransformer2DModel(**{**fields, **config})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.08)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_pipeline(*, seed: int = 0, **config: Any) -> QwenImagePipeline:
+    """A Qwen-Image pipeline without text encoder: call it with `tiny_embeds`."""
+    transformer = tiny_transformer(seed=seed, **config)
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=CHANNELS,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1] * CHANNELS,
+        latents_std=[1.5] * CHANNELS,
+    )
+    pipeline = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift_terminal=0.02, max_shift=0.9, max_image_seq_len=8192
+        ),
+        vae=vae.eval().requires_grad_(False),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_embeds(
+    lengths: tuple[int, ...] = (7,), seed: int = 1, prefix: str = ""
+) -> dict[str, Tensor]:
+    """Prompt embeddings as a pipeline call takes them, one prompt for each length, padded."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, longest = len(lengths), max(lengths)
+    embeds = torch.randn(batch, longest, TEXT_WIDTH, generator=generator)
+    mask = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
+    return {
+        f"{prefix}prompt_embeds": embeds * mask[..., None],
+        f"{prefix}prompt_embeds_mask": mask.long(),
+    }
