@@ -46,6 +46,9 @@ Schema, version 1. `spread` is `median`, `min`, `max`, `lower_quartile`, `upper_
   - `compile`: `compile_seconds` with empty caches, `artifact_bytes`, `load_seconds`,
     `first_run_seconds`, `load_to_first_image_seconds` (weights in memory, no VAE),
     `second_run_seconds`, `captures` (capture, instantiation, upload, memory, graph nodes).
+  - `blocks`: rows by class and patch size, such as `FluxTransformerBlock 2p`: `seconds` of one
+    compiled block, `torch_seconds` of the same run by torch, `speedup`, `relative_error` of its
+    outputs, and on CUDA `kernels` (`name`, `count`, `seconds`).
   - `kernels`: rows `p`, `4p`: `kernels`, of a step in a profile of a run that the host drives, by
     time (`name`, `count`, `seconds` a step, `share` of all of them; on a CPU torch's operators,
     without those that they call), `kernel_seconds`, `kernel_count`; `nodes` of each captured graph;
@@ -67,6 +70,7 @@ from pathlib import Path
 
 import torch
 from hardware import machine_entry
+from real_blocks import blocks
 from real_costs import compiling, memory
 from real_kernels import kernels
 from real_loops import loops
@@ -83,6 +87,7 @@ SECTIONS: Mapping[str, Callable[[Setup, Case, argparse.Namespace, Save], Record]
     "loops": lambda setup, case, args, save: loops(setup, case, args.methods, save),
     "memory": lambda setup, case, _, __: memory(setup, case),
     "compile": lambda setup, case, _, __: compiling(setup, case),
+    "blocks": lambda setup, case, _, save: blocks(setup, case, save),
     "kernels": lambda setup, case, _, __: kernels(setup, case),
 }
 

@@ -19,11 +19,12 @@ from typing import Any
 from made_tables.caches import caches
 from made_tables.cpu import cpu_demo, cpu_short, drivers_cpu, ops_cpu, overhead_cpu
 from made_tables.quality import quality_demo, quality_demo_video
-from made_tables.real_size import ops_cuda, real_size
+from made_tables.real_size import blocks_cuda, ops_cuda, real_size
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "blocks_cuda": blocks_cuda,
     "cpu_demo:short": cpu_short,
     "cpu_demo": cpu_demo,
     "drivers_cpu": drivers_cpu,

@@ -10,6 +10,7 @@ from made_tables.markdown import Report, block, cpu, header, line, ranged, relea
 _SHOWN_FORMS = (None, "loop", "auto")
 _ALL_FORMS = "mixed"
 _MEANS_SOMETHING = "fine"
+_MOST_KERNELS = 10
 
 
 def real_size(report: Report) -> str:
@@ -145,3 +146,26 @@ def ops_cuda(report: Report) -> str:
         "launches in one CUDA graph with buffers of their own, medians."
     )
     return block(lines, [note])
+
+
+def blocks_cuda(report: Report) -> str:
+    """One block of each class on a GPU, form by form, and where the time of the best one goes."""
+    patches = ("p", "2p", "4p")
+    lines = header(["one block", "", *(f"{patch}, ms" for patch in patches)], "--")
+    for row in report["rows"]:
+        cells = [f"{row['seconds'][patch] * 1e3:.3f}" for patch in patches]
+        lines.append(line([row["block"], row["form"], *cells]))
+    kernels = header(["at p", "kernel", "count", "us"], "--")
+    for block_name in dict.fromkeys(row["block"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["block"] == block_name and row["kernels"]]
+        best = min(rows, key=lambda row: float(row["seconds"]["p"]))
+        for kernel in best["kernels"]["p"][:_MOST_KERNELS]:
+            name = str(kernel["name"])[:60]
+            cells = [f"{kernel['count']}", f"{kernel['seconds'] * 1e6:.0f}"]
+            kernels.append(line([block_name, f"`{name}`", *cells]))
+    card = report["machine"]["gpu"]
+    rate = report["rates"]["matrix_flops_per_second"] * 1e-12
+    made = (
+        f"{card['name']}, {released(report, 'torch', 'diffusers')}; a matrix product at {rate:.0f}"
+    )
+    return block(lines, kernels, [f"{made} TFLOP/s in the same visit; {report['notes'][0]}."])

@@ -246,3 +246,11 @@ def test_compiled_methods_and_the_cost_of_compiling(tmp_path: Path) -> None:
     assert record["load_to_first_image_seconds"] >= record["load_seconds"]
     assert record["compile_seconds"] > record["load_seconds"]
     assert record["artifact_bytes"] > 0
+
+
+def test_blocks_are_those_of_torch_at_every_patch_size(tmp_path: Path) -> None:
+    report = run(tmp_path / "flux.json", "--sections", "blocks")
+    rows = report["sections"]["blocks"]["128x128/batch1"]["rows"]
+    classes = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    assert list(rows) == [f"{name} {patch}" for name in classes for patch in ("p", "2p", "4p")]
+    assert all(row["relative_error"] < 1e-5 and row["seconds"] > 0 for row in rows.values())
