@@ -230,3 +230,46 @@ def test_read_only_folder_is_no_place() -> None:
             os.seteuid(65534)
         problem = no_place_for_code(folder, 1)
     assert "cannot be written (Permission denied)" in problem
+
+
+def compiler(path: Path, *flags: str) -> str:
+    """A g++ that links with flags of its own."""
+    path.write_text(
+        f'#!/bin/sh\ncase " $* " in *" -shared "*) set -- "$@" {" ".join(flags)};; esac\n'
+        'exec g++ "$@"\n'
+    )
+    path.chmod(0o700)
+    return str(path)
+
+
+def test_cpp_library_is_linked_by_its_name_where_the_compiler_would_copy_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    static = compiler(tmp_path / "g++", "-static-libstdc++")
+    monkeypatch.setattr(machine, "_cpp_compiler", lambda: static)
+    source = tmp_path / "text.cpp"
+    source.write_text("#include <string>\nstd::string text(int n) { return std::to_string(n); }\n")
+    library = tmp_path / "text.so"
+    build = ["-shared", "-fPIC", str(source), "-o", str(library)]
+    subprocess.run([static, *build], check=True)
+    assert b"libstdc++.so.6" not in library.read_bytes()
+    with compiler_ready("cpu") as options:
+        (chosen,) = options["cpp.cxx"]
+        subprocess.run([chosen, *build], check=True)
+        assert b"libstdc++.so.6" in library.read_bytes()
+        subprocess.run([chosen, "-c", str(source), "-o", str(tmp_path / "text.o")], check=True)
+
+
+def test_compiler_that_copies_the_cpp_library_all_the_same_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    static = compiler(tmp_path / "g++", "-static-libstdc++")
+    monkeypatch.setattr(machine, "_cpp_compiler", lambda: static)
+    monkeypatch.setattr(machine, "_shares_cpp_library", lambda *_: False)
+    with pytest.raises(CompileError, match="g\\+\\+ links the C\\+\\+ library statically.*CXX"):
+        compiler_ready("cpu").__enter__()
+
+
+def test_compiler_of_this_machine_needs_no_options() -> None:
+    with compiler_ready("cpu") as options:
+        assert options == {}
