@@ -37,8 +37,7 @@ struct Grid {
   std::vector<float> mean;
   std::vector<float> m2;
 
-  explicit Grid(const PatchShape& shape_)
-      : shape(shape_), mean(shape.tokens()), m2(mean.size()) {}
+  explicit Grid(const PatchShape& shape_) : shape(shape_), mean(shape.tokens()), m2(mean.size()) {}
 
   // Values of a patch.
   float count(int64_t row, int64_t column) const {

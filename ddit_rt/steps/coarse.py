@@ -194,4 +194,3 @@ class _Correction:
     def tensors(self) -> tuple[Tensor, ...]:
         """As `Bucket.tensors`."""
         return (self._serial, self._disagreement)
-

@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddit_rt.adapters import adaptable_layers, save_adapters
-from ddit_rt.errors import ShapeError
 from ddit_rt.lab.train.card import model_card
 from ddit_rt.lab.train.checkpoint import Checkpoints, check_same_run, register_hooks
 from ddit_rt.lab.train.config import DataConfig, TrainConfig
