@@ -19,9 +19,9 @@ def patch_scores(
     """Scores candidate patch sizes by the spread of a finite difference of the latents.
 
     With z0 the newest latent, the difference of order 1, 2 or 3 is `z0 - z1`, `z0 - 2 z1 + z2` or
-    `z0 - 3 z1 + 3 z2 - z3`. It is cut into `p x p` patches (all channels, one frame), of which those
-    that reach over an edge have the pixels that are there; the score of size p is the quantile over
-    a sample's patches of their standard deviations (`ddof=1`, as `torch.std`), interpolated as
+    `z0 - 3 z1 + 3 z2 - z3`. It is cut into `p x p` patches (all channels, one frame); those that
+    reach over an edge have the pixels that are there. The score of size p is the quantile over a
+    sample's patches of their standard deviations (`ddof=1`, as `torch.std`), interpolated as
     `torch.quantile` does. Deterministic, in float32, for any number of threads. All sizes come from
     one pass over the history. Source: DDiT, arXiv 2602.16968, section 3.2, which uses order 3 and
     quantile 0.4; a low score allows a coarse patch.

@@ -121,6 +121,15 @@ def test_each_frame_is_reduced_and_enlarged_by_itself() -> None:
     assert torch.equal(large[:, :, 3], maps.up(small[:, :, 3].contiguous()))
 
 
+@pytest.mark.parametrize(("size", "small"), SIZES)
+def test_up_is_the_bicubic_enlargement(size: tuple[int, int], small: tuple[int, int]) -> None:
+    pixels = noise(2, 3, *small)
+    expected = torch.nn.functional.interpolate(pixels.double(), size=size, mode="bicubic")
+    torch.testing.assert_close(
+        Resampling(size, small, CPU).up(pixels), expected.float(), rtol=0.0, atol=1e-5
+    )
+
+
 def context_of(model: StepModel, size: tuple[int, int]) -> RunContext:
     sigmas = torch.tensor([0.9, 0.5])
     return RunContext(

@@ -171,8 +171,13 @@ class _Coarse:
 
     @without_autocast()
     def down(self, latents: Tensor) -> Tensor:
-        """Of the runtime, which is shielded from autocast: not rounded to half precision."""
+        """In full precision, as in the runtime, which is shielded from autocast."""
         return self.maps.down(latents)
+
+    @without_autocast()
+    def up(self, small: Tensor) -> Tensor:
+        """Likewise."""
+        return self.maps.up(small)
 
     def small(
         self, latents: Tensor, sigmas: Tensor, known: Tensor, conditioning: Mapping[str, Tensor]
@@ -215,7 +220,7 @@ def _snr(coarse: _Coarse, states: States) -> Tensor:
         # At the first coarse step the two cancel, whatever the model says: no gradient there.
         is_first = earlier.used & (states.sigmas == earlier.first_sigmas)
         change = torch.where(_column(is_first), torch.zeros_like(change), change)
-    clean = known + coarse.maps.up(change)
+    clean = known + coarse.up(change)
     return (states.latents - clean) / sigmas + correction
 
 
