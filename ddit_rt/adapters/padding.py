@@ -3,7 +3,8 @@
 An adapter's layers take whole patches, so the last row and column of them may reach over the far
 edges. What lies there mirrors the latents. Zeros would be pixels without noise, which no level
 that the model knows has, and a repeated edge would be streaks; mirrored pixels have the noise and
-the content of their neighbourhood. What comes back for them is cut off.
+the content of their neighbourhood. (The demo's adapters are as good with zeros, as far as 16 images
+can tell.) What comes back for them is cut off.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def step_cost(
     twin = _meta_copy(model.family, model.transformer)
     if isinstance(model.family, ForwardFamily):
         channels = model.family.latent_channels(twin)
-        size = (height // multiple, width // multiple)
+        size = model.small_size(height, width, multiple)
         shape = (batch, channels, *((frames,) if frames else ()), *size)
         parts = [_forward_ends(model.family, twin, shape, text_tokens)]
     else:

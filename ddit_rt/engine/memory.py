@@ -183,14 +183,14 @@ def _velocity_depth(run: _Run, pipeline: Any) -> int:
 
 def _bucket_memory(run: _Run, entry: BucketEntry) -> BucketMemory:
     model, multiple = run.model, parse_patch(entry.patch)
-    grid, patch = run.grid(entry), model.patch_size
-    positions, modulation = _tables(run, grid, (grid.height * patch, grid.width * patch))
+    height, width = run.shape[-2:]
+    grid, size = run.grid(entry), model.small_size(height, width, multiple)
+    positions, modulation = _tables(run, grid, size)
     modulation *= run.experts * run.passes
     correction = 0
     if multiple > 1:
         modulation += 2 * run.steps * _FLOAT
-        pixels = grid.tokens * patch**2  # of a small image, all frames of it
-        correction = _FLOAT * run.shape[0] * run.shape[1] * pixels
+        correction = _FLOAT * math.prod((*run.shape[:-2], *size))
     positions_bytes = run.experts * positions
     hidden = model.family.hidden_size(model.transformer)
     return BucketMemory(

@@ -138,6 +138,11 @@ class StepModel:
         rows, columns = -(-height // patch), -(-width // patch)
         return Grid(height=rows, width=columns, frames=frames or 1)
 
+    def small_size(self, height: int, width: int, multiple: int) -> tuple[int, int]:
+        """Latent rows and columns of the small image that has as many tokens at p."""
+        grid, patch = self.grid(height, width, multiple), self.patch_size
+        return grid.height * patch, grid.width * patch
+
     def unpack(self, tokens: Tensor, height: int, width: int, frames: int) -> Tensor:
         """Latents from what the de-embedding made of patches of p x p; 0 frames: an image."""
         return ops.unpack(

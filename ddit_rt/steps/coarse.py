@@ -77,8 +77,7 @@ class Resampling:
     @classmethod
     def of(cls, model: StepModel, size: tuple[int, int], multiple: int) -> Resampling:
         """The maps of latents of `size` at `multiple` times p."""
-        grid, patch = model.grid(*size, multiple), model.patch_size
-        return cls(size, (grid.height * patch, grid.width * patch), model.device)
+        return cls(size, model.small_size(*size, multiple), model.device)
 
     def down(self, latents: Tensor) -> Tensor:
         """`[B, C, H, W]` or `[B, C, F, H, W]` to the small image, float32."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import qwen_models
 import torch
 from driving import assert_equal, keep
 from emulated_graphs import EmulatedGraphs
@@ -69,6 +70,12 @@ def wan() -> Engine:
     return ddit_rt.compile(wan_pipeline(), backend="eager", progress=False)
 
 
+@pytest.fixture(scope="module")
+def qwen() -> Engine:
+    """A model whose own forward runs the steps."""
+    return ddit_rt.compile(qwen_models.tiny_pipeline(), backend="eager", progress=False)
+
+
 def offered(engine: Engine, shape: tuple[int, ...]) -> tuple[int, ...]:
     frames = shape[2] if len(shape) == 5 else 0
     sizes, notes = engine._compiled.offered(*shape[-2:], frames)
@@ -105,8 +112,12 @@ def run(
     engine: Engine, executor: Any, shape: tuple[int, ...], policy: Any, seed: int
 ) -> tuple[Tensor, list[tuple[Any, ...]], list[dict[str, float]]]:
     """Latents, what was decided, and scores."""
-    if engine.pipeline.__class__.__name__ == "WanPipeline":
+    kind = type(engine.pipeline).__name__
+    if kind == "WanPipeline":
         conditioning = wan_conditioning(shape[0])
+    elif kind == "QwenImagePipeline":
+        embeds = qwen_models.tiny_embeds((7,) * shape[0], seed)["prompt_embeds"]
+        conditioning = {"encoder_hidden_states": embeds}
     else:
         conditioning = tiny_conditioning(engine.pipeline.transformer, shape[0], seed=seed)
     engine._loop.executor = executor
@@ -123,6 +134,7 @@ CASES = [
     *[("flux", shape) for shape in FLUX_LATENTS],
     *[("adapted", shape) for shape in (FLUX_LATENTS[0], *FLUX_LATENTS[2:])],
     *[("wan", shape) for shape in WAN_LATENTS],
+    *[("qwen", shape) for shape in FLUX_LATENTS[2:]],
 ]
 
 
@@ -149,7 +161,7 @@ def test_the_cuda_executor_equals_the_cpu(
     assert len({patch for patch, _, _ in expected[1]}) > 1
 
 
-@pytest.mark.parametrize("name", ["flux", "adapted", "wan"])
+@pytest.mark.parametrize("name", ["flux", "adapted", "wan", "qwen"])
 def test_tokens_are_those_of_patches_rounded_up(request: pytest.FixtureRequest, name: str) -> None:
     engine: Engine = request.getfixturevalue(name)
     shape = (1, 4, 2, 18, 26) if name == "wan" else (1, 4, 18, 26)

@@ -9,7 +9,7 @@ import torch
 from models import noise, tiny_conditioning, tiny_transformer
 from torch import Tensor
 
-from ddit_rt.models.flux import FluxFamily
+import ddit_rt
 from ddit_rt.steps import Detail, Pass, Resampling, RunContext, SnrBucket, StepModel, matched_level
 
 CPU = torch.device("cpu")
@@ -148,19 +148,11 @@ def test_first_coarse_step_after_a_fine_one_keeps_its_clean_estimate(
     size: tuple[int, int], multiple: int
 ) -> None:
     """What the small image disagrees with it is not taken for news, at any size."""
-    model = StepModel(family=FluxFamily(), transformer=tiny_transformer(), base={})
+    model = ddit_rt.compile(tiny_transformer(), backend="eager", progress=False)._compiled.steps
     context, latents = context_of(model, size), noise(1, 4, *size)
-    bucket = SnrBucket(model, context, multiple, runners=still_blocks(model))
+    bucket = SnrBucket(model, context, multiple)
     assert context.detail is not None
     context.detail.update(latents, noise(1, 4, *size, seed=1), torch.tensor(0.9))
     velocity = bucket.velocity(latents, torch.tensor([1]))
     expected = (latents - context.detail.estimate) / 0.5
     torch.testing.assert_close(velocity, expected, rtol=0.0, atol=1e-4)
-
-
-def still_blocks(model: StepModel) -> dict[str, list]:
-    """Blocks that hand on what they are given."""
-    return {
-        block_type.path: [lambda *tensors, n=block_type.outputs: tensors[:n]]
-        for block_type in model.family.block_types(model.transformer)
-    }
