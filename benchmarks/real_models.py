@@ -347,7 +347,6 @@ class Wan(RealModel):
         ),
     )
     presets: ClassVar[Mapping[str, Preset]] = {
-        # At 480 x 832 patches of 4p do not divide the 60 rows of the latent; at 512 x 832 they do.
         "wan-1.3b": Preset(
             config={
                 **_WAN_SHARED,
@@ -358,7 +357,7 @@ class Wan(RealModel):
                 "num_layers": 30,
             },
             text_tokens=512,
-            sizes=((480, 832, 81), (512, 832, 81)),
+            sizes=((480, 832, 81),),
             batches=(1,),
             steps=(50,),
         ),

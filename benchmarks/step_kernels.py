@@ -26,7 +26,7 @@ LATENTS: Mapping[str, tuple[int, ...]] = {
     "FLUX 1024": (1, 16, 128, 128),
     "Wan 480p": (1, 16, 21, 60, 104),
     "Wan 720p": (1, 16, 21, 90, 160),
-    "Wan 704p": (1, 16, 21, 88, 160),  # where a patch does not divide the 90 rows of 720p
+    "Wan 704p": (1, 16, 21, 88, 160),  # where 4 and 8 divide, which pack needs
 }
 
 
@@ -56,16 +56,13 @@ _STEPS = 4096  # a decision is for the next step each time: enough for all repla
 _FIRST = 4  # decisions before anything is timed, so that the loop has a history
 _FP32 = 4
 PATCH = 2
-OFFERED: dict[str, tuple[int, ...]] = {
-    "FLUX 1024": (1, 2, 4),
-    "Wan 480p": (1, 2),
-    "Wan 704p": (1, 2, 4),
-}
+OFFERED = (1, 2, 4)
+SIZES = ("FLUX 1024", "Wan 480p", "Wan 720p")
 
 
 def step_cases(device: torch.device) -> list[KernelCase]:
-    """Update and decision at every size that offers coarse patches."""
-    return [case(device, size) for size in OFFERED for case in (update_case, decide_case)]
+    """Update and decision at every size."""
+    return [case(device, size) for size in SIZES for case in (update_case, decide_case)]
 
 
 def update_case(device: torch.device, size: str) -> KernelCase:
@@ -95,28 +92,27 @@ def decide_case(device: torch.device, size: str) -> KernelCase:
     patch; the floor counts the moments alone.
     """
     shape = LATENTS[size]
-    edge = PATCH * OFFERED[size][1]
+    rows, columns = (-(-edge // (PATCH * OFFERED[1])) for edge in shape[-2:])
     return KernelCase(
-        name=f"decide, {len(OFFERED[size]) - 1} coarse sizes",
+        name=f"decide, {len(OFFERED) - 1} coarse sizes",
         size=size,
         shape=shape,
-        moved_bytes=2 * _FP32 * math.prod(shape) // (shape[1] * edge**2),
+        moved_bytes=2 * _FP32 * math.prod(shape[2:-2]) * rows * columns,
         methods={"native": partial(_launch, "decide", device, size)},
         latency_bound=True,
     )
 
 
-def plan_of(size: str) -> RunPlan:
+def plan_of() -> RunPlan:
     """A run without buckets whose every step is scored."""
-    offered = OFFERED[size]
-    coarse = len(offered) - 1
+    coarse = len(OFFERED) - 1
     row = torch.tensor([1.0, 0.0, 0.0, -1 / _STEPS, 0.0, 0.0], dtype=torch.float64)
     sigmas = tuple(1 - step / _STEPS for step in range(_STEPS + 1))
     return RunPlan(
         buckets=((),),
         stages=(0,) * _STEPS,
         stage_names=("",),
-        offered=offered,
+        offered=OFFERED,
         policy=PolicyTable(
             forced=(DYNAMIC,) * _STEPS,
             labels=("",) * _STEPS,
@@ -131,7 +127,7 @@ def plan_of(size: str) -> RunPlan:
 def _launch(kernel: str, device: torch.device, size: str) -> Call:
     """A launch of one kernel of a loop that has taken some steps, on the current stream."""
     shape = torch.Size(LATENTS[size])
-    plan = plan_of(size)
+    plan = plan_of()
     runtime: Any = _runtime
     buffers = LoopBuffers(plan, shape, device, runtime)
     control = buffers.control(runtime, device)

@@ -165,8 +165,9 @@ ScoreArgs score_args(const Tensor& history, std::vector<int64_t> patch_sizes, do
   STD_TORCH_CHECK(patch_sizes.size() <= kMaxSizes, "ddit_rt::patch_scores: ", patch_sizes.size(),
                   " patch sizes, expected at most ", kMaxSizes);
   for (const int64_t size : patch_sizes) {
-    check_patch(args.shape, size, kOp);
-    STD_TORCH_CHECK(size * size * shape.channels > 1,
+    STD_TORCH_CHECK(size >= 1, "ddit_rt::patch_scores: patch size ", size, ", expected at least 1");
+    args.shape.patch = size;
+    STD_TORCH_CHECK(shape.fewest_values() > 1,
                     "ddit_rt::patch_scores: a patch of a single value has no standard deviation");
     args.base = std::gcd(args.base, size);
   }

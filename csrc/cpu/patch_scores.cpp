@@ -6,6 +6,9 @@
 // 2. Per sample and size: the moments of (size / g)^2 base patches merge, and the quantile of the
 //    standard deviations is selected.
 //
+// A patch that reaches over an edge has the pixels that are there: only patches of the last row and
+// the last column have fewer, so that counts stay the same along a row.
+//
 // Every patch is reduced by one thread in a fixed order: the result does not depend on the number
 // of threads. Bound by the four reads of the history in step 1, by selection in step 2.
 #include <torch/csrc/stable/library.h>
@@ -28,16 +31,23 @@ namespace {
 constexpr int64_t kGrain = 32 * 1024;  // values of one latent worth a thread of their own
 constexpr int64_t kColumns = 256;      // accumulators kept at a time: 2 KiB
 
-// Means and sums of squared deviations of a grid of patches [rows, columns], all of `count` values.
+// Means and sums of squared deviations of one sample's patches, [frames, rows, columns].
 struct Grid {
-  int64_t rows = 0;
-  int64_t columns = 0;
-  float count = 0.0f;
+  PatchShape shape;
   std::vector<float> mean;
   std::vector<float> m2;
 
-  Grid(int64_t rows_, int64_t columns_, float count_)
-      : rows(rows_), columns(columns_), count(count_), mean(rows_ * columns_), m2(mean.size()) {}
+  explicit Grid(const PatchShape& shape_) : shape(shape_), mean(shape.tokens()), m2(mean.size()) {}
+
+  // Values of a patch.
+  float count(int64_t row, int64_t column) const {
+    return static_cast<float>(shape.channels * shape.row_height(row) * shape.column_width(column));
+  }
+  // Columns from the first whose patches have their whole width.
+  int64_t whole_columns() const { return shape.width / shape.patch; }
+  int64_t at(int64_t frame, int64_t row) const {
+    return (frame * shape.rows() + row) * shape.columns();
+  }
 };
 
 // One more value for every column; `reciprocal` is 1 / (number of values with this one).
@@ -82,7 +92,8 @@ DDIT_RT_CPU_CLONES void deviations(const float* m2, float count, float* out, int
   for (int64_t i = 0; i < patches; ++i) out[i] = standard_deviation({count, 0.0f, m2[i]});
 }
 
-// Row `row` of base patches of frame `f`, sample `b`, into the grid's row.
+// Row `row` of base patches of frame `f`, sample `b`, into the grid's row. Lines are taken channel
+// by channel, as `PatchShape` numbers them.
 void reduce_row(const ScoreArgs& args, int64_t b, int64_t f, int64_t row, float* grid_mean,
                 float* grid_m2) {
   const PatchShape& shape = args.shape;
@@ -90,40 +101,80 @@ void reduce_row(const ScoreArgs& args, int64_t b, int64_t f, int64_t row, float*
   std::vector<float> buffer(2 * tile);
   float* const mean = buffer.data();
   float* const m2 = mean + tile;
+  const int64_t height = shape.row_height(row);
+  const int64_t lines = shape.channels * height;
   for (int64_t x = 0; x < shape.width; x += tile) {
     const int64_t columns = std::min(tile, shape.width - x);
     std::fill(buffer.begin(), buffer.end(), 0.0f);
-    for (int64_t line = 0; line < shape.lines(); ++line) {
-      const int64_t at = shape.latent_offset(b, f, row, line) + x;
+    for (int64_t line = 0; line < lines; ++line) {
+      const int64_t channel = line / height;
+      const int64_t dy = line - channel * height;
+      const int64_t at = shape.latent_offset(b, f, row, channel * shape.patch + dy) + x;
       const float* const z[4] = {args.newest[0] + at, args.newest[1] + at, args.newest[2] + at,
                                  args.newest[3] + at};
       add_line(args.order, z, 1.0f / static_cast<float>(line + 1), mean, m2, columns);
     }
-    const auto count = static_cast<float>(shape.lines());
+    const auto count = static_cast<float>(lines);
     float* const out_mean = grid_mean + x / shape.patch;
     float* const out_m2 = grid_m2 + x / shape.patch;
-    const int64_t patches = columns / shape.patch;
+    const int64_t patches = (columns + shape.patch - 1) / shape.patch;
     std::fill_n(out_mean, patches, 0.0f);
     std::fill_n(out_m2, patches, 0.0f);
-    for (int64_t i = 0; i < shape.patch; ++i) {
-      merge_strided(out_mean, out_m2, mean + i, m2 + i, shape.patch, i * count, count, patches);
+    for (int64_t i = 0; i < std::min(shape.patch, columns); ++i) {
+      const int64_t reaching = (columns - i + shape.patch - 1) / shape.patch;  // patches with it
+      merge_strided(out_mean, out_m2, mean + i, m2 + i, shape.patch, i * count, count, reaching);
     }
   }
 }
 
-// Patches `factor` times as large on each side.
-Grid coarsen(const Grid& fine, int64_t factor) {
-  Grid grid(fine.rows / factor, fine.columns / factor, fine.count * (factor * factor));
-  for (int64_t row = 0; row < grid.rows; ++row) {
-    float* const mean = grid.mean.data() + row * grid.columns;
-    float* const m2 = grid.m2.data() + row * grid.columns;
-    for (int64_t i = 0; i < factor * factor; ++i) {
-      const int64_t at = (row * factor + i / factor) * fine.columns + i % factor;
-      merge_strided(mean, m2, fine.mean.data() + at, fine.m2.data() + at, factor, i * fine.count,
-                    fine.count, grid.columns);
+// Patches [column, column + patches) of a row, which merge equally many and equally large ones.
+void coarsen_row(const Grid& fine, Grid& grid, int64_t frame, int64_t row, int64_t column,
+                 int64_t patches) {
+  const int64_t factor = grid.shape.patch / fine.shape.patch;
+  const int64_t out = grid.at(frame, row) + column;
+  const int64_t end_row = std::min((row + 1) * factor, fine.shape.rows());
+  const int64_t end_column = std::min((column + 1) * factor, fine.shape.columns());
+  float count = 0.0f;
+  for (int64_t y = row * factor; y < end_row; ++y) {
+    for (int64_t x = column * factor; x < end_column; ++x) {
+      const int64_t at = fine.at(frame, y) + x;
+      const float more = fine.count(y, x);
+      merge_strided(grid.mean.data() + out, grid.m2.data() + out, fine.mean.data() + at,
+                    fine.m2.data() + at, factor, count, more, patches);
+      count += more;
+    }
+  }
+}
+
+// Patches of a larger size, a multiple of the finer grid's.
+Grid coarsen(const Grid& fine, int64_t size) {
+  PatchShape shape = fine.shape;
+  shape.patch = size;
+  Grid grid(shape);
+  const int64_t whole = grid.whole_columns();
+  for (int64_t frame = 0; frame < shape.frames; ++frame) {
+    for (int64_t row = 0; row < shape.rows(); ++row) {
+      coarsen_row(fine, grid, frame, row, 0, whole);
+      if (whole < shape.columns()) coarsen_row(fine, grid, frame, row, whole, 1);
     }
   }
   return grid;
+}
+
+// Standard deviations of all patches.
+void deviations(const Grid& grid, std::vector<float>& values) {
+  const PatchShape& shape = grid.shape;
+  const int64_t whole = grid.whole_columns();
+  values.resize(grid.m2.size());
+  for (int64_t frame = 0; frame < shape.frames; ++frame) {
+    for (int64_t row = 0; row < shape.rows(); ++row) {
+      const float* const m2 = grid.m2.data() + grid.at(frame, row);
+      float* const out = values.data() + grid.at(frame, row);
+      deviations(m2, grid.count(row, 0), out, whole);
+      if (whole == shape.columns()) continue;
+      deviations(m2 + whole, grid.count(row, whole), out + whole, 1);
+    }
+  }
 }
 
 float select_quantile(std::vector<float>& values, float quantile) {
@@ -137,27 +188,23 @@ float select_quantile(std::vector<float>& values, float quantile) {
   return lerp(*below, *std::min_element(below + 1, values.end()), rank.weight);
 }
 
-// Scores of one sample from its base grid, whose rows are those of all frames.
+// Scores of one sample from its base grid.
 void score_sample(const ScoreArgs& args, const Grid& base, float* scores) {
   std::vector<size_t> order(args.sizes.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   std::stable_sort(order.begin(), order.end(),
                    [&](size_t i, size_t j) { return args.sizes[i] < args.sizes[j]; });
   std::vector<Grid> grids{base};
-  std::vector<int64_t> edges{args.base};
   std::vector<float> values;
   for (const size_t i : order) {
     const int64_t size = args.sizes[i];
-    size_t from = edges.size() - 1;  // the largest size so far that divides this one
-    while (size % edges[from] != 0) --from;
-    if (edges[from] != size) {
-      grids.push_back(coarsen(grids[from], size / edges[from]));
-      edges.push_back(size);
-      from = edges.size() - 1;
+    size_t from = grids.size() - 1;  // the largest size so far that divides this one
+    while (size % grids[from].shape.patch != 0) --from;
+    if (grids[from].shape.patch != size) {
+      grids.push_back(coarsen(grids[from], size));
+      from = grids.size() - 1;
     }
-    const Grid& grid = grids[from];
-    values.resize(grid.m2.size());
-    deviations(grid.m2.data(), grid.count, values.data(), static_cast<int64_t>(values.size()));
+    deviations(grids[from], values);
     scores[i] = select_quantile(values, args.quantile);
   }
 }
@@ -165,8 +212,7 @@ void score_sample(const ScoreArgs& args, const Grid& base, float* scores) {
 std::vector<Grid> base_grids(const ScoreArgs& args) {
   const PatchShape& shape = args.shape;
   const int64_t rows = shape.frames * shape.rows();
-  const auto count = static_cast<float>(shape.lines() * shape.patch);
-  std::vector<Grid> grids(shape.batch, Grid(rows, shape.columns(), count));
+  std::vector<Grid> grids(shape.batch, Grid(shape));
   const int64_t grain = std::max<int64_t>(1, kGrain / (shape.lines() * shape.width));
   torch::stable::parallel_for(0, shape.batch * rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -14,13 +14,21 @@ inline constexpr int kDecideThreads = 512;
 inline constexpr int kBins = 256;  // of the radix select: eight bits a pass
 inline constexpr unsigned kFullMask = 0xFFFFFFFFu;
 
-// Moments of a patch of factor x factor base patches, merged row by row.
-__device__ __forceinline__ Moments merge_square(const float* mean, const float* m2, int64_t pitch,
-                                                float count, int factor) {
+// Moments of a patch of factor x factor base patches from (row, column) on, merged row by row; `at`
+// is where that row of base patches begins. Beyond the edges there are none, and those at the edges
+// have the pixels that are there.
+__device__ __forceinline__ Moments merge_square(const LoopParams& p, int64_t at, int row,
+                                                int column, int factor) {
+  const auto pitch = static_cast<int>(p.shape.columns());
+  const auto rows = static_cast<int>(p.shape.rows());
+  const int end_row = row + factor < rows ? row + factor : rows;
+  const int end_column = column + factor < pitch ? column + factor : pitch;
   Moments patch;
-  for (int y = 0; y < factor; ++y) {
-    for (int x = 0; x < factor; ++x) {
-      patch = merge(patch, {count, mean[y * pitch + x], m2[y * pitch + x]});
+  for (int y = row; y < end_row; ++y, at += pitch) {
+    const int64_t lines = p.shape.channels * p.shape.row_height(y);
+    for (int x = column; x < end_column; ++x) {
+      const auto count = static_cast<float>(lines * p.shape.column_width(x));
+      patch = merge(patch, {count, p.mean[at + x], p.m2[at + x]});
     }
   }
   return patch;
@@ -100,9 +108,10 @@ __device__ __forceinline__ void score_size(const LoopParams& p, int size, int64_
   const int factor = p.factor[size];
   const int64_t pitch = p.shape.columns();
   const int64_t base_patches = p.shape.tokens();
-  const int columns = static_cast<int>(pitch) / factor;
-  const int patches = static_cast<int>(p.shape.frames * (p.shape.rows() / factor)) * columns;
-  const auto base_count = static_cast<float>(p.shape.features());
+  const int columns = (static_cast<int>(pitch) + factor - 1) / factor;
+  const int base_rows = static_cast<int>(p.shape.rows());
+  const int rows = (base_rows + factor - 1) / factor;
+  const int patches = static_cast<int>(p.shape.frames) * rows * columns;
   uint32_t* const keys = p.keys + (b * p.sizes + size) * base_patches;
   const Rank rank = quantile_rank(p.settings->quantile, patches);
   if (threadIdx.x == 0) {
@@ -112,10 +121,11 @@ __device__ __forceinline__ void score_size(const LoopParams& p, int size, int64_
   }
   __syncthreads();
   for (int i = threadIdx.x; i < patches; i += kDecideThreads) {
-    // Frames' rows follow each other, and a factor divides the rows of a frame.
-    const int64_t at = b * base_patches + i / columns * (factor * pitch) + i % columns * factor;
+    const int frame = i / columns / rows;
+    const int row = i / columns % rows * factor;
+    const int64_t at = b * base_patches + (frame * base_rows + row) * pitch;
     const float deviation =
-        standard_deviation(merge_square(p.mean + at, p.m2 + at, pitch, base_count, factor));
+        standard_deviation(merge_square(p, at, row, i % columns * factor, factor));
     if (!is_number(deviation)) shared->broken = 1;  // all writers agree
     keys[i] = ordered_key(deviation);
   }

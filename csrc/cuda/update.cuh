@@ -178,15 +178,16 @@ __device__ __forceinline__ void reduce_tile(const LoopParams& p, TileMoments<kGr
     return;
   }
   Moments patch;
-  for (int i = 0; i < edge; ++i) patch = merge(patch, tile.get(0, threadIdx.x * edge + i));
+  const int width = static_cast<int>(p.shape.column_width(patch_column));
+  for (int i = 0; i < width; ++i) patch = merge(patch, tile.get(0, threadIdx.x * edge + i));
   const int64_t out = patch_row * p.shape.columns() + patch_column;
   p.mean[out] = patch.mean;
   p.m2[out] = patch.m2;
 }
 
 // The update, and mean and sum of squared deviations of the next decision's difference for every
-// base patch of g x g x C values; larger patches merge these, so the latent is read once for all
-// sizes.
+// base patch of g x g x C values, or as many as are there at the edges; larger patches merge these,
+// so the latent is read once for all sizes.
 //
 // Grid: one block of 256 threads per (sample, frame, row of base patches, tile of 32 columns). A
 // thread holds kWidth neighbouring columns and takes every (256 / (32 / kWidth))-th of the C * g
@@ -211,7 +212,8 @@ __global__ void __launch_bounds__(kUpdateThreads) update_kernel(LoopParams p) {
   const int64_t b = patch_row / rows / frames;
   const int64_t f = patch_row / rows % frames;
   const int patch = static_cast<int>(p.shape.patch);
-  const int lines = static_cast<int>(p.shape.lines());
+  const int height = static_cast<int>(p.shape.row_height(patch_row % rows));
+  const int lines = static_cast<int>(p.shape.channels) * height;
   const int64_t plane = p.shape.frames * p.shape.height * p.shape.width;  // of one channel
   const int64_t origin =
       (b * p.shape.channels * p.shape.frames + f) * p.shape.height * p.shape.width +
@@ -223,7 +225,7 @@ __global__ void __launch_bounds__(kUpdateThreads) update_kernel(LoopParams p) {
   if (column < p.columns && first + column < p.shape.width) {
 #pragma unroll 1
     for (int line = group; line < lines; line += kGroups) {
-      const int64_t at = origin + line / patch * plane + line % patch * p.shape.width + column;
+      const int64_t at = origin + line / height * plane + line % height * p.shape.width + column;
       const Values<kWidth> change = advance_packet<T, kWidth>(p, step, at);
       if (step.order == 0) continue;
 #pragma unroll

@@ -54,12 +54,11 @@ void check_sizes(const LoopSpec& spec) {
                                               " patch sizes, expected at most " +
                                               std::to_string(kMaxSizes));
   for (const int64_t size : spec.sizes) {
-    require(size > 0 && spec.height % size == 0 && spec.width % size == 0,
-            "patch size " + std::to_string(size) + " does not divide the latent size " +
-                std::to_string(spec.height) + " x " + std::to_string(spec.width));
-    require(size > 1 || spec.channels > 1,
-            "patch size 1 of one channel holds a single value, which has no standard deviation: "
-            "use a larger patch size");
+    require(size > 0, "patch size " + std::to_string(size) + ", expected at least 1");
+    const PatchShape shape{spec.batch, spec.channels, spec.frames, spec.height, spec.width, size};
+    require(shape.fewest_values() > 1,
+            "a patch of size " + std::to_string(size) +
+                " holds a single value, which has no standard deviation: use another patch size");
   }
 }
 

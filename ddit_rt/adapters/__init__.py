@@ -14,6 +14,7 @@ from ddit_rt.adapters.bucket import (
     embed_adapted,
     snr_tokens,
 )
+from ddit_rt.adapters.padding import pack_padded, unpack_cut
 from ddit_rt.adapters.store import load_adapters, lora_config, save_adapters, untrained_lora
 
 __all__ = [
@@ -28,7 +29,9 @@ __all__ = [
     "embed_adapted",
     "load_adapters",
     "lora_config",
+    "pack_padded",
     "save_adapters",
     "snr_tokens",
+    "unpack_cut",
     "untrained_lora",
 ]

@@ -3,7 +3,8 @@
 For one new patch size (arXiv 2602.16968, section 3.1): a patch embedding E and a de-embedding D,
 a learned identifier i added to every token, a residual branch R from before the embedding to after
 the de-embedding, and LoRA in the feed-forward layers. With x the patches of s p x s p of z, h what
-the blocks (with LoRA) make of the tokens, and e, d the base model's own layers:
+the blocks (with LoRA) make of the tokens, and e, d the base model's own layers (where the patches
+do not divide z, it is padded and v is cut: `padding.py`):
 
 `paper`   v = D h + R x, the blocks taking E x + i at the time t. E and D start from the base
           model's, resized; positions are interpolated.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ddit_rt import ops
 from ddit_rt.adapters.adapter import PatchAdapter
+from ddit_rt.adapters.padding import pack_padded, unpack_cut
 from ddit_rt.steps import Bucket, Passes, RunContext, Runners, SnrBucket, StepInputs, StepModel
 
 
@@ -59,14 +60,14 @@ class AdapterBucket:
     ) -> Tensor:
         """See `Bucket.velocity`."""
         model, context, adapter = self._model, self._context, self._adapter
-        tokens = ops.pack(latents.to(model.dtype), self._patch)
+        tokens = pack_padded(latents.to(model.dtype), self._patch)
 
         def project(hidden: Tensor) -> Tensor:
             return adapter.project_tokens(hidden, _for_all(tokens, hidden))
 
         hidden = embed_adapted(model, adapter, tokens, None)
         velocity = self._passes(hidden, step, project, reuse=reuse, guided=guided)
-        return ops.unpack(velocity, self._patch, context.height, context.width)
+        return unpack_cut(velocity, self._patch, context.height, context.width)
 
     def residuals(self) -> tuple[Tensor, ...]:
         """See `Bucket.residuals`."""
@@ -119,8 +120,8 @@ class SnrAdapterBucket(SnrBucket):
         height, width = low.shape[-2:]
         low_velocity = model.unpack(own.contiguous(), height, width, context.frames)
         velocity = self._enlarge(latents, low, low_velocity, step)
-        correction = ops.unpack(correction.contiguous(), self._patch, context.height, context.width)
-        return velocity + correction
+        cut = unpack_cut(correction.contiguous(), self._patch, context.height, context.width)
+        return velocity + cut
 
 
 def _for_all(tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -140,5 +141,5 @@ def snr_tokens(latents: Tensor, known: Tensor, patch: int, dtype: torch.dtype) -
     Returns:
         `[B, n, 2*C*q*q]`.
     """
-    parts = (ops.pack(part.to(dtype), patch) for part in (latents, known))
+    parts = (pack_padded(part.to(dtype), patch) for part in (latents, known))
     return torch.cat(tuple(parts), dim=-1)

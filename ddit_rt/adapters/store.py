@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ddit_rt import notices
 from ddit_rt.adapters.adapter import AdapterConfig, AdapterSet, PatchAdapter, adaptable_layers
 from ddit_rt.errors import ArtifactError, ArtifactMismatchError
 from ddit_rt.models.base import Family
@@ -32,6 +33,9 @@ _LORA_CONFIG = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 _METADATA = "ddit_rt_adapter"
 _BASE_SAMPLES = 8
+_SMALL_IMAGE = "dct"
+"""How `steps/coarse.py` makes the small image that `snr` corrects; files that name none are of a
+version that averaged."""
 
 
 def lora_config(family: Family, transformer: nn.Module, config: AdapterConfig) -> LoraConfig:
@@ -88,6 +92,7 @@ def save_adapters(
             "family": family.name,
             "transformer_class": family.transformer_class,
             "base": _base_sample(family, transformer),
+            "small_image": _SMALL_IMAGE,
         }
         tensors = {
             name: value.to(dtype or value.dtype).contiguous()
@@ -119,6 +124,9 @@ def load_adapters(
         ArtifactError: No adapter there, or a broken file.
         ArtifactMismatchError: Made for another model class, other weights, another width or rank;
             both are shown.
+
+    Warns:
+        UserWarning: One of the variant `snr` was trained on small images of an earlier version.
     """
     root = Path(folder)
     if not root.exists():
@@ -178,10 +186,16 @@ def _load_one(
             f"{family.transformer_class}"
         )
     base = fields.pop("base", None)
+    small_image = fields.pop("small_image", "mean")
     adapter = PatchAdapter.from_base(AdapterConfig(**fields), family, transformer)
     _check_shapes(folder, tensors, adapter.state_dict())
     if base is not None and check_base:
         _check_base(folder, base, family, transformer)
+    if adapter.config.variant == "snr" and small_image != _SMALL_IMAGE:
+        notices.warn(
+            f"the adapter in {folder} was trained on small images by {small_image!r}, and coarse "
+            f"steps now make them by {_SMALL_IMAGE!r}: it can be worse than none; train it again"
+        )
     adapter.load_state_dict(tensors)
     if (folder / _LORA_FILE).exists():
         lora, _ = _read(folder / _LORA_FILE)

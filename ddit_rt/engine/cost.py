@@ -69,9 +69,9 @@ def step_cost(
         frames: Latent frames; 0 for images.
 
     Raises:
-        ShapeError: The patch size does not divide the latent.
+        ShapeError: The model's own patch size does not divide the latent.
     """
-    patch = model.patch_size * multiple
+    patch = model.patch_size
     if min(height, width) < patch or height % patch or width % patch:
         raise ShapeError(
             f"got latents of {height} x {width}; patches of {patch} pixels do not divide them"
@@ -81,7 +81,7 @@ def step_cost(
     twin = _meta_copy(model.family, model.transformer)
     if isinstance(model.family, ForwardFamily):
         channels = model.family.latent_channels(twin)
-        size = (height // multiple, width // multiple)
+        size = model.small_size(height, width, multiple)
         shape = (batch, channels, *((frames,) if frames else ()), *size)
         parts = [_forward_ends(model.family, twin, shape, text_tokens)]
     else:

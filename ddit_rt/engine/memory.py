@@ -109,6 +109,11 @@ class _Run:
     def itemsize(self) -> int:
         return self.model.dtype.itemsize
 
+    def grid(self, entry: BucketEntry) -> Grid:
+        height, width = self.shape[-2:]
+        multiple = parse_patch(entry.patch)
+        return self.model.grid(height, width, multiple, latent_frames(self.shape))
+
 
 @torch.no_grad()
 def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS, **size: int) -> ModelMemory:
@@ -134,7 +139,8 @@ def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS, **size: in
         passes=2 if family.guided_by_default else 1,
         experts=len(models),
     )
-    offered = [entry for entry in manifest.buckets if _divides(run, parse_patch(entry.patch))]
+    low, high = manifest.ranges.image
+    offered = [entry for entry in manifest.buckets if low <= run.grid(entry).tokens <= high]
     coarse = len(offered) > 1
     text = run.passes * run.text_tokens * family.hidden_size(transformer) * run.itemsize
     text *= run.experts
@@ -167,11 +173,6 @@ def _size(family: Family, pipeline: Any, defaults: dict[str, Any]) -> tuple[int,
     )
 
 
-def _divides(run: _Run, multiple: int) -> bool:
-    patch = multiple * run.model.patch_size
-    return run.shape[-2] % patch == 0 == run.shape[-1] % patch
-
-
 def _velocity_depth(run: _Run, pipeline: Any) -> int:
     scheduler = copy.deepcopy(pipeline.scheduler)
     height, width = run.shape[-2:]
@@ -183,13 +184,13 @@ def _velocity_depth(run: _Run, pipeline: Any) -> int:
 def _bucket_memory(run: _Run, entry: BucketEntry) -> BucketMemory:
     model, multiple = run.model, parse_patch(entry.patch)
     height, width = run.shape[-2:]
-    grid = model.grid(height, width, multiple, latent_frames(run.shape))
-    positions, modulation = _tables(run, grid, (height // multiple, width // multiple))
+    grid, size = run.grid(entry), model.small_size(height, width, multiple)
+    positions, modulation = _tables(run, grid, size)
     modulation *= run.experts * run.passes
     correction = 0
     if multiple > 1:
         modulation += 2 * run.steps * _FLOAT
-        correction = run.latent_bytes // multiple**2
+        correction = _FLOAT * math.prod((*run.shape[:-2], *size))
     positions_bytes = run.experts * positions
     hidden = model.family.hidden_size(model.transformer)
     return BucketMemory(

@@ -62,7 +62,7 @@ class CompiledModel:
         return tuple(offered), tuple(notes)
 
     def _problem(self, height: int, width: int, frames: int, multiple: int) -> str | None:
-        patch = self.steps.patch_size * multiple
+        patch = self.steps.patch_size
         if height % patch or width % patch:
             return f"patches of {patch} latent pixels do not divide {height} x {width}"
         tokens = self.steps.grid(height, width, multiple, frames).tokens

@@ -325,8 +325,8 @@ def _bucket_of(multiple: int, offered: tuple[int, ...]) -> int:
     if multiple not in offered:
         raise ShapeError(
             f"the plan asks for {patch_name(multiple)}, but this latent shape and model offer "
-            f"only {[patch_name(size) for size in offered]}; choose an image size whose latent "
-            f"sides the patch divides, or another plan"
+            f"only {[patch_name(size) for size in offered]}; choose another plan, or compile with "
+            "that patch size and with a range of image tokens that reaches down to it"
         )
     return offered.index(multiple)
 

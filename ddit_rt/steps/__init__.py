@@ -13,7 +13,7 @@ from ddit_rt.steps.base import (
     latent_frames,
     token_velocity,
 )
-from ddit_rt.steps.coarse import SnrBucket, down, matched_level, up
+from ddit_rt.steps.coarse import Resampling, SnrBucket, matched_level
 from ddit_rt.steps.fine import FineBucket
 from ddit_rt.steps.passes import Passes
 from ddit_rt.steps.signal import Signal
@@ -25,6 +25,7 @@ __all__ = [
     "FineBucket",
     "Pass",
     "Passes",
+    "Resampling",
     "RunContext",
     "Runners",
     "Signal",
@@ -32,9 +33,7 @@ __all__ = [
     "StepInputs",
     "StepModel",
     "at_step",
-    "down",
     "latent_frames",
     "matched_level",
     "token_velocity",
-    "up",
 ]

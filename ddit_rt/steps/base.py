@@ -130,9 +130,18 @@ class StepModel:
         return self.family.first_weight(self.transformer).device
 
     def grid(self, height: int, width: int, multiple: int = 1, frames: int = 0) -> Grid:
-        """Tokens of a latent of `height` x `width` at `multiple` times p; 0 frames: an image."""
+        """Tokens of a latent of `height` x `width` at `multiple` times p; 0 frames: an image.
+
+        A patch that reaches over an edge counts as one.
+        """
         patch = self.patch_size * multiple
-        return Grid(height=height // patch, width=width // patch, frames=frames or 1)
+        rows, columns = -(-height // patch), -(-width // patch)
+        return Grid(height=rows, width=columns, frames=frames or 1)
+
+    def small_size(self, height: int, width: int, multiple: int) -> tuple[int, int]:
+        """Latent rows and columns of the small image that has as many tokens at p."""
+        grid, patch = self.grid(height, width, multiple), self.patch_size
+        return grid.height * patch, grid.width * patch
 
     def unpack(self, tokens: Tensor, height: int, width: int, frames: int) -> Tensor:
         """Latents from what the de-embedding made of patches of p x p; 0 frames: an image."""

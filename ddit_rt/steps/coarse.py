@@ -1,11 +1,18 @@
 """A coarse step that needs no training: the model sees a smaller image at its true noise level.
 
-Averaging s x s latent pixels keeps the image but divides the standard deviation of white
-noise by s, so a reduced z at noise level t is not a small image at level t. Rescaled, it is
-one at another level t' (rectified flow, z = (1 - t) x0 + t n):
+Each axis of H pixels is reduced to h <= H by keeping the h lowest frequencies of its orthonormal
+discrete cosine transform D (DCT-II), whatever the ratio:
 
-    z_low = mean over s x s of z;  a = 1 - t;  b = t / s
-    z'    = z_low / (a + b);       t' = b / (a + b)
+    down = sqrt(h / H) D_h^T (D_H)[:h]
+
+Both D are orthogonal, so the rows of D_h^T (D_H)[:h] are orthonormal: white noise stays white, up
+to the edges, and its standard deviation becomes r = sqrt(h w / (H W)), over both axes; where s
+divides, r = 1 / s. The sqrt keeps constants what they are. So a reduced z at noise level t is not
+a small image at level t, but, rescaled, one at another level t' (rectified flow,
+z = (1 - t) x0 + t n):
+
+    z_low = down z;  a = 1 - t;  b = t r
+    z'    = z_low / (a + b);     t' = b / (a + b)
     x0_low = z' - t' model(z', t')             with the positions of a real small image
     x0     = x0_fine + up(x0_low - down(x0_fine) - e)
     v      = (z - x0) / t                      which keeps the high-frequency noise of z
@@ -13,11 +20,13 @@ one at another level t' (rectified flow, z = (1 - t) x0 + t n):
 x0_fine is the clean estimate of the latest step at p (zero before there is one): detail found
 once is kept. e is how far the small image disagreed with it at the first coarse step after it,
 when both should still agree; it fades as (t / t_first)^2. Without e, a model that sees the two
-sizes a little differently would be pulled off its layout by every coarse step. `up` is bicubic,
-`down` the mean. A video is reduced frame by frame: its small image has all of its frames.
+sizes a little differently would be pulled off its layout by every coarse step. `up` is bicubic.
+A video is reduced frame by frame: its small image has all of its frames.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +36,76 @@ from ddit_rt.steps.base import Detail, RunContext, Runners, StepInputs, StepMode
 from ddit_rt.steps.forward import make_passes
 
 
-def matched_level(sigmas: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+def low_pass(size: int, small: int) -> Tensor:
+    """`down` of one axis, `[small, size]`, float32."""
+    kept = _dct(size)[:small]
+    return (math.sqrt(small / size) * _dct(small).T @ kept).float()
+
+
+def bicubic(small: int, size: int) -> Tensor:
+    """`up` of one axis, `[size, small]`, float32."""
+    units = torch.eye(small, dtype=torch.float64, device="cpu").reshape(1, small, small, 1)
+    return F.interpolate(units, size=(size, 1), mode="bicubic")[0, :, :, 0].T.float()
+
+
+def _dct(size: int) -> Tensor:
+    """The orthonormal DCT-II, `[size, size]`, float64: a row for each frequency."""
+    places = torch.arange(size, dtype=torch.float64, device="cpu")
+    angles = math.pi / size * torch.outer(places, places + 0.5)
+    basis = math.sqrt(2 / size) * torch.cos(angles)
+    basis[0] = math.sqrt(1 / size)
+    return basis
+
+
+class Resampling:
+    """The linear maps between latents and their small image, each frame by itself.
+
+    Attributes:
+        small: Rows and columns of the small image.
+        deviation: r, the standard deviation of reduced white noise of unit variance.
+    """
+
+    def __init__(self, size: tuple[int, int], small: tuple[int, int], device: torch.device) -> None:
+        """Of latents of `size` to a small image of `small`, rows and columns, no larger."""
+        self.small = small
+        self.deviation = math.sqrt(math.prod(small) / math.prod(size))
+        (height, width), (rows, columns) = size, small
+        # As matrix products, because torch's own enlargement takes ten times as long on a CPU.
+        self._down = _on(device, low_pass(height, rows), low_pass(width, columns).T)
+        self._up = _on(device, bicubic(rows, height), bicubic(columns, width).T)
+
+    @classmethod
+    def of(cls, model: StepModel, size: tuple[int, int], multiple: int) -> Resampling:
+        """The maps of latents of `size` at `multiple` times p."""
+        return cls(size, model.small_size(*size, multiple), model.device)
+
+    def down(self, latents: Tensor) -> Tensor:
+        """`[B, C, H, W]` or `[B, C, F, H, W]` to the small image, float32."""
+        rows, columns = self._down
+        return rows @ (latents @ columns)
+
+    def up(self, small: Tensor) -> Tensor:
+        """The bicubic enlargement of a small image, of the same shapes."""
+        rows, columns = self._up
+        return rows @ (small @ columns)
+
+
+def _on(device: torch.device, *matrices: Tensor) -> tuple[Tensor, ...]:
+    return tuple(matrix.contiguous().to(device) for matrix in matrices)
+
+
+def matched_level(sigmas: Tensor, deviation: float) -> tuple[Tensor, Tensor]:
     """Scale 1 / (a + b) and noise level t' of the reduced latent.
 
     Args:
         sigmas: Noise levels t, `[N]`, in (0, 1].
-        multiple: s.
+        deviation: r.
 
     Returns:
         Two tensors `[N]`, float32.
     """
     levels = sigmas.to(torch.float64)
-    noise = levels / multiple
+    noise = levels * deviation
     scale = 1 / (1 - levels + noise)
     return scale.float(), (noise * scale).float()
 
@@ -54,18 +121,20 @@ class SnrBucket:
         runners: Runners | None = None,
     ) -> None:
         """Prepares a run at `multiple` times p; `runners` are by default the unmodified blocks."""
-        grid = model.grid(context.height, context.width, multiple, context.frames)
+        size = context.height, context.width
+        grid = model.grid(*size, multiple, context.frames)
         self.multiple = multiple
         self.tokens = grid.tokens
         self._model = model
         self._context = context
-        self._low = (context.height // multiple, context.width // multiple)
-        self._scale, self._level = matched_level(context.sigmas, multiple)
-        self._passes = make_passes(model, context, grid, self._low, self._level, runners=runners)
+        self._maps = Resampling.of(model, size, multiple)
+        self._scale, self._level = matched_level(context.sigmas, self._maps.deviation)
+        low = self._maps.small
+        self._passes = make_passes(model, context, grid, low, self._level, runners=runners)
         self._correction: _Correction | None = None
         if (detail := context.detail) is not None:
             if multiple not in detail.corrections:
-                detail.corrections[multiple] = _Correction(detail, multiple)
+                detail.corrections[multiple] = _Correction(detail, self._maps)
             self._correction = detail.corrections[multiple]
 
     def velocity(
@@ -77,15 +146,15 @@ class SnrBucket:
         return self._enlarge(latents, low, low_velocity, step)
 
     def _reduce(self, latents: Tensor, step: Tensor) -> Tensor:
-        """The small image z': `[B, C, H, W]` to `[B, C, H/s, W/s]`."""
-        return down(latents, self.multiple) * at_step(self._scale, step)
+        """The small image z': `[B, C, H, W]` to `[B, C, h, w]`."""
+        return self._maps.down(latents) * at_step(self._scale, step)
 
     def _enlarge(self, latents: Tensor, low: Tensor, low_velocity: Tensor, step: Tensor) -> Tensor:
-        """Velocity from that of the small image: `[B, C, H/s, W/s]` to `[B, C, H, W]`."""
+        """Velocity from that of the small image: `[B, C, h, w]` to `[B, C, H, W]`."""
         sigma = at_step(self._context.sigmas, step)
         clean = torch.addcmul(low, low_velocity.float(), at_step(self._level, step), value=-1)
         if self._correction is None:
-            clean = up(clean, self.multiple)
+            clean = self._maps.up(clean)
         else:
             clean = self._correction.enlarge(clean, sigma)
         return (latents - clean) / sigma
@@ -105,7 +174,7 @@ class SnrBucket:
     def refresh(self, step: int, now: StepInputs) -> None:
         """See `Bucket.refresh`."""
         self._context.sigmas[step].copy_(now.sigma)
-        scale, level = matched_level(now.sigma, self.multiple)
+        scale, level = matched_level(now.sigma, self._maps.deviation)
         self._scale[step].copy_(scale)
         self._level[step].copy_(level)
         self._passes.refresh(step, level.reshape(1), now.conditioning)
@@ -114,37 +183,25 @@ class SnrBucket:
 class _Correction:
     """Enlarges a clean estimate so that it keeps the detail and layout of the latest fine step."""
 
-    def __init__(self, detail: Detail, multiple: int) -> None:
+    def __init__(self, detail: Detail, maps: Resampling) -> None:
         self._detail = detail
-        self._multiple = multiple
+        self._maps = maps
         # Before the first step at p all is 0: no disagreement is known.
         self._serial = torch.zeros_like(detail.serial)
-        self._disagreement = down(detail.estimate, multiple)
+        self._disagreement = maps.down(detail.estimate)
 
     def enlarge(self, clean: Tensor, sigma: Tensor) -> Tensor:
         """`[B, C, h, w]` to `[B, C, H, W]`."""
         detail = self._detail
-        change = clean - down(detail.estimate, self._multiple)
+        change = clean - self._maps.down(detail.estimate)
         fade = sigma.square()
         is_first = detail.serial != self._serial
         # In place: what lives across steps must lie where a captured graph finds it again.
         self._disagreement.copy_(torch.where(is_first, change / fade, self._disagreement))
         self._serial.copy_(detail.serial)
         change = change - self._disagreement * fade
-        return detail.estimate + up(change, self._multiple)
+        return detail.estimate + self._maps.up(change)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """As `Bucket.tensors`."""
         return (self._serial, self._disagreement)
-
-
-def down(latents: Tensor, multiple: int) -> Tensor:
-    """Means over s x s: `[B, C, H, W]` or `[B, C, F, H, W]`, each frame by itself."""
-    planes = F.avg_pool2d(latents.flatten(1, -3), multiple)
-    return planes.view(*latents.shape[:-2], *planes.shape[-2:])
-
-
-def up(latents: Tensor, multiple: int) -> Tensor:
-    """Bicubic enlargement by s, of the same shapes."""
-    planes = F.interpolate(latents.flatten(1, -3), scale_factor=multiple, mode="bicubic")
-    return planes.view(*latents.shape[:-2], *planes.shape[-2:])

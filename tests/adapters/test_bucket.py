@@ -33,10 +33,11 @@ def snr_adapter(transformer, patch: str = "2p", *, trained: bool = False) -> Pat
     return adapter
 
 
-def run(adapters: AdapterSet | None, policy: str) -> torch.Tensor:
+def run(adapters: AdapterSet | None, policy: str, size: tuple[int, int] = (64, 64)) -> torch.Tensor:
     pipeline = tiny_pipeline()
+    height, width = size
     engine = ddit_rt.compile(
-        pipeline, height=64, width=64, adapter=adapters, backend="eager", progress=False
+        pipeline, height=height, width=width, adapter=adapters, backend="eager", progress=False
     )
     call = {"num_inference_steps": 10, "output_type": "latent"}
     generator = torch.Generator().manual_seed(0)
@@ -46,10 +47,13 @@ def run(adapters: AdapterSet | None, policy: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("policy", ["2p:0.6,p", "p:0.2,2p:0.3,p:0.2,2p:0.2,p"])
-def test_untrained_snr_adapter_is_the_training_free_step(policy: str) -> None:
-    """Bit for bit, with and without memory of a step at p."""
+@pytest.mark.parametrize("size", [(64, 64), (72, 56)])
+def test_untrained_snr_adapter_is_the_training_free_step(
+    policy: str, size: tuple[int, int]
+) -> None:
+    """Bit for bit, with and without memory of a step at p, also where 2p does not divide."""
     adapters = AdapterSet(adapters={2: snr_adapter(tiny_transformer())})
-    assert torch.equal(run(adapters, policy), run(None, policy))
+    assert torch.equal(run(adapters, policy, size), run(None, policy, size))
 
 
 def test_trained_snr_adapter_acts() -> None:

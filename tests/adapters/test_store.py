@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from models import noise, tiny_transformer
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ddit_rt.adapters import (
@@ -162,3 +164,20 @@ def test_adapter_can_be_stored_in_half_the_size(tmp_path: Path) -> None:
     assert {value.dtype for value in stored.values()} == {torch.float16}
     loaded = load_adapters(tmp_path, FLUX, transformer).adapters[2]
     assert loaded.embed.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("variant", ["paper", "snr"])
+def test_snr_adapter_of_a_version_that_averaged_is_announced(tmp_path: Path, variant: str) -> None:
+    transformer = tiny_transformer()
+    config = AdapterConfig(patch="2p", rank=4, variant=variant)
+    adapter = PatchAdapter.from_base(config, FLUX, transformer)
+    save_adapters(AdapterSet(adapters={2: adapter}), tmp_path, FLUX, transformer)
+    load_adapters(tmp_path, FLUX, transformer)  # any warning is an error
+    path = tmp_path / "2p" / "patch_adapter.safetensors"
+    with safe_open(path, framework="pt") as file:
+        fields = json.loads(file.metadata()["ddit_rt_adapter"])
+    del fields["small_image"]
+    save_file(load_file(path), path, {"ddit_rt_adapter": json.dumps(fields)})
+    said = r"trained on small images by 'mean'.*train it again"
+    with pytest.warns(UserWarning, match=said) if variant == "snr" else nullcontext():
+        load_adapters(tmp_path, FLUX, transformer)

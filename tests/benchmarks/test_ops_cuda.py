@@ -59,27 +59,19 @@ def test_buffers_of_a_graph_are_larger_than_the_cache() -> None:
     assert bench.launches(1, cache) == 512
 
 
-def test_step_kernels_have_a_case_for_every_size_with_coarse_patches() -> None:
+def test_step_kernels_have_a_case_for_every_size() -> None:
     kernels = import_module("step_kernels")
     cases = {(case.name, case.size): case for case in kernels.step_cases(CPU)}
-    names = ("update, euler, order 3", "decide, 2 coarse sizes", "decide, 1 coarse sizes")
-    assert set(cases) == {
-        (names[0], "FLUX 1024"),
-        (names[1], "FLUX 1024"),
-        (names[0], "Wan 480p"),
-        (names[2], "Wan 480p"),
-        (names[0], "Wan 704p"),
-        (names[1], "Wan 704p"),
-    }
+    names = ("update, euler, order 3", "decide, 2 coarse sizes")
+    sizes = ("FLUX 1024", "Wan 480p", "Wan 720p")
+    assert set(cases) == {(name, size) for name in names for size in sizes}
     assert cases[names[0], "FLUX 1024"].moved_bytes == 6 * 4 * 16 * 128 * 128
     assert [cases[name, "FLUX 1024"].latency_bound for name in names[:2]] == [False, True]
     assert cases[names[1], "FLUX 1024"].moved_bytes == 2 * 4 * 32 * 32  # base patches of 4 x 4
-    for size, offered in kernels.OFFERED.items():
-        edges = kernels.LATENTS[size][-2:]
-        assert not any(edge % (kernels.PATCH * multiple) for edge in edges for multiple in offered)
-        plan = kernels.plan_of(size)
-        assert plan.capacity == plan.policy.steps == plan.solver.steps
-        assert all(plan.policy.scored(step) for step in range(plan.policy.steps))
+    assert cases[names[1], "Wan 720p"].moved_bytes == 2 * 4 * 21 * 23 * 40
+    plan = kernels.plan_of()
+    assert plan.capacity == plan.policy.steps == plan.solver.steps
+    assert all(plan.policy.scored(step) for step in range(plan.policy.steps))
 
 
 @pytest.mark.gpu

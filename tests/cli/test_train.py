@@ -54,7 +54,7 @@ def test_adapters_are_trained_and_compile_takes_them(
         (["--data", "none-*.tar"], "no file matches none-*.tar"),
         (["--self", "no-such-file"], "no such file: no-such-file"),
         (["--self", "{prompts}", "--patch-sizes", "p"], 'got patch="p"'),
-        (["--self", "{prompts}", "--width", "80"], "does not divide"),
+        (["--self", "{prompts}", "--width", "4"], "smallest image is"),
         ([], "one of the arguments --data --self is required"),
     ],
 )

@@ -75,7 +75,16 @@ def test_model_is_left_as_it_was() -> None:
     assert len(transformer.single_transformer_blocks) == 2
 
 
-@pytest.mark.parametrize("sizes", [{"height": 18, "multiple": 2}, {"height": 0}])
-def test_patch_that_does_not_divide_is_refused(sizes: dict[str, int]) -> None:
+@pytest.mark.parametrize("sizes", [{"height": 17}, {"height": 0}, {"height": 17, "multiple": 2}])
+def test_latent_that_the_model_does_not_take_is_refused(sizes: dict[str, int]) -> None:
     with pytest.raises(ShapeError, match="do not divide"):
         cost(tiny_transformer(), **sizes)
+
+
+def test_patches_over_the_edges_count_as_tokens() -> None:
+    # 9 x 11 patches of p: 5 x 6 of 2p, 3 x 3 of 4p.
+    counts = [
+        cost(tiny_transformer(), height=18, width=22, multiple=multiple).image_tokens
+        for multiple in (1, 2, 4)
+    ]
+    assert counts == [99, 30, 9]

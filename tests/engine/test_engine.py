@@ -146,9 +146,9 @@ def test_height_and_width_default_to_those_compiled_for(engine: Engine) -> None:
     assert engine(**tiny_embeds(), num_inference_steps=1, width=96).images[0].size == (96, 64)
 
 
-def test_size_that_a_patch_does_not_divide_is_not_offered(engine: Engine) -> None:
-    call = {**tiny_embeds(), "num_inference_steps": 8, "height": 48, "width": 48}
-    reason = "4p is not offered.*8 latent pixels do not divide 12 x"
+def test_size_of_too_few_tokens_is_not_offered(engine: Engine) -> None:
+    call = {**tiny_embeds(), "num_inference_steps": 8, "height": 24, "width": 24}
+    reason = "4p is not offered.* 1 image tokens are outside the compiled range 4 to"
     with pytest.warns(UserWarning, match=reason) as warned:
         engine(**call, patch_policy=DDiTPolicy(tau=1e9))
     assert [warning.filename for warning in warned] == [__file__]

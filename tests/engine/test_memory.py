@@ -50,15 +50,18 @@ def held(engine: ddit_rt.Engine, conditioning: dict[str, Tensor], shape: tuple[i
 
 def run_of(kind: str) -> tuple[DiffusionPipeline, dict[str, Tensor], dict[str, int]]:
     """Pipeline, conditioning of as many text tokens as are counted, and picture size."""
-    if kind == "flux":
+    if kind.startswith("flux"):
         pipeline = tiny_pipeline()
-        return pipeline, tiny_conditioning(pipeline.transformer), {"height": 64, "width": 96}
-    pipeline = wan_pipeline(unipc() if kind == "wan" else euler())
+        size = {"height": 64, "width": 96} if kind == "flux" else {"height": 72, "width": 88}
+        return pipeline, tiny_conditioning(pipeline.transformer), size
+    pipeline = wan_pipeline(euler() if kind == "wan-euler" else unipc())
     size = {"height": 128, "width": 64, "num_frames": 9}
+    if kind == "wan-odd":
+        size |= {"height": 144, "width": 112}
     return pipeline, wan_conditioning(guidance_scale=5.0), size
 
 
-@pytest.mark.parametrize("kind", ["flux", "wan", "wan-euler"])
+@pytest.mark.parametrize("kind", ["flux", "flux-odd", "wan", "wan-odd", "wan-euler"])
 @pytest.mark.parametrize("batched", [True, False])
 def test_counted_memory_is_what_a_run_holds(kind: str, batched: bool) -> None:
     pipeline, conditioning, size = run_of(kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -98,29 +99,45 @@ def test_fine_bucket_equals_the_model(config: dict[str, Any], shape: tuple[int, 
     assert bucket.tokens == shape[2] * shape[3] * shape[4] // 4
 
 
-def test_coarse_step_shows_the_model_the_small_video() -> None:
-    """By hand, from the formulas of `buckets/snr.py` and diffusers' own forward pass."""
-    transformer, shape, level = wan_transformer(), (2, CHANNELS, 3, 16, 16), 0.6
+def with_fewer_waves(latents: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    """An axis as the sum of its `size` slowest cosines, taken at `size` places."""
+    values = latents.double().movedim(axis, -1)
+    old = (torch.arange(values.shape[-1], dtype=torch.float64) + 0.5) / values.shape[-1]
+    new = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    total = values.mean(-1, keepdim=True).expand(*values.shape[:-1], size)
+    for waves in range(1, size):
+        height = 2 * (values * torch.cos(torch.pi * waves * old)).mean(-1, keepdim=True)
+        total = total + height * torch.cos(torch.pi * waves * new)
+    return total.movedim(-1, axis).float()
+
+
+@pytest.mark.parametrize(("size", "small_size"), [((16, 16), (8, 8)), ((18, 10), (10, 6))])
+def test_coarse_step_shows_the_model_the_small_video(
+    size: tuple[int, int], small_size: tuple[int, int]
+) -> None:
+    """By hand, from the formulas of `steps/coarse.py` and diffusers' own forward pass."""
+    transformer, shape, level = wan_transformer(), (2, CHANNELS, 3, *size), 0.6
     context, latents = context_of(transformer, shape, [level]), noise(*shape)
     actual = SnrBucket(step_model(transformer), context, 2).velocity(latents, torch.tensor([0]))
-    small = torch.nn.functional.avg_pool3d(latents, (1, 2, 2)) / (1 - level + level / 2)
-    small_level = level / 2 / (1 - level + level / 2)
+    small = with_fewer_waves(with_fewer_waves(latents, 3, small_size[0]), 4, small_size[1])
+    left = level * math.sqrt(math.prod(small_size) / math.prod(size))  # of the noise
+    small, small_level = small / (1 - level + left), left / (1 - level + left)
     velocity = direct(
         transformer, small, small_level, context.passes[0].conditioning["encoder_hidden_states"]
     )
     clean = small - small_level * velocity
     large = torch.stack(
         [
-            torch.nn.functional.interpolate(frame, scale_factor=2, mode="bicubic")
+            torch.nn.functional.interpolate(frame.double(), size=size, mode="bicubic")
             for frame in clean.unbind(2)
         ],
         dim=2,
     )
-    torch.testing.assert_close(actual, (latents - large) / level, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, (latents - large.float()) / level, rtol=1e-4, atol=1e-4)
 
 
 class KnownVideo(WanFamily):
-    """A model that knows the clean video at every size: v = (z - x0) / t."""
+    """A model that knows a clean video of one colour a frame, at every size: v = (z - x0) / t."""
 
     channels_last = False
 
@@ -137,9 +154,9 @@ class KnownVideo(WanFamily):
     def run_blocks(
         self, runners: Any, hidden: torch.Tensor, text: Any, temb: Any, positions: Any
     ) -> torch.Tensor:
-        multiple = round((self.clean[0, 0].numel() / 4 / hidden.shape[1]) ** 0.5)
-        clean = torch.nn.functional.avg_pool3d(self.clean, (1, multiple, multiple))
-        return (hidden - ops.pack(clean, 2)) / temb
+        tokens = hidden.shape[1] // self.clean.shape[2]
+        clean = self.clean[..., :1, :1].expand(*self.clean.shape[:3], 2, 2 * tokens)
+        return (hidden - ops.pack(clean.contiguous(), 2)) / temb
 
     def modulate_output(self, transformer: Any, hidden: torch.Tensor, temb: Any) -> torch.Tensor:
         return hidden
@@ -150,9 +167,12 @@ class KnownVideo(WanFamily):
 
 @pytest.mark.parametrize("detailed", [False, True])
 @pytest.mark.parametrize("multiple", [2, 4])
-def test_coarse_steps_are_exact_for_a_smooth_video(multiple: int, detailed: bool) -> None:
+@pytest.mark.parametrize("size", [(16, 16), (18, 14)])
+def test_coarse_steps_are_exact_for_a_smooth_video(
+    size: tuple[int, int], multiple: int, detailed: bool
+) -> None:
     """Every frame has a colour of its own: frames must not mix. Noise is of full resolution."""
-    transformer, shape = wan_transformer(), (2, CHANNELS, 3, 16, 16)
+    transformer, shape = wan_transformer(), (2, CHANNELS, 3, *size)
     clean = noise(2, CHANNELS, 3, 1, 1, seed=5).expand(shape).contiguous()
     model = StepModel(family=KnownVideo(clean), transformer=transformer, base={})
     detail = Detail(shape, torch.device("cpu")) if detailed else None

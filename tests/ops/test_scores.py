@@ -26,12 +26,13 @@ def reference(
     d = difference([history[(head + i) % 4].double() for i in range(4)], order)
     if d.dim() == 4:
         d = d.unsqueeze(2)
-    b, c, f, h, w = d.shape
+    h, w = d.shape[-2:]
     scores = []
     for p in sizes:
-        patches = d.view(b, c, f, h // p, p, w // p, p).permute(0, 2, 3, 5, 1, 4, 6)
-        stds = patches.reshape(b, f * (h // p) * (w // p), -1).std(-1).float()
-        scores.append(torch.quantile(stds, quantile, dim=-1))
+        # One patch after the other: those at the edges hold the pixels that are there.
+        patches = [d[..., y : y + p, x : x + p] for y in range(0, h, p) for x in range(0, w, p)]
+        stds = torch.stack([patch.transpose(1, 2).flatten(2).std(-1) for patch in patches], dim=-1)
+        scores.append(torch.quantile(stds.flatten(1).float(), quantile, dim=-1))
     return torch.stack(scores, dim=-1)
 
 
@@ -114,6 +115,28 @@ def test_equals_torch_for_nested_and_other_sizes(sizes: list[int], shape: tuple[
     )
 
 
+@pytest.mark.parametrize("sizes", [[4, 8], [8, 4], [2, 6], [3, 5], [7], [64], [32, 48]])
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 90, 160), (2, 3, 60, 104), (1, 2, 3, 17, 23), (2, 4, 1, 44), (1, 5, 2, 2)]
+)
+def test_patches_over_the_edges_count_over_their_real_pixels(
+    sizes: list[int], shape: tuple[int, ...]
+) -> None:
+    history = torch.randn(4, *shape)
+    for quantile in (0.0, 0.4, 1.0):
+        torch.testing.assert_close(
+            patch_scores(history, sizes, quantile), reference(history, sizes, quantile), **CLOSE
+        )
+
+
+def test_patch_over_an_edge_worked_by_hand() -> None:
+    # Columns 0 to 3 are one patch of zeros, column 4 another: -1 and 1, whose variance is 2.
+    difference_ = torch.zeros(1, 1, 2, 5)
+    difference_[..., 4] = torch.tensor([-1.0, 1.0])
+    scores = [patch_scores(history_of(difference_), [4], q).item() for q in (0.0, 0.5, 1.0)]
+    assert scores == pytest.approx([0.0, math.sqrt(2) / 2, math.sqrt(2)], rel=1e-6)
+
+
 @pytest.mark.parametrize("quantile", [0.0, 0.25, 0.4, 0.999, 1.0])
 def test_equals_torch_for_every_quantile(quantile: float) -> None:
     history = torch.randn(4, 2, 4, 64, 64)
@@ -192,8 +215,9 @@ def test_no_sizes_and_no_samples_give_empty_scores() -> None:
     [
         ((3, 1, 4, 8, 8), {}, "history has"),
         ((4, 4, 8, 8), {}, "history has"),
-        ((4, 1, 4, 8, 8), {"patch_sizes": [3]}, "patch size 3 does not divide"),
+        ((4, 1, 4, 8, 8), {"patch_sizes": [0]}, "patch size 0, expected at least 1"),
         ((4, 1, 1, 8, 8), {"patch_sizes": [1]}, "no standard deviation"),
+        ((4, 1, 1, 9, 9), {"patch_sizes": [4]}, "no standard deviation"),
         ((4, 1, 4, 8, 8), {"quantile": 1.5}, "quantile 1.5"),
         ((4, 1, 4, 8, 8), {"quantile": math.nan}, "quantile nan"),
         ((4, 1, 4, 8, 8), {"order": 4}, "order 4"),

@@ -29,6 +29,14 @@ SHAPES = [
     ((1, 2, 1, 48, 48), (48,)),  # base patches of 24, because a tile has 32 columns
     ((2, 5, 1, 8, 40), (1, 8)),
     ((1, 3, 1, 6, 9), (3,)),
+    # Patches over the edges.
+    ((1, 4, 1, 18, 20), (4, 8)),
+    ((2, 3, 2, 17, 26), (4, 8)),
+    ((1, 2, 1, 22, 70), (4, 8)),  # a whole tile after the last whole patch
+    ((1, 2, 2, 9, 33), (4,)),
+    ((1, 3, 1, 1, 44), (4, 8)),
+    ((1, 4, 2, 2, 2), (4, 8)),
+    ((1, 2, 1, 50, 50), (48,)),
 ]
 
 
@@ -73,12 +81,13 @@ def by_torch(latents: Tensor, plan: LoopPlan) -> Tensor:
     """Differences written out, torch.std with ddof = 1 over patches, torch.quantile."""
     z3, z2, z1, z0 = latents.double()
     difference = {1: z0 - z1, 2: z0 - 2 * z1 + z2, 3: z0 - 3 * z1 + 3 * z2 - z3}[plan.order]
-    b, c, f, h, w = plan.shape
+    h, w = plan.shape[-2:]
     scores = []
     for p in plan.sizes:
-        patches = difference.view(b, c, f, h // p, p, w // p, p).permute(0, 2, 3, 5, 1, 4, 6)
-        deviations = patches.reshape(b, f * (h // p) * (w // p), -1).std(dim=-1).float()
-        scores.append(torch.quantile(deviations, plan.quantile, dim=-1))
+        cuts = [(y, x) for y in range(0, h, p) for x in range(0, w, p)]
+        patches = [difference[..., y : y + p, x : x + p].transpose(1, 2) for y, x in cuts]
+        deviations = torch.stack([patch.flatten(2).std(dim=-1) for patch in patches], dim=-1)
+        scores.append(torch.quantile(deviations.flatten(1).float(), plan.quantile, dim=-1))
     return torch.stack(scores, dim=-1)
 
 

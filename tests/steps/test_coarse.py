@@ -1,32 +1,158 @@
-"""The training-free coarse step: exact where it must be exact."""
+"""The training-free coarse step: exact where it must be exact, white where noise must be white."""
+
+from __future__ import annotations
+
+import math
 
 import pytest
 import torch
-from models import noise
+from models import noise, tiny_conditioning, tiny_transformer
+from torch import Tensor
 
-from ddit_rt.steps import matched_level
+import ddit_rt
+from ddit_rt.steps import Detail, Pass, Resampling, RunContext, SnrBucket, StepModel, matched_level
+
+CPU = torch.device("cpu")
+SIZES = [  # latents, and their small image at 2p or 4p of p = 2
+    ((128, 128), (64, 64)),
+    ((128, 128), (32, 32)),
+    ((60, 104), (30, 52)),
+    ((60, 104), (16, 26)),
+    ((90, 160), (46, 80)),
+    ((90, 160), (24, 40)),
+    ((134, 240), (34, 60)),
+    ((96, 170), (24, 44)),
+    ((6, 10), (2, 4)),
+    ((1, 250), (1, 125)),
+    ((1, 250), (1, 63)),
+    ((12, 250), (12, 63)),  # an axis that stays as it is
+]
 
 
-def test_matched_level_by_hand():
-    # t = 0.5, s = 2: a = 0.5, b = 0.25, so z' = z_low / 0.75 at t' = 1/3.
-    scale, level = matched_level(torch.tensor([1.0, 0.5]), 2)
+def images(*shape: int) -> Tensor:
+    """One for each combination of frequencies 0 and 1 of a cosine along each axis."""
+    waves = [torch.cos(math.pi * (torch.arange(size) + 0.5) / size) for size in shape]
+    rows, columns = (torch.stack((torch.ones(len(wave)), wave)) for wave in waves)
+    return torch.einsum("ih,jw->ijhw", rows, columns).flatten(0, 1).unsqueeze(1)
+
+
+def test_matched_level_by_hand() -> None:
+    # t = 0.5, r = 1/2: a = 0.5, b = 0.25, so z' = z_low / 0.75 at t' = 1/3.
+    scale, level = matched_level(torch.tensor([1.0, 0.5]), 0.5)
     torch.testing.assert_close(scale, torch.tensor([2.0, 4 / 3]))
     torch.testing.assert_close(level, torch.tensor([1.0, 1 / 3]))
 
 
-@pytest.mark.parametrize("multiple", [2, 4])
-def test_reduced_noise_has_the_variance_of_its_level(multiple):
-    """White noise at level t, averaged and rescaled, has standard deviation t'."""
-    sigmas = torch.tensor([0.8])
-    scale, level = matched_level(sigmas, multiple)
-    latents = sigmas * noise(1, 64, 128, 128)
-    low = torch.nn.functional.avg_pool2d(latents, multiple) * scale
-    # 64 * (128 / s)^2 samples: one part in 500 is four standard errors at s = 4.
-    assert float(low.std()) == pytest.approx(float(level), rel=8e-3)
-
-
-def test_multiple_one_changes_nothing():
+def test_a_small_image_of_the_same_size_changes_nothing() -> None:
     sigmas = torch.tensor([0.9, 0.3])
-    scale, level = matched_level(sigmas, 1)
+    maps, latents = Resampling((12, 20), (12, 20), CPU), noise(1, 4, 12, 20)
+    scale, level = matched_level(sigmas, maps.deviation)
     torch.testing.assert_close(scale, torch.ones(2))
     torch.testing.assert_close(level, sigmas)
+    torch.testing.assert_close(maps.down(latents), latents, rtol=0.0, atol=1e-5)
+    assert torch.equal(maps.up(latents), latents)
+
+
+@pytest.mark.parametrize(("size", "small"), SIZES)
+def test_down_has_orthogonal_rows_of_one_length(
+    size: tuple[int, int], small: tuple[int, int]
+) -> None:
+    """So white noise of variance 1 has covariance r^2 I, whatever the ratio, up to the edges."""
+    maps = Resampling(size, small, CPU)
+    for axis in (0, 1):
+        n = size[axis]
+        units = torch.eye(n).reshape(n, 1, n, 1) if axis == 0 else torch.eye(n).reshape(n, 1, 1, n)
+        one = [1, 1]
+        one[axis] = n
+        shrunk = [1, 1]
+        shrunk[axis] = small[axis]
+        matrix = Resampling((one[0], one[1]), (shrunk[0], shrunk[1]), CPU).down(units)
+        matrix = matrix.reshape(n, small[axis]).T.double()
+        expected = torch.eye(small[axis], dtype=torch.float64) * small[axis] / n
+        torch.testing.assert_close(matrix @ matrix.T, expected, rtol=0.0, atol=1e-6)
+    assert maps.deviation == pytest.approx(math.sqrt(math.prod(small) / math.prod(size)))
+
+
+@pytest.mark.parametrize(("size", "small"), SIZES[4:8])
+def test_reduced_noise_is_white_with_the_deviation_of_its_level(
+    size: tuple[int, int], small: tuple[int, int]
+) -> None:
+    """Inside, at the edges and corners, and between neighbours."""
+    count = 2048
+    maps = Resampling(size, small, CPU)
+    scale, level = matched_level(torch.tensor([0.8]), maps.deviation)
+    low = maps.down(0.8 * noise(1, count, *size))[0] * scale / level
+    # The mean of `count` squares has a standard error of sqrt(2 / count) = 3.1e-2, that of products
+    # of neighbours 2.2e-2; of all pixels together some 30 times less. Bounds are six of these, as
+    # the largest of a few thousand pixels is looked at.
+    variance = low.square().mean(0)
+    assert float((variance - 1).abs().max()) < 6 * math.sqrt(2 / count)
+    assert float(variance.mean()) == pytest.approx(1, abs=6e-3)
+    edges = (low[:, 0], low[:, -1], low[..., 0], low[..., -1])
+    for edge in edges:
+        assert float(edge.square().mean()) == pytest.approx(1, abs=6 * math.sqrt(2 / edge.numel()))
+    for dy, dx in [(0, 1), (1, 0), (1, 1), (0, 2), (2, 0)]:
+        pairs = low[:, dy:, dx:] * low[:, : small[0] - dy, : small[1] - dx]
+        assert float(pairs.mean(0).abs().max()) < 6 / math.sqrt(count)
+        assert float(pairs.mean()) == pytest.approx(0, abs=4e-3)
+
+
+@pytest.mark.parametrize(("size", "small"), SIZES)
+def test_a_reduced_image_is_a_smaller_one_of_the_same(
+    size: tuple[int, int], small: tuple[int, int]
+) -> None:
+    """Constants are kept, and waves keep their height and phase, where the small image has them."""
+    maps = Resampling(size, small, CPU)
+    pairs = zip(images(*size), images(*small), strict=True)
+    for index, (large, expected) in enumerate(pairs):
+        if index % 2 >= small[1] or index // 2 >= small[0]:
+            continue
+        torch.testing.assert_close(maps.down(large), expected, rtol=0.0, atol=1e-4)
+
+
+def test_each_frame_is_reduced_and_enlarged_by_itself() -> None:
+    maps, video = Resampling((6, 10), (4, 6), CPU), noise(2, 3, 5, 6, 10)
+    small = maps.down(video)
+    assert small.shape == (2, 3, 5, 4, 6)
+    frames = torch.stack([maps.down(video[:, :, index]) for index in range(5)], dim=2)
+    torch.testing.assert_close(small, frames)
+    large = maps.up(small)
+    assert large.shape == video.shape
+    assert torch.equal(large[:, :, 3], maps.up(small[:, :, 3].contiguous()))
+
+
+@pytest.mark.parametrize(("size", "small"), SIZES)
+def test_up_is_the_bicubic_enlargement(size: tuple[int, int], small: tuple[int, int]) -> None:
+    pixels = noise(2, 3, *small)
+    expected = torch.nn.functional.interpolate(pixels.double(), size=size, mode="bicubic")
+    torch.testing.assert_close(
+        Resampling(size, small, CPU).up(pixels), expected.float(), rtol=0.0, atol=1e-5
+    )
+
+
+def context_of(model: StepModel, size: tuple[int, int]) -> RunContext:
+    sigmas = torch.tensor([0.9, 0.5])
+    return RunContext(
+        passes=(Pass.of(model, tiny_conditioning(model.transformer)),),
+        height=size[0],
+        width=size[1],
+        sigmas=sigmas,
+        timesteps=sigmas,
+        detail=Detail((1, 4, *size), CPU),
+    )
+
+
+@pytest.mark.parametrize("multiple", [2, 4])
+@pytest.mark.parametrize("size", [(16, 16), (18, 22), (2, 30)])
+def test_first_coarse_step_after_a_fine_one_keeps_its_clean_estimate(
+    size: tuple[int, int], multiple: int
+) -> None:
+    """What the small image disagrees with it is not taken for news, at any size."""
+    model = ddit_rt.compile(tiny_transformer(), backend="eager", progress=False)._compiled.steps
+    context, latents = context_of(model, size), noise(1, 4, *size)
+    bucket = SnrBucket(model, context, multiple)
+    assert context.detail is not None
+    context.detail.update(latents, noise(1, 4, *size, seed=1), torch.tensor(0.9))
+    velocity = bucket.velocity(latents, torch.tensor([1]))
+    expected = (latents - context.detail.estimate) / 0.5
+    torch.testing.assert_close(velocity, expected, rtol=0.0, atol=1e-4)

@@ -77,7 +77,7 @@ struct LoopParams {
   const int32_t* forced;      // [N]
   const int32_t* stages;      // [N], the stage of every step; null: there is one
   const float* thresholds;    // [N, S]
-  float* mean;                // [B, F, H / g, W / g] of the difference, per base patch
+  float* mean;                // [B, F, H / g, W / g], rounded up: of the difference, per base patch
   float* m2;                  // likewise: sums of squared deviations
   uint32_t* keys;             // [B, S, F * H / g * W / g], scratch of the quantile
   float* scores;              // [B, S]

@@ -27,14 +27,24 @@ struct LineOrder {
 
 struct PatchShape {
   int64_t batch, channels, frames, height, width;  // of the latents
-  int64_t patch;                                   // edge p, divides height and width
+  int64_t patch;                                   // edge p; patches may reach over the far edges
   int64_t frame_patch = 1;                         // r, divides frames
   bool channels_last = false;
 
-  DDIT_RT_HD int64_t rows() const { return height / patch; }
-  DDIT_RT_HD int64_t columns() const { return width / patch; }
+  DDIT_RT_HD int64_t rows() const { return (height + patch - 1) / patch; }
+  DDIT_RT_HD int64_t columns() const { return (width + patch - 1) / patch; }
   DDIT_RT_HD int64_t tokens() const { return frames / frame_patch * rows() * columns(); }
   DDIT_RT_HD int64_t features() const { return lines() * patch; }
+
+  // Pixel rows of a row of patches, and pixel columns of a column of them, inside the latents.
+  DDIT_RT_HD int64_t row_height(int64_t row) const { return within(height - row * patch); }
+  DDIT_RT_HD int64_t column_width(int64_t column) const { return within(width - column * patch); }
+  DDIT_RT_HD int64_t within(int64_t left) const { return left < patch ? left : patch; }
+
+  // Values of the patch in the far corner: no patch of one frame has fewer.
+  DDIT_RT_HD int64_t fewest_values() const {
+    return channels * row_height(rows() - 1) * column_width(columns() - 1);
+  }
 
   // A line is one row of pixels of one channel inside a row of patches. Lines are numbered as a
   // token holds them: (c * r + dt) * p + dy, or (dt * p + dy) * C + c with channels last.

@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddit_rt.adapters import adaptable_layers, save_adapters
-from ddit_rt.errors import ShapeError
 from ddit_rt.lab.train.card import model_card
 from ddit_rt.lab.train.checkpoint import Checkpoints, check_same_run, register_hooks
 from ddit_rt.lab.train.config import DataConfig, TrainConfig
@@ -103,7 +102,7 @@ def train(
 
     Raises:
         UnsupportedModelError: No family handles the transformer, or it carries adapters.
-        ShapeError: A patch size that does not divide the latents.
+        ShapeError: Images of a size that the model cannot make.
         ValueError: Data that cannot be used, or a run under `out` with other settings.
         ModuleNotFoundError: A package is missing; the message says what to install.
     """
@@ -115,7 +114,7 @@ def train(
         (folder / "run" / "run.json").unlink(missing_ok=True)
     family = family_of(pipeline.transformer)
     adaptable_layers(family, pipeline.transformer)
-    _check_sizes(family, pipeline, data, config)
+    family.latent_shape(pipeline, data.height, data.width, 1)  # refuses what cannot be made
     check_same_run(folder / "run" / "run.json", {"train": config.to_dict(), "data": data.to_dict()})
     student = Student(
         family,
@@ -327,19 +326,6 @@ class _Run:
 
 def _name(pipeline: Any) -> str:
     return str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
-
-
-def _check_sizes(family: Any, pipeline: Any, data: DataConfig, config: TrainConfig) -> None:
-    *_, height, width = family.latent_shape(pipeline, data.height, data.width, 1)
-    base = family.base_patch_size(pipeline.transformer)
-    for multiple in config.multiples:
-        patch = base * multiple
-        if height % patch or width % patch:
-            raise ShapeError(
-                f"images of {data.height} x {data.width} have latents of {height} x {width}, "
-                f"which {patch_name(multiple)} (patches of {patch}) does not divide; train at "
-                "another size, or leave that patch size out"
-            )
 
 
 def _require_tensorboard() -> None:

@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.adapters import PatchAdapter, embed_adapted, snr_tokens
-from ddit_rt.steps import Blocks, Runners, StepModel, down, matched_level, token_velocity, up
+from ddit_rt.adapters import (
+    PatchAdapter,
+    embed_adapted,
+    pack_padded,
+    snr_tokens,
+    unpack_cut,
+)
+from ddit_rt.steps import Blocks, Resampling, Runners, StepModel, matched_level, token_velocity
+from ddit_rt.torch_state import without_autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +131,9 @@ def coarse_velocity(
     """
     if adapter is not None and adapter.config.variant == "paper":
         return _paper(model, states, multiple, adapter, runners)
-    return _snr(_Coarse(model, multiple, adapter, runners), states)
+    height, width = states.latents.shape[-2:]
+    maps = Resampling.of(model, (height, width), multiple)
+    return _snr(_Coarse(model, multiple, adapter, runners, maps), states)
 
 
 def _embed_time(model: StepModel, levels: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
@@ -142,12 +151,12 @@ def _paper(
     text = family.embed_text(transformer, states.conditioning)
     positions = family.positions(transformer, grid, text.shape[1], stretch=multiple)
     temb = _embed_time(model, states.sigmas, states.conditioning)
-    tokens = ops.pack(states.latents.to(model.dtype), patch)
+    tokens = pack_padded(states.latents.to(model.dtype), patch)
     hidden = embed_adapted(model, adapter, tokens, None)
     hidden = Blocks(model, runners)(hidden, text, temb, positions)
     hidden = family.modulate_output(transformer, hidden, temb)
     velocity = adapter.project_tokens(hidden, tokens)
-    return ops.unpack(velocity, patch, height, width).float()
+    return unpack_cut(velocity, patch, height, width).float()
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,17 @@ class _Coarse:
     multiple: int
     adapter: PatchAdapter | None
     runners: Runners
+    maps: Resampling
+
+    @without_autocast()
+    def down(self, latents: Tensor) -> Tensor:
+        """In full precision, as in the runtime, which is shielded from autocast."""
+        return self.maps.down(latents)
+
+    @without_autocast()
+    def up(self, small: Tensor) -> Tensor:
+        """Likewise."""
+        return self.maps.up(small)
 
     def small(
         self, latents: Tensor, sigmas: Tensor, known: Tensor, conditioning: Mapping[str, Tensor]
@@ -168,8 +188,8 @@ class _Coarse:
         text = family.embed_text(transformer, conditioning)
         grid = model.grid(height, width, self.multiple)
         positions = family.positions(transformer, grid, text.shape[1])
-        scale, level = matched_level(sigmas, self.multiple)
-        low = down(latents, self.multiple) * _column(scale)
+        scale, level = matched_level(sigmas, self.maps.deviation)
+        low = self.down(latents) * _column(scale)
         tokens = ops.pack(low.to(model.dtype), model.patch_size)
         temb = _embed_time(model, level, conditioning)
         if self.adapter is None:
@@ -184,7 +204,7 @@ class _Coarse:
             hidden = family.modulate_output(transformer, hidden, temb)
             own = family.project_output(transformer, hidden)
             written = self.adapter.project_tokens(hidden, seen)
-            correction = ops.unpack(written, patch, height, width).float()
+            correction = unpack_cut(written, patch, height, width).float()
         velocity = ops.unpack(own, model.patch_size, *low.shape[-2:]).float()
         return low - _column(level) * velocity, correction
 
@@ -194,20 +214,20 @@ def _snr(coarse: _Coarse, states: States) -> Tensor:
     sigmas, earlier = _column(states.sigmas), states.earlier
     known = torch.zeros_like(states.latents) if earlier is None else _clean_estimate(earlier)
     low, correction = coarse.small(states.latents, states.sigmas, known, states.conditioning)
-    change = low - down(known, coarse.multiple)
+    change = low - coarse.down(known)
     if earlier is not None:
         change = change - _disagreement(coarse, states, earlier, known)
         # At the first coarse step the two cancel, whatever the model says: no gradient there.
         is_first = earlier.used & (states.sigmas == earlier.first_sigmas)
         change = torch.where(_column(is_first), torch.zeros_like(change), change)
-    clean = known + up(change, coarse.multiple)
+    clean = known + coarse.up(change)
     return (states.latents - clean) / sigmas + correction
 
 
 @torch.no_grad()
 def _disagreement(coarse: _Coarse, states: States, earlier: Earlier, known: Tensor) -> Tensor:
     """The faded e of `SnrBucket`; zero where there is no past, or where it cancels anyway."""
-    faded = torch.zeros_like(down(known, coarse.multiple))
+    faded = torch.zeros_like(coarse.down(known))
     rows = (earlier.used & (states.sigmas != earlier.first_sigmas)).nonzero()[:, 0]
     if len(rows):
         known, sigmas = known[rows], earlier.first_sigmas[rows]
@@ -215,7 +235,7 @@ def _disagreement(coarse: _Coarse, states: States, earlier: Earlier, known: Tens
         assert earlier.first_latents is not None, "known with the velocity"
         first, _ = coarse.small(earlier.first_latents[rows], sigmas, known, conditioning)
         fade = _column(states.sigmas[rows] / sigmas).square()
-        faded[rows] = (first - down(known, coarse.multiple)) * fade
+        faded[rows] = (first - coarse.down(known)) * fade
     return faded
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -205,12 +206,23 @@ def test_too_high_a_learning_rate_is_said_loudly(
     assert result.warnings
 
 
-def test_size_that_does_not_divide_is_refused_with_both_sizes(
+def test_size_that_the_model_cannot_make_is_refused(
     pipeline: FluxPipeline, own_data: DataConfig, tmp_path: Path
 ) -> None:
-    data = dataclasses.replace(own_data, width=48)
-    with pytest.raises(ShapeError, match=r"latents of 16 x 12, which 4p \(patches of 8\)"):
+    data = dataclasses.replace(own_data, width=4)
+    with pytest.raises(ShapeError, match="smallest image is 8 x 8"):
         run(pipeline, data, tmp_path / "out", CONFIG)
+
+
+@pytest.mark.parametrize("variant", ["paper", "snr"])
+def test_trains_at_a_size_that_no_patch_divides(
+    pipeline: FluxPipeline, own_data: DataConfig, tmp_path: Path, variant: str
+) -> None:
+    """Latents of 18 x 14."""
+    data = dataclasses.replace(own_data, height=72, width=56)
+    config = dataclasses.replace(CONFIG, variant=variant)
+    losses = run(pipeline, data, tmp_path / "out", config).losses["trained"]
+    assert all(math.isfinite(value) for value in losses.values())
 
 
 def test_model_of_another_class_is_refused(own_data: DataConfig, tmp_path: Path) -> None:

@@ -29,16 +29,21 @@ def student_of(variant: str, *, checkpointing: bool = False) -> Student:
     return student
 
 
-def context_of(student: Student, batch: int, *, detail: bool) -> RunContext:
+SIZES = [(16, 16), (18, 14)]  # the second is one that no patch divides
+
+
+def context_of(
+    student: Student, batch: int, *, detail: bool, size: tuple[int, int] = SIZES[0]
+) -> RunContext:
     conditioning = tiny_conditioning(student.transformer, batch)
     sigmas = torch.tensor(SIGMAS)
     return RunContext(
         passes=(Pass.of(student.model, conditioning),),
-        height=16,
-        width=16,
+        height=size[0],
+        width=size[1],
         sigmas=sigmas,
         timesteps=sigmas,
-        detail=Detail((batch, 4, 16, 16), torch.device("cpu")) if detail else None,
+        detail=Detail((batch, 4, *size), torch.device("cpu")) if detail else None,
     )
 
 
@@ -64,10 +69,11 @@ def test_teacher_is_the_fine_bucket() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("variant", ["paper", "snr"])
-def test_velocity_without_a_past_is_the_buckets(variant: str) -> None:
+def test_velocity_without_a_past_is_the_buckets(variant: str, size: tuple[int, int]) -> None:
     student = student_of(variant)
-    context, latents = context_of(student, 2, detail=False), noise(2, 4, 16, 16)
+    context, latents = context_of(student, 2, detail=False, size=size), noise(2, 4, *size)
     bucket = adapter_bucket(student.model, context, student.adapter(2), student.runners(2))
     states = states_of(context, latents, 1)
     found = coarse_velocity(student.model, states, 2, student.adapter(2), student.runners(2))
@@ -77,10 +83,13 @@ def test_velocity_without_a_past_is_the_buckets(variant: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("adapted", [True, False])
 @pytest.mark.parametrize("last", [1, 2])
-def test_velocity_with_a_past_is_the_buckets(last: int, adapted: bool) -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_velocity_with_a_past_is_the_buckets(
+    size: tuple[int, int], last: int, adapted: bool
+) -> None:
     """A step at p, then coarse ones: the bucket's memory against the state's own past."""
     student = student_of("snr")
-    context = context_of(student, 2, detail=True)
+    context = context_of(student, 2, detail=True, size=size)
     adapter = student.adapter(2) if adapted else None
     runners = student.runners(2) if adapted else student.model.base
     fine = FineBucket(student.model, context)
@@ -89,7 +98,7 @@ def test_velocity_with_a_past_is_the_buckets(last: int, adapted: bool) -> None:
         if adapter is None
         else adapter_bucket(student.model, context, adapter, runners)
     )
-    latents = [noise(2, 4, 16, 16, seed=seed) for seed in range(3)]
+    latents = [noise(2, 4, *size, seed=seed) for seed in range(3)]
     fine.velocity(latents[0], torch.tensor([0]))
     for step in range(1, last + 1):
         expected = coarse.velocity(latents[step], torch.tensor([step]))

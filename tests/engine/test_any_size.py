@@ -1,0 +1,185 @@
+"""Latents that patches do not divide: every patch size, on both executors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import qwen_models
+import torch
+from driving import assert_equal, keep
+from emulated_graphs import EmulatedGraphs
+from models import (
+    latents_of,
+    noise,
+    random_adapters,
+    seeded,
+    tiny_conditioning,
+    tiny_embeds,
+    tiny_pipeline,
+)
+from torch import Tensor
+from wan_models import wan_conditioning, wan_pipeline
+
+import ddit_rt
+from ddit_rt import DDiTPolicy, Engine, StaticPolicy
+from ddit_rt.errors import ShapeError
+from ddit_rt.loop import CpuExecutor, CudaExecutor
+
+STATIC = StaticPolicy(["4p", "2p", "p", "4p", "2p", "4p", "2p", "p"])
+DYNAMIC = DDiTPolicy(tau={"2p": 4.0, "4p": 1.0}, warmup="coarse", refresh=3)
+
+FLUX_PIXELS = [
+    *[(1024, 1024), (512, 512), (768, 768), (2048, 2048), (768, 1360), (1360, 768), (1080, 1920)],
+    *[(1920, 1080), (720, 1280), (832, 1216), (896, 1152), (768, 1344), (640, 1536), (752, 1392)],
+    *[(672, 1568), (880, 1184), (944, 1104)],
+]
+WAN_PIXELS = [
+    *[(480, 832, 81), (832, 480, 81), (720, 1280, 81), (1280, 720, 81), (544, 960, 81)],
+    *[(624, 624, 81), (960, 960, 81), (480, 832, 49), (720, 1280, 33)],
+]
+
+# Latents of FLUX at 768 x 1360 and 1080 x 1920, of Wan at 480 x 832 and 720 x 1280 pixels; then
+# with fewer pixels than a patch of 4p, and one token high.
+FLUX_LATENTS = [(1, 4, 96, 170), (1, 4, 134, 240), (2, 4, 18, 22), (1, 4, 6, 30), (1, 4, 2, 58)]
+WAN_LATENTS = [(1, 4, 2, 60, 104), (1, 4, 1, 90, 160), (1, 4, 3, 6, 14)]
+
+
+@pytest.fixture
+def graphs(emulated_runtime: Any) -> Iterator[EmulatedGraphs]:
+    emulated_runtime.reset()
+    yield EmulatedGraphs(emulated_runtime)
+    assert emulated_runtime.violation() == ""
+
+
+@pytest.fixture(scope="module")
+def flux() -> Engine:
+    return ddit_rt.compile(tiny_pipeline(), backend="eager", progress=False)
+
+
+@pytest.fixture(scope="module")
+def adapted() -> Engine:
+    pipeline = tiny_pipeline()
+    adapters = random_adapters(pipeline)
+    return ddit_rt.compile(pipeline, adapter=adapters, backend="eager", progress=False)
+
+
+@pytest.fixture(scope="module")
+def wan() -> Engine:
+    return ddit_rt.compile(wan_pipeline(), backend="eager", progress=False)
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Engine:
+    """A model whose own forward runs the steps."""
+    return ddit_rt.compile(qwen_models.tiny_pipeline(), backend="eager", progress=False)
+
+
+def offered(engine: Engine, shape: tuple[int, ...]) -> tuple[int, ...]:
+    frames = shape[2] if len(shape) == 5 else 0
+    sizes, notes = engine._compiled.offered(*shape[-2:], frames)
+    assert notes == ()
+    return sizes
+
+
+@pytest.mark.parametrize(("height", "width"), FLUX_PIXELS)
+def test_every_size_of_flux_offers_all_patches(flux: Engine, height: int, width: int) -> None:
+    pipeline = tiny_pipeline()
+    pipeline.vae_scale_factor = 8  # FLUX's own
+    shape = flux._compiled.steps.family.latent_shape(pipeline, height, width, 1)
+    assert shape[-2:] == (height // 16 * 2, width // 16 * 2)
+    assert offered(flux, shape) == (1, 2, 4)
+
+
+@pytest.mark.parametrize(("height", "width", "frames"), WAN_PIXELS)
+def test_every_size_of_wan_offers_all_patches(
+    wan: Engine, height: int, width: int, frames: int
+) -> None:
+    shape = wan._compiled.steps.family.latent_shape(wan.pipeline, height, width, 1, frames)
+    assert shape[-3:] == ((frames - 1) // 4 + 1, height // 8, width // 8)
+    assert offered(wan, shape) == (1, 2, 4)
+
+
+def test_only_sizes_that_the_model_does_not_take_are_refused(flux: Engine) -> None:
+    with pytest.raises(ShapeError, match="patches of 2 latent pixels do not divide 17 x 16"):
+        flux._compiled.offered(17, 16)
+    with pytest.raises(ShapeError, match="2 image tokens are outside the compiled range 4 to"):
+        flux._compiled.offered(2, 4)
+
+
+def run(
+    engine: Engine, executor: Any, shape: tuple[int, ...], policy: Any, seed: int
+) -> tuple[Tensor, list[tuple[Any, ...]], list[dict[str, float]]]:
+    """Latents, what was decided, and scores."""
+    kind = type(engine.pipeline).__name__
+    if kind == "WanPipeline":
+        conditioning = wan_conditioning(shape[0])
+    elif kind == "QwenImagePipeline":
+        embeds = qwen_models.tiny_embeds((7,) * shape[0], seed)["prompt_embeds"]
+        conditioning = {"encoder_hidden_states": embeds}
+    else:
+        conditioning = tiny_conditioning(engine.pipeline.transformer, shape[0], seed=seed)
+    engine._loop.executor = executor
+    final = engine.denoise(
+        noise(*shape, seed=seed), num_inference_steps=8, patch_policy=policy, **conditioning
+    )
+    trace = engine.last_trace
+    assert trace is not None
+    rows = [(row.patch_size, row.reason, row.tokens) for row in trace]
+    return final, rows, [row.scores for row in trace]
+
+
+CASES = [
+    *[("flux", shape) for shape in FLUX_LATENTS],
+    *[("adapted", shape) for shape in (FLUX_LATENTS[0], *FLUX_LATENTS[2:])],
+    *[("wan", shape) for shape in WAN_LATENTS],
+    *[("qwen", shape) for shape in FLUX_LATENTS[2:]],
+]
+
+
+@pytest.mark.parametrize("policy", [STATIC, DYNAMIC], ids=["static", "ddit"])
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_the_cuda_executor_equals_the_cpu(
+    graphs: EmulatedGraphs,
+    request: pytest.FixtureRequest,
+    name: str,
+    shape: tuple[int, ...],
+    policy: Any,
+) -> None:
+    """Twice: graphs that were captured with one run serve another."""
+    engine: Engine = request.getfixturevalue(name)
+    executors = CpuExecutor(), CudaExecutor(graphs)
+    for seed in (1, 2):
+        expected, actual = (run(engine, each, shape, policy, seed) for each in executors)
+        assert torch.equal(actual[0], expected[0])
+        assert actual[1] == expected[1]
+        for ours, theirs in zip(actual[2], expected[2], strict=True):
+            assert ours == pytest.approx(theirs, rel=5e-6, nan_ok=True)
+    assert len(graphs.captured) == len(set(graphs.captured))
+    assert expected[0].isfinite().all()
+    assert len({patch for patch, _, _ in expected[1]}) > 1
+
+
+@pytest.mark.parametrize("name", ["flux", "adapted", "wan", "qwen"])
+def test_tokens_are_those_of_patches_rounded_up(request: pytest.FixtureRequest, name: str) -> None:
+    engine: Engine = request.getfixturevalue(name)
+    shape = (1, 4, 2, 18, 26) if name == "wan" else (1, 4, 18, 26)
+    _, rows, _ = run(engine, CpuExecutor(), shape, STATIC, seed=1)
+    frames = 2 if name == "wan" else 1
+    tokens = {"p": 9 * 13 * frames, "2p": 5 * 7 * frames, "4p": 3 * 4 * frames}
+    assert [row[2] for row in rows] == [tokens[patch] for patch, _, _ in rows]
+
+
+@pytest.mark.parametrize("height", [72, 68])
+def test_a_pipeline_call_of_such_a_size_makes_its_picture(flux: Engine, height: int) -> None:
+    """Through loop and VAE, whoever drives; 68 pixels are rounded down, as diffusers does."""
+    flux._loop.executor = CpuExecutor()
+    call = {**tiny_embeds(), "num_inference_steps": 8, "height": height, "width": 88}
+    call["patch_policy"] = STATIC
+    assert flux(**call).images[0].size == (88, height // 8 * 8)
+    call["output_type"] = "latent"
+    latents = latents_of(flux(**call, generator=seeded()))
+    driven = latents_of(flux(**call, generator=seeded(), callback_on_step_end=keep))
+    assert latents.isfinite().all()
+    assert_equal(driven, latents)
