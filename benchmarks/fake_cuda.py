@@ -98,7 +98,7 @@ def _save(self: Any, *_: Any, stream: Any = 0, **__: Any) -> None:
     self.save_gpu_kernel(stream, launcher)
 
 
-_autotune = wrapper.PythonWrapperCodegen.generate_and_run_autotune_block
+_autotune: Any = wrapper.PythonWrapperCodegen.generate_and_run_autotune_block
 
 
 def _autotune_nothing(self: Any) -> Any:

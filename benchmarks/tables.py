@@ -19,7 +19,7 @@ from typing import Any
 from made_tables.caches import caches
 from made_tables.cpu import cpu_demo, cpu_short, drivers_cpu, ops_cpu, overhead_cpu
 from made_tables.quality import quality_demo, quality_demo_video
-from made_tables.real_size import blocks_cuda, ops_cuda, real_size
+from made_tables.real_size import blocks_cuda, lowered_cuda, ops_cuda, real_size
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -29,6 +29,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "cpu_demo": cpu_demo,
     "drivers_cpu": drivers_cpu,
     "flux_cuda": real_size,
+    "lowered_cuda": lowered_cuda,
     "ops_cpu": ops_cpu,
     "ops_cuda": ops_cuda,
     "overhead_cpu": overhead_cpu,

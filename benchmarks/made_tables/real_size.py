@@ -169,3 +169,22 @@ def blocks_cuda(report: Report) -> str:
         f"{card['name']}, {released(report, 'torch', 'diffusers')}; a matrix product at {rate:.0f}"
     )
     return block(lines, kernels, [f"{made} TFLOP/s in the same visit; {report['notes'][0]}."])
+
+
+def lowered_cuda(report: Report) -> str:
+    """What a block becomes on CUDA, before (diffusers' forward) and now."""
+    columns = ["one block", "", "launches", "instructions", "16-bit loads", "GELU in a product"]
+    lines = header([*columns, "only copies"], "--")
+    for state, found in (("diffusers' forward", report["before"]), ("ours", report["blocks"])):
+        for name, counts in found.items():
+            kernels = counts["kernels"].values()
+            numbers = [
+                counts["launches"],
+                sum(kernel["instructions"] * kernel["launches"] for kernel in kernels),
+                sum(kernel["loads_16_bit"] * kernel["launches"] for kernel in kernels),
+                counts["gelu_in_product"],
+                len(counts["copies"]),
+            ]
+            lines.append(line([name, state, *(f"{number}" for number in numbers)]))
+    made = f"Lowered for sm_90 without a device, {released(report, 'torch', 'diffusers')}; of generated"
+    return block(lines, [f"{made} kernels, each in its first configuration."])
