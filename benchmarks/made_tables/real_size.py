@@ -175,7 +175,7 @@ def lowered_cuda(report: Report) -> str:
     """What a block becomes on CUDA, before (diffusers' forward) and now."""
     columns = ["one block", "", "launches", "instructions", "16-bit loads", "GELU in a product"]
     lines = header([*columns, "only copies"], "--")
-    for state, found in (("diffusers' forward", report["before"]), ("ours", report["blocks"])):
+    for state, found in (("diffusers' forward", report["before"]), ("now", report["blocks"])):
         for name, counts in found.items():
             kernels = counts["kernels"].values()
             numbers = [
@@ -186,5 +186,5 @@ def lowered_cuda(report: Report) -> str:
                 len(counts["copies"]),
             ]
             lines.append(line([name, state, *(f"{number}" for number in numbers)]))
-    made = f"Lowered for sm_90 without a device, {released(report, 'torch', 'diffusers')}; of generated"
-    return block(lines, [f"{made} kernels, each in its first configuration."])
+    made = f"Lowered for sm_90 without a device, {released(report, 'torch', 'diffusers')}"
+    return block(lines, [f"{made}; generated kernels, each in its first configuration."])
