@@ -41,7 +41,7 @@ from ddit_rt.engine.inputs import (
 from ddit_rt.errors import ArtifactMismatchError
 from ddit_rt.live.live import LiveModel
 from ddit_rt.models import Family
-from ddit_rt.models.base import BlockType
+from ddit_rt.models.base import BlockType, TensorSpec
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.policies import PatchPolicy, StepCache, patch_name
 from ddit_rt.steps import Runners, StepModel
@@ -323,6 +323,11 @@ def _runner_maker(artifact: Artifact) -> MakeRunner:
         package = shared.get((path, device))
         if package is None:
             package = LoadedPackage(path, device=device)
+            if package.info.inputs != block_type.inputs:
+                raise ArtifactMismatchError(
+                    f"{path} takes {_names(package.info.inputs)}, and this version of ddit_rt gives "
+                    f"a {block_type.name} {_names(block_type.inputs)}: compile the model again"
+                )
             if package.shared:
                 shared[path, device] = package
         runner = CompiledRunner(package)
@@ -330,6 +335,10 @@ def _runner_maker(artifact: Artifact) -> MakeRunner:
         return runner
 
     return compiled if artifact.manifest.packages else eager
+
+
+def _names(inputs: Sequence[TensorSpec]) -> str:
+    return ", ".join(spec.name for spec in inputs)
 
 
 def _bucket_entry(multiple: int, adapters: AdapterSet) -> BucketEntry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ddit_rt.errors import (
     UnsupportedModelError,
     UntrustedArtifactError,
 )
+from ddit_rt.models.base import BlockType
 from ddit_rt.models.flux import FluxFamily
 
 
@@ -198,6 +200,20 @@ def test_other_torch_is_refused_with_both_versions(
 ) -> None:
     monkeypatch.setattr(torch, "__version__", "2.99.0")
     with pytest.raises(ArtifactMismatchError, match=r"torch: .*built with 2\..*this is 2\.99\.0"):
+        ddit_rt.load(artifact_path, pipeline, progress=False)
+
+
+def test_packages_of_a_version_that_calls_blocks_otherwise_are_refused(
+    artifact_path: Path, pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = FluxFamily.block_types
+
+    def other(family: FluxFamily, transformer: Any) -> tuple[BlockType, ...]:
+        double, single = own(family, transformer)
+        return replace(double, inputs=double.inputs[1:]), single
+
+    monkeypatch.setattr(FluxFamily, "block_types", other)
+    with pytest.raises(ArtifactMismatchError, match="takes hidden_states, .*: compile the model"):
         ddit_rt.load(artifact_path, pipeline, progress=False)
 
 
