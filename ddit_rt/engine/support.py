@@ -244,7 +244,7 @@ def _driven(family: Family, pipeline: Any) -> str:
     """What takes the steps of a pipeline's call."""
     if pipeline is None:
         return "the compiled loop, by engine.denoise"
-    problem = _scheduler_problem(family, pipeline)
+    problem = family.own_loop or _scheduler_problem(family, pipeline)
     if problem:
         return f"the pipeline's own loop: {problem}"
     where = "" if isinstance(family, LayeredFamily) else ", inside the pipeline's own call"

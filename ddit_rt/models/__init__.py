@@ -9,12 +9,27 @@ from torch import nn
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.base import Family
 from ddit_rt.models.flux import FluxFamily
+from ddit_rt.models.flux_edit import (
+    FluxFillFamily,
+    FluxImageFamily,
+    FluxInpaintFamily,
+    FluxKontextFamily,
+)
 from ddit_rt.models.qwen_image import QwenImageFamily
 from ddit_rt.models.wan import WanFamily
 
 __all__ = ["FAMILIES", "Family", "family_named", "family_of", "family_of_classes"]
 
-FAMILIES: tuple[Family, ...] = (FluxFamily(), WanFamily(), QwenImageFamily())
+FAMILIES: tuple[Family, ...] = (
+    FluxFamily(),
+    FluxImageFamily(),
+    FluxInpaintFamily(),
+    FluxKontextFamily(),
+    FluxFillFamily(),
+    WanFamily(),
+    QwenImageFamily(),
+)
+"""Of several for a transformer class, a bare transformer's is the first."""
 
 
 def family_of(transformer: nn.Module, pipeline: Any = None) -> Family:
