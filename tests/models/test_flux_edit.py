@@ -177,3 +177,11 @@ def test_an_artifact_of_another_kind_of_pipeline_does_not_fit() -> None:
     manifest = eager(tiny_pipeline()).artifact.manifest
     (problem,) = mismatches(manifest, tiny_transformer(), family="flux-kontext")
     assert problem == "pipeline: compiled for flux, got one of flux-kontext; compile that"
+
+
+def test_krea_is_a_flux_pipeline_with_distilled_guidance() -> None:
+    pipeline = tiny_pipeline(guidance_embeds=True)
+    assert family_of(pipeline.transformer, pipeline).name == "flux"
+    call = {**TestKontext.case.call(guidance_scale=4.5), **embeds()}
+    call = {name: call[name] for name in call.keys() - {"image", "max_area", "_auto_resize"}}
+    assert_equal(*runs(pipeline, eager(pipeline), call), tolerance=1e-5)
