@@ -187,7 +187,9 @@ class InterceptedRun:
             for name in {*prompt, *negative}:
                 conditioning[name] = prompt.get(name)
                 conditioning[NEGATIVE + name] = negative.get(name)
-            conditioning[SCALE] = torch.tensor(self._call.scales[0], dtype=torch.float32).to(device)
+            conditioning[SCALE] = torch.tensor(
+                self._call.scales[0], dtype=torch.float32, device=device
+            )
         return conditioning
 
     @contextmanager

@@ -58,26 +58,27 @@ class FluxImageFamily(ForwardFamily):
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
         """See `ForwardFamily.example`."""
-        config, like = transformer.config, {"dtype": transformer.dtype, "device": "meta"}
-        arguments = {
-            "encoder_hidden_states": torch.empty(batch, text, config.joint_attention_dim, **like),
-            "pooled_projections": torch.empty(batch, config.pooled_projection_dim, **like),
+        config = transformer.config
+        shapes: dict[str, tuple[int, ...]] = {
+            "encoder_hidden_states": (batch, text, config.joint_attention_dim),
+            "pooled_projections": (batch, config.pooled_projection_dim),
         }
         if config.guidance_embeds:
-            arguments["guidance"] = torch.empty(batch, **like)
-        return arguments
+            shapes["guidance"] = (batch,)
+        return {
+            name: torch.empty(shape, dtype=transformer.dtype, device="meta")
+            for name, shape in shapes.items()
+        }
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """See `ForwardFamily.resized`: text tokens all sit at (0, 0, 0)."""
         text = arguments["encoder_hidden_states"]
-        rows, columns = shape[-2] // PATCH, shape[-1] // PATCH
-        ids = torch.zeros(rows, columns, 3, device=text.device)
-        ids[..., 1] += torch.arange(rows, device=text.device)[:, None]
-        ids[..., 2] += torch.arange(columns, device=text.device)
-        return {
-            "img_ids": ids.reshape(-1, 3),
-            "txt_ids": torch.zeros(text.shape[1], 3, device=text.device),
-        }
+        rows, columns = (
+            torch.arange(size // PATCH, dtype=torch.float32, device=text.device)
+            for size in shape[-2:]
+        )
+        ids = torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns)
+        return {"img_ids": ids, "txt_ids": torch.zeros_like(ids[:1]).repeat(text.shape[1], 1)}
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
         """See `ForwardFamily.scale_of`: true guidance, with a negative prompt."""

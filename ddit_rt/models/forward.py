@@ -148,7 +148,9 @@ class ForwardFamily(Family):
 
     def given_latents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in which a pipeline's call takes `latents`; by default in its own layout."""
-        return tuple(self.pack_latents(torch.empty(shape, device="meta")).shape)
+        return tuple(
+            self.pack_latents(torch.empty(shape, dtype=torch.float32, device="meta")).shape
+        )
 
     def more_tokens(self, conditioning: Mapping[str, Any]) -> int:
         """Tokens that a pass has beside the picture's, such as those of reference pictures."""
@@ -192,7 +194,7 @@ class ForwardFamily(Family):
         shape = (probe.batch, self.latent_channels(twin), *frames, *size)
         arguments = self.forward_arguments(
             torch.empty(shape, dtype=dtype, device="meta"),
-            torch.empty(1, device="meta"),
+            torch.empty(1, dtype=torch.float32, device="meta"),
             self.example(twin, variant, probe.batch, probe.text),
         )
         return type(twin).forward(twin, **arguments)
