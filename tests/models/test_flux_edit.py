@@ -142,7 +142,7 @@ def test_references_act_in_coarse_steps_as_they_are() -> None:
 
 
 def test_references_count_among_the_compiled_tokens() -> None:
-    engine = eager(kontext(), ranges=ddit_rt.TokenRanges(image=(4, 100)))
+    engine = eager(kontext(), height=64, width=96, ranges=ddit_rt.TokenRanges(image=(4, 100)))
     with pytest.raises(ShapeError, match="number of image tokens of 144"):
         generated(engine, TestKontext.case.call(), patch_policy=FINE)
 
