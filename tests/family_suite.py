@@ -240,7 +240,9 @@ class FamilySuite:
         pipeline = self.case.pipeline()
         engine = eager(pipeline)
         model = StepModel(
-            family=family_of(pipeline.transformer), transformer=pipeline.transformer, base={}
+            family=family_of(pipeline.transformer, pipeline),
+            transformer=pipeline.transformer,
+            base={},
         )
         sizes = {"height": 16, "width": 16, "batch": 1, "text_tokens": 7}
         fine, coarse = (step_cost(model, multiple=multiple, **sizes) for multiple in (1, 2))

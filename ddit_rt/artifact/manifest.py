@@ -260,7 +260,11 @@ def _plain_plans(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def mismatches(
-    manifest: Manifest, transformer: nn.Module, block_changes: Mapping[str, str] | None = None
+    manifest: Manifest,
+    transformer: nn.Module,
+    block_changes: Mapping[str, str] | None = None,
+    *,
+    family: str | None = None,
 ) -> list[str]:
     """Why an artifact does not fit a model and this machine.
 
@@ -269,6 +273,7 @@ def mismatches(
         transformer: The model to run it with.
         block_changes: What its blocks have that its configuration does not say, as
             `Manifest.block_changes`; not compared where None.
+        family: Name of the family that runs it; not compared where None.
 
     Returns:
         One sentence for each reason, with what came, what is needed and what to do; empty when
@@ -278,6 +283,8 @@ def mismatches(
     if name != manifest.transformer_class:
         compiled = manifest.transformer_class
         return [f"model: compiled for {compiled}, got {name}; pass such a model, or compile this"]
+    if family not in (None, manifest.family):
+        return [f"pipeline: compiled for {manifest.family}, got one of {family}; compile that"]
     parameter = next(transformer.parameters())
     problems = _config_mismatches(manifest, public_config(transformer.config))  # type: ignore[arg-type]
     if block_changes is not None:

@@ -61,7 +61,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     import ddit_rt
     from ddit_rt.models import family_of
 
-    family = family_of(pipeline.transformer)
+    family = family_of(pipeline.transformer, pipeline)
     height, width = family.default_size(pipeline)
     size = {
         "height": height,

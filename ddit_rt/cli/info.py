@@ -1,4 +1,4 @@
-"""`ddit-rt info`: what an artifact holds. Executes nothing of it."""
+"""`ddit-rt info`: what an artifact holds, or what can be run of a model. Executes no artifact."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
+from ddit_rt.cli.info_model import OPTIONS, add_model_arguments, is_model, run_model
 from ddit_rt.cli.models import MODEL_HELP, load_pipeline
 
 if TYPE_CHECKING:
@@ -17,14 +18,28 @@ _MIB = 2**20
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="what compile wrote")
+    parser.add_argument(
+        "artifact",
+        type=Path,
+        metavar="ARTIFACT",
+        help="what compile wrote; or a diffusers folder, of a pipeline or of a transformer, to "
+        "see whether it can be run",
+    )
     parser.add_argument(
         "--model",
-        help=f"also check against this model, and count its memory: {MODEL_HELP}",
+        help=f"of an artifact: also check against this model, and count its memory: {MODEL_HELP}",
     )
+    add_model_arguments(parser)
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    if is_model(args.artifact):
+        return run_model(args)
+    if given := [option for option in OPTIONS if getattr(args, option) is not None]:
+        raise ValueError(
+            f"got {', '.join('--' + name.replace('_', '-') for name in given)} for an artifact; "
+            "they say what to count of a diffusers folder: leave them out"
+        )
     from ddit_rt.artifact import is_trusted, mismatches, open_artifact
 
     # Verifies hash sums; trust matters to loading code, and none is loaded here.
@@ -204,11 +219,12 @@ def _conditions(memory: dict[str, Any]) -> str:
 
 INFO = Command(
     name="info",
-    summary="Show what an artifact holds and whether it fits, without running its code.",
+    summary="Show what an artifact holds and whether it fits, or whether a model can be run.",
     examples=(
         "ddit-rt info demo.ddit",
         "ddit-rt info demo.ddit --model demo",
         "ddit-rt info flux.ddit --json | jq .mismatches",
+        "ddit-rt info ./FLUX.1-dev --height 768 --width 1360",
     ),
     add_arguments=_add_arguments,
     run=_run,

@@ -88,7 +88,7 @@ def load_pipeline(model: str, dtype: str | None = None, device: str = "cpu") -> 
     from diffusers import DiffusionPipeline
 
     device = choose_device(device)
-    source = _embedded_path(model) if model in (EMBEDDED, EMBEDDED_VIDEO) else model
+    source = embedded_path(model) if model in (EMBEDDED, EMBEDDED_VIDEO) else model
     if not Path(source).exists() and _HUB_NAME.fullmatch(source) is None:
         raise ValueError(f"no such folder: {source}; expected {MODEL_HELP}")
     if Path(source).is_file():
@@ -131,7 +131,12 @@ def embedded_defaults(model: str) -> dict[str, int]:
     return VIDEO_CALL if model == EMBEDDED_VIDEO else IMAGE_CALL
 
 
-def _embedded_path(model: str) -> str:
+def embedded_path(model: str) -> str:
+    """Folder of an embedded model.
+
+    Raises:
+        ValueError: This installation has none.
+    """
     from ddit_rt.lab.demo import model_path, video_model_path
 
     path = model_path() if model == EMBEDDED else video_model_path()

@@ -140,7 +140,7 @@ def _run(args: argparse.Namespace) -> Outcome | None:
     from ddit_rt.adapters import adaptable_layers
     from ddit_rt.models import family_of
 
-    adaptable_layers(family_of(pipeline.transformer), pipeline.transformer)
+    adaptable_layers(family_of(pipeline.transformer, pipeline), pipeline.transformer)
     result = train(
         pipeline,
         _data(args, pipeline),

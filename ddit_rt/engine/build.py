@@ -225,7 +225,7 @@ def load(
     live = LiveModel(family, transformer, pipeline)
     check_executor(executor, transformer)
     artifact = open_artifact(path, trust_code=trust_code)
-    problems = mismatches(artifact.manifest, transformer, live.block_changes)
+    problems = mismatches(artifact.manifest, transformer, live.block_changes, family=family.name)
     if not check_weights:
         problems = [problem for problem in problems if not problem.startswith("weights:")]
     if problems:

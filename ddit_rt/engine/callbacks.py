@@ -12,7 +12,12 @@ class StepEnd:
     """Stands before a user's `callback_on_step_end`, and sees the latents of every step.
 
     The user's is given what it asks for, and what it returns is the pipeline's to take.
+
+    Attributes:
+        running: Whether the user's is running.
     """
+
+    running = False
 
     def __init__(
         self,
@@ -50,7 +55,11 @@ class StepEnd:
         changed: Any = {}
         if self._user is not None:
             given = {name: tensors[name] for name in self._names}
-            changed = self._user(pipeline, index, timestep, given)
+            self.running = True
+            try:
+                changed = self._user(pipeline, index, timestep, given)
+            finally:
+                self.running = False
             changed = {} if changed is None else changed
             latents = _latents_of(changed, latents)
         self._returned(latents)

@@ -248,6 +248,7 @@ class Engine:
             call = family.read_call(self.pipeline, scheduler, given)
             request = request.ignoring(call.ignored)
             table, problem = self._solver(scheduler)
+            problem = problem or family.own_loop
             outline = self._outline(request, call.shape, scheduler, table, guided=call.guided)
             check_text_encoders(self.pipeline, call.arguments, guided=call.guided)
             if problem or given.get("callback_on_step_end") is not None:

@@ -50,14 +50,10 @@ def unwrap(model: Any) -> tuple[Any, nn.Module, Family]:
             "transformer itself"
         )
     check_unwrapped(transformer, "transformer")
-    family = family_of(transformer)
+    family_of(transformer)
     check_plain(transformer, "transformer")
     _check_device(transformer)
-    if type(model).__name__ not in family.pipeline_classes:
-        raise UnsupportedModelError(
-            f"got a {type(model).__name__}; for this transformer the supported pipelines are "
-            f"{list(family.pipeline_classes)}. Compile the bare transformer to run its loop alone"
-        )
+    family = family_of(transformer, model)
     family.check_model(transformer, model)
     return model, transformer, family
 

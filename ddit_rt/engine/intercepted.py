@@ -23,7 +23,7 @@ from ddit_rt.engine.pipeline_driven import replaced
 from ddit_rt.engine.table_driven import Loop
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.loop import RunPlan
-from ddit_rt.models.calls import PipelineCall
+from ddit_rt.models.calls import PipelineCall, drop_steps
 from ddit_rt.models.forward import NEGATIVE, SCALE, ForwardFamily
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.planning.outline import Outline
@@ -170,6 +170,7 @@ class InterceptedRun:
         latents = self._family.unpack_latents(sample, self._call.shape).float().contiguous()
         plain = copy.copy(scheduler)
         vars(plain).pop("step")
+        drop_steps(plain, getattr(scheduler, "begin_index", None) or 0)
         final = self._run_loop(latents, conditioning, plain)
         return self._family.pack_latents(final.to(sample.dtype))
 
@@ -186,7 +187,9 @@ class InterceptedRun:
             for name in {*prompt, *negative}:
                 conditioning[name] = prompt.get(name)
                 conditioning[NEGATIVE + name] = negative.get(name)
-            conditioning[SCALE] = torch.tensor(self._call.scales[0], dtype=torch.float32).to(device)
+            conditioning[SCALE] = torch.tensor(
+                self._call.scales[0], dtype=torch.float32, device=device
+            )
         return conditioning
 
     @contextmanager

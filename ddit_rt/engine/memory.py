@@ -128,7 +128,7 @@ def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS, **size: in
         size: `height`, `width`, `num_frames`; by default the artifact's own, else the pipeline's.
     """
     manifest, transformer = artifact.manifest, pipeline.transformer
-    family = family_of(transformer)
+    family = family_of(transformer, pipeline)
     models = (transformer, *family.experts(pipeline))
     height, width, frames = _size(family, pipeline, {**manifest.pipeline_defaults, **size})
     run = _Run(

@@ -9,7 +9,8 @@ How a call finds its place, from what the pipeline itself says:
 - The step: the pipeline calls its step callback once at the end of each, with its index. Ours
   stands before the user's.
 - The pass: `cache_context` names it, "cond" or "uncond". A call outside one is no call of the
-  pipeline's loop, but a callback's own, and runs the model as it is.
+  pipeline's loop, but a callback's own, and runs the model as it is. Where the pipeline has no
+  contexts, its calls within a step are counted, and a callback's are those while it runs.
 - Time, prompt and latents: the call carries them. Text and time are embedded again at every call,
   as diffusers' own forward does, so that tensors edited in place are seen; beside a step's blocks
   this costs nothing. The noise level is the scheduler's.
@@ -90,6 +91,7 @@ class PipelineRun:
         self._session: StepSession | None = None
         self._step = _Step(0)
         self._computed: set[int] = set()
+        self._step_end: StepEnd | None = None
         self.rehearsed: Sequence[Mapping[str, Any]] = ()
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
@@ -101,7 +103,7 @@ class PipelineRun:
         Returns:
             What it returns.
         """
-        step_end = StepEnd(arguments, self._after_step, self._seen.returned)
+        step_end = self._step_end = StepEnd(arguments, self._after_step, self._seen.returned)
         with callers_modes(), self._in_place():
             result = self._pipeline(**{**arguments, **step_end.arguments()})
         if self._seen.rounded and self._outline.scored:
@@ -141,7 +143,7 @@ class PipelineRun:
 
     def _forward(self, expert: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In the place of a transformer's `forward`."""
-        if self._context is None:
+        if self._is_callbacks_own():
             return own(*args, **kwargs)
         model, place = self._compiled.models[expert], self._place()
         given = self._signature.bind(model.transformer, *args, **kwargs).arguments
@@ -155,13 +157,18 @@ class PipelineRun:
 
         return Transformer2DModelOutput(sample=velocity)
 
+    def _is_callbacks_own(self) -> bool:
+        """Whether a call of the transformer is none of the pipeline's loop."""
+        assert self._step_end is not None, "a run is in progress"
+        return self._step_end.running or (self._family.contexts and self._context is None)
+
     @shielded()
     def _velocity(self, expert: int, place: int, call: ModelCall) -> Tensor:
         """The velocity of a call, in the pipeline's layout and dtype."""
         self._run.check_cancelled()
-        step = self._step
+        step, scheduler = self._step, self._pipeline.scheduler
         inputs = self._inputs[place] = StepInputs(
-            sigma=self._pipeline.scheduler.sigmas[step.index],
+            sigma=scheduler.sigmas[(getattr(scheduler, "begin_index", None) or 0) + step.index],
             timestep=call.timestep,
             conditioning=call.conditioning,
         )
@@ -181,15 +188,16 @@ class PipelineRun:
 
     def _place(self) -> int:
         """Of the pass in a step: 0 is the first that the run asked for, that with the prompt."""
-        assert self._context is not None, "a call of the pipeline's loop has a context"
-        if self._context not in self._passes:
-            self._passes.append(self._context)
+        context = self._context or f"call {self._step.calls}"
+        self._step.calls += 1
+        if context not in self._passes:
+            self._passes.append(context)
             if len(self._passes) > self._call.passes:
                 raise UnsupportedModelError(
                     f"the pipeline ran its transformer for {self._passes} in one run; this call "
                     f"was planned for {self._call.passes} of them: ask for guidance in the call"
                 )
-        return self._passes.index(self._context)
+        return self._passes.index(context)
 
     def _open(self, call: ModelCall) -> StepSession:
         """Plans every pass from the first call; a second has its number of text tokens by then."""
@@ -256,8 +264,8 @@ class PipelineRun:
         if step.branch is None or index != step.index or self._session is None:
             raise UnsupportedModelError(
                 f"{type(self._pipeline).__name__} ended step {index} without a call of its "
-                "transformer in a cache_context, so that it cannot drive a compiled model; use a "
-                "version of diffusers that has them"
+                "transformer that is known as one of its loop (by a cache_context, where it has "
+                "them), so that it cannot drive a compiled model; use another version of diffusers"
             )
         self._run.end_step()
         self._seen.stepped(latents, [step.velocities[place] for place in sorted(step.velocities)])
@@ -285,10 +293,12 @@ class _Step:
         branch: What was decided; None before its first call.
         stages: Stage of the plan that each pass ran.
         velocities: What each pass gave, in the pipeline's layout.
+        calls: Calls of the transformer so far.
     """
 
     def __init__(self, index: int) -> None:
         self.index = index
+        self.calls = 0
         self.branch: int | None = None
         self.stages: dict[int, int] = {}
         self.velocities: dict[int, Tensor] = {}

@@ -22,10 +22,14 @@ class CallArguments(TypedDict, total=False):
     guidance_scale: float
     guidance_scale_2: float | None
     height: int | None
+    image: Any
     ip_adapter_image: Any
     ip_adapter_image_embeds: list[Tensor] | None
     joint_attention_kwargs: dict[str, Any] | None
     latents: Tensor | None
+    mask_image: Any
+    masked_image_latents: Tensor | None
+    max_area: int
     max_sequence_length: int
     negative_ip_adapter_image: Any
     negative_ip_adapter_image_embeds: list[Tensor] | None
@@ -41,8 +45,10 @@ class CallArguments(TypedDict, total=False):
     pooled_prompt_embeds: Tensor | None
     prompt_2: str | list[str] | None
     prompt_embeds: Tensor | None
+    padding_mask_crop: int | None
     return_dict: bool
     sigmas: Sequence[float] | None
+    strength: float
     true_cfg_scale: float
     width: int | None
 

@@ -2,32 +2,70 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.base import Family
 from ddit_rt.models.flux import FluxFamily
+from ddit_rt.models.flux_edit import (
+    FluxFillFamily,
+    FluxImageFamily,
+    FluxInpaintFamily,
+    FluxKontextFamily,
+)
 from ddit_rt.models.qwen_image import QwenImageFamily
 from ddit_rt.models.wan import WanFamily
 
-__all__ = ["FAMILIES", "Family", "family_named", "family_of"]
+__all__ = ["FAMILIES", "Family", "family_named", "family_of", "family_of_classes"]
 
-FAMILIES: tuple[Family, ...] = (FluxFamily(), WanFamily(), QwenImageFamily())
+FAMILIES: tuple[Family, ...] = (
+    FluxFamily(),
+    FluxImageFamily(),
+    FluxInpaintFamily(),
+    FluxKontextFamily(),
+    FluxFillFamily(),
+    WanFamily(),
+    QwenImageFamily(),
+)
+"""Of several for a transformer class, a bare transformer's is the first."""
 
 
-def family_of(transformer: nn.Module) -> Family:
-    """The family of a transformer, found by the name of its class.
+def family_of(transformer: nn.Module, pipeline: Any = None) -> Family:
+    """The family of a transformer within its pipeline, found by the names of their classes.
+
+    Args:
+        transformer: The transformer.
+        pipeline: What it is in; without one the family is that of a bare transformer.
 
     Raises:
-        UnsupportedModelError: No family handles this class.
+        UnsupportedModelError: No family handles the transformer's class, or none of those that do
+            handles the pipeline's.
     """
-    classes = {cls.__name__ for cls in type(transformer).__mro__}
-    for family in FAMILIES:
-        if family.transformer_class in classes:
+    return family_of_classes(
+        type(transformer), None if pipeline is None else type(pipeline).__name__
+    )
+
+
+def family_of_classes(transformer: type[nn.Module], pipeline: str | None) -> Family:
+    """`family_of`, of a transformer's class and the name of a pipeline's."""
+    classes = {cls.__name__ for cls in transformer.__mro__}
+    found = [family for family in FAMILIES if family.transformer_class in classes]
+    if not found:
+        known = list(dict.fromkeys(family.transformer_class for family in FAMILIES))
+        raise UnsupportedModelError(
+            f"got a {transformer.__name__}; supported transformer classes are {known}"
+        )
+    if pipeline is None:
+        return found[0]
+    for family in found:
+        if pipeline in family.pipeline_classes:
             return family
-    known = [family.transformer_class for family in FAMILIES]
+    names = [name for family in found for name in family.pipeline_classes]
     raise UnsupportedModelError(
-        f"got a {type(transformer).__name__}; supported transformer classes are {known}"
+        f"got a {pipeline}; for this transformer the supported pipelines are {names}. Compile the "
+        "bare transformer to run its loop alone"
     )
 
 

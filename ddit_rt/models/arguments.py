@@ -278,6 +278,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "latents": partial(check_tensor, expected="as the pipeline takes it"),
     "max_sequence_length": _count,
     "sigmas": check_sigmas,
+    "strength": partial(checks.number, low=0, high=1),
     "generator": _generator,
     "output_type": partial(checks.choice, options=OUTPUT_TYPES),
     "return_dict": checks.flag,

@@ -148,6 +148,9 @@ class Family(ABC):
             side; see `ops.unpack`.
         guided_by_default: Whether a pipeline call that says nothing of guidance runs two passes.
         default_ranges: Fields of `TokenRanges` in which the family departs from its defaults.
+        contexts: Whether its pipelines run every pass of a step within a `cache_context`; if not,
+            their calls of the transformer are counted.
+        own_loop: Why only the pipelines' own loop can take the steps; empty where a table can.
     """
 
     name: ClassVar[str]
@@ -158,6 +161,8 @@ class Family(ABC):
     channels_last: ClassVar[bool] = False
     guided_by_default: ClassVar[bool] = False
     default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {}
+    contexts: ClassVar[bool] = True
+    own_loop: ClassVar[str] = ""
 
     def check_model(self, transformer: nn.Module, pipeline: Any) -> None:
         """Raises `UnsupportedModelError` for a variant of the class that cannot be run.

@@ -124,6 +124,32 @@ def bind_call(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**call_defaults(pipeline), **check_arguments(pipeline, arguments)}
 
 
+def drop_steps(scheduler: Any, first: int) -> None:
+    """Lets a schedule begin at its step `first`, in place."""
+    if first:
+        scheduler.timesteps, scheduler.sigmas = (
+            table[first:] for table in (scheduler.timesteps, scheduler.sigmas)
+        )
+        scheduler.num_inference_steps = len(scheduler.timesteps)
+        scheduler.set_begin_index(0)
+
+
+def first_step(call: Mapping[str, Any], scheduler: Any) -> int:
+    """Where a pipeline's `strength` lets its schedule begin; 0 without such an argument.
+
+    Raises:
+        ValueError: No step is left.
+    """
+    steps, strength = len(scheduler.timesteps), call.get("strength", 1.0)
+    first = int(max(steps - min(steps * strength, steps), 0))
+    if first >= steps:
+        raise ValueError(
+            f"got strength={strength} for {steps} steps, of which none is left; give a larger "
+            "strength"
+        )
+    return first * int(scheduler.order)
+
+
 def refuse_ignored(call: Mapping[str, Any]) -> None:
     """Refuses, by name, the arguments that the compiled model could only ignore."""
     for name, feature in _REFUSED_ARGUMENTS.items():

@@ -68,6 +68,17 @@ class FluxFamily(LayeredFamily):
         "true_cfg_scale",
     )
 
+    def check_model(self, transformer: Any, pipeline: Any) -> None:
+        """Refuses a model with further channels, such as FLUX.1-Fill and the control models."""
+        del pipeline
+        config = transformer.config
+        if (config.out_channels or config.in_channels) != config.in_channels:
+            raise UnsupportedModelError(
+                f"got a FLUX model of in_channels={config.in_channels} and out_channels="
+                f"{config.out_channels}, whose further channels a FluxPipeline does not fill; "
+                "compile a FluxFillPipeline for FLUX.1-Fill"
+            )
+
     def base_patch_size(self, transformer: Any) -> int:
         """2: the pipeline packs 2 x 2 latent pixels into one token."""
         return PATCH

@@ -29,6 +29,8 @@ from ddit_rt.models.calls import (
     bind_call,
     check_known,
     check_shape,
+    drop_steps,
+    first_step,
     refuse_ignored,
 )
 from ddit_rt.models.probe import Probe, ReadBlockType, read_block_types
@@ -54,6 +56,7 @@ class ForwardFamily(Family):
         unbatched: Tensor arguments of the forward without a batch dimension.
         text: The argument that holds text tokens, `[B, T, D]`.
         variants: In how many ways the forward may be called; see `example`.
+        extra: Conditioning that is no argument of the forward; `forward_arguments` takes it in.
     """
 
     patch: ClassVar[int] = 2
@@ -63,6 +66,7 @@ class ForwardFamily(Family):
     unbatched: ClassVar[tuple[str, ...]] = ()
     text: ClassVar[str] = "encoder_hidden_states"
     variants: ClassVar[int] = 1
+    extra: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
@@ -136,6 +140,23 @@ class ForwardFamily(Family):
             call: All arguments of its call.
         """
 
+    def size_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
+        """Height and width that the pipeline makes of a call's."""
+        rows, columns = self.default_size(pipeline)
+        height, width = call["height"], call["width"]
+        return rows if height is None else height, columns if width is None else width
+
+    def given_latents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape in which a pipeline's call takes `latents`; by default in its own layout."""
+        return tuple(
+            self.pack_latents(torch.empty(shape, dtype=torch.float32, device="meta")).shape
+        )
+
+    def more_tokens(self, conditioning: Mapping[str, Any]) -> int:
+        """Tokens that a pass has beside the picture's, such as those of reference pictures."""
+        del conditioning
+        return 0
+
     def mu(self, scheduler: Any, tokens: int, steps: int) -> float:
         """Shift that the pipeline gives its scheduler; by default FLUX's."""
         del steps
@@ -173,7 +194,7 @@ class ForwardFamily(Family):
         shape = (probe.batch, self.latent_channels(twin), *frames, *size)
         arguments = self.forward_arguments(
             torch.empty(shape, dtype=dtype, device="meta"),
-            torch.empty(1, device="meta"),
+            torch.empty(1, dtype=torch.float32, device="meta"),
             self.example(twin, variant, probe.batch, probe.text),
         )
         return type(twin).forward(twin, **arguments)
@@ -193,6 +214,8 @@ class ForwardFamily(Family):
                     shape: list[int | str] = list(like.shape)
                     if name == self.text:
                         shape[1] = "text tokens"
+                    if name in self.extra:
+                        shape[2:] = ["rows", "columns"]
                     check_shape(prefix + name, given, shape)
         if SCALE in conditioning:
             check_tensor(SCALE, conditioning[SCALE], "without dimensions", floating=False)
@@ -200,7 +223,7 @@ class ForwardFamily(Family):
     def _prompt_names(self, transformer: nn.Module) -> tuple[str, ...]:
         own = (*_OWN, *self.sized)
         forward = inspect.unwrap(type(transformer).forward)
-        return tuple(name for name in parameters_of(forward) if name not in own)
+        return (*(name for name in parameters_of(forward) if name not in own), *self.extra)
 
     def guidance(self, conditioning: Mapping[str, Any]) -> Guidance | None:
         """See `Family.guidance`."""
@@ -282,16 +305,14 @@ class ForwardFamily(Family):
         """See `Family.read_call`. The pipeline's own checks come with its own call."""
         call = bind_call(pipeline, arguments)
         refuse_ignored(call)
-        rows, columns = self.default_size(pipeline)
-        call["height"] = rows if call["height"] is None else call["height"]
-        call["width"] = columns if call["width"] is None else call["width"]
+        call["height"], call["width"] = self.size_of(pipeline, call)
         shape = self.latent_shape(pipeline, call["height"], call["width"], batch_of(call))
         if call["latents"] is not None:
-            packed = self.pack_latents(torch.empty(shape, device="meta"))
-            check_shape("latents", call["latents"], tuple(packed.shape))
+            check_shape("latents", call["latents"], self.given_latents(shape))
         patch = self.patch
         grid = Grid(height=shape[-2] // patch, width=shape[-1] // patch)
         self.set_timesteps(scheduler, call["num_inference_steps"], call.get("sigmas"), grid)
+        drop_steps(scheduler, first_step(call, scheduler))
         scale = self.scale_of(pipeline, call)
         return PipelineCall(
             arguments=call,

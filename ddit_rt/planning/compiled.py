@@ -98,6 +98,10 @@ class CompiledModel:
         """Refuses a batch that the compiled blocks were not built for."""
         _check_range("batch size", samples, self.ranges.batch)
 
+    def check_image(self, tokens: int) -> None:
+        """Refuses image tokens, references among them, that the blocks were not built for."""
+        _check_range("number of image tokens", tokens, self.ranges.image)
+
     def check_text(self, tokens: int) -> None:
         """Refuses a text length that the compiled blocks were not built for."""
         _check_range("text length", tokens, self.ranges.text)

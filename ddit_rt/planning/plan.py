@@ -148,6 +148,10 @@ def _contexts(
         for part in one.passes:
             compiled.check_batch(len(part.text))
             compiled.check_text(part.text.shape[1])
+            if isinstance(model.family, ForwardFamily):
+                more = model.family.more_tokens(part.conditioning)
+                grid = model.grid(context.height, context.width, frames=context.frames)
+                compiled.check_image(grid.tokens + more)
     return contexts
 
 

@@ -321,7 +321,7 @@ def without_data(
         twin, types, runners, held=family.held, timed=family.timed, keeps_residual=False
     )
     latents = torch.empty(shape, dtype=family.first_weight(twin).dtype, device="meta")
-    levels = torch.empty(steps, device="meta")
+    levels = torch.empty(steps, dtype=torch.float32, device="meta")
     example = family.example(twin, 0, shape[0], text)
     arguments = family.forward_arguments(latents, levels[:1], example)
     bound.hold(lambda _: bound.run(arguments), levels, 1)

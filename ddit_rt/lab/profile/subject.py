@@ -73,7 +73,8 @@ def subject_of(
     engine.annotate = True
     pipeline: Any = engine.pipeline
     transformer = pipeline.transformer
-    model = StepModel(family=family_of(transformer), transformer=transformer, base={})
+    family = family_of(transformer, pipeline)
+    model = StepModel(family=family, transformer=transformer, base={})
     defaults = engine.artifact.manifest.pipeline_defaults
     request = {**defaults, **arguments, "prompt": list(prompts)}
     call = model.layers.prepare(pipeline, copy.deepcopy(pipeline.scheduler), request)

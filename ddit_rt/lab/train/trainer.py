@@ -112,7 +112,7 @@ def train(
         for name in ("checkpoints", "logs", "samples"):
             shutil.rmtree(folder / "run" / name, ignore_errors=True)
         (folder / "run" / "run.json").unlink(missing_ok=True)
-    family = family_of(pipeline.transformer)
+    family = family_of(pipeline.transformer, pipeline)
     adaptable_layers(family, pipeline.transformer)
     family.latent_shape(pipeline, data.height, data.width, 1)  # refuses what cannot be made
     check_same_run(folder / "run" / "run.json", {"train": config.to_dict(), "data": data.to_dict()})

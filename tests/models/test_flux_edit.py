@@ -1,0 +1,187 @@
+"""FLUX's pipelines that start from pictures, against diffusers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from driving import FINE, assert_equal, keep, runs
+from family_suite import MIXED, FamilyCase, FamilySuite, eager, generated, graphs, trace_of
+from flux_edit_models import embeds, fill, img2img, inpaint, kontext, mask, picture
+from models import tiny_pipeline, tiny_transformer
+
+import ddit_rt
+from ddit_rt.artifact import mismatches
+from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.models import family_of
+from ddit_rt.models.flux_edit import _smaller
+from ddit_rt.ops import pack
+
+__all__ = ["graphs"]
+
+
+def guided(lengths: tuple[int, ...]) -> dict[str, Any]:
+    return {"true_cfg_scale": 3.0, **embeds(lengths, seed=3, prefix="negative_")}
+
+
+def with_picture(lengths: tuple[int, ...], seed: int = 1) -> dict[str, Any]:
+    return {**embeds(lengths, seed), "image": picture(seed)}
+
+
+def with_reference(lengths: tuple[int, ...], seed: int = 1) -> dict[str, Any]:
+    """A reference of another size than the picture's."""
+    more = {"max_area": 64 * 96, "_auto_resize": False}
+    return {**embeds(lengths, seed), "image": picture(seed, 48, 64), **more}
+
+
+def with_mask(lengths: tuple[int, ...], seed: int = 1) -> dict[str, Any]:
+    return {**with_picture(lengths, seed), "mask_image": mask()}
+
+
+def strongly(lengths: tuple[int, ...], seed: int = 1) -> dict[str, Any]:
+    """All six steps are left, which the suite counts."""
+    return {**with_picture(lengths, seed), "strength": 1.0}
+
+
+SCHEDULERS = {"constant shift": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0)}
+
+
+class TestImg2Img(FamilySuite):
+    """Image to image."""
+
+    case = FamilyCase(pipeline=img2img, prompts=strongly, guided=guided, schedulers=SCHEDULERS)
+
+
+class TestKontext(FamilySuite):
+    """Editing by reference."""
+
+    case = FamilyCase(
+        pipeline=kontext,
+        prompts=with_reference,
+        guided=guided,
+        sizes=((64, 96), (96, 64)),
+        schedulers=SCHEDULERS,
+    )
+
+
+class TestFill(FamilySuite):
+    """In- and outpainting."""
+
+    case = FamilyCase(pipeline=fill, prompts=with_mask, guided=None, schedulers=SCHEDULERS)
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("more", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
+def test_strength_cuts_the_schedule_as_diffusers_does(strength: float, more: Any) -> None:
+    pipeline = img2img()
+    engine = eager(pipeline)
+    call = TestImg2Img.case.call((7,), (7,), strength=strength)
+    assert_equal(*runs(pipeline, engine, call, **more), tolerance=1e-5)
+    assert len(trace_of(engine)) == {0.5: 3, 0.7: 5, 0.9: 6}[strength]
+    assert trace_of(engine).executor == ("pipeline-cpu" if more else "cpu")
+
+
+def test_coarse_steps_of_a_cut_schedule_agree_in_both_ways() -> None:
+    engine = eager(img2img())
+    call = TestImg2Img.case.call(strength=0.7, patch_policy="2p:0.5,p")
+    table = generated(engine, call)
+    assert trace_of(engine).patch_sizes()[:2] == ["2p", "2p"]
+    assert_equal(generated(engine, call, callback_on_step_end=keep), table, tolerance=1e-5)
+
+
+def test_no_strength_leaves_no_step() -> None:
+    with pytest.raises(ValueError, match=r"strength=0\.0 for 6 steps, of which none is left"):
+        generated(eager(img2img()), TestImg2Img.case.call(strength=0.0))
+    with pytest.raises(ValueError, match="strength"):
+        generated(eager(img2img()), TestImg2Img.case.call(strength=1.5))
+
+
+@pytest.mark.parametrize("negative", [(), (7,)], ids=["", "guided"])
+def test_inpainting_is_driven_by_the_pipelines_own_loop(negative: tuple[int, ...]) -> None:
+    pipeline = inpaint()
+    engine = eager(pipeline)
+    call = {**TestImg2Img.case.call((7,), negative), **with_mask((7,)), "strength": 0.8}
+    with pytest.warns(UserWarning, match="puts the picture back outside the mask"):
+        ours, theirs = runs(pipeline, engine, call)
+    assert_equal(ours, theirs, tolerance=1e-5)
+    assert trace_of(engine).executor == "pipeline-cpu"
+    coarse = generated(engine, call, patch_policy="2p:0.5,p")
+    assert torch.isfinite(coarse).all()
+    assert "2p" in trace_of(engine).patch_sizes()
+    # What the mask keeps is the same picture.
+    untouched = coarse[:, :5], theirs[:, :5]
+    assert_equal(*untouched, tolerance=1e-5)
+
+
+def test_kontext_without_a_reference_is_text_to_image() -> None:
+    pipeline = kontext()
+    engine = eager(pipeline)
+    call = TestKontext.case.call()
+    del call["image"]
+    assert_equal(*runs(pipeline, engine, call), tolerance=1e-5)
+
+
+def test_references_act_in_coarse_steps_as_they_are() -> None:
+    engine = eager(kontext())
+    call = TestKontext.case.call(patch_policy=MIXED)
+    one = generated(engine, call)
+    other = generated(engine, {**call, "image": picture(9, 48, 64)})
+    assert float((one - other).abs().max()) > 1e-3
+    family = family_of(engine.pipeline.transformer, engine.pipeline)
+    reference, ids = torch.randn(1, 12, 16), torch.ones(12, 3)
+    arguments = {
+        "encoder_hidden_states": torch.zeros(1, 7, 24),
+        "reference": reference,
+        "reference_ids": ids,
+    }
+    given = family.forward_arguments(torch.zeros(1, 4, 8, 12), torch.ones(1), arguments)
+    assert torch.equal(given["hidden_states"][:, 24:], reference)
+    assert torch.equal(given["img_ids"][24:], ids)
+
+
+def test_references_count_among_the_compiled_tokens() -> None:
+    engine = eager(kontext(), height=64, width=96, ranges=ddit_rt.TokenRanges(image=(4, 100)))
+    with pytest.raises(ShapeError, match="number of image tokens of 144"):
+        generated(engine, TestKontext.case.call(), patch_policy=FINE)
+
+
+def test_a_smaller_mask_is_that_of_the_smaller_picture() -> None:
+    pixels = torch.zeros(1, 1, 32, 48)
+    pixels[..., 8:24, 16:40] = 1
+    latent = torch.nn.functional.pixel_unshuffle(pixels, 4)
+    shown = torch.randn(1, 4, 8, 12)
+    small = _smaller(torch.cat((shown, latent), dim=1), (1, 4, 4, 6))
+    expected = torch.nn.functional.pixel_unshuffle(pixels[..., ::2, ::2], 4)
+    assert torch.equal(small[:, 4:], expected)
+    assert torch.allclose(small[:, :4], torch.nn.functional.avg_pool2d(shown, 2))
+    assert pack(small.contiguous(), 2).shape == (1, 6, 80)
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    wide = tiny_transformer(in_channels=96, out_channels=16)
+    with pytest.raises(UnsupportedModelError, match="compile a FluxFillPipeline"):
+        ddit_rt.compile(wide, backend="eager", progress=False)
+    pipeline = fill()
+    pipeline.transformer = tiny_transformer()
+    with pytest.raises(UnsupportedModelError, match="use FLUX.1-Fill"):
+        eager(pipeline)
+    pipeline = img2img()
+    pipeline.transformer = wide
+    with pytest.raises(UnsupportedModelError, match="put one with further channels"):
+        eager(pipeline)
+
+
+def test_an_artifact_of_another_kind_of_pipeline_does_not_fit() -> None:
+    manifest = eager(tiny_pipeline()).artifact.manifest
+    (problem,) = mismatches(manifest, tiny_transformer(), family="flux-kontext")
+    assert problem == "pipeline: compiled for flux, got one of flux-kontext; compile that"
+
+
+def test_krea_is_a_flux_pipeline_with_distilled_guidance() -> None:
+    pipeline = tiny_pipeline(guidance_embeds=True)
+    assert family_of(pipeline.transformer, pipeline).name == "flux"
+    call = {**TestKontext.case.call(guidance_scale=4.5), **embeds()}
+    call = {name: call[name] for name in call.keys() - {"image", "max_area", "_auto_resize"}}
+    assert_equal(*runs(pipeline, eager(pipeline), call), tolerance=1e-5)
