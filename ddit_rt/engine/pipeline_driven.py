@@ -8,8 +8,8 @@ How a call finds its place, from what the pipeline itself says:
 
 - The step: the pipeline calls its step callback once at the end of each, with its index. Ours
   stands before the user's.
-- The pass: `cache_context` names it, "cond" or "uncond". A call outside one is no call of the
-  pipeline's loop, but a callback's own, and runs the model as it is.
+- The pass: `cache_context` names it, "cond" or "uncond". Pipelines that enter none call their
+  transformer in the same order in every step. A callback's own call runs the model as it is.
 - Time, prompt and latents: the call carries them. Text and time are embedded again at every call,
   as diffusers' own forward does, so that tensors edited in place are seen; beside a step's blocks
   this costs nothing. The noise level is the scheduler's.
@@ -82,6 +82,8 @@ class PipelineRun:
         self._family = compiled.steps.family
         self._signature = inspect.signature(type(compiled.steps.transformer).forward)
         self._context: str | None = None
+        self._names_passes = False
+        self._in_callback = False
         self._passes: list[str] = []
         self._inputs: dict[int, StepInputs] = {}
         self._timesteps: list[Tensor] = []
@@ -101,7 +103,7 @@ class PipelineRun:
         Returns:
             What it returns.
         """
-        step_end = StepEnd(arguments, self._after_step, self._seen.returned)
+        step_end = StepEnd(arguments, self._after_step, self._next_step)
         with callers_modes(), self._in_place():
             result = self._pipeline(**{**arguments, **step_end.arguments()})
         if self._seen.rounded and self._outline.scored:
@@ -128,7 +130,7 @@ class PipelineRun:
 
     @contextmanager
     def _cache_context(self, name: str, **_: Any) -> Iterator[None]:
-        before, self._context = self._context, name
+        before, self._context, self._names_passes = self._context, name, True
         try:
             yield
         finally:
@@ -141,14 +143,17 @@ class PipelineRun:
 
     def _forward(self, expert: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In the place of a transformer's `forward`."""
-        if self._context is None:
+        if self._context is None and (self._in_callback or self._names_passes):
             return own(*args, **kwargs)
-        model, place = self._compiled.models[expert], self._place()
+        model = self._compiled.models[expert]
         given = self._signature.bind(model.transformer, *args, **kwargs).arguments
         given.pop("self")
         as_tuple = given.pop("return_dict", True) is False
-        call = self._family.read_model_call(model.transformer, self._outline.shape, given)
-        velocity = self._velocity(expert, place, call)
+        velocities = []
+        for one in self._family.passes_in(given, self._call.passes):
+            call = self._family.read_model_call(model.transformer, self._outline.shape, one)
+            velocities.append(self._velocity(expert, self._place(), call))
+        velocity = self._family.as_called(velocities)
         if as_tuple:
             return (velocity,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -181,15 +186,16 @@ class PipelineRun:
 
     def _place(self) -> int:
         """Of the pass in a step: 0 is the first that the run asked for, that with the prompt."""
-        assert self._context is not None, "a call of the pipeline's loop has a context"
-        if self._context not in self._passes:
-            self._passes.append(self._context)
+        self._step.calls += 1
+        name = self._context or f"call {self._step.calls}"
+        if name not in self._passes:
+            self._passes.append(name)
             if len(self._passes) > self._call.passes:
                 raise UnsupportedModelError(
                     f"the pipeline ran its transformer for {self._passes} in one run; this call "
                     f"was planned for {self._call.passes} of them: ask for guidance in the call"
                 )
-        return self._passes.index(self._context)
+        return self._passes.index(name)
 
     def _open(self, call: ModelCall) -> StepSession:
         """Plans every pass from the first call; a second has its number of text tokens by then."""
@@ -256,13 +262,18 @@ class PipelineRun:
         if step.branch is None or index != step.index or self._session is None:
             raise UnsupportedModelError(
                 f"{type(self._pipeline).__name__} ended step {index} without a call of its "
-                "transformer in a cache_context, so that it cannot drive a compiled model; use a "
-                "version of diffusers that has them"
+                "transformer, so that it cannot drive a compiled model"
             )
         self._run.end_step()
         self._seen.stepped(latents, [step.velocities[place] for place in sorted(step.velocities)])
         self._fill_in(self._session, step)
         self._step = _Step(index + 1)
+        self._in_callback = True
+
+    def _next_step(self, latents: Tensor) -> None:
+        """Behind the user's callback."""
+        self._in_callback = False
+        self._seen.returned(latents)
 
     def _fill_in(self, session: StepSession, step: _Step) -> None:
         """Gives passes that the step left out what the first one keeps."""
@@ -283,6 +294,7 @@ class _Step:
     Attributes:
         index: k.
         branch: What was decided; None before its first call.
+        calls: Passes so far, which are told apart by it where the pipeline does not name them.
         stages: Stage of the plan that each pass ran.
         velocities: What each pass gave, in the pipeline's layout.
     """
@@ -290,6 +302,7 @@ class _Step:
     def __init__(self, index: int) -> None:
         self.index = index
         self.branch: int | None = None
+        self.calls = 0
         self.stages: dict[int, int] = {}
         self.velocities: dict[int, Tensor] = {}
 

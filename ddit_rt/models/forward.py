@@ -53,6 +53,7 @@ class ForwardFamily(Family):
         sized: Arguments of the forward that hang on the latents' size; `resized` makes them.
         unbatched: Tensor arguments of the forward without a batch dimension.
         text: The argument that holds text tokens, `[B, T, D]`.
+        repeated: Class names of its repeated blocks, where it has no `_repeated_blocks`.
         variants: In how many ways the forward may be called; see `example`.
     """
 
@@ -62,6 +63,7 @@ class ForwardFamily(Family):
     sized: ClassVar[tuple[str, ...]] = ()
     unbatched: ClassVar[tuple[str, ...]] = ()
     text: ClassVar[str] = "encoder_hidden_states"
+    repeated: ClassVar[tuple[str, ...]] = ()
     variants: ClassVar[int] = 1
 
     @abstractmethod
@@ -164,7 +166,7 @@ class ForwardFamily(Family):
 
     def block_types(self, transformer: nn.Module) -> tuple[ReadBlockType, ...]:
         """See `Family.block_types`: read off the forward."""
-        return read_block_types(transformer, self.variants, self._run_probe)
+        return read_block_types(transformer, self.variants, self._run_probe, self.repeated)
 
     def _run_probe(self, twin: nn.Module, probe: Probe, variant: int) -> Any:
         dtype = self.first_weight(twin).dtype
@@ -185,14 +187,13 @@ class ForwardFamily(Family):
         names = self._prompt_names(transformer)
         known = (*names, *(NEGATIVE + name for name in names), SCALE)
         check_known(conditioning, known, f"a {type(transformer).__name__}")
-        example = self.example(transformer, 0, batch, 1)
+        one, longer = (self.example(transformer, 0, batch, text) for text in (1, 2))
         for prefix in ("", NEGATIVE) if SCALE in conditioning else ("",):
-            for name, like in example.items():
+            for name, like in one.items():
                 if isinstance(like, Tensor):
                     given = conditioning.get(prefix + name, conditioning.get(name))
-                    shape: list[int | str] = list(like.shape)
-                    if name == self.text:
-                        shape[1] = "text tokens"
+                    sizes = zip(like.shape, longer[name].shape, strict=True)
+                    shape = [size if size == other else "text tokens" for size, other in sizes]
                     check_shape(prefix + name, given, shape)
         if SCALE in conditioning:
             check_tensor(SCALE, conditioning[SCALE], "without dimensions", floating=False)
