@@ -9,6 +9,7 @@ from ddit_rt.models.base import Family
 from ddit_rt.models.chroma import ChromaFamily
 from ddit_rt.models.flux import FluxFamily
 from ddit_rt.models.qwen_image import QwenImageFamily
+from ddit_rt.models.sd3 import SD3Family
 from ddit_rt.models.wan import WanFamily
 
 __all__ = ["FAMILIES", "Family", "family_named", "family_of"]
