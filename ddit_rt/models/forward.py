@@ -39,6 +39,12 @@ NEGATIVE = "negative_"
 SCALE = "guidance_scale"
 """Conditioning that is the scale of classifier-free guidance."""
 
+REFERENCE = "reference_tokens"
+"""Conditioning behind the latents' tokens: of other pictures, the same at every step and size."""
+
+REFERENCE_SHAPES = "reference_shapes"
+"""What `resized` must know of those pictures."""
+
 _OWN = ("hidden_states", "timestep", "return_dict")
 """Arguments of a forward that every step makes anew."""
 
@@ -99,10 +105,14 @@ class ForwardFamily(Family):
             arguments: Those that carry the prompt.
         """
         time = self.time(level, latents.dtype).expand(len(latents))
+        hidden = self.pack_latents(latents)
+        if REFERENCE in arguments:
+            hidden = torch.cat((hidden, arguments[REFERENCE]), dim=1)
+        references = (REFERENCE, REFERENCE_SHAPES)
         return {
-            **arguments,
+            **{name: one for name, one in arguments.items() if name not in references},
             **self.resized(arguments, tuple(latents.shape)),
-            "hidden_states": self.pack_latents(latents),
+            "hidden_states": hidden,
             "timestep": time,
             "return_dict": False,
         }
@@ -184,7 +194,7 @@ class ForwardFamily(Family):
         self, transformer: nn.Module, batch: int, conditioning: Mapping[str, Any]
     ) -> None:
         """See `Family.check_conditioning`: by the names of the forward's own arguments."""
-        names = self._prompt_names(transformer)
+        names = tuple(dict.fromkeys((*self.conditioning_names, *self._prompt_names(transformer))))
         known = (*names, *(NEGATIVE + name for name in names), SCALE)
         check_known(conditioning, known, f"a {type(transformer).__name__}")
         one, longer = (self.example(transformer, 0, batch, text) for text in (1, 2))
@@ -236,6 +246,15 @@ class ForwardFamily(Family):
         size = int(pipeline.default_sample_size * pipeline.vae_scale_factor)
         return size, size
 
+    def call_size(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
+        """Height and width of a call, in pixels, where it does not name them."""
+        del call
+        return self.default_size(pipeline)
+
+    def tokens_of(self, shape: tuple[int, ...]) -> int:
+        """Size of the second dimension of latents of a shape in the pipeline's layout."""
+        return self.pack_latents(torch.empty(shape, device="meta")).shape[1]
+
     def latent_shape(
         self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None
     ) -> tuple[int, ...]:
@@ -283,7 +302,7 @@ class ForwardFamily(Family):
         """See `Family.read_call`. The pipeline's own checks come with its own call."""
         call = bind_call(pipeline, arguments)
         refuse_ignored(call)
-        rows, columns = self.default_size(pipeline)
+        rows, columns = self.call_size(pipeline, call)
         call["height"] = rows if call["height"] is None else call["height"]
         call["width"] = columns if call["width"] is None else call["width"]
         shape = self.latent_shape(pipeline, call["height"], call["width"], batch_of(call))
@@ -310,7 +329,10 @@ class ForwardFamily(Family):
             for name, value in arguments.items()
             if value is not None and value != {} and name not in (*self.sized, "return_dict")
         }
-        latents = self.unpack_latents(given.pop("hidden_states"), shape)
+        hidden, tokens = given.pop("hidden_states"), self.tokens_of(shape)
+        latents = self.unpack_latents(hidden[:, :tokens], shape)
+        if hidden.shape[1] > tokens:
+            given[REFERENCE] = hidden[:, tokens:]
         timestep = self.level_of(given.pop("timestep").reshape(-1)[:1])
         conditioning = {
             name: value.expand(shape[0], *value.shape[1:])

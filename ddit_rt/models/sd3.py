@@ -41,9 +41,9 @@ class SD3Family(ForwardFamily):
     ) -> tuple[int, ...]:
         """See `Family.latent_shape`: at most as large as the table of positions."""
         shape = super().latent_shape(pipeline, height, width, batch, num_frames)
-        largest = pipeline.transformer.config.pos_embed_max_size * self.patch
-        if max(shape[-2:]) > largest:
-            most = largest * pipeline.vae_scale_factor
+        unit = self.patch * pipeline.vae_scale_factor
+        most = pipeline.transformer.config.pos_embed_max_size * unit
+        if max(height, width) > most:
             raise ShapeError(f"got {height} x {width} pixels; the model's positions end at {most}")
         return shape
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from family_suite import FamilyCase, FamilySuite, eager, graphs
+from driving import assert_equal, runs
+from family_suite import TOLERANCE, FamilyCase, FamilySuite, eager, graphs
 from models import noise
 from sd3_models import tiny_embeds, tiny_pipeline, tiny_transformer
 
@@ -74,6 +75,24 @@ def test_what_the_loop_would_ignore_is_refused(given: dict[str, Any]) -> None:
     engine = eager(tiny_pipeline())
     with pytest.raises(UnsupportedModelError, match=f"got `{next(iter(given))}`"):
         engine(**TestStableDiffusion3.case.call(**given))
+
+
+def test_a_callbacks_own_call_of_the_transformer_runs_the_model() -> None:
+    pipeline = tiny_pipeline()
+    embeds, pooled = tiny_embeds(seed=4).values()
+
+    def call_it(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+        output = pipe.transformer(
+            hidden_states=tensors["latents"],
+            timestep=timestep[None],
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+        ).sample
+        return {"latents": tensors["latents"] + 0.1 * output} if step in (1, 2) else tensors
+
+    call = TestStableDiffusion3.case.call((7,), (7,))
+    engine = eager(pipeline)
+    assert_equal(*runs(pipeline, engine, call, callback_on_step_end=call_it), tolerance=TOLERANCE)
 
 
 def test_a_bare_transformer_denoises_from_its_own_arguments() -> None:
