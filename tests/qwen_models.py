@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
@@ -37,7 +38,17 @@ def tiny_transformer(*, seed: int = 0, **config: Any) -> QwenImageTransformer2DM
 
 def tiny_pipeline(*, seed: int = 0, **config: Any) -> QwenImagePipeline:
     """A Qwen-Image pipeline without text encoder: call it with `tiny_embeds`."""
-    transformer = tiny_transformer(seed=seed, **config)
+    return _tiny(QwenImagePipeline, tiny_transformer(seed=seed, **config))
+
+
+def tiny_edit_pipeline(kind: type = QwenImageEditPipeline) -> Any:
+    """A pipeline for edits, on which pictures act strongly; its calls need one too."""
+    return _tiny(kind, tiny_transformer(), std=0.02, processor=None)
+
+
+def _tiny(
+    kind: type, transformer: QwenImageTransformer2DModel, *, std: float = 1.5, **parts: Any
+) -> Any:
     vae = AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=CHANNELS,
@@ -45,9 +56,9 @@ def tiny_pipeline(*, seed: int = 0, **config: Any) -> QwenImagePipeline:
         num_res_blocks=1,
         temperal_downsample=[False, True, True],
         latents_mean=[0.1] * CHANNELS,
-        latents_std=[1.5] * CHANNELS,
+        latents_std=[std] * CHANNELS,
     )
-    pipeline = QwenImagePipeline(
+    pipeline = kind(
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, shift_terminal=0.02, max_shift=0.9, max_image_seq_len=8192
         ),
@@ -55,6 +66,7 @@ def tiny_pipeline(*, seed: int = 0, **config: Any) -> QwenImagePipeline:
         text_encoder=None,
         tokenizer=None,
         transformer=transformer,
+        **parts,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -148,11 +148,11 @@ def check_identical(block_type: BlockType, blocks: Sequence[nn.Module]) -> None:
     """
     if not blocks:
         raise UnsupportedModelError(f"{block_type.path} holds no {block_type.name}")
-    reference = _signature(blocks[0])
+    reference, first = _signature(blocks[0]), block_type.block_path(0)
     for index, block in enumerate(blocks[1:], start=1):
         for name, found in _signature(block).items() ^ reference.items():
             raise UnsupportedModelError(
-                f"{block_type.path}.{index} differs from {block_type.path}.0 in {name} ({found}): "
+                f"{block_type.block_path(index)} differs from {first} in {name} ({found}): "
                 "one package serves all blocks of a type, so all must have equal tensors"
             )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ddit_rt.blocks.template import is_lora_name
 from ddit_rt.errors import ArtifactMismatchError
@@ -110,7 +111,9 @@ def _let_go(aliases: Iterable[Tensor]) -> None:
     The loader copies the handles of constants that their user manages, and never deletes a copy
     (`MaybeOwningAtenTensorHandle`), so the aliases stay, with whatever storage they have.
     """
-    with torch.inference_mode():  # where aliases of inference tensors can be changed, too
+    # An engine may be collected while another one is traced, among tensors without data; and in
+    # inference mode aliases of inference tensors can be changed, too.
+    with _disable_current_modes(), torch.inference_mode():
         for alias in aliases:
             alias.set_()  # type: ignore[call-overload] # its stub lacks the form without arguments
 

@@ -303,7 +303,7 @@ def _runners(
     for block_type in types:
         runners[block_type.key] = []
         for index, block in enumerate(block_type.blocks(transformer)):
-            lora = block_lora(adapter.lora, f"{block_type.path}.{index}") if adapter else None
+            lora = block_lora(adapter.lora, block_type.block_path(index)) if adapter else None
             runners[block_type.key].append(make(block_type, block, spec, lora))
             counter.advance()
     return runners

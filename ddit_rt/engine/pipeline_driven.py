@@ -83,6 +83,7 @@ class PipelineRun:
         self._family = compiled.steps.family
         self._signature = inspect.signature(type(compiled.steps.transformer).forward)
         self._context: str | None = None
+        self._names_passes = False
         self._passes: list[str] = []
         self._inputs: dict[int, StepInputs] = {}
         self._timesteps: list[Tensor] = []
@@ -130,7 +131,7 @@ class PipelineRun:
 
     @contextmanager
     def _cache_context(self, name: str, **_: Any) -> Iterator[None]:
-        before, self._context = self._context, name
+        before, self._context, self._names_passes = self._context, name, True
         try:
             yield
         finally:
@@ -145,12 +146,15 @@ class PipelineRun:
         """In the place of a transformer's `forward`."""
         if self._is_callbacks_own():
             return own(*args, **kwargs)
-        model, place = self._compiled.models[expert], self._place()
+        model = self._compiled.models[expert]
         given = self._signature.bind(model.transformer, *args, **kwargs).arguments
         given.pop("self")
         as_tuple = given.pop("return_dict", True) is False
-        call = self._family.read_model_call(model.transformer, self._outline.shape, given)
-        velocity = self._velocity(expert, place, call)
+        velocities = []
+        for one in self._family.passes_in(given, self._call.passes):
+            call = self._family.read_model_call(model.transformer, self._outline.shape, one)
+            velocities.append(self._velocity(expert, self._place(), call))
+        velocity = self._family.as_called(velocities)
         if as_tuple:
             return (velocity,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -160,7 +164,7 @@ class PipelineRun:
     def _is_callbacks_own(self) -> bool:
         """Whether a call of the transformer is none of the pipeline's loop."""
         assert self._step_end is not None, "a run is in progress"
-        return self._step_end.running or (self._family.contexts and self._context is None)
+        return self._step_end.running or (self._names_passes and self._context is None)
 
     @shielded()
     def _velocity(self, expert: int, place: int, call: ModelCall) -> Tensor:

@@ -167,7 +167,7 @@ class LiveModel:
         for block_type in types:
             _check_alike(name, block_type, described)
             check_identical(block_type, block_type.blocks(model))
-            first = blocks.get(f"{block_type.path}.0", {})
+            first = blocks.get(block_type.block_path(0), {})
             changes |= {f"{block_type.name}.{place}": is_ for place, is_ in first.items()}
         return dict(sorted(changes.items()))
 
@@ -224,7 +224,9 @@ def _refuse_unlike_experts(name: str, first: Mapping[str, str], own: Mapping[str
 
 
 def _check_count(name: str, block_type: BlockType, model: nn.Module, plain: nn.Module) -> None:
-    live, configured = len(block_type.blocks(model)), len(block_type.blocks(plain))
+    live, configured = (
+        len(list(one.get_submodule(block_type.path).children())) for one in (model, plain)
+    )
     if live != configured:
         raise UnsupportedModelError(
             f"{name}.{block_type.path} holds {live} blocks, and its configuration says "
@@ -276,12 +278,15 @@ def _check_alike(name: str, block_type: BlockType, described: Mapping[str, Part]
     for path, part in described.items():
         if path.startswith(start):
             index, _, rest = path.removeprefix(start).partition(".")
-            blocks.setdefault(int(index), {})[rest] = part
+            if block_type.members is None or int(index) in block_type.members:
+                blocks.setdefault(int(index), {})[rest] = part
+    one, *_ = blocks
     for number, block in blocks.items():
-        for place, (first, own) in sorted(differences(blocks[0], block).items()):
+        for place, (first, own) in sorted(differences(blocks[one], block).items()):
             raise UnsupportedModelError(
-                f"{name}.{start}{number}.{place} is {own}, and {first} in {start}0; one package "
-                "serves all blocks of a type, so change all of them before compiling, or none"
+                f"{name}.{start}{number}.{place} is {own}, and {first} in {start}{one}; one "
+                "package serves all blocks of a type, so change all of them before compiling, "
+                "or none"
             )
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.base import Family
+from ddit_rt.models.chroma import ChromaFamily
 from ddit_rt.models.flux import FluxFamily
 from ddit_rt.models.flux_edit import (
     FluxFillFamily,
@@ -16,6 +17,7 @@ from ddit_rt.models.flux_edit import (
     FluxKontextFamily,
 )
 from ddit_rt.models.qwen_image import QwenImageFamily
+from ddit_rt.models.sd3 import SD3Family
 from ddit_rt.models.wan import WanFamily
 
 __all__ = ["FAMILIES", "Family", "family_named", "family_of", "family_of_classes"]
@@ -28,6 +30,8 @@ FAMILIES: tuple[Family, ...] = (
     FluxFillFamily(),
     WanFamily(),
     QwenImageFamily(),
+    ChromaFamily(),
+    SD3Family(),
 )
 """Of several for a transformer class, a bare transformer's is the first."""
 

@@ -73,6 +73,7 @@ class BlockType:
         feed_forward: Names of the linear layers, inside the block, that an adapter's LoRA targets;
             empty in a family without adapters.
         variant: What sets it apart from another type of the same blocks, such as an input more.
+        members: Places in the list of the blocks of this type; None for all.
     """
 
     name: str
@@ -82,15 +83,25 @@ class BlockType:
     forward: Callable[..., tuple[Tensor, ...]]
     feed_forward: tuple[str, ...]
     variant: str = ""
+    members: tuple[int, ...] | None = None
 
     @property
     def key(self) -> str:
-        """By which its runners are found: the path, and the variant if there is one."""
-        return f"{self.path}:{self.variant}" if self.variant else self.path
+        """By which its runners are found: path or first block, and the variant if there is one."""
+        path = self.block_path(0) if self.members else self.path
+        return f"{path}:{self.variant}" if self.variant else path
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """The transformer's own blocks of this type, in order."""
-        return list(transformer.get_submodule(self.path).children())
+        return [
+            block
+            for place, block in enumerate(transformer.get_submodule(self.path).children())
+            if self.members is None or place in self.members
+        ]
+
+    def block_path(self, index: int) -> str:
+        """Path of the block that stands at an index among those of this type."""
+        return f"{self.path}.{self.members[index] if self.members else index}"
 
     def dtype(self, block: nn.Module) -> torch.dtype:
         """Dtype of a block's matrix products; norms and tables may be kept in float32."""
@@ -275,6 +286,21 @@ class Family(ABC):
             UnsupportedModelError: One that the compiled blocks could only ignore.
             ShapeError: A misshapen tensor.
         """
+
+    def passes_in(self, given: Mapping[str, Any], passes: int) -> Sequence[Mapping[str, Any]]:
+        """The passes that a pipeline's call of its transformer holds, that with the prompt first.
+
+        Args:
+            given: Arguments of the transformer's `forward`.
+            passes: Of a step.
+        """
+        del passes
+        return (given,)
+
+    def as_called(self, velocities: Sequence[Tensor]) -> Tensor:
+        """The inverse of `passes_in`, of what the passes give."""
+        (velocity,) = velocities
+        return velocity
 
     @abstractmethod
     def set_timesteps(

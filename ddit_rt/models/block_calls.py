@@ -48,7 +48,7 @@ class CallForm:
         arguments |= {name: _filled(value, tensors) for name, value in self.skeleton}
         with RealPairs() if self._is_complex(self.skeleton) else nullcontext():
             given = block(**arguments)
-        return given if isinstance(given, tuple) else (given,)
+        return tuple(flat_outputs(given))
 
     def _is_complex(self, value: Any) -> bool:
         if isinstance(value, tuple):
@@ -117,5 +117,7 @@ def _says_something(value: Any) -> bool:
 
 
 def flat_outputs(given: Any) -> Iterator[Tensor]:
-    """Tensors that a block returned."""
-    yield from given if isinstance(given, tuple) else (given,)
+    """Tensors that a block returned; it may give None in the place of one."""
+    for one in given if isinstance(given, tuple) else (given,):
+        if one is not None:
+            yield one

@@ -41,6 +41,12 @@ NEGATIVE = "negative_"
 SCALE = "guidance_scale"
 """Conditioning that is the scale of classifier-free guidance."""
 
+REFERENCE = "reference_tokens"
+"""Conditioning behind the latents' tokens: of other pictures, the same at every step and size."""
+
+REFERENCE_SHAPES = "reference_shapes"
+"""What `resized` must know of those pictures."""
+
 _OWN = ("hidden_states", "timestep", "return_dict")
 """Arguments of a forward that every step makes anew."""
 
@@ -55,6 +61,7 @@ class ForwardFamily(Family):
         sized: Arguments of the forward that hang on the latents' size; `resized` makes them.
         unbatched: Tensor arguments of the forward without a batch dimension.
         text: The argument that holds text tokens, `[B, T, D]`.
+        repeated: Class names of its repeated blocks, where it has no `_repeated_blocks`.
         variants: In how many ways the forward may be called; see `example`.
         extra: Conditioning that is no argument of the forward; `forward_arguments` takes it in.
     """
@@ -65,6 +72,7 @@ class ForwardFamily(Family):
     sized: ClassVar[tuple[str, ...]] = ()
     unbatched: ClassVar[tuple[str, ...]] = ()
     text: ClassVar[str] = "encoder_hidden_states"
+    repeated: ClassVar[tuple[str, ...]] = ()
     variants: ClassVar[int] = 1
     extra: ClassVar[tuple[str, ...]] = ()
 
@@ -101,10 +109,14 @@ class ForwardFamily(Family):
             arguments: Those that carry the prompt.
         """
         time = self.time(level, latents.dtype).expand(len(latents))
+        hidden = self.pack_latents(latents)
+        if REFERENCE in arguments:
+            hidden = torch.cat((hidden, arguments[REFERENCE]), dim=1)
+        references = (REFERENCE, REFERENCE_SHAPES)
         return {
-            **arguments,
+            **{name: one for name, one in arguments.items() if name not in references},
             **self.resized(arguments, tuple(latents.shape)),
-            "hidden_states": self.pack_latents(latents),
+            "hidden_states": hidden,
             "timestep": time,
             "return_dict": False,
         }
@@ -185,7 +197,7 @@ class ForwardFamily(Family):
 
     def block_types(self, transformer: nn.Module) -> tuple[ReadBlockType, ...]:
         """See `Family.block_types`: read off the forward."""
-        return read_block_types(transformer, self.variants, self._run_probe)
+        return read_block_types(transformer, self.variants, self._run_probe, self.repeated)
 
     def _run_probe(self, twin: nn.Module, probe: Probe, variant: int) -> Any:
         dtype = self.first_weight(twin).dtype
@@ -203,17 +215,18 @@ class ForwardFamily(Family):
         self, transformer: nn.Module, batch: int, conditioning: Mapping[str, Any]
     ) -> None:
         """See `Family.check_conditioning`: by the names of the forward's own arguments."""
-        names = self._prompt_names(transformer)
+        names = tuple(dict.fromkeys((*self.conditioning_names, *self._prompt_names(transformer))))
         known = (*names, *(NEGATIVE + name for name in names), SCALE)
         check_known(conditioning, known, f"a {type(transformer).__name__}")
-        example = self.example(transformer, 0, batch, 1)
+        one, longer = (self.example(transformer, 0, batch, text) for text in (1, 2))
         for prefix in ("", NEGATIVE) if SCALE in conditioning else ("",):
-            for name, like in example.items():
+            for name, like in one.items():
                 if isinstance(like, Tensor):
                     given = conditioning.get(prefix + name, conditioning.get(name))
-                    shape: list[int | str] = list(like.shape)
-                    if name == self.text:
-                        shape[1] = "text tokens"
+                    sizes = zip(like.shape, longer[name].shape, strict=True)
+                    shape: list[int | str] = [
+                        size if size == other else "text tokens" for size, other in sizes
+                    ]
                     if name in self.extra:
                         shape[2:] = ["rows", "columns"]
                     check_shape(prefix + name, given, shape)
@@ -257,6 +270,10 @@ class ForwardFamily(Family):
         """See `Family.default_size`."""
         size = int(pipeline.default_sample_size * pipeline.vae_scale_factor)
         return size, size
+
+    def tokens_of(self, shape: tuple[int, ...]) -> int:
+        """Size of the second dimension of latents of a shape in the pipeline's layout."""
+        return self.pack_latents(torch.empty(shape, device="meta")).shape[1]
 
     def latent_shape(
         self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None
@@ -330,7 +347,10 @@ class ForwardFamily(Family):
             for name, value in arguments.items()
             if value is not None and value != {} and name not in (*self.sized, "return_dict")
         }
-        latents = self.unpack_latents(given.pop("hidden_states"), shape)
+        hidden, tokens = given.pop("hidden_states"), self.tokens_of(shape)
+        latents = self.unpack_latents(hidden[:, :tokens], shape)
+        if hidden.shape[1] > tokens:
+            given[REFERENCE] = hidden[:, tokens:]
         timestep = self.level_of(given.pop("timestep").reshape(-1)[:1])
         conditioning = {
             name: value.expand(shape[0], *value.shape[1:])

@@ -71,20 +71,45 @@ class ReadBlockType(BlockType):
         form: How the model calls these blocks.
         sources: For each output, the input of equal shape whose place in the next block it takes.
         image: The output that holds image tokens.
+        places: For each place in what the model is given back, whether it is an output, or None.
     """
 
     form: CallForm
     sources: tuple[int, ...]
     image: int
+    places: tuple[bool, ...]
+
+    def given(self, outputs: Sequence[Tensor]) -> Any:
+        """Flat outputs as the block itself gives them."""
+        left = iter(outputs)
+        whole = tuple(next(left) if filled else None for filled in self.places)
+        return whole if len(whole) > 1 else whole[0]
 
 
 @dataclass
 class _Seen:
-    """Calls of the first block at one path in one form, one for each probe."""
+    """Calls of the first block of one group in one form, one for each probe."""
 
     form: CallForm
+    places: tuple[bool, ...]
     inputs: list[list[Tensor]] = field(default_factory=list)
     outputs: list[list[Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Blocks of one list that have tensors of equal names and shapes.
+
+    Attributes:
+        name: The class, the path where several lists hold it, the first place where its list has
+            several groups.
+        path: Of the list.
+        members: Their places in the list; None for all.
+    """
+
+    name: str
+    path: str
+    members: tuple[int, ...] | None
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, tuple[ReadBlockType, ...]]]
@@ -92,14 +117,15 @@ _KNOWN = weakref.WeakKeyDictionary()
 
 
 def read_block_types(
-    transformer: nn.Module, variants: int, run: RunProbe
+    transformer: nn.Module, variants: int, run: RunProbe, repeated: Sequence[str] = ()
 ) -> tuple[ReadBlockType, ...]:
     """The repeated blocks of a model, in the order in which its forward runs them.
 
     Args:
-        transformer: A diffusers model with `_repeated_blocks`; left as it is.
+        transformer: A diffusers model; left as it is.
         variants: In how many ways its forward may be called, such as with a text mask and without.
         run: Runs it at a probe.
+        repeated: Class names of the blocks, where the model has no `_repeated_blocks`.
 
     Raises:
         UnsupportedModelError: A block is called in a way that no package can offer; by name.
@@ -107,34 +133,50 @@ def read_block_types(
     dtypes = tuple(tensor.dtype for tensor in transformer.parameters())
     known = _KNOWN.get(transformer)
     if known is None or known[0] != dtypes:
-        found = tuple(_read(transformer, variants, run))
+        found = tuple(_read(transformer, variants, run, repeated))
         known = _KNOWN[transformer] = (dtypes, found)
     return known[1]
 
 
-def _read(transformer: nn.Module, variants: int, run: RunProbe) -> Iterator[ReadBlockType]:
+def _read(
+    transformer: nn.Module, variants: int, run: RunProbe, repeated: Sequence[str]
+) -> Iterator[ReadBlockType]:
     twin = meta_twin(transformer)
-    lists = list(block_lists(twin))
-    plain: dict[str, tuple[str, ...]] = {}
-    classes = [type(twin.get_submodule(path)[0]).__name__ for path in lists]  # type: ignore[index]
+    groups = list(_groups(twin, repeated))
+    plain: dict[_Group, tuple[str, ...]] = {}
     for variant in range(variants):
-        seen = _record(twin, lists, partial(run, twin), variant)
-        for path, calls in seen.items():
-            kind = type(twin.get_submodule(path)[0]).__name__  # type: ignore[index]
-            name = f"{kind}.{path}" if classes.count(kind) > 1 else kind
-            first = plain.setdefault(path, calls.form.names)
+        for group, calls in _record(twin, groups, partial(run, twin), variant).items():
+            first = plain.setdefault(group, calls.form.names)
             extra = [one for one in calls.form.names if one not in first]
             if variant == 0 or extra:
-                yield _block_type(name, path, "+".join(extra), calls)
+                yield _block_type(group, "+".join(extra), calls)
 
 
-def block_lists(transformer: nn.Module) -> Iterator[str]:
+def _groups(transformer: nn.Module, repeated: Sequence[str]) -> Iterator[_Group]:
+    """Of blocks of one class some may have more layers, or the last fewer."""
+    paths = list(block_lists(transformer, repeated))
+    lists = [list(transformer.get_submodule(path).children()) for path in paths]
+    classes = [type(blocks[0]).__name__ for blocks in lists]
+    for path, blocks, kind in zip(paths, lists, classes, strict=True):
+        alike: dict[Any, list[int]] = {}
+        for place, block in enumerate(blocks):
+            tensors = tuple((name, tuple(one.shape)) for name, one in block.named_parameters())
+            alike.setdefault((type(block), tensors), []).append(place)
+        name = f"{kind}.{path}" if classes.count(kind) > 1 else kind
+        for places in alike.values():
+            if len(alike) == 1:
+                yield _Group(name, path, None)
+            else:
+                yield _Group(f"{name}.{places[0]}", path, tuple(places))
+
+
+def block_lists(transformer: nn.Module, repeated: Sequence[str]) -> Iterator[str]:
     """Paths of a model's lists of repeated blocks that are not empty."""
-    repeated = set(getattr(transformer, "_repeated_blocks", None) or ())
+    known = set(getattr(transformer, "_repeated_blocks", None) or repeated)
     for path, module in transformer.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):
             kinds = {type(block).__name__ for block in module}
-            if kinds <= repeated:
+            if kinds <= known:
                 yield path
 
 
@@ -151,13 +193,14 @@ def meta_twin(transformer: nn.Module) -> nn.Module:
 
 
 def _record(
-    twin: nn.Module, lists: Sequence[str], run: Callable[[Probe, int], Any], variant: int
-) -> dict[str, _Seen]:
-    """Runs all probes of a variant: calls of the first block by path, in the order of the run."""
-    seen: dict[str, _Seen] = {}
-    for path in lists:
-        first, *others = twin.get_submodule(path).children()
-        recorder = _Recorder(first, path, seen)
+    twin: nn.Module, groups: Sequence[_Group], run: Callable[[Probe, int], Any], variant: int
+) -> dict[_Group, _Seen]:
+    """Runs all probes of a variant: calls of the first block by group, in the order of the run."""
+    seen: dict[_Group, _Seen] = {}
+    for group in groups:
+        blocks = list(twin.get_submodule(group.path).children())
+        first, *others = blocks if group.members is None else map(blocks.__getitem__, group.members)
+        recorder = _Recorder(first, group, seen)
         vars(first)["forward"] = recorder
         for block in others:  # what they give has the same shapes
             vars(block)["forward"] = recorder.again
@@ -165,15 +208,15 @@ def _record(
         with torch.no_grad():
             for probe in PROBES:
                 run(probe, variant)
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError) as error:
         raise UnsupportedModelError(
             f"the forward of {type(twin).__name__} cannot be run without data ({error}), so "
             "nothing tells what its blocks take"
         ) from error
-    for path, calls in seen.items():
+    for group, calls in seen.items():
         if len(calls.inputs) != len(PROBES):
             raise UnsupportedModelError(
-                f"{path} of {type(twin).__name__} is called {len(calls.inputs)} times in "
+                f"{group.path} of {type(twin).__name__} is called {len(calls.inputs)} times in "
                 f"{len(PROBES)} runs, or in other ways at other sizes; one package cannot serve it"
             )
     return seen
@@ -182,15 +225,17 @@ def _record(
 class _Recorder:
     """Stands for the forward of a first block."""
 
-    def __init__(self, block: nn.Module, path: str, seen: dict[str, _Seen]) -> None:
-        self._block, self._path, self._seen = block, path, seen
+    def __init__(self, block: nn.Module, group: _Group, seen: dict[_Group, _Seen]) -> None:
+        self._block, self._group, self._seen = block, group, seen
         self._given: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         form, inputs = flatten_call(self._block, args, kwargs)
         self._given = type(self._block).forward(self._block, *args, **kwargs)
-        calls = self._seen.setdefault(self._path, _Seen(form))
-        if calls.form == form:
+        whole = self._given if isinstance(self._given, tuple) else (self._given,)
+        places = tuple(one is not None for one in whole)
+        calls = self._seen.setdefault(self._group, _Seen(form, places))
+        if (calls.form, calls.places) == (form, places):
             calls.inputs.append(inputs)
             calls.outputs.append(list(flat_outputs(self._given)))
         return self._given
@@ -200,7 +245,8 @@ class _Recorder:
         return self._given
 
 
-def _block_type(name: str, path: str, variant: str, calls: _Seen) -> ReadBlockType:
+def _block_type(group: _Group, variant: str, calls: _Seen) -> ReadBlockType:
+    name = group.name
     specs = tuple(
         TensorSpec(
             name=one,
@@ -217,7 +263,8 @@ def _block_type(name: str, path: str, variant: str, calls: _Seen) -> ReadBlockTy
     image = [place for place, dims in enumerate(outputs) if {IMAGE, JOINT} & set(dims)]
     return ReadBlockType(
         name=f"{name}.{variant}" if variant else name,
-        path=path,
+        path=group.path,
+        members=group.members,
         variant=variant,
         inputs=specs,
         outputs=len(outputs),
@@ -226,6 +273,7 @@ def _block_type(name: str, path: str, variant: str, calls: _Seen) -> ReadBlockTy
         form=calls.form,
         sources=sources,
         image=image[0] if image else 0,
+        places=calls.places,
     )
 
 

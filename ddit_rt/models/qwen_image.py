@@ -1,38 +1,70 @@
-"""Qwen-Image (and -2512): `QwenImageTransformer2DModel` behind `QwenImagePipeline`.
+"""Qwen-Image, Qwen-Image-Edit: `QwenImageTransformer2DModel` behind its pipelines.
 
 Latents are `[B, 16, H/8, W/8]`; the pipeline packs 2 x 2 latent pixels into a token, as FLUX's
 does. Positions are centred on the picture and made by the model from its shape. Prompts of unequal
 lengths are padded, and come with a mask then: attention with a mask is another package. True
-guidance keeps the length of every token's velocity with the prompt.
+guidance keeps the length of every token's velocity with the prompt. The pictures to edit follow the
+latents as tokens of their own; coarse steps leave those as they are.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddit_rt import ops
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.models.calls import ModelCall
+from ddit_rt.models.forward import REFERENCE, REFERENCE_SHAPES, ForwardFamily
 
 
 class QwenImageFamily(ForwardFamily):
-    """Qwen-Image, text to image."""
+    """Qwen-Image, text to image and edits."""
 
     name: ClassVar[str] = "qwen-image"
     transformer_class: ClassVar[str] = "QwenImageTransformer2DModel"
-    pipeline_classes: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
+    pipeline_classes: ClassVar[tuple[str, ...]] = (
+        "QwenImagePipeline",
+        "QwenImageEditPipeline",
+        "QwenImageEditPlusPipeline",
+    )
     conditioning_names: ClassVar[tuple[str, ...]] = (
         "encoder_hidden_states",
         "encoder_hidden_states_mask",
+        REFERENCE,
+        REFERENCE_SHAPES,
     )
     default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {"text": (1, 1024)}
     held: ClassVar[tuple[str, ...]] = ("txt_norm", "txt_in", "pos_embed")
     timed: ClassVar[tuple[str, ...]] = ("time_text_embed",)
     sized: ClassVar[tuple[str, ...]] = ("img_shapes",)
     variants: ClassVar[int] = 2
+
+    def check_model(self, transformer: Any, pipeline: Any) -> None:
+        """See `Family.check_model`."""
+        if transformer.config.get("zero_cond_t", False):
+            raise UnsupportedModelError(
+                "got a QwenImageTransformer2DModel with zero_cond_t, as Qwen-Image-Edit-2511 has: "
+                "its blocks take the times of picture and references side by side, and packages "
+                "know no such dimension; call the diffusers pipeline itself"
+            )
+
+    def size_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
+        """See `ForwardFamily.size_of`: of an edit by its first or last picture."""
+        image = call.get("image")
+        if image is None:
+            return super().size_of(pipeline, call)
+        kind = type(pipeline)
+        if isinstance(image, list):
+            image = image[-1 if kind.__name__ == "QwenImageEditPlusPipeline" else 0]
+        ratio = image.size[0] / image.size[1]
+        columns, rows, *_ = sys.modules[kind.__module__].calculate_dimensions(1024 * 1024, ratio)
+        height, width = call["height"], call["width"]
+        return int(rows if height is None else height), int(columns if width is None else width)
 
     def latent_channels(self, transformer: Any) -> int:
         """`in_channels` counts the packed channels."""
@@ -52,7 +84,17 @@ class QwenImageFamily(ForwardFamily):
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """See `ForwardFamily.resized`."""
         rows, columns = shape[-2] // self.patch, shape[-1] // self.patch
-        return {"img_shapes": [[(1, rows, columns)]] * shape[0]}
+        references = arguments.get(REFERENCE_SHAPES, ())
+        return {"img_shapes": [[(1, rows, columns), *references]] * shape[0]}
+
+    def read_model_call(
+        self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
+    ) -> ModelCall:
+        """See `Family.read_model_call`."""
+        call = super().read_model_call(transformer, shape, arguments)
+        if REFERENCE in call.conditioning:
+            call.conditioning[REFERENCE_SHAPES] = tuple(arguments["img_shapes"][0][1:])
+        return call
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
         """See `ForwardFamily.scale_of`: true guidance, with a negative prompt."""

@@ -70,14 +70,15 @@ class BoundModel:
         paths = list(dict.fromkeys(one.path for one in types))
         blocks: list[_Block] = []
         for path in paths:
-            forms = {one.form: one for one in types if one.path == path}
+            kinds = [one for one in types if one.path == path and one.key in runners]
+            left = {one.key: iter(runners[one.key]) for one in kinds}
             copies = vars(_own_child(self.module, path))["_modules"]
             like = next(iter(copies.values()))
             for index, (name, block) in enumerate(list(copies.items())):
                 own = {
-                    form: (one, runners[one.key][index])
-                    for form, one in forms.items()
-                    if one.key in runners
+                    one.form: (one, next(left[one.key]))
+                    for one in kinds
+                    if one.members is None or index in one.members
                 }
                 copies[name] = copy = _shallow(block)
                 vars(copy)["forward"] = stand_in = _Block(self, like, own)
@@ -155,9 +156,10 @@ class BoundModel:
             self._added = hidden
 
     def leave(self, hidden: Tensor) -> None:
-        """Keeps what the blocks have added."""
+        """Keeps what the blocks have added to the image tokens, which stand behind any text."""
         if self._added is None:
             return
+        hidden = hidden[:, -self._added.shape[1] :]
         if self.residual is None:
             # Only now, so that a run which lends its tables to a captured bucket has none.
             self.residual = torch.zeros_like(hidden)
@@ -200,15 +202,16 @@ class _Block:
             outputs = runner(*(tensor.contiguous() for tensor in inputs))
         if self.last:
             self._owner.leave(outputs[kind.image])
-        return outputs if len(outputs) > 1 else outputs[0]
+        return kind.given(outputs)
 
     def _pass_on(self, kind: ReadBlockType, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What came in, and in the last block what all have added when they last ran."""
         outputs = [inputs[source] for source in kind.sources]
         if self.last:
             assert self._owner.residual is not None, "a step reuses what an earlier one computed"
-            hidden = outputs[kind.image]
-            outputs[kind.image] = hidden + self._owner.residual
+            hidden, residual = outputs[kind.image], self._owner.residual
+            text, image = hidden.tensor_split((-residual.shape[1],), dim=1)
+            outputs[kind.image] = torch.cat((text, image + residual), dim=1)
         return tuple(outputs)
 
 

@@ -147,6 +147,7 @@ class _Pass:
             keeps_residual=context.keeps_residual,
         )
         shape = (self._rows or len(one.text), *shape)
+        self._tokens = family.tokens_of(shape)
         self._empty = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self._bound.hold(self._run, levels, context.steps or len(levels))
 
@@ -154,7 +155,7 @@ class _Pass:
         """What the model says of latents, in the pipeline's layout."""
         level = levels.index_select(0, step)
         raw = self._bound(self._arguments(latents.to(self._dtype), level), step, reuse=reuse)
-        return self._family.read_output(raw)
+        return self._family.read_output(raw)[:, : self._tokens]
 
     def _arguments(self, latents: Tensor, level: Tensor) -> dict[str, Any]:
         """Of the forward. Sliced only now: a captured run's tensors change places."""

@@ -1,0 +1,94 @@
+"""Chroma: `ChromaTransformer2DModel` behind `ChromaPipeline`.
+
+Latents are `[B, 16, H/8, W/8]`; the pipeline packs 2 x 2 latent pixels into a token, as FLUX's
+does, and positions are FLUX's. One network makes the modulation of all blocks from the time alone.
+Prompts are padded to one length and always come with a mask, which the pipeline extends over the
+image; it holds ones and zeros in the model's dtype, as the pipeline's own encoder makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ddit_rt import ops
+from ddit_rt.models.calls import ModelCall, PipelineCall
+from ddit_rt.models.forward import ForwardFamily
+
+_MASKS = ("prompt_attention_mask", "negative_prompt_attention_mask")
+
+
+class ChromaFamily(ForwardFamily):
+    """Chroma, text to image."""
+
+    name: ClassVar[str] = "chroma"
+    transformer_class: ClassVar[str] = "ChromaTransformer2DModel"
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("ChromaPipeline",)
+    conditioning_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "attention_mask")
+    guided_by_default: ClassVar[bool] = True
+    held: ClassVar[tuple[str, ...]] = ("context_embedder", "pos_embed")
+    timed: ClassVar[tuple[str, ...]] = ("time_text_embed", "distilled_guidance_layer")
+    sized: ClassVar[tuple[str, ...]] = ("img_ids", "txt_ids")
+
+    def latent_channels(self, transformer: Any) -> int:
+        """`in_channels` counts the packed channels."""
+        return int(transformer.config.in_channels) // self.patch**2
+
+    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
+        """See `ForwardFamily.example`."""
+        width, dtype = transformer.config.joint_attention_dim, transformer.dtype
+        return {
+            "encoder_hidden_states": torch.empty(batch, text, width, dtype=dtype, device="meta"),
+            "attention_mask": torch.empty(batch, text, dtype=dtype, device="meta"),
+        }
+
+    def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        """See `ForwardFamily.resized`; the prompt's mask too, open to the image."""
+        text, mask = arguments["encoder_hidden_states"], arguments["attention_mask"]
+        rows, columns = shape[-2] // self.patch, shape[-1] // self.patch
+        ids = text.new_zeros(rows, columns, 3)
+        ids[..., 1] += torch.arange(rows, device=text.device)[:, None]
+        ids[..., 2] += torch.arange(columns, device=text.device)
+        return {
+            "img_ids": ids.flatten(0, 1),
+            "txt_ids": text.new_zeros(text.shape[1], 3),
+            "attention_mask": torch.cat((mask, mask.new_ones(len(mask), rows * columns)), dim=1),
+        }
+
+    def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
+        """See `ForwardFamily.scale_of`: a negative prompt that is not given is the empty one."""
+        scale = float(call["guidance_scale"])
+        return scale if scale > 1 else None
+
+    def read_call(
+        self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
+    ) -> PipelineCall:
+        """See `Family.read_call`. A mask of booleans would mask otherwise than the encoder's."""
+        for name in _MASKS:
+            mask, dtype = arguments.get(name), pipeline.transformer.dtype
+            if isinstance(mask, Tensor) and mask.dtype != dtype:
+                raise TypeError(
+                    f"got `{name}` of {mask.dtype}; the blocks are compiled for ones and zeros of "
+                    f"{dtype}, as the pipeline's encode_prompt makes them: convert it"
+                )
+        return super().read_call(pipeline, scheduler, arguments)
+
+    def read_model_call(
+        self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
+    ) -> ModelCall:
+        """See `Family.read_model_call`. Of the mask the part of the prompt."""
+        call = super().read_model_call(transformer, shape, arguments)
+        text, mask = (call.conditioning[name] for name in self.conditioning_names)
+        call.conditioning["attention_mask"] = mask[:, : text.shape[1]]
+        return call
+
+    def pack_latents(self, latents: Tensor) -> Tensor:
+        """Packed tokens `[B, n, 4C]`."""
+        return ops.pack(latents, self.patch)
+
+    def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """See `Family.unpack_latents`."""
+        return ops.unpack(latents.contiguous(), self.patch, shape[-2], shape[-1])
