@@ -41,6 +41,7 @@ class FamilyCase:
         sizes: Heights and widths in pixels; 2p divides all.
         schedulers: Schedulers beside the pipeline's own, by name.
         lora: Layers of the transformer that a LoRA changes, by the ends of their names.
+        more: Further arguments of a call, which `guided` may replace.
     """
 
     pipeline: Callable[[], Any]
@@ -49,6 +50,7 @@ class FamilyCase:
     sizes: tuple[tuple[int, int], ...] = ((64, 96), (128, 64))
     schedulers: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     lora: tuple[str, ...] = ("to_out.0", "net.2")
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def call(
         self, lengths: tuple[int, ...] = (7,), negative: tuple[int, ...] = (), **more: Any
@@ -60,6 +62,7 @@ class FamilyCase:
             "width": width,
             "num_inference_steps": 6,
             "output_type": "latent",
+            **self.more,
             **self.prompts(lengths),
         }
         if negative:

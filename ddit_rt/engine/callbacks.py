@@ -12,6 +12,9 @@ class StepEnd:
     """Stands before a user's `callback_on_step_end`, and sees the latents of every step.
 
     The user's is given what it asks for, and what it returns is the pipeline's to take.
+
+    Attributes:
+        running: Whether the user's is running.
     """
 
     def __init__(
@@ -27,6 +30,7 @@ class StepEnd:
             stepped: Told a step's index and the latents that the scheduler made.
             returned: Told the latents that the pipeline goes on from.
         """
+        self.running = False
         self._user = arguments.get("callback_on_step_end")
         # Callback objects of diffusers say themselves what they need; not every pipeline asks them.
         own = getattr(self._user, "tensor_inputs", None)
@@ -50,7 +54,9 @@ class StepEnd:
         changed: Any = {}
         if self._user is not None:
             given = {name: tensors[name] for name in self._names}
+            self.running = True
             changed = self._user(pipeline, index, timestep, given)
+            self.running = False
             changed = {} if changed is None else changed
             latents = _latents_of(changed, latents)
         self._returned(latents)

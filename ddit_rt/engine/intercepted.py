@@ -140,8 +140,9 @@ class InterceptedRun:
         as_tuple = given.pop("return_dict", True) is False
         if self._final is None:
             transformer, shape = self._compiled.steps.transformer, self._call.shape
-            call = self._family.read_model_call(transformer, shape, given)
-            self.passes.append(call.conditioning)
+            for one in self._family.passes_of(given, self._call.passes):
+                call = self._family.read_model_call(transformer, shape, one)
+                self.passes.append(call.conditioning)
         nothing = self._family.no_output(given)
         if as_tuple:
             return (nothing,)

@@ -8,8 +8,9 @@ How a call finds its place, from what the pipeline itself says:
 
 - The step: the pipeline calls its step callback once at the end of each, with its index. Ours
   stands before the user's.
-- The pass: `cache_context` names it, "cond" or "uncond". A call outside one is no call of the
-  pipeline's loop, but a callback's own, and runs the model as it is.
+- The pass: `cache_context` names it, "cond" or "uncond"; a pipeline whose steps are one call enters
+  none, and that call may hold all passes. A call by the user's callback, outside a context, runs
+  the model as it is.
 - Time, prompt and latents: the call carries them. Text and time are embedded again at every call,
   as diffusers' own forward does, so that tensors edited in place are seen; beside a step's blocks
   this costs nothing. The noise level is the scheduler's.
@@ -31,7 +32,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ddit_rt.engine.callbacks import StepEnd
@@ -85,9 +85,10 @@ class PipelineRun:
         self._passes: list[str] = []
         self._inputs: dict[int, StepInputs] = {}
         self._timesteps: list[Tensor] = []
-        self._shapes: list[dict[str, torch.Size]] = []
+        self._shapes: list[dict[str, Sequence[int]]] = []
         self._reachable: list[int] = []
         self._session: StepSession | None = None
+        self._step_end: StepEnd | None = None
         self._step = _Step(0)
         self._computed: set[int] = set()
         self.rehearsed: Sequence[Mapping[str, Any]] = ()
@@ -101,7 +102,7 @@ class PipelineRun:
         Returns:
             What it returns.
         """
-        step_end = StepEnd(arguments, self._after_step, self._seen.returned)
+        step_end = self._step_end = StepEnd(arguments, self._after_step, self._seen.returned)
         with callers_modes(), self._in_place():
             result = self._pipeline(**{**arguments, **step_end.arguments()})
         if self._seen.rounded and self._outline.scored:
@@ -141,14 +142,18 @@ class PipelineRun:
 
     def _forward(self, expert: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In the place of a transformer's `forward`."""
-        if self._context is None:
+        if self._context is None and self._step_end is not None and self._step_end.running:
             return own(*args, **kwargs)
-        model, place = self._compiled.models[expert], self._place()
+        model = self._compiled.models[expert]
         given = self._signature.bind(model.transformer, *args, **kwargs).arguments
         given.pop("self")
         as_tuple = given.pop("return_dict", True) is False
-        call = self._family.read_model_call(model.transformer, self._outline.shape, given)
-        velocity = self._velocity(expert, place, call)
+        velocities = []
+        for index, one in enumerate(self._family.passes_of(given, self._call.passes)):
+            place = self._place(self._context or f"pass {index}")
+            call = self._family.read_model_call(model.transformer, self._outline.shape, one)
+            velocities.append(self._velocity(expert, place, call))
+        velocity = self._family.write_output(velocities)
         if as_tuple:
             return (velocity,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -179,17 +184,16 @@ class PipelineRun:
         step.stages[place], step.velocities[place] = stage, packed
         return packed
 
-    def _place(self) -> int:
+    def _place(self, context: str) -> int:
         """Of the pass in a step: 0 is the first that the run asked for, that with the prompt."""
-        assert self._context is not None, "a call of the pipeline's loop has a context"
-        if self._context not in self._passes:
-            self._passes.append(self._context)
+        if context not in self._passes:
+            self._passes.append(context)
             if len(self._passes) > self._call.passes:
                 raise UnsupportedModelError(
                     f"the pipeline ran its transformer for {self._passes} in one run; this call "
                     f"was planned for {self._call.passes} of them: ask for guidance in the call"
                 )
-        return self._passes.index(self._context)
+        return self._passes.index(context)
 
     def _open(self, call: ModelCall) -> StepSession:
         """Plans every pass from the first call; a second has its number of text tokens by then."""
@@ -256,8 +260,7 @@ class PipelineRun:
         if step.branch is None or index != step.index or self._session is None:
             raise UnsupportedModelError(
                 f"{type(self._pipeline).__name__} ended step {index} without a call of its "
-                "transformer in a cache_context, so that it cannot drive a compiled model; use a "
-                "version of diffusers that has them"
+                "transformer, so that it cannot drive a compiled model"
             )
         self._run.end_step()
         self._seen.stepped(latents, [step.velocities[place] for place in sorted(step.velocities)])
@@ -294,11 +297,16 @@ class _Step:
         self.velocities: dict[int, Tensor] = {}
 
 
-def _shapes(conditioning: Mapping[str, Any]) -> dict[str, torch.Size]:
-    return {name: one.shape for name, one in conditioning.items() if isinstance(one, Tensor)}
+def _shapes(conditioning: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """Of tensors; other sequences as they are, which are sizes too."""
+    return {
+        name: one.shape if isinstance(one, Tensor) else one
+        for name, one in conditioning.items()
+        if isinstance(one, (Tensor, tuple))
+    }
 
 
-def _shown(shape: torch.Size | None) -> str:
+def _shown(shape: Sequence[int] | None) -> str:
     return "nothing" if shape is None else str(list(shape))
 
 

@@ -7,12 +7,18 @@ from torch import nn
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.base import Family
 from ddit_rt.models.flux import FluxFamily
+from ddit_rt.models.flux2 import Flux2Family
 from ddit_rt.models.qwen_image import QwenImageFamily
 from ddit_rt.models.wan import WanFamily
 
 __all__ = ["FAMILIES", "Family", "family_named", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (FluxFamily(), WanFamily(), QwenImageFamily())
+FAMILIES: tuple[Family, ...] = (
+    FluxFamily(),
+    WanFamily(),
+    QwenImageFamily(),
+    Flux2Family(),
+)
 
 
 def family_of(transformer: nn.Module) -> Family:

@@ -147,6 +147,8 @@ class Family(ABC):
         channels_last: Whether a token that the de-embedding makes holds a pixel's channels side by
             side; see `ops.unpack`.
         guided_by_default: Whether a pipeline call that says nothing of guidance runs two passes.
+        tables: Attributes around the blocks that hold tensors once the model has run.
+        numbering: Attributes that number a block, which its forward does not read.
         default_ranges: Fields of `TokenRanges` in which the family departs from its defaults.
     """
 
@@ -157,6 +159,8 @@ class Family(ABC):
     video: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False
     guided_by_default: ClassVar[bool] = False
+    tables: ClassVar[tuple[str, ...]] = ()
+    numbering: ClassVar[tuple[str, ...]] = ()
     default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {}
 
     def check_model(self, transformer: nn.Module, pipeline: Any) -> None:
@@ -270,6 +274,24 @@ class Family(ABC):
             UnsupportedModelError: One that the compiled blocks could only ignore.
             ShapeError: A misshapen tensor.
         """
+
+    def passes_of(self, arguments: Mapping[str, Any], passes: int) -> Sequence[Mapping[str, Any]]:
+        """The passes of guidance in one call of the transformer, that with the prompt first.
+
+        Args:
+            arguments: Of its forward.
+            passes: Passes of a step.
+        """
+        del passes
+        return (arguments,)
+
+    def write_output(self, velocities: Sequence[Tensor]) -> Any:
+        """What the transformer would have given.
+
+        Args:
+            velocities: Of the passes of its call, in the pipeline's layout.
+        """
+        return velocities[0]
 
     @abstractmethod
     def set_timesteps(

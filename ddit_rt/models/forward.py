@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models.arguments import check_steps, check_tensor
 from ddit_rt.models.base import BATCH, IMAGE, Family, Grid, Guidance
-from ddit_rt.models.block_calls import parameters_of
 from ddit_rt.models.calls import (
     ModelCall,
     PipelineCall,
@@ -39,9 +38,6 @@ NEGATIVE = "negative_"
 SCALE = "guidance_scale"
 """Conditioning that is the scale of classifier-free guidance."""
 
-_OWN = ("hidden_states", "timestep", "return_dict")
-"""Arguments of a forward that every step makes anew."""
-
 
 class ForwardFamily(Family):
     """See above. Latents are `[B, C, H, W]`, of a video `[B, C, F, H, W]`.
@@ -54,6 +50,7 @@ class ForwardFamily(Family):
         unbatched: Tensor arguments of the forward without a batch dimension.
         text: The argument that holds text tokens, `[B, T, D]`.
         variants: In how many ways the forward may be called; see `example`.
+        image_first: Whether image tokens come before text tokens where blocks take both as one.
     """
 
     patch: ClassVar[int] = 2
@@ -63,6 +60,7 @@ class ForwardFamily(Family):
     unbatched: ClassVar[tuple[str, ...]] = ()
     text: ClassVar[str] = "encoder_hidden_states"
     variants: ClassVar[int] = 1
+    image_first: ClassVar[bool] = False
 
     @abstractmethod
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
@@ -75,7 +73,6 @@ class ForwardFamily(Family):
             text: Text tokens.
         """
 
-    @abstractmethod
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """The arguments named by `sized`, for latents of a shape.
 
@@ -85,6 +82,7 @@ class ForwardFamily(Family):
             arguments: Those that carry the prompt.
             shape: Of the latents.
         """
+        return {}
 
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]
@@ -144,6 +142,18 @@ class ForwardFamily(Family):
         low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         return float(low + (high - low) * (tokens - least) / (most - least))
 
+    def pack_latents(self, latents: Tensor) -> Tensor:
+        """See `Family.pack_latents`: by default the pipeline has them as they are."""
+        return latents
+
+    def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """See `Family.unpack_latents`."""
+        return latents
+
+    def given_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of a pipeline call's `latents`; by default that of the pipeline's layout."""
+        return tuple(self.pack_latents(torch.empty(shape, device="meta")).shape)
+
     # What follows from these.
 
     def base_patch_size(self, transformer: nn.Module) -> int:
@@ -182,7 +192,7 @@ class ForwardFamily(Family):
         self, transformer: nn.Module, batch: int, conditioning: Mapping[str, Any]
     ) -> None:
         """See `Family.check_conditioning`: by the names of the forward's own arguments."""
-        names = self._prompt_names(transformer)
+        names = self.conditioning_names
         known = (*names, *(NEGATIVE + name for name in names), SCALE)
         check_known(conditioning, known, f"a {type(transformer).__name__}")
         example = self.example(transformer, 0, batch, 1)
@@ -196,11 +206,6 @@ class ForwardFamily(Family):
                     check_shape(prefix + name, given, shape)
         if SCALE in conditioning:
             check_tensor(SCALE, conditioning[SCALE], "without dimensions", floating=False)
-
-    def _prompt_names(self, transformer: nn.Module) -> tuple[str, ...]:
-        own = (*_OWN, *self.sized)
-        forward = inspect.unwrap(type(transformer).forward)
-        return tuple(name for name in parameters_of(forward) if name not in own)
 
     def guidance(self, conditioning: Mapping[str, Any]) -> Guidance | None:
         """See `Family.guidance`."""
@@ -287,8 +292,7 @@ class ForwardFamily(Family):
         call["width"] = columns if call["width"] is None else call["width"]
         shape = self.latent_shape(pipeline, call["height"], call["width"], batch_of(call))
         if call["latents"] is not None:
-            packed = self.pack_latents(torch.empty(shape, device="meta"))
-            check_shape("latents", call["latents"], tuple(packed.shape))
+            check_shape("latents", call["latents"], self.given_shape(shape))
         patch = self.patch
         grid = Grid(height=shape[-2] // patch, width=shape[-1] // patch)
         self.set_timesteps(scheduler, call["num_inference_steps"], call.get("sigmas"), grid)
