@@ -10,6 +10,7 @@ from ddit_rt.models.flux import FluxFamily
 from ddit_rt.models.flux2 import Flux2Family
 from ddit_rt.models.qwen_image import QwenImageFamily
 from ddit_rt.models.wan import WanFamily
+from ddit_rt.models.z_image import ZImageFamily
 
 __all__ = ["FAMILIES", "Family", "family_named", "family_of"]
 
@@ -18,6 +19,7 @@ FAMILIES: tuple[Family, ...] = (
     WanFamily(),
     QwenImageFamily(),
     Flux2Family(),
+    ZImageFamily(),
 )
 
 
