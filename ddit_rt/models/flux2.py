@@ -5,7 +5,7 @@ normalises the 128 channels of the packed latent: x0_n = (x0 - m) / s, with m an
 and each of the four places. Noise is white with std 1 *there*, z = (1 - t) x0_n + t n, and so a
 coarse step unpacks and reduces z as it is:
 
-- Noise stays white, with the known std 1 / multiple. Of s z it would have another std in each
+- Noise stays white, with the std that `coarse.py` derives. Of s z it would have another in each
   place, and dividing by s again after the reduction would not undo that.
 - The picture is that of undoing the norm, reducing, and normalising again, for affine maps of a
   channel commute with every reduction that keeps constants; as long as the four places of a channel
