@@ -32,6 +32,7 @@ class StepEnd:
             stepped: Told a step's index and the latents that the scheduler made.
             returned: Told the latents that the pipeline goes on from.
         """
+        self.running = False
         self._user = arguments.get("callback_on_step_end")
         # Callback objects of diffusers say themselves what they need; not every pipeline asks them.
         own = getattr(self._user, "tensor_inputs", None)

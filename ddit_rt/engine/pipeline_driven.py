@@ -32,7 +32,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ddit_rt.engine.callbacks import StepEnd
@@ -87,7 +86,7 @@ class PipelineRun:
         self._passes: list[str] = []
         self._inputs: dict[int, StepInputs] = {}
         self._timesteps: list[Tensor] = []
-        self._shapes: list[dict[str, torch.Size]] = []
+        self._shapes: list[dict[str, Sequence[int]]] = []
         self._reachable: list[int] = []
         self._session: StepSession | None = None
         self._step = _Step(0)
@@ -308,11 +307,16 @@ class _Step:
         self.velocities: dict[int, Tensor] = {}
 
 
-def _shapes(conditioning: Mapping[str, Any]) -> dict[str, torch.Size]:
-    return {name: one.shape for name, one in conditioning.items() if isinstance(one, Tensor)}
+def _shapes(conditioning: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """Of tensors; other sequences as they are, which are sizes too."""
+    return {
+        name: one.shape if isinstance(one, Tensor) else one
+        for name, one in conditioning.items()
+        if isinstance(one, (Tensor, tuple))
+    }
 
 
-def _shown(shape: torch.Size | None) -> str:
+def _shown(shape: Sequence[int] | None) -> str:
     return "nothing" if shape is None else str(list(shape))
 
 

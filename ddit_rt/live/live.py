@@ -10,7 +10,7 @@ and says what: some changes, such as a LoRA that came and went, leave the model 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -132,7 +132,7 @@ class LiveModel:
         # Tables that a class itself keeps outside its blocks are read anew in every run.
         blocks = tuple(f"{block_type.path}." for block_type in types)
         return {
-            path: part if path.startswith(blocks) else without_hidden(part)
+            path: part if path.startswith(blocks) else without_hidden(part, self._family.tables)
             for path, part in describe_parts(plain).items()
         }
 
@@ -165,7 +165,7 @@ class LiveModel:
         _refuse_around(name, around)
         changes: dict[str, str] = {}
         for block_type in types:
-            _check_alike(name, block_type, described)
+            _check_alike(name, block_type, described, self._family.numbering)
             check_identical(block_type, block_type.blocks(model))
             first = blocks.get(block_type.block_path(0), {})
             changes |= {f"{block_type.name}.{place}": is_ for place, is_ in first.items()}
@@ -272,7 +272,9 @@ def _refuse_hidden(name: str, described: Mapping[str, Part]) -> None:
             )
 
 
-def _check_alike(name: str, block_type: BlockType, described: Mapping[str, Part]) -> None:
+def _check_alike(
+    name: str, block_type: BlockType, described: Mapping[str, Part], numbering: Sequence[str]
+) -> None:
     blocks: dict[int, dict[str, Part]] = {}
     start = f"{block_type.path}."
     for path, part in described.items():
@@ -283,6 +285,8 @@ def _check_alike(name: str, block_type: BlockType, described: Mapping[str, Part]
     one, *_ = blocks
     for number, block in blocks.items():
         for place, (first, own) in sorted(differences(blocks[one], block).items()):
+            if place in numbering:
+                continue
             raise UnsupportedModelError(
                 f"{name}.{start}{number}.{place} is {own}, and {first} in {start}{one}; one "
                 "package serves all blocks of a type, so change all of them before compiling, "

@@ -115,6 +115,7 @@ class CudaExecutor:
             plan.solver.velocity_depth,
             plan.stage_names,
             tensors,
+            plan.fixed,
             plan.weights,
             plan.cache is not None,
             plan.cache is not None and plan.cache.signal is not None,

@@ -52,6 +52,8 @@ class RunPlan:
         patch_size: p, in latent pixels.
         capacity: Rows that the buckets' tables have, at least the number of steps.
         shared: `RunContext.tensors` of the run.
+        fixed: What else a run is for, besides tensors: a graph that was captured for others is of
+            no use.
         weights: Addresses of weights that no runner watches; a graph that was captured with
             others is of no use.
         cache: The step cache; None: every step computes.
@@ -68,6 +70,7 @@ class RunPlan:
     capacity: int
     guided: tuple[bool, ...] = ()
     shared: tuple[Tensor, ...] = ()
+    fixed: tuple[str, ...] = ()
     weights: tuple[int, ...] = ()
     cache: CachePlan | None = None
     notes: tuple[str, ...] = ()

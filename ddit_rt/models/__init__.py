@@ -10,6 +10,7 @@ from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.base import Family
 from ddit_rt.models.chroma import ChromaFamily
 from ddit_rt.models.flux import FluxFamily
+from ddit_rt.models.flux2 import Flux2Family
 from ddit_rt.models.flux_edit import (
     FluxFillFamily,
     FluxImageFamily,
@@ -19,6 +20,7 @@ from ddit_rt.models.flux_edit import (
 from ddit_rt.models.qwen_image import QwenImageFamily
 from ddit_rt.models.sd3 import SD3Family
 from ddit_rt.models.wan import WanFamily
+from ddit_rt.models.z_image import ZImageFamily
 
 __all__ = ["FAMILIES", "Family", "family_named", "family_of", "family_of_classes"]
 
@@ -32,6 +34,8 @@ FAMILIES: tuple[Family, ...] = (
     QwenImageFamily(),
     ChromaFamily(),
     SD3Family(),
+    Flux2Family(),
+    ZImageFamily(),
 )
 """Of several for a transformer class, a bare transformer's is the first."""
 

@@ -42,7 +42,13 @@ def check_arguments(
     """
     defaults = call_defaults(pipeline)
     checks.refuse_unknown(arguments, [*own, *defaults], f"an engine of {type(pipeline).__name__}")
-    return {name: _checked(name, value, defaults[name]) for name, value in arguments.items()}
+    lists = _tensor_lists(type(pipeline).__call__)
+    return {
+        name: _tensors(name, value)
+        if name in lists and value is not None
+        else _checked(name, value, defaults[name])
+        for name, value in arguments.items()
+    }
 
 
 def call_defaults(pipeline: Any) -> Mapping[str, Any]:
@@ -219,6 +225,25 @@ def check_text_encoders(pipeline: Any, call: Mapping[str, Any], *, guided: bool)
             f"got {which} as text for a pipeline without {', '.join(missing)}; pass "
             f"{which}_embeds, or load what is missing"
         )
+
+
+@lru_cache(maxsize=8)
+def _tensor_lists(call: Callable[..., Any]) -> frozenset[str]:
+    """Embeddings that a pipeline's call takes as a list, by its annotations."""
+    parameters = inspect.signature(call).parameters
+    return frozenset(
+        name
+        for name in ("prompt_embeds", "negative_prompt_embeds")
+        if name in parameters and "list[torch" in str(parameters[name].annotation).lower()
+    )
+
+
+def _tensors(name: str, value: Any) -> list[Tensor]:
+    expected = "a list with a tensor [text tokens, width] for each prompt"
+    if not isinstance(value, (list, tuple)) or not value:
+        raise TypeError(checks.got(name, value, expected))
+    each = "[text tokens, width]"
+    return [check_tensor(f"{name}[{place}]", one, each) for place, one in enumerate(value)]
 
 
 def _checked(name: str, value: Any, default: Any) -> Any:

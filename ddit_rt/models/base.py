@@ -158,9 +158,9 @@ class Family(ABC):
         channels_last: Whether a token that the de-embedding makes holds a pixel's channels side by
             side; see `ops.unpack`.
         guided_by_default: Whether a pipeline call that says nothing of guidance runs two passes.
+        tables: Attributes around the blocks that hold tensors once the model has run.
+        numbering: Attributes that number a block, which its forward does not read.
         default_ranges: Fields of `TokenRanges` in which the family departs from its defaults.
-        contexts: Whether its pipelines run every pass of a step within a `cache_context`; if not,
-            their calls of the transformer are counted.
         own_loop: Why only the pipelines' own loop can take the steps; empty where a table can.
     """
 
@@ -171,8 +171,9 @@ class Family(ABC):
     video: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False
     guided_by_default: ClassVar[bool] = False
+    tables: ClassVar[tuple[str, ...]] = ()
+    numbering: ClassVar[tuple[str, ...]] = ()
     default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {}
-    contexts: ClassVar[bool] = True
     own_loop: ClassVar[str] = ""
 
     def check_model(self, transformer: nn.Module, pipeline: Any) -> None:
@@ -297,7 +298,7 @@ class Family(ABC):
         del passes
         return (given,)
 
-    def as_called(self, velocities: Sequence[Tensor]) -> Tensor:
+    def as_called(self, velocities: Sequence[Tensor]) -> Any:
         """The inverse of `passes_in`, of what the passes give."""
         (velocity,) = velocities
         return velocity

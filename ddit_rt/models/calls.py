@@ -165,7 +165,7 @@ def prompts_of(call: Mapping[str, Any]) -> int:
     """Prompts of the call; 1 where there is none, which is refused elsewhere."""
     prompt, embeds = call["prompt"], call["prompt_embeds"]
     if prompt is None:
-        return 1 if embeds is None or not embeds.ndim else len(embeds)
+        return 1 if embeds is None or not getattr(embeds, "ndim", 1) else len(embeds)
     return 1 if isinstance(prompt, str) else len(prompt)
 
 

@@ -35,7 +35,6 @@ class FluxImageFamily(ForwardFamily):
         "pooled_projections",
         "guidance",
     )
-    contexts: ClassVar[bool] = False
     held: ClassVar[tuple[str, ...]] = ("context_embedder", "pos_embed")
     timed: ClassVar[tuple[str, ...]] = ("time_text_embed",)
     sized: ClassVar[tuple[str, ...]] = ("img_ids", "txt_ids")

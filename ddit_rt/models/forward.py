@@ -64,6 +64,7 @@ class ForwardFamily(Family):
         repeated: Class names of its repeated blocks, where it has no `_repeated_blocks`.
         variants: In how many ways the forward may be called; see `example`.
         extra: Conditioning that is no argument of the forward; `forward_arguments` takes it in.
+        image_first: Whether image tokens come before text tokens where blocks take both as one.
     """
 
     patch: ClassVar[int] = 2
@@ -75,6 +76,7 @@ class ForwardFamily(Family):
     repeated: ClassVar[tuple[str, ...]] = ()
     variants: ClassVar[int] = 1
     extra: ClassVar[tuple[str, ...]] = ()
+    image_first: ClassVar[bool] = False
 
     @abstractmethod
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
@@ -87,7 +89,6 @@ class ForwardFamily(Family):
             text: Text tokens.
         """
 
-    @abstractmethod
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """The arguments named by `sized`, for latents of a shape.
 
@@ -97,6 +98,7 @@ class ForwardFamily(Family):
             arguments: Those that carry the prompt.
             shape: Of the latents.
         """
+        return {}
 
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]
@@ -176,6 +178,14 @@ class ForwardFamily(Family):
         least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         return float(low + (high - low) * (tokens - least) / (most - least))
+
+    def pack_latents(self, latents: Tensor) -> Tensor:
+        """See `Family.pack_latents`: by default the pipeline has them as they are."""
+        return latents
+
+    def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """See `Family.unpack_latents`."""
+        return latents
 
     # What follows from these.
 

@@ -8,7 +8,7 @@ for messages, and for artifacts, which another process reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -125,12 +125,18 @@ def relevant(live: Mapping[str, Part], plain: Mapping[str, Part]) -> dict[str, P
     return {path: _relevant(part, plain.get(path)) for path, part in live.items()}
 
 
-def without_hidden(part: Part) -> Part:
-    """A module without those of its attributes that hold tensors which no name leads to."""
-    if not part.hidden:
+def without_hidden(part: Part, tables: Sequence[str] = ()) -> Part:
+    """A module without those of its attributes that hold tensors which no name leads to.
+
+    Args:
+        part: The module.
+        tables: Attributes that hold some only later.
+    """
+    hidden = part.hidden | set(tables)
+    if not hidden & part.values.keys():
         return part
     values, words = (
-        {name: one for name, one in of.items() if name not in part.hidden}
+        {name: one for name, one in of.items() if name not in hidden}
         for of in (part.values, part.words)
     )
     return replace(part, values=values, words=words, hidden=frozenset())

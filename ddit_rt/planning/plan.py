@@ -165,6 +165,7 @@ def _plan(compiled: CompiledModel, outline: Outline, contexts: Contexts, **stage
         patch_size=model.patch_size,
         capacity=_capacity(outline, model),
         shared=_distinct(tensor for context in every for tensor in context.tensors()),
+        fixed=tuple(_fixed(part.conditioning) for context in every for part in context.passes),
         weights=_unwatched_weights(compiled.models) if on_cuda else (),
         cache=_cache_plan(outline, *contexts[0]),
         notes=outline.notes,
@@ -270,6 +271,11 @@ def scales_of(guidance: Guidance | None, experts: Sequence[int], count: int) -> 
         scales.device, non_blocking=True
     )
     return scales.index_select(0, index)
+
+
+def _fixed(conditioning: Mapping[str, Any]) -> str:
+    """Plain values among a pass's conditioning."""
+    return repr([item for item in conditioning.items() if not isinstance(item[1], Tensor)])
 
 
 def passes_of(

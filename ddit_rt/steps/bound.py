@@ -42,6 +42,7 @@ class BoundModel:
         held: Sequence[str],
         timed: Sequence[str],
         keeps_residual: bool,
+        image_first: bool = False,
     ) -> None:
         """Copies the model.
 
@@ -52,11 +53,12 @@ class BoundModel:
             held: Paths of children whose outputs are the same at every step of a run.
             timed: Paths of children whose outputs hang on the time alone.
             keeps_residual: Whether steps may reuse.
+            image_first: Whether image tokens come before text tokens where blocks take both as one.
         """
         self.module = _shallow(transformer)
         self.step: Tensor | None = None
         self.residual: Tensor | None = None
-        self._keeps_residual = keeps_residual
+        self._keeps_residual, self._image_first = keeps_residual, image_first
         self.reuse = False
         self.stops = False
         self._added: Tensor | None = None
@@ -156,15 +158,26 @@ class BoundModel:
             self._added = hidden
 
     def leave(self, hidden: Tensor) -> None:
-        """Keeps what the blocks have added to the image tokens, which stand behind any text."""
+        """Keeps what the blocks have added to the image tokens."""
         if self._added is None:
             return
-        hidden = hidden[:, -self._added.shape[1] :]
         if self.residual is None:
             # Only now, so that a run which lends its tables to a captured bucket has none.
-            self.residual = torch.zeros_like(hidden)
-        torch.sub(hidden, self._added, out=self.residual)
+            self.residual = torch.zeros_like(self._added)
+        torch.sub(self._image_tokens(hidden, self._added), self._added, out=self.residual)
         self._added = None
+
+    def with_residual(self, hidden: Tensor) -> Tensor:
+        """What the last block is given, and in its image tokens what the blocks have added."""
+        assert self.residual is not None, "a step reuses what an earlier one computed"
+        hidden = hidden.clone()
+        self._image_tokens(hidden, self.residual).add_(self.residual)
+        return hidden
+
+    def _image_tokens(self, hidden: Tensor, like: Tensor) -> Tensor:
+        """Of tokens that may hold text too, as many as `like` has."""
+        image, tokens = like.shape[1], hidden.shape[1]
+        return hidden.narrow(1, 0 if self._image_first else tokens - image, image)
 
 
 class _Reached(Exception):
@@ -208,10 +221,7 @@ class _Block:
         """What came in, and in the last block what all have added when they last ran."""
         outputs = [inputs[source] for source in kind.sources]
         if self.last:
-            assert self._owner.residual is not None, "a step reuses what an earlier one computed"
-            hidden, residual = outputs[kind.image], self._owner.residual
-            text, image = hidden.tensor_split((-residual.shape[1],), dim=1)
-            outputs[kind.image] = torch.cat((text, image + residual), dim=1)
+            outputs[kind.image] = self._owner.with_residual(outputs[kind.image])
         return tuple(outputs)
 
 

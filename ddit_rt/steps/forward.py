@@ -145,6 +145,7 @@ class _Pass:
             held=family.held,
             timed=family.timed,
             keeps_residual=context.keeps_residual,
+            image_first=family.image_first,
         )
         shape = (self._rows or len(one.text), *shape)
         self._tokens = family.tokens_of(shape)
