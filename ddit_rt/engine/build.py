@@ -326,7 +326,7 @@ def _runner_maker(artifact: Artifact) -> MakeRunner:
             if package.info.inputs != block_type.inputs:
                 raise ArtifactMismatchError(
                     f"{path} takes {_names(package.info.inputs)}, and this version of ddit_rt "
-                    f"gives a {block_type.name} {_names(block_type.inputs)}: compile the model again"
+                    f"gives {_names(block_type.inputs)}: compile the model again"
                 )
             if package.shared:
                 shared[path, device] = package
