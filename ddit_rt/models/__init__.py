@@ -17,6 +17,7 @@ from ddit_rt.models.flux_edit import (
 )
 from ddit_rt.models.qwen_image import QwenImageFamily
 from ddit_rt.models.wan import WanFamily
+from ddit_rt.models.wan_image import WanImageFamily
 
 __all__ = ["FAMILIES", "Family", "family_named", "family_of", "family_of_classes"]
 
@@ -27,6 +28,7 @@ FAMILIES: tuple[Family, ...] = (
     FluxKontextFamily(),
     FluxFillFamily(),
     WanFamily(),
+    WanImageFamily(),
     QwenImageFamily(),
 )
 """Of several for a transformer class, a bare transformer's is the first."""
