@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
 from driving import FINE, assert_equal, keep, latents_of
-from models import noise, seeded
-from wan_models import CALL, CHANNELS, eager, wan_pipeline
+from models import TEXT_WIDTH, noise, seeded
+from wan_models import CALL, CHANNELS, TEXT_TOKENS, eager, wan_pipeline
 
 from ddit_rt.errors import UnsupportedModelError
 
@@ -25,12 +25,16 @@ def image_pipeline(*, embedded: bool = False, **config: Any) -> WanImageToVideoP
     return pipeline
 
 
-def call(*, embedded: bool = False, **more: Any) -> dict[str, Any]:
-    given = {**CALL, "image": noise(1, 3, 64, 128).clamp(-1, 1), "negative_prompt": "a dog"}
-    if embedded:
-        given |= {"image_embeds": noise(1, 257, 20), "max_sequence_length": 512}
-        given["image"] = given["image"]
-    return given | more
+def call(**more: Any) -> dict[str, Any]:
+    # The pipeline cleans a prompt by ftfy, which it needs installed.
+    given = {name: value for name, value in CALL.items() if name != "prompt"}
+    return {
+        **given,
+        "image": noise(1, 3, 64, 128).sigmoid(),
+        "prompt_embeds": noise(1, TEXT_TOKENS, TEXT_WIDTH, seed=1),
+        "negative_prompt_embeds": noise(1, TEXT_TOKENS, TEXT_WIDTH, seed=2),
+        **more,
+    }
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
