@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.base import Grid
-from ddit_rt.models.calls import ModelCall, PipelineCall, batch_of, bind_call, check_shape, refuse_ignored
+from ddit_rt.models.calls import (
+    ModelCall,
+    PipelineCall,
+    batch_of,
+    bind_call,
+    check_shape,
+    refuse_ignored,
+)
 from ddit_rt.models.forward import ForwardFamily
 from ddit_rt.models.wan import WanFamily
 from ddit_rt.models.wan_calls import default_of, latent_size

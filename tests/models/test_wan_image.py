@@ -8,10 +8,33 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
 from driving import FINE, assert_equal, keep, latents_of
+from family_suite import graphs
 from models import TEXT_WIDTH, noise, seeded
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from wan_models import CALL, CHANNELS, TEXT_TOKENS, eager, wan_pipeline
 
 from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.loop import CudaExecutor
+
+__all__ = ["graphs"]
+
+
+def image_encoder() -> dict[str, Any]:
+    """257 tokens, as the published one gives."""
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=20,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=2,
+    )
+    size = {"height": 32, "width": 32}
+    return {
+        "image_encoder": CLIPVisionModel(config).eval().requires_grad_(False),
+        "image_processor": CLIPImageProcessor(size=size, crop_size=size, do_rescale=False),
+    }
 
 
 def image_pipeline(*, embedded: bool = False, **config: Any) -> WanImageToVideoPipeline:
@@ -19,7 +42,11 @@ def image_pipeline(*, embedded: bool = False, **config: Any) -> WanImageToVideoP
     whole = wan_pipeline(in_channels=2 * CHANNELS + 4, out_channels=CHANNELS, **more)
     parts = {name: getattr(whole, name) for name in ("tokenizer", "text_encoder", "vae")}
     pipeline = WanImageToVideoPipeline(
-        **parts, scheduler=whole.scheduler, transformer=whole.transformer, **config
+        **parts,
+        scheduler=whole.scheduler,
+        transformer=whole.transformer,
+        **(image_encoder() if embedded else {}),
+        **config,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -47,6 +74,29 @@ def test_all_fine_equals_diffusers(scale: float, driven: bool) -> None:
     ours = latents_of(engine(**given, **more, generator=seeded(), patch_policy=FINE))
     theirs = pipeline(**given, generator=seeded()).frames
     assert_equal(ours, theirs, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("driven", [False, True])
+def test_image_embeddings_reach_the_blocks(driven: bool) -> None:
+    pipeline = image_pipeline(embedded=True)
+    text = {"prompt_embeds": noise(1, 512, TEXT_WIDTH), "negative_prompt_embeds": None}
+    given = call(guidance_scale=1.0, **text)
+    more = {"callback_on_step_end": keep} if driven else {}
+    engine = eager(pipeline, patch_sizes="p,2p")
+    ours = latents_of(engine(**given, **more, generator=seeded(), patch_policy=FINE))
+    theirs = pipeline(**given, generator=seeded()).frames
+    assert_equal(ours, theirs, tolerance=1e-4)
+
+
+def test_captured_runs_equal_the_cpus_to_the_bit(graphs: Any) -> None:
+    cpu, device = (eager(image_pipeline(), patch_sizes="p,2p") for _ in range(2))
+    device._loop.executor = CudaExecutor(graphs)
+    for given in (call(), call(image=noise(1, 3, 64, 128, seed=5).sigmoid()), call()):
+        ours, theirs = (
+            latents_of(engine(**given, generator=seeded(), patch_policy="2p:0.5,p"))
+            for engine in (device, cpu)
+        )
+        assert torch.equal(ours, theirs)
 
 
 def test_coarse_steps_run() -> None:
