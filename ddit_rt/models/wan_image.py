@@ -102,7 +102,7 @@ class WanImageFamily(ForwardFamily):
         prompt = dict(arguments)
         condition = prompt.pop("condition")
         if condition.shape[2:] != latents.shape[2:]:
-            condition = F.adaptive_avg_pool3d(condition, tuple(latents.shape[2:]))
+            condition = F.interpolate(condition, tuple(latents.shape[2:]), mode="area")
         given = super().forward_arguments(latents, level, prompt)
         given["hidden_states"] = torch.cat((latents, condition), dim=1)
         return given
