@@ -20,6 +20,7 @@ from ddit_rt.models.flux_edit import (
 from ddit_rt.models.qwen_image import QwenImageFamily
 from ddit_rt.models.sd3 import SD3Family
 from ddit_rt.models.wan import WanFamily
+from ddit_rt.models.wan_image import WanImageFamily
 from ddit_rt.models.z_image import ZImageFamily
 
 __all__ = ["FAMILIES", "Family", "family_named", "family_of", "family_of_classes"]
@@ -31,6 +32,7 @@ FAMILIES: tuple[Family, ...] = (
     FluxKontextFamily(),
     FluxFillFamily(),
     WanFamily(),
+    WanImageFamily(),
     QwenImageFamily(),
     ChromaFamily(),
     SD3Family(),

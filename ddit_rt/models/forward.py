@@ -238,7 +238,7 @@ class ForwardFamily(Family):
                         size if size == other else "text tokens" for size, other in sizes
                     ]
                     if name in self.extra:
-                        shape[2:] = ["rows", "columns"]
+                        shape[2:] = (["frames"] * self.video) + ["rows", "columns"]
                     check_shape(prefix + name, given, shape)
         if SCALE in conditioning:
             check_tensor(SCALE, conditioning[SCALE], "without dimensions", floating=False)
