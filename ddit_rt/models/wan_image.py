@@ -162,7 +162,8 @@ class WanImageFamily(ForwardFamily):
         call = bind_call(pipeline, arguments)
         refuse_ignored(call)
         tokens = call["max_sequence_length"]
-        if pipeline.transformer.config.image_dim is not None and tokens != _TEXT:
+        fixed = pipeline.transformer.config.image_dim is not None
+        if fixed and call["prompt_embeds"] is None and tokens != _TEXT:
             raise UnsupportedModelError(
                 f"got max_sequence_length={tokens}; the attention of a model with image embeddings "
                 f"takes {_TEXT} text tokens: leave it out"
