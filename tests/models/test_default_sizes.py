@@ -1,0 +1,64 @@
+"""Real sizes of every family: what patches they offer, by the compiled ranges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ddit_rt.blocks import TokenRanges
+from ddit_rt.models import FAMILIES, family_named
+from ddit_rt.planning.compiled import CompiledModel
+from ddit_rt.steps import StepModel
+
+IMAGE = ((1024, 1024), (1360, 768), (768, 1360), (1920, 1080), (512, 512), (1328, 1328))
+QWEN = ((1328, 1328), (1664, 928), (928, 1664), (1472, 1140), (1140, 1472))
+WAN = ((480, 832), (832, 480), (720, 1280), (1280, 720))
+
+# By family: pixels of a latent pixel, frames of a latent (0: an image), and sizes in pixels as
+# model cards, or the pipelines' own defaults, name them.
+SIZES: dict[str, tuple[int, int, tuple[tuple[int, int], ...]]] = {
+    "flux": (8, 0, IMAGE),
+    "flux-img2img": (8, 0, IMAGE),
+    "flux-inpaint": (8, 0, IMAGE),
+    "flux-kontext": (8, 0, IMAGE),
+    "flux-fill": (8, 0, IMAGE),
+    "wan": (8, 21, WAN),
+    "wan-image": (8, 21, WAN),
+    "qwen-image": (8, 0, QWEN),
+    "chroma": (8, 0, IMAGE),
+    "sd3": (8, 0, ((1024, 1024), (1216, 832), (832, 1216))),
+    "flux2": (8, 0, IMAGE),
+    "z-image": (8, 0, IMAGE),
+}
+
+
+def test_no_family_is_left_out() -> None:
+    assert {family.name for family in FAMILIES} == set(SIZES)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [(name, size) for name, (_, _, sizes) in SIZES.items() for size in sizes]
+)
+def test_real_sizes_offer_every_patch(name: str, size: tuple[int, int]) -> None:
+    family: Any = family_named(name)
+    scale, frames, _ = SIZES[name]
+    patch = 2  # of every released model
+    height, width = (patch * (edge // (scale * patch)) for edge in size)
+    model = StepModel(family=Fixed(family, patch), transformer=None, base={})  # type: ignore[arg-type]
+    ranges = TokenRanges(**family.default_ranges)
+    compiled = CompiledModel(steps=model, multiples=(1, 2, 4), ranges=ranges)
+    assert compiled.offered(height, width, frames) == ((1, 2, 4), ())
+
+
+class Fixed:
+    """A family whose transformer need not be there for its patch size."""
+
+    def __init__(self, family: Any, patch: int) -> None:
+        self._family, self._patch = family, patch
+
+    def base_patch_size(self, _: Any) -> int:
+        return self._patch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._family, name)
