@@ -257,7 +257,7 @@ class FamilySuite:
         assert fine.weight_bytes == coarse.weight_bytes
         memory = memory_of(engine.artifact, pipeline, 6, height=64, width=64)
         assert [bucket.patch for bucket in memory.buckets] == ["p", "2p"]
-        held = bool(family_of(pipeline.transformer).held)
+        held = bool(family_of(pipeline.transformer, pipeline).held)
         assert all((bucket.positions_bytes > 0) is held for bucket in memory.buckets)
 
     def test_what_a_compiled_block_would_ignore_is_refused_by_name(self) -> None:

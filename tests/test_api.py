@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import get_type_hints
 
+import diffusers
 import pytest
 from models import tiny_pipeline
 from wan_models import wan_pipeline
@@ -14,6 +15,7 @@ from wan_models import wan_pipeline
 import ddit_rt
 from ddit_rt import errors
 from ddit_rt.engine.typed import CallArguments
+from ddit_rt.models import FAMILIES
 from ddit_rt.models.arguments import call_defaults
 
 
@@ -67,4 +69,8 @@ def test_a_call_says_where_what_changes_how_it_runs_belongs(name: str) -> None:
 
 def test_the_typed_call_has_the_pipelines_arguments_and_no_others() -> None:
     taken = {name for pipe in (tiny_pipeline(), wan_pipeline()) for name in call_defaults(pipe)}
-    assert set(get_type_hints(CallArguments)) == taken - {"prompt"}
+    typed = set(get_type_hints(CallArguments))
+    assert typed >= taken - {"prompt"}
+    names = {name for family in FAMILIES for name in family.pipeline_classes}
+    calls = [getattr(diffusers, name).__call__ for name in names]
+    assert typed <= {name for call in calls for name in inspect.signature(call).parameters}

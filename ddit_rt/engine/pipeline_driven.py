@@ -151,8 +151,9 @@ class PipelineRun:
         as_tuple = given.pop("return_dict", True) is False
         velocities = []
         for one in self._family.passes_in(given, self._call.passes):
+            place = self._place()
             call = self._family.read_model_call(model.transformer, self._outline.shape, one)
-            velocities.append(self._velocity(expert, self._place(), call))
+            velocities.append(self._velocity(expert, place, call))
         velocity = self._family.as_called(velocities)
         if as_tuple:
             return (velocity,)

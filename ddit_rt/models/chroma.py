@@ -50,8 +50,8 @@ class ChromaFamily(ForwardFamily):
         text, mask = arguments["encoder_hidden_states"], arguments["attention_mask"]
         rows, columns = shape[-2] // self.patch, shape[-1] // self.patch
         ids = text.new_zeros(rows, columns, 3)
-        ids[..., 1] += torch.arange(rows, device=text.device)[:, None]
-        ids[..., 2] += torch.arange(columns, device=text.device)
+        ids[..., 1] += torch.arange(rows, dtype=ids.dtype, device=text.device)[:, None]
+        ids[..., 2] += torch.arange(columns, dtype=ids.dtype, device=text.device)
         return {
             "img_ids": ids.flatten(0, 1),
             "txt_ids": text.new_zeros(text.shape[1], 3),

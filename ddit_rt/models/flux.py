@@ -62,6 +62,10 @@ class FluxFamily(LayeredFamily):
     name: ClassVar[str] = "flux"
     transformer_class: ClassVar[str] = "FluxTransformer2DModel"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
+    own_blocks: ClassVar[tuple[str, ...]] = (
+        "FluxTransformerBlock",
+        "FluxSingleTransformerBlock",
+    )
     conditioning_names: ClassVar[tuple[str, ...]] = (
         *_MODEL_CONDITIONING,
         *NEGATIVES.values(),

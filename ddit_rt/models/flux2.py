@@ -72,7 +72,9 @@ class Flux2Family(ForwardFamily):
         width, dtype = transformer.config.joint_attention_dim, transformer.dtype
         prompt = torch.empty(batch, text, width, dtype=dtype, device="meta")
         embeds = transformer.config.guidance_embeds
-        guidance = {"guidance": torch.empty(batch, device="meta")} if embeds else {}
+        guidance = (
+            {"guidance": torch.empty(batch, dtype=torch.float32, device="meta")} if embeds else {}
+        )
         return {"encoder_hidden_states": prompt, **guidance}
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:

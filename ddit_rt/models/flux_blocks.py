@@ -96,7 +96,8 @@ def single(
     shift, scale, gate = _rows(modulation, 3)
     normed = block.norm.norm(joint) * (1 + scale) + shift
     attended = _attention(block.attn, normed, None, cos, sin)
-    if _for_cuda(joint) and _plain(block.proj_mlp) and _plain(block.proj_out):
+    plain = _plain(block.proj_mlp) and _plain(block.proj_out) and _by_tanh(block.act_mlp)
+    if plain and _for_cuda(joint):
         wide = _linear_gelu(block.proj_mlp, normed)
         width = attended.shape[-1]
         weight, bias = block.proj_out.weight, block.proj_out.bias
@@ -116,7 +117,7 @@ def _feed_forward(norm: Any, layers: Any, hidden: Tensor, mlp: list[Tensor]) -> 
     shift, scale, gate = mlp
     normed = norm(hidden) * (1 + scale) + shift
     widen, *others = layers.net
-    if _for_cuda(hidden) and _plain(widen.proj):
+    if _for_cuda(hidden) and _by_tanh(widen) and _plain(widen.proj):
         out = _linear_gelu(widen.proj, normed)
         for layer in others:
             out = layer(out)
@@ -127,7 +128,8 @@ def _feed_forward(norm: Any, layers: Any, hidden: Tensor, mlp: list[Tensor]) -> 
 
 def _attention(attn: Any, hidden: Tensor, text: Tensor | None, cos: Tensor, sin: Tensor) -> Any:
     """`FluxAttention`: image tokens, or text and image tokens in one; with text apart, both."""
-    if not (_for_cuda(hidden) and hidden.dtype is torch.bfloat16):
+    own = type(attn.processor).__name__ == "FluxAttnProcessor" and not attn.fused_projections
+    if not (own and _for_cuda(hidden) and hidden.dtype is torch.bfloat16):
         return attn(hidden_states=hidden, encoder_hidden_states=text, image_rotary_emb=(cos, sin))
     query, key, value = (_heads(layer(hidden), attn) for layer in (attn.to_q, attn.to_k, attn.to_v))
     if text is None:
@@ -211,6 +213,11 @@ def _linear_gelu(layer: nn.Linear, values: Tensor) -> Tensor:
 def _for_cuda(tensor: Tensor) -> bool:
     """Whether code for CUDA is being generated."""
     return tensor.is_cuda and torch.compiler.is_exporting()
+
+
+def _by_tanh(activation: Any) -> bool:
+    """Whether it is GELU as the matrix product has it: torch's, or diffusers' with its layer."""
+    return type(activation).__name__ == "GELU" and activation.approximate == "tanh"
 
 
 def _plain(layer: Any) -> bool:

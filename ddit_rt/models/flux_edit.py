@@ -21,7 +21,7 @@ from ddit_rt import ops
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.calls import ModelCall, PipelineCall
 from ddit_rt.models.flux_calls import PATCH, ignored_arguments, wants_true_cfg
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.forward import REFERENCE, ForwardFamily
 
 
 class FluxImageFamily(ForwardFamily):
@@ -121,7 +121,7 @@ class FluxKontextFamily(FluxImageFamily):
     name: ClassVar[str] = "flux-kontext"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxKontextPipeline",)
     unbatched: ClassVar[tuple[str, ...]] = ("reference_ids",)
-    extra: ClassVar[tuple[str, ...]] = ("reference", "reference_ids")
+    extra: ClassVar[tuple[str, ...]] = (REFERENCE, "reference_ids")
 
     def size_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
         """See `ForwardFamily.size_of`: the aspect ratio asked for, at the area `max_area`."""
@@ -133,17 +133,16 @@ class FluxKontextFamily(FluxImageFamily):
 
     def more_tokens(self, conditioning: Mapping[str, Any]) -> int:
         """See `ForwardFamily.more_tokens`."""
-        reference = conditioning.get("reference")
+        reference = conditioning.get(REFERENCE)
         return 0 if reference is None else int(reference.shape[1])
 
     def read_model_call(
         self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
     ) -> ModelCall:
-        """See `Family.read_model_call`: tokens and positions behind the picture's are kept."""
+        """See `Family.read_model_call`: positions behind the picture's are kept."""
         given, own = dict(arguments), _tokens(shape)
-        hidden = given["hidden_states"]
-        if hidden.shape[1] > own:
-            given["reference"], given["reference_ids"] = hidden[:, own:], given["img_ids"][own:]
+        if given["hidden_states"].shape[1] > own:
+            given["reference_ids"] = given["img_ids"][own:]
         return super().read_model_call(transformer, shape, given)
 
     def forward_arguments(
@@ -151,10 +150,9 @@ class FluxKontextFamily(FluxImageFamily):
     ) -> dict[str, Any]:
         """See `ForwardFamily.forward_arguments`."""
         prompt = dict(arguments)
-        reference, ids = (prompt.pop(name, None) for name in self.extra)
+        ids = prompt.pop("reference_ids", None)
         given = super().forward_arguments(latents, level, prompt)
-        if reference is not None:
-            given["hidden_states"] = torch.cat((given["hidden_states"], reference), dim=1)
+        if ids is not None:
             given["img_ids"] = torch.cat((given["img_ids"], ids.float()))
         return given
 

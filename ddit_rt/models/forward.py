@@ -283,7 +283,7 @@ class ForwardFamily(Family):
 
     def tokens_of(self, shape: tuple[int, ...]) -> int:
         """Size of the second dimension of latents of a shape in the pipeline's layout."""
-        return self.pack_latents(torch.empty(shape, device="meta")).shape[1]
+        return self.pack_latents(torch.empty(shape, dtype=torch.float32, device="meta")).shape[1]
 
     def latent_shape(
         self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None

@@ -93,7 +93,7 @@ def test_dropped_runner_gives_storage_back(
     torch.testing.assert_close(runner(*inputs), eager(block_type, block, inputs), **TOLERANCE)
     alone = torch.zeros(1).untyped_storage()
     assert {users(storage) for storage in old.values()} == {users(alone)}
-    held = next(block.parameters()).untyped_storage()
+    held = block.ff.net[2].weight.untyped_storage()
     before = users(held)
     del runner
     assert users(held) == before - 1

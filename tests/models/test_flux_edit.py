@@ -133,7 +133,7 @@ def test_references_act_in_coarse_steps_as_they_are() -> None:
     reference, ids = torch.randn(1, 12, 16), torch.ones(12, 3)
     arguments = {
         "encoder_hidden_states": torch.zeros(1, 7, 24),
-        "reference": reference,
+        "reference_tokens": reference,
         "reference_ids": ids,
     }
     given = family.forward_arguments(torch.zeros(1, 4, 8, 12), torch.ones(1), arguments)
