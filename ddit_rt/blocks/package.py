@@ -65,6 +65,14 @@ class PackageInfo:
     constants: Mapping[str, ConstantSpec]
     attention: tuple[str, ...] = ()
 
+    def takes(self, inputs: Sequence[TensorSpec]) -> bool:
+        """Whether a block type's inputs are these; data types count where it names them."""
+        own = [(spec.name, spec.dims) for spec in self.inputs]
+        return own == [(spec.name, spec.dims) for spec in inputs] and all(
+            spec.dtype in (None, dtype)
+            for spec, dtype in zip(inputs, self.input_dtypes, strict=True)
+        )
+
     def to_json(self) -> str:
         """One line of JSON for the package's metadata."""
         inputs = [

@@ -323,7 +323,7 @@ def _runner_maker(artifact: Artifact) -> MakeRunner:
         package = shared.get((path, device))
         if package is None:
             package = LoadedPackage(path, device=device)
-            if package.info.inputs != block_type.inputs:
+            if not package.info.takes(block_type.inputs):
                 raise ArtifactMismatchError(
                     f"{path} takes {_names(package.info.inputs)}, and this version of ddit_rt "
                     f"gives {_names(block_type.inputs)}: compile the model again"
@@ -338,7 +338,7 @@ def _runner_maker(artifact: Artifact) -> MakeRunner:
 
 
 def _names(inputs: Sequence[TensorSpec]) -> str:
-    return ", ".join(spec.name for spec in inputs)
+    return ", ".join(f"{spec.name} {list(spec.dims)}" for spec in inputs)
 
 
 def _bucket_entry(multiple: int, adapters: AdapterSet) -> BucketEntry:

@@ -17,6 +17,7 @@ from ddit_rt.models.flux_edit import (
     FluxInpaintFamily,
     FluxKontextFamily,
 )
+from ddit_rt.models.krea2 import Krea2Family
 from ddit_rt.models.qwen_image import QwenImageFamily
 from ddit_rt.models.sd3 import SD3Family
 from ddit_rt.models.wan import WanFamily
@@ -38,6 +39,7 @@ FAMILIES: tuple[Family, ...] = (
     SD3Family(),
     Flux2Family(),
     ZImageFamily(),
+    Krea2Family(),
 )
 """Of several for a transformer class, a bare transformer's is the first."""
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models.arguments import check_steps, check_tensor
-from ddit_rt.models.base import BATCH, IMAGE, Family, Grid, Guidance
+from ddit_rt.models.base import BATCH, IMAGE, JOINT, Family, Grid, Guidance
 from ddit_rt.models.block_calls import parameters_of
 from ddit_rt.models.calls import (
     ModelCall,
@@ -201,7 +201,8 @@ class ForwardFamily(Family):
         """See `Family.hidden_size`."""
         for kind in self.block_types(transformer):
             for spec in kind.inputs:
-                if spec.dims[:2] == (BATCH, IMAGE) and isinstance(spec.dims[-1], int):
+                tokens = spec.dims[:2] in ((BATCH, IMAGE), (BATCH, JOINT))
+                if tokens and isinstance(spec.dims[-1], int):
                     return spec.dims[-1]
         raise UnsupportedModelError(f"no block of {type(transformer).__name__} takes image tokens")
 
@@ -233,15 +234,22 @@ class ForwardFamily(Family):
             for name, like in one.items():
                 if isinstance(like, Tensor):
                     given = conditioning.get(prefix + name, conditioning.get(name))
-                    sizes = zip(like.shape, longer[name].shape, strict=True)
-                    shape: list[int | str] = [
-                        size if size == other else "text tokens" for size, other in sizes
-                    ]
-                    if name in self.extra:
-                        shape[2:] = (["frames"] * self.video) + ["rows", "columns"]
-                    check_shape(prefix + name, given, shape)
+                    self._check_like(name, prefix + name, given, (like, longer[name]))
         if SCALE in conditioning:
             check_tensor(SCALE, conditioning[SCALE], "without dimensions", floating=False)
+
+    def _check_like(self, name: str, full: str, given: Any, likes: tuple[Tensor, Tensor]) -> None:
+        """Refuses what is unlike an example; the second has another text length."""
+        like, longer = likes
+        shape: list[int | str] = [
+            size if size == other else "text tokens"
+            for size, other in zip(like.shape, longer.shape, strict=True)
+        ]
+        if name in self.extra:
+            shape[2:] = ["rows", "columns"]
+        check_shape(full, given, shape, floating=like.is_floating_point())
+        if not like.is_floating_point() and given.dtype != like.dtype:
+            raise TypeError(f"got `{full}` of {given.dtype}; expected {like.dtype}: convert it")
 
     def _prompt_names(self, transformer: nn.Module) -> tuple[str, ...]:
         own = (*_OWN, *self.sized)

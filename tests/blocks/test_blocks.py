@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch._inductor.config
 from block_models import CompiledBlocks, block_inputs, eager
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
+from qwen_models import tiny_transformer
 
 from ddit_rt.blocks import (
     BlockTemplate,
@@ -232,3 +234,23 @@ def test_compile_block_hooked(
     block.register_forward_hook(lambda *_: None)
     with pytest.raises(UnsupportedModelError, match="hook"):
         compile_block(single, block, package=tmp_path / "p.pt2", ranges=TokenRanges())
+
+
+def test_a_package_takes_the_inputs_that_it_was_compiled_for() -> None:
+    transformer = tiny_transformer()
+    plain, masked = family_of(transformer).block_types(transformer)
+    types = [spec.dtype or torch.float32 for spec in masked.inputs]
+    info = PackageInfo(
+        block=masked.name,
+        inputs=masked.inputs,
+        input_dtypes=tuple(types),
+        device="cpu",
+        ranges=TokenRanges(),
+        constants={},
+    )
+    read = PackageInfo.from_json(info.to_json())
+    assert read.takes(masked.inputs)
+    assert not read.takes(plain.inputs)
+    assert not read.takes(masked.inputs[::-1])
+    halves = (torch.float16, *types[1:])
+    assert not replace(read, input_dtypes=halves).takes(masked.inputs)

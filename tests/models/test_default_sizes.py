@@ -30,6 +30,7 @@ SIZES: dict[str, tuple[int, int, tuple[tuple[int, int], ...]]] = {
     "sd3": (8, 0, ((1024, 1024), (1216, 832), (832, 1216))),
     "flux2": (8, 0, IMAGE),
     "z-image": (8, 0, IMAGE),
+    "krea2": (8, 0, IMAGE),
 }
 
 
