@@ -70,8 +70,8 @@ class Krea2Family(ForwardFamily):
         text = arguments[_TEXT]
         rows, columns = shape[-2] // self.patch, shape[-1] // self.patch
         ids = torch.zeros(rows, columns, 3, dtype=torch.float32, device=text.device)
-        ids[..., 1] += torch.arange(rows, device=text.device)[:, None]
-        ids[..., 2] += torch.arange(columns, device=text.device)
+        ids[..., 1] += torch.arange(rows, dtype=ids.dtype, device=text.device)[:, None]
+        ids[..., 2] += torch.arange(columns, dtype=ids.dtype, device=text.device)
         return {"position_ids": torch.cat((ids.new_zeros(text.shape[1], 3), ids.flatten(0, 1)))}
 
     def time(self, level: Tensor, dtype: torch.dtype) -> Tensor:
