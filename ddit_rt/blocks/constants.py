@@ -105,6 +105,9 @@ class Binding:
         return None if slot is None else slot.read()
 
 
+_LATE: list[Tensor] = []
+
+
 def _let_go(aliases: Iterable[Tensor]) -> None:
     """Gives storage back that torch's loader would keep for good.
 
@@ -113,9 +116,14 @@ def _let_go(aliases: Iterable[Tensor]) -> None:
     """
     # An engine may be collected while another one is traced, among tensors without data; and in
     # inference mode aliases of inference tensors can be changed, too.
+    waiting = [*_LATE, *aliases]
+    _LATE.clear()
     with _disable_current_modes(), torch.inference_mode():
-        for alias in aliases:
-            alias.set_()  # type: ignore[call-overload] # its stub lacks the form without arguments
+        for alias in waiting:
+            try:
+                alias.set_()  # type: ignore[call-overload] # its stub lacks this form
+            except RuntimeError:  # inside a kernel of the trace: with the next ones
+                _LATE.append(alias)
 
 
 def _missing(owner: str, name: str) -> str:
