@@ -122,7 +122,7 @@ def _let_go(aliases: Iterable[Tensor]) -> None:
         for alias in waiting:
             try:
                 alias.set_()  # type: ignore[call-overload] # its stub lacks this form
-            except RuntimeError:  # inside a kernel of the trace: with the next ones
+            except RuntimeError:  # noqa: PERF203 - inside a kernel of the trace: with the next
                 _LATE.append(alias)
 
 
