@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from ops_cuda import capture, microseconds
 from real_models import Case
 from real_setup import Setup
 from records import Save, unsaved
 from timing import attempt, timed
 from torch import Tensor
 
-from ddit_rt.lab.profile.ceilings import cuda_events
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, TEXT, BlockType
 from ddit_rt.models.layered import LayeredFamily
 from ddit_rt.policies import parse_patch
@@ -89,39 +89,20 @@ def _seconds(setup: Setup, call: Callable[[], Any]) -> float:
     if setup.device.type != "cuda":
         call()
         return statistics.median(timed(call, setup.device)[0] for _ in range(_REPEATS))
-    graph = _captured(call)
-    times: list[float] = []
-    for _ in range(_REPEATS):
-        begin, end = cuda_events()
-        begin.record()
-        for _ in range(_REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3 / _REPLAYS)
-    return statistics.median(times)
-
-
-def _captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
+    graph, kept = capture([lambda: call])
+    seconds = statistics.median(microseconds(graph, 1) * 1e-6 for _ in range(_REPEATS))
+    del kept  # what the graph has written to lived until now
+    return seconds
 
 
 def _kernels(call: Callable[[], Any]) -> list[dict[str, Any]]:
     """The kernels of a call, the longest first."""
-    graph = _captured(call)
+    graph, kept = capture([lambda: call])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(_REPLAYS):
             graph.replay()
         torch.cuda.synchronize()
+    del kept
     found = [
         {
             "name": event.key[:160],

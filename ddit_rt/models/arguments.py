@@ -93,6 +93,29 @@ def check_steps(scheduler: Any, steps: int) -> None:
     checks.whole("num_inference_steps", steps, 1, most)
 
 
+def noise_levels(scheduler: Any, steps: int, sigmas: Sequence[float] | None) -> list[float] | None:
+    """Noise levels that an image pipeline gives its scheduler; None where that makes its own.
+
+    Args:
+        scheduler: The run's.
+        steps: Number of steps.
+        sigmas: Those of the call, if it names some.
+
+    Raises:
+        ValueError: Too many steps, or levels that the scheduler would ignore.
+    """
+    check_steps(scheduler, steps)
+    own = scheduler.config.get("use_flow_sigmas", False)
+    if sigmas is not None and own:
+        raise ValueError(
+            f"got sigmas for a {type(scheduler).__name__} with use_flow_sigmas=True, which "
+            "makes its own and would ignore them; leave them out"
+        )
+    if own:
+        return None
+    return list(np.linspace(1.0, 1 / steps, steps).tolist() if sigmas is None else sigmas)
+
+
 def check_tensor(name: str, value: Any, expected: str, *, floating: bool = True) -> Tensor:
     """A tensor with data.
 

@@ -11,14 +11,13 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ddit_rt import ops
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models import flux_blocks
-from ddit_rt.models.arguments import check_steps
+from ddit_rt.models.arguments import noise_levels
 from ddit_rt.models.base import (
     BATCH,
     IMAGE,
@@ -299,15 +298,7 @@ class FluxFamily(LayeredFamily):
         # Imported here: it pulls in all of transformers, which takes seconds.
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
-        check_steps(scheduler, num_inference_steps)
-        own_sigmas = scheduler.config.get("use_flow_sigmas", False)
-        if sigmas is not None and own_sigmas:
-            raise ValueError(
-                f"got sigmas for a {type(scheduler).__name__} with use_flow_sigmas=True, which "
-                "makes its own and would ignore them; leave them out"
-            )
-        if sigmas is None:
-            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+        levels = noise_levels(scheduler, num_inference_steps, sigmas)
         config = scheduler.config
         shift: dict[str, float] = {}
         if "mu" in inspect.signature(scheduler.set_timesteps).parameters:
@@ -318,9 +309,7 @@ class FluxFamily(LayeredFamily):
                 config.get("base_shift", 0.5),
                 config.get("max_shift", 1.15),
             )
-        retrieve_timesteps(
-            scheduler, num_inference_steps, sigmas=None if own_sigmas else sigmas, **shift
-        )
+        retrieve_timesteps(scheduler, num_inference_steps, sigmas=levels, **shift)
 
     def read_call(
         self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]

@@ -14,12 +14,11 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ddit_rt.errors import ShapeError, UnsupportedModelError
-from ddit_rt.models.arguments import check_steps, check_tensor
+from ddit_rt.models.arguments import check_tensor, noise_levels
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, Family, Grid, Guidance
 from ddit_rt.models.block_calls import parameters_of
 from ddit_rt.models.calls import (
@@ -311,23 +310,15 @@ class ForwardFamily(Family):
         self, scheduler: Any, num_inference_steps: int, sigmas: Sequence[float] | None, grid: Grid
     ) -> None:
         """See `Family.set_timesteps`: the pipelines' way, with the family's own shift."""
-        check_steps(scheduler, num_inference_steps)
-        own_sigmas = scheduler.config.get("use_flow_sigmas", False)
-        if sigmas is not None and own_sigmas:
-            raise ValueError(
-                f"got sigmas for a {type(scheduler).__name__} with use_flow_sigmas=True, which "
-                "makes its own and would ignore them; leave them out"
-            )
-        if sigmas is None:
-            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+        levels = noise_levels(scheduler, num_inference_steps, sigmas)
         takes = inspect.signature(scheduler.set_timesteps).parameters
         more: dict[str, Any] = {}
         if "mu" in takes:
             more["mu"] = self.mu(scheduler, grid.tokens, num_inference_steps)
-        if own_sigmas:
+        if levels is None:
             scheduler.set_timesteps(num_inference_steps, **more)
         elif "sigmas" in takes:
-            scheduler.set_timesteps(sigmas=sigmas, **more)
+            scheduler.set_timesteps(sigmas=levels, **more)
         else:
             raise UnsupportedModelError(
                 f"{type(scheduler).__name__} takes no noise levels, which this model's pipeline "
