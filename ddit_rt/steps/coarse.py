@@ -27,6 +27,7 @@ A video is reduced frame by frame: its small image has all of its frames.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +37,16 @@ from ddit_rt.steps.base import Detail, RunContext, Runners, StepInputs, StepMode
 from ddit_rt.steps.forward import make_passes
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def low_pass(size: int, small: int) -> Tensor:
     """`down` of one axis, `[small, size]`, float32."""
     kept = _dct(size)[:small]
     return (math.sqrt(small / size) * _dct(small).T @ kept).float()
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def bicubic(small: int, size: int) -> Tensor:
     """`up` of one axis, `[size, small]`, float32."""
     units = torch.eye(small, dtype=torch.float64, device="cpu").reshape(1, small, small, 1)
