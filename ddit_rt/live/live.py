@@ -169,12 +169,13 @@ class LiveModel:
             check_identical(block_type, block_type.blocks(model))
             first = blocks.get(block_type.block_path(0), {})
             changes |= {f"{block_type.name}.{place}": is_ for place, is_ in first.items()}
-        for block in self._family.own_blocks:
-            if f"{block}.forward" in changes:
-                raise UnsupportedModelError(
-                    f"{block}.forward was replaced, and ddit_rt computes this block in a form of "
-                    "its own, which would ignore that; put the class's forward back"
-                )
+        for block, modules in self._family.own_blocks.items():
+            for place in (f"{block}.{module}.forward".replace("..", ".") for module in modules):
+                if place in changes:
+                    raise UnsupportedModelError(
+                        f"{place} was replaced, and ddit_rt computes this block in a form of its "
+                        "own, which would ignore that; put the class's forward back"
+                    )
         return dict(sorted(changes.items()))
 
     def _check_class(self, name: str, model: nn.Module) -> None:

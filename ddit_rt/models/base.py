@@ -161,8 +161,9 @@ class Family(ABC):
         tables: Attributes around the blocks that hold tensors once the model has run.
         numbering: Attributes that number a block, which its forward does not read.
         default_ranges: Fields of `TokenRanges` in which the family departs from its defaults.
-        own_blocks: Classes of blocks that the family computes in a form of its own, so that another
-            `forward` of theirs could only be ignored.
+        own_blocks: Classes of blocks that the family computes in a form of its own, and their
+            modules whose `forward` that passes by, "" for the block's: another could only be
+            ignored.
         own_loop: Why only the pipelines' own loop can take the steps; empty where a table can.
     """
 
@@ -176,7 +177,7 @@ class Family(ABC):
     tables: ClassVar[tuple[str, ...]] = ()
     numbering: ClassVar[tuple[str, ...]] = ()
     default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {}
-    own_blocks: ClassVar[tuple[str, ...]] = ()
+    own_blocks: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     own_loop: ClassVar[str] = ""
 
     def check_model(self, transformer: nn.Module, pipeline: Any) -> None:

@@ -61,10 +61,7 @@ class FluxFamily(LayeredFamily):
     name: ClassVar[str] = "flux"
     transformer_class: ClassVar[str] = "FluxTransformer2DModel"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
-    own_blocks: ClassVar[tuple[str, ...]] = (
-        "FluxTransformerBlock",
-        "FluxSingleTransformerBlock",
-    )
+    own_blocks: ClassVar[Mapping[str, tuple[str, ...]]] = flux_blocks.PASSED_BY
     conditioning_names: ClassVar[tuple[str, ...]] = (
         *_MODEL_CONDITIONING,
         *NEGATIVES.values(),

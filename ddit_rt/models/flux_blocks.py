@@ -28,6 +28,16 @@ DOUBLE_CHUNKS = 12
 SINGLE_CHUNKS = 3
 
 
+PASSED_BY = {
+    "FluxTransformerBlock": (
+        *("", "norm1", "norm1_context", "attn"),
+        *("ff", "ff.net.0", "ff_context", "ff_context.net.0"),
+    ),
+    "FluxSingleTransformerBlock": ("", "norm", "attn", "proj_mlp", "act_mlp", "proj_out"),
+}
+"""Modules of a block whose own `forward` is not called here, or not always; "" for the block's."""
+
+
 def modulations(transformer: Any, temb: Tensor) -> Tensor:
     """Modulation of all blocks, in the order in which they run.
 
@@ -38,14 +48,14 @@ def modulations(transformer: Any, temb: Tensor) -> Tensor:
     Returns:
         `[N, m]`; m is 12 d for each double-stream block and 3 d for each single-stream one.
     """
-    activated = F.silu(temb)
-    layers = [
-        norm.linear
+    norms = [
+        norm
         for block in transformer.transformer_blocks
         for norm in (block.norm1, block.norm1_context)
     ]
-    layers += [block.norm.linear for block in transformer.single_transformer_blocks]
-    return torch.cat([layer(activated) for layer in layers], dim=-1) if layers else temb[:, :0]
+    norms += [block.norm for block in transformer.single_transformer_blocks]
+    rows = [norm.linear(norm.silu(temb)) for norm in norms]
+    return torch.cat(rows, dim=-1) if rows else temb[:, :0]
 
 
 def double(

@@ -131,6 +131,29 @@ def test_another_forward_of_blocks_that_have_a_form_of_their_own_is_refused(
         eager(pipeline)
 
 
+@pytest.mark.parametrize("name", ["norm", "attn"])
+def test_another_forward_that_such_a_form_passes_by_is_refused(
+    pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    kind = type(pipeline.transformer.single_transformer_blocks[0].get_submodule(name))
+    own = kind.forward
+
+    def other(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", other)
+    with pytest.raises(UnsupportedModelError, match=f"{name}.*.forward was replaced, and ddit_rt"):
+        eager(pipeline)
+
+
+def test_another_activation_of_the_modulation_acts(pipeline: FluxPipeline) -> None:
+    plain = expected(pipeline)
+    for block in pipeline.transformer.transformer_blocks:
+        block.norm1.silu = nn.Tanh()
+    check_equal(eager(pipeline), pipeline)
+    assert not torch.allclose(expected(pipeline), plain, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "place"),
     [
