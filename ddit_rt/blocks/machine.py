@@ -74,9 +74,13 @@ def compiler_ready(device_type: str) -> Iterator[dict[str, Any]]:
 
 def _shares_cpp_library(compiler: str, scratch: Path) -> bool:
     """Whether what it links asks for the C++ library of the system, and has no copy inside."""
-    linked = scratch / "linked.so"
-    source = b"#include <string>\nstd::string text(int value) { return std::to_string(value); }\n"
-    if not _runs([compiler, "-shared", "-fPIC", "-xc++", "-", "-o", str(linked)], source):
+    source, linked = scratch / "text.cpp", scratch / "linked.so"
+    source.write_text(
+        "#include <string>\nstd::string text(int value) { return std::to_string(value); }\n",
+        encoding="utf-8",
+    )
+    # A file, not `-xc++ -`: that would read a library among the arguments as C++, too.
+    if not _runs([compiler, "-shared", "-fPIC", str(source), "-o", str(linked)], b""):
         return True  # What is wrong with it, torch will say.
     code = linked.read_bytes()
     return any(library in code for library in (_CPP_LIBRARY.encode(), b"libc++"))
@@ -96,7 +100,9 @@ def _sharing_compiler(compiler: str, scratch: Path) -> str:
         errors="surrogateescape",
     )
     script.chmod(0o700)
-    if not _shares_cpp_library(str(script), scratch):
+    linked = scratch / "linked.so"
+    linked.unlink(missing_ok=True)
+    if not _shares_cpp_library(str(script), scratch) or not linked.exists():
         raise CompileError(
             f"{compiler} links the C++ library statically, and a package with a copy of it crashes "
             "when it is loaded: point the environment variable CXX at another compiler"

@@ -270,6 +270,17 @@ def test_compiler_that_copies_the_cpp_library_all_the_same_is_refused(
         compiler_ready("cpu").__enter__()
 
 
+def test_compiler_that_cannot_link_the_cpp_library_of_the_process_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    static = Path(compiler(tmp_path / "g++", "-static-libstdc++"))
+    refusal = 'case "$*" in *libstdc++.so.6*) exit 1;; esac\n'
+    static.write_text(static.read_text().replace("exec", f"{refusal}exec"))
+    monkeypatch.setattr(machine, "_cpp_compiler", lambda: str(static))
+    with pytest.raises(CompileError, match="g\\+\\+ links the C\\+\\+ library statically"):
+        compiler_ready("cpu").__enter__()
+
+
 def test_compiler_of_this_machine_needs_no_options() -> None:
     with compiler_ready("cpu") as options:
         assert options == {}
