@@ -7,7 +7,6 @@ image tokens, text tokens, both, or nothing. No number is computed, and no weigh
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,8 +111,8 @@ class _Group:
     members: tuple[int, ...] | None
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, tuple[ReadBlockType, ...]]]
-_KNOWN = weakref.WeakKeyDictionary()
+_KNOWN: dict[Any, tuple[ReadBlockType, ...]] = {}
+"""What was read, by all that it hangs on: a run on the meta device takes longer than many a load."""
 
 
 def read_block_types(
@@ -130,12 +129,17 @@ def read_block_types(
     Raises:
         UnsupportedModelError: A block is called in a way that no package can offer; by name.
     """
-    dtypes = tuple(tensor.dtype for tensor in transformer.parameters())
-    known = _KNOWN.get(transformer)
-    if known is None or known[0] != dtypes:
-        found = tuple(_read(transformer, variants, run, repeated))
-        known = _KNOWN[transformer] = (dtypes, found)
-    return known[1]
+    config: Any = transformer.config
+    key = (
+        frozenset((kind, kind.forward) for kind in map(type, transformer.modules())),
+        type(transformer),
+        repr([(name, getattr(config, name, value)) for name, value in config.items()]),
+        tuple(tensor.dtype for tensor in transformer.parameters()),
+        (run, variants, tuple(repeated)),
+    )
+    if key not in _KNOWN:
+        _KNOWN[key] = tuple(_read(transformer, variants, run, repeated))
+    return _KNOWN[key]
 
 
 def _read(
