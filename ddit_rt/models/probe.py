@@ -112,7 +112,7 @@ class _Group:
 
 
 _KNOWN: dict[Any, tuple[ReadBlockType, ...]] = {}
-"""What was read, by all that it hangs on: a run on the meta device takes longer than many a load."""
+"""What was read, by all that it hangs on; reading runs the model on the meta device."""
 
 
 def read_block_types(
