@@ -20,6 +20,12 @@ def save_tiny(folder: Path, seed: int) -> Path:
     """`tiny_pipeline(seed)` with text encoders, as `save_pretrained` writes it."""
     pipeline = tiny_pipeline(seed=seed)
     assert pipeline.transformer.config.in_channels == CHANNELS * 4
+    add_text_encoders(pipeline).save_pretrained(folder)
+    return folder
+
+
+def add_text_encoders(pipeline: Any) -> Any:
+    """Gives a FLUX pipeline what its prompts need."""
     clip_tokenizer, t5_tokenizer = clip_words(), t5_words()
     pipeline.register_modules(
         tokenizer=clip_tokenizer,
@@ -27,8 +33,7 @@ def save_tiny(folder: Path, seed: int) -> Path:
         text_encoder=clip_model(clip_tokenizer),
         text_encoder_2=t5_model(len(t5_tokenizer)),
     )
-    pipeline.save_pretrained(folder)
-    return folder
+    return pipeline
 
 
 def clip_words() -> CLIPTokenizer:

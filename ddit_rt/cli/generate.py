@@ -17,7 +17,7 @@ from ddit_rt.cli.models import (
     embedded_defaults,
     load_pipeline,
 )
-from ddit_rt.cli.options import file_to_write, number, seed, whole
+from ddit_rt.cli.options import existing_file, file_to_write, number, seed, whole
 from ddit_rt.cli.outputs import output_paths, write_video
 from ddit_rt.cli.policies import add_policy_arguments, add_step_cache_argument, choose_policy
 
@@ -35,6 +35,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=f"the weights: {MODEL_HELP}")
     parser.add_argument(
         "--prompt", required=True, nargs="+", metavar="TEXT", help="one or several prompts"
+    )
+    parser.add_argument(
+        "--image",
+        type=existing_file,
+        nargs="+",
+        metavar="FILE",
+        help="image that the pipeline edits or starts from; several where it takes several",
+    )
+    parser.add_argument(
+        "--mask-image", type=existing_file, metavar="FILE", help="white where it may be changed"
+    )
+    parser.add_argument(
+        "--strength", type=number(0, 1), help="how much of --image is made anew, where it matters"
     )
     parser.add_argument(
         "-o",
@@ -98,7 +111,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     )
     policy = choose_policy(args.policy, args.tau, args.rho, engine.default_policy)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
-    arguments = {**pipeline_arguments(args), "step_cache": args.step_cache}
+    arguments = {**pipeline_arguments(args), "step_cache": args.step_cache, **_pictures(args)}
     images = [
         _generate(engine, policy, prompt, first + index, path, arguments, args.fps)
         for index, (prompt, path) in enumerate(zip(prompts, paths, strict=True))
@@ -132,6 +145,26 @@ def pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in given.items() if value is not None}
     text = embedded_defaults(args.model).get("max_sequence_length")
     return given if text is None else {"max_sequence_length": text, **given}
+
+
+def _pictures(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of pipelines that take images."""
+    from PIL import Image, UnidentifiedImageError
+
+    def read(path: Path) -> Image.Image:
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{path} is no image that can be read: {error}") from error
+
+    images = [read(path) for path in args.image or ()]
+    given = {
+        "image": images[0] if len(images) == 1 else images or None,
+        "mask_image": None if args.mask_image is None else read(args.mask_image),
+        "strength": args.strength,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _generate(
@@ -228,6 +261,7 @@ GENERATE = Command(
         'ddit-rt generate flux.ddit --model ./flux --prompt "a fox" --policy 4p:0.2,2p:0.4,p \\',
         "    --trace fox.json -o fox.png",
         'ddit-rt generate wan.ddit --model ./wan --prompt "a cat runs" --num-frames 33 -o cat.mp4',
+        'ddit-rt generate edit.ddit --model ./kontext --image cat.png --prompt "give it a hat"',
     ),
     add_arguments=_add_arguments,
     run=_run,

@@ -22,7 +22,7 @@ from ddit_rt.engine.inputs import (
     check_schedule,
     check_scheduler,
 )
-from ddit_rt.engine.intercepted import FirstStep, LoopInPipeline, Planner
+from ddit_rt.engine.intercepted import FirstStep, LoopInPipeline, Planner, set_up
 from ddit_rt.engine.pipeline_driven import PipelineRun
 from ddit_rt.engine.table_driven import Loop, StepCallback
 from ddit_rt.errors import UnsupportedModelError
@@ -44,7 +44,7 @@ from ddit_rt.planning.request import (
     requested_steps,
 )
 from ddit_rt.policies import PatchPolicy, StepCache, patch_name
-from ddit_rt.solver import ProbedSchedules, SolverTable, own_steps, probe_scheduler
+from ddit_rt.solver import ProbedSchedules, SolverTable, own_steps
 from ddit_rt.steps import latent_frames
 from ddit_rt.torch_state import shielded, without_autocast
 
@@ -362,27 +362,42 @@ class Engine:
         Returns:
             The plan and z_0; nothing has run.
         """
-        arguments = {**self.artifact.manifest.pipeline_defaults, **arguments}
-        family = self._compiled.steps.family
         with self._lock:
-            self._check_state()
-            scheduler = copy.deepcopy(self.pipeline.scheduler)
-            call = family.read_call(self.pipeline, scheduler, arguments)
-            if not isinstance(family, LayeredFamily):
-                first = FirstStep(self.pipeline, self._compiled, call)
-                latents, *set_up = first(arguments)
-                return self._planner(request, call)(*set_up)[1], latents
-            table = probe_scheduler(scheduler)
-            outline = self._outline(request, call.shape, scheduler, table, guided=call.guided)
-            prepared = family.encode_call(self.pipeline, scheduler, call)
-            plan = plan_run(self._compiled, outline, prepared.conditioning)
-            return plan, prepared.latents.to(self._device, torch.float32)
+            call, latents, *found = self._set_up(arguments)
+            _, plan = self._planner(request, call)(*found)
+            return plan, latents.to(self._device, torch.float32)
+
+    @shielded()
+    def encode(self, **arguments: Any) -> tuple[Tensor, dict[str, Any]]:
+        """Runs a call of the pipeline up to its first step, for whoever goes on with `denoise`.
+
+        Args:
+            arguments: Of the pipeline's `__call__`.
+
+        Returns:
+            z_0, and the conditioning; both as `denoise` takes them.
+        """
+        with self._lock:
+            _, latents, conditioning, _ = self._set_up(arguments)
+            return latents, dict(conditioning)
+
+    def _set_up(
+        self, arguments: Mapping[str, Any]
+    ) -> tuple[PipelineCall, Tensor, Mapping[str, Any], Any]:
+        """A call as it is read, then z_0, conditioning and scheduler of its first step."""
+        self._check_state()
+        given = {**self._artifact.manifest.pipeline_defaults, **arguments}
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        call = self._compiled.steps.family.read_call(self.pipeline, scheduler, given)
+        return call, *set_up(self.pipeline, self._compiled, call, scheduler, given)
 
     def _planner(self, request: Request, call: PipelineCall) -> Planner:
         """Outlines and plans a run whose scheduler the pipeline itself has set."""
 
         def plan(conditioning: Mapping[str, Any], scheduler: Any) -> tuple[Outline, RunPlan]:
-            table, _ = self._solver(scheduler)
+            table, problem = self._solver(scheduler)
+            if problem:
+                raise UnsupportedModelError(f"{problem}; a run by table needs another scheduler")
             outline = self._outline(request, call.shape, scheduler, table, guided=call.guided)
             return outline, plan_run(self._compiled, outline, conditioning)
 

@@ -25,6 +25,7 @@ from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.loop import RunPlan
 from ddit_rt.models.calls import PipelineCall, drop_steps
 from ddit_rt.models.forward import NEGATIVE, SCALE, ForwardFamily
+from ddit_rt.models.layered import layered
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.planning.outline import Outline
 from ddit_rt.torch_state import callers_modes, shielded
@@ -242,3 +243,26 @@ class FirstStep:
 
 class _Stopped(Exception):
     """The first step is reached."""
+
+
+def set_up(
+    pipeline: Any,
+    compiled: CompiledModel,
+    call: PipelineCall,
+    scheduler: Any,
+    arguments: Mapping[str, Any],
+) -> tuple[Tensor, Mapping[str, Any], Any]:
+    """What a loop begins with: z_0, the conditioning and the scheduler.
+
+    Args:
+        pipeline: The user's.
+        compiled: Its compiled model.
+        call: A checked call.
+        scheduler: Set for it.
+        arguments: Its keyword arguments.
+    """
+    family = compiled.steps.family
+    if isinstance(family, ForwardFamily):
+        return FirstStep(pipeline, compiled, call)(arguments)
+    prepared = layered(family, "its loop is not there").encode_call(pipeline, scheduler, call)
+    return prepared.latents, prepared.conditioning, scheduler

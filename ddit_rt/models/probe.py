@@ -131,7 +131,7 @@ def read_block_types(
     """
     config: Any = transformer.config
     key = (
-        frozenset((kind, kind.forward) for kind in map(type, transformer.modules())),
+        frozenset((type(one), type(one).forward) for one in transformer.modules()),
         type(transformer),
         repr([(name, getattr(config, name, value)) for name, value in config.items()]),
         tuple(tensor.dtype for tensor in transformer.parameters()),

@@ -33,7 +33,7 @@ def floors(subject: Subject, trace: RunTrace) -> WorkOf:
             height=latents.shape[2],
             width=latents.shape[3],
             multiple=parse_patch(patch),
-            batch=latents.shape[0],
+            batch=subject.passes * latents.shape[0],
             text_tokens=subject.text_tokens,
         )
         for patch in set(trace.patch_sizes())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from ddit_rt.engine import Engine
 from ddit_rt.loop import RunTrace
 from ddit_rt.models import family_of
+from ddit_rt.models.forward import ForwardFamily
 from ddit_rt.policies import PatchPolicy
 from ddit_rt.steps import StepModel
 
@@ -47,8 +48,14 @@ class Subject:
     @property
     def text_tokens(self) -> int:
         """Text tokens per sample."""
-        text = self.model.layers.embed_text(self.model.transformer, self.conditioning)
-        return int(text.shape[1])
+        family = self.model.family
+        name = family.text if isinstance(family, ForwardFamily) else "encoder_hidden_states"
+        return int(self.conditioning[name].shape[1])
+
+    @property
+    def passes(self) -> int:
+        """Passes of the model in a step: two with guidance."""
+        return 1 + (self.model.family.guidance(self.conditioning) is not None)
 
     def run(self) -> RunTrace:
         """Denoises once."""
@@ -75,15 +82,15 @@ def subject_of(
     transformer = pipeline.transformer
     family = family_of(transformer, pipeline)
     model = StepModel(family=family, transformer=transformer, base={})
-    defaults = engine.artifact.manifest.pipeline_defaults
-    request = {**defaults, **arguments, "prompt": list(prompts)}
-    call = model.layers.prepare(pipeline, copy.deepcopy(pipeline.scheduler), request)
+    steps = inspect.signature(type(pipeline).__call__).parameters["num_inference_steps"].default
+    request = {"num_inference_steps": steps, **arguments, "prompt": list(prompts)}
+    latents, conditioning = engine.encode(**request)
     return Subject(
         engine=engine,
         model=model,
-        latents=call.latents,
-        conditioning=call.conditioning,
-        steps=call.num_inference_steps,
+        latents=latents,
+        conditioning=conditioning,
+        steps=request["num_inference_steps"],
         policy=policy,
         prompts=tuple(prompts),
     )
