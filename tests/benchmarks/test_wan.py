@@ -20,6 +20,7 @@ def run(out: Path, *arguments: str) -> dict[str, Any]:
     return data
 
 
+@pytest.mark.slow
 def test_quick_run_has_a_row_of_everything(tmp_path: Path) -> None:
     chosen = ["--sections", "buckets", "loops", "memory", "--methods", "ddit_rt_*", "mag_cache"]
     report = run(tmp_path / "wan.json", *chosen)

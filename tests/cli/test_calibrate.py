@@ -136,6 +136,7 @@ def test_info_names_the_presets(calibrated: Path, capsys: pytest.CaptureFixture[
     assert "calibrated   8 steps, speedup 1.4: quality " in text
 
 
+@pytest.mark.slow
 def test_second_step_count_joins_the_first(
     calibrated: Path, options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -199,6 +200,7 @@ def test_untrusted_artifact_is_exit_3(artifact: Path, options: list[str]) -> Non
     assert main(["calibrate", str(artifact), *arguments, "--speedup", "2"]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["teacache", "magcache"])
 def test_cache_fits_are_stored_used_and_told(
     artifact: Path,

@@ -15,7 +15,6 @@ from text_encoders import add_text_encoders, t5_model, t5_words
 
 from ddit_rt.cli import main
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
 
 

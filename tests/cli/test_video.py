@@ -46,6 +46,7 @@ def generate(wan_artifact: Path, wan_folder: Path) -> list[str]:
     return ["generate", str(wan_artifact), *model, *steps, "--prompt", "a zebra"]
 
 
+@pytest.mark.slow
 def test_frames_become_pictures_of_a_folder(
     generate: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,6 +62,7 @@ def test_frames_become_pictures_of_a_folder(
     assert video["patch_sizes"] == ["2p", "p", "p"]
 
 
+@pytest.mark.slow
 def test_mp4_holds_all_frames_at_their_size(generate: list[str], tmp_path: Path) -> None:
     need("av")
     import av

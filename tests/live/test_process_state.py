@@ -119,6 +119,7 @@ RUNS: dict[str, tuple[Callable[[], FluxPipeline], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "run"),
     [  # every state with two runs, every run with a state of every kind

@@ -93,6 +93,7 @@ def assert_equals_cpu(
     return plan(kernels, layout, latents.element_size(), *pointers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [1, 2, 4, 8])
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -103,6 +104,7 @@ def test_pack_equals_cpu_at_flux_size(
     assert_equals_cpu(kernels, layout, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [WAN_480P, WAN_720P])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_pack_equals_cpu_at_wan_sizes(

@@ -115,6 +115,7 @@ def test_steps_cost_the_tokens_of_all_frames_and_some_time() -> None:
     )
 
 
+@pytest.mark.slow
 def test_calibrated_plans_of_clips_are_told_and_run(tmp_path: Any) -> None:
     need("matplotlib", "torchmetrics")
     engine = eager(MAGCACHE)

@@ -115,6 +115,7 @@ def test_report_names_what_is_missing(report: dict[str, Any]) -> None:
     assert any("3 prompts" in note for note in report["notes"])
 
 
+@pytest.mark.slow
 def test_teacache_is_a_baseline_where_it_was_fitted(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +196,7 @@ def test_folder_with_other_files_is_refused(engine: Engine, tmp_path: Path) -> N
         run(engine, settings(tmp_path))
 
 
+@pytest.mark.slow
 def test_batch_shares_its_time_and_one_prompt_has_no_interval(
     engine: Engine, tmp_path: Path
 ) -> None:
@@ -211,6 +213,7 @@ def test_batch_shares_its_time_and_one_prompt_has_no_interval(
     json.dumps(one, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_references_of_your_own_give_all_fine_a_distance(
     engine: Engine, evaluation: Path, tmp_path: Path
 ) -> None:

@@ -71,6 +71,7 @@ def test_loss_falls_and_the_base_stays_bit_for_bit(
     assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
 def test_killed_run_ends_as_the_unbroken_one(
     optimizer: str,
@@ -214,6 +215,7 @@ def test_size_that_the_model_cannot_make_is_refused(
         run(pipeline, data, tmp_path / "out", CONFIG)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["paper", "snr"])
 def test_trains_at_a_size_that_no_patch_divides(
     pipeline: FluxPipeline, own_data: DataConfig, tmp_path: Path, variant: str
