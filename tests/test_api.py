@@ -10,13 +10,11 @@ from typing import get_type_hints
 import diffusers
 import pytest
 from models import tiny_pipeline
-from wan_models import wan_pipeline
 
 import ddit_rt
 from ddit_rt import errors
 from ddit_rt.engine.typed import CallArguments
 from ddit_rt.models import FAMILIES
-from ddit_rt.models.arguments import call_defaults
 
 
 def test_every_public_name_is_there_and_completed() -> None:
@@ -67,10 +65,8 @@ def test_a_call_says_where_what_changes_how_it_runs_belongs(name: str) -> None:
         engine("a zebra", **{name: "auto"})
 
 
-def test_the_typed_call_has_the_pipelines_arguments_and_no_others() -> None:
-    taken = {name for pipe in (tiny_pipeline(), wan_pipeline()) for name in call_defaults(pipe)}
-    typed = set(get_type_hints(CallArguments))
-    assert typed >= taken - {"prompt"}
+def test_the_typed_call_has_the_arguments_of_every_pipeline_and_no_others() -> None:
     names = {name for family in FAMILIES for name in family.pipeline_classes}
     calls = [getattr(diffusers, name).__call__ for name in names]
-    assert typed <= {name for call in calls for name in inspect.signature(call).parameters}
+    taken = {name for call in calls for name in inspect.signature(call).parameters}
+    assert set(get_type_hints(CallArguments)) == taken - {"self", "prompt"}

@@ -15,40 +15,59 @@ class CallArguments(TypedDict, total=False):
     `[B, C, F, H, W]`. (`Engine.denoise` takes `[B, C, H, W]` of every image model.)
     """
 
+    _auto_resize: bool
     attention_kwargs: dict[str, Any] | None
     callback_on_step_end: Callable[..., Any] | None
     callback_on_step_end_tensor_inputs: list[str]
+    caption_upsample_temperature: float
+    cfg_normalization: bool
+    cfg_truncation: float
+    clip_skip: int | None
     generator: Generator | list[Generator] | None
     guidance_scale: float
     guidance_scale_2: float | None
     height: int | None
     image: Any
+    image_embeds: Tensor | None
     ip_adapter_image: Any
     ip_adapter_image_embeds: list[Tensor] | None
     joint_attention_kwargs: dict[str, Any] | None
+    last_image: Any
     latents: Tensor | None
     mask_image: Any
     masked_image_latents: Tensor | None
     max_area: int
     max_sequence_length: int
+    mu: float | None
     negative_ip_adapter_image: Any
     negative_ip_adapter_image_embeds: list[Tensor] | None
     negative_pooled_prompt_embeds: Tensor | None
     negative_prompt: str | list[str] | None
     negative_prompt_2: str | list[str] | None
+    negative_prompt_3: str | list[str] | None
+    negative_prompt_attention_mask: Tensor | None
     negative_prompt_embeds: Tensor | None
+    negative_prompt_embeds_mask: Tensor | None
     num_frames: int
     num_images_per_prompt: int | None
     num_inference_steps: int
     num_videos_per_prompt: int | None
     output_type: str | None
+    padding_mask_crop: int | None
     pooled_prompt_embeds: Tensor | None
     prompt_2: str | list[str] | None
+    prompt_3: str | list[str] | None
+    prompt_attention_mask: Tensor | None
     prompt_embeds: Tensor | None
-    padding_mask_crop: int | None
+    prompt_embeds_mask: Tensor | None
     return_dict: bool
     sigmas: Sequence[float] | None
+    skip_guidance_layers: list[int] | None
+    skip_layer_guidance_scale: float
+    skip_layer_guidance_start: float
+    skip_layer_guidance_stop: float
     strength: float
+    text_encoder_out_layers: tuple[int, ...]
     true_cfg_scale: float
     width: int | None
 
