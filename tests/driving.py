@@ -120,9 +120,14 @@ CALLBACKS: dict[str, dict[str, Any]] = {
 """Arguments of a call, by what the callback does. All work for any pipeline."""
 
 
+def made(result: Any) -> Any:
+    """Pictures or videos."""
+    return result.images if hasattr(result, "images") else result.frames
+
+
 def latents_of(result: Any) -> Tensor:
     """Of a picture or a video that was asked for as latents."""
-    latents = result.images if hasattr(result, "images") else result.frames
+    latents = made(result)
     assert isinstance(latents, Tensor)
     return latents
 

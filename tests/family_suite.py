@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from driving import FINE, assert_equal, keep, latents_of, runs
+from driving import FINE, assert_equal, keep, latents_of, made, runs
 from emulated_graphs import EmulatedGraphs
 from made_once import Packages
 from models import noise, seeded
 from torch import Tensor, nn
 
 import ddit_rt
-from ddit_rt import DDiTPolicy, Engine, MagCache, StaticPolicy
+from ddit_rt import DDiTPolicy, Engine, MagCache, StaticPolicy, TokenRanges
 from ddit_rt.engine.cost import step_cost
 from ddit_rt.engine.memory import memory_of
 from ddit_rt.errors import UnsupportedModelError
@@ -26,6 +26,8 @@ from ddit_rt.steps import StepModel
 
 MIXED = StaticPolicy(["p", "2p", "2p", "p", "2p", "p"])
 OTHER = StaticPolicy(["2p", "p", "2p", "2p", "p", "p"])
+RANGES = TokenRanges(batch=(1, 4), image=(4, 32760))
+"""Two prompts with guidance; tokens of the default size of every family."""
 TOLERANCE = 1e-5
 """Of the latents' scale, in float32: passes of guidance as one batch round differently."""
 
@@ -42,7 +44,8 @@ class FamilyCase:
         sizes: Heights and widths in pixels; 2p divides all.
         schedulers: Schedulers beside the pipeline's own, by name.
         lora: Layers of the transformer that a LoRA changes, by the ends of their names.
-        more: Further arguments of a call, which `guided` may replace.
+        captured: Names of the buckets that a mixed plan captures; experts have their own.
+        more: Further arguments of a call, which `guided` may replace; of a video `num_frames`.
     """
 
     pipeline: Callable[[], Any]
@@ -51,6 +54,7 @@ class FamilyCase:
     sizes: tuple[tuple[int, int], ...] = ((64, 96), (128, 64))
     schedulers: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     lora: tuple[str, ...] = ("to_out.0", "net.2")
+    captured: tuple[str, ...] = ("2p", "p")
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def call(
@@ -79,7 +83,8 @@ class FamilyCase:
 
 def eager(pipeline: Any, **options: Any) -> Engine:
     """An engine that runs the blocks uncompiled."""
-    return ddit_rt.compile(pipeline, backend="eager", patch_sizes="p,2p", progress=False, **options)
+    options = {"patch_sizes": "p,2p", "ranges": RANGES, **options}
+    return ddit_rt.compile(pipeline, backend="eager", progress=False, **options)
 
 
 def generated(engine: Engine, call: Mapping[str, Any], **more: Any) -> Tensor:
@@ -187,9 +192,9 @@ class FamilySuite:
         ours = engine(**call, generator=seeded(), patch_policy=FINE)
         theirs = pipeline(**call, generator=seeded())
         assert type(ours) is type(theirs)
-        np.testing.assert_allclose(ours.images, theirs.images, atol=1e-4)
+        np.testing.assert_allclose(made(ours), made(theirs), atol=1e-4)
         as_tuple = engine(**call, generator=seeded(), patch_policy=FINE, return_dict=False)
-        np.testing.assert_allclose(as_tuple[0], theirs.images, atol=1e-4)
+        np.testing.assert_allclose(as_tuple[0], made(theirs), atol=1e-4)
 
     def test_nothing_of_the_pipeline_is_changed(self) -> None:
         pipeline = self.case.pipeline()
@@ -214,7 +219,7 @@ class FamilySuite:
             ours = generated(device, arguments, patch_policy=policy)
             assert torch.equal(ours, generated(cpu, arguments, patch_policy=policy))
         assert trace_of(device).executor == "cuda-loop"
-        assert sorted(graphs.captured) == ["2p", "p"]
+        assert tuple(sorted(graphs.captured)) == self.case.captured
 
     def test_captured_runs_that_the_pipeline_drives_equal_the_cpus(self, graphs: Any) -> None:
         guided = self.case.guided is not None
@@ -256,10 +261,12 @@ class FamilySuite:
             base={},
         )
         sizes = {"height": 16, "width": 16, "batch": 1, "text_tokens": 7}
+        frames = {name: n for name, n in self.case.more.items() if name == "num_frames"}
+        sizes |= {"frames": 3} if frames else {}
         fine, coarse = (step_cost(model, multiple=multiple, **sizes) for multiple in (1, 2))
         assert fine.flops > coarse.flops > 0
         assert fine.weight_bytes == coarse.weight_bytes
-        memory = memory_of(engine.artifact, pipeline, 6, height=64, width=64)
+        memory = memory_of(engine.artifact, pipeline, 6, height=64, width=64, **frames)
         assert [bucket.patch for bucket in memory.buckets] == ["p", "2p"]
         held = bool(family_of(pipeline.transformer, pipeline).held)
         assert all((bucket.positions_bytes > 0) is held for bucket in memory.buckets)
@@ -283,7 +290,7 @@ class FamilySuite:
     def test_compiled_blocks_equal_diffusers(self, packages: Packages) -> None:
         pipeline = self.case.pipeline()
         with packages():
-            engine = ddit_rt.compile(pipeline, patch_sizes="p,2p", progress=False)
+            engine = ddit_rt.compile(pipeline, patch_sizes="p,2p", ranges=RANGES, progress=False)
         for prompts in PROMPTS.values():
             if prompts[1] and self.case.guided is None:
                 continue

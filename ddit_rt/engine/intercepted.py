@@ -121,21 +121,21 @@ class InterceptedRun:
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        """Stands in for transformer, scheduler and progress bar."""
-        transformer: Any = self._compiled.steps.transformer
+        """Stands in for transformers, scheduler and progress bar."""
         # The run's own, as the user's may serve other calls.
         scheduler = copy.deepcopy(self._pipeline.scheduler)
         step = partial(self._step, scheduler, scheduler.step)
         with ExitStack() as stack:
             parts = {"forward": self._forward, "_compiled_call_impl": None}
-            stack.enter_context(replaced(transformer, **parts))
+            for model in self._compiled.models:
+                stack.enter_context(replaced(model.transformer, **parts))
             stack.enter_context(replaced(scheduler, step=step))
             bar = partial(self._progress_bar, self._pipeline.progress_bar)
             stack.enter_context(replaced(self._pipeline, scheduler=scheduler, progress_bar=bar))
             yield
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        """In the place of the transformer's `forward`: notes a pass of the first step."""
+        """In the place of a transformer's `forward`: notes a pass of the first step."""
         given = dict(self._signature.bind(None, *args, **kwargs).arguments)
         given.pop("self")
         as_tuple = given.pop("return_dict", True) is False
@@ -185,13 +185,13 @@ class InterceptedRun:
             )
         prompt, *negatives = self.passes
         conditioning = dict(prompt)
+        scales = torch.tensor(self._call.scales, dtype=torch.float32, device=device)
         for negative in negatives:
             for name in {*prompt, *negative}:
                 conditioning[name] = prompt.get(name)
                 conditioning[NEGATIVE + name] = negative.get(name)
-            conditioning[SCALE] = torch.tensor(
-                self._call.scales[0], dtype=torch.float32, device=device
-            )
+            # With one for each expert, where there are several.
+            conditioning[SCALE] = scales if len(scales) > 1 else scales[0]
         return conditioning
 
     @contextmanager

@@ -55,7 +55,8 @@ class ForwardFamily(Family):
 
     Attributes:
         patch: p, the side of the square of latent pixels that becomes a token.
-        held: Children of the transformer whose outputs are the same at every step of a run.
+        held: Children of the transformer whose outputs are the same at every step of a run; one
+            that a model has None in the place of is left out.
         timed: Children whose outputs hang on the time alone.
         sized: Arguments of the forward that hang on the latents' size; `resized` makes them.
         unbatched: Tensor arguments of the forward without a batch dimension.
@@ -235,7 +236,12 @@ class ForwardFamily(Family):
                     given = conditioning.get(prefix + name, conditioning.get(name))
                     self._check_like(name, prefix + name, given, (like, longer[name]))
         if SCALE in conditioning:
-            check_tensor(SCALE, conditioning[SCALE], "without dimensions", floating=False)
+            wanted = "without dimensions, or with one for each expert"
+            if check_tensor(SCALE, conditioning[SCALE], wanted, floating=False).ndim > 1:
+                raise ShapeError(
+                    f"got `{SCALE}` of shape {list(conditioning[SCALE].shape)}; expected a tensor "
+                    f"{wanted}"
+                )
 
     def _check_like(self, name: str, full: str, given: Any, likes: tuple[Tensor, Tensor]) -> None:
         """Refuses what is unlike an example; the second has another text length."""
@@ -245,7 +251,7 @@ class ForwardFamily(Family):
             for size, other in zip(like.shape, longer.shape, strict=True)
         ]
         if name in self.extra:
-            shape[2:] = ["rows", "columns"]
+            shape[2:] = ["frames", "rows", "columns"][-(like.ndim - 2) :]
         check_shape(full, given, shape, floating=like.is_floating_point())
         if not like.is_floating_point() and given.dtype != like.dtype:
             raise TypeError(f"got `{full}` of {given.dtype}; expected {like.dtype}: convert it")

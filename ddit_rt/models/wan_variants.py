@@ -14,11 +14,7 @@ def refused_parts(transformer: Any, pipeline: Any, patch: tuple[int, int, int]) 
         patch: The only patch size that is known: frames, rows, columns.
     """
     refused = _refused_config(transformer.config, patch)
-    if pipeline is not None and pipeline.config.boundary_ratio is not None:
-        refused += _refused_expert(transformer, pipeline.transformer_2)
-    if pipeline is not None and pipeline.config.expand_timesteps:
-        refused.append("a timestep per token (expand_timesteps of Wan 2.2 TI2V 5B)")
-    return refused
+    return refused if pipeline is None else refused + refused_experts(transformer, pipeline)
 
 
 def _refused_config(config: Any, patch: tuple[int, int, int]) -> list[str]:
@@ -36,8 +32,11 @@ def _refused_config(config: Any, patch: tuple[int, int, int]) -> list[str]:
     return refused
 
 
-def _refused_expert(transformer: Any, second: Any) -> list[str]:
+def refused_experts(transformer: Any, pipeline: Any) -> list[str]:
     """What keeps a pipeline's `transformer_2` from running on what was compiled for the first."""
+    if pipeline.config.boundary_ratio is None:
+        return []
+    second = pipeline.transformer_2
     if second is None:
         return ["boundary_ratio without a transformer_2"]
     differs = sorted(

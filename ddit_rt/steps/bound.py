@@ -50,7 +50,7 @@ class BoundModel:
             transformer: The user's.
             types: Its blocks.
             runners: Those blocks, ready to run.
-            held: Paths of children whose outputs are the same at every step of a run.
+            held: Paths of children whose outputs are the same at every step of a run, or of None.
             timed: Paths of children whose outputs hang on the time alone.
             keeps_residual: Whether steps may reuse.
             image_first: Whether image tokens come before text tokens where blocks take both as one.
@@ -62,7 +62,11 @@ class BoundModel:
         self.reuse = False
         self.stops = False
         self._added: Tensor | None = None
-        self._held = [_Held(self, _own_child(self.module, path), timed=False) for path in held]
+        self._held = [
+            _Held(self, _own_child(self.module, path), timed=False)
+            for path in held
+            if _has_child(self.module, path)
+        ]
         self._timed = [_Held(self, _own_child(self.module, path), timed=True) for path in timed]
         self._blocks(types, runners)
 
@@ -97,6 +101,8 @@ class BoundModel:
         """
         for row in range(steps):
             recording = (*self._held, *self._timed) if row == 0 else self._timed
+            if not recording:
+                return
             self._record(recording, run, levels[row : row + 1])
             for one in recording:
                 one.keep(row, len(levels))
@@ -303,6 +309,12 @@ def _shallow(module: nn.Module) -> Any:
     vars(copy).pop("forward", None)
     vars(copy)["_compiled_call_impl"] = None
     return copy
+
+
+def _has_child(module: nn.Module, path: str) -> bool:
+    """Whether there is a child at a path, where a model may have None."""
+    parent, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(parent), name) is not None
 
 
 def _own_child(module: nn.Module, path: str) -> Any:

@@ -318,7 +318,7 @@ def test_image_to_video_vace_and_animate_are_refused_by_class() -> None:
         transformer=base.transformer,
     )
     with pytest.raises(
-        UnsupportedModelError, match="image-to-video model with in_channels=4 .expected 12"
+        UnsupportedModelError, match="WanImageToVideoPipeline of a model with in_channels=4 .expected 12"
     ):
         ddit_rt.compile(other, backend="eager", progress=False)
 

@@ -2,117 +2,219 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline
-from driving import FINE, assert_equal, keep, latents_of
-from family_suite import graphs
-from models import TEXT_WIDTH, noise, seeded
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-from wan_models import CALL, CHANNELS, TEXT_TOKENS, eager, wan_pipeline
+import torch.nn.functional as F
+from driving import FINE, assert_equal, keep, runs
+from family_suite import MIXED, FamilyCase, FamilySuite, eager, generated, graphs, trace_of
+from models import noise
+from wan_image_models import (
+    VIDEO,
+    embeds,
+    experts_pipeline,
+    guided,
+    guided_by_two,
+    image_pipeline,
+    picture,
+    with_picture,
+)
+from wan_models import euler
 
-from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.loop import CudaExecutor
+import ddit_rt
+from ddit_rt import DDiTPolicy, MagCache, StaticPolicy
+from ddit_rt.errors import ArtifactMismatchError, ShapeError, UnsupportedModelError
 
 __all__ = ["graphs"]
 
+ODD = (80, 112)
+"""5 x 7 tokens: neither 2p nor 4p divides them."""
 
-def image_encoder() -> dict[str, Any]:
-    """257 tokens, as the published one gives."""
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=20,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=2,
+
+class TestWanImage(FamilySuite):
+    """One transformer, without image embeddings."""
+
+    case = FamilyCase(
+        pipeline=image_pipeline,
+        prompts=with_picture,
+        guided=guided,
+        sizes=((64, 96), ODD),
+        schedulers={"euler": euler},
+        more=VIDEO,
     )
-    size = {"height": 32, "width": 32}
-    return {
-        "image_encoder": CLIPVisionModel(config).eval().requires_grad_(False),
-        "image_processor": CLIPImageProcessor(size=size, crop_size=size, do_rescale=False),
+    test_compiled_blocks_equal_diffusers = None  # two experts run the same packages: below
+
+
+class TestWanExperts(FamilySuite):
+    """Two experts, each with a scale of its own."""
+
+    case = FamilyCase(
+        pipeline=experts_pipeline,
+        prompts=with_picture,
+        guided=guided_by_two,
+        sizes=((64, 96), ODD),
+        schedulers={"euler": euler},
+        captured=("2p", "2p expert 2", "p", "p expert 2"),
+        more=VIDEO,
+    )
+
+    @pytest.mark.slow
+    def test_compiled_blocks_equal_diffusers(self, tmp_path: Path) -> None:
+        pipeline = experts_pipeline()
+        engine = ddit_rt.compile(pipeline, patch_sizes="p,2p", progress=False)
+        engine = ddit_rt.load(engine.save(tmp_path / "a14b.ddit"), pipeline, progress=False)
+        for call in (self.case.call((7,)), self.case.call((7,), (5,))):
+            assert_equal(*runs(pipeline, engine, call), tolerance=1e-5)
+        ours = generated(engine, call, patch_policy=MIXED)
+        assert_equal(ours, generated(eager(pipeline), call, patch_policy=MIXED), tolerance=1e-4)
+        with pytest.raises(ArtifactMismatchError):
+            ddit_rt.load(engine.artifact.directory, embedded(), progress=False)
+
+    def test_a_step_cache_reuses_what_the_blocks_added(self, graphs: Any) -> None:
+        del graphs
+        with pytest.raises(UnsupportedModelError, match="2 experts"):
+            generated(eager(experts_pipeline()), self.case.call(), step_cache=MagCache())
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["one batch", "two passes"])
+@pytest.mark.parametrize("driven", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
+@pytest.mark.parametrize(
+    "scales",
+    [
+        {"guidance_scale": 3.0},
+        {"guidance_scale": 5.0, "guidance_scale_2": 1.5},
+        {"guidance_scale": 2.0, "guidance_scale_2": 1.0},
+    ],
+    ids=["one scale", "two scales", "second off"],
+)
+def test_each_expert_has_its_scale(batched: bool, driven: Any, scales: Any) -> None:
+    pipeline = experts_pipeline()
+    engine = eager(pipeline)
+    engine.batched_guidance = batched
+    call = TestWanExperts.case.call((7,), (7,), **scales)
+    assert_equal(*runs(pipeline, engine, call, **driven), tolerance=1e-5)
+    assert "steps 2 to 5: expert 2" in trace_of(engine).notes
+
+
+@pytest.mark.parametrize("boundary", [0.0, 1.1], ids=["the first", "the second"])
+@pytest.mark.parametrize("driven", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
+def test_one_expert_may_have_all_steps(boundary: float, driven: Any) -> None:
+    pipeline = image_pipeline(boundary_ratio=boundary)
+    call = TestWanExperts.case.call((7,), (5,), guidance_scale_2=2.0)
+    assert_equal(*runs(pipeline, eager(pipeline), call, **driven), tolerance=1e-5)
+
+
+def test_a_second_scale_without_guidance_is_said_to_be_ignored() -> None:
+    engine = eager(experts_pipeline())
+    with pytest.warns(UserWarning, match="guidance_scale_2=3 is ignored at guidance_scale=1"):
+        generated(engine, TestWanExperts.case.call(guidance_scale_2=3.0))
+
+
+@pytest.mark.parametrize("driven", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
+@pytest.mark.parametrize("last", [False, True], ids=["first frame", "first and last"])
+def test_image_embeddings_reach_the_blocks(last: bool, driven: Any) -> None:
+    pipeline = embedded(last)
+    assert_equal(*runs(pipeline, eager(pipeline), embedded_call(last), **driven), tolerance=1e-5)
+
+
+def embedded(last: bool = False) -> Any:
+    """With image embeddings of one picture, or of two."""
+    return image_pipeline(embedded=True, **({"pos_embed_seq_len": 514} if last else {}))
+
+
+def embedded_call(last: bool = False, **more: Any) -> dict[str, Any]:
+    """With guidance, as one batch, of prompts of 512 tokens."""
+    pictures = {"last_image": picture(2)} if last else {}
+    return TestWanImage.case.call((512,), (512,), **pictures, **more)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first frame", "first and last"])
+def test_image_embeddings_are_made_once_in_a_run(
+    last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, products, own = eager(embedded(last)), [], F.linear
+    embedder = engine.pipeline.transformer.condition_embedder.image_embedder
+    weight = embedder.ff.net[0].proj.weight
+
+    def linear(values: Any, factor: Any, *more: Any) -> Any:
+        products.extend([1] if factor is weight else [])
+        return own(values, factor, *more)
+
+    monkeypatch.setattr(F, "linear", linear)
+    for steps in (3, 6):
+        plan = StaticPolicy(["p", "2p", *["p"] * (steps - 2)])
+        call = embedded_call(last, num_inference_steps=steps)
+        assert torch.isfinite(generated(engine, call, patch_policy=plan)).all()
+        assert len(products) == 2, "once for each patch size"
+        products.clear()
+
+
+def test_a_last_frame_reaches_a_model_without_image_embeddings() -> None:
+    pipeline = experts_pipeline()
+    call = TestWanExperts.case.call((7,), (5,), last_image=picture(2))
+    ours, theirs = runs(pipeline, eager(pipeline), call)
+    assert_equal(ours, theirs, tolerance=1e-5)
+    call.pop("last_image")
+    assert float((generated(eager(pipeline), call, patch_policy=FINE) - ours).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("policy", ["4p:0.5,p", DDiTPolicy(tau=1.0, fine_tail=1)])
+@pytest.mark.parametrize("make", [image_pipeline, experts_pipeline])
+def test_coarse_steps_run_where_no_patch_divides(make: Any, policy: Any) -> None:
+    engine = eager(make(), patch_sizes="p,2p,4p")
+    height, width = ODD
+    call = TestWanImage.case.call((7,), (5,), height=height, width=width, num_inference_steps=8)
+    assert torch.isfinite(generated(engine, call, patch_policy=policy)).all()
+    assert "4p" in trace_of(engine).patch_sizes()
+
+
+def test_denoise_takes_picture_and_scales() -> None:
+    pipeline, case = experts_pipeline(), TestWanExperts.case
+    engine = eager(pipeline)
+    conditioning = {
+        "encoder_hidden_states": embeds((7,))["prompt_embeds"],
+        "negative_encoder_hidden_states": embeds((7,), seed=3)["prompt_embeds"],
+        "condition": noise(1, 8, 3, 8, 12),
+        "guidance_scale": torch.tensor([4.0, 2.0]),
     }
-
-
-def image_pipeline(*, embedded: bool = False, **config: Any) -> WanImageToVideoPipeline:
-    more = {"image_dim": 20, "added_kv_proj_dim": 32} if embedded else {}
-    whole = wan_pipeline(in_channels=2 * CHANNELS + 4, out_channels=CHANNELS, **more)
-    parts = {name: getattr(whole, name) for name in ("tokenizer", "text_encoder", "vae")}
-    pipeline = WanImageToVideoPipeline(
-        **parts,
-        scheduler=whole.scheduler,
-        transformer=whole.transformer,
-        **(image_encoder() if embedded else {}),
-        **config,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def call(**more: Any) -> dict[str, Any]:
-    # The pipeline cleans a prompt by ftfy, which it needs installed.
-    given = {name: value for name, value in CALL.items() if name != "prompt"}
-    return {
-        **given,
-        "image": noise(1, 3, 64, 128).sigmoid(),
-        "prompt_embeds": noise(1, TEXT_TOKENS, TEXT_WIDTH, seed=1),
-        "negative_prompt_embeds": noise(1, TEXT_TOKENS, TEXT_WIDTH, seed=2),
-        **more,
-    }
-
-
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-@pytest.mark.parametrize("driven", [False, True])
-def test_all_fine_equals_diffusers(scale: float, driven: bool) -> None:
-    pipeline = image_pipeline()
-    engine = eager(pipeline, patch_sizes="p,2p")
-    more = {"callback_on_step_end": keep} if driven else {}
-    given = call(guidance_scale=scale)
-    ours = latents_of(engine(**given, **more, generator=seeded(), patch_policy=FINE))
-    theirs = pipeline(**given, generator=seeded()).frames
-    assert_equal(ours, theirs, tolerance=1e-4)
-
-
-@pytest.mark.parametrize("driven", [False, True])
-def test_image_embeddings_reach_the_blocks(driven: bool) -> None:
-    pipeline = image_pipeline(embedded=True)
-    text = {"prompt_embeds": noise(1, 512, TEXT_WIDTH), "negative_prompt_embeds": None}
-    given = call(guidance_scale=1.0, **text)
-    more = {"callback_on_step_end": keep} if driven else {}
-    engine = eager(pipeline, patch_sizes="p,2p")
-    ours = latents_of(engine(**given, **more, generator=seeded(), patch_policy=FINE))
-    theirs = pipeline(**given, generator=seeded()).frames
-    assert_equal(ours, theirs, tolerance=1e-4)
-
-
-def test_captured_runs_equal_the_cpus_to_the_bit(graphs: Any) -> None:
-    cpu, device = (eager(image_pipeline(), patch_sizes="p,2p") for _ in range(2))
-    device._loop.executor = CudaExecutor(graphs)
-    for given in (call(), call(image=noise(1, 3, 64, 128, seed=5).sigmoid()), call()):
-        ours, theirs = (
-            latents_of(engine(**given, generator=seeded(), patch_policy="2p:0.5,p"))
-            for engine in (device, cpu)
-        )
-        assert torch.equal(ours, theirs)
-
-
-def test_coarse_steps_run() -> None:
-    engine = eager(image_pipeline(), patch_sizes="p,2p")
-    fine, mixed = (
-        latents_of(engine(**call(), generator=seeded(), patch_policy=policy))
-        for policy in (FINE, "2p:0.5,p")
-    )
-    assert torch.isfinite(mixed).all()
-    assert float((fine - mixed).abs().max()) > 1e-3
+    latents = noise(1, 4, 3, 8, 12, seed=4)
+    final = engine.denoise(latents, num_inference_steps=6, patch_policy=FINE, **conditioning)
+    assert final.shape == latents.shape
+    pipeline.prepare_latents = lambda *_, **__: (latents, conditioning["condition"])
+    theirs = pipeline(**case.call((7,), (7,))).frames
+    assert_equal(final, theirs, tolerance=1e-5)
+    with pytest.raises(ShapeError, match="one for each expert"):
+        engine.denoise(latents, **{**conditioning, "guidance_scale": torch.ones(1, 2)})
 
 
 @pytest.mark.parametrize(
-    ("config", "part"),
-    [({"expand_timesteps": True}, "timestep per token"), ({"boundary_ratio": 0.9}, "two experts")],
+    ("make", "call", "message"),
+    [
+        (embedded, {"max_sequence_length": 12, "prompt_embeds": None}, r"prompts of \[12, 512\]"),
+        (embedded, embeds((7,)), r"prompts of \[7, 512\] tokens.*512 for granted"),
+        (embedded, {"last_image": picture(2)}, r"2 picture\(s\).*leave `last_image` out"),
+        (partial(embedded, True), {}, r"1 picture\(s\).*give `last_image` too"),
+    ],
 )
-def test_what_does_not_fit_is_refused_by_name(config: dict[str, Any], part: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=part):
-        eager(image_pipeline(**config))
+def test_calls_that_image_embeddings_cannot_serve_are_named(
+    make: Any, call: Any, message: str
+) -> None:
+    with pytest.raises((UnsupportedModelError, ValueError), match=message):
+        generated(eager(make()), {**embedded_call(), **call})
+
+
+def test_models_that_do_not_fit_are_named() -> None:
+    for config, message in (
+        ({"in_channels": 8}, r"in_channels=8 \(expected 12\)"),
+        ({"patch_size": (1, 4, 4)}, "patch_size"),
+        ({"pos_embed_seq_len": 100, "embedded": True}, r"pos_embed_seq_len=100 \(expected 514\)"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=message):
+            eager(image_pipeline(**config))
+    pipeline = image_pipeline()
+    pipeline.register_to_config(boundary_ratio=0.875)
+    with pytest.raises(UnsupportedModelError, match="boundary_ratio without a transformer_2"):
+        eager(pipeline)

@@ -1,0 +1,92 @@
+"""Small random Wan pipelines that start from pictures or videos, of the real classes, for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import WanImageToVideoPipeline
+from models import TEXT_WIDTH, noise
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from wan_models import CHANNELS, wan_pipeline
+
+BOUNDARY = 0.875
+"""Of experts; with a shift of 3 and six steps the first two lie above it."""
+
+
+def image_encoder() -> dict[str, Any]:
+    """257 tokens, as the published one gives."""
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=20,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=2,
+    )
+    size = {"height": 32, "width": 32}
+    return {
+        "image_encoder": CLIPVisionModel(config).eval().requires_grad_(False),
+        "image_processor": CLIPImageProcessor(size=size, crop_size=size, do_rescale=False),
+    }
+
+
+def image_pipeline(
+    *, embedded: bool = False, boundary_ratio: float | None = None, **config: Any
+) -> WanImageToVideoPipeline:
+    """Image to video: embedded, with image embeddings; with a boundary, of two experts."""
+    config |= {"image_dim": 20, "added_kv_proj_dim": 32} if embedded else {}
+    config = {"in_channels": 2 * CHANNELS + 4, "out_channels": CHANNELS, **config}
+    whole = wan_pipeline(boundary_ratio=boundary_ratio, **config)
+    encoder = image_encoder() if embedded else {}
+    return put_together(WanImageToVideoPipeline, whole, boundary_ratio=boundary_ratio, **encoder)
+
+
+def experts_pipeline() -> WanImageToVideoPipeline:
+    """As Wan 2.2 A14B."""
+    return image_pipeline(boundary_ratio=BOUNDARY)
+
+
+def put_together(kind: type, whole: Any, **more: Any) -> Any:
+    """A pipeline of a class over the parts of one of text to video."""
+    names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer", "transformer_2")
+    pipeline = kind(**{**{name: getattr(whole, name) for name in names}, **more})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def embeds(lengths: tuple[int, ...] = (7,), seed: int = 1, prefix: str = "") -> dict[str, Tensor]:
+    """Prompt embeddings of these lengths, padded with zeros to the longest, as Wan pads.
+
+    The pipelines of pictures clean a prompt by ftfy, which they need installed.
+    """
+    text = noise(len(lengths), max(lengths), TEXT_WIDTH, seed=seed)
+    for row, tokens in zip(text, lengths, strict=True):
+        row[tokens:] = 0
+    return {f"{prefix}prompt_embeds": text}
+
+
+def picture(seed: int = 1, height: int = 64, width: int = 96) -> Tensor:
+    """In [0, 1]."""
+    return noise(1, 3, height, width, seed=seed).sigmoid()
+
+
+def with_picture(lengths: tuple[int, ...], seed: int = 1) -> dict[str, Any]:
+    """Arguments of a call with prompts of these lengths."""
+    return {**embeds(lengths, seed), "image": picture(seed)}
+
+
+def guided(lengths: tuple[int, ...]) -> dict[str, Any]:
+    """Arguments that ask for guidance."""
+    return {"guidance_scale": 4.0, **embeds(lengths, seed=3, prefix="negative_")}
+
+
+def guided_by_two(lengths: tuple[int, ...]) -> dict[str, Any]:
+    """With a scale for each expert."""
+    return {**guided(lengths), "guidance_scale_2": 2.0}
+
+
+VIDEO = {"num_frames": 9, "guidance_scale": 1.0}
+"""Three latent frames, and no guidance where none is asked for."""
