@@ -266,7 +266,9 @@ class FamilySuite:
         fine, coarse = (step_cost(model, multiple=multiple, **sizes) for multiple in (1, 2))
         assert fine.flops > coarse.flops > 0
         assert fine.weight_bytes == coarse.weight_bytes
-        memory = memory_of(engine.artifact, pipeline, 6, height=64, width=64, **frames)
+        height, width = self.case.sizes[0]
+        size = {"height": height, "width": width, **frames}
+        memory = memory_of(engine.artifact, pipeline, 6, **size)
         assert [bucket.patch for bucket in memory.buckets] == ["p", "2p"]
         held = bool(family_of(pipeline.transformer, pipeline).held)
         assert all((bucket.positions_bytes > 0) is held for bucket in memory.buckets)

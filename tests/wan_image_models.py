@@ -9,7 +9,7 @@ from diffusers import WanImageToVideoPipeline
 from models import TEXT_WIDTH, noise
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-from wan_models import CHANNELS, wan_pipeline
+from wan_models import CHANNELS, wan_pipeline, wan_vae_16
 
 BOUNDARY = 0.875
 """Of experts; with a shift of 3 and six steps the first two lie above it."""
@@ -47,6 +47,12 @@ def image_pipeline(
 def experts_pipeline() -> WanImageToVideoPipeline:
     """As Wan 2.2 A14B."""
     return image_pipeline(boundary_ratio=BOUNDARY)
+
+
+def ti2v_pipeline(kind: type = WanImageToVideoPipeline) -> Any:
+    """As Wan 2.2 TI2V 5B: a timestep for each token; by default image to video."""
+    whole = wan_pipeline(in_channels=48, out_channels=48)
+    return put_together(kind, whole, vae=wan_vae_16(), expand_timesteps=True)
 
 
 def put_together(kind: type, whole: Any, **more: Any) -> Any:

@@ -56,6 +56,25 @@ def wan_vae() -> AutoencoderKLWan:
     return vae.eval().requires_grad_(False)
 
 
+def wan_vae_16() -> AutoencoderKLWan:
+    """Sixteen pixels to a latent of 48 channels, by patches of 2 x 2 pixels, as TI2V's."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=48,
+        num_res_blocks=1,
+        latents_mean=[0.1] * 48,
+        latents_std=[1.2] * 48,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    )
+    return vae.eval().requires_grad_(False)
+
+
 def unipc() -> UniPCMultistepScheduler:
     """The scheduler of the published pipelines."""
     return UniPCMultistepScheduler(

@@ -175,7 +175,8 @@ def _empty(
     """
     if transformer_class is None:
         raise UnsupportedModelError(f"{pipeline_class} has no transformer")
-    family = family_of_classes(_diffusers_class(transformer_class), pipeline_class)
+    index = None if pipeline_class is None else _read(folder / PIPELINE_FILE)
+    family = family_of_classes(_diffusers_class(transformer_class), pipeline_class, index)
     if pipeline_class is None:
         transformer: nn.Module = _empty_part(folder, transformer_class, dtype)
         family.check_model(transformer, None)

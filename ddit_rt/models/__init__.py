@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,7 @@ from ddit_rt.models.qwen_image import QwenImageFamily
 from ddit_rt.models.sd3 import SD3Family
 from ddit_rt.models.wan import WanFamily
 from ddit_rt.models.wan_image import WanImageFamily
+from ddit_rt.models.wan_ti2v import WanTI2VFamily
 from ddit_rt.models.z_image import ZImageFamily
 
 __all__ = ["FAMILIES", "Family", "family_named", "family_of", "family_of_classes"]
@@ -33,6 +35,7 @@ FAMILIES: tuple[Family, ...] = (
     FluxKontextFamily(),
     FluxFillFamily(),
     WanFamily(),
+    WanTI2VFamily(),
     WanImageFamily(),
     QwenImageFamily(),
     ChromaFamily(),
@@ -55,13 +58,16 @@ def family_of(transformer: nn.Module, pipeline: Any = None) -> Family:
         UnsupportedModelError: No family handles the transformer's class, or none of those that do
             handles the pipeline's.
     """
-    return family_of_classes(
-        type(transformer), None if pipeline is None else type(pipeline).__name__
-    )
+    if pipeline is None:
+        return family_of_classes(type(transformer), None)
+    config = getattr(pipeline, "config", {})
+    return family_of_classes(type(transformer), type(pipeline).__name__, config)
 
 
-def family_of_classes(transformer: type[nn.Module], pipeline: str | None) -> Family:
-    """`family_of`, of a transformer's class and the name of a pipeline's."""
+def family_of_classes(
+    transformer: type[nn.Module], pipeline: str | None, config: Mapping[str, Any] | None = None
+) -> Family:
+    """`family_of`, of a transformer's class and the name and configuration of a pipeline's."""
     classes = {cls.__name__ for cls in transformer.__mro__}
     found = [family for family in FAMILIES if family.transformer_class in classes]
     if not found:
@@ -72,7 +78,8 @@ def family_of_classes(transformer: type[nn.Module], pipeline: str | None) -> Fam
     if pipeline is None:
         return found[0]
     for family in found:
-        if pipeline in family.pipeline_classes:
+        own = family.pipeline_config.items()
+        if pipeline in family.pipeline_classes and own <= dict(config or {}).items():
             return family
     names = [name for family in found for name in family.pipeline_classes]
     raise UnsupportedModelError(

@@ -153,6 +153,8 @@ class Family(ABC):
         name: As a manifest writes it.
         transformer_class: Class name of the transformer.
         pipeline_classes: Class names of the pipelines around it.
+        pipeline_config: Values of the pipeline's configuration by which it is this family's, where
+            a later one takes all other pipelines of the class.
         conditioning_names: Keyword arguments of `Engine.denoise` that carry the prompt.
         video: Whether latents have frames.
         channels_last: Whether a token that the de-embedding makes holds a pixel's channels side by
@@ -170,6 +172,7 @@ class Family(ABC):
     name: ClassVar[str]
     transformer_class: ClassVar[str]
     pipeline_classes: ClassVar[tuple[str, ...]]
+    pipeline_config: ClassVar[Mapping[str, Any]] = {}
     conditioning_names: ClassVar[tuple[str, ...]]
     video: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import qwen_models
-from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel, WanPipeline
 from models import tiny_pipeline
+from wan_image_models import experts_pipeline, ti2v_pipeline
 from wan_models import wan_pipeline
 
 from ddit_rt.cli import main
@@ -38,6 +40,9 @@ def info(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, An
     [
         (tiny_pipeline, "flux", 1, 512),
         (wan_pipeline, "wan", 2, 512),
+        (experts_pipeline, "wan-image", 2, 512),
+        (ti2v_pipeline, "wan-ti2v", 2, 512),
+        (partial(ti2v_pipeline, WanPipeline), "wan", 2, 512),
         (qwen_models.tiny_pipeline, "qwen-image", 1, 512),
     ],
 )
@@ -50,7 +55,8 @@ def test_a_supported_pipeline_is_told_with_the_floor_of_every_size(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pipeline = make()
-    size = {"height": 64, "width": 96, **({"num_frames": 5} if family == "wan" else {})}
+    frames = {"num_frames": 5} if family.startswith("wan") else {}
+    size = {"height": 128, "width": 192, **frames}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in size.items()]
     data = info(capsys, saved(pipeline, tmp_path / "model"), "--dtype=float32", *options)
     assert data["supported"] is True
@@ -59,7 +65,7 @@ def test_a_supported_pipeline_is_told_with_the_floor_of_every_size(
     default, asked = data["sizes"]
     own = family_of(pipeline.transformer, pipeline)
     assert (default["height"], default["width"]) == own.default_size(pipeline)
-    assert (asked["height"], asked["width"]) == (64, 96)
+    assert (asked["height"], asked["width"]) == (128, 192)
     model = StepModel(family=own, transformer=pipeline.transformer, base={})
     *frames, rows, columns = asked["latent"]
     for multiple, patch in ((1, "p"), (2, "2p")):
@@ -132,8 +138,8 @@ def test_what_cannot_be_run_is_told_by_name(
     text = reason(tmp_path / "pixart")
     assert "got a PixArtTransformer2DModel; supported transformer classes" in text
     wan = wan_pipeline()
-    wan.register_to_config(expand_timesteps=True)
-    assert "expand_timesteps of Wan 2.2 TI2V 5B" in reason(saved(wan, tmp_path / "ti2v"))
+    wan.register_to_config(boundary_ratio=0.9)
+    assert "boundary_ratio without a transformer_2" in reason(saved(wan, tmp_path / "half"))
 
     def written(name: str, **index: Any) -> Path:
         folder = tmp_path / name

@@ -14,6 +14,7 @@ from ddit_rt.steps import StepModel
 IMAGE = ((1024, 1024), (1360, 768), (768, 1360), (1920, 1080), (512, 512), (1328, 1328))
 QWEN = ((1328, 1328), (1664, 928), (928, 1664), (1472, 1140), (1140, 1472))
 WAN = ((480, 832), (832, 480), (720, 1280), (1280, 720))
+TI2V = ((704, 1280), (1280, 704), (480, 832))
 
 # By family: pixels of a latent pixel, frames of a latent (0: an image), and sizes in pixels as
 # model cards, or the pipelines' own defaults, name them.
@@ -24,6 +25,7 @@ SIZES: dict[str, tuple[int, int, tuple[tuple[int, int], ...]]] = {
     "flux-kontext": (8, 0, IMAGE),
     "flux-fill": (8, 0, IMAGE),
     "wan": (8, 21, WAN),
+    "wan-ti2v": (16, 31, TI2V),
     "wan-image": (8, 21, WAN),
     "qwen-image": (8, 0, QWEN),
     "chroma": (8, 0, IMAGE),
@@ -33,17 +35,21 @@ SIZES: dict[str, tuple[int, int, tuple[tuple[int, int], ...]]] = {
     "krea2": (8, 0, IMAGE),
 }
 
+# Wan's text to video has two sizes of latent pixels.
+ROWS = [(name, *row) for name, row in (*SIZES.items(), ("wan", (16, 31, TI2V)))]
+
 
 def test_no_family_is_left_out() -> None:
     assert {family.name for family in FAMILIES} == set(SIZES)
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [(name, size) for name, (_, _, sizes) in SIZES.items() for size in sizes]
+    ("name", "scale", "frames", "size"), [(*row, size) for *row, sizes in ROWS for size in sizes]
 )
-def test_real_sizes_offer_every_patch(name: str, size: tuple[int, int]) -> None:
+def test_real_sizes_offer_every_patch(
+    name: str, scale: int, frames: int, size: tuple[int, int]
+) -> None:
     family: Any = family_named(name)
-    scale, frames, _ = SIZES[name]
     patch = 2  # of every released model
     height, width = (patch * (edge // (scale * patch)) for edge in size)
     model = StepModel(family=Fixed(family, patch), transformer=None, base={})  # type: ignore[arg-type]

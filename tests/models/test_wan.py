@@ -293,10 +293,6 @@ def test_other_pipelines_are_refused_by_name() -> None:
     pipeline.register_modules(transformer_2=wan_transformer(1).to(torch.bfloat16))
     with pytest.raises(UnsupportedModelError, match="bfloat16 on cpu beside a transformer of"):
         ddit_rt.compile(pipeline, backend="eager", progress=False)
-    pipeline = wan_pipeline()
-    pipeline.register_to_config(expand_timesteps=True)
-    with pytest.raises(UnsupportedModelError, match="expand_timesteps"):
-        ddit_rt.compile(pipeline, backend="eager", progress=False)
 
 
 def test_image_to_video_vace_and_animate_are_refused_by_class() -> None:
@@ -318,7 +314,8 @@ def test_image_to_video_vace_and_animate_are_refused_by_class() -> None:
         transformer=base.transformer,
     )
     with pytest.raises(
-        UnsupportedModelError, match="WanImageToVideoPipeline of a model with in_channels=4 .expected 12"
+        UnsupportedModelError,
+        match="WanImageToVideoPipeline of a model with in_channels=4 .expected 12",
     ):
         ddit_rt.compile(other, backend="eager", progress=False)
 

@@ -1,0 +1,95 @@
+"""Wan 2.2 TI2V 5B, image to video: `WanImageToVideoPipeline` with `expand_timesteps`.
+
+Latents are `[B, 48, F, H/16, W/16]`. The first latent frame is the encoded picture: it stays as it
+is, and the model is told so by a timestep for each token, 0 in that frame and t in all others. A
+coarse step has the tokens of its own grid, their timesteps, and a smaller picture by plain means.
+What the solver makes of the first frame is never seen: the pipeline puts the picture there before
+every call of the model, and at the end. Text to video, where all tokens have one time, is `wan.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ddit_rt.models.calls import ModelCall, PipelineCall
+from ddit_rt.models.wan_forward import WanForwardFamily, smaller
+
+
+class WanTI2VFamily(WanForwardFamily):
+    """Image to video by a timestep for each token."""
+
+    name: ClassVar[str] = "wan-ti2v"
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline",)
+    pipeline_config: ClassVar[Mapping[str, Any]] = {"expand_timesteps": True}
+    conditioning_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "condition")
+    extra: ClassVar[tuple[str, ...]] = ("condition",)
+    # A row for every token and step would be as large as the model.
+    timed: ClassVar[tuple[str, ...]] = ()
+    # Twice 121 frames of 704 x 1280. Six rows of 3072 for each token then stay below 2**31.
+    default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {
+        "batch": (1, 2),
+        "image": (4, 54560),
+    }
+
+    def refused(self, config: Any) -> list[str]:
+        """See `WanForwardFamily.refused`."""
+        refused = []
+        if config.in_channels != (config.out_channels or config.in_channels):
+            refused.append(
+                f"expand_timesteps, in_channels={config.in_channels} and "
+                f"out_channels={config.out_channels} (expected as many)"
+            )
+        if config.image_dim is not None:
+            refused.append("expand_timesteps and image embeddings (image_dim)")
+        return refused
+
+    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
+        """See `ForwardFamily.example`: a picture of one pixel serves every size."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "encoder_hidden_states": (batch, text, transformer.config.text_dim),
+            "condition": (batch, self.latent_channels(transformer), 1, 1, 1),
+        }
+        return {
+            name: torch.empty(shape, dtype=transformer.dtype, device="meta")
+            for name, shape in shapes.items()
+        }
+
+    def forward_arguments(
+        self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """See `ForwardFamily.forward_arguments`."""
+        prompt = dict(arguments)
+        picture = smaller(prompt.pop("condition"), latents)
+        given = super().forward_arguments(latents, level, prompt)
+        batch, _, frames, rows, columns = latents.shape
+        tokens, time = rows * columns // self.patch**2, given["timestep"][:, None]
+        first = torch.zeros_like(time).expand(batch, tokens)
+        given["timestep"] = torch.cat((first, time.expand(batch, (frames - 1) * tokens)), dim=1)
+        given["hidden_states"] = torch.cat((picture, latents[:, :, 1:]), dim=2)
+        return given
+
+    def read_call(
+        self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
+    ) -> PipelineCall:
+        """See `ForwardFamily.read_call`."""
+        read = super().read_call(pipeline, scheduler, arguments)
+        if read.arguments["last_image"] is None:
+            return read
+        note = "last_image is ignored by a model with a timestep for each token"
+        return replace(read, ignored=(*read.ignored, note))
+
+    def read_model_call(
+        self, transformer: Any, shape: tuple[int, ...], arguments: Mapping[str, Any]
+    ) -> ModelCall:
+        """See `Family.read_model_call`: the last token's time is that of all but the picture's."""
+        given = {
+            **arguments,
+            "condition": arguments["hidden_states"][:, :, :1],
+            "timestep": arguments["timestep"][:, -1],
+        }
+        return super().read_model_call(transformer, shape, given)
