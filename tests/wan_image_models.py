@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import WanImageToVideoPipeline
+from diffusers import WanImageToVideoPipeline, WanVACEPipeline, WanVACETransformer3DModel
 from models import TEXT_WIDTH, noise
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-from wan_models import CHANNELS, wan_pipeline, wan_vae_16
+from wan_models import CHANNELS, wan_pipeline, wan_transformer, wan_vae_16
 
 BOUNDARY = 0.875
 """Of experts; with a shift of 3 and six steps the first two lie above it."""
@@ -55,6 +57,19 @@ def ti2v_pipeline(kind: type = WanImageToVideoPipeline) -> Any:
     return put_together(kind, whole, vae=wan_vae_16(), expand_timesteps=True)
 
 
+VACE = {"num_layers": 4, "vace_layers": [0, 2], "vace_in_channels": 2 * CHANNELS + 64}
+
+
+def vace_pipeline(boundary_ratio: float | None = None, **config: Any) -> WanVACEPipeline:
+    """Control by a video, a mask and references; with a boundary, of two experts."""
+    first, second = (
+        wan_transformer(seed, WanVACETransformer3DModel, **{**VACE, **config}) for seed in (0, 1)
+    )
+    more = {} if boundary_ratio is None else {"transformer_2": second}
+    more |= {"transformer": first, "boundary_ratio": boundary_ratio}
+    return put_together(WanVACEPipeline, wan_pipeline(), **more)
+
+
 def put_together(kind: type, whole: Any, **more: Any) -> Any:
     """A pipeline of a class over the parts of one of text to video."""
     names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer", "transformer_2")
@@ -82,6 +97,34 @@ def picture(seed: int = 1, height: int = 64, width: int = 96) -> Tensor:
 def with_picture(lengths: tuple[int, ...], seed: int = 1) -> dict[str, Any]:
     """Arguments of a call with prompts of these lengths."""
     return {**embeds(lengths, seed), "image": picture(seed)}
+
+
+def frames(seed: int = 1, height: int = 64, width: int = 96) -> list[Image.Image]:
+    """Nine pictures."""
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(0, 256, (9, height, width, 3), dtype=np.uint8)
+    return [Image.fromarray(one) for one in pixels]
+
+
+def masks(height: int = 64, width: int = 96) -> list[Image.Image]:
+    """Nine masks: the right half, but for a strip."""
+    white = np.zeros((height, width), dtype=np.uint8)
+    white[:, width // 2 - 4 :] = 255
+    white[30:34, 60:] = 0
+    return [Image.fromarray(white)] * 9
+
+
+def with_video(
+    lengths: tuple[int, ...], seed: int = 1, height: int = 64, width: int = 96
+) -> dict[str, Any]:
+    """Arguments of a call with all that VACE takes."""
+    return {
+        **embeds(lengths, seed),
+        "video": frames(seed, height, width),
+        "mask": masks(height, width),
+        "reference_images": frames(seed + 5, 40, 56)[:1],
+        "conditioning_scale": [1.0, 0.7],
+    }
 
 
 def guided(lengths: tuple[int, ...]) -> dict[str, Any]:

@@ -24,8 +24,10 @@ CHANNELS = 4
 TEXT_TOKENS = 12
 
 
-def wan_transformer(seed: int = 0, **config: Any) -> WanTransformer3DModel:
-    """A Wan transformer of some 40k parameters, random but with every path alive."""
+def wan_transformer(
+    seed: int = 0, kind: type[nn.Module] = WanTransformer3DModel, **config: Any
+) -> Any:
+    """A Wan transformer of a class, of some 40k parameters, random but with every path alive."""
     torch.manual_seed(seed)
     fields: dict[str, Any] = {
         "num_attention_heads": 2,
@@ -37,7 +39,7 @@ def wan_transformer(seed: int = 0, **config: Any) -> WanTransformer3DModel:
         "ffn_dim": 48,
         "num_layers": 2,
     }
-    model = WanTransformer3DModel(**{**fields, **config})
+    model = kind(**{**fields, **config})
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model.eval().requires_grad_(False)

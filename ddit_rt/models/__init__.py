@@ -24,6 +24,7 @@ from ddit_rt.models.sd3 import SD3Family
 from ddit_rt.models.wan import WanFamily
 from ddit_rt.models.wan_image import WanImageFamily
 from ddit_rt.models.wan_ti2v import WanTI2VFamily
+from ddit_rt.models.wan_vace import WanVACEFamily
 from ddit_rt.models.z_image import ZImageFamily
 
 __all__ = ["FAMILIES", "Family", "family_named", "family_of", "family_of_classes"]
@@ -37,6 +38,7 @@ FAMILIES: tuple[Family, ...] = (
     WanFamily(),
     WanTI2VFamily(),
     WanImageFamily(),
+    WanVACEFamily(),
     QwenImageFamily(),
     ChromaFamily(),
     SD3Family(),

@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddit_rt import ops
@@ -22,6 +21,7 @@ from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.calls import ModelCall, PipelineCall
 from ddit_rt.models.flux_calls import PATCH, ignored_arguments, wants_true_cfg
 from ddit_rt.models.forward import REFERENCE, ForwardFamily
+from ddit_rt.models.smaller import smaller_both
 
 
 class FluxImageFamily(ForwardFamily):
@@ -203,27 +203,10 @@ class FluxFillFamily(FluxImageFamily):
     ) -> dict[str, Any]:
         """See `ForwardFamily.forward_arguments`."""
         prompt = dict(arguments)
-        fill = _smaller(prompt.pop("fill"), latents.shape)
+        fill = smaller_both(prompt.pop("fill"), latents.shape[1], latents.shape[-2:])
         given = super().forward_arguments(latents, level, prompt)
         given["hidden_states"] = self.pack_latents(torch.cat((latents, fill), dim=1).contiguous())
         return given
-
-
-def _smaller(fill: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Picture and mask for latents of a shape: means of the picture, the mask as most of it is.
-
-    A latent pixel has its mask pixels as channels.
-    """
-    if fill.shape[-2:] == shape[-2:]:
-        return fill
-    picture, mask = fill[:, : shape[1]], fill[:, shape[1] :]
-    side = math.isqrt(mask.shape[1])
-    pixels = F.interpolate(
-        F.pixel_shuffle(mask, side), (shape[-2] * side, shape[-1] * side), mode="area"
-    )
-    mask = F.pixel_unshuffle((pixels >= 0.5).to(mask.dtype), side)
-    picture = F.interpolate(picture, (shape[-2], shape[-1]), mode="area")
-    return torch.cat((picture, mask), dim=1)
 
 
 def _tokens(shape: tuple[int, ...]) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddit_rt.errors import UnsupportedModelError
@@ -126,11 +125,3 @@ class WanForwardFamily(ForwardFamily):
         """Latent shape of a pipeline's call."""
         size = call["height"], call["width"]
         return self.latent_shape(pipeline, *size, batch_of(call), call["num_frames"])
-
-
-def smaller(picture: Tensor, latents: Tensor) -> Tensor:
-    """Clean channels `[B, C, F, H, W]` at the size of latents: plain means, frame by frame."""
-    size = tuple(latents.shape[-2:])
-    if picture.shape[-2:] == size:
-        return picture
-    return F.interpolate(picture, (picture.shape[2], *size), mode="area")

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.calls import ModelCall, PipelineCall
-from ddit_rt.models.wan_forward import WanForwardFamily, smaller
+from ddit_rt.models.smaller import smaller
+from ddit_rt.models.wan_forward import WanForwardFamily
 
 _MASK = 4
 """Channels of the mask: one for each frame that a latent frame stands for."""
@@ -67,7 +68,7 @@ class WanImageFamily(WanForwardFamily):
     ) -> dict[str, Any]:
         """See `ForwardFamily.forward_arguments`."""
         prompt = dict(arguments)
-        condition = smaller(prompt.pop("condition"), latents)
+        condition = smaller(prompt.pop("condition"), latents.shape[-2:])
         image = prompt.get(_IMAGE)
         if image is not None and image.shape[1] > _IMAGE_TOKENS:
             # The model takes the two pictures of a video as two rows.

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ddit_rt.models.calls import ModelCall, PipelineCall
-from ddit_rt.models.wan_forward import WanForwardFamily, smaller
+from ddit_rt.models.smaller import smaller
+from ddit_rt.models.wan_forward import WanForwardFamily
 
 
 class WanTI2VFamily(WanForwardFamily):
@@ -64,7 +65,7 @@ class WanTI2VFamily(WanForwardFamily):
     ) -> dict[str, Any]:
         """See `ForwardFamily.forward_arguments`."""
         prompt = dict(arguments)
-        picture = smaller(prompt.pop("condition"), latents)
+        picture = smaller(prompt.pop("condition"), latents.shape[-2:])
         given = super().forward_arguments(latents, level, prompt)
         batch, _, frames, rows, columns = latents.shape
         tokens, time = rows * columns // self.patch**2, given["timestep"][:, None]

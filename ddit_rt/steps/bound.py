@@ -61,7 +61,7 @@ class BoundModel:
         self._keeps_residual, self._image_first = keeps_residual, image_first
         self.reuse = False
         self.stops = False
-        self._added: Tensor | None = None
+        self._entered: Tensor | None = None
         self._held = [
             _Held(self, _own_child(self.module, path), timed=False)
             for path in held
@@ -160,24 +160,29 @@ class BoundModel:
 
     def enter(self, hidden: Tensor) -> None:
         """Notes the image tokens that the first block is given."""
-        if self._keeps_residual and not self.reuse:
-            self._added = hidden
+        if self._keeps_residual:
+            self._entered = hidden
 
     def leave(self, hidden: Tensor) -> None:
         """Keeps what the blocks have added to the image tokens."""
-        if self._added is None:
+        entered, self._entered = self._entered, None
+        if entered is None or self.reuse:
             return
         if self.residual is None:
             # Only now, so that a run which lends its tables to a captured bucket has none.
-            self.residual = torch.zeros_like(self._added)
-        torch.sub(self._image_tokens(hidden, self._added), self._added, out=self.residual)
-        self._added = None
+            self.residual = torch.zeros_like(entered)
+        torch.sub(self._image_tokens(hidden, entered), entered, out=self.residual)
 
     def with_residual(self, hidden: Tensor) -> Tensor:
-        """What the last block is given, and in its image tokens what the blocks have added."""
-        assert self.residual is not None, "a step reuses what an earlier one computed"
+        """What the last block is given; its image tokens with all that was added since the first.
+
+        That is more than the blocks' own where the forward adds something between them.
+        """
+        entered, residual = self._entered, self.residual
+        assert entered is not None, "the first block comes before the last"
+        assert residual is not None, "a step reuses what an earlier one computed"
         hidden = hidden.clone()
-        self._image_tokens(hidden, self.residual).add_(self.residual)
+        torch.add(entered, residual, out=self._image_tokens(hidden, residual))
         return hidden
 
     def _image_tokens(self, hidden: Tensor, like: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ SIZES: dict[str, tuple[int, int, tuple[tuple[int, int], ...]]] = {
     "wan": (8, 21, WAN),
     "wan-ti2v": (16, 31, TI2V),
     "wan-image": (8, 21, WAN),
+    "wan-vace": (8, 21, WAN),
     "qwen-image": (8, 0, QWEN),
     "chroma": (8, 0, IMAGE),
     "sd3": (8, 0, ((1024, 1024), (1216, 832), (832, 1216))),

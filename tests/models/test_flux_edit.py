@@ -16,7 +16,7 @@ import ddit_rt
 from ddit_rt.artifact import mismatches
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models import family_of
-from ddit_rt.models.flux_edit import _smaller
+from ddit_rt.models.smaller import smaller_both
 from ddit_rt.ops import pack
 
 __all__ = ["graphs"]
@@ -152,7 +152,7 @@ def test_a_smaller_mask_is_that_of_the_smaller_picture() -> None:
     pixels[..., 8:24, 16:40] = 1
     latent = torch.nn.functional.pixel_unshuffle(pixels, 4)
     shown = torch.randn(1, 4, 8, 12)
-    small = _smaller(torch.cat((shown, latent), dim=1), (1, 4, 4, 6))
+    small = smaller_both(torch.cat((shown, latent), dim=1), 4, (4, 6))
     expected = torch.nn.functional.pixel_unshuffle(pixels[..., ::2, ::2], 4)
     assert torch.equal(small[:, 4:], expected)
     assert torch.allclose(small[:, :4], torch.nn.functional.avg_pool2d(shown, 2))
