@@ -7,11 +7,28 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import WanImageToVideoPipeline, WanVACEPipeline, WanVACETransformer3DModel
+from driving import assert_equal, keep, runs
+from family_suite import MIXED, FamilySuite, eager, generated
 from models import TEXT_WIDTH, noise
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-from wan_models import CHANNELS, wan_pipeline, wan_transformer, wan_vae_16
+from wan_models import CHANNELS, in_half_precision, wan_pipeline, wan_transformer, wan_vae_16
+
+
+class WanSuite(FamilySuite):
+    """What holds of Wan's families besides: some of their weights stay in float32."""
+
+    def test_half_precision_keeps_what_diffusers_keeps_in_float32(self) -> None:
+        pipeline = in_half_precision(self.case.pipeline())
+        engine, call = eager(pipeline), self.case.call((7,), (5,))
+        assert engine.artifact.manifest.dtype == "bfloat16"
+        ours, theirs = runs(pipeline, engine, call, callback_on_step_end=keep)
+        assert_equal(ours, theirs)
+        # bf16 keeps 8 bits, and guidance multiplies their error.
+        assert_equal(*runs(pipeline, engine, call), tolerance=0.05)
+        assert torch.isfinite(generated(engine, call, patch_policy=MIXED)).all()
+
 
 BOUNDARY = 0.875
 """Of experts; with a shift of 3 and six steps the first two lie above it."""

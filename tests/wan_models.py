@@ -123,6 +123,18 @@ def wan_pipeline(
     return pipeline
 
 
+def in_half_precision(pipeline: Any) -> Any:
+    """As `from_pretrained(torch_dtype=torch.bfloat16)` leaves the model."""
+    kept = pipeline.transformer._keep_in_fp32_modules
+    models = [one for one in (pipeline.transformer, pipeline.transformer_2) if one is not None]
+    for name, tensor in (
+        named for one in models for named in (*one.named_parameters(), *one.named_buffers())
+    ):
+        if not any(part in name.split(".") for part in kept):
+            tensor.data = tensor.data.to(torch.bfloat16)
+    return pipeline
+
+
 def wan_conditioning(batch: int = 1, *, guidance_scale: float | None = None) -> dict[str, Tensor]:
     """Conditioning as `Engine.denoise` takes it."""
     shape = (batch, TEXT_TOKENS, TEXT_WIDTH)

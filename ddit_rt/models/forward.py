@@ -194,8 +194,13 @@ class ForwardFamily(Family):
         return self.patch
 
     def first_weight(self, transformer: nn.Module) -> Tensor:
-        """See `Family.first_weight`: of the first parameter, as diffusers' pipelines have it."""
-        return next(transformer.parameters())
+        """See `Family.first_weight`: the first parameter that is not kept in float32 for itself.
+
+        As diffusers says of what dtype a model is.
+        """
+        kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+        named = transformer.named_parameters()
+        return next(one for path, one in named if not kept & set(path.split(".")))
 
     def hidden_size(self, transformer: nn.Module) -> int:
         """See `Family.hidden_size`."""

@@ -17,7 +17,7 @@ from diffusers import (
 from driving import CALLBACKS, FINE, assert_equal, keep, latents_of, runs
 from models import noise, seeded
 from torch import Tensor
-from wan_models import CALL, eager, euler, heun, unipc, wan_pipeline
+from wan_models import CALL, eager, euler, heun, in_half_precision, unipc, wan_pipeline
 
 from ddit_rt import DDiTPolicy, MagCache, PatchPolicy, StaticPolicy
 from ddit_rt.errors import ShapeError, UnsupportedModelError
@@ -139,18 +139,6 @@ def test_scores_over_repeated_noise_levels_are_refused_before_any_work(
     with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler visits.*StaticPolicy"):
         engine(**{**CALL, "height": 128}, callback_on_step_end=keep)
     assert engine.last_trace is None
-
-
-def in_half_precision(pipeline: Any) -> Any:
-    """As `from_pretrained(torch_dtype=torch.bfloat16)` leaves the model."""
-    kept = pipeline.transformer._keep_in_fp32_modules
-    models = [one for one in (pipeline.transformer, pipeline.transformer_2) if one is not None]
-    for name, tensor in (
-        named for one in models for named in (*one.named_parameters(), *one.named_buffers())
-    ):
-        if not any(part in name.split(".") for part in kept):
-            tensor.data = tensor.data.to(torch.bfloat16)
-    return pipeline
 
 
 @pytest.mark.parametrize("callback", ["in-place latents", "other prompt", "cut-off object"])

@@ -17,6 +17,7 @@ from wan_models import (
     eager,
     euler,
     heun,
+    in_half_precision,
     unipc,
     wan_conditioning,
     wan_pipeline,
@@ -210,14 +211,7 @@ def test_half_precision_keeps_what_diffusers_keeps_in_float32() -> None:
     plan = StaticPolicy(["p", "2p", "p", "p"])
     call = {**CALL, "num_inference_steps": 4}
     full = eager(pipeline)(**call, generator=seeded(), patch_policy=plan).frames
-    kept = pipeline.transformer._keep_in_fp32_modules
-    for name, tensor in (
-        *pipeline.transformer.named_parameters(),
-        *pipeline.transformer.named_buffers(),
-    ):
-        if not any(part in name.split(".") for part in kept):
-            tensor.data = tensor.data.to(torch.bfloat16)
-    engine = eager(pipeline)
+    engine = eager(in_half_precision(pipeline))
     assert engine.artifact.manifest.dtype == "bfloat16"
     expected = pipeline(**call, generator=seeded()).frames
     actual = engine(**call, generator=seeded(), patch_policy=FINE).frames

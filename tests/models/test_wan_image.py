@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from driving import FINE, assert_equal, keep, runs
-from family_suite import MIXED, FamilyCase, FamilySuite, eager, generated, graphs, trace_of
+from family_suite import MIXED, FamilyCase, eager, generated, graphs, lora_of, trace_of
 from models import noise
 from wan_image_models import (
     VIDEO,
+    WanSuite,
     embeds,
     experts_pipeline,
     guided,
@@ -34,7 +35,7 @@ ODD = (80, 112)
 """5 x 7 tokens: neither 2p nor 4p divides them."""
 
 
-class TestWanImage(FamilySuite):
+class TestWanImage(WanSuite):
     """One transformer, without image embeddings."""
 
     case = FamilyCase(
@@ -48,7 +49,7 @@ class TestWanImage(FamilySuite):
     test_compiled_blocks_equal_diffusers = None  # two experts run the same packages: below
 
 
-class TestWanExperts(FamilySuite):
+class TestWanExperts(WanSuite):
     """Two experts, each with a scale of its own."""
 
     case = FamilyCase(
@@ -111,6 +112,19 @@ def test_a_second_scale_without_guidance_is_said_to_be_ignored() -> None:
     engine = eager(experts_pipeline())
     with pytest.warns(UserWarning, match="guidance_scale_2=3 is ignored at guidance_scale=1"):
         generated(engine, TestWanExperts.case.call(guidance_scale_2=3.0))
+
+
+def test_each_expert_takes_a_lora() -> None:
+    pipeline = experts_pipeline()
+    engine, call = eager(pipeline), TestWanExperts.case.call((7,), (5,))
+    before = generated(engine, call, patch_policy=FINE)
+    for more in ({}, {"load_into_transformer_2": True}):
+        engine.fuse_lora(lora_of(pipeline.transformer, ("to_out.0",)), **more)
+        ours, theirs = runs(pipeline, engine, call)
+        assert_equal(ours, theirs, tolerance=1e-5)
+        assert float((ours - before).abs().max()) > 1e-3
+        engine.unfuse_lora()
+    assert torch.equal(generated(engine, call, patch_policy=FINE), before)
 
 
 @pytest.mark.parametrize("driven", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])

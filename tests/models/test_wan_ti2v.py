@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from driving import FINE, assert_equal, keep, runs
-from family_suite import MIXED, FamilyCase, FamilySuite, eager, generated, graphs, trace_of
+from family_suite import MIXED, FamilyCase, eager, generated, graphs, trace_of
 from models import noise, seeded
-from wan_image_models import VIDEO, guided, picture, ti2v_pipeline, with_picture
+from wan_image_models import VIDEO, WanSuite, guided, picture, ti2v_pipeline, with_picture
 from wan_models import euler, wan_transformer
 
 from ddit_rt import DDiTPolicy
@@ -28,7 +28,7 @@ ODD = (160, 224)
 """5 x 7 tokens: neither 2p nor 4p divides them."""
 
 
-class TestWanTI2V(FamilySuite):
+class TestWanTI2V(WanSuite):
     """Image to video."""
 
     case = FamilyCase(

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from driving import assert_equal, keep, runs
-from family_suite import MIXED, FamilyCase, FamilySuite, eager, generated, graphs, trace_of
+from family_suite import MIXED, FamilyCase, eager, generated, graphs, trace_of
 from models import noise, seeded
-from wan_image_models import BOUNDARY, VIDEO, embeds, guided, vace_pipeline, with_video
+from wan_image_models import BOUNDARY, VIDEO, WanSuite, embeds, guided, vace_pipeline, with_video
 from wan_models import euler
 
 from ddit_rt import DDiTPolicy, MagCache
@@ -21,7 +21,7 @@ from ddit_rt.planning.request import Request
 __all__ = ["graphs"]
 
 
-class TestWanVACE(FamilySuite):
+class TestWanVACE(WanSuite):
     """One transformer, with a control video, a mask and a reference picture."""
 
     case = FamilyCase(
