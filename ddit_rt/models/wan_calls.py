@@ -1,4 +1,4 @@
-"""`WanPipeline.__call__` around its denoising loop: sizes, prompts, decoding."""
+"""Calls of Wan's pipelines around their denoising loops: sizes, prompts, decoding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddit_rt.errors import ShapeError
+from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models.arguments import (
     call_defaults,
     check_exclusive,
@@ -20,6 +20,9 @@ from ddit_rt.torch_state import callers_modes
 
 NEGATIVE = "negative_encoder_hidden_states"
 """Conditioning of the second pass."""
+
+EMBEDDED_TEXT = 512
+"""Text tokens that the attention of a model with image embeddings takes for granted."""
 
 _PATCH = 2
 
@@ -158,3 +161,25 @@ def finish(pipeline: Any, latents: Tensor, call: Mapping[str, Any]) -> Any:
             )
     pipeline.maybe_free_model_hooks()
     return WanPipelineOutput(frames=video) if call["return_dict"] else (video,)
+
+
+def check_text(call: Mapping[str, Any], *, guided: bool) -> None:
+    """Refuses prompts of other lengths than the attention takes for granted."""
+    embeds = [call["prompt_embeds"], *([call["negative_prompt_embeds"]] if guided else [])]
+    lengths = {call["max_sequence_length"] if one is None else one.shape[1] for one in embeds}
+    if lengths != {EMBEDDED_TEXT}:
+        raise UnsupportedModelError(
+            f"got prompts of {sorted(lengths)} tokens (max_sequence_length, or the embeddings' own "
+            f"length); the attention of a model with image embeddings takes {EMBEDDED_TEXT} for "
+            "granted: leave max_sequence_length out, and pad embeddings with zeros"
+        )
+
+
+def check_pictures(call: Mapping[str, Any], expected: int) -> None:
+    """Refuses another number of pictures than the model has image embeddings of."""
+    given = 1 + (call["last_image"] is not None)
+    if call["image_embeds"] is None and given != expected:
+        raise ValueError(
+            f"got {given} picture(s) for a model with image embeddings of {expected}; "
+            + ("give `last_image` too" if expected > given else "leave `last_image` out")
+        )

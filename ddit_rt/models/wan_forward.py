@@ -54,6 +54,17 @@ class WanForwardFamily(ForwardFamily):
         """What a transformer has that this family cannot run, each in a few words."""
         raise NotImplementedError
 
+    def shapes(self, config: Any, batch: int, text: int) -> dict[str, tuple[int, ...]]:
+        """Of what carries the prompt; pictures and videos of one pixel serve every size."""
+        raise NotImplementedError
+
+    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
+        """See `ForwardFamily.example`."""
+        return {
+            name: torch.empty(shape, dtype=transformer.dtype, device="meta")
+            for name, shape in self.shapes(transformer.config, batch, text).items()
+        }
+
     def experts(self, pipeline: Any) -> tuple[nn.Module, ...]:
         """See `WanFamily.experts`."""
         return _TEXT_TO_VIDEO.experts(pipeline)

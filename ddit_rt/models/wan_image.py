@@ -13,16 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.calls import ModelCall, PipelineCall
 from ddit_rt.models.smaller import smaller
+from ddit_rt.models.wan_calls import EMBEDDED_TEXT, check_pictures, check_text
 from ddit_rt.models.wan_forward import WanForwardFamily
 
 _MASK = 4
 """Channels of the mask: one for each frame that a latent frame stands for."""
-
-_TEXT = 512
-"""Text tokens that the attention of a model with image embeddings takes for granted."""
 
 _IMAGE = "encoder_hidden_states_image"
 _IMAGE_TOKENS = 257
@@ -47,20 +44,16 @@ class WanImageFamily(WanForwardFamily):
             refused.append(f"pos_embed_seq_len={pictures} (expected {2 * _IMAGE_TOKENS})")
         return refused
 
-    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `ForwardFamily.example`: a condition of one pixel serves every size."""
-        config = transformer.config
-        embedded = config.image_dim is not None
-        shapes: dict[str, tuple[int, ...]] = {
-            "encoder_hidden_states": (batch, _TEXT if embedded else text, config.text_dim),
-            "condition": (batch, config.in_channels - config.out_channels, 1, 1, 1),
-        }
-        if embedded:
-            tokens = config.pos_embed_seq_len or _IMAGE_TOKENS
-            shapes[_IMAGE] = (batch, tokens, config.image_dim)
+    def shapes(self, config: Any, batch: int, text: int) -> dict[str, tuple[int, ...]]:
+        """See `WanForwardFamily.shapes`."""
+        condition = (batch, config.in_channels - config.out_channels, 1, 1, 1)
+        if config.image_dim is None:
+            return {self.text: (batch, text, config.text_dim), "condition": condition}
+        tokens = config.pos_embed_seq_len or _IMAGE_TOKENS
         return {
-            name: torch.empty(shape, dtype=transformer.dtype, device="meta")
-            for name, shape in shapes.items()
+            self.text: (batch, EMBEDDED_TEXT, config.text_dim),
+            "condition": condition,
+            _IMAGE: (batch, tokens, config.image_dim),
         }
 
     def forward_arguments(
@@ -87,13 +80,11 @@ class WanImageFamily(WanForwardFamily):
         self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
     ) -> PipelineCall:
         """See `ForwardFamily.read_call`."""
-        read, config = (
-            super().read_call(pipeline, scheduler, arguments),
-            pipeline.transformer.config,
-        )
+        read = super().read_call(pipeline, scheduler, arguments)
+        config = pipeline.transformer.config
         if config.image_dim is not None:
-            _check_text(read.arguments, read.guided)
-            _check_pictures(read.arguments, 1 if config.pos_embed_seq_len is None else 2)
+            check_text(read.arguments, guided=read.guided)
+            check_pictures(read.arguments, 1 if config.pos_embed_seq_len is None else 2)
         return read
 
     def read_model_call(
@@ -106,25 +97,3 @@ class WanImageFamily(WanForwardFamily):
         if image is not None and config.pos_embed_seq_len is not None:
             given[_IMAGE] = image.unflatten(0, (-1, 2)).flatten(1, 2)
         return super().read_model_call(transformer, shape, given)
-
-
-def _check_text(call: Mapping[str, Any], guided: bool) -> None:
-    """Refuses prompts of other lengths than the attention takes for granted."""
-    embeds = [call["prompt_embeds"], *([call["negative_prompt_embeds"]] if guided else [])]
-    lengths = {call["max_sequence_length"] if one is None else one.shape[1] for one in embeds}
-    if lengths != {_TEXT}:
-        raise UnsupportedModelError(
-            f"got prompts of {sorted(lengths)} tokens (max_sequence_length, or the embeddings' own "
-            f"length); the attention of a model with image embeddings takes {_TEXT} for granted: "
-            "leave max_sequence_length out, and pad embeddings with zeros"
-        )
-
-
-def _check_pictures(call: Mapping[str, Any], expected: int) -> None:
-    """Refuses another number of pictures than the model has image embeddings of."""
-    given = 1 + (call["last_image"] is not None)
-    if call["image_embeds"] is None and given != expected:
-        raise ValueError(
-            f"got {given} picture(s) for a model with image embeddings of {expected}; "
-            + ("give `last_image` too" if expected > given else "leave `last_image` out")
-        )

@@ -3,8 +3,9 @@
 Latents are `[B, 48, F, H/16, W/16]`. The first latent frame is the encoded picture: it stays as it
 is, and the model is told so by a timestep for each token, 0 in that frame and t in all others. A
 coarse step has the tokens of its own grid, their timesteps, and a smaller picture by plain means.
-What the solver makes of the first frame is never seen: the pipeline puts the picture there before
-every call of the model, and at the end. Text to video, where all tokens have one time, is `wan.py`.
+What the solver makes of the first frame is never seen, but by scores, as one of many frames: the
+pipeline puts the picture there before every call of the model, and at the end. Text to video, where
+all tokens have one time, is `wan.py`.
 """
 
 from __future__ import annotations
@@ -49,15 +50,11 @@ class WanTI2VFamily(WanForwardFamily):
             refused.append("expand_timesteps and image embeddings (image_dim)")
         return refused
 
-    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `ForwardFamily.example`: a picture of one pixel serves every size."""
-        shapes: dict[str, tuple[int, ...]] = {
-            "encoder_hidden_states": (batch, text, transformer.config.text_dim),
-            "condition": (batch, self.latent_channels(transformer), 1, 1, 1),
-        }
+    def shapes(self, config: Any, batch: int, text: int) -> dict[str, tuple[int, ...]]:
+        """See `WanForwardFamily.shapes`."""
         return {
-            name: torch.empty(shape, dtype=transformer.dtype, device="meta")
-            for name, shape in shapes.items()
+            self.text: (batch, text, config.text_dim),
+            "condition": (batch, config.in_channels, 1, 1, 1),
         }
 
     def forward_arguments(

@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ddit_rt.errors import ShapeError
@@ -53,17 +52,12 @@ class WanVACEFamily(WanForwardFamily):
             refused.append("control behind the last block (vace_layers)")
         return refused
 
-    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `ForwardFamily.example`: a control video of one pixel serves every size."""
-        config = transformer.config
-        shapes: dict[str, tuple[int, ...]] = {
-            "encoder_hidden_states": (batch, text, config.text_dim),
+    def shapes(self, config: Any, batch: int, text: int) -> dict[str, tuple[int, ...]]:
+        """See `WanForwardFamily.shapes`."""
+        return {
+            self.text: (batch, text, config.text_dim),
             _CONTROL: (batch, config.vace_in_channels, 1, 1, 1),
             _SCALE: (len(config.vace_layers),),
-        }
-        return {
-            name: torch.empty(shape, dtype=transformer.dtype, device="meta")
-            for name, shape in shapes.items()
         }
 
     def forward_arguments(
