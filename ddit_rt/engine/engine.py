@@ -321,6 +321,7 @@ class Engine:
         model = self._compiled.steps
         check_latents(latents, model)
         model.family.check_conditioning(model.transformer, latents.shape[0], conditioning)
+        model.family.check_sizes(tuple(latents.shape), conditioning)
         given = {name: value for name, value in conditioning.items() if value is not None}
         steps, sigmas = check_schedule(num_inference_steps, sigmas)
         check_callback("callback", callback)

@@ -236,6 +236,10 @@ class Family(ABC):
     ) -> None:
         """Raises `ValueError` when a conditioning tensor is missing, unknown or misshapen."""
 
+    def check_sizes(self, shape: tuple[int, ...], conditioning: Mapping[str, Any]) -> None:
+        """Raises `ShapeError` for conditioning of another size than latents of a shape."""
+        del shape, conditioning
+
     def guidance(self, conditioning: Mapping[str, Tensor]) -> Guidance | None:
         """How a conditioning asks for two passes a step; None for one pass."""
         del conditioning

@@ -248,6 +248,21 @@ class ForwardFamily(Family):
                     f"{wanted}"
                 )
 
+    def check_sizes(self, shape: tuple[int, ...], conditioning: Mapping[str, Any]) -> None:
+        """See `Family.check_sizes`: of pictures, which coarse steps alone make smaller."""
+        expected = self.extra_size(shape)
+        for name in (prefix + name for name in self.extra for prefix in ("", NEGATIVE)):
+            given = conditioning.get(name)
+            if given is not None and given.ndim == len(shape) and given.shape[2:] != expected:
+                raise ShapeError(
+                    f"`{name}` has shape {list(given.shape)}; beside latents {list(shape)} its "
+                    f"last dimensions are {list(expected)}"
+                )
+
+    def extra_size(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Rows and columns, of a video frames before them, of pictures beside latents."""
+        return shape[2:]
+
     def _check_like(self, name: str, full: str, given: Any, likes: tuple[Tensor, Tensor]) -> None:
         """Refuses what is unlike an example; the second has another text length."""
         like, longer = likes

@@ -1,4 +1,4 @@
-"""Wan text-to-video (2.1 1.3B and 14B, 2.2 A14B): `WanTransformer3DModel` behind `WanPipeline`.
+"""Wan text-to-video (2.1, 2.2 A14B and TI2V 5B): `WanTransformer3DModel` behind `WanPipeline`.
 
 Latents are `[B, 16, F, H/8, W/8]` for 4F - 3 frames, and a token is 2 x 2 latent pixels of one
 frame, so a coarse patch is 4 x 4 or 8 x 8 pixels of one frame. Rotary positions count frames, rows
@@ -7,7 +7,8 @@ step is seven rows of d: six for the blocks, one for the output norm.
 
 Wan 2.2 A14B has two models of one shape: `transformer` takes the steps whose timestep is at least
 `boundary_ratio` of the whole range, and `transformer_2` those after it, with a guidance scale of
-its own.
+its own. TI2V 5B is given a timestep for each token, all the same: here they are one; its latents
+are `[B, 48, F, H/16, W/16]`. `wan_forward.py` has what starts from pictures and videos.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class WanFamily(LayeredFamily):
         if refused:
             raise UnsupportedModelError(
                 f"this Wan model has {'; '.join(refused)}, which this version does not run; it "
-                "runs text-to-video (Wan 2.1 T2V 1.3B and 14B, Wan 2.2 T2V A14B)"
+                "runs text-to-video (Wan 2.1 T2V 1.3B and 14B, Wan 2.2 T2V A14B, TI2V 5B)"
             )
 
     def experts(self, pipeline: Any) -> tuple[nn.Module, ...]:

@@ -57,6 +57,10 @@ class WanTI2VFamily(WanForwardFamily):
             "condition": (batch, config.in_channels, 1, 1, 1),
         }
 
+    def extra_size(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """See `ForwardFamily.extra_size`: one frame."""
+        return 1, *shape[3:]
+
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]
     ) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import ddit_rt
 from ddit_rt.artifact import mismatches
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models import family_of
+from ddit_rt.models.flux_edit import FluxFillFamily
 from ddit_rt.models.smaller import smaller_both
 from ddit_rt.ops import pack
 
@@ -185,3 +186,8 @@ def test_krea_is_a_flux_pipeline_with_distilled_guidance() -> None:
     call = {**TestKontext.case.call(guidance_scale=4.5), **embeds()}
     call = {name: call[name] for name in call.keys() - {"image", "max_area", "_auto_resize"}}
     assert_equal(*runs(pipeline, eager(pipeline), call), tolerance=1e-5)
+
+
+def test_a_fill_of_another_size_than_the_latents_is_named() -> None:
+    with pytest.raises(ShapeError, match=r"`fill` .*its last dimensions are \[8, 12\]"):
+        FluxFillFamily().check_sizes((1, 4, 8, 12), {"fill": torch.zeros(1, 20, 4, 6)})

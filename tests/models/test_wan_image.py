@@ -129,9 +129,11 @@ def test_each_expert_takes_a_lora() -> None:
 
 @pytest.mark.parametrize("driven", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
 @pytest.mark.parametrize("last", [False, True], ids=["first frame", "first and last"])
-def test_image_embeddings_reach_the_blocks(last: bool, driven: Any) -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+def test_image_embeddings_reach_the_blocks(batch: int, last: bool, driven: Any) -> None:
     pipeline = embedded(last)
-    assert_equal(*runs(pipeline, eager(pipeline), embedded_call(last), **driven), tolerance=1e-5)
+    call = embedded_call(last, batch)
+    assert_equal(*runs(pipeline, eager(pipeline), call, **driven), tolerance=1e-5)
 
 
 def embedded(last: bool = False) -> Any:
@@ -139,10 +141,10 @@ def embedded(last: bool = False) -> Any:
     return image_pipeline(embedded=True, **({"pos_embed_seq_len": 514} if last else {}))
 
 
-def embedded_call(last: bool = False, **more: Any) -> dict[str, Any]:
+def embedded_call(last: bool = False, batch: int = 1, **more: Any) -> dict[str, Any]:
     """With guidance, as one batch, of prompts of 512 tokens."""
     pictures = {"last_image": picture(2)} if last else {}
-    return TestWanImage.case.call((512,), (512,), **pictures, **more)
+    return TestWanImage.case.call((512,) * batch, (512,) * batch, **pictures, **more)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first frame", "first and last"])
@@ -200,6 +202,8 @@ def test_denoise_takes_picture_and_scales() -> None:
     pipeline.prepare_latents = lambda *_, **__: (latents, conditioning["condition"])
     theirs = pipeline(**case.call((7,), (7,))).frames
     assert_equal(final, theirs, tolerance=1e-5)
+    with pytest.raises(ShapeError, match=r"`condition`.*dimensions are \[3, 8, 12\]"):
+        engine.denoise(latents, **{**conditioning, "condition": noise(1, 8, 3, 4, 6)})
     with pytest.raises(ShapeError, match="one for each expert"):
         engine.denoise(latents, **{**conditioning, "guidance_scale": torch.ones(1, 2)})
 

@@ -147,3 +147,13 @@ def test_models_that_do_not_fit_are_named() -> None:
         pipeline.register_modules(transformer=wan_transformer(**config))
         with pytest.raises(UnsupportedModelError, match=f"expand_timesteps.*{message}"):
             eager(pipeline)
+
+
+def test_denoise_takes_the_encoded_picture() -> None:
+    engine, latents = eager(ti2v_pipeline()), noise(1, 48, 3, 8, 12)
+    given = {"encoder_hidden_states": noise(1, 7, 24), "condition": noise(1, 48, 1, 8, 12)}
+    final = engine.denoise(latents, num_inference_steps=6, patch_policy=MIXED, **given)
+    assert torch.isfinite(final).all()
+    for shape in ((1, 48, 3, 8, 12), (1, 48, 1, 4, 6)):
+        with pytest.raises(ShapeError, match=r"its last dimensions are \[1, 8, 12\]"):
+            engine.denoise(latents, **{**given, "condition": noise(*shape)})

@@ -11,8 +11,9 @@ from driving import assert_equal, keep, runs
 from family_suite import MIXED, FamilyCase, eager, generated, graphs, trace_of
 from models import noise, seeded
 from wan_image_models import BOUNDARY, VIDEO, WanSuite, embeds, guided, vace_pipeline, with_video
-from wan_models import euler
+from wan_models import euler, unipc
 
+import ddit_rt
 from ddit_rt import DDiTPolicy, MagCache
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models.wan_vace import WanVACEFamily
@@ -121,3 +122,19 @@ def test_calls_that_do_not_fit_are_named(change: Any, message: str) -> None:
 def test_models_that_do_not_fit_are_named(config: Any, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"no WanVACEPipeline of .*{message}"):
         eager(vace_pipeline(**config))
+
+
+def test_denoise_takes_a_control_video_of_the_latents_size() -> None:
+    engine = ddit_rt.compile(vace_pipeline().transformer, backend="eager", progress=False)
+    given = {
+        "encoder_hidden_states": noise(1, 7, 24),
+        "control_hidden_states": noise(1, 72, 3, 8, 12),
+        "control_hidden_states_scale": torch.ones(2),
+        "scheduler": unipc(),
+    }
+    latents = noise(1, 4, 3, 8, 12)
+    final = engine.denoise(latents, num_inference_steps=6, patch_policy=MIXED, **given)
+    assert torch.isfinite(final).all()
+    for shape in ((1, 72, 2, 8, 12), (1, 72, 3, 4, 6)):
+        with pytest.raises(ShapeError, match=r"its last dimensions are \[3, 8, 12\]"):
+            engine.denoise(latents, **{**given, "control_hidden_states": noise(*shape)})
