@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from driving import FINE, assert_equal, keep, runs
 from family_suite import MIXED, FamilyCase, eager, generated, graphs, lora_of, trace_of
+from made_once import Packages
 from models import noise
 from wan_image_models import (
     VIDEO,
@@ -63,9 +64,10 @@ class TestWanExperts(WanSuite):
     )
 
     @pytest.mark.slow
-    def test_compiled_blocks_equal_diffusers(self, tmp_path: Path) -> None:
+    def test_compiled_blocks_equal_diffusers(self, packages: Packages, tmp_path: Path) -> None:
         pipeline = experts_pipeline()
-        engine = ddit_rt.compile(pipeline, patch_sizes="p,2p", progress=False)
+        with packages():
+            engine = ddit_rt.compile(pipeline, patch_sizes="p,2p", progress=False)
         engine = ddit_rt.load(engine.save(tmp_path / "a14b.ddit"), pipeline, progress=False)
         for call in (self.case.call((7,)), self.case.call((7,), (5,))):
             assert_equal(*runs(pipeline, engine, call), tolerance=1e-5)
