@@ -23,6 +23,7 @@ class CallArguments(TypedDict, total=False):
     cfg_normalization: bool
     cfg_truncation: float
     clip_skip: int | None
+    conditioning_scale: float | list[float] | Tensor
     generator: Generator | list[Generator] | None
     guidance_scale: float
     guidance_scale_2: float | None
@@ -34,6 +35,7 @@ class CallArguments(TypedDict, total=False):
     joint_attention_kwargs: dict[str, Any] | None
     last_image: Any
     latents: Tensor | None
+    mask: Any
     mask_image: Any
     masked_image_latents: Tensor | None
     max_area: int
@@ -60,6 +62,7 @@ class CallArguments(TypedDict, total=False):
     prompt_attention_mask: Tensor | None
     prompt_embeds: Tensor | None
     prompt_embeds_mask: Tensor | None
+    reference_images: Any
     return_dict: bool
     sigmas: Sequence[float] | None
     skip_guidance_layers: list[int] | None
@@ -69,6 +72,7 @@ class CallArguments(TypedDict, total=False):
     strength: float
     text_encoder_out_layers: tuple[int, ...]
     true_cfg_scale: float
+    video: Any
     width: int | None
 
 
