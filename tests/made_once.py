@@ -21,7 +21,9 @@ Packages = Callable[[], AbstractContextManager[None]]
 
 
 def shared_folder(factory: pytest.TempPathFactory) -> Path:
-    """A folder that all workers of this run see."""
+    """A folder that all workers of this run see, and all runs on one tree where it has a name."""
+    if named := os.environ.get("DDIT_RT_TEST_CACHE"):
+        return Path(named)
     own = factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 

@@ -136,7 +136,7 @@ def snr_tokens(latents: Tensor, known: Tensor, patch: int, dtype: torch.dtype) -
         latents: z, `[B, C, H, W]`.
         known: Clean estimate of the latest step at p, or zeros, `[B, C, H, W]`.
         patch: s p, in latent pixels.
-        dtype: Of the result.
+        dtype: Dtype of the result.
 
     Returns:
         `[B, n, 2*C*q*q]`.

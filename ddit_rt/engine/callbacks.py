@@ -28,7 +28,7 @@ class StepEnd:
         """Prepares it.
 
         Args:
-            arguments: Of the pipeline's call.
+            arguments: Arguments of the pipeline's call.
             stepped: Told a step's index and the latents that the scheduler made.
             returned: Told the latents that the pipeline goes on from.
         """

@@ -358,7 +358,7 @@ class Engine:
 
         Args:
             request: What the run is asked to do.
-            arguments: Of the pipeline's `__call__`.
+            arguments: Arguments of the pipeline's `__call__`.
 
         Returns:
             The plan and z_0; nothing has run.
@@ -373,7 +373,7 @@ class Engine:
         """Runs a call of the pipeline up to its first step, for whoever goes on with `denoise`.
 
         Args:
-            arguments: Of the pipeline's `__call__`.
+            arguments: Arguments of the pipeline's `__call__`.
 
         Returns:
             z_0, and the conditioning; both as `denoise` takes them.

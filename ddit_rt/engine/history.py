@@ -43,9 +43,9 @@ class SeenLatents:
 
         Args:
             family: The pipeline's.
-            shape: Of the latents.
+            shape: Shape of the latents.
             table: The scheduler's; None where there is none.
-            scales: Of classifier-free guidance, of every step, as the pipeline joins two
+            scales: Scale of classifier-free guidance at every step, as the pipeline joins two
                 velocities; not read without a second.
         """
         self.rounded = False
@@ -84,7 +84,7 @@ class SeenLatents:
 
         Args:
             latents: What it gave, in the pipeline's layout.
-            velocities: Of the step's passes, in that layout, that with the prompt first.
+            velocities: Velocities of the step's passes in that layout; the prompt's comes first.
         """
         self._given = None
         if not self._table:

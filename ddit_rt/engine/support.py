@@ -64,7 +64,7 @@ class FolderSupport:
         family: Name of the family that runs it; None where none does.
         problem: Why it cannot be run; empty where it can.
         driven: What takes its steps.
-        dtype: Of the weights that were counted.
+        dtype: Dtype of the weights that were counted.
         text_tokens: Text tokens that were counted with.
         passes: Passes of the model in a step of a call that says nothing of guidance.
         sizes: The default size, then the one that was asked for.
@@ -93,12 +93,12 @@ def inspect_folder(
     """Looks at a diffusers folder.
 
     Args:
-        folder: Of a pipeline (`model_index.json`), or of a transformer (`config.json`).
+        folder: Folder of a pipeline (`model_index.json`) or of a transformer (`config.json`).
         height: Pixel rows of a size to count besides; by default the default size's.
         width: Pixel columns of the same.
         num_frames: Frames of the same.
         text_tokens: Text tokens; by default as many as the pipeline's call takes at most.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
 
     Raises:
         ValueError: The folder is no such folder, or a size for a bare transformer, whose pipeline

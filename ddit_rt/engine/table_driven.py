@@ -109,7 +109,7 @@ class Loop:
     Attributes:
         executor: What runs the steps.
         annotate: Whether profilers see named ranges.
-        trace: Of the latest run, or None.
+        trace: The trace of the latest run, or None.
     """
 
     def __init__(self, device: torch.device) -> None:

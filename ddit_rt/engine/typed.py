@@ -80,8 +80,8 @@ class PipelineOutput(Protocol):
     """What the pipeline returns; with `return_dict=False` it is a tuple instead.
 
     Attributes:
-        images: Of an image pipeline: a list of `PIL.Image`, or as `output_type` says.
-        frames: Of a video pipeline: per video its frames, or as `output_type` says.
+        images: What an image pipeline makes: a list of `PIL.Image`, or as `output_type` says.
+        frames: What a video pipeline makes: the frames of each video, or as `output_type` says.
     """
 
     images: Any

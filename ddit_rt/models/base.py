@@ -304,7 +304,7 @@ class Family(ABC):
 
         Args:
             given: Arguments of the transformer's `forward`.
-            passes: Of a step.
+            passes: Passes of the model in a step.
         """
         del passes
         return (given,)

@@ -35,7 +35,7 @@ class CallForm:
     """A block's call without its tensors.
 
     Attributes:
-        names: Of its tensors, in order, such as `image_rotary_emb.0`.
+        names: Names of its tensors in order, such as `image_rotary_emb.0`.
         skeleton: Its arguments by name, as nested tuples, with places where tensors stand.
     """
 

@@ -55,7 +55,7 @@ class ModelCall:
     Attributes:
         latents: `[B, C, H, W]`, of a video `[B, C, F, H, W]`, in the pipeline's dtype.
         timestep: t in [0, 1], `[1]`; in float64 where float32 would round it.
-        conditioning: Of this pass, every tensor with B samples.
+        conditioning: Conditioning of this pass; every tensor has B samples.
     """
 
     latents: Tensor

@@ -96,7 +96,7 @@ class ForwardFamily(Family):
 
         Args:
             arguments: Those that carry the prompt.
-            shape: Of the latents.
+            shape: Shape of the latents.
         """
         return {}
 
@@ -128,7 +128,7 @@ class ForwardFamily(Family):
 
         Args:
             level: t in [0, 1], `[1]`, float32.
-            dtype: Of the latents.
+            dtype: Dtype of the latents.
         """
         return level if dtype == torch.float32 else (level * 1000).to(dtype) / 1000
 

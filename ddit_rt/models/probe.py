@@ -102,7 +102,7 @@ class _Group:
     Attributes:
         name: The class, the path where several lists hold it, the first place where its list has
             several groups.
-        path: Of the list.
+        path: Path of the list.
         members: Their places in the list; None for all.
     """
 

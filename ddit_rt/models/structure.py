@@ -119,8 +119,8 @@ def relevant(live: Mapping[str, Part], plain: Mapping[str, Part]) -> dict[str, P
     """A description without attributes that nothing reads, such as notes that users leave.
 
     Args:
-        live: Of the model.
-        plain: Of the one that its configuration describes.
+        live: Description of the model.
+        plain: Description of the model that its configuration describes.
     """
     return {path: _relevant(part, plain.get(path)) for path, part in live.items()}
 

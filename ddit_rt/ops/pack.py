@@ -51,8 +51,8 @@ def unpack(
     Args:
         tokens: `[B, N, C * r * p * p]`, float32, bfloat16 or float16.
         patch_size: Edge `p` of a patch in latent pixels; divides height and width.
-        height: Of the latents, in latent pixels.
-        width: Of the latents, in latent pixels.
+        height: Rows of the latents, in latent pixels.
+        width: Columns of the latents, in latent pixels.
         frames: Latent frames of a video; 0 for an image, whose latents have no such dimension.
         frame_patch: Depth `r` of a patch in latent frames; divides frames.
         channels_last: Whether a token holds a pixel's channels side by side.

@@ -31,7 +31,7 @@ def patch_scores(
             the newest; older ones follow upwards, modulo 4. Slots beyond `order` are not read.
         patch_sizes: Edges in latent pixels, in any order; 8 at most.
         quantile: Between 0 and 1.
-        order: Of the difference, 1 to 3.
+        order: Order of the difference, 1 to 3.
         head: Slot of the newest latent, 0 to 3.
 
     Returns:
@@ -187,7 +187,7 @@ def decide_reuse_(
         buckets: Patch sizes, the base among them.
         threshold: Below it a step reuses.
         limit: Steps in a row that may reuse.
-        product: See 4.
+        product: The product of section 4.
 
     Raises:
         RuntimeError: Tensors whose shapes do not agree, another dtype, a number out of range.

@@ -27,7 +27,7 @@ class CacheModel:
     """What a step cache may know of a model and a run.
 
     Attributes:
-        name: Of the model, for messages.
+        name: Name of the model, for messages.
         steps: Denoising steps, each a call of the model.
         fits: What was fitted for the model; of one kind, the first counts.
         time_changes: Relative change of the model's time signal at every step, `[N]`, of which the
@@ -97,7 +97,7 @@ class TeaCache(StepCache):
 
     Attributes:
         threshold: Larger is faster and less faithful; 0 reuses nothing.
-        coefficients: Of the polynomial, highest power first; by default those that were fitted
+        coefficients: Coefficients of the polynomial, highest first; by default those that were fitted
             for the model.
         first: First steps that always compute; by default 1, with `use_ret_steps` 5.
         last: Last steps that always compute; by default 1, with `use_ret_steps` none.

@@ -22,7 +22,7 @@ class CacheTable:
         threshold: Below it a step reuses.
         limit: Steps in a row that may reuse.
         product: Whether increments are factors.
-        coefficients: Of the polynomial that makes a change of a signal, highest power first;
+        coefficients: Coefficients of the polynomial of a signal's change, highest power first;
             empty: the increments do without a signal.
         note: For the trace: which cache, with whose fit.
     """

@@ -319,7 +319,7 @@ def token_velocity(
         hidden: Image tokens.
         text: Text tokens, `[B, T, d]`.
         temb: Modulation input, `[B, *modulation_shape]`.
-        positions: As the family makes them.
+        positions: Position encodings, as the family makes them.
     """
     hidden = Blocks(model, model.base)(hidden, text, temb, positions)
     hidden = model.layers.modulate_output(model.transformer, hidden, temb)

@@ -144,7 +144,7 @@ class BoundModel:
         """Runs a step.
 
         Args:
-            arguments: Of the forward.
+            arguments: Arguments of the forward.
             step: k, `[1]`.
             reuse: Whether the latest residual stands for the blocks.
         """
@@ -338,7 +338,7 @@ def without_data(
     Args:
         family: The model's.
         twin: A model on the meta device.
-        shape: Of latents, with the batch.
+        shape: Shape of the latents, batch included.
         text: Text tokens.
         steps: Rows of what hangs on the time.
 

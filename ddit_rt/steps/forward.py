@@ -58,7 +58,7 @@ class ForwardPasses:
         Args:
             model: The model; its family is a `ForwardFamily`.
             context: The run.
-            shape: Of the latents that the model is to see, without the batch: `[C, h, w]`, of a
+            shape: Shape of the latents that the model sees, without the batch: `[C, h, w]`, of a
                 video `[C, F, h, w]`.
             levels: t that the model is given at every step, `[M]`, float32, in [0, 1].
             runners: The blocks; by default the unmodified ones.

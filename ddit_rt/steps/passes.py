@@ -134,7 +134,7 @@ class Passes:
         Args:
             step: k.
             level: t that the model is given, `[1]`.
-            conditioning: Of the only pass.
+            conditioning: Conditioning of the only pass.
         """
         family, transformer = self._model.layers, self._model.transformer
         (one,) = self._passes

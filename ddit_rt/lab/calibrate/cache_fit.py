@@ -98,7 +98,7 @@ def measuring_plan(
     Args:
         engine: The engine, with its pipeline.
         projected: Whether that embedding is the projected one.
-        arguments: Of the pipeline's `__call__`.
+        arguments: Arguments of the pipeline's `__call__`.
 
     Returns:
         The plan and z_0; nothing has run.

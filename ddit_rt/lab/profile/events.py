@@ -49,7 +49,7 @@ class Event:
 
     Attributes:
         category: kineto's: `user_annotation`, `cuda_runtime`, `kernel`, ...
-        name: Of the range, the call or the kernel.
+        name: Name of the range, the call or the kernel.
         start: When it began.
         end: When it ended.
         correlation: Joins calls and what they launched; -1 for none.
@@ -103,7 +103,7 @@ def host_calls(events: Sequence[Event], span: Span = EVER) -> dict[str, int]:
     """How often the host called each of `HOST_CALLS`, by full name.
 
     Args:
-        events: Of one run.
+        events: Events of one run.
         span: Only calls count that began within it.
     """
     return dict(
@@ -173,7 +173,7 @@ def device_ranges(events: Sequence[Event], ranges: Iterable[Event]) -> list[Even
     range launched, a graph's among them; a range that launched nothing has none.
 
     Args:
-        events: Of the run, by their start.
+        events: Events of the run, ordered by their start.
         ranges: Some of them.
     """
     calls = [event for event in events if event.category in _CALLS and event.correlation >= 0]
