@@ -97,7 +97,7 @@ class TeaCache(StepCache):
 
     Attributes:
         threshold: Larger is faster and less faithful; 0 reuses nothing.
-        coefficients: Coefficients of the polynomial, highest first; by default those that were fitted
+        coefficients: Polynomial coefficients, highest power first; by default those fitted
             for the model.
         first: First steps that always compute; by default 1, with `use_ret_steps` 5.
         last: Last steps that always compute; by default 1, with `use_ret_steps` none.
