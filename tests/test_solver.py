@@ -152,6 +152,7 @@ def test_scheduler_that_draws_noise_is_refused_by_name(kind: type, config: Any) 
         (UniPCMultistepScheduler, {}, "'epsilon', not for a velocity"),
         (UniPCMultistepScheduler, {"prediction_type": "flow_prediction"}, "not within"),
         (LCMScheduler, {}, "no noise levels"),
+        (FlowMatchEulerDiscreteScheduler, {"invert_sigmas": True}, "rise from noise"),
     ],
 )
 def test_scheduler_of_another_process_is_refused_by_name(

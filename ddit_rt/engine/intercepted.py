@@ -28,6 +28,7 @@ from ddit_rt.models.forward import NEGATIVE, SCALE, ForwardFamily
 from ddit_rt.models.layered import layered
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.planning.outline import Outline
+from ddit_rt.solver import falling
 from ddit_rt.torch_state import callers_modes, shielded
 
 RunLoop = Callable[[Tensor, dict[str, Any], Any], Tensor]
@@ -173,7 +174,7 @@ class InterceptedRun:
         plain = copy.copy(scheduler)
         vars(plain).pop("step")
         drop_steps(plain, getattr(scheduler, "begin_index", None) or 0)
-        final = self._run_loop(latents, conditioning, plain)
+        final = self._run_loop(latents, conditioning, falling(plain))
         return self._family.pack_latents(final.to(sample.dtype))
 
     def _conditioning(self, device: torch.device) -> dict[str, Any]:

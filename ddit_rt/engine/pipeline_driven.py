@@ -43,6 +43,7 @@ from ddit_rt.models.calls import ModelCall, PipelineCall
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.planning.outline import Outline
 from ddit_rt.planning.plan import plan_passes
+from ddit_rt.solver import falling
 from ddit_rt.steps import StepInputs
 from ddit_rt.torch_state import callers_modes, shielded
 
@@ -170,7 +171,7 @@ class PipelineRun:
     def _velocity(self, expert: int, place: int, call: ModelCall) -> Tensor:
         """The velocity of a call, in the pipeline's layout and dtype."""
         self._run.check_cancelled()
-        step, scheduler = self._step, self._pipeline.scheduler
+        step, scheduler = self._step, falling(self._pipeline.scheduler)
         inputs = self._inputs[place] = StepInputs(
             sigma=scheduler.sigmas[(getattr(scheduler, "begin_index", None) or 0) + step.index],
             timestep=call.timestep,
