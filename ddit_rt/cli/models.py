@@ -122,6 +122,22 @@ def refuse_video(manifest: Manifest, command: str) -> None:
         )
 
 
+def refuse_audio(manifest: Manifest, command: str) -> None:
+    """Refuses an artifact of an audio model where pictures are written or compared.
+
+    Raises:
+        UnsupportedModelError: It is one.
+    """
+    from ddit_rt.errors import UnsupportedModelError
+    from ddit_rt.models import family_named
+
+    if family_named(manifest.family).audio:
+        raise UnsupportedModelError(
+            f"ddit-rt {command} is for images and videos, and this artifact makes audio "
+            f"({manifest.transformer_class}); call its engine in Python, as docs/models says"
+        )
+
+
 def embedded_defaults(model: str) -> dict[str, int]:
     """Call arguments that an embedded model was trained with; empty for any other model."""
     if model not in (EMBEDDED, EMBEDDED_VIDEO):

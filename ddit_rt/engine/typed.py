@@ -17,6 +17,7 @@ class CallArguments(TypedDict, total=False):
 
     _auto_resize: bool
     attention_kwargs: dict[str, Any] | None
+    audio_duration_s: float | None
     callback_on_step_end: Callable[..., Any] | None
     callback_on_step_end_tensor_inputs: list[str]
     caption_upsample_temperature: float
@@ -82,7 +83,9 @@ class PipelineOutput(Protocol):
     Attributes:
         images: Of an image pipeline: a list of `PIL.Image`, or as `output_type` says.
         frames: Of a video pipeline: per video its frames, or as `output_type` says.
+        audios: Of an audio pipeline: `[B, 1, samples]`, as `output_type` says.
     """
 
     images: Any
     frames: Any
+    audios: Any

@@ -239,7 +239,7 @@ def check_text_encoders(pipeline: Any, call: Mapping[str, Any], *, guided: bool)
     Raises:
         ValueError: See above.
     """
-    negative = guided and call["negative_prompt_embeds"] is None
+    negative = guided and call.get("negative_prompt_embeds") is None
     missing = [name for name in _ENCODERS if getattr(pipeline, name, pipeline) is None]
     own = str(getattr(pipeline.encode_prompt, "__module__", "")).startswith("diffusers.")
     if own and missing and (negative or call["prompt"] is not None):
@@ -327,6 +327,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "max_sequence_length": _count,
     "sigmas": check_sigmas,
     "strength": partial(checks.number, low=0, high=1),
+    "audio_duration_s": partial(checks.number, low=0, open_low=True),
     "generator": _generator,
     "output_type": partial(checks.choice, options=OUTPUT_TYPES),
     "return_dict": checks.flag,

@@ -147,7 +147,8 @@ class Family(ABC):
     """The model-specific part of the runtime. Stateless; one instance per class, in `families`.
 
     Latents are `[B, C, H, W]`, those of a video family `[B, C, F, H, W]`: the ops, the solver and
-    the patch scores take either, and a patch is one frame deep, so that only its edge grows.
+    the patch scores take either, and a patch is one frame deep, so that only its edge grows. Those
+    of an audio family are `[B, C, 1, T]`: a patch is a stretch of time there.
 
     Attributes:
         name: As a manifest writes it.
@@ -157,6 +158,9 @@ class Family(ABC):
             a later one takes all other pipelines of the class.
         conditioning_names: Keyword arguments of `Engine.denoise` that carry the prompt.
         video: Whether latents have frames.
+        audio: Whether latents have one row, of time. Where a height and a width in pixels are asked
+            for, such a family has 1 and samples.
+        size_names: Arguments of the pipelines' calls that say the size.
         channels_last: Whether a token that the de-embedding makes holds a pixel's channels side by
             side; see `ops.unpack`.
         guided_by_default: Whether a pipeline call that says nothing of guidance runs two passes.
@@ -175,6 +179,8 @@ class Family(ABC):
     pipeline_config: ClassVar[Mapping[str, Any]] = {}
     conditioning_names: ClassVar[tuple[str, ...]]
     video: ClassVar[bool] = False
+    audio: ClassVar[bool] = False
+    size_names: ClassVar[tuple[str, ...]] = ("height", "width", "num_frames")
     channels_last: ClassVar[bool] = False
     guided_by_default: ClassVar[bool] = False
     tables: ClassVar[tuple[str, ...]] = ()
@@ -248,6 +254,17 @@ class Family(ABC):
     @abstractmethod
     def default_size(self, pipeline: Any) -> tuple[int, int]:
         """Height and width, in pixels, of a pipeline call that names none."""
+
+    def call_size(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
+        """Height and width, in pixels, that some arguments of a pipeline's call say.
+
+        Args:
+            pipeline: A pipeline of one of `pipeline_classes`.
+            call: Arguments; where they say nothing, the pipeline's defaults hold.
+        """
+        rows, columns = self.default_size(pipeline)
+        height, width = call.get("height"), call.get("width")
+        return rows if height is None else height, columns if width is None else width
 
     def default_frames(self, pipeline: Any) -> int | None:
         """Frames of a pipeline call that names none; None for images."""

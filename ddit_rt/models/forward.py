@@ -156,9 +156,7 @@ class ForwardFamily(Family):
 
     def size_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
         """Height and width that the pipeline makes of a call's."""
-        rows, columns = self.default_size(pipeline)
-        height, width = call["height"], call["width"]
-        return rows if height is None else height, columns if width is None else width
+        return self.call_size(pipeline, call)
 
     def given_latents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in which a pipeline's call takes `latents`; by default in its own layout."""

@@ -50,8 +50,9 @@ class BoundModel:
             transformer: The user's.
             types: Its blocks.
             runners: Those blocks, ready to run.
-            held: Paths of children whose outputs are the same at every step of a run, or of None.
-            timed: Paths of children whose outputs hang on the time alone.
+            held: Paths of children whose outputs are the same at every step of a run; those that
+                this model does not have count for nothing.
+            timed: Paths of children whose outputs hang on the time alone, likewise.
             keeps_residual: Whether steps may reuse.
             image_first: Whether image tokens come before text tokens where blocks take both as one.
         """
@@ -62,12 +63,8 @@ class BoundModel:
         self.reuse = False
         self.stops = False
         self._entered: Tensor | None = None
-        self._held = [
-            _Held(self, _own_child(self.module, path), timed=False)
-            for path in held
-            if _has_child(self.module, path)
-        ]
-        self._timed = [_Held(self, _own_child(self.module, path), timed=True) for path in timed]
+        self._held = [_Held(self, path, timed=False) for path in _known(transformer, held)]
+        self._timed = [_Held(self, path, timed=True) for path in _known(transformer, timed)]
         self._blocks(types, runners)
 
     def _blocks(
@@ -250,10 +247,12 @@ class _Held:
     A child may be called several times in one forward.
     """
 
-    def __init__(self, owner: BoundModel, child: nn.Module, *, timed: bool) -> None:
-        self._owner, self._child, self._timed = owner, child, timed
-        self._own = type(child).forward
-        vars(child)["forward"] = self
+    def __init__(self, owner: BoundModel, path: str, *, timed: bool) -> None:
+        self._owner, self._timed = owner, timed
+        # The child itself: a copy of it would be another key to caches that its class keeps.
+        self._child = owner.module.get_submodule(path)
+        self._own = type(self._child).forward
+        vars(_own_child(owner.module, path))["forward"] = self
         self._recording = False
         self._calls: list[tuple[list[Any], Any]] = []
         self._buffers: list[tuple[list[Any], Any]] = []
@@ -316,10 +315,16 @@ def _shallow(module: nn.Module) -> Any:
     return copy
 
 
-def _has_child(module: nn.Module, path: str) -> bool:
-    """Whether there is a child at a path, where a model may have None."""
-    parent, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(parent), name) is not None
+def _known(module: nn.Module, paths: Sequence[str]) -> list[str]:
+    """Those paths of children that a model has: some variants of a class lack some."""
+
+    def has(path: str) -> bool:
+        own: nn.Module | None = module
+        for name in path.split("."):
+            own = None if own is None else vars(own)["_modules"].get(name)
+        return own is not None
+
+    return [path for path in paths if has(path)]
 
 
 def _own_child(module: nn.Module, path: str) -> Any:
