@@ -208,7 +208,7 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
 
 
 def _conditions(memory: dict[str, Any]) -> str:
-    guided = ", guided" if memory["passes"] == 2 else ""
+    guided = ", guided" if memory["passes"] > 1 else ""
     experts = f", {memory['experts']} experts" if memory["experts"] > 1 else ""
     return (
         f"{size_text(memory)}, {memory['text_tokens']} text tokens, "

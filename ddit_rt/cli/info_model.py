@@ -74,7 +74,8 @@ def _text(data: dict[str, Any]) -> str:
     ]
     if not data["sizes"]:
         return "\n".join([*lines, "  sizes        give the folder of the whole pipeline"])
-    twice = "; a step has two, for guidance" if data["passes"] == 2 else ""
+    passes = {1: "", 2: "; a step has two, for guidance"}
+    twice = passes.get(data["passes"], f"; a step has {data['passes']}, for guidance")
     lines.append(
         f"  floor        of one pass of the model{twice}: batch 1, {data['text_tokens']} text "
         f"tokens, {data['dtype']}"

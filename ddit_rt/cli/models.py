@@ -123,7 +123,7 @@ def refuse_video(manifest: Manifest, command: str) -> None:
 
 
 def refuse_audio(manifest: Manifest, command: str) -> None:
-    """Refuses an artifact of an audio model where pictures are written or compared.
+    """Refuses an artifact of a model that makes sound, which would be left out.
 
     Raises:
         UnsupportedModelError: It is one.
@@ -131,10 +131,11 @@ def refuse_audio(manifest: Manifest, command: str) -> None:
     from ddit_rt.errors import UnsupportedModelError
     from ddit_rt.models import family_named
 
-    if family_named(manifest.family).audio:
+    family = family_named(manifest.family)
+    if family.audio or family.soundtrack:
         raise UnsupportedModelError(
-            f"ddit-rt {command} is for images and videos, and this artifact makes audio "
-            f"({manifest.transformer_class}); call its engine in Python, as docs/models says"
+            f"ddit-rt {command} is for images and videos without sound, and this artifact makes "
+            f"sound ({manifest.transformer_class}); call its engine in Python, as docs/models says"
         )
 
 

@@ -289,7 +289,7 @@ def _embedded_engine(args: argparse.Namespace) -> Engine:
 def _loaded_engine(args: argparse.Namespace) -> Engine:
     import ddit_rt
     from ddit_rt.artifact import read_manifest
-    from ddit_rt.cli.models import load_pipeline, refuse_audio
+    from ddit_rt.cli.models import load_pipeline
 
     if args.model is None:
         raise ValueError(
@@ -298,7 +298,6 @@ def _loaded_engine(args: argparse.Namespace) -> Engine:
         )
     # Before the model: a missing artifact should not cost the minutes of loading one.
     manifest = read_manifest(args.artifact)
-    refuse_audio(manifest, "profile")
     dtype = args.dtype or manifest.dtype
     pipeline = load_pipeline(args.model, dtype, manifest.environment.device)
     return ddit_rt.load(args.artifact, pipeline, trust_code=args.trust_code)

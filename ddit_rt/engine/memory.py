@@ -63,7 +63,7 @@ class ModelMemory:
         seconds: Length of audio of the same; None for pictures.
         text_tokens: Text tokens of the same.
         steps: Denoising steps of the same.
-        passes: Passes of the model in a step of the same: 2 with classifier-free guidance.
+        passes: Passes of the model in a step of the same: 2 with classifier-free guidance alone.
         experts: Models that take turns in a run, each with tables and text of its own.
         solver: Class name of the pipeline's scheduler.
         latent_bytes: One sample's latents in float32.
@@ -141,7 +141,7 @@ def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS, **size: An
         shape=family.latent_shape(pipeline, height, width, 1, frames),
         text_tokens=manifest.ranges.text[1],
         steps=steps,
-        passes=2 if family.guided_by_default else 1,
+        passes=family.default_passes(),
         experts=len(models),
     )
     low, high = manifest.ranges.image

@@ -134,7 +134,7 @@ def inspect_folder(
         family=family.name,
         driven=driven,
         dtype=str(dtype).removeprefix("torch."),
-        passes=2 if family.guided_by_default else 1,
+        passes=family.default_passes(),
     )
     if pipeline is None:
         return found

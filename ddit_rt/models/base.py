@@ -21,6 +21,7 @@ BATCH = "batch"
 IMAGE = "image"
 TEXT = "text"
 JOINT = "image+text"
+SOUND = "sound"
 
 
 class Runner(Protocol):
@@ -46,7 +47,8 @@ class TensorSpec:
     Attributes:
         name: The block's own argument name.
         dims: One entry per dimension: a fixed size, or one of the symbols `BATCH`, `IMAGE`
-            (image tokens), `TEXT` (text tokens) and `JOINT` (their sum).
+            (image tokens), `TEXT` (text tokens), `JOINT` (their sum) and `SOUND` (tokens of a
+            soundtrack that advances with the video).
         dtype: Its data type; None for that of the block's weights with a batch dimension, and
             float32 without.
     """
@@ -160,6 +162,8 @@ class Family(ABC):
         video: Whether latents have frames.
         audio: Whether latents have one row, of time. Where a height and a width in pixels are asked
             for, such a family has 1 and samples.
+        soundtrack: Whether a second latent, of sound, advances with that of the video: it comes and
+            goes with the calls of the transformer, and the pipelines' own loop steps it.
         size_names: Arguments of the pipelines' calls that say the size.
         channels_last: Whether a token that the de-embedding makes holds a pixel's channels side by
             side; see `ops.unpack`.
@@ -180,6 +184,7 @@ class Family(ABC):
     conditioning_names: ClassVar[tuple[str, ...]]
     video: ClassVar[bool] = False
     audio: ClassVar[bool] = False
+    soundtrack: ClassVar[bool] = False
     size_names: ClassVar[tuple[str, ...]] = ("height", "width", "num_frames")
     channels_last: ClassVar[bool] = False
     guided_by_default: ClassVar[bool] = False
@@ -197,6 +202,10 @@ class Family(ABC):
             pipeline: A pipeline of one of `pipeline_classes`, or None for a bare transformer.
         """
         del transformer, pipeline
+
+    def default_passes(self) -> int:
+        """Passes of the model in a step of a pipeline call that says nothing of guidance."""
+        return 2 if self.guided_by_default else 1
 
     def experts(self, pipeline: Any) -> tuple[nn.Module, ...]:
         """Models of a pipeline that take over from its `transformer` in later steps, in order.
@@ -316,20 +325,32 @@ class Family(ABC):
             ShapeError: A misshapen tensor.
         """
 
-    def passes_in(self, given: Mapping[str, Any], passes: int) -> Sequence[Mapping[str, Any]]:
+    def passes_in(self, given: Mapping[str, Any], batch: int) -> Sequence[Mapping[str, Any]]:
         """The passes that a pipeline's call of its transformer holds, that with the prompt first.
 
         Args:
             given: Arguments of the transformer's `forward`.
-            passes: Of a step.
+            batch: Samples of the run.
         """
-        del passes
+        del batch
         return (given,)
 
     def as_called(self, velocities: Sequence[Tensor]) -> Any:
         """The inverse of `passes_in`, of what the passes give."""
         (velocity,) = velocities
         return velocity
+
+    def outputs(
+        self, velocities: Sequence[Tensor], sounds: Sequence[Tensor | None]
+    ) -> tuple[Any, ...]:
+        """What a pipeline's call of its transformer gives, of what the passes in it give.
+
+        Args:
+            velocities: Of each pass, in the pipeline's layout.
+            sounds: Of the soundtrack, likewise; None where there is none.
+        """
+        del sounds
+        return (self.as_called(velocities),)
 
     @abstractmethod
     def set_timesteps(

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.base import Runner
-from ddit_rt.models.block_calls import CallForm, flatten_call
+from ddit_rt.models.block_calls import Arrange, CallForm, as_called, flatten_call
 from ddit_rt.models.forward import ForwardFamily
 from ddit_rt.models.probe import ReadBlockType
 
@@ -31,6 +31,7 @@ class BoundModel:
             asks for it.
         reuse: Whether that stands for the blocks.
         stops: Whether the forward ends at the first block.
+        arrange: See `Arrange`.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class BoundModel:
         timed: Sequence[str],
         keeps_residual: bool,
         image_first: bool = False,
+        arrange: Arrange = as_called,
     ) -> None:
         """Copies the model.
 
@@ -55,7 +57,9 @@ class BoundModel:
             timed: Paths of children whose outputs hang on the time alone, likewise.
             keeps_residual: Whether steps may reuse.
             image_first: Whether image tokens come before text tokens where blocks take both as one.
+            arrange: See `Arrange`.
         """
+        self.arrange = arrange
         self.module = _shallow(transformer)
         self.step: Tensor | None = None
         self.residual: Tensor | None = None
@@ -210,7 +214,7 @@ class _Block:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._owner.stops:
             raise _Reached
-        form, inputs = flatten_call(self._like, args, kwargs)
+        form, inputs = flatten_call(self._like, args, kwargs, self._owner.arrange)
         if form not in self._forms:
             raise UnsupportedModelError(_unknown(self._like, form, list(self._forms)))
         kind, runner = self._forms[form]
@@ -353,11 +357,19 @@ def without_data(
     types = family.block_types(twin)
     runners = {kind.key: [_PassOn(kind)] * len(kind.blocks(twin)) for kind in types}
     bound = BoundModel(
-        twin, types, runners, held=family.held, timed=family.timed, keeps_residual=False
+        twin,
+        types,
+        runners,
+        held=family.held,
+        timed=family.timed,
+        keeps_residual=False,
+        arrange=family.block_call,
     )
     latents = torch.empty(shape, dtype=family.first_weight(twin).dtype, device="meta")
     levels = torch.empty(steps, dtype=torch.float32, device="meta")
     example = family.example(twin, 0, shape[0], text)
+    if family.soundtrack:
+        example |= family.sound_example(twin, shape[0], family.sound_tokens(twin, shape[2]))
     arguments = family.forward_arguments(latents, levels[:1], example)
     bound.hold(lambda _: bound.run(arguments), levels, 1)
     return bound, arguments

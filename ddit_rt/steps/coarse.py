@@ -169,6 +169,10 @@ class SnrBucket:
         """See `Bucket.residuals`."""
         return self._passes.residuals()
 
+    def sound(self) -> Tensor | None:
+        """See `Bucket.sound`."""
+        return self._passes.sound()
+
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""
         return (self._scale, self._level, *self._passes.tensors(), *self.state())
