@@ -44,6 +44,7 @@ class FamilyCase:
         sizes: Heights and widths in pixels; 2p divides all.
         size: Arguments of a call that say one of them.
         fewer: How many times fewer tokens 2p has.
+        executor: Of a call that asks for no other way.
         schedulers: Schedulers beside the pipeline's own, by name.
         lora: Layers of the transformer that a LoRA changes, by the ends of their names; empty
             where the pipeline loads none.
@@ -60,6 +61,7 @@ class FamilyCase:
         default=lambda height, width: {"height": height, "width": width}
     )
     fewer: int = 4
+    executor: str = "cpu"
     schedulers: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     lora: tuple[str, ...] = ("to_out.0", "net.2")
     batch: int = 2
@@ -139,7 +141,7 @@ class FamilySuite:
         call = self.case.call(*PROMPTS[prompts], **size)
         engine = eager(pipeline)
         assert_equal(*runs(pipeline, engine, call), tolerance=TOLERANCE)
-        assert trace_of(engine).executor == "cpu"
+        assert trace_of(engine).executor == self.case.executor
 
     @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
     def test_the_pipelines_own_loop_equals_diffusers(self, prompts: Any) -> None:

@@ -314,7 +314,13 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(
         ("num_inference_steps", "num_images_per_prompt", "num_videos_per_prompt"), _count
     ),
-    **dict.fromkeys(("guidance_scale", "guidance_scale_2", "true_cfg_scale"), checks.number),
+    **dict.fromkeys(
+        (
+            *("guidance_scale", "guidance_scale_2", "true_cfg_scale"),
+            *("stg_scale", "modality_scale", "guidance_rescale"),
+        ),
+        checks.number,
+    ),
     **dict.fromkeys(
         ("prompt_embeds", "negative_prompt_embeds"),
         partial(check_tensor, expected="[prompts, text tokens, width]"),
@@ -327,7 +333,9 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "max_sequence_length": _count,
     "sigmas": check_sigmas,
     "strength": partial(checks.number, low=0, high=1),
-    "audio_duration_s": partial(checks.number, low=0, open_low=True),
+    **dict.fromkeys(
+        ("audio_duration_s", "frame_rate"), partial(checks.number, low=0, open_low=True)
+    ),
     "generator": _generator,
     "output_type": partial(checks.choice, options=OUTPUT_TYPES),
     "return_dict": checks.flag,

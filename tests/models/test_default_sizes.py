@@ -16,6 +16,7 @@ QWEN = ((1328, 1328), (1664, 928), (928, 1664), (1472, 1140), (1140, 1472))
 WAN = ((480, 832), (832, 480), (720, 1280), (1280, 720))
 TI2V = ((704, 1280), (1280, 704), (480, 832))
 
+LTX = ((512, 768), (768, 512), (704, 1216), (1088, 1920))
 AUDIO = ((1, 24000 * 30), (1, 24000 * 10), (1, 24000 * 5), (1, 24000 * 3))
 
 # By family: pixels, or samples, of a latent pixel, frames of a latent (0: an image), and sizes in
@@ -37,6 +38,7 @@ SIZES: dict[str, tuple[int, int, tuple[tuple[int, int], ...]]] = {
     "z-image": (8, 0, IMAGE),
     "krea2": (8, 0, IMAGE),
     "longcat-audio": (2048, 0, AUDIO),
+    "ltx2": (32, 16, LTX),
 }
 
 # Wan's text to video has two sizes of latent pixels.
