@@ -26,7 +26,7 @@ from ddit_rt.steps import StepModel
 
 MIXED = StaticPolicy(["p", "2p", "2p", "p", "2p", "p"])
 OTHER = StaticPolicy(["2p", "p", "2p", "2p", "p", "p"])
-RANGES = TokenRanges(batch=(1, 4), image=(4, 32760))
+RANGES = TokenRanges(batch=(1, 4), image=(4, 49152))
 """Two prompts with guidance; tokens of the default size of every family."""
 TOLERANCE = 1e-5
 """Of the latents' scale, in float32: passes of guidance as one batch round differently."""
