@@ -77,6 +77,9 @@ class ConstantBucket:
         """None: it has no blocks."""
         return ()
 
+    def sound(self) -> None:
+        """None."""
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Nothing that differs between runs."""
         return ()

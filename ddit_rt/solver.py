@@ -138,6 +138,21 @@ def own_steps(scheduler: Any) -> SolverTable:
     return SolverTable(coefficients=coefficients, sigmas=sigmas, source=name)
 
 
+def falling(scheduler: Any) -> Any:
+    """A scheduler whose timesteps are set, as one whose noise levels fall to 0.
+
+    Of one with `invert_sigmas`, whose levels rise from 0 at noise to 1, a copy. Its steps are the
+    same for velocities of the other sign, those of z = (1 - t) x0 + t n.
+    """
+    if not scheduler.config.get("invert_sigmas", False):
+        return scheduler
+    turned = copy.copy(scheduler)
+    turned.register_to_config(invert_sigmas=False)
+    turned.sigmas = 1 - scheduler.sigmas
+    turned.timesteps = scheduler.config.num_train_timesteps - scheduler.timesteps
+    return turned
+
+
 def solver_of(scheduler: Any) -> tuple[SolverTable, str]:
     """What `probe_scheduler` reads; where it can read nothing `own_steps`, and why.
 
@@ -189,6 +204,8 @@ def _flow_sigmas(scheduler: Any, name: str) -> tuple[float, ...]:
     unusable = [level for level in sigmas if not math.isfinite(level)]
     if unusable:
         raise _nonfinite(name, f"its sigmas hold {unusable[0]}")
+    if scheduler.config.get("invert_sigmas", False):
+        raise _no_flow(name, "its sigmas rise from noise to picture (invert_sigmas=True)")
     if not 0 <= min(sigmas) <= max(sigmas) <= 1 + 1e-6:
         raise _no_flow(
             name, f"its sigmas reach from {min(sigmas):.3g} to {max(sigmas):.3g}, not within [0, 1]"

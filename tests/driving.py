@@ -121,12 +121,13 @@ CALLBACKS: dict[str, dict[str, Any]] = {
 
 
 def made(result: Any) -> Any:
-    """Pictures or videos."""
-    return result.images if hasattr(result, "images") else result.frames
+    """Pictures, videos or audio."""
+    (name,) = {"images", "frames", "audios"} & set(dir(result))
+    return getattr(result, name)
 
 
 def latents_of(result: Any) -> Tensor:
-    """Of a picture or a video that was asked for as latents."""
+    """Of a picture, a video or audio that was asked for as latents."""
     latents = made(result)
     assert isinstance(latents, Tensor)
     return latents

@@ -26,7 +26,7 @@ from ddit_rt.steps import StepModel
 
 MIXED = StaticPolicy(["p", "2p", "2p", "p", "2p", "p"])
 OTHER = StaticPolicy(["2p", "p", "2p", "2p", "p", "p"])
-RANGES = TokenRanges(batch=(1, 4), image=(4, 32760))
+RANGES = TokenRanges(batch=(1, 4), image=(4, 49152))
 """Two prompts with guidance; tokens of the default size of every family."""
 TOLERANCE = 1e-5
 """Of the latents' scale, in float32: passes of guidance as one batch round differently."""
@@ -42,8 +42,12 @@ class FamilyCase:
         guided: Arguments that add guidance, for prompts of the same number, with negative prompts
             of the given lengths; None where the pipeline has none.
         sizes: Heights and widths in pixels; 2p divides all.
+        size: Arguments of a call that say one of them.
+        fewer: How many times fewer tokens 2p has.
+        executor: Of a call that asks for no other way.
         schedulers: Schedulers beside the pipeline's own, by name.
-        lora: Layers of the transformer that a LoRA changes, by the ends of their names.
+        lora: Layers of the transformer that a LoRA changes, by the ends of their names; empty
+            where the pipeline loads none.
         batch: Prompts that a call of the pipeline takes at most; others are left out.
         captured: Names of the buckets that a mixed plan captures; experts have their own.
         more: Further arguments of a call, which `guided` may replace; of a video `num_frames`.
@@ -53,6 +57,11 @@ class FamilyCase:
     prompts: Callable[..., dict[str, Any]]
     guided: Callable[[tuple[int, ...]], dict[str, Any]] | None
     sizes: tuple[tuple[int, int], ...] = ((64, 96), (128, 64))
+    size: Callable[[int, int], dict[str, Any]] = field(
+        default=lambda height, width: {"height": height, "width": width}
+    )
+    fewer: int = 4
+    executor: str = "cpu"
     schedulers: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     lora: tuple[str, ...] = ("to_out.0", "net.2")
     batch: int = 2
@@ -68,10 +77,8 @@ class FamilyCase:
     ) -> dict[str, Any]:
         """Arguments of a call for latents, with guidance if there are negative prompts."""
         lengths, negative = lengths[: self.batch], negative[: self.batch]
-        height, width = self.sizes[0]
         call = {
-            "height": height,
-            "width": width,
+            **self.size(*self.sizes[0]),
             "num_inference_steps": 6,
             "output_type": "latent",
             **self.more,
@@ -130,11 +137,11 @@ class FamilySuite:
     def test_all_fine_equals_diffusers(self, prompts: str) -> None:
         pipeline = self.case.pipeline()
         # Sizes by turns: every one sees guidance, and several prompts.
-        height, width = self.case.sizes[list(PROMPTS).index(prompts) % 2]
-        call = self.case.call(*PROMPTS[prompts], height=height, width=width)
+        size = self.case.size(*self.case.sizes[list(PROMPTS).index(prompts) % 2])
+        call = self.case.call(*PROMPTS[prompts], **size)
         engine = eager(pipeline)
         assert_equal(*runs(pipeline, engine, call), tolerance=TOLERANCE)
-        assert trace_of(engine).executor == "cpu"
+        assert trace_of(engine).executor == self.case.executor
 
     @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
     def test_the_pipelines_own_loop_equals_diffusers(self, prompts: Any) -> None:
@@ -166,6 +173,10 @@ class FamilySuite:
     def test_a_lora_acts_and_goes_without_a_trace(self) -> None:
         pipeline = self.case.pipeline()
         engine, call = eager(pipeline), self.case.call()
+        if not self.case.lora:
+            with pytest.raises(UnsupportedModelError, match="loads none"):
+                engine.fuse_lora(lora_of(pipeline.transformer, ("to_q",)))
+            return
         before = generated(engine, call, patch_policy=FINE)
         engine.fuse_lora(lora_of(pipeline.transformer, self.case.lora))
         ours, theirs = runs(pipeline, engine, call)
@@ -183,7 +194,7 @@ class FamilySuite:
         trace = trace_of(engine)
         assert trace.patch_sizes() == ["p", "2p", "2p", "p", "2p", "p"]
         tokens = [record.tokens for record in trace]
-        assert tokens[0] == 4 * tokens[1]
+        assert tokens[0] == self.case.fewer * tokens[1]
         assert torch.isfinite(mixed).all()
         assert float((mixed - fine).abs().max()) > 1e-3
         generated(engine, call, patch_policy=DDiTPolicy(tau=1.0, fine_tail=1))
@@ -269,8 +280,7 @@ class FamilySuite:
         fine, coarse = (step_cost(model, multiple=multiple, **sizes) for multiple in (1, 2))
         assert fine.flops > coarse.flops > 0
         assert fine.weight_bytes == coarse.weight_bytes
-        height, width = self.case.sizes[0]
-        size = {"height": height, "width": width, **frames}
+        size = {**self.case.size(*self.case.sizes[0]), **frames}
         memory = memory_of(engine.artifact, pipeline, 6, **size)
         assert [bucket.patch for bucket in memory.buckets] == ["p", "2p"]
         held = bool(family_of(pipeline.transformer, pipeline).held)

@@ -16,7 +16,7 @@ from diffusers import (
 )
 
 from ddit_rt.errors import ScheduleError, UnsupportedModelError
-from ddit_rt.solver import SolverTable, own_steps, probe_scheduler, replay, solver_of
+from ddit_rt.solver import SolverTable, falling, own_steps, probe_scheduler, replay, solver_of
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
@@ -146,12 +146,33 @@ def test_scheduler_that_draws_noise_is_refused_by_name(kind: type, config: Any) 
         probe_scheduler(make(kind, 8, **config))
 
 
+def test_levels_that_rise_are_read_as_ones_that_fall() -> None:
+    plain, rising = (
+        make(FlowMatchEulerDiscreteScheduler, 8, shift=3.0, invert_sigmas=inverted)
+        for inverted in (False, True)
+    )
+    turned = falling(rising)
+    torch.testing.assert_close(turned.sigmas, plain.sigmas)
+    torch.testing.assert_close(turned.timesteps, plain.timesteps, rtol=0.0, atol=1e-3)
+    assert (turned.config.invert_sigmas, rising.config.invert_sigmas) == (False, True)
+    ours, theirs = probe_scheduler(turned), probe_scheduler(plain)
+    torch.testing.assert_close(ours.coefficients, theirs.coefficients, rtol=0.0, atol=1e-6)
+    sample, velocity = torch.full((1, 4), 0.7), torch.full((1, 4), 0.3)
+    steps = [
+        scheduler.step(sign * velocity, scheduler.timesteps[0], sample, return_dict=False)[0]
+        for scheduler, sign in ((rising, 1.0), (turned, -1.0))
+    ]
+    torch.testing.assert_close(*steps)
+    assert falling(plain) is plain
+
+
 @pytest.mark.parametrize(
     ("kind", "config", "reason"),
     [
         (UniPCMultistepScheduler, {}, "'epsilon', not for a velocity"),
         (UniPCMultistepScheduler, {"prediction_type": "flow_prediction"}, "not within"),
         (LCMScheduler, {}, "no noise levels"),
+        (FlowMatchEulerDiscreteScheduler, {"invert_sigmas": True}, "rise from noise"),
     ],
 )
 def test_scheduler_of_another_process_is_refused_by_name(

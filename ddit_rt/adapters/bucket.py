@@ -73,6 +73,10 @@ class AdapterBucket:
         """See `Bucket.residuals`."""
         return self._passes.residuals()
 
+    def sound(self) -> Tensor | None:
+        """See `Bucket.sound`."""
+        return self._passes.sound()
+
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""
         return self._passes.tensors()

@@ -28,7 +28,7 @@ from ddit_rt.blocks.package import input_dtypes as resolve_dtypes
 from ddit_rt.blocks.runner import constant_specs
 from ddit_rt.blocks.template import BlockTemplate, LoraSpec
 from ddit_rt.errors import CompileError, UnsupportedModelError
-from ddit_rt.models.base import BATCH, IMAGE, JOINT, TEXT, BlockType, TensorSpec
+from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType, TensorSpec
 
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, label)`, first with `done = 0`."""
@@ -36,8 +36,8 @@ Progress = Callable[[int, int, str], None]
 # Preferred sizes of the example that is traced. On CUDA kernels are tuned on it, so it is an image
 # of 1024 x 1024; on a CPU nothing is, and a small one costs less.
 _EXAMPLES: Mapping[str, Mapping[str, int]] = {
-    "cpu": {BATCH: 2, IMAGE: 22, TEXT: 13},
-    "cuda": {BATCH: 2, IMAGE: 4096, TEXT: 512},
+    "cpu": {BATCH: 2, IMAGE: 22, TEXT: 13, SOUND: 9},
+    "cuda": {BATCH: 2, IMAGE: 4096, TEXT: 512, SOUND: 126},
 }
 
 
@@ -192,9 +192,9 @@ def _example_sizes(ranges: TokenRanges, preferred: Mapping[str, int]) -> dict[st
         wanted = preferred[symbol]
         near = range(max(low, 2), min(high, max(low, wanted) + 4) + 1)
         choices.append(sorted(near, key=lambda size: abs(size - wanted)))
-    for batch, image, text in itertools.product(*choices):
-        if len({batch, image, text, image + text}) == 4:
-            return {BATCH: batch, IMAGE: image, TEXT: text, JOINT: image + text}
+    for batch, image, text, sound in itertools.product(*choices):
+        if len({batch, image, text, image + text, sound}) == 5:
+            return {BATCH: batch, IMAGE: image, TEXT: text, JOINT: image + text, SOUND: sound}
     raise AssertionError(ranges)
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ddit_rt import checks
 from ddit_rt.errors import ShapeError
-from ddit_rt.models.base import BATCH, IMAGE, JOINT, TEXT, TensorSpec
+from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, TensorSpec
 
-SYMBOLS = (BATCH, IMAGE, TEXT)
+SYMBOLS = (BATCH, IMAGE, TEXT, SOUND)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,11 +31,13 @@ class TokenRanges:
         batch: Prompts in one run, cond and uncond passes both counted.
         image: Image tokens.
         text: Text tokens.
+        sound: Tokens of a soundtrack; of no meaning to models without one.
     """
 
     batch: tuple[int, int] = (1, 8)
     image: tuple[int, int] = (4, 16384)
     text: tuple[int, int] = (1, 512)
+    sound: tuple[int, int] = (1, 1024)
 
     def __post_init__(self) -> None:
         expected = "(smallest, largest), two whole numbers"
@@ -51,14 +53,14 @@ class TokenRanges:
         """Smallest and largest size of one of the symbols of `TensorSpec.dims`."""
         if symbol == JOINT:
             return self.image[0] + self.text[0], self.image[1] + self.text[1]
-        bounds = {BATCH: self.batch, IMAGE: self.image, TEXT: self.text}
+        bounds = {BATCH: self.batch, IMAGE: self.image, TEXT: self.text, SOUND: self.sound}
         return bounds[symbol]
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Raises `ShapeError` for a size outside its range.
 
         Args:
-            sizes: Size of some or all of `BATCH`, `IMAGE`, `TEXT` and `JOINT`.
+            sizes: Size of some or all of the symbols of `TensorSpec.dims`.
         """
         for symbol, size in sizes.items():
             low, high = self.of(symbol)

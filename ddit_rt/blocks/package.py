@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ddit_rt.blocks.constants import ConstantSpec
-from ddit_rt.blocks.inputs import TokenRanges
+from ddit_rt.blocks.inputs import SYMBOLS, TokenRanges
 from ddit_rt.errors import ArtifactError
 from ddit_rt.models.base import BATCH, TensorSpec
 
@@ -83,7 +83,7 @@ class PackageInfo:
             name: [list(spec.shape), dtype_name(spec.dtype)]
             for name, spec in self.constants.items()
         }
-        ranges = {"batch": self.ranges.batch, "image": self.ranges.image, "text": self.ranges.text}
+        ranges = {symbol: self.ranges.of(symbol) for symbol in SYMBOLS}
         return json.dumps(
             {
                 "block": self.block,

@@ -69,6 +69,8 @@ def _run(args: argparse.Namespace) -> Outcome:
         "num_frames": family.default_frames(pipeline),
         **embedded_defaults(args.model),
     }
+    if family.audio:
+        size = dict.fromkeys(size)
     engine = ddit_rt.compile(
         pipeline,
         height=size["height"] if args.height is None else args.height,

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.generate import pipeline_arguments
-from ddit_rt.cli.models import EMBEDDED, MODEL_HELP, add_call_arguments, load_pipeline, refuse_video
+from ddit_rt.cli.models import (
+    EMBEDDED,
+    MODEL_HELP,
+    add_call_arguments,
+    load_pipeline,
+    refuse_audio,
+    refuse_video,
+)
 from ddit_rt.cli.options import existing_folder, folder_to_write, seed, whole
 from ddit_rt.cli.policies import choose_policy, policy_text
 
@@ -126,6 +133,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     prompts, source = _prompts(args)
     manifest = read_manifest(args.artifact)
     refuse_video(manifest, "eval")
+    refuse_audio(manifest, "eval")
     with weights_folder(args.weights):
         pipeline = load_pipeline(
             args.model, args.dtype or manifest.dtype, manifest.environment.device

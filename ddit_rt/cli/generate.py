@@ -16,6 +16,7 @@ from ddit_rt.cli.models import (
     add_further_arguments,
     embedded_defaults,
     load_pipeline,
+    refuse_audio,
 )
 from ddit_rt.cli.options import existing_file, file_to_write, number, seed, whole
 from ddit_rt.cli.outputs import output_paths, write_video
@@ -99,6 +100,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
     # Before the model: a missing artifact should not cost the minutes of loading one.
     manifest = read_manifest(args.artifact)
+    refuse_audio(manifest, "generate")
     video = family_named(manifest.family).video
     output = args.output or Path("out.mp4" if video else "out.png")
     paths = output_paths(output, len(args.prompt) * args.num_images, video=video)

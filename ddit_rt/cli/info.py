@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.info_model import OPTIONS, add_model_arguments, is_model, run_model
+from ddit_rt.cli.info_model import OPTIONS, add_model_arguments, is_model, run_model, size_text
 from ddit_rt.cli.models import MODEL_HELP, load_pipeline
 
 if TYPE_CHECKING:
@@ -208,11 +208,10 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
 
 
 def _conditions(memory: dict[str, Any]) -> str:
-    frames = "" if memory["num_frames"] is None else f", {memory['num_frames']} frames"
-    guided = ", guided" if memory["passes"] == 2 else ""
+    guided = ", guided" if memory["passes"] > 1 else ""
     experts = f", {memory['experts']} experts" if memory["experts"] > 1 else ""
     return (
-        f"{memory['height']} x {memory['width']}{frames}, {memory['text_tokens']} text tokens, "
+        f"{size_text(memory)}, {memory['text_tokens']} text tokens, "
         f"{memory['steps']} steps, batch 1{guided}{experts}"
     )
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from ddit_rt.cli.command import Outcome
 from ddit_rt.cli.models import DTYPES, EMBEDDED, EMBEDDED_VIDEO, embedded_defaults, embedded_path
-from ddit_rt.cli.options import whole
+from ddit_rt.cli.options import number, whole
 
-OPTIONS = ("height", "width", "num_frames", "text_tokens", "dtype")
+SIZES = ("height", "width", "num_frames", "audio_duration_s")
+OPTIONS = (*SIZES, "text_tokens", "dtype")
 """Those of a diffusers folder."""
 
 
@@ -21,6 +22,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=whole(1), help=f"{of}pixel rows to count besides")
     parser.add_argument("--width", type=whole(1), help=f"{of}pixel columns of the same")
     parser.add_argument("--num-frames", type=whole(1), help=f"{of}frames of the same")
+    parser.add_argument(
+        "--audio-duration-s",
+        type=number(0, open_low=True),
+        help=f"{of}length of audio to count besides",
+    )
     parser.add_argument(
         "--text-tokens", type=whole(1), help=f"{of}default: the most that the pipeline takes"
     )
@@ -47,10 +53,7 @@ def run_model(args: argparse.Namespace) -> Outcome:
         )
     name = str(args.artifact)
     embedded = name in (EMBEDDED, EMBEDDED_VIDEO)
-    asked = {
-        size: getattr(args, size) or embedded_defaults(name).get(size)
-        for size in ("height", "width", "num_frames")
-    }
+    asked = {size: getattr(args, size) or embedded_defaults(name).get(size) for size in SIZES}
     found = inspect_folder(
         Path(embedded_path(name)) if embedded else args.artifact,
         **asked,
@@ -71,7 +74,8 @@ def _text(data: dict[str, Any]) -> str:
     ]
     if not data["sizes"]:
         return "\n".join([*lines, "  sizes        give the folder of the whole pipeline"])
-    twice = "; a step has two, for guidance" if data["passes"] == 2 else ""
+    passes = {1: "", 2: "; a step has two, for guidance"}
+    twice = passes.get(data["passes"], f"; a step has {data['passes']}, for guidance")
     lines.append(
         f"  floor        of one pass of the model{twice}: batch 1, {data['text_tokens']} text "
         f"tokens, {data['dtype']}"
@@ -80,10 +84,9 @@ def _text(data: dict[str, Any]) -> str:
 
 
 def _size_lines(size: dict[str, Any]) -> list[str]:
-    frames = "" if size["num_frames"] is None else f", {size['num_frames']} frames"
     latent = " x ".join(map(str, size["latent"])) or "none"
     return [
-        f"  {size['height']} x {size['width']}{frames}: latent {latent}",
+        f"  {size_text(size)}: latent {latent}",
         *(
             f"    {patch:<3} {cost['image_tokens']:>7,} tokens  {cost['flops'] / 1e12:>8.3g} TFLOP"
             f"  {cost['weight_bytes'] / 2**20:>9,.1f} MiB of weights"
@@ -91,3 +94,11 @@ def _size_lines(size: dict[str, Any]) -> list[str]:
         ),
         *(f"    {reason}" for reason in size["missing"]),
     ]
+
+
+def size_text(size: dict[str, Any]) -> str:
+    """Pixels and frames of a picture or video; the length of audio."""
+    if size["seconds"] is not None:
+        return f"{size['seconds']:.2f} s"
+    frames = "" if size["num_frames"] is None else f", {size['num_frames']} frames"
+    return f"{size['height']} x {size['width']}{frames}"

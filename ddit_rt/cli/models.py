@@ -122,6 +122,23 @@ def refuse_video(manifest: Manifest, command: str) -> None:
         )
 
 
+def refuse_audio(manifest: Manifest, command: str) -> None:
+    """Refuses an artifact of a model that makes sound, which would be left out.
+
+    Raises:
+        UnsupportedModelError: It is one.
+    """
+    from ddit_rt.errors import UnsupportedModelError
+    from ddit_rt.models import family_named
+
+    family = family_named(manifest.family)
+    if family.audio or family.soundtrack:
+        raise UnsupportedModelError(
+            f"ddit-rt {command} is for images and videos without sound, and this artifact makes "
+            f"sound ({manifest.transformer_class}); call its engine in Python, as docs/models says"
+        )
+
+
 def embedded_defaults(model: str) -> dict[str, int]:
     """Call arguments that an embedded model was trained with; empty for any other model."""
     if model not in (EMBEDDED, EMBEDDED_VIDEO):

@@ -113,7 +113,7 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     live = LiveModel(family, transformer, pipeline)
     multiples = parse_multiples(patch_sizes)
     policy, cache = stored_policy(patch_policy, multiples), stored_cache(step_cache)
-    defaults = default_sizes(pipeline, height, width, num_frames)
+    defaults = default_sizes(family, pipeline, height, width, num_frames)
     if ranges is None:
         ranges = TokenRanges(**family.default_ranges)
     checks.instance("ranges", ranges, TokenRanges, "TokenRanges(batch=..., image=..., text=...)")

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddit_rt.errors import ShapeError
-from ddit_rt.models.base import BATCH, IMAGE, JOINT, TEXT, BlockType, Family
+from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType, Family
 from ddit_rt.models.forward import ForwardFamily
 from ddit_rt.models.layered import LayeredFamily
 from ddit_rt.steps import StepModel
@@ -78,6 +78,8 @@ def step_cost(
         )
     tokens = model.grid(height, width, multiple, frames).tokens
     sizes = {BATCH: batch, IMAGE: tokens, TEXT: text_tokens, JOINT: tokens + text_tokens}
+    if isinstance(model.family, ForwardFamily):
+        sizes[SOUND] = model.family.sound_tokens(model.transformer, frames)
     twin = _meta_copy(model.family, model.transformer)
     if isinstance(model.family, ForwardFamily):
         channels = model.family.latent_channels(twin)

@@ -362,7 +362,12 @@ class Engine:
 
         Returns:
             The plan and z_0; nothing has run.
+
+        Raises:
+            UnsupportedModelError: Only the pipeline's own loop can take the model's steps.
         """
+        if reason := self._compiled.steps.family.own_loop:
+            raise UnsupportedModelError(f"no plan can be made of this run: {reason}")
         with self._lock:
             call, latents, *found = self._set_up(arguments)
             _, plan = self._planner(request, call)(*found)

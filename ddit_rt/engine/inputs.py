@@ -159,12 +159,13 @@ def stored_cache(step_cache: StepCache | str | None) -> StepCache | None:
 
 
 def default_sizes(
-    pipeline: Any, height: int | None, width: int | None, num_frames: int | None
+    family: Family, pipeline: Any, height: int | None, width: int | None, num_frames: int | None
 ) -> dict[str, int]:
     """Sizes that were passed to `compile`, by name.
 
     Raises:
-        TypeError, ValueError: No whole number, or a bare transformer, whose latents say the size.
+        TypeError, ValueError: No whole number, one that the family's pipelines know nothing of, or
+            a bare transformer, whose latents say the size.
     """
     given = {"height": height, "width": width, "num_frames": num_frames}
     sizes = {name: checks.whole(name, size) for name, size in given.items() if size is not None}
@@ -174,7 +175,22 @@ def default_sizes(
             f"got {name}={size} for a bare transformer, whose engine takes latents of any size; "
             "leave it out, or compile the whole pipeline"
         )
+    check_size_names(family, sizes)
     return sizes
+
+
+def check_size_names(family: Family, sizes: Mapping[str, Any]) -> None:
+    """Refuses sizes by names that the family's pipelines know nothing of.
+
+    Raises:
+        ValueError: See above.
+    """
+    for name, size in sizes.items():
+        if name not in family.size_names:
+            raise ValueError(
+                f"got {name}={size} for a model of the family {family.name}, whose size is "
+                f"{' and '.join(family.size_names)}: leave {name} out"
+            )
 
 
 def check_size(compiled: CompiledModel, pipeline: Any, sizes: Mapping[str, Any]) -> None:
@@ -183,21 +199,15 @@ def check_size(compiled: CompiledModel, pipeline: Any, sizes: Mapping[str, Any])
     Args:
         compiled: The model; its runners need not be there yet.
         pipeline: The diffusers pipeline.
-        sizes: `height`, `width` and `num_frames`; what is not there is the pipeline's default.
+        sizes: Those arguments of the pipeline's call that say the size, maybe among others; what is
+            not there is the pipeline's default.
 
     Raises:
         ShapeError: See above.
     """
     family = compiled.steps.family
-    rows, columns = family.default_size(pipeline)
-    height, width = sizes.get("height"), sizes.get("width")
-    shape = family.latent_shape(
-        pipeline,
-        rows if height is None else height,
-        columns if width is None else width,
-        1,
-        sizes.get("num_frames"),
-    )
+    height, width = family.call_size(pipeline, sizes)
+    shape = family.latent_shape(pipeline, height, width, 1, sizes.get("num_frames"))
     compiled.offered(shape[-2], shape[-1], latent_frames(shape))
 
 
@@ -305,12 +315,15 @@ def check_latents(latents: Tensor, model: StepModel) -> None:
 
     Raises:
         TypeError: No tensor of floating-point numbers.
-        ShapeError: Not `[B, C, H, W]`, for videos `[B, C, F, H, W]`.
+        ShapeError: Not `[B, C, H, W]`, for videos `[B, C, F, H, W]`, for audio `[B, C, 1, T]`.
     """
-    channels = model.family.latent_channels(model.transformer)
-    axes = "F, H, W" if model.family.video else "H, W"
+    family = model.family
+    channels = family.latent_channels(model.transformer)
+    axes = "F, H, W" if family.video else "1, T" if family.audio else "H, W"
     check_tensor("latents", latents, f"[B, {channels}, {axes}]")
-    if latents.ndim != 2 + axes.count(",") + 1 or latents.shape[1] != channels:
+    rank = 2 + axes.count(",") + 1
+    rows = latents.shape[-2:-1] if family.audio else (1,)
+    if latents.ndim != rank or latents.shape[1] != channels or rows != (1,):
         raise ShapeError(
             f"latents have shape {list(latents.shape)}; expected [B, {channels}, {axes}]"
         )

@@ -28,6 +28,7 @@ from ddit_rt.models.forward import NEGATIVE, SCALE, ForwardFamily
 from ddit_rt.models.layered import layered
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.planning.outline import Outline
+from ddit_rt.solver import falling
 from ddit_rt.torch_state import callers_modes, shielded
 
 RunLoop = Callable[[Tensor, dict[str, Any], Any], Tensor]
@@ -124,7 +125,7 @@ class InterceptedRun:
         """Stands in for transformers, scheduler and progress bar."""
         # The run's own, as the user's may serve other calls.
         scheduler = copy.deepcopy(self._pipeline.scheduler)
-        step = partial(self._step, scheduler, scheduler.step)
+        step = _Step(partial(self._step, scheduler, scheduler.step))
         with ExitStack() as stack:
             parts = {"forward": self._forward, "_compiled_call_impl": None}
             for model in self._compiled.models:
@@ -141,12 +142,12 @@ class InterceptedRun:
         as_tuple = given.pop("return_dict", True) is False
         if self._final is None:
             transformer, shape = self._compiled.steps.transformer, self._call.shape
-            for one in self._family.passes_in(given, self._call.passes):
+            for one in self._family.passes_in(given, shape[0]):
                 call = self._family.read_model_call(transformer, shape, one)
                 self.passes.append(call.conditioning)
         nothing = self._family.no_output(given)
         if as_tuple:
-            return (nothing,)
+            return nothing if isinstance(nothing, tuple) else (nothing,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         return Transformer2DModelOutput(sample=nothing)
@@ -173,7 +174,7 @@ class InterceptedRun:
         plain = copy.copy(scheduler)
         vars(plain).pop("step")
         drop_steps(plain, getattr(scheduler, "begin_index", None) or 0)
-        final = self._run_loop(latents, conditioning, plain)
+        final = self._run_loop(latents, conditioning, falling(plain))
         return self._family.pack_latents(final.to(sample.dtype))
 
     def _conditioning(self, device: torch.device) -> dict[str, Any]:
@@ -190,6 +191,7 @@ class InterceptedRun:
             for name in {*prompt, *negative}:
                 conditioning[name] = prompt.get(name)
                 conditioning[NEGATIVE + name] = negative.get(name)
+        if negatives and len(scales):
             # With one for each expert, where there are several.
             conditioning[SCALE] = scales if len(scales) > 1 else scales[0]
         return conditioning
@@ -200,6 +202,19 @@ class InterceptedRun:
         with own(*args, **kwargs) as bar:
             self._bar(bar)
             yield _StillBar()
+
+
+class _Step:
+    """Stands for the `step` of a scheduler that a pipeline may copy: the same one for all."""
+
+    def __init__(self, step: Callable[..., Any]) -> None:
+        self._step = step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> _Step:
+        return self
 
 
 class _StillBar:

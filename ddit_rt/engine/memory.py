@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddit_rt.artifact import Artifact, BucketEntry
-from ddit_rt.models import Family, family_of
+from ddit_rt.models import family_of
 from ddit_rt.models.base import Grid
 from ddit_rt.models.forward import ForwardFamily
 from ddit_rt.models.probe import meta_twin
@@ -57,12 +57,13 @@ class ModelMemory:
     Attributes:
         weights_bytes: The weights of the transformer, and of its experts: one copy, whatever the
             number of patch sizes.
-        height: Image height that all else was counted at.
-        width: Image width of the same.
-        num_frames: Frames of the same; None for an image.
+        height: Image height that all else was counted at; 1 of audio.
+        width: Image width of the same; samples of audio.
+        num_frames: Frames of the same; None for what has none.
+        seconds: Length of audio of the same; None for pictures.
         text_tokens: Text tokens of the same.
         steps: Denoising steps of the same.
-        passes: Passes of the model in a step of the same: 2 with classifier-free guidance.
+        passes: Passes of the model in a step of the same: 2 with classifier-free guidance alone.
         experts: Models that take turns in a run, each with tables and text of its own.
         solver: Class name of the pipeline's scheduler.
         latent_bytes: One sample's latents in float32.
@@ -77,6 +78,7 @@ class ModelMemory:
     height: int
     width: int
     num_frames: int | None
+    seconds: float | None
     text_tokens: int
     steps: int
     passes: int
@@ -116,7 +118,7 @@ class _Run:
 
 
 @torch.no_grad()
-def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS, **size: int) -> ModelMemory:
+def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS, **size: Any) -> ModelMemory:
     """Counts the memory of a run, batch 1.
 
     The run has the pipeline's scheduler, and guidance where the pipeline guides by default.
@@ -125,18 +127,21 @@ def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS, **size: in
         artifact: The artifact; none of its code is loaded.
         pipeline: The pipeline that it fits.
         steps: Denoising steps.
-        size: `height`, `width`, `num_frames`; by default the artifact's own, else the pipeline's.
+        size: Arguments of the pipeline's call that say the size, such as `height`; by default the
+            artifact's own, else the pipeline's.
     """
     manifest, transformer = artifact.manifest, pipeline.transformer
     family = family_of(transformer, pipeline)
     models = (transformer, *family.experts(pipeline))
-    height, width, frames = _size(family, pipeline, {**manifest.pipeline_defaults, **size})
+    call = {**manifest.pipeline_defaults, **size}
+    height, width = family.call_size(pipeline, call)
+    frames = call.get("num_frames", family.default_frames(pipeline))
     run = _Run(
         model=StepModel(family=family, transformer=transformer, base={}),
         shape=family.latent_shape(pipeline, height, width, 1, frames),
         text_tokens=manifest.ranges.text[1],
         steps=steps,
-        passes=2 if family.guided_by_default else 1,
+        passes=family.default_passes(),
         experts=len(models),
     )
     low, high = manifest.ranges.image
@@ -149,6 +154,7 @@ def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS, **size: in
         height=height,
         width=width,
         num_frames=frames,
+        seconds=width / pipeline.sample_rate if family.audio else None,
         text_tokens=run.text_tokens,
         steps=steps,
         passes=run.passes,
@@ -160,16 +166,6 @@ def memory_of(artifact: Artifact, pipeline: Any, steps: int = _STEPS, **size: in
         detail_bytes=run.latent_bytes if coarse else 0,
         text_bytes=text,
         buckets=tuple(_bucket_memory(run, entry) for entry in offered),
-    )
-
-
-def _size(family: Family, pipeline: Any, defaults: dict[str, Any]) -> tuple[int, int, int | None]:
-    rows, columns = family.default_size(pipeline)
-    frames = family.default_frames(pipeline)
-    return (
-        int(defaults.get("height", rows)),
-        int(defaults.get("width", columns)),
-        defaults.get("num_frames", frames),
     )
 
 

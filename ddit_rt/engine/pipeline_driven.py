@@ -43,6 +43,7 @@ from ddit_rt.models.calls import ModelCall, PipelineCall
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.planning.outline import Outline
 from ddit_rt.planning.plan import plan_passes
+from ddit_rt.solver import falling
 from ddit_rt.steps import StepInputs
 from ddit_rt.torch_state import callers_modes, shielded
 
@@ -149,17 +150,19 @@ class PipelineRun:
         given = self._signature.bind(model.transformer, *args, **kwargs).arguments
         given.pop("self")
         as_tuple = given.pop("return_dict", True) is False
-        velocities = []
-        for one in self._family.passes_in(given, self._call.passes):
-            place = self._place()
+        places: list[int] = []
+        velocities: list[Tensor] = []
+        for one in self._family.passes_in(given, self._outline.shape[0]):
+            place = self._place(len(places))
+            places.append(place)
             call = self._family.read_model_call(model.transformer, self._outline.shape, one)
             velocities.append(self._velocity(expert, place, call))
-        velocity = self._family.as_called(velocities)
+        outputs = self._family.outputs(velocities, list(map(self._step.sounds.get, places)))
         if as_tuple:
-            return (velocity,)
+            return outputs
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-        return Transformer2DModelOutput(sample=velocity)
+        return Transformer2DModelOutput(*outputs)
 
     def _is_callbacks_own(self) -> bool:
         """Whether a call of the transformer is none of the pipeline's loop."""
@@ -170,7 +173,7 @@ class PipelineRun:
     def _velocity(self, expert: int, place: int, call: ModelCall) -> Tensor:
         """The velocity of a call, in the pipeline's layout and dtype."""
         self._run.check_cancelled()
-        step, scheduler = self._step, self._pipeline.scheduler
+        step, scheduler = self._step, falling(self._pipeline.scheduler)
         inputs = self._inputs[place] = StepInputs(
             sigma=scheduler.sigmas[(getattr(scheduler, "begin_index", None) or 0) + step.index],
             timestep=call.timestep,
@@ -178,6 +181,7 @@ class PipelineRun:
         )
         if place > 0 and not self._outline.guided[step.index]:
             # So that the pipeline's guidance joins two equal velocities, whatever its scale.
+            step.sounds[place] = step.sounds.get(0)
             return step.velocities[0]
         session = self._session or self._open(call)
         if step.branch is None:
@@ -190,9 +194,15 @@ class PipelineRun:
         step.stages[place], step.velocities[place] = stage, packed
         return packed
 
-    def _place(self) -> int:
-        """Of the pass in a step: 0 is the first that the run asked for, that with the prompt."""
+    def _place(self, index: int) -> int:
+        """Of the pass in a step: 0 is the first that the run asked for, that with the prompt.
+
+        Args:
+            index: Of the pass in its call of the transformer.
+        """
         context = self._context or f"call {self._step.calls}"
+        if index and self._context:
+            context += f", pass {index + 1}"
         self._step.calls += 1
         if context not in self._passes:
             self._passes.append(context)
@@ -247,8 +257,13 @@ class PipelineRun:
             )
         self._computed.add(stage)
         self._check_shapes(stage, inputs)
-        session.bucket(stage, branch % sizes).refresh(self._step.index, inputs)
-        return session.velocity(stage, branch, latents)
+        bucket = session.bucket(stage, branch % sizes)
+        bucket.refresh(self._step.index, inputs)
+        velocity = session.velocity(stage, branch, latents)
+        sound = bucket.sound()
+        # A copy: the bucket's next velocity overwrites it.
+        self._step.sounds[stage % self._call.passes] = None if sound is None else sound.clone()
+        return velocity
 
     def _check_shapes(self, stage: int, inputs: StepInputs) -> None:
         expected = self._shapes[stage % self._call.passes]
@@ -297,6 +312,7 @@ class _Step:
         branch: What was decided; None before its first call.
         stages: Stage of the plan that each pass ran.
         velocities: What each pass gave, in the pipeline's layout.
+        sounds: What came with it for a soundtrack.
         calls: Calls of the transformer so far.
     """
 
@@ -306,6 +322,7 @@ class _Step:
         self.branch: int | None = None
         self.stages: dict[int, int] = {}
         self.velocities: dict[int, Tensor] = {}
+        self.sounds: dict[int, Tensor | None] = {}
 
 
 def _shapes(conditioning: Mapping[str, Any]) -> dict[str, Sequence[int]]:

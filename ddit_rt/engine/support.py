@@ -15,6 +15,7 @@ from torch import nn
 
 from ddit_rt.blocks import TokenRanges
 from ddit_rt.engine.cost import StepCost, step_cost
+from ddit_rt.engine.inputs import check_size_names
 from ddit_rt.errors import DditError, UnsupportedModelError
 from ddit_rt.models import Family, family_of_classes
 from ddit_rt.models.arguments import call_defaults
@@ -37,9 +38,10 @@ class SizeSupport:
     """What a size offers.
 
     Attributes:
-        height: Pixel rows.
-        width: Pixel columns.
-        num_frames: Frames of a video; None for an image.
+        height: Pixel rows; 1 of audio.
+        width: Pixel columns; samples of audio.
+        num_frames: Frames of a video; None for what has none.
+        seconds: Length of audio; None for pictures.
         latent: Shape of one sample's latent, without batch and channels.
         costs: By patch size: one pass of the model in one step.
         missing: Why the other patch sizes are not offered; why the size cannot be run, where
@@ -49,6 +51,7 @@ class SizeSupport:
     height: int
     width: int
     num_frames: int | None
+    seconds: float | None
     latent: tuple[int, ...]
     costs: Mapping[str, StepCost]
     missing: tuple[str, ...]
@@ -87,6 +90,7 @@ def inspect_folder(
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
+    audio_duration_s: float | None = None,
     text_tokens: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> FolderSupport:
@@ -97,15 +101,22 @@ def inspect_folder(
         height: Pixel rows of a size to count besides; by default the default size's.
         width: Pixel columns of the same.
         num_frames: Frames of the same.
+        audio_duration_s: Length of audio to count besides, in seconds.
         text_tokens: Text tokens; by default as many as the pipeline's call takes at most.
         dtype: Dtype of the weights.
 
     Raises:
-        ValueError: The folder is no such folder, or a size for a bare transformer, whose pipeline
-            alone says how many pixels a latent has.
+        ValueError: The folder is no such folder, a size by a name that the model's pipeline knows
+            nothing of, or one for a bare transformer, whose pipeline alone says how many pixels a
+            latent has.
     """
-    asked = {"height": height, "width": width, "num_frames": num_frames}
-    asked = {name: size for name, size in asked.items() if size is not None}
+    sizes = {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "audio_duration_s": audio_duration_s,
+    }
+    asked = {name: size for name, size in sizes.items() if size is not None}
     pipeline_class, transformer_class = _classes(folder)
     if pipeline_class is None and asked:
         raise ValueError(
@@ -123,21 +134,16 @@ def inspect_folder(
         family=family.name,
         driven=driven,
         dtype=str(dtype).removeprefix("torch."),
-        passes=2 if family.guided_by_default else 1,
+        passes=family.default_passes(),
     )
     if pipeline is None:
         return found
+    check_size_names(family, asked)
     text = _text_tokens(pipeline) if text_tokens is None else text_tokens
-    rows, columns = family.default_size(pipeline)
-    default: dict[str, Any] = {
-        "height": rows,
-        "width": columns,
-        "num_frames": family.default_frames(pipeline),
-    }
-    wanted = [default, {**default, **asked}] if asked else [default]
+    wanted: list[Mapping[str, Any]] = [{}, asked] if asked else [{}]
     model = StepModel(family=family, transformer=transformer, base={})
-    sizes = tuple(_size(model, pipeline, text, **size) for size in wanted)
-    return replace(found, text_tokens=text, sizes=sizes)
+    found_sizes = tuple(_size(model, pipeline, text, size) for size in wanted)
+    return replace(found, text_tokens=text, sizes=found_sizes)
 
 
 def _classes(folder: Path) -> tuple[str | None, str | None]:
@@ -191,12 +197,14 @@ def _empty_pipeline(folder: Path, name: str, dtype: torch.dtype) -> Any:
     index, kind = _read(folder / PIPELINE_FILE), _diffusers_class(name)
     parts: dict[str, Any] = {}
     for part, parameter in inspect.signature(kind.__init__).parameters.items():
-        value = index.get(part)
-        if isinstance(value, list):
+        value, required = index.get(part), parameter.default is inspect.Parameter.empty
+        # As from_pretrained has it: anything else is handed on as it stands in the index.
+        loaded = required or part in getattr(kind, "_optional_components", ())
+        if isinstance(value, list) and loaded:
             library, cls = value
             own = library == "diffusers" and cls is not None
             value = _empty_part(folder / part, cls, dtype) if own else None
-        elif part not in index and parameter.default is not inspect.Parameter.empty:
+        elif part not in index and not required:
             continue
         if part != "self":
             parts[part] = value
@@ -269,15 +277,12 @@ def _text_tokens(pipeline: Any) -> int:
 
 
 def _size(
-    model: StepModel,
-    pipeline: Any,
-    text_tokens: int,
-    *,
-    height: int,
-    width: int,
-    num_frames: int | None,
+    model: StepModel, pipeline: Any, text_tokens: int, call: Mapping[str, Any]
 ) -> SizeSupport:
+    """What the size that some arguments of the pipeline's call say offers."""
     family = model.family
+    height, width = family.call_size(pipeline, call)
+    num_frames = call.get("num_frames", family.default_frames(pipeline))
     latent: tuple[int, ...] = ()
     costs: dict[str, StepCost] = {}
     ranges = TokenRanges(**family.default_ranges)
@@ -302,6 +307,7 @@ def _size(
         height=height,
         width=width,
         num_frames=num_frames,
+        seconds=width / pipeline.sample_rate if family.audio else None,
         latent=latent,
         costs=costs,
         missing=missing,

@@ -90,6 +90,11 @@ def read_lora(
         ValueError: diffusers cannot read it, or it has values that are not finite.
         UnsupportedModelError: An entry has no place, or would change the shape of a layer.
     """
+    if not hasattr(pipeline, "lora_state_dict"):
+        raise UnsupportedModelError(
+            f"got a LoRA for a {type(pipeline).__name__}, which diffusers loads none for; fuse it "
+            "into the weights before you compile"
+        )
     raw, metadata = _fetch(lora, arguments)
     converted, alphas = _convert(pipeline, raw)
     _refuse_dropped(raw, converted)

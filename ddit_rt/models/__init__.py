@@ -19,6 +19,8 @@ from ddit_rt.models.flux_edit import (
     FluxKontextFamily,
 )
 from ddit_rt.models.krea2 import Krea2Family
+from ddit_rt.models.longcat_audio import LongCatAudioFamily
+from ddit_rt.models.ltx2 import LTX2Family
 from ddit_rt.models.qwen_image import QwenImageFamily
 from ddit_rt.models.sd3 import SD3Family
 from ddit_rt.models.wan import WanFamily
@@ -45,6 +47,8 @@ FAMILIES: tuple[Family, ...] = (
     Flux2Family(),
     ZImageFamily(),
     Krea2Family(),
+    LongCatAudioFamily(),
+    LTX2Family(),
 )
 """Of several for a transformer class, a bare transformer's is the first."""
 

@@ -239,7 +239,7 @@ def check_text_encoders(pipeline: Any, call: Mapping[str, Any], *, guided: bool)
     Raises:
         ValueError: See above.
     """
-    negative = guided and call["negative_prompt_embeds"] is None
+    negative = guided and call.get("negative_prompt_embeds") is None
     missing = [name for name in _ENCODERS if getattr(pipeline, name, pipeline) is None]
     own = str(getattr(pipeline.encode_prompt, "__module__", "")).startswith("diffusers.")
     if own and missing and (negative or call["prompt"] is not None):
@@ -314,7 +314,13 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(
         ("num_inference_steps", "num_images_per_prompt", "num_videos_per_prompt"), _count
     ),
-    **dict.fromkeys(("guidance_scale", "guidance_scale_2", "true_cfg_scale"), checks.number),
+    **dict.fromkeys(
+        (
+            *("guidance_scale", "guidance_scale_2", "true_cfg_scale"),
+            *("stg_scale", "modality_scale", "guidance_rescale"),
+        ),
+        checks.number,
+    ),
     **dict.fromkeys(
         ("prompt_embeds", "negative_prompt_embeds"),
         partial(check_tensor, expected="[prompts, text tokens, width]"),
@@ -327,6 +333,9 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "max_sequence_length": _count,
     "sigmas": check_sigmas,
     "strength": partial(checks.number, low=0, high=1),
+    **dict.fromkeys(
+        ("audio_duration_s", "frame_rate"), partial(checks.number, low=0, open_low=True)
+    ),
     "generator": _generator,
     "output_type": partial(checks.choice, options=OUTPUT_TYPES),
     "return_dict": checks.flag,

@@ -21,6 +21,7 @@ BATCH = "batch"
 IMAGE = "image"
 TEXT = "text"
 JOINT = "image+text"
+SOUND = "sound"
 
 
 class Runner(Protocol):
@@ -46,7 +47,8 @@ class TensorSpec:
     Attributes:
         name: The block's own argument name.
         dims: One entry per dimension: a fixed size, or one of the symbols `BATCH`, `IMAGE`
-            (image tokens), `TEXT` (text tokens) and `JOINT` (their sum).
+            (image tokens), `TEXT` (text tokens), `JOINT` (their sum) and `SOUND` (tokens of a
+            soundtrack that advances with the video).
         dtype: Its data type; None for that of the block's weights with a batch dimension, and
             float32 without.
     """
@@ -147,7 +149,8 @@ class Family(ABC):
     """The model-specific part of the runtime. Stateless; one instance per class, in `families`.
 
     Latents are `[B, C, H, W]`, those of a video family `[B, C, F, H, W]`: the ops, the solver and
-    the patch scores take either, and a patch is one frame deep, so that only its edge grows.
+    the patch scores take either, and a patch is one frame deep, so that only its edge grows. Those
+    of an audio family are `[B, C, 1, T]`: a patch is a stretch of time there.
 
     Attributes:
         name: As a manifest writes it.
@@ -157,6 +160,11 @@ class Family(ABC):
             a later one takes all other pipelines of the class.
         conditioning_names: Keyword arguments of `Engine.denoise` that carry the prompt.
         video: Whether latents have frames.
+        audio: Whether latents have one row, of time. Where a height and a width in pixels are asked
+            for, such a family has 1 and samples.
+        soundtrack: Whether a second latent, of sound, advances with that of the video: it comes and
+            goes with the calls of the transformer, and the pipelines' own loop steps it.
+        size_names: Arguments of the pipelines' calls that say the size.
         channels_last: Whether a token that the de-embedding makes holds a pixel's channels side by
             side; see `ops.unpack`.
         guided_by_default: Whether a pipeline call that says nothing of guidance runs two passes.
@@ -175,6 +183,9 @@ class Family(ABC):
     pipeline_config: ClassVar[Mapping[str, Any]] = {}
     conditioning_names: ClassVar[tuple[str, ...]]
     video: ClassVar[bool] = False
+    audio: ClassVar[bool] = False
+    soundtrack: ClassVar[bool] = False
+    size_names: ClassVar[tuple[str, ...]] = ("height", "width", "num_frames")
     channels_last: ClassVar[bool] = False
     guided_by_default: ClassVar[bool] = False
     tables: ClassVar[tuple[str, ...]] = ()
@@ -191,6 +202,10 @@ class Family(ABC):
             pipeline: A pipeline of one of `pipeline_classes`, or None for a bare transformer.
         """
         del transformer, pipeline
+
+    def default_passes(self) -> int:
+        """Passes of the model in a step of a pipeline call that says nothing of guidance."""
+        return 2 if self.guided_by_default else 1
 
     def experts(self, pipeline: Any) -> tuple[nn.Module, ...]:
         """Models of a pipeline that take over from its `transformer` in later steps, in order.
@@ -249,6 +264,17 @@ class Family(ABC):
     def default_size(self, pipeline: Any) -> tuple[int, int]:
         """Height and width, in pixels, of a pipeline call that names none."""
 
+    def call_size(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
+        """Height and width, in pixels, that some arguments of a pipeline's call say.
+
+        Args:
+            pipeline: A pipeline of one of `pipeline_classes`.
+            call: Arguments; where they say nothing, the pipeline's defaults hold.
+        """
+        rows, columns = self.default_size(pipeline)
+        height, width = call.get("height"), call.get("width")
+        return rows if height is None else height, columns if width is None else width
+
     def default_frames(self, pipeline: Any) -> int | None:
         """Frames of a pipeline call that names none; None for images."""
         del pipeline
@@ -299,20 +325,32 @@ class Family(ABC):
             ShapeError: A misshapen tensor.
         """
 
-    def passes_in(self, given: Mapping[str, Any], passes: int) -> Sequence[Mapping[str, Any]]:
+    def passes_in(self, given: Mapping[str, Any], batch: int) -> Sequence[Mapping[str, Any]]:
         """The passes that a pipeline's call of its transformer holds, that with the prompt first.
 
         Args:
             given: Arguments of the transformer's `forward`.
-            passes: Passes of the model in a step.
+            batch: Samples of the run.
         """
-        del passes
+        del batch
         return (given,)
 
     def as_called(self, velocities: Sequence[Tensor]) -> Any:
         """The inverse of `passes_in`, of what the passes give."""
         (velocity,) = velocities
         return velocity
+
+    def outputs(
+        self, velocities: Sequence[Tensor], sounds: Sequence[Tensor | None]
+    ) -> tuple[Any, ...]:
+        """What a pipeline's call of its transformer gives, of what the passes in it give.
+
+        Args:
+            velocities: Of each pass, in the pipeline's layout.
+            sounds: Of the soundtrack, likewise; None where there is none.
+        """
+        del sounds
+        return (self.as_called(velocities),)
 
     @abstractmethod
     def set_timesteps(

@@ -21,6 +21,14 @@ from ddit_rt.models.pairs import Pairs, RealPairs
 
 _CONSTANTS = (bool, int, float, str, torch.dtype)
 
+Arrange = Callable[[dict[str, Any]], dict[str, Any]]
+"""Arguments of a block's call by name, as its package is to take them."""
+
+
+def as_called(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments as they are."""
+    return given
+
 
 @dataclass(frozen=True, slots=True)
 class _Place:
@@ -41,6 +49,15 @@ class CallForm:
 
     names: tuple[str, ...]
     skeleton: tuple[tuple[str, Any], ...]
+
+    def beyond(self, other: CallForm) -> list[str]:
+        """What sets it apart from another form: tensors that has not, and other plain values."""
+        given = dict(other.skeleton)
+        return [name for name in self.names if name not in other.names] + [
+            f"{name}-{value}"
+            for name, value in self.skeleton
+            if isinstance(value, _CONSTANTS) and given.get(name) != value
+        ]
 
     def run(self, block: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Calls a block with flat tensors; what it returns, flat."""
@@ -79,7 +96,7 @@ def required_of(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def flatten_call(
-    block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], arrange: Arrange = as_called
 ) -> tuple[CallForm, list[Tensor]]:
     """A block's call as its form and its tensors; complex ones as pairs of real numbers.
 
@@ -89,6 +106,7 @@ def flatten_call(
         UnsupportedModelError: An argument is neither a tensor nor a plain value.
     """
     given = {**dict(zip(parameters_of(type(block).forward), args, strict=False)), **kwargs}
+    given = arrange(given)
     names: list[str] = []
     tensors: list[Tensor] = []
 

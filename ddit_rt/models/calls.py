@@ -163,7 +163,7 @@ def refuse_ignored(call: Mapping[str, Any]) -> None:
 
 def prompts_of(call: Mapping[str, Any]) -> int:
     """Prompts of the call; 1 where there is none, which is refused elsewhere."""
-    prompt, embeds = call["prompt"], call["prompt_embeds"]
+    prompt, embeds = call["prompt"], call.get("prompt_embeds")
     if prompt is None:
         return 1 if embeds is None or not getattr(embeds, "ndim", 1) else len(embeds)
     return 1 if isinstance(prompt, str) else len(prompt)
@@ -172,7 +172,7 @@ def prompts_of(call: Mapping[str, Any]) -> int:
 def batch_of(call: Mapping[str, Any]) -> int:
     """Images, or videos, that the call makes."""
     per_prompt = (call[name] for name in PER_PROMPT if name in call)
-    return prompts_of(call) * int(next(per_prompt))
+    return prompts_of(call) * int(next(per_prompt, 1))
 
 
 def model_arguments(arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -32,7 +32,13 @@ from ddit_rt.models.calls import (
     first_step,
     refuse_ignored,
 )
-from ddit_rt.models.probe import Probe, ReadBlockType, read_block_types
+from ddit_rt.models.probe import (
+    PROBES,
+    SOUND_PROBES,
+    Probe,
+    ReadBlockType,
+    read_block_types,
+)
 
 NEGATIVE = "negative_"
 """Before the name of an argument of the forward: that of the pass with the negative prompt."""
@@ -64,6 +70,7 @@ class ForwardFamily(Family):
         repeated: Class names of its repeated blocks, where it has no `_repeated_blocks`.
         variants: In how many ways the forward may be called; see `example`.
         extra: Conditioning that is no argument of the forward; `forward_arguments` takes it in.
+        exact: Tensor arguments that keep their own dtype, such as times and positions.
         image_first: Whether image tokens come before text tokens where blocks take both as one.
     """
 
@@ -76,6 +83,7 @@ class ForwardFamily(Family):
     repeated: ClassVar[tuple[str, ...]] = ()
     variants: ClassVar[int] = 1
     extra: ClassVar[tuple[str, ...]] = ()
+    exact: ClassVar[tuple[str, ...]] = ()
     image_first: ClassVar[bool] = False
 
     @abstractmethod
@@ -88,6 +96,14 @@ class ForwardFamily(Family):
             batch: Samples.
             text: Text tokens.
         """
+
+    def sound_example(self, transformer: Any, batch: int, tokens: int) -> dict[str, Any]:
+        """The same of what carries a soundtrack, `tokens` long."""
+        return {}
+
+    def sound_tokens(self, transformer: Any, frames: int) -> int:
+        """Tokens of the soundtrack of a video of so many latent frames at its usual speed."""
+        return 0
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """The arguments named by `sized`, for latents of a shape.
@@ -137,8 +153,19 @@ class ForwardFamily(Family):
         velocity: Tensor = given[0]
         return velocity
 
-    def no_output(self, given: Mapping[str, Any]) -> Tensor:
-        """Stands for the velocity of a call of the forward with these arguments: zeros."""
+    def block_call(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a block's call by name, as its package is to take them."""
+        return given
+
+    def read_sound(self, given: Any) -> Tensor | None:
+        """The velocity of the soundtrack in what the forward returns; None without one."""
+        return None
+
+    def no_output(self, given: Mapping[str, Any]) -> Any:
+        """Stands for what a call of the forward with these arguments gives: zeros.
+
+        A tuple where it gives more than a velocity.
+        """
         return torch.zeros_like(given["hidden_states"])
 
     def join(self, prompt: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
@@ -156,9 +183,7 @@ class ForwardFamily(Family):
 
     def size_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
         """Height and width that the pipeline makes of a call's."""
-        rows, columns = self.default_size(pipeline)
-        height, width = call["height"], call["width"]
-        return rows if height is None else height, columns if width is None else width
+        return self.call_size(pipeline, call)
 
     def given_latents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in which a pipeline's call takes `latents`; by default in its own layout."""
@@ -213,7 +238,15 @@ class ForwardFamily(Family):
 
     def block_types(self, transformer: nn.Module) -> tuple[ReadBlockType, ...]:
         """See `Family.block_types`: read off the forward."""
-        return read_block_types(transformer, self.variants, self._run_probe, self.repeated)
+        probes = SOUND_PROBES if self.soundtrack else PROBES
+        return read_block_types(
+            transformer,
+            self.variants,
+            self._run_probe,
+            repeated=self.repeated,
+            probes=probes,
+            arrange=self.block_call,
+        )
 
     def _run_probe(self, twin: nn.Module, probe: Probe, variant: int) -> Any:
         dtype = self.first_weight(twin).dtype
@@ -223,7 +256,10 @@ class ForwardFamily(Family):
         arguments = self.forward_arguments(
             torch.empty(shape, dtype=dtype, device="meta"),
             torch.empty(1, dtype=torch.float32, device="meta"),
-            self.example(twin, variant, probe.batch, probe.text),
+            {
+                **self.example(twin, variant, probe.batch, probe.text),
+                **self.sound_example(twin, probe.batch, probe.sound),
+            },
         )
         return type(twin).forward(twin, **arguments)
 
@@ -358,11 +394,16 @@ class ForwardFamily(Family):
         call = bind_call(pipeline, arguments)
         refuse_ignored(call)
         call["height"], call["width"] = self.size_of(pipeline, call)
-        shape = self.latent_shape(pipeline, call["height"], call["width"], batch_of(call))
+        frames = call.get("num_frames")
+        shape = self.latent_shape(pipeline, call["height"], call["width"], batch_of(call), frames)
         if call["latents"] is not None:
             check_shape("latents", call["latents"], self.given_latents(shape))
         patch = self.patch
-        grid = Grid(height=shape[-2] // patch, width=shape[-1] // patch)
+        grid = Grid(
+            height=shape[-2] // patch,
+            width=shape[-1] // patch,
+            frames=shape[2] if self.video else 1,
+        )
         self.set_timesteps(scheduler, call["num_inference_steps"], call.get("sigmas"), grid)
         drop_steps(scheduler, first_step(call, scheduler))
         scale = self.scale_of(pipeline, call)

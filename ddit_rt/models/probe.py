@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.models.base import BATCH, IMAGE, JOINT, TEXT, BlockType, TensorSpec
-from ddit_rt.models.block_calls import CallForm, flat_outputs, flatten_call
+from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType, TensorSpec
+from ddit_rt.models.block_calls import Arrange, CallForm, as_called, flat_outputs, flatten_call
 from ddit_rt.models.structure import parts, reference
 
 
@@ -30,17 +30,19 @@ class Probe:
         rows: Token rows.
         columns: Token columns.
         text: Text tokens.
+        sound: Tokens of a soundtrack.
     """
 
     batch: int
     rows: int
     columns: int
     text: int
+    sound: int = 20
 
     @property
-    def counts(self) -> tuple[int, int, int]:
-        """Samples, image tokens, text tokens."""
-        return self.batch, self.rows * self.columns, self.text
+    def counts(self) -> tuple[int, int, int, int]:
+        """Samples, image tokens, text tokens, sound tokens."""
+        return self.batch, self.rows * self.columns, self.text, self.sound
 
 
 PROBES = (
@@ -51,15 +53,22 @@ PROBES = (
 )
 """The first, then each with one count changed. Tokens come in 32s, to which some models pad."""
 
+SOUND_PROBES = (*PROBES, Probe(batch=2, rows=8, columns=12, text=32, sound=28))
+"""Those of a model with a soundtrack."""
+
 _SYMBOLS: Mapping[tuple[float, ...], str] = {
-    (1, 0, 0): BATCH,
-    (0, 1, 0): IMAGE,
-    (0, 0, 1): TEXT,
-    (0, 1, 1): JOINT,
+    (1, 0, 0, 0): BATCH,
+    (0, 1, 0, 0): IMAGE,
+    (0, 0, 1, 0): TEXT,
+    (0, 1, 1, 0): JOINT,
+    (0, 0, 0, 1): SOUND,
 }
 
 RunProbe = Callable[[nn.Module, Probe, int], Any]
 """Runs a model on the meta device in one of its variants, by number."""
+
+Runs = Sequence[Callable[[], Any]]
+"""Runs of one variant, at every probe."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +125,12 @@ _KNOWN: dict[Any, tuple[ReadBlockType, ...]] = {}
 
 
 def read_block_types(
-    transformer: nn.Module, variants: int, run: RunProbe, repeated: Sequence[str] = ()
+    transformer: nn.Module,
+    variants: int,
+    run: RunProbe,
+    repeated: Sequence[str] = (),
+    probes: Sequence[Probe] = PROBES,
+    arrange: Arrange = as_called,
 ) -> tuple[ReadBlockType, ...]:
     """The repeated blocks of a model, in the order in which its forward runs them.
 
@@ -125,6 +139,8 @@ def read_block_types(
         variants: In how many ways its forward may be called, such as with a text mask and without.
         run: Runs it at a probe.
         repeated: Class names of the blocks, where the model has no `_repeated_blocks`.
+        probes: What it is run at: `PROBES`, or `SOUND_PROBES`.
+        arrange: See `Arrange`.
 
     Raises:
         UnsupportedModelError: A block is called in a way that no package can offer; by name.
@@ -135,23 +151,25 @@ def read_block_types(
         type(transformer),
         repr([(name, getattr(config, name, value)) for name, value in config.items()]),
         tuple(tensor.dtype for tensor in transformer.parameters()),
-        (run, variants, tuple(repeated)),
+        (run, variants, tuple(repeated), tuple(probes), arrange),
     )
     if key not in _KNOWN:
-        _KNOWN[key] = tuple(_read(transformer, variants, run, repeated))
+        twin = meta_twin(transformer)
+        groups = list(_groups(twin, repeated))
+        runs = [
+            [partial(run, twin, probe, variant) for probe in probes] for variant in range(variants)
+        ]
+        _KNOWN[key] = tuple(_read(twin, groups, runs, arrange))
     return _KNOWN[key]
 
 
 def _read(
-    transformer: nn.Module, variants: int, run: RunProbe, repeated: Sequence[str]
+    twin: nn.Module, groups: Sequence[_Group], variants: Sequence[Runs], arrange: Arrange
 ) -> Iterator[ReadBlockType]:
-    twin = meta_twin(transformer)
-    groups = list(_groups(twin, repeated))
-    plain: dict[_Group, tuple[str, ...]] = {}
-    for variant in range(variants):
-        for group, calls in _record(twin, groups, partial(run, twin), variant).items():
-            first = plain.setdefault(group, calls.form.names)
-            extra = [one for one in calls.form.names if one not in first]
+    plain: dict[_Group, CallForm] = {}
+    for variant, runs in enumerate(variants):
+        for group, calls in _record(twin, groups, runs, arrange).items():
+            extra = calls.form.beyond(plain.setdefault(group, calls.form))
             if variant == 0 or extra:
                 yield _block_type(group, "+".join(extra), calls)
 
@@ -197,31 +215,31 @@ def meta_twin(transformer: nn.Module) -> nn.Module:
 
 
 def _record(
-    twin: nn.Module, groups: Sequence[_Group], run: Callable[[Probe, int], Any], variant: int
+    twin: nn.Module, groups: Sequence[_Group], runs: Runs, arrange: Arrange
 ) -> dict[_Group, _Seen]:
     """Runs all probes of a variant: calls of the first block by group, in the order of the run."""
     seen: dict[_Group, _Seen] = {}
     for group in groups:
         blocks = list(twin.get_submodule(group.path).children())
         first, *others = blocks if group.members is None else map(blocks.__getitem__, group.members)
-        recorder = _Recorder(first, group, seen)
+        recorder = _Recorder(first, group, seen, arrange)
         vars(first)["forward"] = recorder
         for block in others:  # what they give has the same shapes
             vars(block)["forward"] = recorder.again
     try:
         with torch.no_grad():
-            for probe in PROBES:
-                run(probe, variant)
+            for run in runs:
+                run()
     except (RuntimeError, ValueError) as error:
         raise UnsupportedModelError(
             f"the forward of {type(twin).__name__} cannot be run without data ({error}), so "
             "nothing tells what its blocks take"
         ) from error
     for group, calls in seen.items():
-        if len(calls.inputs) != len(PROBES):
+        if len(calls.inputs) != len(runs):
             raise UnsupportedModelError(
                 f"{group.path} of {type(twin).__name__} is called {len(calls.inputs)} times in "
-                f"{len(PROBES)} runs, or in other ways at other sizes; one package cannot serve it"
+                f"{len(runs)} runs, or in other ways at other sizes; one package cannot serve it"
             )
     return seen
 
@@ -229,12 +247,15 @@ def _record(
 class _Recorder:
     """Stands for the forward of a first block."""
 
-    def __init__(self, block: nn.Module, group: _Group, seen: dict[_Group, _Seen]) -> None:
+    def __init__(
+        self, block: nn.Module, group: _Group, seen: dict[_Group, _Seen], arrange: Arrange
+    ) -> None:
         self._block, self._group, self._seen = block, group, seen
+        self._arrange = arrange
         self._given: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        form, inputs = flatten_call(self._block, args, kwargs)
+        form, inputs = flatten_call(self._block, args, kwargs, self._arrange)
         self._given = type(self._block).forward(self._block, *args, **kwargs)
         whole = self._given if isinstance(self._given, tuple) else (self._given,)
         places = tuple(one is not None for one in whole)
@@ -313,19 +334,21 @@ def _dims(name: str, tensors: Sequence[Tensor]) -> tuple[str | int, ...]:
 
 def _count(name: str, axis: int, sizes: Sequence[int]) -> str | int:
     first, *others = sizes
-    counts = PROBES[0].counts
+    probes = SOUND_PROBES[: len(sizes)]
+    counts = probes[0].counts
     weights = tuple(
         (size - first) / (probe.counts[place] - counts[place])
-        for place, (size, probe) in enumerate(zip(others, PROBES[1:], strict=True))
+        for place, (size, probe) in enumerate(zip(others, probes[1:], strict=True))
     )
+    weights = (*weights, *[0.0] * (len(counts) - len(weights)))
     rest = first - sum(weight * count for weight, count in zip(weights, counts, strict=True))
     if not any(weights):
         return first
     symbol = _SYMBOLS.get(weights)
     if symbol is None or rest:
         raise UnsupportedModelError(
-            f"dimension {axis} of {name} is {list(sizes)} at {[p.counts for p in PROBES]} samples, "
-            "image and text tokens; packages know dimensions that count one of these, or image and "
-            "text tokens together"
+            f"dimension {axis} of {name} is {list(sizes)} at {[p.counts for p in probes]} samples, "
+            "image, text and sound tokens; packages know dimensions that count one of these, or "
+            "image and text tokens together"
         )
     return symbol

@@ -115,13 +115,12 @@ class ZImageFamily(ForwardFamily):
         """See `ForwardFamily.no_output`."""
         return [torch.zeros_like(one) for one in given["x"]]
 
-    def passes_in(self, given: Mapping[str, Any], passes: int) -> Sequence[Mapping[str, Any]]:
+    def passes_in(self, given: Mapping[str, Any], batch: int) -> Sequence[Mapping[str, Any]]:
         """See `Family.passes_in`."""
-        rows = len(given["x"]) // passes
         split = ("x", "t", "cap_feats")
         return [
-            {**given} | {name: given[name][k * rows :][:rows] for name in split}
-            for k in range(passes)
+            {**given} | {name: given[name][first : first + batch] for name in split}
+            for first in range(0, len(given["x"]), batch)
         ]
 
     def read_model_call(

@@ -143,7 +143,7 @@ def outline_run(
     table = fine_at_switches(table, experts)
     guided_at = guided_steps(guided, request.guidance_interval, table.steps)
     stages, stage_of = stages_of(experts, guided_at)
-    _refuse_cache_of_experts(compiled, request.step_cache)
+    _refuse_cache(compiled, request.step_cache)
     cache = cache_table(request.step_cache, compiled.steps, timesteps, fits)
     if cache is not None:
         cache = computed_at_changes(cache, stage_of)
@@ -184,9 +184,16 @@ def _refuse_scores_of_repeated_levels(
         )
 
 
-def _refuse_cache_of_experts(compiled: CompiledModel, step_cache: StepCache) -> None:
-    """What is fitted for one model says nothing of a run that changes models."""
-    if compiled.experts and not isinstance(step_cache, NoCache):
+def _refuse_cache(compiled: CompiledModel, step_cache: StepCache) -> None:
+    """What is fitted for one model says nothing of a run that changes models, or of sound."""
+    if isinstance(step_cache, NoCache):
+        return
+    if compiled.steps.family.soundtrack:
+        raise UnsupportedModelError(
+            f"got {type(step_cache).__name__} for a model with a soundtrack; what its blocks add "
+            "to that is not kept. Leave step_cache out"
+        )
+    if compiled.experts:
         raise UnsupportedModelError(
             f"got {type(step_cache).__name__} for a pipeline of {len(compiled.models)} experts; "
             "fits of step caches are for one model. Leave step_cache out"

@@ -91,7 +91,7 @@ def plan_passes(
     """
     contexts = _contexts(compiled, outline, [(one,) for one in conditionings], None)
     names = [
-        [f"expert {expert + 1}"] * (expert > 0) + ["negative prompt"] * (place > 0)
+        [f"expert {expert + 1}"] * (expert > 0) + _pass_name(place)
         for expert, place in itertools.product(range(len(contexts)), range(len(conditionings)))
     ]
     return _plan(
@@ -106,6 +106,11 @@ def plan_passes(
         stages=(0,) * outline.steps,
         stage_names=tuple(", ".join(parts) for parts in names),
     )
+
+
+def _pass_name(place: int) -> list[str]:
+    """Of a pass beside that with the prompt."""
+    return [] if place == 0 else ["negative prompt"] if place == 1 else [f"pass {place + 1}"]
 
 
 Contexts = Sequence[tuple[StepModel, Sequence[RunContext]]]

@@ -75,6 +75,13 @@ class Bucket(Protocol):
         """
         ...
 
+    def sound(self) -> Tensor | None:
+        """Velocity of the soundtrack that came with the latest velocity, of its only pass.
+
+        In the pipeline's layout; overwritten by the next one. None without a soundtrack.
+        """
+        ...
+
     def tensors(self) -> tuple[Tensor, ...]:
         """What this run's bucket reads or keeps beside the model's weights and the context.
 
@@ -202,7 +209,10 @@ class Pass:
         if not isinstance(family, ForwardFamily):
             text = model.layers.embed_text(model.transformer, conditioning)
             return cls(conditioning=conditioning, text=text, tensors=(text,))
-        own = {name: _own(value, model) for name, value in conditioning.items()}
+        own = {
+            name: _own(value, model, exact=name in family.exact)
+            for name, value in conditioning.items()
+        }
         tensors = tuple(value for value in own.values() if isinstance(value, Tensor))
         return cls(conditioning=own, text=own[family.text], tensors=tensors)
 
@@ -247,11 +257,11 @@ class RunContext:
         return (*passes, self.sigmas, *scales, *detail)
 
 
-def _own(value: Any, model: StepModel) -> Any:
+def _own(value: Any, model: StepModel, *, exact: bool) -> Any:
     """A copy of a tensor where the model is, in its dtype if it holds floating-point numbers."""
     if not isinstance(value, Tensor):
         return value
-    dtype = model.dtype if value.is_floating_point() else value.dtype
+    dtype = model.dtype if value.is_floating_point() and not exact else value.dtype
     return value.to(model.device, dtype, memory_format=torch.contiguous_format, copy=True)
 
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.base import Runner
-from ddit_rt.models.block_calls import CallForm, flatten_call
+from ddit_rt.models.block_calls import Arrange, CallForm, as_called, flatten_call
 from ddit_rt.models.forward import ForwardFamily
 from ddit_rt.models.probe import ReadBlockType
 
@@ -31,6 +31,7 @@ class BoundModel:
             asks for it.
         reuse: Whether that stands for the blocks.
         stops: Whether the forward ends at the first block.
+        arrange: See `Arrange`.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class BoundModel:
         timed: Sequence[str],
         keeps_residual: bool,
         image_first: bool = False,
+        arrange: Arrange = as_called,
     ) -> None:
         """Copies the model.
 
@@ -50,11 +52,14 @@ class BoundModel:
             transformer: The user's.
             types: Its blocks.
             runners: Those blocks, ready to run.
-            held: Paths of children whose outputs are the same at every step of a run, or of None.
-            timed: Paths of children whose outputs hang on the time alone.
+            held: Paths of children whose outputs are the same at every step of a run; those that
+                this model does not have count for nothing.
+            timed: Paths of children whose outputs hang on the time alone, likewise.
             keeps_residual: Whether steps may reuse.
             image_first: Whether image tokens come before text tokens where blocks take both as one.
+            arrange: See `Arrange`.
         """
+        self.arrange = arrange
         self.module = _shallow(transformer)
         self.step: Tensor | None = None
         self.residual: Tensor | None = None
@@ -62,12 +67,8 @@ class BoundModel:
         self.reuse = False
         self.stops = False
         self._entered: Tensor | None = None
-        self._held = [
-            _Held(self, _own_child(self.module, path), timed=False)
-            for path in held
-            if _has_child(self.module, path)
-        ]
-        self._timed = [_Held(self, _own_child(self.module, path), timed=True) for path in timed]
+        self._held = [_Held(self, path, timed=False) for path in _known(transformer, held)]
+        self._timed = [_Held(self, path, timed=True) for path in _known(transformer, timed)]
         self._blocks(types, runners)
 
     def _blocks(
@@ -213,7 +214,7 @@ class _Block:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._owner.stops:
             raise _Reached
-        form, inputs = flatten_call(self._like, args, kwargs)
+        form, inputs = flatten_call(self._like, args, kwargs, self._owner.arrange)
         if form not in self._forms:
             raise UnsupportedModelError(_unknown(self._like, form, list(self._forms)))
         kind, runner = self._forms[form]
@@ -250,10 +251,12 @@ class _Held:
     A child may be called several times in one forward.
     """
 
-    def __init__(self, owner: BoundModel, child: nn.Module, *, timed: bool) -> None:
-        self._owner, self._child, self._timed = owner, child, timed
-        self._own = type(child).forward
-        vars(child)["forward"] = self
+    def __init__(self, owner: BoundModel, path: str, *, timed: bool) -> None:
+        self._owner, self._timed = owner, timed
+        # The child itself: a copy of it would be another key to caches that its class keeps.
+        self._child = owner.module.get_submodule(path)
+        self._own = type(self._child).forward
+        vars(_own_child(owner.module, path))["forward"] = self
         self._recording = False
         self._calls: list[tuple[list[Any], Any]] = []
         self._buffers: list[tuple[list[Any], Any]] = []
@@ -316,10 +319,16 @@ def _shallow(module: nn.Module) -> Any:
     return copy
 
 
-def _has_child(module: nn.Module, path: str) -> bool:
-    """Whether there is a child at a path, where a model may have None."""
-    parent, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(parent), name) is not None
+def _known(module: nn.Module, paths: Sequence[str]) -> list[str]:
+    """Those paths of children that a model has: some variants of a class lack some."""
+
+    def has(path: str) -> bool:
+        own: nn.Module | None = module
+        for name in path.split("."):
+            own = None if own is None else vars(own)["_modules"].get(name)
+        return own is not None
+
+    return [path for path in paths if has(path)]
 
 
 def _own_child(module: nn.Module, path: str) -> Any:
@@ -348,11 +357,19 @@ def without_data(
     types = family.block_types(twin)
     runners = {kind.key: [_PassOn(kind)] * len(kind.blocks(twin)) for kind in types}
     bound = BoundModel(
-        twin, types, runners, held=family.held, timed=family.timed, keeps_residual=False
+        twin,
+        types,
+        runners,
+        held=family.held,
+        timed=family.timed,
+        keeps_residual=False,
+        arrange=family.block_call,
     )
     latents = torch.empty(shape, dtype=family.first_weight(twin).dtype, device="meta")
     levels = torch.empty(steps, dtype=torch.float32, device="meta")
     example = family.example(twin, 0, shape[0], text)
+    if family.soundtrack:
+        example |= family.sound_example(twin, shape[0], family.sound_tokens(twin, shape[2]))
     arguments = family.forward_arguments(latents, levels[:1], example)
     bound.hold(lambda _: bound.run(arguments), levels, 1)
     return bound, arguments

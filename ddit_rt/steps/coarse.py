@@ -7,9 +7,10 @@ discrete cosine transform D (DCT-II), whatever the ratio:
 
 Both D are orthogonal, so the rows of D_h^T (D_H)[:h] are orthonormal: white noise stays white, up
 to the edges, and its standard deviation becomes r = sqrt(h w / (H W)), over both axes; where s
-divides, r = 1 / s. The sqrt keeps constants what they are. So a reduced z at noise level t is not
-a small image at level t, but, rescaled, one at another level t' (rectified flow,
-z = (1 - t) x0 + t n):
+divides, r = 1 / s. An axis that stays as it is counts for nothing: of latents of time alone, whose
+one row stays, r = sqrt(w / W), where s divides sqrt(1 / s). The sqrt keeps constants what they are.
+So a reduced z at noise level t is not a small image at level t, but, rescaled, one at another
+level t' (rectified flow, z = (1 - t) x0 + t n):
 
     z_low = down z;  a = 1 - t;  b = t r
     z'    = z_low / (a + b);     t' = b / (a + b)
@@ -167,6 +168,10 @@ class SnrBucket:
     def residuals(self) -> tuple[Tensor, ...]:
         """See `Bucket.residuals`."""
         return self._passes.residuals()
+
+    def sound(self) -> Tensor | None:
+        """See `Bucket.sound`."""
+        return self._passes.sound()
 
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""

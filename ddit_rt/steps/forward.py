@@ -111,6 +111,10 @@ class ForwardPasses:
         held = (one.residual for one in (*self._passes, self._unguided))
         return tuple(tensor for tensor in held if tensor is not None)
 
+    def sound(self) -> Tensor | None:
+        """As `Bucket.sound`."""
+        return self._passes[0].sound
+
     def tensors(self) -> tuple[Tensor, ...]:
         """As `Bucket.tensors`."""
         passes = self._passes
@@ -138,6 +142,7 @@ class _Pass:
         assert isinstance(family, ForwardFamily), "its forward runs the steps"
         self._family, self._dtype, self._conditioning = family, model.dtype, one.conditioning
         self._rows = len(one.text) // 2 if half else None
+        self.sound: Tensor | None = None
         self._bound = BoundModel(
             transformer,
             family.block_types(transformer),
@@ -146,6 +151,7 @@ class _Pass:
             timed=family.timed,
             keeps_residual=context.keeps_residual,
             image_first=family.image_first,
+            arrange=family.block_call,
         )
         shape = (self._rows or len(one.text), *shape)
         self._tokens = family.tokens_of(shape)
@@ -156,6 +162,10 @@ class _Pass:
         """What the model says of latents, in the pipeline's layout."""
         level = levels.index_select(0, step)
         raw = self._bound(self._arguments(latents.to(self._dtype), level), step, reuse=reuse)
+        if (sound := self._family.read_sound(raw)) is not None:
+            if self.sound is None:  # only now, as a residual
+                self.sound = torch.empty_like(sound)
+            self.sound.copy_(sound)
         return self._family.read_output(raw)[:, : self._tokens]
 
     def _arguments(self, latents: Tensor, level: Tensor) -> dict[str, Any]:

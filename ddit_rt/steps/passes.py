@@ -145,6 +145,10 @@ class Passes:
         """See `Bucket.residuals`."""
         return tuple(one.blocks.residual for one in self._passes)
 
+    def sound(self) -> Tensor | None:
+        """As `Bucket.sound`: there is none."""
+        return None
+
     def tensors(self) -> tuple[Tensor, ...]:
         """As `Bucket.tensors`."""
         return tuple(tensor for one in self._passes for tensor in (one.temb, *one.positions))

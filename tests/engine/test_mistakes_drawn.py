@@ -318,7 +318,7 @@ FIELDS: Mapping[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         MagCache,
         ("threshold", "max_skip_steps", "retention_ratio", "mag_ratios"),
     ),
-    "TokenRanges": (TokenRanges, ("batch", "image", "text")),
+    "TokenRanges": (TokenRanges, ("batch", "image", "text", "sound")),
 }
 
 

@@ -16,8 +16,11 @@ QWEN = ((1328, 1328), (1664, 928), (928, 1664), (1472, 1140), (1140, 1472))
 WAN = ((480, 832), (832, 480), (720, 1280), (1280, 720))
 TI2V = ((704, 1280), (1280, 704), (480, 832))
 
-# By family: pixels of a latent pixel, frames of a latent (0: an image), and sizes in pixels as
-# model cards, or the pipelines' own defaults, name them.
+LTX = ((512, 768), (768, 512), (704, 1216), (1088, 1920))
+AUDIO = ((1, 24000 * 30), (1, 24000 * 10), (1, 24000 * 5), (1, 24000 * 3))
+
+# By family: pixels, or samples, of a latent pixel, frames of a latent (0: an image), and sizes in
+# pixels, or samples, as model cards, or the pipelines' own defaults, name them.
 SIZES: dict[str, tuple[int, int, tuple[tuple[int, int], ...]]] = {
     "flux": (8, 0, IMAGE),
     "flux-img2img": (8, 0, IMAGE),
@@ -34,6 +37,8 @@ SIZES: dict[str, tuple[int, int, tuple[tuple[int, int], ...]]] = {
     "flux2": (8, 0, IMAGE),
     "z-image": (8, 0, IMAGE),
     "krea2": (8, 0, IMAGE),
+    "longcat-audio": (2048, 0, AUDIO),
+    "ltx2": (32, 16, LTX),
 }
 
 # Wan's text to video has two sizes of latent pixels.
@@ -51,8 +56,8 @@ def test_real_sizes_offer_every_patch(
     name: str, scale: int, frames: int, size: tuple[int, int]
 ) -> None:
     family: Any = family_named(name)
-    patch = 2  # of every released model
-    height, width = (patch * (edge // (scale * patch)) for edge in size)
+    patch = getattr(family, "patch", 2)  # 2 of every released FLUX and Wan
+    height, width = (patch * max(1, edge // (scale * patch)) for edge in size)
     model = StepModel(family=Fixed(family, patch), transformer=None, base={})  # type: ignore[arg-type]
     ranges = TokenRanges(**family.default_ranges)
     compiled = CompiledModel(steps=model, multiples=(1, 2, 4), ranges=ranges)

@@ -1,0 +1,74 @@
+"""Small random LongCat-AudioDiT models of the real classes, for tests."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from typing import Any
+
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    LongCatAudioDiTPipeline,
+    LongCatAudioDiTTransformer,
+    LongCatAudioDiTVae,
+)
+from text_encoders import t5_words
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+TEXT_WIDTH = 24
+CHANNELS = 4
+RATE = 800
+"""Samples of a second; a latent frame has 8."""
+
+
+def tiny_transformer(*, seed: int = 0, **config: Any) -> LongCatAudioDiTTransformer:
+    """A LongCat transformer of three blocks, random but with every path alive."""
+    torch.manual_seed(seed)
+    fields: dict[str, Any] = {
+        "dit_dim": 32,
+        "dit_depth": 3,
+        "dit_heads": 2,
+        "dit_text_dim": TEXT_WIDTH,
+        "latent_dim": CHANNELS,
+    }
+    model = LongCatAudioDiTTransformer(**{**fields, **config})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.08)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_pipeline(*, seed: int = 0, **config: Any) -> LongCatAudioDiTPipeline:
+    """A LongCat pipeline whose tokenizer knows letters: call it with `tiny_prompts`."""
+    transformer = tiny_transformer(seed=seed, **config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers uses torch's older weight_norm
+        vae = LongCatAudioDiTVae(
+            channels=4,
+            c_mults=[1, 2, 2],
+            strides=[2, 4],
+            latent_dim=CHANNELS,
+            encoder_latent_dim=2 * CHANNELS,
+            downsampling_ratio=8,
+            sample_rate=RATE,
+        )
+    words = t5_words()
+    text = UMT5Config(
+        vocab_size=len(words), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+    )
+    pipeline = LongCatAudioDiTPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True),
+        vae=vae.eval().requires_grad_(False),
+        text_encoder=UMT5EncoderModel(text).eval().requires_grad_(False),
+        tokenizer=words,
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_prompts(lengths: tuple[int, ...] = (7,), seed: int = 1) -> dict[str, list[str]]:
+    """Texts of that many tokens, as a pipeline call takes them."""
+    drawn = random.Random(seed)
+    return {"prompt": ["".join(drawn.choices("abcdefgh", k=one - 2)) for one in lengths]}

@@ -1,0 +1,316 @@
+"""LTX-2 against diffusers' own pipeline: video and its soundtrack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from driving import FINE, assert_equal
+from family_suite import (
+    CAPTURED,
+    MIXED,
+    OTHER,
+    TOLERANCE,
+    FamilyCase,
+    FamilySuite,
+    eager,
+    generated,
+    graphs,
+    lora_of,
+    trace_of,
+)
+from models import noise, seeded
+from torch import Tensor
+
+import ddit_rt
+from ddit_rt import DDiTPolicy, Engine, MagCache
+from ddit_rt.cli import main
+from ddit_rt.engine.cost import step_cost
+from ddit_rt.engine.memory import memory_of
+from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.loop import CudaExecutor
+from ddit_rt.models import family_of
+from ddit_rt.steps import StepModel
+
+if not hasattr(diffusers, "LTX2Pipeline"):
+    pytest.skip("this version of diffusers has no LTX-2", allow_module_level=True)
+
+from ltx2_models import CHANNELS, tiny_embeds, tiny_pipeline, tiny_transformer
+
+__all__ = ["graphs"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*a soundtrack advances with the video")
+
+NO_STG = {"stg_scale": 0.0, "audio_stg_scale": 0.0}
+APART = {"modality_scale": 3.0, "audio_modality_scale": 2.0}
+EVERY = {**APART, "stg_scale": 1.0, "audio_stg_scale": 0.5, "spatio_temporal_guidance_blocks": [1]}
+"""Guidance of every kind, as a call that says nothing of it has."""
+
+
+def guided(lengths: tuple[int, ...]) -> dict[str, Any]:
+    """Scales of the pipeline's own defaults."""
+    more = tiny_embeds(lengths, seed=3, prefix="negative_")
+    return {"guidance_scale": 3.0, "audio_guidance_scale": 7.0, **more}
+
+
+def both_of(engine: Any, call: Mapping[str, Any], **more: Any) -> tuple[Tensor, Tensor]:
+    """Latents of video and audio."""
+    output = engine(**call, **more, generator=seeded())
+    return output.frames, output.audio
+
+
+def assert_both_equal(engine: Engine, pipeline: Any, call: Mapping[str, Any], **more: Any) -> None:
+    ours = both_of(engine, call, patch_policy=FINE, **more)
+    for one, other in zip(ours, both_of(pipeline, call, **more), strict=True):
+        assert_equal(one, other, tolerance=TOLERANCE)
+
+
+class TestLTX2(FamilySuite):
+    """16 x 16 pixels are a latent one, and 4 frames, but for the first."""
+
+    case = FamilyCase(
+        pipeline=tiny_pipeline,
+        prompts=tiny_embeds,
+        guided=guided,
+        sizes=((64, 96), (96, 64)),
+        executor="pipeline-cpu",
+        schedulers={"constant shift": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0)},
+        more={
+            "num_frames": 9,
+            "guidance_scale": 1.0,
+            "audio_guidance_scale": 1.0,
+            "modality_scale": 1.0,
+            "audio_modality_scale": 1.0,
+            **NO_STG,
+        },
+    )
+
+    @pytest.mark.parametrize("prompts", CAPTURED.values(), ids=CAPTURED)
+    def test_captured_runs_equal_the_cpus_to_the_bit(self, graphs: Any, prompts: Any) -> None:
+        call = self.case.call(*prompts)
+        others = self.case.call(*prompts, seed=8)
+        cpu, device = eager(self.case.pipeline()), eager(self.case.pipeline())
+        device._loop.executor = CudaExecutor(graphs)
+        for arguments in (call, others, call):
+            policy = MIXED if arguments is call else OTHER
+            ours = both_of(device, arguments, patch_policy=policy)
+            for one, other in zip(ours, both_of(cpu, arguments, patch_policy=policy), strict=True):
+                assert torch.equal(one, other)
+        assert trace_of(device).executor == "pipeline-cuda"
+        passes = ["", " negative prompt"][: 1 + bool(prompts[1])]
+        assert set(graphs.captured) == {f"{size}{one}" for size in ("p", "2p") for one in passes}
+
+    def test_a_step_cache_reuses_what_the_blocks_added(self, graphs: Any) -> None:
+        """It would not know what they added to the sound."""
+        cache = MagCache(0.9, retention_ratio=0.0, max_skip_steps=2, mag_ratios=(1.0,) * 6)
+        with pytest.raises(UnsupportedModelError, match=r"MagCache.*soundtrack.*Leave step_cache"):
+            generated(eager(self.case.pipeline()), self.case.call(), step_cache=cache)
+
+    def test_cost_and_memory_are_counted(self) -> None:
+        pipeline = self.case.pipeline()
+        family = family_of(pipeline.transformer, pipeline)
+        model = StepModel(family=family, transformer=pipeline.transformer, base={})
+        size = {"height": 16, "width": 16, "batch": 1, "text_tokens": 7}
+        costs = [
+            step_cost(model, multiple=s, frames=n, **size) for s, n in ((1, 3), (2, 3), (2, 9))
+        ]
+        assert costs[0].flops > costs[2].flops > costs[1].flops > 0
+        assert costs[0].weight_bytes == costs[1].weight_bytes
+        memory = memory_of(eager(pipeline).artifact, pipeline, 6, height=64, width=64, num_frames=9)
+        assert [bucket.tokens for bucket in memory.buckets] == [48, 12]
+        assert all(bucket.positions_bytes > 0 for bucket in memory.buckets)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    """At every patch size, for tests that change nothing of it."""
+    return ddit_rt.compile(tiny_pipeline(), backend="eager", progress=False)
+
+
+WAYS = {
+    "alone": ((7,), (), {}),
+    "guided": ((7,), (5,), {}),
+    "two guided, rescaled": ((4, 7), (3, 5), {"guidance_rescale": 0.5}),
+    "apart": ((7,), (), APART),
+    "guided and apart": ((7, 4), (5, 6), APART),
+    "in every way": ((7,), (5,), EVERY),
+    "sound alone guided": ((7,), (5,), {"guidance_scale": 1.0}),
+    "own time for each": ((7,), (), {"use_cross_timestep": False}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_video_and_sound_equal_diffusers_in_every_way_to_guide(engine: Engine, way: Any) -> None:
+    lengths, negative, more = way
+    call = TestLTX2.case.call(lengths, negative, **more)
+    assert_both_equal(engine, engine.pipeline, call)
+    mixed = both_of(engine, call, patch_policy=MIXED)
+    for coarse, fine in zip(mixed, both_of(engine, call, patch_policy=FINE), strict=True):
+        assert coarse.shape == fine.shape
+        assert torch.isfinite(coarse).all()
+        assert float((coarse - fine).abs().max()) > 1e-6
+    assert trace_of(engine).executor == "pipeline-cpu"
+    assert any("a soundtrack advances" in note for note in trace_of(engine).notes)
+
+
+VERSIONS = {
+    "2.3": {
+        "use_prompt_embeddings": False,
+        "perturbed_attn": True,
+        "gated_attn": True,
+        "audio_gated_attn": True,
+        "cross_attn_mod": True,
+        "audio_cross_attn_mod": True,
+        "rope_type": "split",
+    },
+    "2.5": {
+        "use_prompt_embeddings": False,
+        "cross_attn_mod": True,
+        "audio_cross_attn_mod": True,
+        "use_prompt_adaln_single": False,
+        "use_keyframes_abs_pos_embedding": True,
+        "ff_bias": False,
+    },
+}
+
+
+@pytest.mark.parametrize("config", VERSIONS.values(), ids=VERSIONS)
+def test_later_versions_of_the_class_equal_diffusers(config: dict[str, Any]) -> None:
+    pipeline = tiny_pipeline(**config)
+    engine, call = eager(pipeline), TestLTX2.case.call((7, 4), (5, 6), **EVERY)
+    assert_both_equal(engine, pipeline, call)
+    both = both_of(engine, call, patch_policy=FINE)
+    less = both_of(engine, {**call, **NO_STG}, patch_policy=FINE)
+    changed = [float((one - other).abs().max()) for one, other in zip(both, less, strict=True)]
+    assert (min(changed) > 1e-3) is config.get("perturbed_attn", False)
+
+
+@pytest.mark.parametrize("seconds", [{"num_frames": 17}, {"frame_rate": 8.0}])
+def test_other_lengths_of_sound_run_on_the_same_blocks(
+    engine: Engine, seconds: dict[str, Any]
+) -> None:
+    assert_both_equal(engine, engine.pipeline, TestLTX2.case.call((7,), (5,), **seconds))
+
+
+@pytest.mark.parametrize("prompts", [((7,), ()), ((7, 4), (5, 6))], ids=["one", "two guided"])
+def test_a_size_that_no_patch_divides_runs_at_every_patch(engine: Engine, prompts: Any) -> None:
+    """Latents of 6 x 10 are 3 x 5 at 2p and 2 x 3 at 4p."""
+    call = TestLTX2.case.call(*prompts, height=96, width=160)
+    assert_both_equal(engine, engine.pipeline, call)
+    mixed = both_of(engine, call, patch_policy="4p:0.34,2p:0.34,p")
+    assert [record.tokens for record in trace_of(engine)] == [18, 18, 45, 45, 180, 180]
+    assert all(torch.isfinite(one).all() for one in mixed)
+    both_of(engine, call, patch_policy=DDiTPolicy(tau=9.0, fine_tail=1))
+    assert "4p" in trace_of(engine).patch_sizes()
+
+
+def test_in_coarse_steps_each_latent_has_its_own_time_and_the_sound_its_length() -> None:
+    family: Any = family_of(tiny_transformer())
+    coords = torch.arange(3 * 2 * 4 * 6 * 2).reshape(1, 3, 48, 2).float()
+    prompt = {
+        "video_coords": coords,
+        "video_size": (2, 4, 6),
+        "audio_hidden_states": noise(1, 5, 4),
+        "audio_timestep": torch.tensor([750.0]),
+    }
+    given = family.forward_arguments(noise(1, CHANNELS, 2, 2, 3), torch.tensor([0.6]), prompt)
+    assert given["hidden_states"].shape == (1, 12, CHANNELS)
+    assert float(given["timestep"]) == pytest.approx(600.0)
+    assert float(given["audio_timestep"]) == 750.0
+    assert torch.equal(given["audio_hidden_states"], prompt["audio_hidden_states"])
+    # The positions of a video of that size: the first two rows and three columns.
+    rope = tiny_transformer().rope
+    whole, small = (rope.prepare_video_coords(1, 2, *s, "cpu", fps=24) for s in ((4, 6), (2, 3)))
+    prompt["video_coords"] = whole
+    given = family.forward_arguments(noise(1, CHANNELS, 2, 2, 3), torch.tensor([0.6]), prompt)
+    assert torch.equal(given["video_coords"], small)
+
+
+def test_a_captured_run_with_every_kind_of_guidance_equals_the_cpus(graphs: Any) -> None:
+    cpu, device = (eager(tiny_pipeline(perturbed_attn=True)) for _ in range(2))
+    device._loop.executor = CudaExecutor(graphs)
+    call = TestLTX2.case.call((7,), (5,), **EVERY)
+    ours, theirs = (both_of(engine, call, patch_policy=MIXED) for engine in (device, cpu))
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    stages = {name.partition(" ")[2] for name in graphs.captured}
+    assert stages == {"", "negative prompt", "pass 3", "pass 4"}
+
+
+def test_what_follows_the_loop_makes_video_and_sound(engine: Engine) -> None:
+    assert_both_equal(engine, engine.pipeline, TestLTX2.case.call(output_type="pt"))
+
+
+def test_a_lora_acts_on_the_sound_too() -> None:
+    pipeline = tiny_pipeline()
+    engine, call = eager(pipeline), TestLTX2.case.call()
+    before = both_of(engine, call, patch_policy=FINE)
+    engine.fuse_lora(lora_of(pipeline.transformer, ("audio_attn1.to_out.0",)))
+    assert_both_equal(engine, pipeline, call)
+    after = both_of(engine, call, patch_policy=FINE)
+    assert float((after[1] - before[1]).abs().max()) > 1e-4
+    engine.unfuse_lora()
+    again = both_of(engine, call, patch_policy=FINE)
+    assert all(torch.equal(one, other) for one, other in zip(again, before, strict=True))
+
+
+def test_callbacks_may_change_the_video(engine: Engine) -> None:
+    def halve(_: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        del time
+        return {"latents": tensors["latents"] * 0.5} if step == 2 else {}
+
+    call = TestLTX2.case.call((7,), (5,))
+    assert_both_equal(engine, engine.pipeline, call, callback_on_step_end=halve)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "timesteps": ({"timesteps": [900, 500]}, "timesteps.*pass sigmas"),
+    "attention": ({"attention_kwargs": {"scale": 0.5}}, "`attention_kwargs`.*leave the argument"),
+}
+
+
+@pytest.mark.parametrize(("more", "part"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused_before_any_work(
+    engine: Engine, more: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=part):
+        engine(**{**TestLTX2.case.call(), **more})
+
+
+@pytest.mark.parametrize("name", ["stg_scale", "audio_stg_scale", "audio_guidance_scale"])
+def test_a_scale_that_is_none_is_an_error(engine: Engine, name: str) -> None:
+    with pytest.raises(TypeError, match=f"got {name}='much'; expected a finite number"):
+        engine(**{**TestLTX2.case.call(), name: "much"})
+
+
+def test_a_length_that_the_prompt_would_decide_is_refused() -> None:
+    pipeline = tiny_pipeline()
+    call = TestLTX2.case.call(num_frames=None)
+    engine = eager(pipeline)
+    pipeline.duration_head = torch.nn.Identity()
+    with pytest.raises(UnsupportedModelError, match="predicts them.*pass num_frames"):
+        engine(**call)
+
+
+def test_what_only_the_pipelines_loop_could_step_is_refused(engine: Engine) -> None:
+    with pytest.raises(UnsupportedModelError, match="without its pipeline.*its two latents"):
+        ddit_rt.compile(tiny_transformer(), backend="eager", progress=False)
+    with pytest.raises(UnsupportedModelError, match="denoise steps one latent, and LTX-2 has two"):
+        engine.denoise(noise(1, CHANNELS, 2, 4, 6))
+    with pytest.raises(ShapeError, match="8 x 96 pixels; the smallest video is 16 x 16"):
+        engine(**TestLTX2.case.call(height=8))
+
+
+def test_info_says_what_drives_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_pipeline().save_pretrained(tmp_path)
+    size = ["--height", "64", "--width", "96", "--num-frames", "9"]
+    assert main(["info", str(tmp_path), *size]) == 0
+    text = capsys.readouterr().out
+    assert "supported    yes: family ltx2" in text
+    assert "driven by    the pipeline's own loop: a soundtrack advances with the video" in text
+    assert "64 x 96, 9 frames: latent 3 x 4 x 6" in text
+    assert "a step has 4, for guidance" in text
