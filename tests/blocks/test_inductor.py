@@ -25,7 +25,7 @@ from ddit_rt.blocks.compile import _EXAMPLES, _example_sizes
 from ddit_rt.blocks.inductor import _NEEDED, _preferred_attention
 from ddit_rt.blocks.package import METADATA_KEY, record_attention
 from ddit_rt.models import family_of
-from ddit_rt.models.base import BATCH, IMAGE, JOINT, TEXT, BlockType
+from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType
 
 # One for every kind of harm; from code, as an application sets them.
 HARMFUL = {
@@ -226,7 +226,7 @@ def test_packages_name_the_attention_that_they_call(compiled_blocks: CompiledBlo
 
 def test_package_older_than_the_record_can_be_read() -> None:
     raw = json.loads(info_of().to_json())
-    del raw["attention"]
+    del raw["attention"], raw["ranges"]["sound"]
     assert PackageInfo.from_json(json.dumps(raw)) == info_of()
 
 
@@ -236,6 +236,7 @@ def test_example_on_cuda_is_a_real_picture() -> None:
         IMAGE: 4096,
         TEXT: 512,
         JOINT: 4608,
+        SOUND: 126,
     }
     small = TokenRanges(batch=(1, 1), image=(64, 1024), text=(1, 77))
     sizes = _example_sizes(small, _EXAMPLES["cuda"])
