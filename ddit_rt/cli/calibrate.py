@@ -19,7 +19,7 @@ from ddit_rt.cli.models import (
     add_call_arguments,
     add_further_arguments,
     load_pipeline,
-    refuse_audio,
+    refuse_sound,
 )
 from ddit_rt.cli.options import existing_file, folder_to_write, number, seed, whole
 
@@ -145,7 +145,7 @@ def _engine(args: argparse.Namespace) -> Engine:
     from ddit_rt.artifact import read_manifest, require_savable
 
     manifest = read_manifest(args.artifact)
-    refuse_audio(manifest, "calibrate")
+    refuse_sound(manifest, "calibrate")
     require_savable(args.artifact)
     pipeline = load_pipeline(args.model, args.dtype or manifest.dtype, manifest.environment.device)
     pipeline.set_progress_bar_config(disable=True)

@@ -15,7 +15,7 @@ from ddit_rt.cli.models import (
     MODEL_HELP,
     add_call_arguments,
     load_pipeline,
-    refuse_audio,
+    refuse_sound,
     refuse_video,
 )
 from ddit_rt.cli.options import existing_folder, folder_to_write, seed, whole
@@ -133,7 +133,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     prompts, source = _prompts(args)
     manifest = read_manifest(args.artifact)
     refuse_video(manifest, "eval")
-    refuse_audio(manifest, "eval")
+    refuse_sound(manifest, "eval")
     with weights_folder(args.weights):
         pipeline = load_pipeline(
             args.model, args.dtype or manifest.dtype, manifest.environment.device

@@ -1,4 +1,4 @@
-"""`ddit-rt generate`: images or videos from an artifact and its model."""
+"""`ddit-rt generate`: images, videos or sound from an artifact and its model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ddit_rt.cli.models import (
     add_further_arguments,
     embedded_defaults,
     load_pipeline,
-    refuse_audio,
+    refuse_sound,
 )
 from ddit_rt.cli.options import existing_file, file_to_write, number, seed, whole
-from ddit_rt.cli.outputs import output_paths, write_video
+from ddit_rt.cli.outputs import output_paths, write_sound, write_video
 from ddit_rt.cli.policies import add_policy_arguments, add_step_cache_argument, choose_policy
 
 if TYPE_CHECKING:
@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from ddit_rt.planning.request import PolicyChoice
 
 
-_OWN_ARGUMENTS = ("negative_prompt", "num_frames", "true_cfg_scale", "guidance_interval")
+_ENDINGS = {"image": ".png", "video": ".mp4", "audio": ".wav"}
+
+_OWN_ARGUMENTS = (
+    *("negative_prompt", "num_frames", "true_cfg_scale", "guidance_interval", "audio_duration_s"),
+)
 """Arguments that some commands, which share `pipeline_arguments`, do not have."""
 
 
@@ -56,7 +60,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=file_to_write,
         metavar="FILE",
         help="image to write (default: out.png), or video (default: out.mp4; NAME.png: frames "
-        "NAME/000.png, ...); several become FILE-1, FILE-2, ...; existing files are replaced",
+        "NAME/000.png, ...), or sound (default: out.wav); several become FILE-1, FILE-2, ...; "
+        "existing files are replaced",
     )
     parser.add_argument(
         "--num-images", type=whole(1), default=1, help="images or videos per prompt"
@@ -65,6 +70,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=whole(1), help="denoising steps; default: the pipeline's")
     add_call_arguments(parser)
     add_further_arguments(parser)
+    parser.add_argument(
+        "--audio-duration-s", type=number(0), help="of a recording; default: the pipeline's"
+    )
     parser.add_argument("--fps", type=whole(1), default=16, help="of an MP4 (default: %(default)s)")
     parser.add_argument(
         "--guidance-interval",
@@ -100,10 +108,11 @@ def _run(args: argparse.Namespace) -> Outcome:
 
     # Before the model: a missing artifact should not cost the minutes of loading one.
     manifest = read_manifest(args.artifact)
-    refuse_audio(manifest, "generate")
-    video = family_named(manifest.family).video
-    output = args.output or Path("out.mp4" if video else "out.png")
-    paths = output_paths(output, len(args.prompt) * args.num_images, video=video)
+    refuse_sound(manifest, "generate", audio=False)
+    family = family_named(manifest.family)
+    kind = "video" if family.video else "audio" if family.audio else "image"
+    output = args.output or Path(f"out{_ENDINGS[kind]}")
+    paths = output_paths(output, len(args.prompt) * args.num_images, kind=kind)
     device = manifest.environment.device
     pipeline = load_pipeline(args.model, args.dtype or manifest.dtype, device)
     import ddit_rt
@@ -183,30 +192,39 @@ def _generate(
 
     generator = torch.Generator("cpu").manual_seed(seed)
     started = time.perf_counter()
-    arguments = {"output_type": "pil", **arguments}
+    kind = "np" if path.suffix.lower() == _ENDINGS["audio"] else "pil"
+    arguments = {"output_type": kind, **arguments}
     output = engine(prompt, patch_policy=policy, generator=generator, **arguments)
     seconds = time.perf_counter() - started
-    if hasattr(output, "frames"):
-        image, frames = output.frames[0][0], len(output.frames[0])
-        write_video(output.frames[0], path, fps)
-    else:
-        image, frames = output.images[0], None
-        image.save(path)
+    size = _write(output, path, fps, getattr(engine.pipeline, "sample_rate", 0))
     trace = engine.last_trace
     assert trace is not None, "a run that returned has a trace"
     return {
         "path": str(path),
         "prompt": prompt,
         "seed": seed,
-        "height": image.height,
-        "width": image.width,
-        "num_frames": frames,
+        **size,
         "seconds": seconds,
         "tokens": trace.tokens,
         "patch_sizes": trace.patch_sizes(),
         "reused_steps": trace.reused,
         "trace": trace.to_dict(),
     }
+
+
+def _write(output: Any, path: Path, fps: int, rate: int) -> dict[str, Any]:
+    """Writes what a pipeline gave; how large it is."""
+    if hasattr(output, "audios"):
+        samples = output.audios[0]
+        write_sound(samples, path, rate)
+        return {"audio_seconds": samples.shape[-1] / rate}
+    if hasattr(output, "frames"):
+        image, frames = output.frames[0][0], len(output.frames[0])
+        write_video(output.frames[0], path, fps)
+    else:
+        image, frames = output.images[0], None
+        image.save(path)
+    return {"height": image.height, "width": image.width, "num_frames": frames}
 
 
 def _policy_entry(policy: PolicyChoice) -> dict[str, Any]:

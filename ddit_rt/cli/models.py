@@ -122,8 +122,13 @@ def refuse_video(manifest: Manifest, command: str) -> None:
         )
 
 
-def refuse_audio(manifest: Manifest, command: str) -> None:
+def refuse_sound(manifest: Manifest, command: str, *, audio: bool = True) -> None:
     """Refuses an artifact of a model that makes sound, which would be left out.
+
+    Args:
+        manifest: The artifact's.
+        command: Who asks.
+        audio: Whether sound without a video is refused too.
 
     Raises:
         UnsupportedModelError: It is one.
@@ -132,10 +137,11 @@ def refuse_audio(manifest: Manifest, command: str) -> None:
     from ddit_rt.models import family_named
 
     family = family_named(manifest.family)
-    if family.audio or family.soundtrack:
+    if family.soundtrack or (audio and family.audio):
         raise UnsupportedModelError(
-            f"ddit-rt {command} is for images and videos without sound, and this artifact makes "
-            f"sound ({manifest.transformer_class}); call its engine in Python, as docs/models says"
+            f"ddit-rt {command} leaves sound beside a video out, and plans of sound are not "
+            f"compared; this artifact makes sound ({manifest.transformer_class}): call its engine "
+            "in Python, as docs/models says"
         )
 
 

@@ -1,4 +1,4 @@
-"""What `ddit-rt generate` writes: images, or videos as MP4 or frame by frame."""
+"""What `ddit-rt generate` writes: images, videos as MP4 or frame by frame, sound as WAV."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ from typing import Any
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO = ".mp4"
+SOUND = ".wav"
+
+_KNOWN = {"image": IMAGES, "video": (*IMAGES, VIDEO), "audio": (SOUND,)}
+_MAKES = {"image": "images", "video": "videos", "audio": "sound"}
+_PCM16 = 2**15 - 1
 
 
-def output_paths(output: Path, count: int, *, video: bool = False) -> list[Path]:
-    """Where `count` images or videos go; the folder is made.
+def output_paths(output: Path, count: int, *, kind: str = "image") -> list[Path]:
+    """Where `count` images, videos or recordings go; the folder is made.
+
+    Args:
+        output: The name that was asked for.
+        count: Number of files; several are numbered.
+        kind: What the model makes: `"image"`, `"video"` or `"audio"`.
 
     Raises:
         ValueError: None are asked for, or a file type that cannot be written.
@@ -19,11 +29,12 @@ def output_paths(output: Path, count: int, *, video: bool = False) -> list[Path]
     """
     if count < 1:
         raise ValueError("got --num-images below 1; ask for at least one image per prompt")
-    known = (*IMAGES, VIDEO) if video else IMAGES
     suffix = output.suffix.lower()
-    if suffix not in known:
-        hint = "" if video or suffix != VIDEO else "; this model makes images, not videos"
-        raise ValueError(f"cannot write {output}: the name must end in {', '.join(known)}{hint}")
+    if suffix not in _KNOWN[kind]:
+        raise ValueError(
+            f"cannot write {output}: this model makes {_MAKES[kind]}, and the name must end in "
+            f"{', '.join(_KNOWN[kind])}"
+        )
     if suffix == VIDEO:
         from ddit_rt.lab.measure.video_file import require_encoder
 
@@ -50,3 +61,23 @@ def write_video(frames: Sequence[Any], path: Path, fps: int) -> None:
     from ddit_rt.lab.measure.video_file import write_mp4
 
     write_mp4(path, [np.asarray(frame.convert("RGB")) for frame in frames], fps)
+
+
+def write_sound(samples: Any, path: Path, rate: int) -> None:
+    """Writes a recording as 16-bit PCM.
+
+    Args:
+        samples: `[channels, samples]`, floating-point numbers in [-1, 1]; what lies beyond is cut.
+        path: The file.
+        rate: Samples a second.
+    """
+    import wave
+
+    import numpy as np
+
+    pcm = (np.clip(np.asarray(samples, dtype=np.float32), -1, 1) * _PCM16).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(pcm))
+        file.setsampwidth(pcm.itemsize)
+        file.setframerate(rate)
+        file.writeframes(pcm.T.tobytes())

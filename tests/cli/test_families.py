@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import wave
 from pathlib import Path
 from typing import Any
 
+import longcat_models
 import pytest
 from chroma_models import tiny_pipeline
 from flux_edit_models import img2img
@@ -15,7 +17,10 @@ from text_encoders import add_text_encoders, t5_model, t5_words
 
 from ddit_rt.cli import main
 
-pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is:FutureWarning"),
+]
 
 
 def call(*arguments: object) -> None:
@@ -81,3 +86,26 @@ def test_generate_hands_a_picture_to_a_pipeline_that_starts_from_one(
     capsys.readouterr()
     assert main([*map(str, ask), "--image", "text.png"]) == 2
     assert "text.png is no image that can be read" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sound_is_written_as_long_as_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packages: Packages, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    longcat_models.tiny_pipeline().save_pretrained("model")
+    with packages():
+        call("compile", "model", "-o", "a.ddit")
+    capsys.readouterr()
+    ask = ["generate", "a.ddit", "--model", "model", "--prompt", "a", "--steps", 4]
+    lengths = []
+    for asked in (1, 2):
+        call(*ask, "--audio-duration-s", asked, "--policy", "2p:0.5,p", "--json")
+        lengths.append(json.loads(capsys.readouterr().out)["pictures"][0]["audio_seconds"])
+    with wave.open("out.wav") as file:
+        assert file.getframerate() == longcat_models.RATE
+        assert file.getnframes() / file.getframerate() == lengths[1] == 2 * lengths[0]
+        samples = file.readframes(file.getnframes())
+    assert len(set(samples)) > 16  # not silence
+    assert main([*map(str, ask), "-o", "a.png"]) == 2
+    assert "the name must end in .wav" in capsys.readouterr().err
