@@ -20,6 +20,7 @@ from ddit_rt.engine import Engine
 from ddit_rt.engine.watch import RunWatch, StepView
 from ddit_rt.errors import CaptureError, RunCancelled, StallError
 from ddit_rt.serving.config import ServeConfig
+from ddit_rt.serving.embeddings import Embeddings
 from ddit_rt.serving.errors import LOG, ApiError, not_ready, queue_full, stopping, too_late
 from ddit_rt.serving.jobs import Job, Made, Sample, Style, Work
 from ddit_rt.serving.metrics import Metrics
@@ -64,6 +65,10 @@ class Worker:
         self.ready = self.broken = self.stopping = False
         device = next(engine.pipeline.transformer.parameters()).device
         self.metrics = Metrics(lambda: len(self._queue), device)
+        self._style: Style | None = None
+        if config.embedding_bytes:
+            most = config.embedding_bytes
+            Embeddings(engine.pipeline, most, self.metrics, lambda: self._style)
 
     def start(self) -> None:
         """Begins to warm up, and then to serve."""
@@ -222,6 +227,7 @@ class Worker:
         work = batch[0].job.work
         if self._styles is not None:
             self._styles.switch(work.style)
+        self._style = work.style
         output = self._engine(watch=self._watch(batch), **_arguments(batch))
         trace = self._engine.last_trace
         assert trace is not None, "a run that returned has a trace"
