@@ -32,7 +32,7 @@ async def result(job: Job, request: Request, worker: Worker, seconds: float) -> 
         ApiError: It failed, took too long, or the client is gone: then its run ends, too.
     """
     done = asyncio.wrap_future(job.done)
-    gone = asyncio.ensure_future(_disconnected(request))
+    gone = asyncio.ensure_future(disconnected(request))
     both: set[asyncio.Future[Any]] = {done, gone}
     try:
         await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -52,7 +52,7 @@ async def result(job: Job, request: Request, worker: Worker, seconds: float) -> 
     return done.result()
 
 
-async def _disconnected(request: Request) -> None:
+async def disconnected(request: Request) -> None:
     """Returns once the client is gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -66,6 +66,11 @@ class Picture(Asked):
 class Generation(Picture):
     """Body of `POST /v1/images/generations`."""
 
+    stream: bool = False
+    partial_images: Annotated[int, Strict(), Field(ge=0, le=100)] | None = Field(
+        None, description="previews of a stream; by default one a step"
+    )
+
 
 def own_fields(asked: Asked) -> dict[str, Any]:
     """The fields that the pipeline's call takes under the same name, where they were given."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import torch
@@ -24,10 +24,14 @@ from ddit_rt.serving.embeddings import Embeddings
 from ddit_rt.serving.errors import LOG, ApiError, not_ready, queue_full, stopping, too_late
 from ddit_rt.serving.jobs import Job, Made, Sample, Style, Work
 from ddit_rt.serving.metrics import Metrics
+from ddit_rt.serving.preview import LatentToRgb
 
 _WARM_PROMPT = "a photo"
 _LAST_STEP = 10.0
 """Seconds that the step in progress may take when the server has to end."""
+
+_FITTED_STEPS = 4
+"""Steps of the run that previews are fitted to."""
 
 _REMEMBERED = 256
 """Kinds of requests whose admitted batch is remembered."""
@@ -46,6 +50,7 @@ class Worker:
 
     Attributes:
         metrics: What it counts.
+        latent_to_rgb: What makes previews; None before the first.
         ready: Whether the engine has run once and can run.
         broken: Whether it never will again in this process.
         stopping: Whether requests are refused, because the server is to end.
@@ -66,6 +71,7 @@ class Worker:
         device = next(engine.pipeline.transformer.parameters()).device
         self.metrics = Metrics(lambda: len(self._queue), device)
         self._style: Style | None = None
+        self.latent_to_rgb: LatentToRgb | None = None
         if config.embedding_bytes:
             most = config.embedding_bytes
             Embeddings(engine.pipeline, most, self.metrics, lambda: self._style)
@@ -142,14 +148,25 @@ class Worker:
         steps = self._config.warmup_steps
         if steps != 0:
             given: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
-            generator = torch.Generator().manual_seed(0)
-            call = {**self._config.call, **given, "generator": generator}
-            watch = RunWatch(stopped=lambda: self._abort or self.stopping)
             try:
-                self._engine(_WARM_PROMPT, watch=watch, **call)
+                self._try_out(**given)
+                self._fit_previews()
             except RunCancelled:
                 return
         self.ready = True
+
+    def _try_out(self, stepped: Callable[[StepView], None] | None = None, **given: Any) -> Any:
+        """A run that nobody has asked for."""
+        watch = RunWatch(stopped=lambda: self._abort or self.stopping, stepped=stepped)
+        call = {**self._config.call, **given, "generator": torch.Generator().manual_seed(0)}
+        return self._engine(_WARM_PROMPT, watch=watch, **call)
+
+    def _fit_previews(self) -> None:
+        """A short run whose picture previews are fitted to; of a video there are none."""
+        views: list[StepView] = []
+        output = self._try_out(views.append, num_inference_steps=_FITTED_STEPS)
+        if views[-1].latents.ndim == 4:
+            self.latent_to_rgb = LatentToRgb(views[-1].latents[0], output.images[0])
 
     def _next(self) -> list[Sample]:
         """The pictures of the next run; none once the server stops and nothing waits."""
@@ -228,6 +245,8 @@ class Worker:
         if self._styles is not None:
             self._styles.switch(work.style)
         self._style = work.style
+        if work.on_step is not None and self.latent_to_rgb is None:
+            self._fit_previews()
         output = self._engine(watch=self._watch(batch), **_arguments(batch))
         trace = self._engine.last_trace
         assert trace is not None, "a run that returned has a trace"
