@@ -16,7 +16,7 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-FILES = ("prompts.txt", "pictures", "adapters", "demo-eval", "coco-val", "flux-eval")
+FILES = ("prompts.txt", "pictures", "adapters", "demo-eval", "coco-val", "flux-eval", "styles")
 """What the documents' commands read, beside artifacts and models."""
 BLOCK = re.compile(r"(<!-- needs: [\w ]+ -->\n)?```sh\n(.*?)```", re.DOTALL)
 

@@ -16,7 +16,7 @@ from ddit_rt.cli.models import (
     embedded_policy,
     load_pipeline,
 )
-from ddit_rt.cli.options import existing_file, number, whole
+from ddit_rt.cli.options import existing_file, existing_folder, number, whole
 
 if TYPE_CHECKING:
     from ddit_rt.engine import Engine
@@ -53,6 +53,12 @@ def _add_http_arguments(group: Any) -> None:
         help="API keys, one a line, of which every request must carry one; default: none is asked",
     )
     group.add_argument("--name", help="the model's name in the interface; default: the artifact's")
+    group.add_argument(
+        "--lora-dir",
+        type=existing_folder,
+        metavar="DIR",
+        help="style LoRAs (NAME.safetensors) that requests may name; default: none",
+    )
     group.add_argument(
         "--max-pixels", type=whole(1), default=2048**2, help="of a picture (default: %(default)s)"
     )
@@ -124,6 +130,7 @@ def _run(args: argparse.Namespace) -> Outcome | None:
         deadline_seconds=args.deadline_seconds,
         limits=Limits(pixels=args.max_pixels, steps=args.max_steps),
         call={} if text is None else {"max_sequence_length": text},
+        lora_dir=args.lora_dir,
         warmup_steps=args.warmup_steps,
         fps=args.fps,
     )
@@ -193,7 +200,7 @@ SERVE = Command(
         "ddit-rt serve demo",
         "ddit-rt serve demo.ddit --model demo --port 8080",
         "ddit-rt serve flux.ddit --model black-forest-labs/FLUX.1-dev --max-batch 4 \\",
-        "    --batch-window-ms 20",
+        "    --batch-window-ms 20 --lora-dir styles",
     ),
     add_arguments=_add_arguments,
     run=_run,

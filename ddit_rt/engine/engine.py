@@ -28,7 +28,7 @@ from ddit_rt.engine.table_driven import Loop, StepCallback
 from ddit_rt.engine.watch import UNWATCHED, RunWatch
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.loop import CaptureReport, RunPlan, RunTrace
-from ddit_rt.lora.fused import FusedLoras
+from ddit_rt.lora.fused import FusedLoras, KeptLora
 from ddit_rt.models.arguments import check_callback, check_text_encoders
 from ddit_rt.models.calls import PipelineCall
 from ddit_rt.models.layered import LayeredFamily
@@ -459,7 +459,8 @@ class Engine:
         everything is as it was.
 
         Args:
-            lora: What the pipeline's `load_lora_weights` takes.
+            lora: What the pipeline's `load_lora_weights` takes; or what `keep_lora` gave, which
+                goes in at once, without scale and other arguments.
             scale: Strength, a finite number.
             load_arguments: As of `load_lora_weights`, such as `weight_name`;
                 `load_into_transformer_2=True` is for the second expert of Wan 2.2, which takes one
@@ -475,6 +476,16 @@ class Engine:
             self._check_state()
             models = [model.transformer for model in self._compiled.models]
             self._fused.fuse(self.pipeline, lora, scale, models, **load_arguments)
+
+    @without_autocast()
+    def keep_lora(self) -> KeptLora:
+        """Copies of the weights that `fuse_lora` has changed, to fuse them again later.
+
+        Raises:
+            ValueError: None is fused, or one for each of two transformers.
+        """
+        with self._lock:
+            return self._fused.keep()
 
     @without_autocast()
     def unfuse_lora(self) -> None:

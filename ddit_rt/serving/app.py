@@ -16,6 +16,7 @@ from ddit_rt.serving import errors, images
 from ddit_rt.serving.config import ServeConfig
 from ddit_rt.serving.gate import Gate
 from ddit_rt.serving.requests import Reader
+from ddit_rt.serving.styles import Styles
 from ddit_rt.serving.worker import Worker
 from ddit_rt.version import __version__
 
@@ -37,8 +38,10 @@ class Service:
                 "compile the whole pipeline"
             )
         self.config = config
-        self.worker = Worker(engine, config)
-        self.read = Reader(engine, config)
+        folder = config.lora_dir
+        styles = None if folder is None else Styles(engine, folder, config.lora_bytes)
+        self.worker = Worker(engine, config, styles)
+        self.read = Reader(engine, config, styles)
         self.started = int(time.time())
 
 

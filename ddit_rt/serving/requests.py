@@ -17,6 +17,7 @@ from ddit_rt.serving.config import ServeConfig
 from ddit_rt.serving.errors import ApiError
 from ddit_rt.serving.jobs import OnStep, Style, Work
 from ddit_rt.serving.schema import Asked, Lora, Tau, own_fields
+from ddit_rt.serving.styles import Styles
 
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
@@ -24,7 +25,8 @@ _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 class Reader:
     """Reads requests for one engine."""
 
-    def __init__(self, engine: Engine, config: ServeConfig) -> None:
+    def __init__(self, engine: Engine, config: ServeConfig, styles: Styles | None = None) -> None:
+        self._styles = styles
         self._engine = engine
         self._config = config
         pipeline = engine.pipeline
@@ -53,7 +55,7 @@ class Reader:
             ApiError: It asks for more than the limits admit, or for what the engine cannot run.
         """
         self._check_limits(asked, n)
-        style = _style(asked.lora)
+        style = self._style(asked.lora)
         call = {**self._config.call, **own_fields(asked), **self._size(asked.size), **arguments}
         self._check_known(call)
         self._check_size({**self._engine.artifact.manifest.pipeline_defaults, **call})
@@ -88,10 +90,6 @@ class Reader:
                 f"no such model: {checks.show(asked.model)}; this server has {self._config.model}",
                 param="model",
                 code="model_not_found",
-            )
-        if asked.lora is not None and self._config.lora_dir is None:
-            raise ApiError(
-                400, "this server has no LoRAs; leave lora out", param="lora", code="limit"
             )
         for name in ("prompt", "negative_prompt"):
             if len(getattr(asked, name) or "") > limits.prompt:
@@ -148,11 +146,18 @@ class Reader:
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error), param="patch_policy", code="invalid_value") from error
 
-
-def _style(lora: str | Lora | None) -> Style | None:
-    if isinstance(lora, Lora):
-        return Style(name=lora.name, scale=lora.scale)
-    return None if lora is None else Style(name=lora)
+    def _style(self, lora: str | Lora | None) -> Style | None:
+        if lora is None:
+            return None
+        if self._styles is None:
+            told = "this server has no LoRAs; leave lora out"
+            raise ApiError(400, told, param="lora", code="lora_not_found")
+        if isinstance(lora, Lora):
+            style = Style(name=lora.name, scale=lora.scale)
+        else:
+            style = Style(name=lora)
+        self._styles.check(style)
+        return style
 
 
 def _beyond(param: str, limit: str) -> ApiError:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -22,9 +22,10 @@ from ddit_rt.errors import CaptureError, RunCancelled, StallError
 from ddit_rt.serving.config import ServeConfig
 from ddit_rt.serving.embeddings import Embeddings
 from ddit_rt.serving.errors import LOG, ApiError, not_ready, queue_full, stopping, too_late
-from ddit_rt.serving.jobs import Job, Made, Sample, Style, Work
+from ddit_rt.serving.jobs import Job, Made, Sample, Work
 from ddit_rt.serving.metrics import Metrics
 from ddit_rt.serving.preview import LatentToRgb
+from ddit_rt.serving.styles import Styles
 
 _WARM_PROMPT = "a photo"
 _LAST_STEP = 10.0
@@ -35,14 +36,6 @@ _FITTED_STEPS = 4
 
 _REMEMBERED = 256
 """Kinds of requests whose admitted batch is remembered."""
-
-
-class Styles(Protocol):
-    """What puts a request's LoRA into the weights."""
-
-    def switch(self, style: Style | None) -> None:
-        """Makes the weights those of a style, or the model's own."""
-        ...
 
 
 class Worker:
@@ -70,11 +63,11 @@ class Worker:
         self.ready = self.broken = self.stopping = False
         device = next(engine.pipeline.transformer.parameters()).device
         self.metrics = Metrics(lambda: len(self._queue), device)
-        self._style: Style | None = None
         self.latent_to_rgb: LatentToRgb | None = None
         if config.embedding_bytes:
             most = config.embedding_bytes
-            Embeddings(engine.pipeline, most, self.metrics, lambda: self._style)
+            state = lambda: None if styles is None else styles.state  # noqa: E731
+            Embeddings(engine.pipeline, most, self.metrics, state)
 
     def start(self) -> None:
         """Begins to warm up, and then to serve."""
@@ -244,7 +237,6 @@ class Worker:
         work = batch[0].job.work
         if self._styles is not None:
             self._styles.switch(work.style)
-        self._style = work.style
         if work.on_step is not None and self.latent_to_rgb is None:
             self._fit_previews()
         output = self._engine(watch=self._watch(batch), **_arguments(batch))
