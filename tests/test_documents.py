@@ -16,7 +16,10 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-FILES = ("prompts.txt", "pictures", "adapters", "demo-eval", "coco-val", "flux-eval", "cat.png")
+FILES = (
+    *("prompts.txt", "pictures", "adapters", "demo-eval", "coco-val", "flux-eval", "cat.png"),
+    "styles",
+)
 """What the documents' commands read, beside artifacts and models."""
 BLOCK = re.compile(r"(<!-- needs: [\w ]+ -->\n)?```sh\n(.*?)```", re.DOTALL)
 

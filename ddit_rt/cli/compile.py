@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.models import (
     DEVICES,
     DTYPES,
     EMBEDDED,
-    EMBEDDED_VIDEO,
     MODEL_HELP,
     embedded_defaults,
+    embedded_policy,
     load_pipeline,
 )
 from ddit_rt.cli.options import whole, writable
 from ddit_rt.cli.policies import add_step_cache_argument, patch_sizes
-
-if TYPE_CHECKING:
-    from ddit_rt.policies import PatchPolicy
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +75,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         num_frames=size["num_frames"] if args.num_frames is None else args.num_frames,
         patch_sizes=args.patch_sizes,
         adapter=adapter,
-        patch_policy=_embedded_policy(args.model),
+        patch_policy=embedded_policy(args.model),
         step_cache=args.step_cache,
     )
     path = engine.save(args.output)
@@ -93,13 +90,6 @@ def _adapter_folder(name: str) -> Path:
     if not Path(name).is_dir():
         raise ValueError(f"no such folder: {name}; --adapter names one with adapters")
     return Path(name)
-
-
-def _embedded_policy(model: str) -> PatchPolicy | None:
-    """The policy that was tuned on an embedded model; None, the library's, for any other."""
-    from ddit_rt.lab.demo.plans import DEMO_POLICY, VIDEO_POLICY
-
-    return {EMBEDDED: DEMO_POLICY, EMBEDDED_VIDEO: VIDEO_POLICY}.get(model)
 
 
 def _check_output(path: Path) -> None:

@@ -11,6 +11,7 @@ from ddit_rt.cli.options import number, whole
 
 if TYPE_CHECKING:
     from ddit_rt.artifact import Manifest
+    from ddit_rt.policies import PatchPolicy
 
 EMBEDDED = "demo"
 """The model name that stands for the pipeline inside the package."""
@@ -152,6 +153,15 @@ def embedded_defaults(model: str) -> dict[str, int]:
     from ddit_rt.lab.demo.prompts import IMAGE_CALL, VIDEO_CALL
 
     return VIDEO_CALL if model == EMBEDDED_VIDEO else IMAGE_CALL
+
+
+def embedded_policy(model: str) -> PatchPolicy | None:
+    """The policy that was tuned on an embedded model; None, the library's, for any other."""
+    if model not in (EMBEDDED, EMBEDDED_VIDEO):
+        return None
+    from ddit_rt.lab.demo.plans import DEMO_POLICY, VIDEO_POLICY
+
+    return VIDEO_POLICY if model == EMBEDDED_VIDEO else DEMO_POLICY
 
 
 def embedded_path(model: str) -> str:

@@ -25,9 +25,10 @@ from ddit_rt.engine.inputs import (
 from ddit_rt.engine.intercepted import FirstStep, LoopInPipeline, Planner, set_up
 from ddit_rt.engine.pipeline_driven import PipelineRun
 from ddit_rt.engine.table_driven import Loop, StepCallback
+from ddit_rt.engine.watch import UNWATCHED, RunWatch
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.loop import CaptureReport, RunPlan, RunTrace
-from ddit_rt.lora.fused import FusedLoras
+from ddit_rt.lora.fused import FusedLoras, KeptLora
 from ddit_rt.models.arguments import check_callback, check_text_encoders
 from ddit_rt.models.calls import PipelineCall
 from ddit_rt.models.layered import LayeredFamily
@@ -191,6 +192,7 @@ class Engine:
         patch_policy: PolicyChoice | None = None,
         guidance_interval: tuple[float, float] = WHOLE_RUN,
         step_cache: StepCache | str | None = None,
+        watch: RunWatch = UNWATCHED,
         **arguments: Unpack[CallArguments],
     ) -> PipelineOutput:
         """Generates, as the pipeline's own call does.
@@ -206,6 +208,7 @@ class Engine:
             step_cache: Which steps reuse instead of compute, `TeaCache(0.4)` or `"teacache:0.4"`,
                 and `NoCache()` or `"none"` for none; by default what the plan was calibrated with
                 where `patch_policy` names one, else the artifact's.
+            watch: Follows the run and may end it; see `RunWatch`.
             arguments: Every other argument of the pipeline's `__call__`, with its defaults;
                 `height` and `width` default to those given to `compile`, and `latents` are in the
                 pipeline's own layout, which for FLUX is packed. With a
@@ -222,24 +225,17 @@ class Engine:
                 preset or speed without a calibration for this number of steps, or a step cache
                 without a fit for this model.
             UnsupportedModelError: An argument that the compiled model could only ignore.
-            RunCancelled: `cancel` was called.
+            RunCancelled: `cancel` was called, or the watch stopped the run.
         """
-        if self.pipeline is None:
-            raise UnsupportedModelError(
-                "this engine was compiled from a bare transformer; call engine.denoise(latents, "
-                "...), or compile the whole pipeline"
-            )
-        with self._lock:
+        checks.instance("watch", watch, RunWatch, "RunWatch(stopped=..., stepped=...)")
+        with self._lock, self._loop.watched(watch):
             self._check_state()
-            given = check_call(self._compiled, self.pipeline, self._artifact, prompt, arguments)
-            request = read_request(
-                self._artifact.manifest,
-                lambda: requested_steps(self.pipeline, given),
-                given,
+            given, request = self.read_call(
+                prompt,
                 patch_policy=patch_policy,
-                step_cache=step_cache,
                 guidance_interval=guidance_interval,
-                batched_guidance=self.batched_guidance,
+                step_cache=step_cache,
+                **arguments,
             )
             if request.num_inference_steps is not None:
                 given["num_inference_steps"] = request.num_inference_steps
@@ -270,6 +266,50 @@ class Engine:
             self._loop.look_back(outline)
             result: PipelineOutput = prepared.finish(final)
             return result
+
+    def read_call(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        patch_policy: PolicyChoice | None = None,
+        guidance_interval: tuple[float, float] = WHOLE_RUN,
+        step_cache: StepCache | str | None = None,
+        **arguments: Unpack[CallArguments],
+    ) -> tuple[dict[str, Any], Request]:
+        """Checks the arguments of a call, each by itself, and runs nothing.
+
+        It does not wait for a run in progress, so that a server may refuse a request at once. What
+        hangs on the schedule or on several arguments together, a call checks when its turn comes.
+
+        Args:
+            prompt: As in `__call__`, as are the others.
+            patch_policy: See there.
+            guidance_interval: See there.
+            step_cache: See there.
+            arguments: See there.
+
+        Returns:
+            The pipeline's arguments with the artifact's defaults, and the request.
+
+        Raises:
+            ShapeError, ValueError, TypeError, UnsupportedModelError: As `__call__`.
+        """
+        if self.pipeline is None:
+            raise UnsupportedModelError(
+                "this engine was compiled from a bare transformer; call engine.denoise(latents, "
+                "...), or compile the whole pipeline"
+            )
+        given = check_call(self._compiled, self.pipeline, self._artifact, prompt, arguments)
+        request = read_request(
+            self._artifact.manifest,
+            lambda: requested_steps(self.pipeline, given),
+            given,
+            patch_policy=patch_policy,
+            step_cache=step_cache,
+            guidance_interval=guidance_interval,
+            batched_guidance=self.batched_guidance,
+        )
+        return given, request
 
     @shielded()
     def denoise(
@@ -440,7 +480,8 @@ class Engine:
         everything is as it was.
 
         Args:
-            lora: What the pipeline's `load_lora_weights` takes.
+            lora: What the pipeline's `load_lora_weights` takes; or what `keep_lora` gave, which
+                goes in at once, without scale and other arguments.
             scale: Strength, a finite number.
             load_arguments: As of `load_lora_weights`, such as `weight_name`;
                 `load_into_transformer_2=True` is for the second expert of Wan 2.2, which takes one
@@ -456,6 +497,16 @@ class Engine:
             self._check_state()
             models = [model.transformer for model in self._compiled.models]
             self._fused.fuse(self.pipeline, lora, scale, models, **load_arguments)
+
+    @without_autocast()
+    def keep_lora(self) -> KeptLora:
+        """Copies of the weights that `fuse_lora` has changed, to fuse them again later.
+
+        Raises:
+            ValueError: None is fused, or one for each of two transformers.
+        """
+        with self._lock:
+            return self._fused.keep()
 
     @without_autocast()
     def unfuse_lora(self) -> None:

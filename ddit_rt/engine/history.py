@@ -71,7 +71,7 @@ class SeenLatents:
         Args:
             given: z_k as the transformer is given them, of the same shape.
         """
-        latents = given.float() if self._full is None else self._unpack(self._full)
+        latents = given.float() if self._full is None else self.unpacked(self._full)
         if self._full is None and self._given is not None:
             # What the scheduler gave and the transformer got differ by what a callback changed.
             latents = self._exact[0] + (latents - self._given)
@@ -92,13 +92,13 @@ class SeenLatents:
             return
         exact = latents
         if latents.dtype not in _FULL:
-            exact, self._given = self._follow(velocities), self._unpack(latents)
+            exact, self._given = self._follow(velocities), self.unpacked(latents)
         self._exact = [exact, *self._exact][:_TERMS]
         self._step += 1
 
     def _follow(self, velocities: Sequence[Tensor]) -> Tensor:
         """The solver's step in float32."""
-        prompt, *negative = map(self._unpack, velocities)
+        prompt, *negative = map(self.unpacked, velocities)
         for other in negative:
             prompt = other + self._scales[self._step] * (prompt - other)
         self._velocities = [prompt, *self._velocities][:_TERMS]
@@ -109,5 +109,6 @@ class SeenLatents:
         ]
         return sum((factor * tensor for factor, tensor in terms), torch.zeros_like(prompt))
 
-    def _unpack(self, latents: Tensor) -> Tensor:
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """Latents of the pipeline's layout as `[B, C, H, W]` or `[B, C, F, H, W]`, float32."""
         return self._family.unpack_latents(latents, self._shape).float().contiguous()

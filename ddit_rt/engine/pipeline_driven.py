@@ -286,7 +286,7 @@ class PipelineRun:
                 "transformer that is known as one of its loop (by a cache_context, where it has "
                 "them), so that it cannot drive a compiled model; use another version of diffusers"
             )
-        self._run.end_step()
+        self._run.end_step(step.branch, lambda: self._seen.unpacked(latents).clone())
         self._seen.stepped(latents, [step.velocities[place] for place in sorted(step.velocities)])
         self._fill_in(self._session, step)
         self._step = _Step(index + 1)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt import notices
+from ddit_rt.engine.watch import UNWATCHED, RunWatch, StepView
 from ddit_rt.errors import RunCancelled, ShapeError
 from ddit_rt.loop import (
     Executor,
@@ -110,11 +111,13 @@ class Loop:
         executor: What runs the steps.
         annotate: Whether profilers see named ranges.
         trace: The trace of the latest run, or None.
+        watch: What the caller of the current run wants of it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.annotate = False
         self.trace: RunTrace | None = None
+        self.watch = UNWATCHED
         self._announced: set[str] = set()
         self.executor = executor_for(device)
         self._cancelled = threading.Event()
@@ -145,22 +148,40 @@ class Loop:
 
         Raises:
             ValueError: The initial latents are not finite.
-            RunCancelled: `cancel` was called.
+            RunCancelled: `cancel` was called, or the run's watch stopped it.
         """
+        stepped = self.watch.stepped
         with self._alone():
             finite = FiniteCheck(latents)
             final, self.trace = self.executor.run(
                 plan,
                 latents,
                 on_progress=on_progress,
-                should_stop=lambda: interrupted() or self._cancelled.is_set(),
+                should_stop=lambda: interrupted() or self._wish(),
+                on_step=None if stepped is None else lambda *s: stepped(StepView.of(plan, *s)),
                 annotate=self.annotate,
             )
         finite.require()
-        if self._cancelled.is_set():
+        if self._wish():
             raise cancelled(len(self.trace), plan.policy.steps)
         self.look_at(final)
         return final
+
+    @contextmanager
+    def watched(self, watch: RunWatch) -> Iterator[None]:
+        """Runs within are watched."""
+        before, self.watch = self.watch, watch
+        try:
+            yield
+        finally:
+            self.watch = before
+
+    def _wish(self) -> bool:
+        """Whether the current run is to end."""
+        stopped = self.watch.stopped
+        if stopped is not None and not self._cancelled.is_set() and stopped():
+            self._cancelled.set()  # so that it is asked no more, and answers the same
+        return self._cancelled.is_set()
 
     def announce(self, notes: Sequence[str]) -> None:
         """Says each thing once."""
@@ -196,7 +217,11 @@ class Loop:
             steps: Their number.
         """
         with self._alone():
-            run = DrivenRun(self.executor, self._cancelled, driver, steps, annotate=self.annotate)
+            run = DrivenRun(
+                *(self.executor, self._wish, driver, steps),
+                stepped=self.watch.stepped,
+                annotate=self.annotate,
+            )
             try:
                 yield run
                 run.check_cancelled()
@@ -255,7 +280,7 @@ class Loop:
                 branch = session.decide(step, latents)
                 velocity = session.velocity(plan.stages[step], branch, latents).float()
                 latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-                run.end_step()
+                run.end_step(branch, latents.clone)
                 with callers_modes():
                     given = None if callback is None else callback(step, latents)
                 latents = latents if given is None else _like(given, latents)
@@ -274,10 +299,11 @@ class DrivenRun:
     def __init__(
         self,
         executor: Executor,
-        wish: threading.Event,
+        wish: Callable[[], bool],
         driver: str,
         steps: int,
         *,
+        stepped: Callable[[StepView], None] | None,
         annotate: bool,
     ) -> None:
         self.done = 0
@@ -285,7 +311,9 @@ class DrivenRun:
         self._executor = executor
         self._wish = wish
         self._driver = driver
+        self._stepped = stepped
         self._annotate = annotate
+        self._plan: RunPlan | None = None
         self._session: StepSession | None = None
         self._steps = steps
         self._finite: FiniteCheck | None = None
@@ -300,21 +328,29 @@ class DrivenRun:
         Raises:
             ValueError: They are not finite; on a device this shows at the end.
         """
-        self._finite = FiniteCheck(latents)
+        self._plan, self._finite = plan, FiniteCheck(latents)
         self._session = self._executor.open(
             plan, latents, driver=self._driver, annotate=self._annotate
         )
         return self._session
 
-    def end_step(self) -> None:
-        """A step is over, but for callbacks."""
+    def end_step(self, branch: int, latents: Callable[[], Tensor]) -> None:
+        """A step is over, but for callbacks.
+
+        Args:
+            branch: The one that it took.
+            latents: Gives z_{k+1}, float32, as a copy, for who watches.
+        """
         assert self._session is not None, "the first step opens the run"
+        assert self._plan is not None, "so does its plan"
         self._session.end_step()
+        if self._stepped is not None:
+            self._stepped(StepView.of(self._plan, self.done, branch, latents()))
         self.done += 1
 
     def check_cancelled(self) -> None:
-        """Raises `RunCancelled` if the engine's `cancel` was called."""
-        if self._wish.is_set():
+        """Raises `RunCancelled` if the run is to end."""
+        if self._wish():
             raise cancelled(self.done, self._steps)
 
     def close(self, *, early: bool = False) -> RunTrace | None:

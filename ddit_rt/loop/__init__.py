@@ -12,6 +12,7 @@ from ddit_rt.loop.protocol import (
     ProgressCallback,
     RunPlan,
     StepSession,
+    StepWatch,
 )
 from ddit_rt.loop.trace import RunTrace, StepRecord
 
@@ -28,6 +29,7 @@ __all__ = [
     "RunTrace",
     "StepRecord",
     "StepSession",
+    "StepWatch",
     "TorchGraphs",
     "executor_for",
 ]

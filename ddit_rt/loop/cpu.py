@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt import ops
-from ddit_rt.loop.protocol import CachePlan, CaptureReport, ProgressCallback, RunPlan
+from ddit_rt.loop.protocol import CachePlan, CaptureReport, ProgressCallback, RunPlan, StepWatch
 from ddit_rt.loop.trace import Ranges, RunTrace, build_trace, ranges
 from ddit_rt.policies import patch_name
 from ddit_rt.steps import Bucket, Signal
@@ -40,6 +40,7 @@ class CpuExecutor:
         *,
         on_progress: ProgressCallback | None = None,
         should_stop: Callable[[], bool] | None = None,
+        on_step: StepWatch | None = None,
         annotate: bool = False,
     ) -> tuple[Tensor, RunTrace]:
         """See `Executor.run`."""
@@ -54,8 +55,10 @@ class CpuExecutor:
                     break
                 started = time.perf_counter()
                 with mark(f"step/{step}"):
-                    _run_step(plan, state, step, mark)
+                    branch = _run_step(plan, state, step, mark)
                 seconds.append(time.perf_counter() - started)
+                if on_step is not None:
+                    on_step(step, branch, state.latents(step + 1).clone())
                 if on_progress is not None:
                     on_progress(step)
         final = state.latents(len(seconds)).clone()
@@ -134,13 +137,15 @@ def _trace(
     )
 
 
-def _run_step(plan: RunPlan, state: _RunState, step: int, mark: Ranges) -> None:
+def _run_step(plan: RunPlan, state: _RunState, step: int, mark: Ranges) -> int:
+    """Takes a step; the branch that it took."""
     with mark("decide"):
         branch = state.decide(step)
     stage, latents = plan.stages[step], state.latents(step)
     velocity = _run_branch(plan, stage, branch, latents, state.index(step), mark)
     with mark("solver"):
         state.advance(velocity, step)
+    return branch
 
 
 def _run_branch(

@@ -28,7 +28,7 @@ from ddit_rt.errors import CaptureError, StallError
 from ddit_rt.loop.capture import CapturedLoop
 from ddit_rt.loop.drive import Run
 from ddit_rt.loop.graphs import STALL_VARIABLE, GraphDevice
-from ddit_rt.loop.protocol import CaptureReport, ProgressCallback, RunPlan
+from ddit_rt.loop.protocol import CaptureReport, ProgressCallback, RunPlan, StepWatch
 from ddit_rt.loop.session import CudaSession, captured_trace
 from ddit_rt.loop.trace import RunTrace, ranges
 
@@ -74,6 +74,7 @@ class CudaExecutor:
         *,
         on_progress: ProgressCallback | None = None,
         should_stop: Callable[[], bool] | None = None,
+        on_step: StepWatch | None = None,
         annotate: bool = False,
     ) -> tuple[Tensor, RunTrace]:
         """See `Executor.run`.
@@ -86,7 +87,7 @@ class CudaExecutor:
         self._require_idle()
         mark = ranges(annotate)
         with self._graphs.on_stream() as stream, self._loaded(plan, latents) as loop:
-            run = Run(plan, loop, stream, on_progress, should_stop, mark)
+            run = Run(plan, loop, stream, on_progress, should_stop, mark, on_step)
             form, notes = self._drive(run, loop, stream)
         return loop.buffers.latents.clone(), captured_trace(loop, plan, f"cuda-{form}", notes)
 
@@ -167,6 +168,9 @@ class CudaExecutor:
     def _drive(self, run: Run, loop: CapturedLoop, stream: int) -> tuple[str, tuple[str, ...]]:
         """Runs in the fastest form that CUDA takes: which one, and why not a faster one."""
         wanted, notes = "loop" if self.form == "auto" else self.form, []
+        if run.watched and wanted == "loop":
+            wanted = "step"
+            notes.append("executor: step instead of loop, because the latents of steps are watched")
         problems: list[str] = []
         for form in FORMS[FORMS.index(wanted) :]:
             problem = self._refusal(loop, form, stream)

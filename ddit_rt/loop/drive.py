@@ -10,7 +10,7 @@ from typing import Any
 from ddit_rt.errors import CaptureError, StallError
 from ddit_rt.loop.capture import CapturedLoop
 from ddit_rt.loop.graphs import STALL_VARIABLE
-from ddit_rt.loop.protocol import ProgressCallback, RunPlan
+from ddit_rt.loop.protocol import ProgressCallback, RunPlan, StepWatch
 from ddit_rt.loop.trace import Ranges
 from ddit_rt.policies import patch_name
 
@@ -71,7 +71,11 @@ class Patience:
 
 
 class Run:
-    """A run of a plan that its loop has loaded; see `Executor.run` for the callbacks."""
+    """A run of a plan that its loop has loaded; see `Executor.run` for the callbacks.
+
+    Attributes:
+        watched: Whether the host comes between the steps, to look at the latents.
+    """
 
     def __init__(
         self,
@@ -81,7 +85,10 @@ class Run:
         on_progress: ProgressCallback | None,
         should_stop: Callable[[], bool] | None,
         mark: Ranges,
+        on_step: StepWatch | None = None,
     ) -> None:
+        self.watched = on_step is not None
+        self._on_step = on_step
         self._plan = plan
         self._loop = loop
         self._control = loop.control
@@ -132,6 +139,7 @@ class Run:
                 return
             with self._mark(f"step/{step}"):
                 self._launch_step(graph, step)
+            self._see(step, "step")
             self._report(self._control.progress().decided - 1)
 
     def _launch_step(self, graph: Any, step: int) -> None:
@@ -160,7 +168,15 @@ class Run:
                     self._loop.graph(self._plan.stages[step], branch).replay()
                 with mark("solver"):
                     control.update(self._stream)
+            self._see(step, "host")
             self._report(step)
+
+    def _see(self, step: int, form: str) -> None:
+        """Shows a queued step's latents to who watches; in stream order they are z_{k+1}."""
+        if self._on_step is not None:
+            self._patience.until(partial(_has_decided, step), form)
+            branch = int(self._control.branch(step))
+            self._on_step(step, branch, self._loop.buffers.latents.clone())
 
     def _watch(self, form: str) -> None:
         """Waits for the device; meanwhile reports its progress and passes a wish to stop on."""

@@ -16,6 +16,10 @@ from ddit_rt.steps import Bucket, Signal
 ProgressCallback = Callable[[int], None]
 """Called with a step's index once it is done; an executor that does not wait may call it later."""
 
+StepWatch = Callable[[int, int, Tensor], None]
+"""Called after every step with its index k, the branch that was decided (bucket i, or behind all
+buckets i again, which reused), and z_{k+1} `[B, C, H, W]`, float32, the callee's own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CachePlan:
@@ -187,6 +191,7 @@ class Executor(Protocol):
         *,
         on_progress: ProgressCallback | None = None,
         should_stop: Callable[[], bool] | None = None,
+        on_step: StepWatch | None = None,
         annotate: bool = False,
     ) -> tuple[Tensor, RunTrace]:
         """Denoises.
@@ -196,6 +201,8 @@ class Executor(Protocol):
             latents: z_0, `[B, C, H, W]`, float32; left as it is.
             on_progress: See `ProgressCallback`.
             should_stop: Asked between steps; true ends the run with the latents so far.
+            on_step: See `StepWatch`. On CUDA the host then comes between the steps, and the run
+                takes the form `step` in place of `loop`, with a note in its trace.
             annotate: Whether profilers see the ranges of `trace.ranges`.
 
         Returns:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -41,6 +42,28 @@ def lora_component(load_arguments: Mapping[str, Any]) -> str:
     if not isinstance(second, bool):
         raise TypeError(f"got {_SECOND}={second!r}; expected True or False")
     return "transformer_2" if second else "transformer"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class KeptLora:
+    """The weights of models that a LoRA was fused into, to put them there again at once.
+
+    They are of use only as long as the models' own weights are what they were then.
+
+    Attributes:
+        component: See `lora_component`.
+        models: By their names in a pipeline.
+        values: Every parameter that the LoRA has changed, of each model.
+    """
+
+    component: str
+    models: Mapping[str, nn.Module]
+    values: tuple[Mapping[str, Tensor], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return sum(value.nbytes for values in self.values for value in values.values())
 
 
 class FusedLora:
@@ -84,11 +107,44 @@ class FusedLora:
             touched["transformer"] = targets["transformer"]
         for name, model in touched.items():
             _check_free(name, model)
+        self._names = tuple(touched)
         self._models = tuple(touched.values())
         self._before: list[dict[str, Tensor]] = []
         self._fuse(pipeline, file, touched, float(scale))
         for model in self._models:
             _OWNERS[model] = ref(self)
+
+    @classmethod
+    def again(cls, kept: KeptLora) -> FusedLora:
+        """Fuses what was kept of one.
+
+        Raises:
+            ValueError, UnsupportedModelError: Another LoRA is in the models.
+        """
+        for name, model in kept.models.items():
+            _check_free(name, model)
+        self = cls.__new__(cls)
+        self._names, self._models = tuple(kept.models), tuple(kept.models.values())
+        pairs = list(zip(self._models, kept.values, strict=True))
+        self._before = [
+            {name: _parameter(model, name).clone() for name in values} for model, values in pairs
+        ]
+        for model, values in pairs:
+            for name, value in values.items():
+                _parameter(model, name).copy_(value)
+            _OWNERS[model] = ref(self)
+        return self
+
+    def keep(self, component: str) -> KeptLora:
+        """Copies of the fused weights."""
+        return KeptLora(
+            component=component,
+            models=dict(zip(self._names, self._models, strict=True)),
+            values=tuple(
+                {name: _parameter(model, name).clone() for name in before}
+                for model, before in zip(self._models, self._before, strict=True)
+            ),
+        )
 
     def check_removable(self) -> None:
         """Refuses to take it out from under another LoRA.
@@ -156,10 +212,32 @@ class FusedLoras:
             raise UnsupportedModelError(
                 "fuse_lora loads through the pipeline; this engine has a bare transformer"
             )
-        component = lora_component(load_arguments)
+        kept = lora if isinstance(lora, KeptLora) else None
+        component = kept.component if kept else lora_component(load_arguments)
         if component in self._fused:
             raise ValueError("a LoRA is fused already; call unfuse_lora() first")
+        if kept is not None:
+            if scale != 1 or load_arguments:
+                raise ValueError(
+                    "a kept LoRA has its scale and place; leave scale and other arguments out"
+                )
+            own = {"transformer": models, "text_encoder": [getattr(pipeline, "text_encoder", None)]}
+            if not all(any(m is o for o in own[name]) for name, m in kept.models.items()):
+                raise ValueError("got a LoRA that was kept of another engine; keep one of this")
+            self._fused[component] = FusedLora.again(kept)
+            return
         self._fused[component] = FusedLora(pipeline, lora, scale, models, **load_arguments)
+
+    def keep(self) -> KeptLora:
+        """What is fused, to fuse it again.
+
+        Raises:
+            ValueError: None is fused, or one for each of two transformers.
+        """
+        if len(self._fused) != 1:
+            raise ValueError(f"{len(self._fused)} LoRAs are fused; one is kept at a time")
+        ((component, fused),) = self._fused.items()
+        return fused.keep(component)
 
     def unfuse(self) -> None:
         """Takes out all, or none where one is under a LoRA of the pipeline's.

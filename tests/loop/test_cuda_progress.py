@@ -6,7 +6,15 @@ import pytest
 import torch
 from emulated_graphs import EmulatedGraphs
 from models import noise
-from scripted_runs import FORMS, SHAPE, ScriptedBucket, assert_same_run, euler, scripted_plan
+from scripted_runs import (
+    FORMS,
+    MIXED,
+    SHAPE,
+    ScriptedBucket,
+    assert_same_run,
+    euler,
+    scripted_plan,
+)
 from torch import Tensor
 
 from ddit_rt.loop import CpuExecutor, CudaExecutor
@@ -78,3 +86,24 @@ def test_an_error_in_the_progress_leaves_the_executor_usable(
     with pytest.raises(KeyError, match="mine"):
         executor.run(plan, noise(*SHAPE), on_progress=fail)
     assert_same_run(executor.run(plan, noise(*SHAPE)), CpuExecutor().run(plan, noise(*SHAPE)))
+
+
+@pytest.mark.parametrize("form", ["auto", *FORMS])
+def test_a_watched_run_shows_every_step_as_on_the_cpu(graphs: EmulatedGraphs, form: str) -> None:
+    plan = scripted_plan(MIXED, euler(7))
+    seen: dict[str, list[tuple[int, int, Tensor]]] = {"cpu": [], "cuda": []}
+    expected = CpuExecutor().run(
+        plan, noise(*SHAPE), on_step=lambda *step: seen["cpu"].append(step)
+    )
+    executor = CudaExecutor(graphs, form)
+    actual = executor.run(plan, noise(*SHAPE), on_step=lambda *step: seen["cuda"].append(step))
+    assert_same_run(actual, expected)
+    assert len({branch for _, branch, _ in seen["cpu"]}) > 1
+    for ours, theirs in zip(seen["cuda"], seen["cpu"], strict=True):
+        assert ours[:2] == theirs[:2]
+        assert torch.equal(ours[2], theirs[2])
+    watched = "executor: step instead of loop, because the latents of steps are watched"
+    assert (watched in actual[1].notes) == (form in ("auto", "loop"))
+    assert actual[1].executor == ("cuda-host" if form == "host" else "cuda-step")
+    again = executor.run(plan, noise(*SHAPE))
+    assert again[1].executor == ("cuda-loop" if form in ("auto", "loop") else f"cuda-{form}")

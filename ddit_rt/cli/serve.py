@@ -1,0 +1,207 @@
+"""`ddit-rt serve`: an artifact behind OpenAI's interface."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddit_rt.cli.command import Command, Outcome
+from ddit_rt.cli.models import (
+    DTYPES,
+    EMBEDDED,
+    EMBEDDED_VIDEO,
+    MODEL_HELP,
+    embedded_defaults,
+    embedded_policy,
+    load_pipeline,
+)
+from ddit_rt.cli.options import existing_file, existing_folder, number, whole
+
+if TYPE_CHECKING:
+    from ddit_rt.engine import Engine
+
+_LOOPBACK = "127.0.0.1"
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "artifact",
+        metavar="ARTIFACT",
+        help="what compile wrote; or 'demo' or 'demo-video', compiled once and kept",
+    )
+    parser.add_argument("--model", help=f"the weights: {MODEL_HELP}; default: those of a demo")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as compiled")
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="run the compiled code of an artifact that was not built on this machine",
+    )
+    _add_http_arguments(parser.add_argument_group("interface"))
+    _add_queue_arguments(parser.add_argument_group("queue"))
+
+
+def _add_http_arguments(group: Any) -> None:
+    group.add_argument(
+        "--host", default=_LOOPBACK, help="address (default: %(default)s, this machine alone)"
+    )
+    group.add_argument("--port", type=whole(0, 65535), default=8000, help="default: %(default)s")
+    group.add_argument(
+        "--api-key-file",
+        type=existing_file,
+        metavar="FILE",
+        help="API keys, one a line, of which every request must carry one; default: none is asked",
+    )
+    group.add_argument("--name", help="the model's name in the interface; default: the artifact's")
+    group.add_argument(
+        "--lora-dir",
+        type=existing_folder,
+        metavar="DIR",
+        help="style LoRAs (NAME.safetensors) that requests may name; default: none",
+    )
+    group.add_argument(
+        "--max-pixels", type=whole(1), default=2048**2, help="of a picture (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max-steps", type=whole(1), default=100, help="denoising steps (default: %(default)s)"
+    )
+    group.add_argument("--fps", type=whole(1), default=16, help="of a video (default: %(default)s)")
+
+
+def _add_queue_arguments(group: Any) -> None:
+    group.add_argument(
+        "--max-queue",
+        type=whole(1),
+        default=64,
+        help="pictures that may wait; beyond it: 429 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-batch",
+        type=whole(1),
+        default=4,
+        help="pictures of a run; 1 turns batching off (default: %(default)s)",
+    )
+    group.add_argument(
+        "--batch-window-ms",
+        type=number(0),
+        default=5.0,
+        help="how long a picture waits for others of its kind (default: %(default)s)",
+    )
+    group.add_argument(
+        "--deadline-seconds",
+        type=number(0, open_low=True),
+        default=300.0,
+        help="to an answer; beyond it: 503 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--stop-seconds",
+        type=number(0),
+        default=30.0,
+        help="how long what was accepted may run after SIGTERM (default: %(default)s)",
+    )
+    group.add_argument(
+        "--warmup-steps",
+        type=whole(0),
+        help="of the run before it is ready; 0: none (default: the pipeline's own)",
+    )
+
+
+def _run(args: argparse.Namespace) -> Outcome | None:
+    try:
+        import fastapi  # noqa: F401 - before the model: it should not cost loading one
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"ddit-rt serve needs more ({error}); pip install 'ddit_rt[serve]'"
+        ) from error
+    from ddit_rt.serving.config import Limits, ServeConfig, read_keys
+    from ddit_rt.serving.run import serve
+
+    name = args.name or Path(args.artifact).name.removesuffix(".ddit")
+    model = args.model or args.artifact
+    text = embedded_defaults(model).get("max_sequence_length")
+    config = ServeConfig(
+        model=name,
+        keys=read_keys(args.api_key_file) if args.api_key_file else (),
+        max_queue=args.max_queue,
+        batch_window_ms=args.batch_window_ms,
+        max_batch=args.max_batch,
+        deadline_seconds=args.deadline_seconds,
+        limits=Limits(pixels=args.max_pixels, steps=args.max_steps),
+        call={} if text is None else {"max_sequence_length": text},
+        lora_dir=args.lora_dir,
+        warmup_steps=args.warmup_steps,
+        fps=args.fps,
+    )
+    engine = _engine(args)
+    serve(engine, config, host=args.host, port=args.port, stop_seconds=args.stop_seconds)
+    return None
+
+
+def _engine(args: argparse.Namespace) -> Engine:
+    import ddit_rt
+    from ddit_rt.artifact import read_manifest
+
+    path = Path(args.artifact)
+    if args.artifact in (EMBEDDED, EMBEDDED_VIDEO) and not path.exists():
+        if args.model not in (None, args.artifact):
+            raise ValueError(
+                f"got {args.artifact} and --model {args.model}; {args.artifact} is the model "
+                "inside the package: leave --model out, or name an artifact of your model"
+            )
+        return kept_demo(args.artifact, args.dtype)
+    if args.model is None:
+        raise ValueError(
+            f"got the artifact {args.artifact} without --model; an artifact holds no weights: name "
+            "the model that it was compiled from"
+        )
+    manifest = read_manifest(path)
+    device = manifest.environment.device
+    pipeline = _quiet(load_pipeline(args.model, args.dtype or manifest.dtype, device))
+    return ddit_rt.load(path, pipeline, trust_code=args.trust_code)
+
+
+def kept_demo(name: str, dtype: str | None = None) -> Engine:
+    """An engine of an embedded model: compiled once for this user, and loaded from then on.
+
+    Args:
+        name: `"demo"` or `"demo-video"`.
+        dtype: Of its weights; by default float32.
+    """
+    import ddit_rt
+    from ddit_rt.artifact.trust import require_trust_list
+    from ddit_rt.errors import ArtifactError
+
+    pipeline = _quiet(load_pipeline(name, dtype, "auto"))
+    device = next(pipeline.transformer.parameters()).device.type
+    path = require_trust_list().parent / f"{name}-{dtype or 'float32'}-{device}.ddit"
+    try:
+        return ddit_rt.load(path, pipeline, progress=False)
+    except ArtifactError:
+        pass  # none yet, or one of another version, which makes room
+    size: dict[str, Any] = {
+        key: n for key, n in embedded_defaults(name).items() if key != "max_sequence_length"
+    }
+    engine = ddit_rt.compile(pipeline, patch_policy=embedded_policy(name), **size)
+    engine.save(path)
+    return engine
+
+
+def _quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+SERVE = Command(
+    name="serve",
+    summary="Serve a compiled model over HTTP, with OpenAI's interface.",
+    examples=(
+        "ddit-rt serve demo",
+        "ddit-rt serve demo.ddit --model demo --port 8080",
+        "ddit-rt serve flux.ddit --model black-forest-labs/FLUX.1-dev --max-batch 4 \\",
+        "    --batch-window-ms 20 --lora-dir styles",
+    ),
+    add_arguments=_add_arguments,
+    run=_run,
+)

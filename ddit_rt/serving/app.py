@@ -1,0 +1,119 @@
+"""The HTTP application: OpenAI's paths, and an orchestrator's."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from ddit_rt.engine import Engine
+from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.serving import errors, images
+from ddit_rt.serving.config import ServeConfig
+from ddit_rt.serving.gate import Gate
+from ddit_rt.serving.requests import Reader
+from ddit_rt.serving.styles import Styles
+from ddit_rt.serving.worker import Worker
+from ddit_rt.version import __version__
+
+
+class Service:
+    """What the handlers share.
+
+    Attributes:
+        config: What the operator set.
+        worker: Who runs the engine.
+        read: Who reads requests.
+        started: When, as a Unix time.
+    """
+
+    def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        if engine.pipeline is None:
+            raise UnsupportedModelError(
+                "a server answers prompts, and this engine was compiled from a bare transformer; "
+                "compile the whole pipeline"
+            )
+        self.config = config
+        folder = config.lora_dir
+        styles = None if folder is None else Styles(engine, folder, config.lora_bytes)
+        self.worker = Worker(engine, config, styles)
+        self.read = Reader(engine, config, styles)
+        self.started = int(time.time())
+
+
+def create_app(engine: Engine, config: ServeConfig, *, stop_seconds: float = 30.0) -> FastAPI:
+    """The application of one engine, which nothing else may use meanwhile.
+
+    Args:
+        engine: The engine, of a whole pipeline.
+        config: What the operator sets.
+        stop_seconds: How long what was accepted may still run when the server ends.
+
+    Raises:
+        UnsupportedModelError: An engine without a pipeline.
+    """
+    service = Service(engine, config)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        await asyncio.to_thread(service.worker.stop, stop_seconds)
+
+    app = FastAPI(title="ddit_rt", version=__version__, lifespan=lifespan, redoc_url=None)
+    app.state.service = service
+    errors.install(app)
+    app.add_middleware(
+        Gate, keys=config.keys, body=config.limits.body, metrics=service.worker.metrics
+    )
+    app.include_router(images.router)
+    _add_models(app, service)
+    _add_operations(app, service.worker)
+    return app
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    entry = {
+        "id": service.config.model,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "ddit_rt",
+    }
+
+    @app.get("/v1/models")
+    async def models() -> JSONResponse:
+        """The one model that is served."""
+        return JSONResponse({"object": "list", "data": [entry]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> JSONResponse:
+        """The same by its name."""
+        if name != entry["id"]:
+            raise errors.ApiError(
+                404, f"this server has {entry['id']} alone", param="model", code="model_not_found"
+            )
+        return JSONResponse(entry)
+
+
+def _add_operations(app: FastAPI, worker: Worker) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """Whether the process can go on."""
+        status = "broken" if worker.broken else "ok"
+        return JSONResponse({"status": status}, 503 if worker.broken else 200)
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        """Whether requests are served at once: the model has run, and the server is to stay."""
+        if worker.stopping or not worker.ready:
+            raise errors.stopping() if worker.stopping else errors.not_ready()
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics")
+    async def metrics(_: Request) -> Response:
+        """For Prometheus."""
+        return Response(worker.metrics.page(), media_type="text/plain; version=0.0.4")

@@ -1,0 +1,124 @@
+"""A request's pictures, from the queue to the answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from ddit_rt.engine.watch import StepView
+from ddit_rt.loop import RunTrace
+
+OnStep = Callable[[StepView, int], None]
+"""Told of a step and of a picture's place in its batch; in the worker's thread."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Style:
+    """A LoRA that a request names.
+
+    Attributes:
+        name: Its file's name, without the ending.
+        scale: Strength.
+    """
+
+    name: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a request asks for.
+
+    Attributes:
+        prompt: Its prompt.
+        seeds: One a picture.
+        arguments: Further arguments of the engine's call, the same for all pictures.
+        negative_prompt: What to keep away from, where the pipeline takes it.
+        style: Its LoRA.
+        key: Works of one key can share a run; None: this one shares with none.
+        on_step: Follows the run.
+    """
+
+    prompt: str
+    seeds: tuple[int, ...]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    negative_prompt: str | None = None
+    style: Style | None = None
+    key: Hashable | None = None
+    on_step: OnStep | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """A picture that is made.
+
+    Attributes:
+        picture: A `PIL.Image`, or the list of a video's.
+        seed: Its own.
+        trace: Of its run.
+    """
+
+    picture: Any
+    seed: int
+    trace: RunTrace
+
+
+class Job:
+    """A request in the worker's hands; safe to use from any thread.
+
+    Attributes:
+        work: What it asks for.
+        done: Its pictures, in the order of the seeds, or what went wrong.
+        samples: Its pictures in the queue.
+        started: Whether one of them has left it.
+    """
+
+    def __init__(self, work: Work, deadline: float) -> None:
+        """Begins with a deadline on the monotonic clock."""
+        self.work = work
+        self.done: Future[list[Made]] = Future()
+        self.done.set_running_or_notify_cancel()  # so that nobody who waits for it can cancel it
+        self.samples = [Sample(self, seed) for seed in work.seeds]
+        self.started = False
+        self._deadline = deadline
+        self._dropped = False
+        self._made: dict[int, Made] = {}
+
+    def drop(self) -> None:
+        """Nobody waits for it any more."""
+        self._dropped = True
+
+    @property
+    def expired(self) -> bool:
+        """Whether its deadline is over."""
+        return time.monotonic() > self._deadline
+
+    @property
+    def over(self) -> bool:
+        """Whether no more work should go into it."""
+        return self._dropped or self.done.done() or self.expired
+
+    def give(self, made: Made) -> None:
+        """One of its pictures is made."""
+        self._made[made.seed] = made
+        if len(self._made) == len(self.work.seeds) and not self.done.done():
+            self.done.set_result([self._made[seed] for seed in self.work.seeds])
+
+    def fail(self, error: BaseException) -> None:
+        """It cannot be done."""
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+class Sample:
+    """One picture of a job in the queue."""
+
+    __slots__ = ("arrived", "job", "seed")
+
+    def __init__(self, job: Job, seed: int) -> None:
+        self.job = job
+        self.seed = seed
+        self.arrived = time.monotonic()

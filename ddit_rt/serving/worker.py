@@ -1,0 +1,278 @@
+"""The one thread that owns the engine, and the queue before it.
+
+Pictures wait in the order of their arrival. Those behind the first that can share its run leave
+with it: same size, steps, policy, cache, guidance, LoRA. A batch that fails is run again in halves,
+so that only the request that is to blame fails, and a size that memory does not admit is not tried
+again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from ddit_rt.engine import Engine
+from ddit_rt.engine.watch import RunWatch, StepView
+from ddit_rt.errors import CaptureError, RunCancelled, StallError
+from ddit_rt.serving.config import ServeConfig
+from ddit_rt.serving.embeddings import Embeddings
+from ddit_rt.serving.errors import LOG, ApiError, not_ready, queue_full, stopping, too_late
+from ddit_rt.serving.jobs import Job, Made, Sample, Work
+from ddit_rt.serving.metrics import Metrics
+from ddit_rt.serving.preview import LatentToRgb
+from ddit_rt.serving.styles import Styles
+
+_WARM_PROMPT = "a photo"
+_LAST_STEP = 10.0
+"""Seconds that the step in progress may take when the server has to end."""
+
+_FITTED_STEPS = 4
+"""Steps of the run that previews are fitted to."""
+
+_REMEMBERED = 256
+"""Kinds of requests whose admitted batch is remembered."""
+
+
+class Worker:
+    """See above.
+
+    Attributes:
+        metrics: What it counts.
+        latent_to_rgb: What makes previews; None before the first.
+        ready: Whether the engine has run once and can run.
+        broken: Whether it never will again in this process.
+        stopping: Whether requests are refused, because the server is to end.
+    """
+
+    def __init__(self, engine: Engine, config: ServeConfig, styles: Styles | None = None) -> None:
+        self._engine = engine
+        self._config = config
+        self._styles = styles
+        self._most = min(config.max_batch, engine.artifact.manifest.ranges.batch[1])
+        self._admitted: dict[Hashable, int] = {}
+        self._queue: deque[Sample] = deque()
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._live, name="ddit-rt-engine", daemon=True)
+        self._seconds = 1.0  # of the latest run
+        self._abort = False
+        self.ready = self.broken = self.stopping = False
+        device = next(engine.pipeline.transformer.parameters()).device
+        self.metrics = Metrics(lambda: len(self._queue), device)
+        self.latent_to_rgb: LatentToRgb | None = None
+        if config.embedding_bytes:
+            most = config.embedding_bytes
+            state = lambda: None if styles is None else styles.state  # noqa: E731
+            Embeddings(engine.pipeline, most, self.metrics, state)
+
+    def start(self) -> None:
+        """Begins to warm up, and then to serve."""
+        self._thread.start()
+
+    def submit(self, work: Work) -> Job:
+        """Queues a request.
+
+        Raises:
+            ApiError: The queue is full, the server is stopping, or the engine is broken.
+        """
+        with self._changed:
+            if self.stopping:
+                raise stopping()
+            if self.broken:
+                raise not_ready()
+            waiting = len(self._queue)
+            if waiting + len(work.seeds) > self._config.max_queue:
+                raise queue_full(waiting, self._seconds * waiting / self._most)
+            job = Job(work, time.monotonic() + self._config.deadline_seconds)
+            self._queue.extend(job.samples)
+            self._changed.notify_all()
+        return job
+
+    def drop(self, job: Job, reason: str) -> None:
+        """Ends a request that nobody waits for; a run for it alone ends within one step."""
+        if not job.done.done():
+            self.metrics.cancellations.labels(reason).inc()
+        with self._changed:
+            job.drop()
+            self._changed.notify_all()
+
+    def stop(self, seconds: float) -> None:
+        """Refuses what is new, and finishes what is there; what is left after a while fails."""
+        with self._changed:
+            self.stopping = True
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+        with self._changed:
+            self._abort = True
+            left = list(self._queue)
+            self._queue.clear()
+            self._changed.notify_all()
+        for sample in left:
+            sample.job.fail(stopping())
+        if self._thread.ident is not None:
+            self._thread.join(_LAST_STEP)
+
+    def _live(self) -> None:
+        try:
+            self._warm_up()
+            while batch := self._next():
+                self._serve(batch)
+        except BaseException as error:  # the server must say so, whatever it was
+            self._break(error)
+            raise
+
+    def _break(self, error: BaseException) -> None:
+        """Nothing can run any more."""
+        LOG.critical("the engine cannot go on", exc_info=error)
+        with self._changed:
+            self.broken, self.ready = True, False
+            left = list(self._queue)
+            self._queue.clear()
+        for sample in left:
+            sample.job.fail(not_ready())
+
+    def _warm_up(self) -> None:
+        """One run of the defaults: it captures graphs and allocates memory."""
+        steps = self._config.warmup_steps
+        if steps != 0:
+            given: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
+            try:
+                self._try_out(**given)
+                self._fit_previews()
+            except RunCancelled:
+                return
+        self.ready = True
+
+    def _try_out(self, stepped: Callable[[StepView], None] | None = None, **given: Any) -> Any:
+        """A run that nobody has asked for."""
+        watch = RunWatch(stopped=lambda: self._abort or self.stopping, stepped=stepped)
+        call = {**self._config.call, **given, "generator": torch.Generator().manual_seed(0)}
+        return self._engine(_WARM_PROMPT, watch=watch, **call)
+
+    def _fit_previews(self) -> None:
+        """A short run whose picture previews are fitted to; of a video there are none."""
+        views: list[StepView] = []
+        output = self._try_out(views.append, num_inference_steps=_FITTED_STEPS)
+        if views[-1].latents.ndim == 4:
+            self.latent_to_rgb = LatentToRgb(views[-1].latents[0], output.images[0])
+
+    def _next(self) -> list[Sample]:
+        """The pictures of the next run; none once the server stops and nothing waits."""
+        with self._changed:
+            while True:
+                self._forget()
+                if not self._queue:
+                    if self.stopping:
+                        return []
+                    self._changed.wait()
+                    continue
+                batch, most = self._gather()
+                window = self._config.batch_window_ms / 1e3
+                left = self._queue[0].arrived + window - time.monotonic()
+                if len(batch) >= most or left <= 0 or self.stopping:
+                    self._leave(batch)
+                    return batch
+                self._changed.wait(left)
+
+    def _leave(self, batch: list[Sample]) -> None:
+        """Takes pictures that are to be made from the queue."""
+        now = time.monotonic()
+        for sample in batch:
+            self._queue.remove(sample)
+            self.metrics.wait_seconds.observe(now - sample.arrived)
+            sample.job.started = True
+
+    def _forget(self) -> None:
+        """Takes what nobody waits for from the queue."""
+        for sample in [sample for sample in self._queue if sample.job.over]:
+            self._queue.remove(sample)
+            sample.job.fail(self._why_over(sample.job))
+
+    def _why_over(self, job: Job) -> ApiError:
+        return too_late(self._config.deadline_seconds) if job.expired else stopping()
+
+    def _gather(self) -> tuple[list[Sample], int]:
+        """The first picture with those that can share its run, and how many could."""
+        key = self._queue[0].job.work.key
+        if key is None:
+            return [self._queue[0]], 1
+        most = min(self._most, self._admitted.get(key, self._most))
+        same = [sample for sample in self._queue if sample.job.work.key == key]
+        return same[:most], most
+
+    def _serve(self, batch: list[Sample]) -> None:
+        started = time.monotonic()
+        try:
+            self._run(batch)
+            self._seconds = time.monotonic() - started
+        except RunCancelled:
+            for sample in batch:
+                sample.job.fail(self._why_over(sample.job))
+        except StallError as error:
+            for sample in batch:
+                sample.job.fail(error)
+            raise
+        except Exception as error:  # noqa: BLE001 - of whatever kind, it is the request's
+            self._failed(batch, error)
+
+    def _failed(self, batch: list[Sample], error: Exception) -> None:
+        """Runs a batch again in halves; of one picture, its request fails."""
+        half = len(batch) // 2
+        if not half:
+            batch[0].job.fail(error)
+            return
+        if isinstance(error, (torch.OutOfMemoryError, CaptureError)):
+            if len(self._admitted) >= _REMEMBERED:
+                self._admitted.clear()
+            self._admitted[batch[0].job.work.key] = half
+        self._serve(batch[:half])
+        self._serve(batch[half:])
+
+    def _run(self, batch: list[Sample]) -> None:
+        work = batch[0].job.work
+        if self._styles is not None:
+            self._styles.switch(work.style)
+        if work.on_step is not None and self.latent_to_rgb is None:
+            self._fit_previews()
+        output = self._engine(watch=self._watch(batch), **_arguments(batch))
+        trace = self._engine.last_trace
+        assert trace is not None, "a run that returned has a trace"
+        self.metrics.ran(trace)
+        pictures = output.frames if hasattr(output, "frames") else output.images
+        for sample, picture in zip(batch, pictures, strict=True):
+            sample.job.give(Made(picture=picture, seed=sample.seed, trace=trace))
+
+    def _watch(self, batch: list[Sample]) -> RunWatch:
+        followed = [
+            (sample.job.work.on_step, place)
+            for place, sample in enumerate(batch)
+            if sample.job.work.on_step is not None
+        ]
+
+        def stepped(view: StepView) -> None:
+            for on_step, place in followed:
+                on_step(view, place)
+
+        def stopped() -> bool:
+            return self._abort or all(sample.job.over for sample in batch)
+
+        return RunWatch(stopped=stopped, stepped=stepped if followed else None)
+
+
+def _arguments(batch: list[Sample]) -> dict[str, Any]:
+    """Of the engine's call; one picture is asked for as by a caller of the pipeline."""
+    generators = [torch.Generator().manual_seed(sample.seed) for sample in batch]
+    prompts = [sample.job.work.prompt for sample in batch]
+    negatives = [sample.job.work.negative_prompt for sample in batch]
+    alone = len(batch) == 1
+    given = {**batch[0].job.work.arguments, "output_type": "pil"}
+    given["prompt"] = prompts[0] if alone else prompts
+    given["generator"] = generators[0] if alone else generators
+    if negatives[0] is not None:
+        given["negative_prompt"] = negatives[0] if alone else negatives
+    return given

@@ -1,0 +1,98 @@
+"""A server of a tiny model, within a test."""
+
+from __future__ import annotations
+
+import base64
+import io
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi.testclient import TestClient
+from models import prompting_pipeline
+from PIL import Image
+
+import ddit_rt
+from ddit_rt import Engine
+from ddit_rt.serving.app import create_app
+from ddit_rt.serving.config import ServeConfig
+
+PATH = "/v1/images/generations"
+ASKED: dict[str, Any] = {"prompt": "a fox", "num_inference_steps": 3, "seed": 7}
+
+
+def tiny_engine() -> Engine:
+    """One whose prompts embed as noise of their own."""
+    return ddit_rt.compile(
+        prompting_pipeline(), height=64, width=64, backend="eager", progress=False
+    )
+
+
+def config(**settings: Any) -> ServeConfig:
+    return ServeConfig(**{"model": "tiny", "warmup_steps": 1, "batch_window_ms": 0, **settings})
+
+
+@contextmanager
+def client_of(engine: Engine, **settings: Any) -> Iterator[TestClient]:
+    """A client of a running application that is ready."""
+    app = create_app(engine, config(**settings), stop_seconds=60)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        wait_until_ready(client)
+        yield client
+
+
+def wait_until_ready(client: TestClient) -> None:
+    worker = client.app.state.service.worker  # type: ignore[attr-defined]
+    while not worker.ready:
+        assert worker._thread.is_alive(), "the worker ended"
+        worker._thread.join(0.01)
+
+
+@contextmanager
+def running(engine: Engine, **settings: Any) -> Iterator[str]:
+    """Base URL of a real server on a free port of this machine."""
+    app = create_app(engine, config(**settings), stop_seconds=60)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    worker = app.state.service.worker
+    while not (server.started and worker.ready):
+        thread.join(0.01)
+        assert thread.is_alive(), "the server ended"
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def picture(entry: dict[str, Any]) -> Image.Image:
+    """Of an answer."""
+    image = Image.open(io.BytesIO(base64.b64decode(entry["b64_json"])))
+    image.load()
+    return image
+
+
+class Held:
+    """Holds the runs of an engine until they are let go, so that a queue builds up."""
+
+    def __init__(self, engine: Engine, monkeypatch: Any) -> None:
+        self.running = threading.Event()
+        self.go = threading.Event()
+        self.calls: list[dict[str, Any]] = []
+        own = Engine.__call__
+
+        def held(one: Engine, *args: Any, **kwargs: Any) -> Any:
+            self.calls.append(kwargs)
+            self.running.set()
+            watch = kwargs.get("watch")
+            while not self.go.wait(0.01):
+                if watch is not None and watch.stopped():
+                    break
+            return own(one, *args, **kwargs)
+
+        monkeypatch.setattr(Engine, "__call__", held)
