@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddit_rt import checks
 from ddit_rt.artifact import Artifact
-from ddit_rt.engine.history import SeenLatents
+from ddit_rt.engine.driver import Driver
 from ddit_rt.engine.inputs import (
     check_artifact,
     check_call,
@@ -22,19 +22,13 @@ from ddit_rt.engine.inputs import (
     check_schedule,
     check_scheduler,
 )
-from ddit_rt.engine.intercepted import FirstStep, LoopInPipeline, Planner, set_up
-from ddit_rt.engine.pipeline_driven import PipelineRun
 from ddit_rt.engine.table_driven import Loop, StepCallback
 from ddit_rt.engine.watch import UNWATCHED, RunWatch
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.loop import CaptureReport, RunPlan, RunTrace
 from ddit_rt.lora.fused import FusedLoras, KeptLora
-from ddit_rt.models.arguments import check_callback, check_text_encoders
-from ddit_rt.models.calls import PipelineCall
-from ddit_rt.models.layered import LayeredFamily
+from ddit_rt.models.arguments import check_callback
 from ddit_rt.planning.compiled import CompiledModel
-from ddit_rt.planning.outline import Outline, outline_run
-from ddit_rt.planning.plan import plan_run
 from ddit_rt.planning.request import (
     WHOLE_RUN,
     PolicyChoice,
@@ -45,7 +39,7 @@ from ddit_rt.planning.request import (
     requested_steps,
 )
 from ddit_rt.policies import PatchPolicy, StepCache, patch_name
-from ddit_rt.solver import ProbedSchedules, SolverTable, own_steps
+from ddit_rt.solver import ProbedSchedules
 from ddit_rt.steps import latent_frames
 from ddit_rt.torch_state import shielded, without_autocast
 
@@ -239,33 +233,8 @@ class Engine:
             )
             if request.num_inference_steps is not None:
                 given["num_inference_steps"] = request.num_inference_steps
-            scheduler = copy.deepcopy(self.pipeline.scheduler)
-            family = self._compiled.steps.family
-            call = family.read_call(self.pipeline, scheduler, given)
-            request = request.ignoring(call.ignored)
-            table, problem = self._solver(scheduler)
-            problem = problem or family.own_loop
-            outline = self._outline(request, call.shape, scheduler, table, guided=call.guided)
-            check_text_encoders(self.pipeline, call.arguments, guided=call.guided)
-            if problem or given.get("callback_on_step_end") is not None:
-                return self._drive(outline, call, scheduler, given, problem)
-            if not isinstance(family, LayeredFamily):
-                run = LoopInPipeline(self._loop, self.pipeline, self._planner(request, call))
-                inside: PipelineOutput = run(self._compiled, call, given)
-                return inside
-            prepared = family.encode_call(self.pipeline, scheduler, call)
-            plan = plan_run(self._compiled, outline, prepared.conditioning)
-            with self.pipeline.progress_bar(total=prepared.num_inference_steps) as bar:
-                final = self._loop.run(
-                    plan,
-                    prepared.latents,
-                    lambda _: bar.update(),
-                    # Diffusers' own way to end a run: someone sets this.
-                    interrupted=lambda: bool(getattr(self.pipeline, "_interrupt", False)),
-                )
-            self._loop.look_back(outline)
-            result: PipelineOutput = prepared.finish(final)
-            return result
+            output: PipelineOutput = self._driver().call(request, given)
+            return output
 
     def read_call(
         self,
@@ -382,15 +351,7 @@ class Engine:
             steps = request.num_inference_steps or steps
             model.family.set_timesteps(scheduler, steps, sigmas, grid)
             latents = latents.to(model.device, torch.float32, non_blocking=True)
-            table, problem = self._solver(scheduler)
-            guided = model.family.guidance(given) is not None
-            outline = self._outline(request, tuple(latents.shape), scheduler, table, guided=guided)
-            if problem or callback is not None:
-                return self._by_scheduler(outline, given, latents, scheduler, callback, problem)
-            plan = plan_run(self._compiled, outline, given)
-            final = self._loop.run(plan, latents, None)
-            self._loop.look_back(outline)
-            return final
+            return self._driver().denoise(request, latents, scheduler, given, callback)
 
     @shielded()
     def plan_call(self, request: Request, **arguments: Any) -> tuple[RunPlan, Tensor]:
@@ -406,11 +367,9 @@ class Engine:
         Raises:
             UnsupportedModelError: Only the pipeline's own loop can take the model's steps.
         """
-        if reason := self._compiled.steps.family.own_loop:
-            raise UnsupportedModelError(f"no plan can be made of this run: {reason}")
         with self._lock:
-            call, latents, *found = self._set_up(arguments)
-            _, plan = self._planner(request, call)(*found)
+            self._check_state()
+            plan, latents = self._driver().plan(request, self._with_defaults(arguments))
             return plan, latents.to(self._device, torch.float32)
 
     @shielded()
@@ -424,30 +383,12 @@ class Engine:
             z_0, and the conditioning; both as `denoise` takes them.
         """
         with self._lock:
-            _, latents, conditioning, _ = self._set_up(arguments)
+            self._check_state()
+            _, latents, conditioning, _ = self._driver().set_up(self._with_defaults(arguments))
             return latents, dict(conditioning)
 
-    def _set_up(
-        self, arguments: Mapping[str, Any]
-    ) -> tuple[PipelineCall, Tensor, Mapping[str, Any], Any]:
-        """A call as it is read, then z_0, conditioning and scheduler of its first step."""
-        self._check_state()
-        given = {**self._artifact.manifest.pipeline_defaults, **arguments}
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        call = self._compiled.steps.family.read_call(self.pipeline, scheduler, given)
-        return call, *set_up(self.pipeline, self._compiled, call, scheduler, given)
-
-    def _planner(self, request: Request, call: PipelineCall) -> Planner:
-        """Outlines and plans a run whose scheduler the pipeline itself has set."""
-
-        def plan(conditioning: Mapping[str, Any], scheduler: Any) -> tuple[Outline, RunPlan]:
-            table, problem = self._solver(scheduler)
-            if problem:
-                raise UnsupportedModelError(f"{problem}; a run by table needs another scheduler")
-            outline = self._outline(request, call.shape, scheduler, table, guided=call.guided)
-            return outline, plan_run(self._compiled, outline, conditioning)
-
-        return plan
+    def _with_defaults(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self._artifact.manifest.pipeline_defaults, **arguments}
 
     def cancel(self) -> None:
         """Ends the current run between two steps; its caller gets `RunCancelled`.
@@ -523,73 +464,12 @@ class Engine:
         self._loop.check_alone()
         self._compiled.check_live(self._device)
 
-    def _outline(
-        self,
-        request: Request,
-        shape: tuple[int, ...],
-        scheduler: Any,
-        solver: SolverTable,
-        *,
-        guided: bool,
-    ) -> Outline:
-        """Fixes the run but for its prompt."""
-        if self._compiled.rebind():
-            self._loop.executor.forget()
-        family = self._compiled.steps.family
-        outline = outline_run(
-            self._compiled,
-            request,
-            shape=shape,
-            timesteps=family.linear_timesteps(scheduler),
-            solver=solver,
-            guided=guided,
+    def _driver(self) -> Driver:
+        """What drives a run of the model as it is now."""
+        return Driver(
+            pipeline=self.pipeline,
+            compiled=self._compiled,
+            loop=self._loop,
+            solver=self._solver,
             fits=self._artifact.manifest.cache_fits,
-            experts=family.expert_steps(self.pipeline, scheduler),
         )
-        self._loop.announce(outline.warnings)
-        return outline
-
-    def _by_scheduler(
-        self,
-        outline: Outline,
-        conditioning: Mapping[str, Tensor],
-        latents: Tensor,
-        scheduler: Any,
-        callback: StepCallback | None,
-        problem: str,
-    ) -> Tensor:
-        """Runs the denoising loop with a scheduler that takes its steps itself."""
-        driver, reason = "the scheduler's own steps", problem or "a callback comes between them"
-        outline = outline.driven_by(driver, reason, own_steps(scheduler), aloud=bool(problem))
-        self._loop.announce(outline.warnings)
-        plan = plan_run(self._compiled, outline, conditioning)
-        final = self._loop.by_scheduler(plan, latents, scheduler, callback)
-        self._loop.look_back(outline)
-        return final
-
-    def _drive(
-        self,
-        outline: Outline,
-        call: PipelineCall,
-        scheduler: Any,
-        arguments: Mapping[str, Any],
-        problem: str,
-    ) -> PipelineOutput:
-        """Runs the pipeline's own call; see `pipeline_driven.py`."""
-        reason = problem or "callback_on_step_end may see and change all that it does"
-        if call.passes > 1 and self.batched_guidance:
-            reason += "; the passes of guidance run one after the other"
-        table = None if problem or not outline.scored else outline.solver
-        driver = "the pipeline's own loop"
-        outline = outline.driven_by(driver, reason, own_steps(scheduler), aloud=bool(problem))
-        self._loop.announce(outline.warnings)
-        scales = [call.scales[expert] for expert in outline.experts] if call.guided else []
-        seen = SeenLatents(self._compiled.steps.family, call.shape, table, scales)
-        with self._loop.driven("pipeline", outline.steps) as run:
-            drive = PipelineRun(self.pipeline, self._compiled, outline, call, run, seen)
-            if call.passes > 1 and not isinstance(self._compiled.steps.family, LayeredFamily):
-                drive.rehearsed = FirstStep(self.pipeline, self._compiled, call).passes(arguments)
-            result: PipelineOutput = drive(arguments)
-        self._loop.look_at(seen.latest)
-        self._loop.look_back(outline)
-        return result
