@@ -12,12 +12,13 @@ from fastapi.responses import JSONResponse, Response
 
 from ddit_rt.engine import Engine
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.serving import errors, images
+from ddit_rt.models import family_of
+from ddit_rt.serving import errors, images, videos
 from ddit_rt.serving.config import ServeConfig
 from ddit_rt.serving.gate import Gate
 from ddit_rt.serving.requests import Reader
 from ddit_rt.serving.styles import Styles
-from ddit_rt.serving.worker import Worker
+from ddit_rt.serving.worker import Worker, edits
 from ddit_rt.version import __version__
 
 
@@ -42,6 +43,7 @@ class Service:
         styles = None if folder is None else Styles(engine, folder, config.lora_bytes)
         self.worker = Worker(engine, config, styles)
         self.read = Reader(engine, config, styles)
+        self.videos = videos.Videos(self.worker, config)
         self.started = int(time.time())
 
 
@@ -70,7 +72,11 @@ def create_app(engine: Engine, config: ServeConfig, *, stop_seconds: float = 30.
     app.add_middleware(
         Gate, keys=config.keys, body=config.limits.body, metrics=service.worker.metrics
     )
-    app.include_router(images.router)
+    video = family_of(engine.pipeline.transformer, engine.pipeline).video
+    if edits(engine):
+        app.include_router(images.edit_router)
+    else:
+        app.include_router(videos.router if video else images.router)
     _add_models(app, service)
     _add_operations(app, service.worker)
     return app

@@ -1,7 +1,8 @@
-"""`POST /v1/images/generations`."""
+"""`POST /v1/images/generations`, and `/v1/images/edits` of a model that edits."""
 
 from __future__ import annotations
 
+from asyncio import to_thread
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -9,10 +10,13 @@ from fastapi.responses import JSONResponse, Response
 
 from ddit_rt.serving.answer import images_answer, result
 from ddit_rt.serving.errors import ApiError
-from ddit_rt.serving.schema import Generation
+from ddit_rt.serving.forms import read_body
+from ddit_rt.serving.schema import Edit, Generation
 from ddit_rt.serving.stream import Stream
+from ddit_rt.serving.uploads import read_picture
 
 router = APIRouter()
+edit_router = APIRouter()
 
 
 @router.post("/v1/images/generations")
@@ -40,3 +44,26 @@ def stream_picture(service: Any, asked: Generation, request: Request) -> Respons
     stream = Stream(asked, service.worker, service.config.deadline_seconds)
     work = service.read(asked, on_step=stream.on_step)
     return stream.response(service.worker.submit(work), request)
+
+
+@edit_router.post("/v1/images/edits")
+async def edit(request: Request) -> Response:
+    """Makes pictures of an uploaded one."""
+    service: Any = request.app.state.service
+    asked, files = await read_body(request, Edit)
+    if unknown := sorted(files.keys() - {"image", "mask"}):
+        raise ApiError(400, f"got the upload {unknown[0]}; expected image", param=unknown[0])
+    if "image" not in files:
+        raise ApiError(400, "no picture came; upload one as image", param="image")
+    pixels = service.config.limits.upload_pixels
+    given: dict[str, Any] = {
+        "image": await to_thread(read_picture, files["image"], "image", pixels)
+    }
+    given["image"] = given["image"].convert("RGB")
+    if "mask" in files:
+        given["mask_image"] = await to_thread(read_picture, files["mask"], "mask", pixels)
+    if asked.strength is not None:
+        given["strength"] = asked.strength
+    job = service.worker.submit(service.read(asked, asked.n, alone=True, **given))
+    made = await result(job, request, service.worker, service.config.deadline_seconds)
+    return JSONResponse(await images_answer(made, asked))

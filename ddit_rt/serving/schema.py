@@ -72,6 +72,19 @@ class Generation(Picture):
     )
 
 
+class Edit(Picture):
+    """Fields of `POST /v1/images/edits`, beside the uploads `image` and `mask`."""
+
+    strength: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+
+
+class Video(Asked):
+    """Fields of `POST /v1/videos`."""
+
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    num_frames: Annotated[int, Strict(), Field(ge=1)] | None = None
+
+
 def own_fields(asked: Asked) -> dict[str, Any]:
     """The fields that the pipeline's call takes under the same name, where they were given."""
     names = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "negative_prompt")

@@ -15,10 +15,12 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ddit_rt.engine import Engine
 from ddit_rt.engine.watch import RunWatch, StepView
 from ddit_rt.errors import CaptureError, RunCancelled, StallError
+from ddit_rt.models.arguments import call_defaults
 from ddit_rt.serving.config import ServeConfig
 from ddit_rt.serving.embeddings import Embeddings
 from ddit_rt.serving.errors import LOG, ApiError, not_ready, queue_full, stopping, too_late
@@ -73,8 +75,8 @@ class Worker:
         """Begins to warm up, and then to serve."""
         self._thread.start()
 
-    def submit(self, work: Work) -> Job:
-        """Queues a request.
+    def submit(self, work: Work, seconds: float | None = None) -> Job:
+        """Queues a request; `seconds` are to its deadline, by default the server's.
 
         Raises:
             ApiError: The queue is full, the server is stopping, or the engine is broken.
@@ -87,7 +89,8 @@ class Worker:
             waiting = len(self._queue)
             if waiting + len(work.seeds) > self._config.max_queue:
                 raise queue_full(waiting, self._seconds * waiting / self._most)
-            job = Job(work, time.monotonic() + self._config.deadline_seconds)
+            until = self._config.deadline_seconds if seconds is None else seconds
+            job = Job(work, time.monotonic() + until)
             self._queue.extend(job.samples)
             self._changed.notify_all()
         return job
@@ -151,6 +154,8 @@ class Worker:
     def _try_out(self, stepped: Callable[[StepView], None] | None = None, **given: Any) -> Any:
         """A run that nobody has asked for."""
         watch = RunWatch(stopped=lambda: self._abort or self.stopping, stepped=stepped)
+        if edits(self._engine):
+            given["image"] = Image.new("RGB", (512, 512), "grey")
         call = {**self._config.call, **given, "generator": torch.Generator().manual_seed(0)}
         return self._engine(_WARM_PROMPT, watch=watch, **call)
 
@@ -262,6 +267,11 @@ class Worker:
             return self._abort or all(sample.job.over for sample in batch)
 
         return RunWatch(stopped=stopped, stepped=stepped if followed else None)
+
+
+def edits(engine: Engine) -> bool:
+    """Whether a model works on a picture that it is given."""
+    return "image" in call_defaults(engine.pipeline)
 
 
 def _arguments(batch: list[Sample]) -> dict[str, Any]:

@@ -1,0 +1,124 @@
+"""Edits of an uploaded picture, which is decoded only where its header admits it."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from flux_edit_models import img2img
+from models import prompting_pipeline, seeded
+from PIL import Image, ImageFile
+from served import config, picture, running
+
+import ddit_rt
+from ddit_rt import Engine
+from ddit_rt.serving.errors import ApiError
+from ddit_rt.serving.uploads import read_picture
+
+
+def file_of(kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    levels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(file, kind)
+    return file.getvalue()
+
+
+def bomb(side: int = 10_000) -> bytes:
+    """A PNG of a hundred megapixels in some kilobytes."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    rows = zlib.compressobj(9)
+    data = b"".join(rows.compress(bytes(1 + side // 8)) for _ in range(side)) + rows.flush()
+    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    pipeline = img2img()
+    pipeline.encode_prompt = prompting_pipeline().encode_prompt
+    return ddit_rt.compile(pipeline, height=64, width=64, backend="eager", progress=False)
+
+
+@pytest.fixture(scope="module")
+def client(engine: Engine) -> Iterator[openai.OpenAI]:
+    assert config().limits.upload_pixels < 10**8
+    with (
+        running(engine) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client,
+    ):
+        yield client
+
+
+def edit(client: openai.OpenAI, data: bytes, name: str = "a.png", **own: Any) -> Any:
+    body = {"num_inference_steps": 4, "seed": 3, "strength": 0.5, "patch_policy": "fine", **own}
+    return client.images.edit(image=(name, data), prompt="a fox", size="64x64", extra_body=body)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_an_edit_is_the_engines_own(client: openai.OpenAI, engine: Engine, kind: str) -> None:
+    made = edit(client, file_of(kind))
+    expected = engine(
+        "a fox",
+        image=Image.open(io.BytesIO(file_of(kind))).convert("RGB"),
+        strength=0.5,
+        height=64,
+        width=64,
+        num_inference_steps=4,
+        patch_policy="fine",
+        generator=seeded(3),
+    ).images[0]
+    assert np.array_equal(np.asarray(picture(made.data[0].model_dump())), np.asarray(expected))
+
+
+def test_a_bomb_is_refused_and_the_next_edit_is_served(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="more than 16777216 pixels"):
+        edit(client, bomb())
+    assert edit(client, file_of()).data
+
+
+def test_no_pixel_of_a_bomb_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, decoded = bomb(), []
+    assert len(data) < 2**17
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(self.size))
+    with pytest.raises(ApiError, match="more than"):
+        read_picture(data, "image", 16 * 2**20)
+    assert not decoded
+    read_picture(file_of(), "image", 64 * 64)
+    assert decoded == [(64, 64)]
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\n", file_of()[:200], b"<svg/>", bytes(64)]
+)
+def test_what_is_no_picture_is_refused(data: bytes) -> None:
+    with pytest.raises(ApiError, match="image is") as refused:
+        read_picture(data, "image", 10**6)
+    assert refused.value.status == 400
+
+
+def test_a_picture_of_another_format_is_refused() -> None:
+    for kind in ("GIF", "BMP", "TIFF"):
+        with pytest.raises(ApiError, match="no PNG, JPEG or WebP"):
+            read_picture(file_of(kind), "image", 10**6)
+
+
+def test_what_is_missing_or_strange_is_refused(client: openai.OpenAI) -> None:
+    for own, said in (({"strength": 2}, "strength"), ({"stream": True}, "not permitted")):
+        with pytest.raises(openai.BadRequestError, match=said):
+            edit(client, file_of(), **own)
+    with pytest.raises(openai.BadRequestError, match="takes no mask_image"):
+        client.images.edit(image=file_of(), mask=file_of(), prompt="a fox")
+    with pytest.raises(openai.NotFoundError):
+        client.images.generate(prompt="a fox")
