@@ -1,0 +1,72 @@
+"""`ddit-rt serve demo` as a user starts it, and what is written about serving."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from served import PATH, picture
+
+from ddit_rt.serving.metrics import Metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.TransportError:  # it has its port, and does not listen yet
+        return False
+
+
+def served_picture(home: Path, log: Path) -> dict[str, object]:
+    """The first picture of a server that is started and stopped."""
+    command = [sys.executable, "-m", "ddit_rt.cli", "serve", "demo", "--port", "0"]
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command, stderr=file, env={**os.environ, "DDIT_RT_HOME": str(home)}
+        )
+    try:
+        while (found := re.search(r"running on (\S+)", log.read_text(encoding="utf-8"))) is None:
+            assert process.poll() is None, log.read_text(encoding="utf-8")
+        while not is_ready(found[1]):
+            assert process.poll() is None, log.read_text(encoding="utf-8")
+        asked = {"prompt": "a red circle on plain blue", "seed": 1, "num_inference_steps": 24}
+        answer = httpx.post(found[1] + PATH, json=asked, timeout=120).json()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    entry: dict[str, object] = answer["data"][0]
+    return entry
+
+
+@pytest.mark.slow
+def test_the_demo_is_compiled_once_kept_and_served(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    first = served_picture(home, tmp_path / "first.log")
+    assert picture(first).size == (128, 128)
+    (kept,) = home.glob("demo-*.ddit")
+    files = {file: file.stat().st_mtime_ns for file in kept.rglob("*")}
+    assert served_picture(home, tmp_path / "second.log")["b64_json"] == first["b64_json"]
+    assert {file: file.stat().st_mtime_ns for file in kept.rglob("*")} == files
+
+
+def test_dashboard_and_page_name_metrics_that_there_are() -> None:
+    metrics = Metrics(lambda: 0, torch.device("cpu"))
+    there = {name for family in metrics.registry.collect() for name in (family.name,)}
+    dashboard = (ROOT / "examples/serving/grafana.json").read_text(encoding="utf-8")
+    json.loads(dashboard)
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    for text in (dashboard, page):
+        named = set(re.findall(r"\bddit_rt_[a-z_]+", text)) - {"ddit_rt_rt"}
+        named = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in named}
+        assert named == there
