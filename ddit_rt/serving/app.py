@@ -12,13 +12,12 @@ from fastapi.responses import JSONResponse, Response
 
 from ddit_rt.engine import Engine
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.models import family_of
 from ddit_rt.serving import errors, images, videos
 from ddit_rt.serving.config import ServeConfig
 from ddit_rt.serving.gate import Gate
 from ddit_rt.serving.requests import Reader
 from ddit_rt.serving.styles import Styles
-from ddit_rt.serving.worker import Worker, edits
+from ddit_rt.serving.worker import Worker, edits, is_video
 from ddit_rt.version import __version__
 
 
@@ -29,6 +28,8 @@ class Service:
         config: What the operator set.
         worker: Who runs the engine.
         read: Who reads requests.
+        edits: Whether the model works on pictures that it is given.
+        videos: The videos that were asked for.
         started: When, as a Unix time.
     """
 
@@ -43,6 +44,7 @@ class Service:
         styles = None if folder is None else Styles(engine, folder, config.lora_bytes)
         self.worker = Worker(engine, config, styles)
         self.read = Reader(engine, config, styles)
+        self.edits = edits(engine)
         self.videos = videos.Videos(self.worker, config)
         self.started = int(time.time())
 
@@ -72,11 +74,10 @@ def create_app(engine: Engine, config: ServeConfig, *, stop_seconds: float = 30.
     app.add_middleware(
         Gate, keys=config.keys, body=config.limits.body, metrics=service.worker.metrics
     )
-    video = family_of(engine.pipeline.transformer, engine.pipeline).video
-    if edits(engine):
-        app.include_router(images.edit_router)
+    if is_video(engine):
+        app.include_router(videos.router)
     else:
-        app.include_router(videos.router if video else images.router)
+        app.include_router(images.edit_router if service.edits else images.router)
     _add_models(app, service)
     _add_operations(app, service.worker)
     return app

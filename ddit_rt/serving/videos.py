@@ -22,10 +22,14 @@ from ddit_rt.serving.errors import ApiError, as_api_error
 from ddit_rt.serving.forms import read_body
 from ddit_rt.serving.jobs import Job
 from ddit_rt.serving.schema import Video
+from ddit_rt.serving.uploads import read_picture
 from ddit_rt.serving.worker import Worker
 
 router = APIRouter()
 _NO_DEADLINE = float("inf")
+_PICTURE = "input_reference"
+_MOST = 1000
+"""Videos that are remembered."""
 
 
 @dataclass
@@ -134,11 +138,12 @@ class Videos:
         self._make_room()
 
     def _make_room(self) -> None:
-        """Forgets the oldest that are done, as long as there are too many bytes."""
+        """Forgets the oldest that are done, as long as there are too many, or too many bytes."""
         for name, record in list(self._records.items()):
-            if sum(len(one.file) for one in self._records.values()) <= self._config.video_bytes:
+            held = sum(len(one.file) for one in self._records.values())
+            if held <= self._config.video_bytes and len(self._records) <= _MOST:
                 return
-            if record.file:
+            if record.error is not None or record.completed is not None:
                 del self._records[name]
 
 
@@ -154,9 +159,14 @@ async def create(request: Request) -> Response:
     """Queues a video."""
     service: Any = request.app.state.service
     asked, files = await read_body(request, Video)
-    if files:
-        raise ApiError(400, "this model takes no picture; leave it out", param=next(iter(files)))
-    given: dict[str, int] = {}
+    given: dict[str, Any] = {}
+    if sorted(files) != [_PICTURE] * service.edits:
+        told = f"a picture, uploaded as {_PICTURE}" if service.edits else "no picture"
+        raise ApiError(400, f"this model takes {told}", param=_PICTURE)
+    if service.edits:
+        pixels = service.config.limits.upload_pixels
+        picture = await asyncio.to_thread(read_picture, files[_PICTURE], _PICTURE, pixels)
+        given["image"] = picture.convert("RGB")
     if asked.num_frames is not None:
         given["num_frames"] = asked.num_frames
     elif asked.seconds is not None:  # a latent frame is four of the video, but for the first

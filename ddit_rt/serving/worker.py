@@ -20,6 +20,7 @@ from PIL import Image
 from ddit_rt.engine import Engine
 from ddit_rt.engine.watch import RunWatch, StepView
 from ddit_rt.errors import CaptureError, RunCancelled, StallError
+from ddit_rt.models import family_of
 from ddit_rt.models.arguments import call_defaults
 from ddit_rt.serving.config import ServeConfig
 from ddit_rt.serving.embeddings import Embeddings
@@ -32,6 +33,12 @@ from ddit_rt.serving.styles import Styles
 _WARM_PROMPT = "a photo"
 _LAST_STEP = 10.0
 """Seconds that the step in progress may take when the server has to end."""
+
+_PICTURES = {
+    "image": Image.new("RGB", (512, 512), "grey"),
+    "mask_image": Image.new("L", (512, 512), 255),
+}
+"""What a run that nobody has asked for edits."""
 
 _FITTED_STEPS = 4
 """Steps of the run that previews are fitted to."""
@@ -97,9 +104,9 @@ class Worker:
 
     def drop(self, job: Job, reason: str) -> None:
         """Ends a request that nobody waits for; a run for it alone ends within one step."""
-        if not job.done.done():
-            self.metrics.cancellations.labels(reason).inc()
         with self._changed:
+            if not job.over:
+                self.metrics.cancellations.labels(reason).inc()
             job.drop()
             self._changed.notify_all()
 
@@ -154,16 +161,16 @@ class Worker:
     def _try_out(self, stepped: Callable[[StepView], None] | None = None, **given: Any) -> Any:
         """A run that nobody has asked for."""
         watch = RunWatch(stopped=lambda: self._abort or self.stopping, stepped=stepped)
-        if edits(self._engine):
-            given["image"] = Image.new("RGB", (512, 512), "grey")
+        known = call_defaults(self._engine.pipeline)
+        given |= {name: one for name, one in _PICTURES.items() if name in known}
         call = {**self._config.call, **given, "generator": torch.Generator().manual_seed(0)}
         return self._engine(_WARM_PROMPT, watch=watch, **call)
 
     def _fit_previews(self) -> None:
         """A short run whose picture previews are fitted to; of a video there are none."""
         views: list[StepView] = []
-        output = self._try_out(views.append, num_inference_steps=_FITTED_STEPS)
-        if views[-1].latents.ndim == 4:
+        if not is_video(self._engine):
+            output = self._try_out(views.append, num_inference_steps=_FITTED_STEPS)
             self.latent_to_rgb = LatentToRgb(views[-1].latents[0], output.images[0])
 
     def _next(self) -> list[Sample]:
@@ -272,6 +279,11 @@ class Worker:
 def edits(engine: Engine) -> bool:
     """Whether a model works on a picture that it is given."""
     return "image" in call_defaults(engine.pipeline)
+
+
+def is_video(engine: Engine) -> bool:
+    """Whether a model makes videos."""
+    return family_of(engine.pipeline.transformer, engine.pipeline).video
 
 
 def _arguments(batch: list[Sample]) -> dict[str, Any]:

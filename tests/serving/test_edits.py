@@ -8,10 +8,11 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
-from flux_edit_models import img2img
+from flux_edit_models import fill, img2img
 from models import prompting_pipeline, seeded
 from PIL import Image, ImageFile
 from served import config, picture, running
@@ -122,3 +123,26 @@ def test_what_is_missing_or_strange_is_refused(client: openai.OpenAI) -> None:
         client.images.edit(image=file_of(), mask=file_of(), prompt="a fox")
     with pytest.raises(openai.NotFoundError):
         client.images.generate(prompt="a fox")
+
+
+def test_a_mask_says_where_a_model_that_fills_works() -> None:
+    pipeline = fill()
+    pipeline.encode_prompt = prompting_pipeline().encode_prompt
+    engine = ddit_rt.compile(pipeline, height=64, width=64, backend="eager", progress=False)
+    mask, file = Image.new("L", (64, 64), 0), io.BytesIO()
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(file, "PNG")
+    with running(engine) as url:
+        asked = {"prompt": "a fox", "size": "64x64", "seed": "3", "num_inference_steps": "4"}
+        files = {"image": file_of(), "mask": file.getvalue()}
+        answer = httpx.post(f"{url}/v1/images/edits", data=asked, files=files, timeout=60).json()
+    expected = engine(
+        "a fox",
+        image=Image.open(io.BytesIO(file_of())),
+        mask_image=mask,
+        height=64,
+        width=64,
+        num_inference_steps=4,
+        generator=seeded(3),
+    ).images[0]
+    assert np.array_equal(np.asarray(picture(answer["data"][0])), np.asarray(expected))

@@ -93,3 +93,11 @@ def test_pictures_are_not_found_at_a_model_of_videos(url: str) -> None:
     assert httpx.post(f"{url}/v1/images/generations", json=ASKED).status_code == 404
     for method, path in (("GET", ""), ("GET", "/content"), ("DELETE", ""), ("POST", "/cancel")):
         assert httpx.request(method, f"{url}/v1/videos/video_0{path}").status_code == 404
+
+
+def test_a_picture_is_refused_by_a_model_that_takes_none(url: str) -> None:
+    fields = {name: str(value) for name, value in ASKED.items()}
+    files = {"input_reference": ("a.png", b"\x89PNG")}
+    answer = httpx.post(f"{url}/v1/videos", data=fields, files=files)
+    assert answer.status_code == 400
+    assert "takes no picture" in answer.json()["error"]["message"]
