@@ -15,6 +15,7 @@ from ddit_rt.cli.models import (
     embedded_defaults,
     embedded_policy,
     load_pipeline,
+    refuse_sound,
 )
 from ddit_rt.cli.options import existing_file, existing_folder, number, whole
 
@@ -157,6 +158,7 @@ def _engine(args: argparse.Namespace) -> Engine:
             "the model that it was compiled from"
         )
     manifest = read_manifest(path)
+    refuse_sound(manifest, "serve")
     device = manifest.environment.device
     pipeline = _quiet(load_pipeline(args.model, args.dtype or manifest.dtype, device))
     return ddit_rt.load(path, pipeline, trust_code=args.trust_code)

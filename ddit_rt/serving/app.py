@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ddit_rt.engine import Engine
 from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.models import family_of
 from ddit_rt.serving import errors, images, videos
 from ddit_rt.serving.config import ServeConfig
 from ddit_rt.serving.gate import Gate
@@ -39,6 +40,12 @@ class Service:
                 "a server answers prompts, and this engine was compiled from a bare transformer; "
                 "compile the whole pipeline"
             )
+        family = family_of(engine.pipeline.transformer, engine.pipeline)
+        if family.audio or family.soundtrack:
+            raise UnsupportedModelError(
+                f"a server answers with pictures and silent videos, and {family.name} makes sound, "
+                "which would be left out; call its engine in Python"
+            )
         self.config = config
         folder = config.lora_dir
         styles = None if folder is None else Styles(engine, folder, config.lora_bytes)
@@ -58,7 +65,7 @@ def create_app(engine: Engine, config: ServeConfig, *, stop_seconds: float = 30.
         stop_seconds: How long what was accepted may still run when the server ends.
 
     Raises:
-        UnsupportedModelError: An engine without a pipeline.
+        UnsupportedModelError: An engine without a pipeline, or of a model that makes sound.
     """
     service = Service(engine, config)
 
