@@ -73,15 +73,15 @@ class SD3Family(ForwardFamily):
         scale = float(call["guidance_scale"])
         return scale if scale > 1 else None
 
-    def passes_in(self, given: Mapping[str, Any], passes: int) -> list[Mapping[str, Any]]:
-        """See `Family.passes_in`: halves of the batch, the second with the prompt."""
-        if passes == 1:
-            return [given]
-        halves = {
-            name: one.chunk(2) if isinstance(one, Tensor) else (one, one)
-            for name, one in given.items()
-        }
-        return [{name: both[place] for name, both in halves.items()} for place in (1, 0)]
+    def passes_in(self, given: Mapping[str, Any], batch: int) -> list[Mapping[str, Any]]:
+        """See `Family.passes_in`: the pass with the prompt is the last of the call."""
+        return [
+            {
+                name: one[first : first + batch] if isinstance(one, Tensor) else one
+                for name, one in given.items()
+            }
+            for first in reversed(range(0, len(given["hidden_states"]), batch))
+        ]
 
     def as_called(self, velocities: Sequence[Tensor]) -> Tensor:
         """See `Family.as_called`."""
