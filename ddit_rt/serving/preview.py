@@ -30,7 +30,9 @@ class LatentToRgb:
         small = picture.convert("RGB").resize((width, height), Image.Resampling.BOX)
         colours = torch.from_numpy(np.array(small)).double().reshape(-1, 3)
         pixels = latents.detach().double().cpu().reshape(channels, -1).T
-        rows = torch.cat((pixels, torch.ones(len(pixels), 1, dtype=torch.float64)), dim=1)
+        rows = torch.cat(
+            (pixels, torch.ones(len(pixels), 1, dtype=torch.float64, device=pixels.device)), dim=1
+        )
         # Where there are fewer pixels than channels, the smallest map that fits.
         fitted = torch.linalg.lstsq(rows, colours, driver="gelsd").solution
         self._map = fitted.to(latents.device, torch.float32)
