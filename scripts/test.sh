@@ -10,8 +10,8 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 "$root/scripts/setup.sh" "${DDIT_RT_EXTRAS:-test}"
 cd "$root"
-# A worker a core, each with whole files, whose fixtures compile; torch would take all cores for each,
-# and a worker takes about a GB.
+# A worker a core and one more, since compilers and servers are waited for, each with whole files, whose
+# fixtures compile; torch would take all cores for each, and a worker takes about a GB.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "${VENV:-.venv}/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile \
+exec "${VENV:-.venv}/bin/python" -m pytest -n "$(($(nproc) + 1))" --maxprocesses 8 --dist loadfile \
   --no-loadscope-reorder -m "not slow" "$@"

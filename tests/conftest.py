@@ -65,6 +65,13 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
     return partial(packages_made_once, shared_folder(tmp_path_factory) / "packages")
 
 
+@pytest.fixture
+def compiled_before(packages: Packages) -> Iterator[None]:
+    """For tests that compile a model on their way: what was compiled before is copied."""
+    with packages():
+        yield
+
+
 @pytest.fixture(scope="session")
 def artifact_path(
     tmp_path_factory: pytest.TempPathFactory, artifact_home: Path, packages: Packages

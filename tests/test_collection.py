@@ -12,8 +12,8 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 # What the extras bring beside pytest and accelerate, which comes with peft.
 OPTIONAL = (
-    *("av", "datasets", "hypothesis", "matplotlib", "prodigyopt", "tensorboard"),
-    *("torchmetrics", "torchvision"),
+    *("av", "datasets", "fastapi", "hypothesis", "matplotlib", "openai", "prodigyopt"),
+    *("prometheus_client", "tensorboard", "torchmetrics", "torchvision", "uvicorn"),
 )
 BLOCKED = f"""
 import sys

@@ -73,6 +73,7 @@ def test_page_of_the_command_line_is_current(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("compiled_before")
 def test_what_the_readme_shows_on_the_command_line_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

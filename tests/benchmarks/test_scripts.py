@@ -43,6 +43,7 @@ def test_quick_run_sets_the_pipelines_loop_beside_the_tables(tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("compiled_before")
 def test_quick_run_compares_all_methods(tmp_path: Path) -> None:
     need("torchmetrics")
     out = tmp_path / "quick.json"
