@@ -39,12 +39,11 @@ from ddit_rt.models.calls import (
 from ddit_rt.models.layered import LayeredFamily
 from ddit_rt.models.wan_calls import (
     NEGATIVE,
+    WanSizes,
     checked_batch,
-    default_of,
     encode_prompts,
     finish,
     ignored_arguments,
-    latent_size,
     scales_of_call,
     second_scale,
 )
@@ -55,7 +54,7 @@ _PATCH = (1, 2, 2)
 _BLOCK_ROWS = 6
 
 
-class WanFamily(LayeredFamily):
+class WanFamily(WanSizes, LayeredFamily):
     """Wan text-to-video, with one transformer or two experts."""
 
     name: ClassVar[str] = "wan"
@@ -236,21 +235,6 @@ class WanFamily(LayeredFamily):
     def embedding_layers(self, transformer: Any) -> tuple[nn.Linear | nn.Conv3d, nn.Linear]:
         """See `Family.embedding_layers`."""
         return transformer.patch_embedding, transformer.proj_out
-
-    def default_size(self, pipeline: Any) -> tuple[int, int]:
-        """480 x 832, as the pipeline's call has it."""
-        return default_of(pipeline, "height"), default_of(pipeline, "width")
-
-    def default_frames(self, pipeline: Any) -> int | None:
-        """81, as the pipeline's call has it."""
-        return default_of(pipeline, "num_frames")
-
-    def latent_shape(
-        self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None
-    ) -> tuple[int, ...]:
-        """See `Family.latent_shape`. Sizes are not rounded: a warning is easily missed."""
-        channels = self.latent_channels(pipeline.transformer)
-        return batch, channels, *latent_size(pipeline, height, width, num_frames)
 
     def set_timesteps(
         self, scheduler: Any, num_inference_steps: int, sigmas: Sequence[float] | None, grid: Grid

@@ -15,6 +15,7 @@ from ddit_rt.models.arguments import (
     check_given_embeds,
     check_output,
 )
+from ddit_rt.models.base import Family
 from ddit_rt.models.calls import PipelineCall, batch_of
 from ddit_rt.torch_state import callers_modes
 
@@ -57,6 +58,25 @@ def latent_size(
             f"or {fewer + step}"
         )
     return (num_frames - 1) // step + 1, height // edge, width // edge
+
+
+class WanSizes(Family):
+    """Sizes as every one of Wan's pipelines has them."""
+
+    def default_size(self, pipeline: Any) -> tuple[int, int]:
+        """480 x 832, as the pipeline's call has it."""
+        return default_of(pipeline, "height"), default_of(pipeline, "width")
+
+    def default_frames(self, pipeline: Any) -> int | None:
+        """81, as the pipeline's call has it."""
+        return default_of(pipeline, "num_frames")
+
+    def latent_shape(
+        self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None
+    ) -> tuple[int, ...]:
+        """See `Family.latent_shape`. Sizes are not rounded: a warning is easily missed."""
+        channels = self.latent_channels(pipeline.transformer)
+        return batch, channels, *latent_size(pipeline, height, width, num_frames)
 
 
 def _nearest(size: int, unit: int) -> int:

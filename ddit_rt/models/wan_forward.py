@@ -5,6 +5,7 @@ The model's own forward runs their steps. `wan.py`, the text-to-video family, te
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,13 +17,13 @@ from ddit_rt.models.base import Grid
 from ddit_rt.models.calls import PipelineCall, batch_of, bind_call, check_shape, refuse_ignored
 from ddit_rt.models.forward import ForwardFamily
 from ddit_rt.models.wan import WanFamily
-from ddit_rt.models.wan_calls import default_of, ignored_arguments, latent_size, scales_of_call
+from ddit_rt.models.wan_calls import WanSizes, ignored_arguments, scales_of_call
 from ddit_rt.models.wan_variants import refused_experts
 
 _TEXT_TO_VIDEO = WanFamily()
 
 
-class WanForwardFamily(ForwardFamily):
+class WanForwardFamily(WanSizes, ForwardFamily):
     """One transformer, or two experts that take turns."""
 
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
@@ -50,13 +51,13 @@ class WanForwardFamily(ForwardFamily):
                 f"{'; '.join(refused)}; call the diffusers pipeline itself"
             )
 
+    @abstractmethod
     def refused(self, config: Any) -> list[str]:
         """What a transformer has that this family cannot run, each in a few words."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shapes(self, config: Any, batch: int, text: int) -> dict[str, tuple[int, ...]]:
         """Of what carries the prompt; pictures and videos of one pixel serve every size."""
-        raise NotImplementedError
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
         """See `ForwardFamily.example`."""
@@ -90,21 +91,6 @@ class WanForwardFamily(ForwardFamily):
         """See `ForwardFamily.scale_of`: of the first expert."""
         scales = scales_of_call(pipeline, call)
         return scales[0] if scales else None
-
-    def default_size(self, pipeline: Any) -> tuple[int, int]:
-        """480 x 832, as the pipeline's call has it."""
-        return default_of(pipeline, "height"), default_of(pipeline, "width")
-
-    def default_frames(self, pipeline: Any) -> int | None:
-        """81, as the pipeline's call has it."""
-        return default_of(pipeline, "num_frames")
-
-    def latent_shape(
-        self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None
-    ) -> tuple[int, ...]:
-        """See `WanFamily.latent_shape`."""
-        channels = self.latent_channels(pipeline.transformer)
-        return batch, channels, *latent_size(pipeline, height, width, num_frames)
 
     def set_timesteps(
         self, scheduler: Any, num_inference_steps: int, sigmas: Sequence[float] | None, grid: Grid
