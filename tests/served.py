@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import socket
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import uvicorn
 from fastapi.testclient import TestClient
 from models import prompting_pipeline
@@ -21,6 +24,8 @@ from ddit_rt.serving.app import create_app
 from ddit_rt.serving.config import ServeConfig
 
 PATH = "/v1/images/generations"
+PAUSE = 0.05
+"""Seconds between two looks at another process, which needs the core more than who waits for it."""
 ASKED: dict[str, Any] = {"prompt": "a fox", "num_inference_steps": 3, "seed": 7}
 
 
@@ -49,6 +54,20 @@ def wait_until_ready(client: TestClient) -> None:
     while not worker.ready:
         assert worker._thread.is_alive(), "the worker ended"
         worker._thread.join(0.01)
+
+
+def wait_until_served(process: subprocess.Popen[str], url: str) -> None:
+    """Until the server of a process that has its port is ready."""
+    while not _answers_ready(url):
+        assert process.poll() is None, "the server ended"
+        time.sleep(PAUSE)
+
+
+def _answers_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.TransportError:  # it does not listen yet
+        return False
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from served import ASKED, PATH, Held, running, tiny_engine
+from served import ASKED, PATH, PAUSE, Held, running, tiny_engine
 
 from ddit_rt.engine.watch import RunWatch
 
@@ -30,7 +30,7 @@ def ask_on(address: tuple[str, int], asked: dict[str, Any]) -> socket.socket:
 def wait_for(url: str, sample: str) -> None:
     """Until the server's metrics have a sample."""
     while sample not in httpx.get(f"{url}/metrics").text:
-        time.sleep(0.01)
+        time.sleep(PAUSE)
 
 
 def test_a_client_that_leaves_ends_its_run(monkeypatch: pytest.MonkeyPatch) -> None:

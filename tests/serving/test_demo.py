@@ -8,23 +8,17 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
-from served import PATH, picture
+from served import PATH, PAUSE, picture, wait_until_served
 
 from ddit_rt.serving.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready").status_code == 200
-    except httpx.TransportError:  # it has its port, and does not listen yet
-        return False
 
 
 def served_picture(home: Path, log: Path) -> dict[str, object]:
@@ -32,13 +26,13 @@ def served_picture(home: Path, log: Path) -> dict[str, object]:
     command = [sys.executable, "-m", "ddit_rt.cli", "serve", "demo", "--port", "0"]
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            command, stderr=file, env={**os.environ, "DDIT_RT_HOME": str(home)}
+            command, stderr=file, text=True, env={**os.environ, "DDIT_RT_HOME": str(home)}
         )
     try:
         while (found := re.search(r"running on (\S+)", log.read_text(encoding="utf-8"))) is None:
             assert process.poll() is None, log.read_text(encoding="utf-8")
-        while not is_ready(found[1]):
-            assert process.poll() is None, log.read_text(encoding="utf-8")
+            time.sleep(PAUSE)
+        wait_until_served(process, found[1])
         asked = {"prompt": "a red circle on plain blue", "seed": 1, "num_inference_steps": 24}
         answer = httpx.post(found[1] + PATH, json=asked, timeout=120).json()
         process.send_signal(signal.SIGTERM)

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from served import ASKED, PATH, Held, client_of, config, tiny_engine
+from served import ASKED, PATH, Held, client_of, config, tiny_engine, wait_until_served
 
 from ddit_rt import Engine
 from ddit_rt.serving.errors import ApiError
@@ -95,8 +95,7 @@ def test_a_signal_ends_the_process_with_zero(tmp_path: Path) -> None:
         assert process.stderr is not None
         line = next(line for line in process.stderr if "running on" in line)
         url = line.split("running on ")[1].split()[0]
-        while not is_ready(url):
-            assert process.poll() is None
+        wait_until_served(process, url)
         assert httpx.post(url + PATH, json=ASKED, timeout=60).status_code == 200
         process.send_signal(signal.SIGTERM)
         out, rest = process.communicate(timeout=60)
@@ -105,10 +104,3 @@ def test_a_signal_ends_the_process_with_zero(tmp_path: Path) -> None:
     assert process.returncode == 0
     assert out.endswith("ended\n")
     assert "Traceback" not in rest
-
-
-def is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready").status_code == 200
-    except httpx.TransportError:  # it has its port, and does not listen yet
-        return False
