@@ -175,6 +175,9 @@ class Family(ABC):
             modules whose `forward` that passes by, "" for the block's: another could only be
             ignored.
         own_loop: Why only the pipelines' own loop can take the steps; empty where a table can.
+        rehearsed: Whether a pipeline's own loop must be seen once, up to its first step, before the
+            passes of guidance can be planned: they differ in more than the length of a text.
+        time_driven: Whether what TeaCache goes by depends on the time alone.
     """
 
     name: ClassVar[str]
@@ -193,6 +196,8 @@ class Family(ABC):
     default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {}
     own_blocks: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     own_loop: ClassVar[str] = ""
+    rehearsed: ClassVar[bool] = True
+    time_driven: ClassVar[bool] = False
 
     def check_model(self, transformer: nn.Module, pipeline: Any) -> None:
         """Raises `UnsupportedModelError` for a variant of the class that cannot be run.

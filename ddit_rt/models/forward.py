@@ -18,10 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from ddit_rt.errors import ShapeError, UnsupportedModelError
-from ddit_rt.models.arguments import check_tensor, noise_levels
-from ddit_rt.models.base import BATCH, IMAGE, JOINT, Family, Grid, Guidance
+from ddit_rt.models.arguments import (
+    check_given_embeds,
+    check_output,
+    check_tensor,
+    check_texts,
+    noise_levels,
+)
+from ddit_rt.models.base import BATCH, IMAGE, JOINT, BlockType, Family, Grid, Guidance
 from ddit_rt.models.block_calls import parameters_of
 from ddit_rt.models.calls import (
+    PER_PROMPT,
     ModelCall,
     PipelineCall,
     batch_of,
@@ -30,6 +37,7 @@ from ddit_rt.models.calls import (
     check_shape,
     drop_steps,
     first_step,
+    prompts_of,
     refuse_ignored,
 )
 from ddit_rt.models.probe import (
@@ -42,9 +50,6 @@ from ddit_rt.models.probe import (
 
 NEGATIVE = "negative_"
 """Before the name of an argument of the forward: that of the pass with the negative prompt."""
-
-SCALE = "guidance_scale"
-"""Conditioning that is the scale of classifier-free guidance."""
 
 REFERENCE = "reference_tokens"
 """Conditioning behind the latents' tokens: of other pictures, the same at every step and size."""
@@ -72,6 +77,9 @@ class ForwardFamily(Family):
         extra: Conditioning that is no argument of the forward; `forward_arguments` takes it in.
         exact: Tensor arguments that keep their own dtype, such as times and positions.
         image_first: Whether image tokens come before text tokens where blocks take both as one.
+        scale: Conditioning that is the scale of classifier-free guidance.
+        embeds: Embeddings that the pipeline's call takes and does not repeat for several of a
+            prompt, by the arguments of the forward that they become.
     """
 
     patch: ClassVar[int] = 2
@@ -85,6 +93,8 @@ class ForwardFamily(Family):
     extra: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[tuple[str, ...]] = ()
     image_first: ClassVar[bool] = False
+    scale: ClassVar[str] = "guidance_scale"
+    embeds: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
@@ -181,9 +191,31 @@ class ForwardFamily(Family):
             call: All arguments of its call.
         """
 
+    def scales_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[float, ...]:
+        """That of each expert; empty for a single pass."""
+        scale = self.scale_of(pipeline, call)
+        return () if scale is None else (scale,)
+
+    def ignored(
+        self, pipeline: Any, given: Mapping[str, Any], call: Mapping[str, Any]
+    ) -> tuple[str, ...]:
+        """Arguments that the pipeline ignores too, each with what makes it count.
+
+        Args:
+            pipeline: The pipeline.
+            given: What the caller gave.
+            call: All arguments, defaults filled in.
+        """
+        return ()
+
     def size_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
         """Height and width that the pipeline makes of a call's."""
         return self.call_size(pipeline, call)
+
+    def call_shape(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
+        """Latent shape of a pipeline's call."""
+        size = self.size_of(pipeline, call)
+        return self.latent_shape(pipeline, *size, batch_of(call), call.get("num_frames"))
 
     def given_latents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in which a pipeline's call takes `latents`; by default in its own layout."""
@@ -236,8 +268,12 @@ class ForwardFamily(Family):
                     return spec.dims[-1]
         raise UnsupportedModelError(f"no block of {type(transformer).__name__} takes image tokens")
 
-    def block_types(self, transformer: nn.Module) -> tuple[ReadBlockType, ...]:
-        """See `Family.block_types`: read off the forward."""
+    def block_types(self, transformer: nn.Module) -> tuple[BlockType, ...]:
+        """See `Family.block_types`."""
+        return self.read_blocks(transformer)
+
+    def read_blocks(self, transformer: nn.Module) -> tuple[ReadBlockType, ...]:
+        """The blocks as the forward calls them, read off it."""
         probes = SOUND_PROBES if self.soundtrack else PROBES
         return read_block_types(
             transformer,
@@ -267,22 +303,36 @@ class ForwardFamily(Family):
         self, transformer: nn.Module, batch: int, conditioning: Mapping[str, Any]
     ) -> None:
         """See `Family.check_conditioning`: by the names of the forward's own arguments."""
-        names = tuple(dict.fromkeys((*self.conditioning_names, *self._prompt_names(transformer))))
-        known = (*names, *(NEGATIVE + name for name in names), SCALE)
+        names = tuple(dict.fromkeys((*self.conditioning_names, *self.prompt_names(transformer))))
+        known = (*names, *(NEGATIVE + name for name in names), self.scale)
         check_known(conditioning, known, f"a {type(transformer).__name__}")
+        given = {name: value for name, value in conditioning.items() if value is not None}
+        guided = self._check_guided(given)
         one, longer = (self.example(transformer, 0, batch, text) for text in (1, 2))
-        for prefix in ("", NEGATIVE) if SCALE in conditioning else ("",):
+        for prefix in ("", NEGATIVE) if guided else ("",):
             for name, like in one.items():
                 if isinstance(like, Tensor):
-                    given = conditioning.get(prefix + name, conditioning.get(name))
-                    self._check_like(name, prefix + name, given, (like, longer[name]))
-        if SCALE in conditioning:
+                    value = given.get(prefix + name, given.get(name))
+                    self._check_like(name, prefix + name, value, (like, longer[name]))
+
+    def _check_guided(self, given: Mapping[str, Any]) -> bool:
+        """Whether conditioning asks for guidance: by a scale and a negative prompt, or neither."""
+        scale = given.get(self.scale)
+        if scale is not None:
             wanted = "without dimensions, or with one for each expert"
-            if check_tensor(SCALE, conditioning[SCALE], wanted, floating=False).ndim > 1:
+            if check_tensor(self.scale, scale, wanted, floating=False).ndim > 1:
                 raise ShapeError(
-                    f"got `{SCALE}` of shape {list(conditioning[SCALE].shape)}; expected a tensor "
-                    f"{wanted}"
+                    f"got `{self.scale}` of shape {list(scale.shape)}; expected a tensor {wanted}"
                 )
+        negative = NEGATIVE + self.text
+        guided = scale is not None or any(name.startswith(NEGATIVE) for name in given)
+        for name, other in ((negative, self.scale), (self.scale, negative)):
+            if guided and name not in given:
+                raise ValueError(
+                    f"`{name}` is missing: guidance takes it together with `{other}`; give both or "
+                    "neither"
+                )
+        return guided
 
     def check_sizes(self, shape: tuple[int, ...], conditioning: Mapping[str, Any]) -> None:
         """See `Family.check_sizes`: of pictures, which coarse steps alone make smaller."""
@@ -302,33 +352,31 @@ class ForwardFamily(Family):
     def _check_like(self, name: str, full: str, given: Any, likes: tuple[Tensor, Tensor]) -> None:
         """Refuses what is unlike an example; the second has another text length."""
         like, longer = likes
-        shape: list[int | str] = [
-            size if size == other else "text tokens"
-            for size, other in zip(like.shape, longer.shape, strict=True)
-        ]
+        shape = _dims(like, longer)
         if name in self.extra:
             shape[2:] = ["frames", "rows", "columns"][-(like.ndim - 2) :]
         check_shape(full, given, shape, floating=like.is_floating_point())
         if not like.is_floating_point() and given.dtype != like.dtype:
             raise TypeError(f"got `{full}` of {given.dtype}; expected {like.dtype}: convert it")
 
-    def _prompt_names(self, transformer: nn.Module) -> tuple[str, ...]:
+    def prompt_names(self, transformer: nn.Module) -> tuple[str, ...]:
+        """Conditioning that a model of this class takes beside `conditioning_names`."""
         own = (*_OWN, *self.sized)
         forward = inspect.unwrap(type(transformer).forward)
         return (*(name for name in parameters_of(forward) if name not in own), *self.extra)
 
     def guidance(self, conditioning: Mapping[str, Any]) -> Guidance | None:
         """See `Family.guidance`."""
-        if SCALE not in conditioning:
+        if self.scale not in conditioning:
             return None
         prompt = {
             name: value
             for name, value in conditioning.items()
-            if name != SCALE and not name.startswith(NEGATIVE)
+            if name != self.scale and not name.startswith(NEGATIVE)
         }
-        negative = {name: conditioning.get(NEGATIVE + name, one) for name, one in prompt.items()}
         device = conditioning[self.text].device
-        scale = conditioning[SCALE].to(device, torch.float32)
+        negative = {name: conditioning.get(NEGATIVE + name, one) for name, one in prompt.items()}
+        scale = conditioning[self.scale].to(device, torch.float32)
         return Guidance(prompt=prompt, negative=negative, scale=scale)
 
     def together(self, guidance: Guidance) -> tuple[Mapping[str, Any]] | None:
@@ -393,26 +441,34 @@ class ForwardFamily(Family):
         """See `Family.read_call`. The pipeline's own checks come with its own call."""
         call = bind_call(pipeline, arguments)
         refuse_ignored(call)
-        call["height"], call["width"] = self.size_of(pipeline, call)
-        frames = call.get("num_frames")
-        shape = self.latent_shape(pipeline, call["height"], call["width"], batch_of(call), frames)
+        self._check_prompts(pipeline, call)
+        shape = self.call_shape(pipeline, call)
         if call["latents"] is not None:
             check_shape("latents", call["latents"], self.given_latents(shape))
-        patch = self.patch
-        grid = Grid(
-            height=shape[-2] // patch,
-            width=shape[-1] // patch,
-            frames=shape[2] if self.video else 1,
-        )
+        rows, columns = shape[-2] // self.patch, shape[-1] // self.patch
+        grid = Grid(height=rows, width=columns, frames=shape[2] if self.video else 1)
         self.set_timesteps(scheduler, call["num_inference_steps"], call.get("sigmas"), grid)
         drop_steps(scheduler, first_step(call, scheduler))
-        scale = self.scale_of(pipeline, call)
+        scales = self.scales_of(pipeline, call)
         return PipelineCall(
             arguments=call,
             shape=shape,
-            scales=() if scale is None else (scale,),
-            passes=1 + (scale is not None),
+            scales=scales,
+            passes=1 + bool(scales),
+            ignored=self.ignored(pipeline, arguments, call),
         )
+
+    def _check_prompts(self, pipeline: Any, call: Mapping[str, Any]) -> None:
+        """What a pipeline would take and fail at, or take for something else."""
+        check_texts(call, prompts_of(call))
+        check_output(pipeline, call)
+        batch, transformer = batch_of(call), pipeline.transformer
+        per_prompt = next((name for name in PER_PROMPT if name in call), "")
+        one, longer = (self.example(transformer, 0, batch, text) for text in (1, 2))
+        for name, argument in self.embeds.items():
+            shape = _dims(one[argument], longer[argument])[1:]
+            for full in (name, NEGATIVE + name):
+                check_given_embeds(full, call.get(full), shape, batch, per_prompt)
 
     def read_model_call(
         self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
@@ -439,3 +495,11 @@ class ForwardFamily(Family):
     def level_of(self, timestep: Tensor) -> Tensor:
         """T in [0, 1], float32, of the forward's `timestep`; the inverse of `time`."""
         return timestep.float()
+
+
+def _dims(like: Tensor, longer: Tensor) -> list[int | str]:
+    """Sizes of an example, with a name for what another text length changes."""
+    return [
+        size if size == other else "text tokens"
+        for size, other in zip(like.shape, longer.shape, strict=True)
+    ]

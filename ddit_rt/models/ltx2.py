@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from ddit_rt import checks
 from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.models.arguments import default_of
 from ddit_rt.models.calls import ModelCall, PipelineCall
 from ddit_rt.models.forward import ForwardFamily
-from ddit_rt.models.wan_calls import default_of
 
 _SIZE = "video_size"
 """Conditioning: latent frames, rows and columns that `video_coords` are of."""

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.calls import ModelCall, PipelineCall
 from ddit_rt.models.smaller import smaller
-from ddit_rt.models.wan_calls import EMBEDDED_TEXT, check_pictures, check_text
 from ddit_rt.models.wan_forward import WanForwardFamily
 
 _MASK = 4
@@ -24,6 +24,9 @@ _MASK = 4
 _IMAGE = "encoder_hidden_states_image"
 _IMAGE_TOKENS = 257
 """Of one picture."""
+
+_EMBEDDED_TEXT = 512
+"""Text tokens that the attention of a model with image embeddings takes for granted."""
 
 
 class WanImageFamily(WanForwardFamily):
@@ -51,7 +54,7 @@ class WanImageFamily(WanForwardFamily):
             return {self.text: (batch, text, config.text_dim), "condition": condition}
         tokens = config.pos_embed_seq_len or _IMAGE_TOKENS
         return {
-            self.text: (batch, EMBEDDED_TEXT, config.text_dim),
+            self.text: (batch, _EMBEDDED_TEXT, config.text_dim),
             "condition": condition,
             _IMAGE: (batch, tokens, config.image_dim),
         }
@@ -83,8 +86,8 @@ class WanImageFamily(WanForwardFamily):
         read = super().read_call(pipeline, scheduler, arguments)
         config = pipeline.transformer.config
         if config.image_dim is not None:
-            check_text(read.arguments, guided=read.guided)
-            check_pictures(read.arguments, 1 if config.pos_embed_seq_len is None else 2)
+            _check_text(read.arguments, guided=read.guided)
+            _check_pictures(read.arguments, 1 if config.pos_embed_seq_len is None else 2)
         return read
 
     def read_model_call(
@@ -97,3 +100,25 @@ class WanImageFamily(WanForwardFamily):
         if image is not None and config.pos_embed_seq_len is not None:
             given[_IMAGE] = image.unflatten(0, (-1, 2)).flatten(1, 2)
         return super().read_model_call(transformer, shape, given)
+
+
+def _check_text(call: Mapping[str, Any], *, guided: bool) -> None:
+    """Refuses prompts of other lengths than the attention takes for granted."""
+    embeds = [call["prompt_embeds"], *([call["negative_prompt_embeds"]] if guided else [])]
+    lengths = {call["max_sequence_length"] if one is None else one.shape[1] for one in embeds}
+    if lengths != {_EMBEDDED_TEXT}:
+        raise UnsupportedModelError(
+            f"got prompts of {sorted(lengths)} tokens (max_sequence_length, or the embeddings' own "
+            f"length); the attention of a model with image embeddings takes {_EMBEDDED_TEXT} for "
+            "granted: leave max_sequence_length out, and pad embeddings with zeros"
+        )
+
+
+def _check_pictures(call: Mapping[str, Any], expected: int) -> None:
+    """Refuses another number of pictures than the model has image embeddings of."""
+    given = 1 + (call["last_image"] is not None)
+    if call["image_embeds"] is None and given != expected:
+        raise ValueError(
+            f"got {given} picture(s) for a model with image embeddings of {expected}; "
+            + ("give `last_image` too" if expected > given else "leave `last_image` out")
+        )

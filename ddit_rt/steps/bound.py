@@ -354,7 +354,7 @@ def without_data(
     Returns:
         The bound model, and the arguments of its forward.
     """
-    types = family.block_types(twin)
+    types = family.read_blocks(twin)
     runners = {kind.key: [_PassOn(kind)] * len(kind.blocks(twin)) for kind in types}
     bound = BoundModel(
         twin,

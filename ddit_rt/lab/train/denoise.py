@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddit_rt.engine.intercepted import FirstStep, InterceptedRun
 from ddit_rt.models import Family
-from ddit_rt.models.calls import PreparedCall
 from ddit_rt.models.layered import layered
 from ddit_rt.steps import Bucket, Detail, FineBucket, Pass, RunContext, SnrBucket, StepModel
 
@@ -26,22 +26,61 @@ def training_free(model: StepModel, context: RunContext, multiple: int) -> Bucke
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A pipeline call up to its loop, with a scheduler of its own."""
+    """What a loop begins with: z_0, `[B, C, H, W]`, conditioning, and a scheduler of its own."""
 
-    call: PreparedCall
+    latents: Tensor
+    conditioning: dict[str, Any]
     scheduler: Any
 
 
 def prepare(
     family: Family, pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **arguments: Any
 ) -> Prepared:
-    """Encodes prompts and draws noise, each from its own seed, as the pipeline's call does."""
-    scheduler = copy.deepcopy(pipeline.scheduler)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    arguments = {"prompt": list(prompts), "generator": generators, **arguments}
-    with torch.no_grad():
-        call = layered(family, "training is not there").prepare(pipeline, scheduler, arguments)
-    return Prepared(call=call, scheduler=scheduler)
+    """The pipeline's call up to its loop: prompts encoded, noise drawn, each from its own seed."""
+    call = _Call(family, pipeline, prompts, seeds, arguments)
+    latents, conditioning, scheduler = FirstStep(*call.parts)(call.arguments)
+    return Prepared(latents=latents, conditioning=conditioning, scheduler=scheduler)
+
+
+def rendered(
+    loop: Callable[[Prepared], Tensor],
+    family: Family,
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    **arguments: Any,
+) -> Any:
+    """What the pipeline's call returns with another loop in the place of its own."""
+    call = _Call(family, pipeline, prompts, seeds, arguments)
+
+    def run(latents: Tensor, conditioning: dict[str, Any], scheduler: Any) -> Tensor:
+        return loop(Prepared(latents=latents, conditioning=conditioning, scheduler=scheduler))
+
+    return InterceptedRun(*call.parts, run)(call.arguments)
+
+
+class _Call:
+    """A call of the pipeline, read.
+
+    Attributes:
+        parts: Pipeline, models and call, as `InterceptedRun` takes them.
+        arguments: The pipeline's keyword arguments.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        pipeline: Any,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        arguments: Mapping[str, Any],
+    ) -> None:
+        layered(family, "training is not there")
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.arguments = {"prompt": list(prompts), "generator": generators, **arguments}
+        call = family.read_call(pipeline, copy.deepcopy(pipeline.scheduler), self.arguments)
+        model = StepModel(family=family, transformer=pipeline.transformer, base={})
+        self.parts = pipeline, (model,), call
 
 
 @torch.no_grad()
@@ -64,8 +103,8 @@ def denoise(
     Returns:
         Final latents, `[B, C, H, W]`, float32.
     """
-    call, scheduler = prepared.call, prepared.scheduler
-    latents, context = call.latents, _context(model, prepared)
+    latents, scheduler = prepared.latents, prepared.scheduler
+    context = _context(model, prepared)
     buckets = _buckets(model, context, multiples, make_coarse)
     for step, (multiple, timestep) in enumerate(zip(multiples, scheduler.timesteps, strict=True)):
         index = torch.tensor([step], device=latents.device)
@@ -77,14 +116,14 @@ def denoise(
 
 
 def _context(model: StepModel, prepared: Prepared) -> RunContext:
-    call, scheduler, device = prepared.call, prepared.scheduler, prepared.call.latents.device
+    latents, scheduler, device = prepared.latents, prepared.scheduler, prepared.latents.device
     return RunContext(
-        passes=(Pass.of(model, call.conditioning),),
-        height=call.latents.shape[-2],
-        width=call.latents.shape[-1],
+        passes=(Pass.of(model, prepared.conditioning),),
+        height=latents.shape[-2],
+        width=latents.shape[-1],
         sigmas=scheduler.sigmas[:-1].to(device, torch.float32),
         timesteps=model.family.linear_timesteps(scheduler).to(device),
-        detail=Detail(tuple(call.latents.shape), device),
+        detail=Detail(tuple(latents.shape), device),
     )
 
 
