@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddit_rt.errors import ShapeError
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.family import Family
 from ddit_rt.steps import StepModel
 from ddit_rt.steps.bound import without_data
 
@@ -95,7 +95,7 @@ def step_cost(
 
 
 def _ends(
-    family: ForwardFamily, twin: nn.Module, shape: tuple[int, ...], text_tokens: int
+    family: Family, twin: nn.Module, shape: tuple[int, ...], text_tokens: int
 ) -> tuple[int, int]:
     """What a step computes beside its blocks."""
     bound, arguments = without_data(family, twin, shape, text_tokens)
@@ -146,7 +146,7 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
         return func(*args, **(kwargs or {}))
 
 
-def _meta_copy(family: ForwardFamily, transformer: nn.Module) -> nn.Module:
+def _meta_copy(family: Family, transformer: nn.Module) -> nn.Module:
     """A copy without memory, in which an empty module stands for all blocks but the first ones.
 
     All in float32: mixed dtypes change no count, but fail in a product.

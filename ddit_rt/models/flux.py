@@ -17,8 +17,8 @@ from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models import flux_blocks
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, TEXT, BlockType, Grid, Runner, TensorSpec
 from ddit_rt.models.calls import check_shape
+from ddit_rt.models.family import NEGATIVE
 from ddit_rt.models.flux_forward import FluxForwardFamily
-from ddit_rt.models.forward import NEGATIVE
 from ddit_rt.models.layered import LayeredFamily
 
 _NEGATIVE_POOLED = f"{NEGATIVE}pooled_projections"

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.calls import ModelCall
+from ddit_rt.models.description import REFERENCE
 from ddit_rt.models.flux_forward import PATCH, FluxForwardFamily, tokens_of
-from ddit_rt.models.forward import REFERENCE
 from ddit_rt.models.smaller import smaller_both
 
 
@@ -39,7 +39,7 @@ class FluxInpaintFamily(FluxForwardFamily):
     )
 
     def given_latents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """See `ForwardFamily.given_latents`: this pipeline packs them itself."""
+        """See `Family.given_latents`: this pipeline packs them itself."""
         return shape
 
 
@@ -52,7 +52,7 @@ class FluxKontextFamily(FluxForwardFamily):
     extra: ClassVar[tuple[str, ...]] = (REFERENCE, "reference_ids")
 
     def size_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
-        """See `ForwardFamily.size_of`: the aspect ratio asked for, at the area `max_area`."""
+        """See `Family.size_of`: the aspect ratio asked for, at the area `max_area`."""
         height, width = super().size_of(pipeline, call)
         ratio, area = width / height, call["max_area"]
         unit = pipeline.vae_scale_factor * PATCH
@@ -60,7 +60,7 @@ class FluxKontextFamily(FluxForwardFamily):
         return rows // unit * unit, columns // unit * unit
 
     def more_tokens(self, conditioning: Mapping[str, Any]) -> int:
-        """See `ForwardFamily.more_tokens`."""
+        """See `Family.more_tokens`."""
         reference = conditioning.get(REFERENCE)
         return 0 if reference is None else int(reference.shape[1])
 
@@ -76,7 +76,7 @@ class FluxKontextFamily(FluxForwardFamily):
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """See `ForwardFamily.forward_arguments`."""
+        """See `Family.forward_arguments`."""
         prompt = dict(arguments)
         ids = prompt.pop("reference_ids", None)
         given = super().forward_arguments(latents, level, prompt)
@@ -107,14 +107,14 @@ class FluxFillFamily(FluxForwardFamily):
         return channels - 2 * self.latent_channels(transformer)
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `ForwardFamily.example`: a picture of one pixel serves every size."""
+        """See `Family.example`: a picture of one pixel serves every size."""
         given = super().example(transformer, variant, batch, text)
         channels = self.latent_channels(transformer) + self._mask_channels(transformer)
         fill = torch.empty(batch, channels, 1, 1, dtype=transformer.dtype, device="meta")
         return {**given, "fill": fill}
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """See `ForwardFamily.scale_of`: the pipeline has none."""
+        """See `Family.scale_of`: the pipeline has none."""
         return None
 
     def read_model_call(
@@ -129,7 +129,7 @@ class FluxFillFamily(FluxForwardFamily):
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """See `ForwardFamily.forward_arguments`."""
+        """See `Family.forward_arguments`."""
         prompt = dict(arguments)
         fill = smaller_both(prompt.pop("fill"), latents.shape[1], latents.shape[-2:])
         given = super().forward_arguments(latents, level, prompt)

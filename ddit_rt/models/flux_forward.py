@@ -16,7 +16,7 @@ from torch import Tensor
 from ddit_rt import ops
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.arguments import is_empty
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.family import Family
 
 PATCH = 2
 """Side of the square of latent pixels that a pipeline packs into a token."""
@@ -27,7 +27,7 @@ _EMBEDS = {
 }
 
 
-class FluxForwardFamily(ForwardFamily):
+class FluxForwardFamily(Family):
     """One transformer, and true guidance with a negative prompt."""
 
     transformer_class: ClassVar[str] = "FluxTransformer2DModel"
@@ -59,7 +59,7 @@ class FluxForwardFamily(ForwardFamily):
         return int(config.out_channels or config.in_channels) // PATCH**2
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `ForwardFamily.example`."""
+        """See `Family.example`."""
         config = transformer.config
         shapes: dict[str, tuple[int, ...]] = {
             "encoder_hidden_states": (batch, text, config.joint_attention_dim),
@@ -73,7 +73,7 @@ class FluxForwardFamily(ForwardFamily):
         }
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-        """See `ForwardFamily.resized`: text tokens all sit at (0, 0, 0)."""
+        """See `Family.resized`: text tokens all sit at (0, 0, 0)."""
         text = arguments["encoder_hidden_states"]
         rows, columns = (
             torch.arange(size // PATCH, dtype=torch.float32, device=text.device)
@@ -83,7 +83,7 @@ class FluxForwardFamily(ForwardFamily):
         return {"img_ids": ids, "txt_ids": torch.zeros_like(ids[:1]).repeat(text.shape[1], 1)}
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """See `ForwardFamily.scale_of`: true guidance, with a negative prompt."""
+        """See `Family.scale_of`: true guidance, with a negative prompt."""
         scale = float(call["true_cfg_scale"])
         if scale <= 1:
             return None
@@ -98,7 +98,7 @@ class FluxForwardFamily(ForwardFamily):
     def ignored(
         self, pipeline: Any, given: Mapping[str, Any], call: Mapping[str, Any]
     ) -> tuple[str, ...]:
-        """See `ForwardFamily.ignored`."""
+        """See `Family.ignored`."""
         notes = []
         # A callback may read it.
         unread = given.get("callback_on_step_end") is None

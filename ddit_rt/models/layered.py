@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ddit_rt.errors import ShapeError, UnsupportedModelError
-from ddit_rt.models.base import BlockType, Family, Grid, Guidance, Runner
+from ddit_rt.models.base import BlockType, Grid, Guidance, Runner
 from ddit_rt.models.calls import ModelCall, check_shape, model_arguments
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.family import Family
 
 
-class LayeredFamily(ForwardFamily):
+class LayeredFamily(Family):
     """A family that tells its model's layers too: what trained adapters and TeaCache need.
 
     Its steps run them, on blocks in a form of the family's own, instead of the model's forward.
@@ -134,11 +134,11 @@ class LayeredFamily(ForwardFamily):
         """The patch embedding and de-embedding, from which adapters are initialised."""
 
     def prompt_names(self, transformer: nn.Module) -> tuple[str, ...]:
-        """See `ForwardFamily.prompt_names`: none, as its layers take nothing else."""
+        """See `Family.prompt_names`: none, as its layers take nothing else."""
         return ()
 
     def together(self, guidance: Guidance) -> tuple[Mapping[str, Any]] | None:
-        """See `ForwardFamily.together`.
+        """See `Family.together`.
 
         Raises:
             ShapeError: Prompts and negative prompts of unequal lengths cannot be one batch.

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models.arguments import check_steps, default_of
 from ddit_rt.models.base import Grid
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.family import Family
 
 _PATCH = (1, 2, 2)
 
 
-class WanForwardFamily(ForwardFamily):
+class WanForwardFamily(Family):
     """One transformer, or two experts that take turns."""
 
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
@@ -66,7 +66,7 @@ class WanForwardFamily(ForwardFamily):
         """Of what carries the prompt; pictures and videos of one pixel serve every size."""
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `ForwardFamily.example`."""
+        """See `Family.example`."""
         return {
             name: torch.empty(shape, dtype=transformer.dtype, device="meta")
             for name, shape in self.shapes(transformer.config, batch, text).items()
@@ -89,20 +89,20 @@ class WanForwardFamily(ForwardFamily):
         return int(config.out_channels or config.in_channels)
 
     def time(self, level: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `ForwardFamily.time`: 1000 t, in float64 as schedulers may give whole timesteps."""
+        """See `Family.time`: 1000 t, in float64 as schedulers may give whole timesteps."""
         return (level.double() * 1000).float()
 
     def level_of(self, timestep: Tensor) -> Tensor:
-        """See `ForwardFamily.level_of`."""
+        """See `Family.level_of`."""
         return timestep.double() / 1000
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """See `ForwardFamily.scale_of`: of the first expert."""
+        """See `Family.scale_of`: of the first expert."""
         scale = float(call["guidance_scale"])
         return scale if scale > 1 else None
 
     def scales_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[float, ...]:
-        """See `ForwardFamily.scales_of`: by default the second expert's is the first's."""
+        """See `Family.scales_of`: by default the second expert's is the first's."""
         scales = super().scales_of(pipeline, call)
         if not scales or pipeline.config.boundary_ratio is None:
             return scales
@@ -112,7 +112,7 @@ class WanForwardFamily(ForwardFamily):
     def ignored(
         self, pipeline: Any, given: Mapping[str, Any], call: Mapping[str, Any]
     ) -> tuple[str, ...]:
-        """See `ForwardFamily.ignored`."""
+        """See `Family.ignored`."""
         first, second = call["guidance_scale"], call["guidance_scale_2"]
         if first > 1 or second is None or second <= 1:
             return ()

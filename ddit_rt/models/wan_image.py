@@ -62,7 +62,7 @@ class WanImageFamily(WanForwardFamily):
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """See `ForwardFamily.forward_arguments`."""
+        """See `Family.forward_arguments`."""
         prompt = dict(arguments)
         condition = smaller(prompt.pop("condition"), latents.shape[-2:])
         image = prompt.get(_IMAGE)
@@ -75,14 +75,14 @@ class WanImageFamily(WanForwardFamily):
         return given
 
     def no_output(self, given: Mapping[str, Any]) -> Tensor:
-        """See `ForwardFamily.no_output`: without the channels of mask and pictures."""
+        """See `Family.no_output`: without the channels of mask and pictures."""
         hidden = given["hidden_states"]
         return torch.zeros_like(hidden[:, : (hidden.shape[1] - _MASK) // 2])
 
     def read_call(
         self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
     ) -> PipelineCall:
-        """See `ForwardFamily.read_call`."""
+        """See `Family.read_call`."""
         read = super().read_call(pipeline, scheduler, arguments)
         config = pipeline.transformer.config
         if config.image_dim is not None:

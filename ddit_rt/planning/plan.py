@@ -13,7 +13,8 @@ from torch import Tensor
 from ddit_rt.adapters import adapter_bucket
 from ddit_rt.errors import ShapeError
 from ddit_rt.loop import CachePlan, RunPlan
-from ddit_rt.models.base import Family, Guidance
+from ddit_rt.models.base import Guidance
+from ddit_rt.models.family import Family
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.planning.outline import Outline, stages_of
 from ddit_rt.steps import (

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ddit_rt import ops
 from ddit_rt.models.base import Grid, Runner
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.family import Family
 from ddit_rt.models.layered import LayeredFamily, layered
 
 Runners = Mapping[str, Sequence[Runner]]
@@ -112,14 +112,14 @@ class StepModel:
         base: The unmodified blocks.
     """
 
-    family: ForwardFamily
+    family: Family
     transformer: nn.Module
     base: Runners
 
     @property
     def patch_size(self) -> int:
         """p, in latent pixels."""
-        return self.family.base_patch_size(self.transformer)
+        return self.family.patch
 
     @property
     def layers(self) -> LayeredFamily:
