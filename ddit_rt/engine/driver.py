@@ -67,7 +67,7 @@ class Driver:
         check_text_encoders(self.pipeline, call.arguments, guided=call.guided)
         if problem or given.get("callback_on_step_end") is not None:
             return self._by_pipeline(outline, call, scheduler, given, problem, request)
-        run = LoopInPipeline(self.loop, self.pipeline, self._planner(request, call))
+        run = LoopInPipeline(self.loop, self.pipeline, self._planner(request, call, outline))
         return run(self.compiled.models, call, given)
 
     def denoise(
@@ -123,14 +123,24 @@ class Driver:
         call = self.compiled.steps.family.read_call(self.pipeline, scheduler, given)
         return call, FirstStep(self.pipeline, self.compiled.models, call)(given)
 
-    def _planner(self, request: Request, call: PipelineCall) -> Planner:
-        """Outlines and plans a run whose scheduler the pipeline itself has set."""
+    def _planner(
+        self, request: Request, call: PipelineCall, expected: Outline | None = None
+    ) -> Planner:
+        """Outlines and plans a run whose scheduler the pipeline itself has set.
+
+        Args:
+            request: What the run is asked to do.
+            call: The call as it was read.
+            expected: The run with the schedule that was read for it.
+        """
 
         def plan(conditioning: Mapping[str, Any], scheduler: Any) -> tuple[Outline, RunPlan]:
             table, problem = self.solver(scheduler)
             if problem:
                 raise UnsupportedModelError(f"{problem}; a run by table needs another scheduler")
-            outline = self._outline(request, call.shape, scheduler, table, guided=call.guided)
+            outline = expected
+            if outline is None or outline.solver is not table:
+                outline = self._outline(request, call.shape, scheduler, table, guided=call.guided)
             return outline, plan_run(self.compiled, outline, conditioning)
 
         return plan

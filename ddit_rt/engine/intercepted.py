@@ -24,7 +24,7 @@ from ddit_rt.engine.table_driven import Loop
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.loop import RunPlan
 from ddit_rt.models.calls import PipelineCall, drop_steps
-from ddit_rt.models.forward import NEGATIVE
+from ddit_rt.models.family import NEGATIVE
 from ddit_rt.planning.outline import Outline
 from ddit_rt.solver import falling
 from ddit_rt.steps import StepModel

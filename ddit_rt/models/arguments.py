@@ -148,13 +148,13 @@ def check_tensor(name: str, value: Any, expected: str, *, floating: bool = True)
 
 
 def check_given_embeds(
-    name: str, value: Tensor | None, shape: Sequence[int | str], batch: int, per_prompt: str
+    name: str, value: Tensor, shape: Sequence[int | str], batch: int, per_prompt: str
 ) -> None:
     """Refuses embeddings of another shape, and of another number of prompts than the call's.
 
     Args:
         name: The argument's name.
-        value: What came, if anything.
+        value: What came.
         shape: Sizes of the dimensions behind the first; a string names one that may be anything.
         batch: Images, or videos, that the call makes.
         per_prompt: The argument that counts those of a prompt.
@@ -162,8 +162,6 @@ def check_given_embeds(
     Raises:
         ShapeError: See above.
     """
-    if value is None:
-        return
     fits = value.ndim == len(shape) + 1 and all(
         isinstance(dim, str) or dim == size
         for dim, size in zip(shape, value.shape[1:], strict=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -251,13 +252,11 @@ class Description(ABC):
 
     def given_latents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in which a pipeline's call takes `latents`; by default in its own layout."""
-        return tuple(
-            self.pack_latents(torch.empty(shape, dtype=torch.float32, device="meta")).shape
-        )
+        return _packed_shape(self, shape)
 
     def tokens_of(self, shape: tuple[int, ...]) -> int:
         """Size of the second dimension of latents of a shape in the pipeline's layout."""
-        return self.pack_latents(torch.empty(shape, dtype=torch.float32, device="meta")).shape[1]
+        return _packed_shape(self, shape)[1]
 
     def extra_size(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Rows and columns, of a video frames before them, of pictures beside latents."""
@@ -381,3 +380,9 @@ class Description(ABC):
         """
         del sounds
         return (self.as_called(velocities),)
+
+
+@lru_cache(maxsize=64)
+def _packed_shape(family: Description, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of latents in the pipeline's layout."""
+    return tuple(family.pack_latents(torch.empty(shape, dtype=torch.float32, device="meta")).shape)

@@ -251,13 +251,20 @@ class Family(Description):
         """What a pipeline would take and fail at, or take for something else."""
         check_texts(call, prompts_of(call))
         check_output(pipeline, call)
+        embeds = {
+            prefix + name: argument
+            for prefix in ("", NEGATIVE)
+            for name, argument in self.embeds.items()
+            if call.get(prefix + name) is not None
+        }
+        if not embeds:
+            return
         batch, transformer = batch_of(call), pipeline.transformer
-        per_prompt = next((name for name in PER_PROMPT if name in call), "")
+        per_prompt = next(name for name in PER_PROMPT if name in call)
         one, longer = (self.example(transformer, 0, batch, text) for text in (1, 2))
-        for name, argument in self.embeds.items():
+        for name, argument in embeds.items():
             shape = _dims(one[argument], longer[argument])[1:]
-            for full in (name, NEGATIVE + name):
-                check_given_embeds(full, call.get(full), shape, batch, per_prompt)
+            check_given_embeds(name, call[name], shape, batch, per_prompt)
 
     def read_model_call(
         self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
@@ -284,8 +291,9 @@ class Family(Description):
             given[REFERENCE] = hidden[:, tokens:]
         timestep = self.level_of(given.pop("timestep").reshape(-1)[:1])
         conditioning = {
+            # One sample serves all, as diffusers broadcasts it.
             name: value.expand(shape[0], *value.shape[1:])
-            if isinstance(value, Tensor) and name not in self.unbatched
+            if isinstance(value, Tensor) and name not in self.unbatched and len(value) == 1
             else value
             for name, value in given.items()
         }

@@ -17,7 +17,8 @@ from ddit_rt.models.family import Family
 class LayeredFamily(Family):
     """A family that tells its model's layers too: what trained adapters and TeaCache need.
 
-    Its steps run them, on blocks in a form of the family's own, instead of the model's forward.
+    Its steps run them, on blocks in a form of the family's own, instead of the model's forward; all
+    else is as of any family.
     """
 
     rehearsed: ClassVar[bool] = False
@@ -160,11 +161,8 @@ class LayeredFamily(Family):
         names = ("hidden_states", "timestep", *self.conditioning_names)
         given = model_arguments(arguments, names, self.sized)
         check_shape("hidden_states", given["hidden_states"], self.given_latents(shape))
-        call = super().read_model_call(transformer, shape, given)
-        self.check_conditioning(transformer, shape[0], call.conditioning)
-        return call
+        return super().read_model_call(transformer, shape, given)
 
-    @abstractmethod
     def encode_images(self, pipeline: Any, pixels: Tensor) -> Tensor:
         """Clean latents of images, scaled as the model takes them.
 
@@ -174,7 +172,14 @@ class LayeredFamily(Family):
 
         Returns:
             `[B, C, H, W]`, float32.
+
+        Raises:
+            UnsupportedModelError: This version trains no adapters for the model.
         """
+        raise UnsupportedModelError(
+            f"this version trains no adapters for {self.transformer_class}; leave training out: "
+            "coarse steps need none"
+        )
 
 
 def layered(family: Family, what: str) -> LayeredFamily:

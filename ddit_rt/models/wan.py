@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.base import BATCH, IMAGE, TEXT, BlockType, Grid, Runner, TensorSpec
 from ddit_rt.models.calls import PipelineCall
 from ddit_rt.models.layered import LayeredFamily
@@ -166,10 +165,6 @@ class WanFamily(LayeredFamily, WanForwardFamily):
         # A callback may turn guidance on, where there is a negative prompt for it.
         both = call.guided or call.arguments["negative_prompt_embeds"] is not None
         return replace(call, passes=1 + both)
-
-    def encode_images(self, pipeline: Any, pixels: Tensor) -> Tensor:
-        """Images are for training adapters, which this version does not do for Wan."""
-        raise UnsupportedModelError("this version trains no adapters for Wan")
 
 
 def _run_block(

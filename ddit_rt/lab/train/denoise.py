@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddit_rt.engine.intercepted import FirstStep, InterceptedRun
 from ddit_rt.models import Family
+from ddit_rt.models.calls import PipelineCall
 from ddit_rt.models.layered import layered
 from ddit_rt.steps import Bucket, Detail, FineBucket, Pass, RunContext, SnrBucket, StepModel
 
@@ -24,8 +24,7 @@ def training_free(model: StepModel, context: RunContext, multiple: int) -> Bucke
     return SnrBucket(model, context, multiple)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
+class Prepared(NamedTuple):
     """What a loop begins with: z_0, `[B, C, H, W]`, conditioning, and a scheduler of its own."""
 
     latents: Tensor
@@ -37,9 +36,8 @@ def prepare(
     family: Family, pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **arguments: Any
 ) -> Prepared:
     """The pipeline's call up to its loop: prompts encoded, noise drawn, each from its own seed."""
-    call = _Call(family, pipeline, prompts, seeds, arguments)
-    latents, conditioning, scheduler = FirstStep(*call.parts)(call.arguments)
-    return Prepared(latents=latents, conditioning=conditioning, scheduler=scheduler)
+    given = {**arguments, **_of_prompts(prompts, seeds)}
+    return Prepared(*FirstStep(*_read(family, pipeline, given))(given))
 
 
 def rendered(
@@ -51,36 +49,23 @@ def rendered(
     **arguments: Any,
 ) -> Any:
     """What the pipeline's call returns with another loop in the place of its own."""
-    call = _Call(family, pipeline, prompts, seeds, arguments)
-
-    def run(latents: Tensor, conditioning: dict[str, Any], scheduler: Any) -> Tensor:
-        return loop(Prepared(latents=latents, conditioning=conditioning, scheduler=scheduler))
-
-    return InterceptedRun(*call.parts, run)(call.arguments)
+    given = {**arguments, **_of_prompts(prompts, seeds)}
+    parts = _read(family, pipeline, given)
+    return InterceptedRun(*parts, lambda *found: loop(Prepared(*found)))(given)
 
 
-class _Call:
-    """A call of the pipeline, read.
+def _of_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return {"prompt": list(prompts), "generator": generators}
 
-    Attributes:
-        parts: Pipeline, models and call, as `InterceptedRun` takes them.
-        arguments: The pipeline's keyword arguments.
-    """
 
-    def __init__(
-        self,
-        family: Family,
-        pipeline: Any,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        arguments: Mapping[str, Any],
-    ) -> None:
-        layered(family, "training is not there")
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.arguments = {"prompt": list(prompts), "generator": generators, **arguments}
-        call = family.read_call(pipeline, copy.deepcopy(pipeline.scheduler), self.arguments)
-        model = StepModel(family=family, transformer=pipeline.transformer, base={})
-        self.parts = pipeline, (model,), call
+def _read(
+    family: Family, pipeline: Any, arguments: Mapping[str, Any]
+) -> tuple[Any, Sequence[StepModel], PipelineCall]:
+    """A call's pipeline, models and arguments, as `InterceptedRun` takes them."""
+    layered(family, "training is not there")
+    call = family.read_call(pipeline, copy.deepcopy(pipeline.scheduler), arguments)
+    return pipeline, (StepModel(family=family, transformer=pipeline.transformer, base={}),), call
 
 
 @torch.no_grad()
