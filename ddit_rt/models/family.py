@@ -230,7 +230,7 @@ class Family(Description):
         """
         call = bind_call(pipeline, arguments)
         refuse_ignored(call)
-        self._check_prompts(pipeline, call)
+        self.check_prompts(pipeline, call)
         shape = self.call_shape(pipeline, call)
         if call["latents"] is not None:
             check_shape("latents", call["latents"], self.given_latents(shape))
@@ -247,8 +247,8 @@ class Family(Description):
             ignored=self.ignored(pipeline, arguments, call),
         )
 
-    def _check_prompts(self, pipeline: Any, call: Mapping[str, Any]) -> None:
-        """What a pipeline would take and fail at, or take for something else."""
+    def check_prompts(self, pipeline: Any, call: Mapping[str, Any]) -> None:
+        """Refuses what a pipeline would take and fail at, or take for something else."""
         check_texts(call, prompts_of(call))
         check_output(pipeline, call)
         embeds = {

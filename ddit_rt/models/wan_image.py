@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.models.calls import ModelCall, PipelineCall
+from ddit_rt.models.calls import ModelCall
 from ddit_rt.models.smaller import smaller
 from ddit_rt.models.wan_forward import WanForwardFamily
 
@@ -79,16 +79,13 @@ class WanImageFamily(WanForwardFamily):
         hidden = given["hidden_states"]
         return torch.zeros_like(hidden[:, : (hidden.shape[1] - _MASK) // 2])
 
-    def read_call(
-        self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
-    ) -> PipelineCall:
-        """See `Family.read_call`."""
-        read = super().read_call(pipeline, scheduler, arguments)
+    def check_prompts(self, pipeline: Any, call: Mapping[str, Any]) -> None:
+        """See `Family.check_prompts`."""
         config = pipeline.transformer.config
         if config.image_dim is not None:
-            _check_text(read.arguments, guided=read.guided)
-            _check_pictures(read.arguments, 1 if config.pos_embed_seq_len is None else 2)
-        return read
+            _check_text(call, guided=bool(self.scales_of(pipeline, call)))
+            _check_pictures(call, 1 if config.pos_embed_seq_len is None else 2)
+        super().check_prompts(pipeline, call)
 
     def read_model_call(
         self, transformer: Any, shape: tuple[int, ...], arguments: Mapping[str, Any]
