@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ddit_rt.adapters.resize import resize_embedding, resize_projection
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.models.base import Family
+from ddit_rt.models.family import Family
 from ddit_rt.models.layered import layered
 from ddit_rt.policies import parse_patch, patch_name
 
@@ -103,7 +103,7 @@ class PatchAdapter(nn.Module):
         cls, config: AdapterConfig, family: Family, transformer: nn.Module
     ) -> PatchAdapter:
         """An untrained adapter: the base model's layers resized, or zero; see the module."""
-        patch = family.base_patch_size(transformer)
+        patch = family.patch
         embed, project = adaptable_layers(family, transformer)
         adapter = cls(
             config,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ddit_rt import notices
 from ddit_rt.adapters.adapter import AdapterConfig, AdapterSet, PatchAdapter, adaptable_layers
 from ddit_rt.errors import ArtifactError, ArtifactMismatchError
-from ddit_rt.models.base import Family
+from ddit_rt.models.family import Family
 from ddit_rt.policies import patch_name
 
 _PATCH_FILE = "patch_adapter.safetensors"

@@ -18,9 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddit_rt.errors import ShapeError
-from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType, Family
-from ddit_rt.models.forward import ForwardFamily
-from ddit_rt.models.layered import LayeredFamily
+from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType
+from ddit_rt.models.family import Family
 from ddit_rt.steps import StepModel
 from ddit_rt.steps.bound import without_data
 
@@ -78,16 +77,12 @@ def step_cost(
         )
     tokens = model.grid(height, width, multiple, frames).tokens
     sizes = {BATCH: batch, IMAGE: tokens, TEXT: text_tokens, JOINT: tokens + text_tokens}
-    if isinstance(model.family, ForwardFamily):
-        sizes[SOUND] = model.family.sound_tokens(model.transformer, frames)
+    sizes[SOUND] = model.family.sound_tokens(model.transformer, frames)
     twin = _meta_copy(model.family, model.transformer)
-    if isinstance(model.family, ForwardFamily):
-        channels = model.family.latent_channels(twin)
-        size = model.small_size(height, width, multiple)
-        shape = (batch, channels, *((frames,) if frames else ()), *size)
-        parts = [_forward_ends(model.family, twin, shape, text_tokens)]
-    else:
-        parts = [_ends(model.layers, twin, sizes)]
+    channels = model.family.latent_channels(twin)
+    size = model.small_size(height, width, multiple)
+    shape = (batch, channels, *((frames,) if frames else ()), *size)
+    parts = [_ends(model.family, twin, shape, text_tokens)]
     # One of several variants of a block stands for all: they have the same weights.
     types = [kind for kind in model.family.block_types(twin) if not kind.variant]
     parts += [_blocks(block_type, twin, sizes) for block_type in types]
@@ -99,26 +94,13 @@ def step_cost(
     )
 
 
-def _forward_ends(
-    family: ForwardFamily, twin: nn.Module, shape: tuple[int, ...], text_tokens: int
+def _ends(
+    family: Family, twin: nn.Module, shape: tuple[int, ...], text_tokens: int
 ) -> tuple[int, int]:
     """What a step computes beside its blocks."""
     bound, arguments = without_data(family, twin, shape, text_tokens)
     step = torch.zeros(1, dtype=torch.int64, device="meta")
     return _count(twin, lambda: bound(arguments, step, reuse=False))
-
-
-def _ends(family: LayeredFamily, twin: nn.Module, sizes: dict[str, int]) -> tuple[int, int]:
-    """Patch embedding, final modulated norm and de-embedding."""
-    inputs = family.embedding_layers(twin)[0].weight[0].numel()
-    tokens = _input(sizes[BATCH], sizes[IMAGE], inputs)
-    temb = _input(sizes[BATCH], *family.modulation_shape(twin))
-
-    def run() -> None:
-        hidden = family.embed_tokens(twin, tokens)
-        family.project_output(twin, family.modulate_output(twin, hidden, temb))
-
-    return _count(twin, run)
 
 
 def _blocks(block_type: BlockType, twin: nn.Module, sizes: dict[str, int]) -> tuple[int, int]:
@@ -135,10 +117,6 @@ def _blocks(block_type: BlockType, twin: nn.Module, sizes: dict[str, int]) -> tu
 def _float_or(dtype: torch.dtype | None) -> torch.dtype:
     """Float32 for all that holds floating-point numbers, as the copy's weights."""
     return torch.float32 if dtype is None or dtype.is_floating_point else dtype
-
-
-def _input(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device="meta")
 
 
 def _count(module: nn.Module, run: Callable[[], Any]) -> tuple[int, int]:

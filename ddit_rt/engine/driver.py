@@ -14,14 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from ddit_rt.engine.history import SeenLatents
-from ddit_rt.engine.intercepted import FirstStep, LoopInPipeline, Planner, set_up
+from ddit_rt.engine.intercepted import FirstStep, LoopInPipeline, Planner
 from ddit_rt.engine.pipeline_driven import PipelineRun
 from ddit_rt.engine.table_driven import Loop, StepCallback
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.loop import RunPlan
 from ddit_rt.models.arguments import check_text_encoders
 from ddit_rt.models.calls import PipelineCall
-from ddit_rt.models.layered import LayeredFamily
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.planning.outline import Outline, outline_run
 from ddit_rt.planning.plan import plan_run
@@ -68,21 +67,8 @@ class Driver:
         check_text_encoders(self.pipeline, call.arguments, guided=call.guided)
         if problem or given.get("callback_on_step_end") is not None:
             return self._by_pipeline(outline, call, scheduler, given, problem, request)
-        if not isinstance(family, LayeredFamily):
-            run = LoopInPipeline(self.loop, self.pipeline, self._planner(request, call))
-            return run(self.compiled, call, given)
-        prepared = family.encode_call(self.pipeline, scheduler, call)
-        plan = plan_run(self.compiled, outline, prepared.conditioning)
-        with self.pipeline.progress_bar(total=prepared.num_inference_steps) as bar:
-            final = self.loop.run(
-                plan,
-                prepared.latents,
-                lambda _: bar.update(),
-                # Diffusers' own way to end a run: someone sets this.
-                interrupted=lambda: bool(getattr(self.pipeline, "_interrupt", False)),
-            )
-        self.loop.look_back(outline)
-        return prepared.finish(final)
+        run = LoopInPipeline(self.loop, self.pipeline, self._planner(request, call, outline))
+        return run(self.compiled.models, call, given)
 
     def denoise(
         self,
@@ -125,26 +111,36 @@ class Driver:
         """
         if reason := self.compiled.steps.family.own_loop:
             raise UnsupportedModelError(f"no plan can be made of this run: {reason}")
-        call, latents, *found = self.set_up(given)
+        call, (latents, *found) = self.set_up(given)
         _, plan = self._planner(request, call)(*found)
         return plan, latents
 
     def set_up(
         self, given: Mapping[str, Any]
-    ) -> tuple[PipelineCall, Tensor, Mapping[str, Any], Any]:
-        """A call as it is read, then z_0, conditioning and scheduler of its first step."""
+    ) -> tuple[PipelineCall, tuple[Tensor, dict[str, Any], Any]]:
+        """A call as it is read; z_0, conditioning and scheduler of its first step."""
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         call = self.compiled.steps.family.read_call(self.pipeline, scheduler, given)
-        return call, *set_up(self.pipeline, self.compiled, call, scheduler, given)
+        return call, FirstStep(self.pipeline, self.compiled.models, call)(given)
 
-    def _planner(self, request: Request, call: PipelineCall) -> Planner:
-        """Outlines and plans a run whose scheduler the pipeline itself has set."""
+    def _planner(
+        self, request: Request, call: PipelineCall, expected: Outline | None = None
+    ) -> Planner:
+        """Outlines and plans a run whose scheduler the pipeline itself has set.
+
+        Args:
+            request: What the run is asked to do.
+            call: The call as it was read.
+            expected: The run with the schedule that was read for it.
+        """
 
         def plan(conditioning: Mapping[str, Any], scheduler: Any) -> tuple[Outline, RunPlan]:
             table, problem = self.solver(scheduler)
             if problem:
                 raise UnsupportedModelError(f"{problem}; a run by table needs another scheduler")
-            outline = self._outline(request, call.shape, scheduler, table, guided=call.guided)
+            outline = expected
+            if outline is None or outline.solver is not table:
+                outline = self._outline(request, call.shape, scheduler, table, guided=call.guided)
             return outline, plan_run(self.compiled, outline, conditioning)
 
         return plan
@@ -204,8 +200,9 @@ class Driver:
         seen = SeenLatents(family, call.shape, table, scales)
         with self.loop.driven("pipeline", outline.steps) as run:
             drive = PipelineRun(self.pipeline, self.compiled, outline, call, run, seen)
-            if call.passes > 1 and not isinstance(family, LayeredFamily):
-                drive.rehearsed = FirstStep(self.pipeline, self.compiled, call).passes(given)
+            if call.passes > 1 and family.rehearsed:
+                first = FirstStep(self.pipeline, self.compiled.models, call)
+                drive.rehearsed = first.passes(given)
             result = drive(given)
         self.loop.look_at(seen.latest)
         self.loop.look_back(outline)

@@ -384,8 +384,8 @@ class Engine:
         """
         with self._lock:
             self._check_state()
-            _, latents, conditioning, _ = self._driver().set_up(self._with_defaults(arguments))
-            return latents, dict(conditioning)
+            _, found = self._driver().set_up(self._with_defaults(arguments))
+            return found[:2]
 
     def _with_defaults(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {**self._artifact.manifest.pipeline_defaults, **arguments}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -24,11 +24,10 @@ from ddit_rt.engine.table_driven import Loop
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.loop import RunPlan
 from ddit_rt.models.calls import PipelineCall, drop_steps
-from ddit_rt.models.forward import NEGATIVE, SCALE, ForwardFamily
-from ddit_rt.models.layered import layered
-from ddit_rt.planning.compiled import CompiledModel
+from ddit_rt.models.family import NEGATIVE
 from ddit_rt.planning.outline import Outline
 from ddit_rt.solver import falling
+from ddit_rt.steps import StepModel
 from ddit_rt.torch_state import callers_modes, shielded
 
 RunLoop = Callable[[Tensor, dict[str, Any], Any], Tensor]
@@ -47,10 +46,10 @@ class LoopInPipeline:
         self._bar: Any = None
 
     def __call__(
-        self, compiled: CompiledModel, call: PipelineCall, arguments: Mapping[str, Any]
+        self, models: Sequence[StepModel], call: PipelineCall, arguments: Mapping[str, Any]
     ) -> Any:
         """Runs the pipeline's own call; see `InterceptedRun`."""
-        run = InterceptedRun(self._pipeline, compiled, call, self._run_loop, self._take_bar)
+        run = InterceptedRun(self._pipeline, models, call, self._run_loop, self._take_bar)
         return run(arguments)
 
     def _take_bar(self, bar: Any) -> None:
@@ -75,26 +74,24 @@ class InterceptedRun:
     def __init__(
         self,
         pipeline: Any,
-        compiled: CompiledModel,
+        models: Sequence[StepModel],
         call: PipelineCall,
         run_loop: RunLoop,
-        bar: Callable[[Any], None],
+        bar: Callable[[Any], None] = lambda _: None,
     ) -> None:
         """Prepares it; nothing of the pipeline is touched.
 
         Args:
             pipeline: The user's.
-            compiled: Its compiled model.
+            models: Its transformer, and experts that take turns with it.
             call: The checked call.
             run_loop: Runs the loop.
             bar: Given the pipeline's progress bar, which the loop is to move.
         """
-        family = compiled.steps.family
-        assert isinstance(family, ForwardFamily), "its forward runs the steps"
-        self._pipeline, self._compiled, self._call = pipeline, compiled, call
-        self._family = family
+        self._pipeline, self._models, self._call = pipeline, models, call
+        self._family = models[0].family
         self._run_loop, self._bar = run_loop, bar
-        self._signature = inspect.signature(type(compiled.steps.transformer).forward)
+        self._signature = inspect.signature(type(models[0].transformer).forward)
         self._final: Tensor | None = None
         self.passes: list[dict[str, Any]] = []
 
@@ -128,7 +125,7 @@ class InterceptedRun:
         step = _Step(partial(self._step, scheduler, scheduler.step))
         with ExitStack() as stack:
             parts = {"forward": self._forward, "_compiled_call_impl": None}
-            for model in self._compiled.models:
+            for model in self._models:
                 stack.enter_context(replaced(model.transformer, **parts))
             stack.enter_context(replaced(scheduler, step=step))
             bar = partial(self._progress_bar, self._pipeline.progress_bar)
@@ -141,7 +138,7 @@ class InterceptedRun:
         given.pop("self")
         as_tuple = given.pop("return_dict", True) is False
         if self._final is None:
-            transformer, shape = self._compiled.steps.transformer, self._call.shape
+            transformer, shape = self._models[0].transformer, self._call.shape
             for one in self._family.passes_in(given, shape[0]):
                 call = self._family.read_model_call(transformer, shape, one)
                 self.passes.append(call.conditioning)
@@ -179,7 +176,8 @@ class InterceptedRun:
 
     def _conditioning(self, device: torch.device) -> dict[str, Any]:
         """As of `Engine.denoise`."""
-        if len(self.passes) != self._call.passes:
+        # Without guidance there may be room for a pass that only a callback asks for.
+        if len(self.passes) not in (self._call.passes, 1 + self._call.guided):
             raise UnsupportedModelError(
                 f"{type(self._pipeline).__name__} ran its transformer {len(self.passes)} times in "
                 f"its first step; this call was planned for {self._call.passes} passes"
@@ -193,7 +191,7 @@ class InterceptedRun:
                 conditioning[NEGATIVE + name] = negative.get(name)
         if negatives and len(scales):
             # With one for each expert, where there are several.
-            conditioning[SCALE] = scales if len(scales) > 1 else scales[0]
+            conditioning[self._family.scale] = scales if len(scales) > 1 else scales[0]
         return conditioning
 
     @contextmanager
@@ -227,10 +225,10 @@ class _StillBar:
 class FirstStep:
     """The pipeline's call up to its first step, for whoever goes on by themselves."""
 
-    def __init__(self, pipeline: Any, compiled: CompiledModel, call: PipelineCall) -> None:
+    def __init__(self, pipeline: Any, models: Sequence[StepModel], call: PipelineCall) -> None:
         """Arguments as of `InterceptedRun`."""
         self._found: tuple[Tensor, dict[str, Any], Any] | None = None
-        self._run = InterceptedRun(pipeline, compiled, call, self._stop, lambda _: None)
+        self._run = InterceptedRun(pipeline, models, call, self._stop)
 
     def __call__(self, arguments: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any], Any]:
         """What a `RunLoop` is given. Noise is drawn: generators go on from where they were."""
@@ -258,26 +256,3 @@ class FirstStep:
 
 class _Stopped(Exception):
     """The first step is reached."""
-
-
-def set_up(
-    pipeline: Any,
-    compiled: CompiledModel,
-    call: PipelineCall,
-    scheduler: Any,
-    arguments: Mapping[str, Any],
-) -> tuple[Tensor, Mapping[str, Any], Any]:
-    """What a loop begins with: z_0, the conditioning and the scheduler.
-
-    Args:
-        pipeline: The user's.
-        compiled: Its compiled model.
-        call: A checked call.
-        scheduler: Set for it.
-        arguments: Its keyword arguments.
-    """
-    family = compiled.steps.family
-    if isinstance(family, ForwardFamily):
-        return FirstStep(pipeline, compiled, call)(arguments)
-    prepared = layered(family, "its loop is not there").encode_call(pipeline, scheduler, call)
-    return prepared.latents, prepared.conditioning, scheduler

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ddit_rt.artifact import Artifact, BucketEntry
 from ddit_rt.models import family_of
 from ddit_rt.models.base import Grid
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.layered import LayeredFamily
 from ddit_rt.models.probe import meta_twin
 from ddit_rt.policies import parse_patch
 from ddit_rt.solver import solver_of
@@ -205,15 +205,15 @@ def _tables(run: _Run, grid: Grid, size: tuple[int, int]) -> tuple[int, int]:
 
     Of a model whose own forward runs the steps: what is held for a run, and for every step.
     """
-    model, family, transformer = run.model, run.model.family, run.model.transformer
-    if isinstance(family, ForwardFamily):
-        shape = (*run.shape[:-2], *size)
-        bound, _ = without_data(family, meta_twin(transformer), shape, run.text_tokens, run.steps)
-        held, timed = bound.held_tensors(), bound.timed_tensors()
-        return sum(map(_tensor_bytes, held)), sum(map(_tensor_bytes, timed))
-    positions = model.layers.positions(transformer, grid, run.text_tokens)
-    width = math.prod(model.layers.modulation_shape(transformer))
-    return sum(map(_tensor_bytes, positions)), run.steps * width * run.itemsize
+    family, transformer = run.model.family, run.model.transformer
+    if isinstance(family, LayeredFamily):
+        positions = family.positions(transformer, grid, run.text_tokens)
+        width = math.prod(family.modulation_shape(transformer))
+        return sum(map(_tensor_bytes, positions)), run.steps * width * run.itemsize
+    shape = (*run.shape[:-2], *size)
+    bound, _ = without_data(family, meta_twin(transformer), shape, run.text_tokens, run.steps)
+    held, timed = bound.held_tensors(), bound.timed_tensors()
+    return sum(map(_tensor_bytes, held)), sum(map(_tensor_bytes, timed))
 
 
 def _module_bytes(module: nn.Module) -> int:

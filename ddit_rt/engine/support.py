@@ -19,7 +19,6 @@ from ddit_rt.engine.inputs import check_size_names
 from ddit_rt.errors import DditError, UnsupportedModelError
 from ddit_rt.models import Family, family_of_classes
 from ddit_rt.models.arguments import call_defaults
-from ddit_rt.models.layered import LayeredFamily
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.policies import patch_name
 from ddit_rt.solver import solver_of
@@ -256,8 +255,10 @@ def _driven(family: Family, pipeline: Any) -> str:
     problem = family.own_loop or _scheduler_problem(family, pipeline)
     if problem:
         return f"the pipeline's own loop: {problem}"
-    where = "" if isinstance(family, LayeredFamily) else ", inside the pipeline's own call"
-    return f"the compiled loop{where}; the pipeline's own with a callback_on_step_end"
+    return (
+        "the compiled loop, inside the pipeline's own call; the pipeline's own loop with a "
+        "callback_on_step_end"
+    )
 
 
 def _scheduler_problem(family: Family, pipeline: Any) -> str:

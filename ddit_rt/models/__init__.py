@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.models.base import Family
 from ddit_rt.models.chroma import ChromaFamily
+from ddit_rt.models.family import Family
 from ddit_rt.models.flux import FluxFamily
 from ddit_rt.models.flux2 import Flux2Family
 from ddit_rt.models.flux_edit import (

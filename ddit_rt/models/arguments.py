@@ -19,6 +19,9 @@ from ddit_rt.errors import ShapeError
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
+_TEXTS = tuple(
+    f"{prefix}prompt{suffix}" for prefix in ("", "negative_") for suffix in ("", "_2", "_3")
+)
 _ENCODERS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 _MOST_NOISE = 1 + 1e-6
 """1, with the rounding of those who compute it in float32."""
@@ -54,6 +57,11 @@ def check_arguments(
 def call_defaults(pipeline: Any) -> Mapping[str, Any]:
     """Defaults of the pipeline's call by argument; `inspect.Parameter.empty` where it has none."""
     return _defaults_of(type(pipeline).__call__)
+
+
+def default_of(pipeline: Any, name: str) -> int:
+    """What the pipeline's call takes for a size that is not given."""
+    return int(call_defaults(pipeline)[name])
 
 
 @lru_cache(maxsize=8)
@@ -140,13 +148,13 @@ def check_tensor(name: str, value: Any, expected: str, *, floating: bool = True)
 
 
 def check_given_embeds(
-    name: str, value: Tensor | None, shape: Sequence[int | str], batch: int, per_prompt: str
+    name: str, value: Tensor, shape: Sequence[int | str], batch: int, per_prompt: str
 ) -> None:
     """Refuses embeddings of another shape, and of another number of prompts than the call's.
 
     Args:
         name: The argument's name.
-        value: What came, if anything.
+        value: What came.
         shape: Sizes of the dimensions behind the first; a string names one that may be anything.
         batch: Images, or videos, that the call makes.
         per_prompt: The argument that counts those of a prompt.
@@ -154,8 +162,6 @@ def check_given_embeds(
     Raises:
         ShapeError: See above.
     """
-    if value is None:
-        return
     fits = value.ndim == len(shape) + 1 and all(
         isinstance(dim, str) or dim == size
         for dim, size in zip(shape, value.shape[1:], strict=True)
@@ -170,15 +176,22 @@ def check_given_embeds(
         )
 
 
-def check_exclusive(call: Mapping[str, Any], *pairs: tuple[str, str]) -> None:
-    """Refuses arguments that say the same in two ways.
+def check_texts(call: Mapping[str, Any], prompts: int) -> None:
+    """Refuses texts beside embeddings that say the same, and lists that are not as many as prompts.
 
     Raises:
-        ValueError: Both of a pair are given.
+        ValueError: See above.
     """
-    for one, other in pairs:
-        if call[one] is not None and call[other] is not None:
-            raise ValueError(f"got both {one} and {other}; give one of them")
+    for name in (name for name in _TEXTS if call.get(name) is not None):
+        embeds = "negative_prompt_embeds" if name.startswith("negative") else "prompt_embeds"
+        if call.get(embeds) is not None:
+            raise ValueError(f"got both {name} and {embeds}; give one of them")
+        texts = call[name]
+        if isinstance(texts, list) and len(texts) != prompts:
+            raise ValueError(
+                f"got {name} with {len(texts)} texts for {prompts} prompts; give one for each, or "
+                "one text for all"
+            )
 
 
 def is_empty(value: Any) -> bool:
@@ -188,28 +201,13 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value)
 
 
-def check_counts(call: Mapping[str, Any], names: Sequence[str], prompts: int) -> None:
-    """Refuses lists of texts that are not as many as the prompts.
-
-    Raises:
-        ValueError: See above.
-    """
-    for name in names:
-        texts = call[name]
-        if isinstance(texts, list) and len(texts) != prompts:
-            raise ValueError(
-                f"got {name} with {len(texts)} texts for {prompts} prompts; give one for each, or "
-                "one text for all"
-            )
-
-
 def check_output(pipeline: Any, call: Mapping[str, Any]) -> None:
     """Refuses an output that the pipeline cannot make, before it would fail at it.
 
     Raises:
         ValueError: Images or videos are asked of a pipeline without a VAE.
     """
-    if call["output_type"] != "latent" and pipeline.vae is None:
+    if call["output_type"] != "latent" and getattr(pipeline, "vae", pipeline) is None:
         raise ValueError(
             f"got output_type={call['output_type']!r} for a pipeline without a VAE, which decodes; "
             'pass output_type="latent", or load the VAE'

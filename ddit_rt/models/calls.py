@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,6 @@ _REFUSED_ARGUMENTS = {
     "joint_attention_kwargs": "joint_attention_kwargs",
     "attention_kwargs": "attention_kwargs",
 }
-
-_POSITIONS = ("img_ids", "txt_ids")
-"""Arguments of a transformer's call that say what its shapes say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,24 +58,6 @@ class ModelCall:
     latents: Tensor
     timestep: Tensor
     conditioning: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PreparedCall:
-    """A pipeline call up to its denoising loop.
-
-    Attributes:
-        latents: Initial noise, `[B, C, H, W]`, of a video `[B, C, F, H, W]`, float32.
-        conditioning: The keyword arguments of `Engine.denoise` that carry the prompt.
-        num_inference_steps: Steps that the scheduler was set to; its `sigmas` and `timesteps`
-            hold the schedule.
-        finish: Turns final latents into what the pipeline returns.
-    """
-
-    latents: Tensor
-    conditioning: dict[str, Tensor]
-    num_inference_steps: int
-    finish: Callable[[Tensor], Any]
 
 
 PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -175,29 +154,24 @@ def batch_of(call: Mapping[str, Any]) -> int:
     return prompts_of(call) * int(next(per_prompt, 1))
 
 
-def model_arguments(arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def model_arguments(
+    arguments: Mapping[str, Any], names: Sequence[str], sized: Sequence[str] = ()
+) -> dict[str, Any]:
     """Arguments of a transformer's call by name, after a refusal of what would be ignored.
 
     Args:
         arguments: Those that were given.
         names: Those that are known.
+        sized: Those that say what the latents' shape says.
 
     Raises:
         UnsupportedModelError: Another one has a value that means something.
     """
     for name, value in arguments.items():
-        if name in names or name in _POSITIONS or value is None or value is False or value == {}:
+        if name in names or name in sized or value is None or value is False or value == {}:
             continue
         raise UnsupportedModelError(
             f"the pipeline gave its transformer `{name}`, which the compiled blocks could only "
             "ignore; leave out what asks for it, or call the diffusers pipeline itself"
         )
     return {name: arguments[name] for name in names if arguments.get(name) is not None}
-
-
-def of_batch(tensors: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
-    """Tensors of one sample repeated for a batch, as diffusers broadcasts them."""
-    return {
-        name: tensor.expand(batch, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
-        for name, tensor in tensors.items()
-    }

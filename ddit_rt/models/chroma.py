@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ddit_rt import ops
 from ddit_rt.models.calls import ModelCall, PipelineCall
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.family import Family
 
 _MASKS = ("prompt_attention_mask", "negative_prompt_attention_mask")
 
 
-class ChromaFamily(ForwardFamily):
+class ChromaFamily(Family):
     """Chroma, text to image."""
 
     name: ClassVar[str] = "chroma"
@@ -38,7 +38,7 @@ class ChromaFamily(ForwardFamily):
         return int(transformer.config.in_channels) // self.patch**2
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `ForwardFamily.example`."""
+        """See `Family.example`."""
         width, dtype = transformer.config.joint_attention_dim, transformer.dtype
         return {
             "encoder_hidden_states": torch.empty(batch, text, width, dtype=dtype, device="meta"),
@@ -46,7 +46,7 @@ class ChromaFamily(ForwardFamily):
         }
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-        """See `ForwardFamily.resized`; the prompt's mask too, open to the image."""
+        """See `Family.resized`; the prompt's mask too, open to the image."""
         text, mask = arguments["encoder_hidden_states"], arguments["attention_mask"]
         rows, columns = shape[-2] // self.patch, shape[-1] // self.patch
         ids = text.new_zeros(rows, columns, 3)
@@ -59,7 +59,7 @@ class ChromaFamily(ForwardFamily):
         }
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """See `ForwardFamily.scale_of`: a negative prompt that is not given is the empty one."""
+        """See `Family.scale_of`: a negative prompt that is not given is the empty one."""
         scale = float(call["guidance_scale"])
         return scale if scale > 1 else None
 

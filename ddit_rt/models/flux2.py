@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from ddit_rt import ops
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.family import Family
 
 _SPREAD = 0.1
 """Of a channel's std: how far its norm may differ between places; three times the released one."""
 
 
-class Flux2Family(ForwardFamily):
+class Flux2Family(Family):
     """FLUX.2, text to image."""
 
     name: ClassVar[str] = "flux2"
@@ -68,7 +68,7 @@ class Flux2Family(ForwardFamily):
         return int(transformer.config.in_channels) // self.patch**2
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `ForwardFamily.example`."""
+        """See `Family.example`."""
         width, dtype = transformer.config.joint_attention_dim, transformer.dtype
         prompt = torch.empty(batch, text, width, dtype=dtype, device="meta")
         embeds = transformer.config.guidance_embeds
@@ -78,7 +78,7 @@ class Flux2Family(ForwardFamily):
         return {"encoder_hidden_states": prompt, **guidance}
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-        """See `ForwardFamily.resized`: frame, row, column and text position of every token."""
+        """See `Family.resized`: frame, row, column and text position of every token."""
         text = arguments[self.text]
         rows, columns = shape[-2] // self.patch, shape[-1] // self.patch
         sizes = {"img_ids": (1, rows, columns, 1), "txt_ids": (1, 1, 1, text.shape[1])}
@@ -86,7 +86,7 @@ class Flux2Family(ForwardFamily):
         return {name: torch.cartesian_prod(*map(arange, size)) for name, size in sizes.items()}
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """See `ForwardFamily.scale_of`: of klein as a base model."""
+        """See `Family.scale_of`: of klein as a base model."""
         two = "negative_prompt_embeds" in call and not pipeline.config.is_distilled
         return float(call["guidance_scale"]) if two and call["guidance_scale"] > 1 else None
 
@@ -100,13 +100,13 @@ class Flux2Family(ForwardFamily):
         return super().read_call(pipeline, scheduler, arguments)
 
     def mu(self, scheduler: Any, tokens: int, steps: int) -> float:
-        """See `ForwardFamily.mu`."""
+        """See `Family.mu`."""
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
         return float(compute_empirical_mu(tokens, steps))
 
     def given_latents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """See `ForwardFamily.given_latents`: packed, in rows and columns."""
+        """See `Family.given_latents`: packed, in rows and columns."""
         batch, channels, rows, columns = shape
         return batch, channels * self.patch**2, rows // self.patch, columns // self.patch
 

@@ -17,14 +17,14 @@ from torch import Tensor
 from ddit_rt import ops
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.calls import PipelineCall
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.family import Family
 
 _TEXT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
 _MASKS = ("prompt_embeds_mask", "negative_prompt_embeds_mask")
 _DISTILLED_SHIFT = 1.15
 
 
-class Krea2Family(ForwardFamily):
+class Krea2Family(Family):
     """Krea 2, text to image: the base model, and the few-step distilled one."""
 
     name: ClassVar[str] = "krea2"
@@ -51,13 +51,13 @@ class Krea2Family(ForwardFamily):
         return 1024, 1024
 
     def size_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
-        """See `ForwardFamily.size_of`: rounded up to whole tokens."""
+        """See `Family.size_of`: rounded up to whole tokens."""
         unit = pipeline.vae_scale_factor * self.patch
         rows, columns = (-(-side // unit) * unit for side in super().size_of(pipeline, call))
         return rows, columns
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `ForwardFamily.example`."""
+        """See `Family.example`."""
         config = transformer.config
         shape = (batch, text, config.num_text_layers, config.text_hidden_dim)
         return {
@@ -66,7 +66,7 @@ class Krea2Family(ForwardFamily):
         }
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-        """See `ForwardFamily.resized`: text at the origin, then rows and columns."""
+        """See `Family.resized`: text at the origin, then rows and columns."""
         text = arguments[_TEXT]
         rows, columns = shape[-2] // self.patch, shape[-1] // self.patch
         ids = torch.zeros(rows, columns, 3, dtype=torch.float32, device=text.device)
@@ -75,20 +75,20 @@ class Krea2Family(ForwardFamily):
         return {"position_ids": torch.cat((ids.new_zeros(text.shape[1], 3), ids.flatten(0, 1)))}
 
     def time(self, level: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `ForwardFamily.time`: the pipeline rounds t itself, not 1000 t."""
+        """See `Family.time`: the pipeline rounds t itself, not 1000 t."""
         return level.to(dtype)
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """See `ForwardFamily.scale_of`: the usual scale is the pipeline's plus 1."""
+        """See `Family.scale_of`: the usual scale is the pipeline's plus 1."""
         scale = float(call["guidance_scale"])
         return 1 + scale if scale > 0 else None
 
     def join(self, prompt: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
-        """See `ForwardFamily.join`: as the pipeline writes it, for the same rounding."""
+        """See `Family.join`: as the pipeline writes it, for the same rounding."""
         return prompt + (scale - 1) * (prompt - negative)
 
     def mu(self, scheduler: Any, tokens: int, steps: int) -> float:
-        """See `ForwardFamily.mu`: of a scheduler that says nothing it ends at 6400 tokens."""
+        """See `Family.mu`: of a scheduler that says nothing it ends at 6400 tokens."""
         del steps
         given = scheduler.config
         low, high = given.get("base_shift", 0.5), given.get("max_shift", _DISTILLED_SHIFT)

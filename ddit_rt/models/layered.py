@@ -8,20 +8,24 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.models.base import Family, Grid, Runner
-from ddit_rt.models.calls import PipelineCall, PreparedCall
+from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.models.base import BlockType, Grid, Guidance, Runner
+from ddit_rt.models.calls import ModelCall, check_shape, model_arguments
+from ddit_rt.models.family import Family
 
 
 class LayeredFamily(Family):
     """A family that tells its model's layers too: what trained adapters and TeaCache need.
 
-    Attributes:
-        time_driven: Whether what TeaCache goes by depends on the time alone; then the family has a
-            `time_signal`, otherwise `modulate_input`.
+    Its steps run them, on blocks in a form of the family's own, instead of the model's forward; all
+    else is as of any family.
     """
 
-    time_driven: ClassVar[bool] = False
+    rehearsed: ClassVar[bool] = False
+
+    @abstractmethod
+    def block_types(self, transformer: nn.Module) -> tuple[BlockType, ...]:
+        """See `Family.block_types`: in the family's own form."""
 
     @abstractmethod
     def embed_text(self, transformer: nn.Module, conditioning: Mapping[str, Tensor]) -> Tensor:
@@ -130,21 +134,35 @@ class LayeredFamily(Family):
     def embedding_layers(self, transformer: nn.Module) -> tuple[nn.Linear | nn.Conv3d, nn.Linear]:
         """The patch embedding and de-embedding, from which adapters are initialised."""
 
-    @abstractmethod
-    def encode_call(self, pipeline: Any, scheduler: Any, call: PipelineCall) -> PreparedCall:
-        """The pipeline's own call up to its denoising loop.
+    def prompt_names(self, transformer: nn.Module) -> tuple[str, ...]:
+        """See `Family.prompt_names`: none, as its layers take nothing else."""
+        return ()
 
-        Args:
-            pipeline: A pipeline of one of `pipeline_classes`.
-            scheduler: As `read_call` has set it.
-            call: What `read_call` gave.
+    def together(self, guidance: Guidance) -> tuple[Mapping[str, Any]] | None:
+        """See `Family.together`.
+
+        Raises:
+            ShapeError: Prompts and negative prompts of unequal lengths cannot be one batch.
         """
+        for name, one in guidance.prompt.items():
+            other = guidance.negative[name]
+            if other.shape != one.shape:
+                raise ShapeError(
+                    f"`{name}` has shape {list(one.shape)} for the prompt and "
+                    f"{list(other.shape)} for the negative prompt, which cannot be one batch; pad "
+                    "them alike, or set engine.batched_guidance = False"
+                )
+        return super().together(guidance)
 
-    def prepare(self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]) -> PreparedCall:
-        """`read_call`, then `encode_call`."""
-        return self.encode_call(pipeline, scheduler, self.read_call(pipeline, scheduler, arguments))
+    def read_model_call(
+        self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
+    ) -> ModelCall:
+        """See `Family.read_model_call`. The positions are those of `shape`, as the pipeline's."""
+        names = ("hidden_states", "timestep", *self.conditioning_names)
+        given = model_arguments(arguments, names, self.sized)
+        check_shape("hidden_states", given["hidden_states"], self.given_latents(shape))
+        return super().read_model_call(transformer, shape, given)
 
-    @abstractmethod
     def encode_images(self, pipeline: Any, pixels: Tensor) -> Tensor:
         """Clean latents of images, scaled as the model takes them.
 
@@ -154,7 +172,14 @@ class LayeredFamily(Family):
 
         Returns:
             `[B, C, H, W]`, float32.
+
+        Raises:
+            UnsupportedModelError: This version trains no adapters for the model.
         """
+        raise UnsupportedModelError(
+            f"this version trains no adapters for {self.transformer_class}; leave training out: "
+            "coarse steps need none"
+        )
 
 
 def layered(family: Family, what: str) -> LayeredFamily:

@@ -21,12 +21,12 @@ from torch import Tensor
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.base import Grid
 from ddit_rt.models.calls import PipelineCall, check_shape
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.family import Family
 
 _TEXT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
 
 
-class LongCatAudioFamily(ForwardFamily):
+class LongCatAudioFamily(Family):
     """LongCat-AudioDiT, text to audio."""
 
     name: ClassVar[str] = "longcat-audio"
@@ -75,7 +75,7 @@ class LongCatAudioFamily(ForwardFamily):
         return batch, self.latent_channels(pipeline.transformer), 1, frames
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `ForwardFamily.example`."""
+        """See `Family.example`."""
         shape = (batch, text, transformer.config.dit_text_dim)
         return {
             _TEXT: torch.empty(shape, dtype=transformer.dtype, device="meta"),
@@ -85,20 +85,20 @@ class LongCatAudioFamily(ForwardFamily):
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """See `ForwardFamily.forward_arguments`."""
+        """See `Family.forward_arguments`."""
         given = super().forward_arguments(latents, level, arguments)
         return {**given, "latent_cond": torch.zeros_like(given["hidden_states"])}
 
     def time(self, level: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `ForwardFamily.time`: 0 at noise."""
+        """See `Family.time`: 0 at noise."""
         return (1 - level).to(dtype)
 
     def level_of(self, timestep: Tensor) -> Tensor:
-        """See `ForwardFamily.level_of`."""
+        """See `Family.level_of`."""
         return 1 - timestep.float()
 
     def read_output(self, given: Any) -> Tensor:
-        """See `ForwardFamily.read_output`."""
+        """See `Family.read_output`."""
         return -super().read_output(given)
 
     def as_called(self, velocities: Sequence[Tensor]) -> Tensor:
@@ -107,7 +107,7 @@ class LongCatAudioFamily(ForwardFamily):
         return -velocity
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """See `ForwardFamily.scale_of`."""
+        """See `Family.scale_of`."""
         scale = float(call["guidance_scale"])
         return scale if scale > 1 else None
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from ddit_rt import checks
 from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.models.arguments import default_of
 from ddit_rt.models.calls import ModelCall, PipelineCall
-from ddit_rt.models.forward import ForwardFamily
-from ddit_rt.models.wan_calls import default_of
+from ddit_rt.models.family import Family
 
 _SIZE = "video_size"
 """Conditioning: latent frames, rows and columns that `video_coords` are of."""
@@ -32,7 +32,7 @@ _FRAMES_PER_SECOND = 24
 _FRAMES = 121
 
 
-class LTX2Family(ForwardFamily):
+class LTX2Family(Family):
     """LTX-2, text to video with sound."""
 
     name: ClassVar[str] = "ltx2"
@@ -99,7 +99,7 @@ class LTX2Family(ForwardFamily):
         return batch, channels, frames, height // edge, width // edge
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `ForwardFamily.example`: plain, with the latents apart, without attention."""
+        """See `Family.example`: plain, with the latents apart, without attention."""
         config, dtype = transformer.config, transformer.dtype
         widths = [config.caption_channels] * 2
         if not config.use_prompt_embeddings:
@@ -115,7 +115,7 @@ class LTX2Family(ForwardFamily):
         return {**embeds, **masks, "isolate_modalities": variant == 1, **perturbed}
 
     def sound_example(self, transformer: Any, batch: int, tokens: int) -> dict[str, Any]:
-        """See `ForwardFamily.sound_example`."""
+        """See `Family.sound_example`."""
         shape = (batch, tokens, transformer.config.audio_in_channels)
         time = torch.empty(batch, dtype=torch.float32, device="meta")
         return {
@@ -126,7 +126,7 @@ class LTX2Family(ForwardFamily):
         }
 
     def sound_tokens(self, transformer: Any, frames: int) -> int:
-        """See `ForwardFamily.sound_tokens`."""
+        """See `Family.sound_tokens`."""
         config = transformer.config
         rate = config.audio_sampling_rate / config.audio_hop_length / config.audio_scale_factor
         seconds = ((frames - 1) * config.vae_scale_factors[0] + 1) / _FRAMES_PER_SECOND
@@ -136,7 +136,7 @@ class LTX2Family(ForwardFamily):
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """See `ForwardFamily.forward_arguments`: a small video's positions are the first ones."""
+        """See `Family.forward_arguments`: a small video's positions are the first ones."""
         prompt = dict(arguments)
         frames, rows, columns = latents.shape[2:]
         if (size := prompt.pop(_SIZE, None)) is not None:
@@ -147,15 +147,15 @@ class LTX2Family(ForwardFamily):
         return {**given, **sizes, "sigma": given["timestep"]}
 
     def time(self, level: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `ForwardFamily.time`: 1000 t."""
+        """See `Family.time`: 1000 t."""
         return level * 1000
 
     def level_of(self, timestep: Tensor) -> Tensor:
-        """See `ForwardFamily.level_of`."""
+        """See `Family.level_of`."""
         return timestep.float() / 1000
 
     def mu(self, scheduler: Any, tokens: int, steps: int) -> float:
-        """See `ForwardFamily.mu`."""
+        """See `Family.mu`."""
         del steps
         given = scheduler.config
         low, high = given.get("base_shift", 0.95), given.get("max_shift", 2.05)
@@ -163,7 +163,7 @@ class LTX2Family(ForwardFamily):
         return float(low + (high - low) * (tokens - least) / (most - least))
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """See `ForwardFamily.scale_of`."""
+        """See `Family.scale_of`."""
         scale = float(call["guidance_scale"])
         return scale if max(scale, _sound_of(call, "guidance_scale")) > 1 else None
 
@@ -220,7 +220,7 @@ class LTX2Family(ForwardFamily):
         return torch.cat([*reversed(velocities)]), torch.cat([*reversed(known)])
 
     def block_call(self, given: dict[str, Any]) -> dict[str, Any]:
-        """See `ForwardFamily.block_call`: all samples of a pass are perturbed, or none.
+        """See `Family.block_call`: all samples of a pass are perturbed, or none.
 
         The forward says so by a tensor on the host, beside a mask that nothing reads then.
         """
@@ -228,16 +228,16 @@ class LTX2Family(ForwardFamily):
         return {**given, "all_perturbed": perturbed, "perturbation_mask": None}
 
     def read_sound(self, given: Any) -> Tensor | None:
-        """See `ForwardFamily.read_sound`."""
+        """See `Family.read_sound`."""
         sound: Tensor = given[1]
         return sound
 
     def no_output(self, given: Mapping[str, Any]) -> Any:
-        """See `ForwardFamily.no_output`."""
+        """See `Family.no_output`."""
         return tuple(torch.zeros_like(given[f"{one}hidden_states"]) for one in ("", "audio_"))
 
     def given_latents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """See `ForwardFamily.given_latents`: not packed."""
+        """See `Family.given_latents`: not packed."""
         return shape
 
     def pack_latents(self, latents: Tensor) -> Tensor:

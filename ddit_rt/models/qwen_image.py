@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from ddit_rt import ops
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.calls import ModelCall
-from ddit_rt.models.forward import REFERENCE, REFERENCE_SHAPES, ForwardFamily
+from ddit_rt.models.description import REFERENCE, REFERENCE_SHAPES
+from ddit_rt.models.family import Family
 
 
-class QwenImageFamily(ForwardFamily):
+class QwenImageFamily(Family):
     """Qwen-Image, text to image and edits."""
 
     name: ClassVar[str] = "qwen-image"
@@ -54,7 +55,7 @@ class QwenImageFamily(ForwardFamily):
             )
 
     def size_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
-        """See `ForwardFamily.size_of`: of an edit by its first or last picture."""
+        """See `Family.size_of`: of an edit by its first or last picture."""
         image = call.get("image")
         if image is None:
             return super().size_of(pipeline, call)
@@ -71,7 +72,7 @@ class QwenImageFamily(ForwardFamily):
         return int(transformer.config.in_channels) // self.patch**2
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `ForwardFamily.example`: without a text mask, and with one."""
+        """See `Family.example`: without a text mask, and with one."""
         width, dtype = transformer.config.joint_attention_dim, transformer.dtype
         arguments: dict[str, Any] = {
             "encoder_hidden_states": torch.empty(batch, text, width, dtype=dtype, device="meta")
@@ -82,7 +83,7 @@ class QwenImageFamily(ForwardFamily):
         return arguments
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-        """See `ForwardFamily.resized`."""
+        """See `Family.resized`."""
         rows, columns = shape[-2] // self.patch, shape[-1] // self.patch
         references = arguments.get(REFERENCE_SHAPES, ())
         return {"img_shapes": [[(1, rows, columns), *references]] * shape[0]}
@@ -97,13 +98,13 @@ class QwenImageFamily(ForwardFamily):
         return call
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """See `ForwardFamily.scale_of`: true guidance, with a negative prompt."""
+        """See `Family.scale_of`: true guidance, with a negative prompt."""
         negative = call["negative_prompt"] is not None or call["negative_prompt_embeds"] is not None
         scale = float(call["true_cfg_scale"])
         return scale if scale > 1 and negative else None
 
     def join(self, prompt: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
-        """See `ForwardFamily.join`: every token as long as with the prompt."""
+        """See `Family.join`: every token as long as with the prompt."""
         joined = super().join(prompt, negative, scale)
         length = torch.norm(prompt, dim=-1, keepdim=True)
         rescaled: Tensor = joined * (length / torch.norm(joined, dim=-1, keepdim=True))

@@ -17,10 +17,10 @@ from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models.arguments import check_steps
 from ddit_rt.models.base import Grid
 from ddit_rt.models.calls import PipelineCall
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.family import Family
 
 
-class SD3Family(ForwardFamily):
+class SD3Family(Family):
     """Stable Diffusion 3 and 3.5, text to image."""
 
     name: ClassVar[str] = "sd3"
@@ -48,7 +48,7 @@ class SD3Family(ForwardFamily):
         return shape
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `ForwardFamily.example`."""
+        """See `Family.example`."""
         config, dtype = transformer.config, transformer.dtype
         width, pooled = config.joint_attention_dim, config.pooled_projection_dim
         return {
@@ -57,19 +57,19 @@ class SD3Family(ForwardFamily):
         }
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-        """See `ForwardFamily.resized`: the model reads the size off its latents."""
+        """See `Family.resized`: the model reads the size off its latents."""
         return {}
 
     def time(self, level: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `ForwardFamily.time`: 1000 t, which the pipeline leaves in float32."""
+        """See `Family.time`: 1000 t, which the pipeline leaves in float32."""
         return level * 1000
 
     def level_of(self, timestep: Tensor) -> Tensor:
-        """See `ForwardFamily.level_of`."""
+        """See `Family.level_of`."""
         return timestep.float() / 1000
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """See `ForwardFamily.scale_of`: a negative prompt that is not given is the empty one."""
+        """See `Family.scale_of`: a negative prompt that is not given is the empty one."""
         scale = float(call["guidance_scale"])
         return scale if scale > 1 else None
 

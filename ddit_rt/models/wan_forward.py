@@ -1,35 +1,42 @@
-"""What Wan's families that start from pictures or videos share; see `wan_image.py`.
+"""What all pipelines of Wan share: latents, sizes, schedules, guidance, and two experts.
 
-The model's own forward runs their steps. `wan.py`, the text-to-video family, tells its layers.
+Latents are `[B, 16, F, H/8, W/8]` for 4F - 3 frames, and a token is 2 x 2 latent pixels of one
+frame, so a coarse patch is 4 x 4 or 8 x 8 pixels of one frame. Wan 2.2 A14B has two models of one
+shape: `transformer` takes the steps whose timestep is at least `boundary_ratio` of the whole range,
+and `transformer_2` those after it, with a guidance scale of its own.
 """
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.models.arguments import check_steps, default_of
 from ddit_rt.models.base import Grid
-from ddit_rt.models.calls import PipelineCall, batch_of, bind_call, check_shape, refuse_ignored
-from ddit_rt.models.forward import ForwardFamily
-from ddit_rt.models.wan import WanFamily
-from ddit_rt.models.wan_calls import WanSizes, ignored_arguments, scales_of_call
-from ddit_rt.models.wan_variants import refused_experts
+from ddit_rt.models.family import Family
 
-_TEXT_TO_VIDEO = WanFamily()
+_PATCH = (1, 2, 2)
 
 
-class WanForwardFamily(WanSizes, ForwardFamily):
+class WanForwardFamily(Family):
     """One transformer, or two experts that take turns."""
 
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
     video: ClassVar[bool] = True
     guided_by_default: ClassVar[bool] = True
-    default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = _TEXT_TO_VIDEO.default_ranges
+    # 81 frames of 720 x 1280 with guidance; 13824 features per token then stay below 2**31.
+    default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {
+        "batch": (1, 2),
+        "image": (4, 75600),
+    }
+    embeds: ClassVar[Mapping[str, str]] = {"prompt_embeds": "encoder_hidden_states"}
     held: ClassVar[tuple[str, ...]] = (
         "rope",
         "condition_embedder.text_embedder",
@@ -40,11 +47,10 @@ class WanForwardFamily(WanSizes, ForwardFamily):
     def check_model(self, transformer: Any, pipeline: Any) -> None:
         """Refuses what this version cannot run, by name."""
         refused = self.refused(transformer.config)
-        if tuple(transformer.config.patch_size) != (1, 2, 2):
-            patch = tuple(transformer.config.patch_size)
-            refused.append(f"patch_size={patch} (expected (1, 2, 2))")
+        if (patch := tuple(transformer.config.patch_size)) != _PATCH:
+            refused.append(f"patch_size={patch} (expected {_PATCH})")
         if pipeline is not None:
-            refused += refused_experts(transformer, pipeline)
+            refused += _refused_experts(transformer, pipeline)
         if refused:
             raise UnsupportedModelError(
                 f"this version runs no {self.pipeline_classes[0]} of a model with "
@@ -60,19 +66,22 @@ class WanForwardFamily(WanSizes, ForwardFamily):
         """Of what carries the prompt; pictures and videos of one pixel serve every size."""
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `ForwardFamily.example`."""
+        """See `Family.example`."""
         return {
             name: torch.empty(shape, dtype=transformer.dtype, device="meta")
             for name, shape in self.shapes(transformer.config, batch, text).items()
         }
 
     def experts(self, pipeline: Any) -> tuple[nn.Module, ...]:
-        """See `WanFamily.experts`."""
-        return _TEXT_TO_VIDEO.experts(pipeline)
+        """`transformer_2`, where the pipeline uses it."""
+        return () if pipeline.config.boundary_ratio is None else (pipeline.transformer_2,)
 
     def expert_steps(self, pipeline: Any, scheduler: Any) -> tuple[int, ...]:
-        """See `WanFamily.expert_steps`."""
-        return _TEXT_TO_VIDEO.expert_steps(pipeline, scheduler)
+        """See `Family.expert_steps`; split as `WanPipeline.__call__` does."""
+        if pipeline is None or pipeline.config.boundary_ratio is None:
+            return super().expert_steps(pipeline, scheduler)
+        boundary = pipeline.config.boundary_ratio * scheduler.config.num_train_timesteps
+        return tuple(map(int, (scheduler.timesteps < boundary).tolist()))
 
     def latent_channels(self, transformer: Any) -> int:
         """Those that carry noise."""
@@ -80,45 +89,113 @@ class WanForwardFamily(WanSizes, ForwardFamily):
         return int(config.out_channels or config.in_channels)
 
     def time(self, level: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `ForwardFamily.time`: 1000 t, in float64 as schedulers may give whole timesteps."""
+        """See `Family.time`: 1000 t, in float64 as schedulers may give whole timesteps."""
         return (level.double() * 1000).float()
 
     def level_of(self, timestep: Tensor) -> Tensor:
-        """See `ForwardFamily.level_of`."""
+        """See `Family.level_of`."""
         return timestep.double() / 1000
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """See `ForwardFamily.scale_of`: of the first expert."""
-        scales = scales_of_call(pipeline, call)
-        return scales[0] if scales else None
+        """See `Family.scale_of`: of the first expert."""
+        scale = float(call["guidance_scale"])
+        return scale if scale > 1 else None
+
+    def scales_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[float, ...]:
+        """See `Family.scales_of`: by default the second expert's is the first's."""
+        scales = super().scales_of(pipeline, call)
+        if not scales or pipeline.config.boundary_ratio is None:
+            return scales
+        second = call["guidance_scale_2"]
+        return (*scales, scales[0] if second is None else float(second))
+
+    def ignored(
+        self, pipeline: Any, given: Mapping[str, Any], call: Mapping[str, Any]
+    ) -> tuple[str, ...]:
+        """See `Family.ignored`."""
+        first, second = call["guidance_scale"], call["guidance_scale_2"]
+        if first > 1 or second is None or second <= 1:
+            return ()
+        off = f"guidance_scale={first:g}, which turns guidance off for both experts"
+        return (f"guidance_scale_2={second:g} is ignored at {off}",)
 
     def set_timesteps(
         self, scheduler: Any, num_inference_steps: int, sigmas: Sequence[float] | None, grid: Grid
     ) -> None:
-        """See `WanFamily.set_timesteps`."""
-        _TEXT_TO_VIDEO.set_timesteps(scheduler, num_inference_steps, sigmas, grid)
+        """See `Family.set_timesteps`. Wan shifts by a constant of the scheduler's own."""
+        check_steps(scheduler, num_inference_steps)
+        if sigmas is None:
+            scheduler.set_timesteps(num_inference_steps)
+        elif "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+            scheduler.set_timesteps(sigmas=np.asarray(sigmas))  # UniPC takes no list
+        else:
+            raise ValueError(
+                f"got `sigmas`, which {type(scheduler).__name__} does not take; leave them out"
+            )
 
-    def read_call(
-        self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
-    ) -> PipelineCall:
-        """See `ForwardFamily.read_call`."""
-        call = bind_call(pipeline, arguments)
-        refuse_ignored(call)
-        shape = self.call_shape(pipeline, call)
-        if call["latents"] is not None:
-            check_shape("latents", call["latents"], shape)
-        grid = Grid(frames=shape[2], height=shape[3] // self.patch, width=shape[4] // self.patch)
-        self.set_timesteps(scheduler, call["num_inference_steps"], None, grid)
-        scales = scales_of_call(pipeline, call)
-        return PipelineCall(
-            arguments=call,
-            shape=shape,
-            scales=scales,
-            passes=1 + bool(scales),
-            ignored=ignored_arguments(call),
+    def default_size(self, pipeline: Any) -> tuple[int, int]:
+        """480 x 832, as the pipeline's call has it."""
+        return default_of(pipeline, "height"), default_of(pipeline, "width")
+
+    def default_frames(self, pipeline: Any) -> int | None:
+        """81, as the pipeline's call has it."""
+        return default_of(pipeline, "num_frames")
+
+    def latent_shape(
+        self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None
+    ) -> tuple[int, ...]:
+        """See `Family.latent_shape`. Sizes are not rounded: a warning is easily missed."""
+        channels = self.latent_channels(pipeline.transformer)
+        return batch, channels, *_latent_size(pipeline, height, width, num_frames)
+
+
+def _latent_size(
+    pipeline: Any, height: int, width: int, num_frames: int | None
+) -> tuple[int, int, int]:
+    """Latent frames, rows and columns of a video.
+
+    Raises:
+        ShapeError: The VAE and the patches cannot make this size; the message names some that
+            they can.
+    """
+    if num_frames is None:
+        num_frames = default_of(pipeline, "num_frames")
+    edge, step = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
+    unit = edge * _PATCH[-1]
+    if height < unit or width < unit or height % unit or width % unit:
+        raise ShapeError(
+            f"got {height} x {width} pixels; height and width must be multiples of {unit}, such as "
+            f"{_nearest(height, unit)} x {_nearest(width, unit)}"
         )
+    if num_frames < 1 or (num_frames - 1) % step:
+        fewer = max(num_frames - 1, 0) // step * step + 1
+        raise ShapeError(
+            f"got num_frames={num_frames}; it must be a multiple of {step} plus 1, such as {fewer} "
+            f"or {fewer + step}"
+        )
+    return (num_frames - 1) // step + 1, height // edge, width // edge
 
-    def call_shape(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
-        """Latent shape of a pipeline's call."""
-        size = call["height"], call["width"]
-        return self.latent_shape(pipeline, *size, batch_of(call), call["num_frames"])
+
+def _nearest(size: int, unit: int) -> int:
+    return max(round(size / unit), 1) * unit
+
+
+def _refused_experts(transformer: Any, pipeline: Any) -> list[str]:
+    """What keeps a pipeline's `transformer_2` from running on what was compiled for the first."""
+    if pipeline.config.boundary_ratio is None:
+        return []
+    second = pipeline.transformer_2
+    if second is None:
+        return ["boundary_ratio without a transformer_2"]
+    differs = sorted(
+        name
+        for name in {*transformer.config, *second.config}
+        if not name.startswith("_") and transformer.config.get(name) != second.config.get(name)
+    )
+    if differs:
+        return [f"a transformer_2 of another configuration ({', '.join(differs)})"]
+    weights = [one.patch_embedding.weight for one in (transformer, second)]
+    if weights[0].dtype != weights[1].dtype or weights[0].device != weights[1].device:
+        first, other = (f"{weight.dtype} on {weight.device}" for weight in weights)
+        return [f"a transformer_2 of {other} beside a transformer of {first}"]
+    return []

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ddit_rt.models.calls import ModelCall, PipelineCall
+from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.models.calls import ModelCall
 from ddit_rt.models.smaller import smaller
-from ddit_rt.models.wan_calls import EMBEDDED_TEXT, check_pictures, check_text
 from ddit_rt.models.wan_forward import WanForwardFamily
 
 _MASK = 4
@@ -24,6 +24,9 @@ _MASK = 4
 _IMAGE = "encoder_hidden_states_image"
 _IMAGE_TOKENS = 257
 """Of one picture."""
+
+_EMBEDDED_TEXT = 512
+"""Text tokens that the attention of a model with image embeddings takes for granted."""
 
 
 class WanImageFamily(WanForwardFamily):
@@ -51,7 +54,7 @@ class WanImageFamily(WanForwardFamily):
             return {self.text: (batch, text, config.text_dim), "condition": condition}
         tokens = config.pos_embed_seq_len or _IMAGE_TOKENS
         return {
-            self.text: (batch, EMBEDDED_TEXT, config.text_dim),
+            self.text: (batch, _EMBEDDED_TEXT, config.text_dim),
             "condition": condition,
             _IMAGE: (batch, tokens, config.image_dim),
         }
@@ -59,7 +62,7 @@ class WanImageFamily(WanForwardFamily):
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """See `ForwardFamily.forward_arguments`."""
+        """See `Family.forward_arguments`."""
         prompt = dict(arguments)
         condition = smaller(prompt.pop("condition"), latents.shape[-2:])
         image = prompt.get(_IMAGE)
@@ -72,20 +75,17 @@ class WanImageFamily(WanForwardFamily):
         return given
 
     def no_output(self, given: Mapping[str, Any]) -> Tensor:
-        """See `ForwardFamily.no_output`: without the channels of mask and pictures."""
+        """See `Family.no_output`: without the channels of mask and pictures."""
         hidden = given["hidden_states"]
         return torch.zeros_like(hidden[:, : (hidden.shape[1] - _MASK) // 2])
 
-    def read_call(
-        self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
-    ) -> PipelineCall:
-        """See `ForwardFamily.read_call`."""
-        read = super().read_call(pipeline, scheduler, arguments)
+    def check_prompts(self, pipeline: Any, call: Mapping[str, Any]) -> None:
+        """See `Family.check_prompts`."""
         config = pipeline.transformer.config
         if config.image_dim is not None:
-            check_text(read.arguments, guided=read.guided)
-            check_pictures(read.arguments, 1 if config.pos_embed_seq_len is None else 2)
-        return read
+            _check_text(call, guided=bool(self.scales_of(pipeline, call)))
+            _check_pictures(call, 1 if config.pos_embed_seq_len is None else 2)
+        super().check_prompts(pipeline, call)
 
     def read_model_call(
         self, transformer: Any, shape: tuple[int, ...], arguments: Mapping[str, Any]
@@ -97,3 +97,25 @@ class WanImageFamily(WanForwardFamily):
         if image is not None and config.pos_embed_seq_len is not None:
             given[_IMAGE] = image.unflatten(0, (-1, 2)).flatten(1, 2)
         return super().read_model_call(transformer, shape, given)
+
+
+def _check_text(call: Mapping[str, Any], *, guided: bool) -> None:
+    """Refuses prompts of other lengths than the attention takes for granted."""
+    embeds = [call["prompt_embeds"], *([call["negative_prompt_embeds"]] if guided else [])]
+    lengths = {call["max_sequence_length"] if one is None else one.shape[1] for one in embeds}
+    if lengths != {_EMBEDDED_TEXT}:
+        raise UnsupportedModelError(
+            f"got prompts of {sorted(lengths)} tokens (max_sequence_length, or the embeddings' own "
+            f"length); the attention of a model with image embeddings takes {_EMBEDDED_TEXT} for "
+            "granted: leave max_sequence_length out, and pad embeddings with zeros"
+        )
+
+
+def _check_pictures(call: Mapping[str, Any], expected: int) -> None:
+    """Refuses another number of pictures than the model has image embeddings of."""
+    given = 1 + (call["last_image"] is not None)
+    if call["image_embeds"] is None and given != expected:
+        raise ValueError(
+            f"got {given} picture(s) for a model with image embeddings of {expected}; "
+            + ("give `last_image` too" if expected > given else "leave `last_image` out")
+        )

@@ -58,13 +58,13 @@ class WanTI2VFamily(WanForwardFamily):
         }
 
     def extra_size(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """See `ForwardFamily.extra_size`: one frame."""
+        """See `Family.extra_size`: one frame."""
         return 1, *shape[3:]
 
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """See `ForwardFamily.forward_arguments`."""
+        """See `Family.forward_arguments`."""
         prompt = dict(arguments)
         picture = smaller(prompt.pop("condition"), latents.shape[-2:])
         given = super().forward_arguments(latents, level, prompt)
@@ -78,7 +78,7 @@ class WanTI2VFamily(WanForwardFamily):
     def read_call(
         self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
     ) -> PipelineCall:
-        """See `ForwardFamily.read_call`."""
+        """See `Family.read_call`."""
         read = super().read_call(pipeline, scheduler, arguments)
         if read.arguments["last_image"] is None:
             return read

@@ -63,7 +63,7 @@ class WanVACEFamily(WanForwardFamily):
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """See `ForwardFamily.forward_arguments`."""
+        """See `Family.forward_arguments`."""
         control = smaller_both(arguments[_CONTROL], 2 * latents.shape[1], latents.shape[-2:])
         return super().forward_arguments(latents, level, {**arguments, _CONTROL: control})
 

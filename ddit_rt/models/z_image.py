@@ -23,14 +23,14 @@ from torch.nn.utils.rnn import pad_sequence
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.base import Guidance
 from ddit_rt.models.calls import ModelCall, model_arguments
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.family import Family
 
 _PADDED = 32
 _LENGTHS = "cap_lengths"
 """Conditioning: text tokens of each prompt, where they differ."""
 
 
-class ZImageFamily(ForwardFamily):
+class ZImageFamily(Family):
     """Z-Image, text to image."""
 
     name: ClassVar[str] = "z-image"
@@ -63,7 +63,7 @@ class ZImageFamily(ForwardFamily):
         return 1024, 1024
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `ForwardFamily.example`: prompts of equal padded lengths, and of others."""
+        """See `Family.example`: prompts of equal padded lengths, and of others."""
         width, dtype = transformer.config.cap_feat_dim, transformer.dtype
         prompt = torch.empty(batch, text, width, dtype=dtype, device="meta")
         return {"cap_feats": prompt, **({_LENGTHS: (text, *[0] * (batch - 1))} if variant else {})}
@@ -71,7 +71,7 @@ class ZImageFamily(ForwardFamily):
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """See `ForwardFamily.forward_arguments`: every sample by itself."""
+        """See `Family.forward_arguments`: every sample by itself."""
         rows = zip(arguments["cap_feats"], _lengths(arguments), strict=False)
         return {
             "x": list(latents.unsqueeze(2)),
@@ -81,7 +81,7 @@ class ZImageFamily(ForwardFamily):
         }
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """See `ForwardFamily.scale_of`."""
+        """See `Family.scale_of`."""
         if call["guidance_scale"] <= 0:
             return None
         truncation = call["cfg_truncation"]
@@ -93,7 +93,7 @@ class ZImageFamily(ForwardFamily):
         return 1 + float(call["guidance_scale"])
 
     def together(self, guidance: Guidance) -> tuple[Mapping[str, Any]] | None:
-        """See `ForwardFamily.together`: one batch where padded prompts are equally long."""
+        """See `Family.together`: one batch where padded prompts are equally long."""
         passes = (guidance.prompt, guidance.negative)
         texts = [one["cap_feats"] for one in passes]
         longest = max(text.shape[1] for text in texts)
@@ -104,7 +104,7 @@ class ZImageFamily(ForwardFamily):
         return ({"cap_feats": torch.cat(padded), _LENGTHS: lengths},)
 
     def read_output(self, given: Any) -> Tensor:
-        """See `ForwardFamily.read_output`: in float32, in which the pipeline joins passes."""
+        """See `Family.read_output`: in float32, in which the pipeline joins passes."""
         return -torch.stack(given[0]).squeeze(2).float()
 
     def as_called(self, velocities: Sequence[Tensor]) -> list[Tensor]:
@@ -112,7 +112,7 @@ class ZImageFamily(ForwardFamily):
         return [-one for velocity in velocities for one in velocity.unsqueeze(2)]
 
     def no_output(self, given: Mapping[str, Any]) -> Any:
-        """See `ForwardFamily.no_output`."""
+        """See `Family.no_output`."""
         return [torch.zeros_like(one) for one in given["x"]]
 
     def passes_in(self, given: Mapping[str, Any], batch: int) -> Sequence[Mapping[str, Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddit_rt.artifact import public_config
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.models.layered import LayeredFamily, layered
+from ddit_rt.models.layered import layered
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.planning.request import WHOLE_RUN, Request
 from ddit_rt.policies import (
@@ -217,7 +217,6 @@ def cache_table(
     if isinstance(step_cache, NoCache):
         return None
     transformer, family = model.transformer, model.family
-    time_driven = isinstance(family, LayeredFamily) and family.time_driven
 
     def changes(projected: bool) -> list[float]:
         # The host waits for these, once and before the run: they are its table.
@@ -229,7 +228,7 @@ def cache_table(
             name=type(transformer).__name__,
             steps=len(timesteps),
             fits=model_fits(transformer, fits),
-            time_changes=changes if time_driven else None,
+            time_changes=changes if family.time_driven else None,
         )
     )
     if table is not None and table.coefficients:

@@ -13,8 +13,8 @@ from torch import Tensor
 from ddit_rt.adapters import adapter_bucket
 from ddit_rt.errors import ShapeError
 from ddit_rt.loop import CachePlan, RunPlan
-from ddit_rt.models.base import Family, Guidance
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.base import Guidance
+from ddit_rt.models.family import Family
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.planning.outline import Outline, stages_of
 from ddit_rt.steps import (
@@ -153,10 +153,9 @@ def _contexts(
         for part in one.passes:
             compiled.check_batch(len(part.text))
             compiled.check_text(part.text.shape[1])
-            if isinstance(model.family, ForwardFamily):
-                more = model.family.more_tokens(part.conditioning)
-                grid = model.grid(context.height, context.width, frames=context.frames)
-                compiled.check_image(grid.tokens + more)
+            grid = model.grid(context.height, context.width, frames=context.frames)
+            more = model.family.more_tokens(part.conditioning)
+            compiled.check_image(grid.tokens + more)
     return contexts
 
 
@@ -295,15 +294,4 @@ def passes_of(
         return (conditioning,)
     if not batched:
         return guidance.prompt, guidance.negative
-    if isinstance(family, ForwardFamily):
-        return family.together(guidance) or (guidance.prompt, guidance.negative)
-    for name, tensor in guidance.prompt.items():
-        if guidance.negative[name].shape != tensor.shape:
-            raise ShapeError(
-                f"`{name}` has shape {list(tensor.shape)} for the prompt and "
-                f"{list(guidance.negative[name].shape)} for the negative prompt, which cannot be "
-                "one batch; pad them alike, or set engine.batched_guidance = False"
-            )
-    return (
-        {name: torch.cat((one, guidance.negative[name])) for name, one in guidance.prompt.items()},
-    )
+    return family.together(guidance) or (guidance.prompt, guidance.negative)

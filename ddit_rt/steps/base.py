@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ddit_rt import ops
-from ddit_rt.models.base import Family, Grid, Runner
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.base import Grid, Runner
+from ddit_rt.models.family import Family
 from ddit_rt.models.layered import LayeredFamily, layered
 
 Runners = Mapping[str, Sequence[Runner]]
@@ -119,7 +119,7 @@ class StepModel:
     @property
     def patch_size(self) -> int:
         """p, in latent pixels."""
-        return self.family.base_patch_size(self.transformer)
+        return self.family.patch
 
     @property
     def layers(self) -> LayeredFamily:
@@ -192,9 +192,9 @@ class Pass:
     """One pass of the model in a step; it may hold cond and uncond as one batch, cond first.
 
     Attributes:
-        conditioning: Its conditioning; of a `ForwardFamily` copies of tensors, and plain values.
-        text: Text tokens as the blocks take them, `[B, T, d]`, or `[2 B, T, d]` of cond and uncond;
-            of a `ForwardFamily` as its forward takes them.
+        conditioning: Its conditioning; copies of tensors where steps read them.
+        text: Text tokens, `[B, T, D]`, or `[2 B, T, D]` of cond and uncond: as the model's forward
+            takes them, or as its blocks do, where the family tells its layers.
         tensors: What a captured run is given by copying it.
     """
 
@@ -206,8 +206,8 @@ class Pass:
     def of(cls, model: StepModel, conditioning: Mapping[str, Any]) -> Pass:
         """The pass of a conditioning."""
         family = model.family
-        if not isinstance(family, ForwardFamily):
-            text = model.layers.embed_text(model.transformer, conditioning)
+        if isinstance(family, LayeredFamily):
+            text = family.embed_text(model.transformer, conditioning)
             return cls(conditioning=conditioning, text=text, tensors=(text,))
         own = {
             name: _own(value, model, exact=name in family.exact)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.base import Runner
 from ddit_rt.models.block_calls import Arrange, CallForm, as_called, flatten_call
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.family import Family
 from ddit_rt.models.probe import ReadBlockType
 
 
@@ -340,7 +340,7 @@ def _own_child(module: nn.Module, path: str) -> Any:
 
 
 def without_data(
-    family: ForwardFamily, twin: nn.Module, shape: tuple[int, ...], text: int, steps: int = 1
+    family: Family, twin: nn.Module, shape: tuple[int, ...], text: int, steps: int = 1
 ) -> tuple[BoundModel, dict[str, Any]]:
     """A bound model on the meta device, whose blocks pass on what they are given: for counts.
 
@@ -354,7 +354,7 @@ def without_data(
     Returns:
         The bound model, and the arguments of its forward.
     """
-    types = family.block_types(twin)
+    types = family.read_blocks(twin)
     runners = {kind.key: [_PassOn(kind)] * len(kind.blocks(twin)) for kind in types}
     bound = BoundModel(
         twin,

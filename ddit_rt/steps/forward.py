@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt.models.base import Grid
-from ddit_rt.models.forward import ForwardFamily
+from ddit_rt.models.layered import LayeredFamily
 from ddit_rt.steps.base import Pass, RunContext, Runners, StepModel, at_step
 from ddit_rt.steps.bound import BoundModel
 from ddit_rt.steps.passes import Passes
@@ -34,7 +34,7 @@ def make_passes(
         levels: t that the model is given at every step, `[M]`, float32, in [0, 1].
         runners: The blocks; by default the unmodified ones.
     """
-    if not isinstance(model.family, ForwardFamily):
+    if isinstance(model.family, LayeredFamily):
         return Passes(model, context, grid, levels, runners=runners)
     frames = (context.frames,) if context.frames else ()
     shape = (model.family.latent_channels(model.transformer), *frames, *size)
@@ -56,14 +56,14 @@ class ForwardPasses:
         """Prepares what stays the same in every step.
 
         Args:
-            model: The model; its family is a `ForwardFamily`.
+            model: The model.
             context: The run.
             shape: Shape of the latents that the model sees, without the batch: `[C, h, w]`, of a
                 video `[C, F, h, w]`.
             levels: t that the model is given at every step, `[M]`, float32, in [0, 1].
             runners: The blocks; by default the unmodified ones.
         """
-        self._model = model
+        self._family = model.family
         self._scales = context.scales
         self._levels = levels
         runners = model.base if runners is None else runners
@@ -93,12 +93,6 @@ class ForwardPasses:
             prompt, negative = (one(latents, self._levels, step, reuse) for one in self._passes)
         joined = family.join(prompt, negative, at_step(self._scales, step))
         return family.unpack_latents(joined, shape)
-
-    @property
-    def _family(self) -> ForwardFamily:
-        family = self._model.family
-        assert isinstance(family, ForwardFamily), "its forward runs the steps"
-        return family
 
     def refresh(self, step: int, level: Tensor, conditioning: Mapping[str, Any]) -> None:
         """As `Bucket.refresh`, of the only pass; `level` is `[1]`."""
@@ -139,13 +133,12 @@ class _Pass:
     ) -> None:
         """`half`: whether it has but the first half of the pass's samples."""
         family, transformer = model.family, model.transformer
-        assert isinstance(family, ForwardFamily), "its forward runs the steps"
         self._family, self._dtype, self._conditioning = family, model.dtype, one.conditioning
         self._rows = len(one.text) // 2 if half else None
         self.sound: Tensor | None = None
         self._bound = BoundModel(
             transformer,
-            family.block_types(transformer),
+            family.read_blocks(transformer),
             runners,
             held=family.held,
             timed=family.timed,

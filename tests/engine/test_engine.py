@@ -102,6 +102,36 @@ def test_given_latents_are_the_starting_point(engine: Engine, pipeline: FluxPipe
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
+def test_what_the_pipeline_does_in_a_way_of_its_own_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Noise, schedule, decoding and checks are those of the pipeline's call, whatever they are."""
+    pipeline = tiny_pipeline()
+    engine = ddit_rt.compile(pipeline, backend="eager", progress=False)
+    call = {**tiny_embeds(), "height": 64, "width": 64, "num_inference_steps": 3}
+    call["output_type"] = "pt"
+    plain = pipeline(**call, generator=seeded()).images
+    prepare, unpack = pipeline.prepare_latents, pipeline._unpack_latents
+
+    def louder(*args: Any) -> tuple[Tensor, Tensor]:
+        latents, ids = prepare(*args)
+        return 1.5 * latents, ids
+
+    monkeypatch.setattr(pipeline, "prepare_latents", louder)
+    monkeypatch.setattr(pipeline, "_unpack_latents", lambda *args: unpack(*args).flip(-1))
+    expected = pipeline(**call, generator=seeded()).images
+    actual = engine(**call, generator=seeded(), patch_policy=FINE).images
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    assert not torch.allclose(expected, plain, atol=0.01)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("not on Sundays")
+
+    monkeypatch.setattr(pipeline, "check_inputs", refuse)
+    with pytest.raises(ValueError, match="not on Sundays"):
+        engine(**call, patch_policy=FINE)
+
+
 def test_denoise_equals_the_pipeline_call(engine: Engine) -> None:
     start = noise(2, 4, 16, 16)
     conditioning = tiny_conditioning(engine.pipeline.transformer, 2)

@@ -127,6 +127,7 @@ def test_schedule_that_ends_in_nan_is_refused_under_every_policy(
 def test_final_latents_are_looked_at_in_videos_too() -> None:
     engine = eager(wan_pipeline())
     engine.pipeline.transformer.proj_out.bias[0] = math.nan
-    with pytest.warns(UserWarning, match="became NaN or infinite"):
+    with pytest.warns(UserWarning, match="became NaN or infinite") as warned:
         result = engine(**WAN_CALL, patch_policy="fine")
+    assert [warning.filename for warning in warned] == [__file__]
     assert not bool(torch.isfinite(result.frames).all())

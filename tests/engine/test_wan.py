@@ -151,6 +151,30 @@ def test_videos_equal_diffusers(output_type: str) -> None:
     assert difference <= (1 if output_type == "pil" else 1e-4)
 
 
+def test_what_the_pipeline_does_in_a_way_of_its_own_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts, noise and what follows the loop are those of the pipeline's call."""
+    pipeline = wan_pipeline()
+    engine, call = eager(pipeline), {**CALL, "num_inference_steps": 3, "output_type": "np"}
+    plain = pipeline(**call, generator=seeded()).frames
+    encode, prepare = pipeline.encode_prompt, pipeline.prepare_latents
+    finish = pipeline.video_processor.postprocess_video
+
+    def swapped(**arguments: Any) -> Any:
+        return encode(**arguments)[::-1]
+
+    monkeypatch.setattr(pipeline, "encode_prompt", swapped)
+    monkeypatch.setattr(pipeline, "prepare_latents", lambda *args: 1.5 * prepare(*args))
+    monkeypatch.setattr(
+        pipeline.video_processor, "postprocess_video", lambda *a, **k: finish(*a, **k)[:, ::-1]
+    )
+    expected = pipeline(**call, generator=seeded()).frames
+    actual = engine(**call, generator=seeded(), patch_policy=FINE).frames
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
+    assert not np.allclose(expected, plain, atol=0.01)
+
+
 def test_compiled_blocks_equal_diffusers_at_every_patch_size(
     tmp_path: Path, packages: Packages
 ) -> None:

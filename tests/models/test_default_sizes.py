@@ -56,22 +56,9 @@ def test_real_sizes_offer_every_patch(
     name: str, scale: int, frames: int, size: tuple[int, int]
 ) -> None:
     family: Any = family_named(name)
-    patch = getattr(family, "patch", 2)  # 2 of every released FLUX and Wan
+    patch = family.patch
     height, width = (patch * max(1, edge // (scale * patch)) for edge in size)
-    model = StepModel(family=Fixed(family, patch), transformer=None, base={})  # type: ignore[arg-type]
+    model = StepModel(family=family, transformer=None, base={})  # type: ignore[arg-type]
     ranges = TokenRanges(**family.default_ranges)
     compiled = CompiledModel(steps=model, multiples=(1, 2, 4), ranges=ranges)
     assert compiled.offered(height, width, frames) == ((1, 2, 4), ())
-
-
-class Fixed:
-    """A family whose transformer need not be there for its patch size."""
-
-    def __init__(self, family: Any, patch: int) -> None:
-        self._family, self._patch = family, patch
-
-    def base_patch_size(self, _: Any) -> int:
-        return self._patch
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._family, name)

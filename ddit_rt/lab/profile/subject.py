@@ -13,7 +13,6 @@ from torch import Tensor
 from ddit_rt.engine import Engine
 from ddit_rt.loop import RunTrace
 from ddit_rt.models import family_of
-from ddit_rt.models.forward import ForwardFamily
 from ddit_rt.policies import PatchPolicy
 from ddit_rt.steps import StepModel
 
@@ -48,9 +47,7 @@ class Subject:
     @property
     def text_tokens(self) -> int:
         """Text tokens per sample."""
-        family = self.model.family
-        name = family.text if isinstance(family, ForwardFamily) else "encoder_hidden_states"
-        return int(self.conditioning[name].shape[1])
+        return int(self.conditioning[self.model.family.text].shape[1])
 
     @property
     def passes(self) -> int:

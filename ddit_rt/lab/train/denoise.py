@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddit_rt.engine.intercepted import FirstStep, InterceptedRun
 from ddit_rt.models import Family
-from ddit_rt.models.calls import PreparedCall
+from ddit_rt.models.calls import PipelineCall
 from ddit_rt.models.layered import layered
 from ddit_rt.steps import Bucket, Detail, FineBucket, Pass, RunContext, SnrBucket, StepModel
 
@@ -24,24 +24,48 @@ def training_free(model: StepModel, context: RunContext, multiple: int) -> Bucke
     return SnrBucket(model, context, multiple)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A pipeline call up to its loop, with a scheduler of its own."""
+class Prepared(NamedTuple):
+    """What a loop begins with: z_0, `[B, C, H, W]`, conditioning, and a scheduler of its own."""
 
-    call: PreparedCall
+    latents: Tensor
+    conditioning: dict[str, Any]
     scheduler: Any
 
 
 def prepare(
     family: Family, pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **arguments: Any
 ) -> Prepared:
-    """Encodes prompts and draws noise, each from its own seed, as the pipeline's call does."""
-    scheduler = copy.deepcopy(pipeline.scheduler)
+    """The pipeline's call up to its loop: prompts encoded, noise drawn, each from its own seed."""
+    given = {**arguments, **_of_prompts(prompts, seeds)}
+    return Prepared(*FirstStep(*_read(family, pipeline, given))(given))
+
+
+def rendered(
+    loop: Callable[[Prepared], Tensor],
+    family: Family,
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    **arguments: Any,
+) -> Any:
+    """What the pipeline's call returns with another loop in the place of its own."""
+    given = {**arguments, **_of_prompts(prompts, seeds)}
+    parts = _read(family, pipeline, given)
+    return InterceptedRun(*parts, lambda *found: loop(Prepared(*found)))(given)
+
+
+def _of_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    arguments = {"prompt": list(prompts), "generator": generators, **arguments}
-    with torch.no_grad():
-        call = layered(family, "training is not there").prepare(pipeline, scheduler, arguments)
-    return Prepared(call=call, scheduler=scheduler)
+    return {"prompt": list(prompts), "generator": generators}
+
+
+def _read(
+    family: Family, pipeline: Any, arguments: Mapping[str, Any]
+) -> tuple[Any, Sequence[StepModel], PipelineCall]:
+    """A call's pipeline, models and arguments, as `InterceptedRun` takes them."""
+    layered(family, "training is not there")
+    call = family.read_call(pipeline, copy.deepcopy(pipeline.scheduler), arguments)
+    return pipeline, (StepModel(family=family, transformer=pipeline.transformer, base={}),), call
 
 
 @torch.no_grad()
@@ -64,8 +88,8 @@ def denoise(
     Returns:
         Final latents, `[B, C, H, W]`, float32.
     """
-    call, scheduler = prepared.call, prepared.scheduler
-    latents, context = call.latents, _context(model, prepared)
+    latents, scheduler = prepared.latents, prepared.scheduler
+    context = _context(model, prepared)
     buckets = _buckets(model, context, multiples, make_coarse)
     for step, (multiple, timestep) in enumerate(zip(multiples, scheduler.timesteps, strict=True)):
         index = torch.tensor([step], device=latents.device)
@@ -77,14 +101,14 @@ def denoise(
 
 
 def _context(model: StepModel, prepared: Prepared) -> RunContext:
-    call, scheduler, device = prepared.call, prepared.scheduler, prepared.call.latents.device
+    latents, scheduler, device = prepared.latents, prepared.scheduler, prepared.latents.device
     return RunContext(
-        passes=(Pass.of(model, call.conditioning),),
-        height=call.latents.shape[-2],
-        width=call.latents.shape[-1],
+        passes=(Pass.of(model, prepared.conditioning),),
+        height=latents.shape[-2],
+        width=latents.shape[-1],
         sigmas=scheduler.sigmas[:-1].to(device, torch.float32),
         timesteps=model.family.linear_timesteps(scheduler).to(device),
-        detail=Detail(tuple(call.latents.shape), device),
+        detail=Detail(tuple(latents.shape), device),
     )
 
 

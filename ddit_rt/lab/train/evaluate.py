@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddit_rt.adapters import AdapterConfig, PatchAdapter, adapter_bucket
 from ddit_rt.lab.train.config import DataConfig
-from ddit_rt.lab.train.denoise import MakeCoarse, denoise, prepare, training_free
+from ddit_rt.lab.train.denoise import MakeCoarse, denoise, rendered, training_free
 from ddit_rt.lab.train.student import Student
 from ddit_rt.lab.train.velocities import States, coarse_velocity, squared_error, taught
 from ddit_rt.policies import patch_name
@@ -164,7 +164,8 @@ class _Renderer:
         for start in range(0, len(self._prompts), self._data.encode_batch):
             prompts = self._prompts[start : start + self._data.encode_batch]
             seeds = [self._seed + start + offset for offset in range(len(prompts))]
-            prepared = prepare(
+            result = rendered(
+                lambda prepared: denoise(self._student.model, prepared, plan, make_coarse),
                 self._student.family,
                 self._pipeline,
                 prompts,
@@ -173,9 +174,7 @@ class _Renderer:
                 output_type="pt",
                 **self._data.call,
             )
-            latents = denoise(self._student.model, prepared, plan, make_coarse)
-            with torch.no_grad():
-                parts.append(prepared.call.finish(latents).images.float().cpu())
+            parts.append(result.images.float().cpu())
         return torch.cat(parts)
 
 

@@ -167,7 +167,7 @@ def _images(
         prepared = prepare(model.family, pipeline, prompts, range(len(batch)), **arguments)
         with torch.no_grad():
             latents = model.layers.encode_images(pipeline, pixels)
-        yield {"latents": latents, **_named(prepared.call.conditioning)}, None
+        yield {"latents": latents, **_named(prepared.conditioning)}, None
 
 
 def _trajectories(
@@ -198,7 +198,7 @@ def _trajectories(
         sigmas = prepared.scheduler.sigmas[:-1].tolist()
         denoise(model, prepared, [1] * len(sigmas), record=record)
         rows = {"latents": torch.stack(latents, 1), "velocities": torch.stack(velocities, 1)}
-        yield {**rows, **_named(prepared.call.conditioning)}, sigmas
+        yield {**rows, **_named(prepared.conditioning)}, sigmas
 
 
 def _named(conditioning: Mapping[str, Tensor]) -> Rows:
