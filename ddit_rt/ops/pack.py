@@ -6,33 +6,27 @@ import torch
 from torch import Tensor
 
 
-def pack(
-    latents: Tensor, patch_size: int, *, frame_patch: int = 1, channels_last: bool = False
-) -> Tensor:
-    """Cuts latents into patches of `frame_patch` frames x p x p pixels, one token each.
+def pack(latents: Tensor, patch_size: int, *, channels_last: bool = False) -> Tensor:
+    """Cuts each frame of the latents into patches of p x p pixels, one token each.
 
-    Tokens are ordered by frame, row and column of patches. Features are ordered by channel, frame,
-    row and column inside the patch; at `patch_size=2` this is `FluxPipeline._pack_latents` of
-    diffusers, and with a `frame_patch` what a Conv3d patch embedding multiplies. With
-    `channels_last` they are ordered by frame, row, column and channel, as the output of
-    `WanTransformer3DModel` is. Differentiable.
+    Tokens are ordered by frame, row and column of patches. Features are ordered by channel, row and
+    column inside the patch, as a patch embedding by convolution reads them; at `patch_size=2` this
+    is `FluxPipeline._pack_latents` of diffusers. With `channels_last` they are ordered by row,
+    column and channel, as the output of `WanTransformer3DModel` is. Differentiable.
 
     Args:
         latents: `[B, C, H, W]` or `[B, C, F, H, W]`, float32, bfloat16 or float16.
         patch_size: Edge `p` of a patch in latent pixels; divides H and W.
-        frame_patch: Depth `r` of a patch in latent frames; divides F.
         channels_last: Whether a token holds a pixel's channels side by side.
 
     Returns:
-        Tokens `[B, (F / r) * (H / p) * (W / p), C * r * p * p]`, of the latents' dtype.
+        Tokens `[B, F * (H / p) * (W / p), C * p * p]`, of the latents' dtype.
 
     Raises:
         RuntimeError: Not four or five dimensions, a size that the patch does not divide, or another
             dtype.
     """
-    tokens: Tensor = torch.ops.ddit_rt.pack(
-        latents.contiguous(), patch_size, frame_patch, channels_last
-    )
+    tokens: Tensor = torch.ops.ddit_rt.pack(latents.contiguous(), patch_size, channels_last)
     return tokens
 
 
@@ -43,18 +37,16 @@ def unpack(
     width: int,
     frames: int = 0,
     *,
-    frame_patch: int = 1,
     channels_last: bool = False,
 ) -> Tensor:
     """Puts tokens back into latents: the inverse of `pack`. Differentiable.
 
     Args:
-        tokens: `[B, N, C * r * p * p]`, float32, bfloat16 or float16.
+        tokens: `[B, N, C * p * p]`, float32, bfloat16 or float16.
         patch_size: Edge `p` of a patch in latent pixels; divides height and width.
         height: Rows of the latents, in latent pixels.
         width: Columns of the latents, in latent pixels.
         frames: Latent frames of a video; 0 for an image, whose latents have no such dimension.
-        frame_patch: Depth `r` of a patch in latent frames; divides frames.
         channels_last: Whether a token holds a pixel's channels side by side.
 
     Returns:
@@ -65,6 +57,6 @@ def unpack(
             does not divide, or another dtype.
     """
     latents: Tensor = torch.ops.ddit_rt.unpack(
-        tokens.contiguous(), patch_size, height, width, frames, frame_patch, channels_last
+        tokens.contiguous(), patch_size, height, width, frames, channels_last
     )
     return latents
