@@ -2,8 +2,9 @@
 
 Each is a torch op in the namespace `ddit_rt` with a fake, so it works in eager mode, under
 `torch.compile` and in `torch.export`. Packing has CUDA kernels too. The others run on the CPU: on
-CUDA the step loop launches kernels of its own, which the executor drives without torch. What an op
-is given is checked once, in `csrc/binding`.
+CUDA the step loop launches kernels of its own, which the executor drives without torch, and the
+solver's step is plain torch where the host drives. What an op is given is checked once, in
+`csrc/binding`.
 """
 
 from ddit_rt.ops._library import load as _load

@@ -234,3 +234,32 @@ def solver_step_(
     torch.ops.ddit_rt.solver_step_(
         history, velocities, velocity.contiguous(), coefficients.contiguous(), step
     )
+
+
+def solver_step_in_torch(
+    history: Tensor, velocities: Tensor, velocity: Tensor, coefficients: Tensor, step: int
+) -> None:
+    """`solver_step_` in plain torch, for loops that the host drives on a GPU: fits and training.
+
+    The same bits: products and sums are operations of their own, so none are fused.
+
+    Args:
+        history: As of `solver_step_`, as are the others.
+        velocities: See there.
+        velocity: See there.
+        coefficients: See there; on the CPU, so that the host need not wait for them.
+        step: See there.
+    """
+    slots = len(velocities)
+    past = [velocities[(step - age) % slots] for age in range(1, slots + 1)]
+    terms = [*(history[-(step - age) % 4] for age in range(3)), velocity.float(), *past]
+    row = coefficients[step].float().tolist()
+    row = [*row[:3], *row[3 : 4 + slots]]
+    products = [weight * term for weight, term in zip(row, terms, strict=True) if weight]
+    total = sum(products[1:], products[0])
+    if slots:
+        velocities[step % slots].copy_(velocity)
+    history[-(step + 1) % 4].copy_(total)
+
+
+torch.library.impl("ddit_rt::solver_step_", "CUDA", solver_step_in_torch)

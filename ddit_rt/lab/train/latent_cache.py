@@ -190,7 +190,11 @@ def _trajectories(
         latents, velocities = list[Tensor](), list[Tensor]()
 
         def record(
-            z: Tensor, v: Tensor, latents: list[Tensor] = latents, found: list[Tensor] = velocities
+            _: int,
+            z: Tensor,
+            v: Tensor,
+            latents: list[Tensor] = latents,
+            found: list[Tensor] = velocities,
         ) -> None:
             latents.append(z.half())
             found.append(v.half())
