@@ -13,7 +13,7 @@ from ddit_rt.cli.options import number, whole
 
 SIZES = ("height", "width", "num_frames", "audio_duration_s")
 OPTIONS = (*SIZES, "text_tokens", "dtype")
-"""Those of a diffusers folder."""
+"""Options that say which size and dtype of a diffusers folder is meant."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -146,7 +146,7 @@ def _trace(
 def _run_step(
     plan: RunPlan, state: _RunState, step: int, mark: Ranges, on_velocity: VelocityWatch | None
 ) -> int:
-    """Takes a step; the branch that it took."""
+    """Takes a step and returns the branch that it took."""
     with mark("decide"):
         branch = state.decide(step)
     stage, latents = plan.stages[step], state.latents(step)
@@ -219,7 +219,7 @@ class _RunState:
         return int(self.decision[3])
 
     def advance(self, velocity: Tensor, step: int) -> None:
-        """The solver's step, in place: z_{step+1} into the ring."""
+        """Takes the solver's step in place: writes z_{step+1} into the ring."""
         ops.solver_step_(self.history, self._velocities, velocity, self._coefficients, step)
 
 
@@ -227,7 +227,7 @@ class _CacheState:
     """What a step cache keeps across the steps of one run.
 
     Attributes:
-        record: As `ops.decide_reuse_` writes it.
+        record: One row a step, as `ops.decide_reuse_` writes them.
     """
 
     def __init__(self, plan: CachePlan) -> None:
@@ -238,7 +238,7 @@ class _CacheState:
         self.record = _zeros(len(self._increments), ops.CACHE_RECORD)
 
     def decide(self, state: _RunState, step: int, buckets: int) -> None:
-        """Turns the decided bucket into a branch."""
+        """Decides whether the step reuses, and so turns the decided bucket into a branch."""
         table, signal = self._plan.table, self._no_signal
         if table.signalled(step):
             assert self._plan.signal is not None, "a polynomial needs a signal"

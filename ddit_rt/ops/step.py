@@ -244,11 +244,11 @@ def solver_step_in_torch(
     The same bits: products and sums are operations of their own, so none are fused.
 
     Args:
-        history: As of `solver_step_`, as are the others.
-        velocities: See there.
-        velocity: See there.
-        coefficients: See there; on the CPU, so that the host need not wait for them.
-        step: See there.
+        history: Ring of latents, as `solver_step_` takes it.
+        velocities: Ring of velocities, likewise.
+        velocity: v[k], likewise.
+        coefficients: Table on the CPU, so that the host need not wait for it.
+        step: Row k of the table.
     """
     slots = len(velocities)
     past = [velocities[(step - age) % slots] for age in range(1, slots + 1)]
