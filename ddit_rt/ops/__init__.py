@@ -13,16 +13,17 @@ _load()
 
 # The fakes and gradients can only be attached to ops that exist.
 from ddit_rt.ops import _fakes  # noqa: E402, F401
-from ddit_rt.ops.pack import pack, unpack  # noqa: E402
-from ddit_rt.ops.step import (  # noqa: E402  # noqa: E402
+from ddit_rt.ops.functions import (  # noqa: E402
     CACHE_HEADER,
     CACHE_RECORD,
     CacheReason,
     Reason,
     decide_,
     decide_reuse_,
+    pack,
     patch_scores,
     solver_step_,
+    unpack,
 )
 
 __all__ = [

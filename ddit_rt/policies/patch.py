@@ -331,7 +331,7 @@ class DDiTPolicy(PatchPolicy):
         return PolicyTable(
             forced=tuple(forced),
             labels=tuple(labels),
-            thresholds=tuple(self._thresholds(schedule, step) for step in range(steps)),
+            thresholds=self._thresholds(schedule),
             order=self.order,
             quantile=self.rho,
             dwell=self.dwell,
@@ -357,19 +357,21 @@ class DDiTPolicy(PatchPolicy):
         return _bucket_of(parse_patch(self.warmup), schedule.offered)
 
     def _taus(self, schedule: Schedule) -> tuple[float, ...]:
+        """The threshold of each coarse size before it is normalised; NaN for one left out."""
         coarse = schedule.offered[1:]
         if isinstance(self.tau, Mapping):
             return tuple(self.tau.get(patch_name(multiple), math.nan) for multiple in coarse)
         return (float(self.tau),) * len(coarse)
 
-    def _thresholds(self, schedule: Schedule, step: int) -> tuple[float, ...]:
-        taus = self._taus(schedule)
-        if self.criterion == "raw" or step < self.order:
-            return taus
-        sigmas = schedule.sigmas
-        mean_step = abs(sigmas[step - self.order] - sigmas[step]) / self.order
-        scale = (mean_step / _REFERENCE_STEP) ** self.step_exponent
-        return tuple(tau * scale for tau in taus)
+    def _thresholds(self, schedule: Schedule) -> tuple[tuple[float, ...], ...]:
+        """Threshold of each coarse bucket at every step."""
+        taus, sigmas = self._taus(schedule), schedule.sigmas
+        rows = [taus] * schedule.steps
+        for step in range(self.order, schedule.steps if self.criterion == "normalised" else 0):
+            mean_step = abs(sigmas[step - self.order] - sigmas[step]) / self.order
+            scale = (mean_step / _REFERENCE_STEP) ** self.step_exponent
+            rows[step] = tuple(tau * scale for tau in taus)
+        return tuple(rows)
 
 
 def policy_from_dict(data: Mapping[str, Any]) -> PatchPolicy:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt.ops import solver_step_
-from ddit_rt.ops.step import solver_step_in_torch
+from ddit_rt.ops.functions import solver_step_in_torch
 
 SHAPE = (2, 4, 6, 10)
 
