@@ -16,12 +16,12 @@ class Limits:
 
     Attributes:
         prompt: Characters of a prompt, and of a negative prompt.
-        pixels: Of a picture, or of a frame.
-        n: Pictures.
+        pixels: Of an image, or of a frame.
+        n: Images.
         steps: Denoising steps.
         frames: Of a video.
         body: Bytes of a request's body, uploads among them.
-        upload_pixels: Of an uploaded picture.
+        upload_pixels: Of an uploaded image.
     """
 
     prompt: int = 4000
@@ -44,9 +44,9 @@ class ServeConfig:
     Attributes:
         model: The model's name in the interface.
         keys: API keys, one of which a request must carry; empty: none is asked for.
-        max_queue: Pictures that may wait; a request beyond it is refused with 429.
-        batch_window_ms: How long a picture waits for others that can share its run.
-        max_batch: Pictures of a run; 1 turns batching off.
+        max_queue: Images that may wait; a request beyond it is refused with 429.
+        batch_window_ms: How long an image waits for others that can share its run.
+        max_batch: Images of a run; 1 turns batching off.
         deadline_seconds: From a request's arrival to its answer; beyond it the answer is 503.
         limits: Of one request.
         call: Arguments of every call of the pipeline, such as `max_sequence_length`.

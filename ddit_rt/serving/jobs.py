@@ -1,4 +1,4 @@
-"""A request's pictures, from the queue to the answer."""
+"""A request's images, from the queue to the answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ddit_rt.engine.watch import StepView
 from ddit_rt.loop import RunTrace
 
 OnStep = Callable[[StepView, int], None]
-"""Told of a step and of a picture's place in its batch; in the worker's thread."""
+"""Told of a step and of an image's place in its batch; in the worker's thread."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +34,8 @@ class Work:
 
     Attributes:
         prompt: Its prompt.
-        seeds: One a picture.
-        arguments: Further arguments of the engine's call, the same for all pictures.
+        seeds: One seed for each image.
+        arguments: Further arguments of the engine's call, the same for all images.
         negative_prompt: What to keep away from, where the pipeline takes it.
         style: Its LoRA.
         key: Works of one key can share a run; None: this one shares with none.
@@ -53,7 +53,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Made:
-    """A picture that is made.
+    """An image that is made.
 
     Attributes:
         picture: A `PIL.Image`, or the list of a video's.
@@ -71,8 +71,8 @@ class Job:
 
     Attributes:
         work: What it asks for.
-        done: Its pictures, in the order of the seeds, or what went wrong.
-        samples: Its pictures in the queue.
+        done: Its images, in the order of the seeds, or what went wrong.
+        samples: Its images in the queue.
         started: Whether one of them has left it.
     """
 
@@ -102,7 +102,7 @@ class Job:
         return self._dropped or self.done.done() or self.expired
 
     def give(self, made: Made) -> None:
-        """One of its pictures is made."""
+        """One of its images is made."""
         self._made[made.seed] = made
         if len(self._made) == len(self.work.seeds) and not self.done.done():
             self.done.set_result([self._made[seed] for seed in self.work.seeds])
@@ -114,7 +114,7 @@ class Job:
 
 
 class Sample:
-    """One picture of a job in the queue."""
+    """One image of a job in the queue."""
 
     __slots__ = ("arrived", "job", "seed")
 

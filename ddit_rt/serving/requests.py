@@ -46,7 +46,7 @@ class Reader:
 
         Args:
             asked: Its body.
-            n: Pictures.
+            n: Images.
             alone: Whether it shares its run with no other request.
             on_step: Follows the run.
             arguments: Of the pipeline's call besides.

@@ -99,5 +99,5 @@ def image_files(folder: Path) -> list[Path]:
         ValueError: No such folder.
     """
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}; it should hold reference pictures")
+        raise ValueError(f"there is no folder {folder}; it should hold reference images")
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
