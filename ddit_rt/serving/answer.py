@@ -24,9 +24,9 @@ async def result(job: Job, request: Request, worker: Worker, seconds: float) -> 
 
     Args:
         job: The job.
-        request: Its request, whose body was read.
-        worker: Whose job it is.
-        seconds: Its deadline.
+        request: The job's request, whose body was read.
+        worker: The worker that has the job.
+        seconds: Time until the job's deadline.
 
     Raises:
         ApiError: It failed, took too long, or the client is gone: then its run ends, too.

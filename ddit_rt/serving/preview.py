@@ -45,7 +45,7 @@ class LatentToRgb:
 
 
 class Previews:
-    """Of one image: what its latents would be if the run went straight on to the end."""
+    """Previews of one image: what its latents would be if the run went straight to its end."""
 
     def __init__(self) -> None:
         self._before: Tensor | None = None
@@ -56,7 +56,7 @@ class Previews:
         Args:
             convert: The model's `LatentToRgb`.
             view: The step.
-            place: Of the image in its batch.
+            place: Place of the image in its batch.
         """
         latents = view.latents[place]
         clean, (high, low) = latents, view.sigmas

@@ -17,7 +17,7 @@ def read_picture(data: bytes, name: str, pixels: int) -> Image.Image:
 
     Args:
         data: The file.
-        name: Its field, for messages.
+        name: Name of the field it came in, for messages.
         pixels: The most that it may have; its header says how many, before any is decoded.
 
     Raises:

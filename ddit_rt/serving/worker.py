@@ -287,7 +287,7 @@ def is_video(engine: Engine) -> bool:
 
 
 def _arguments(batch: list[Sample]) -> dict[str, Any]:
-    """Of the engine's call; one image is asked for as by a caller of the pipeline."""
+    """Arguments of the engine's call; one image is asked for as a caller of the pipeline does."""
     generators = [torch.Generator().manual_seed(sample.seed) for sample in batch]
     prompts = [sample.job.work.prompt for sample in batch]
     negatives = [sample.job.work.negative_prompt for sample in batch]

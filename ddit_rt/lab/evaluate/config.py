@@ -33,7 +33,7 @@ class EvaluationConfig:
     Attributes:
         out: Folder to write to, or to go on in.
         prompts: The prompts.
-        source: Where they come from, for the report.
+        source: Where the prompts come from, for the report.
         steps: Steps of the reference.
         policies: Name and policy, preset or speed of each plan; none for the artifact's own.
         arguments: Further arguments of the engine's call, e.g. `height`.

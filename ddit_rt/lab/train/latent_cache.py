@@ -83,7 +83,7 @@ class LatentCache:
         """`latents` or `velocities` of some rows, float32, `[B, C, H, W]`.
 
         Args:
-            name: Which.
+            name: Which of the two.
             rows: Rows.
             steps: Step of each row's trajectory; None for images.
         """
