@@ -17,7 +17,7 @@ EMBEDDED = "demo"
 """The model name that stands for the pipeline inside the package."""
 
 EMBEDDED_VIDEO = "demo-video"
-"""Name of the video pipeline inside the package."""
+"""The same for the video pipeline inside the package."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
