@@ -41,7 +41,7 @@ from ddit_rt.lab.demo import model_path
 from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
 from ddit_rt.lab.measure.report import machine, versions
 from ddit_rt.lab.measure.timing import Batch, engine_method
-from ddit_rt.live.live import LiveModel
+from ddit_rt.live import LiveModel
 from ddit_rt.loop import CpuExecutor, RunPlan
 from ddit_rt.models import family_of
 from ddit_rt.policies import DDiTPolicy, FinePolicy, PatchPolicy, Schedule, StaticPolicy

@@ -18,8 +18,7 @@ from timing import Call
 from ddit_rt import _runtime
 from ddit_rt.loop import RunPlan
 from ddit_rt.loop.buffers import LoopBuffers
-from ddit_rt.policies import PolicyTable
-from ddit_rt.policies.patch_table import DYNAMIC
+from ddit_rt.policies import DYNAMIC, PolicyTable
 from ddit_rt.solver import SolverTable
 
 LATENTS: Mapping[str, tuple[int, ...]] = {

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 _T = TypeVar("_T")
 
 _LARGEST = 3.4028234663852886e38
-"""Of float32, in which the loop computes: beyond it everything is infinite."""
+"""Largest number of float32, in which the loop computes: beyond it everything is infinite."""
 
 _SHOWN = 80
 """Characters of a value that a message shows."""
@@ -173,7 +173,7 @@ def instance(name: str, value: Any, kind: type[_T], expected: str) -> _T:
 
 
 def optional(check: Callable[..., _T], name: str, value: Any, *bounds: Any) -> _T | None:
-    """None, or what a check gives."""
+    """None for None, else what a check returns."""
     return None if value is None else check(name, value, *bounds)
 
 
@@ -201,7 +201,7 @@ def text_lines(path: str | Path) -> list[str]:
 
 
 def got(name: str, value: Any, expected: str, advice: str = "") -> str:
-    """The sentence."""
+    """The sentence that says what came, what was expected, and what to do."""
     return f"got {name}={show(value)}; expected {expected}" + (f": {advice}" if advice else "")
 
 
@@ -264,7 +264,7 @@ def _real(value: Any) -> float | None:
 
 
 def _scalar(value: Any, *kinds: str) -> bool:
-    """Whether a number of numpy, or an array or tensor without dimensions, is of a kind."""
+    """Whether a number of numpy, or an array or tensor without dimensions, is of some kinds."""
     without_dimensions = getattr(value, "ndim", 0) == 0 and not _is_meta(value)
     return without_dimensions and any(kind in str(value.dtype) for kind in kinds)
 

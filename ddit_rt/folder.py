@@ -60,7 +60,7 @@ def no_place_for_code(folder: Path, room: int) -> str:
     """Why code cannot be written to a folder and run from there, as `unwritable`.
 
     Args:
-        folder: As for `unwritable`.
+        folder: The folder, as `unwritable` takes it.
         room: Bytes that it has to hold.
     """
     if problem := unwritable(folder):

@@ -205,7 +205,7 @@ def _flow_sigmas(scheduler: Any, name: str) -> tuple[float, ...]:
     if unusable:
         raise _nonfinite(name, f"its sigmas hold {unusable[0]}")
     if scheduler.config.get("invert_sigmas", False):
-        raise _no_flow(name, "its sigmas rise from noise to picture (invert_sigmas=True)")
+        raise _no_flow(name, "its sigmas rise from noise to image (invert_sigmas=True)")
     if not 0 <= min(sigmas) <= max(sigmas) <= 1 + 1e-6:
         raise _no_flow(
             name, f"its sigmas reach from {min(sigmas):.3g} to {max(sigmas):.3g}, not within [0, 1]"

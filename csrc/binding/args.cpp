@@ -56,12 +56,6 @@ void check_patch(const PatchShape& shape, int64_t patch, const char* op) {
                   shape.width);
 }
 
-void check_frame_patch(const PatchShape& shape, int64_t frame_patch, const char* op) {
-  STD_TORCH_CHECK(frame_patch >= 1 && shape.frames % frame_patch == 0, "ddit_rt::", op,
-                  ": frame patch ", frame_patch, " does not divide the ", shape.frames,
-                  " latent frames");
-}
-
 template <typename T>
 T* offset(const Tensor& tensor, int64_t index) {
   return static_cast<T*>(tensor.data_ptr()) + index;
@@ -102,20 +96,17 @@ void check_floating(const Tensor& tensor, const char* op, const char* name) {
   check_contiguous(tensor, op, name);
 }
 
-PatchShape pack_shape(const Tensor& latents, int64_t patch_size, int64_t frame_patch,
-                      bool channels_last) {
+PatchShape pack_shape(const Tensor& latents, int64_t patch_size, bool channels_last) {
   check_floating(latents, "pack", "latents");
   PatchShape shape = latent_shape(latents, 2, "pack", "latents");
   check_patch(shape, patch_size, "pack");
-  check_frame_patch(shape, frame_patch, "pack");
   shape.patch = patch_size;
-  shape.frame_patch = frame_patch;
   shape.channels_last = channels_last;
   return shape;
 }
 
 PatchShape unpack_shape(const Tensor& tokens, int64_t patch_size, int64_t height, int64_t width,
-                        int64_t frames, int64_t frame_patch, bool channels_last) {
+                        int64_t frames, bool channels_last) {
   check_floating(tokens, "unpack", "tokens");
   STD_TORCH_CHECK(tokens.dim() == 3, "ddit_rt::unpack: tokens have shape ", shape_text(tokens),
                   ", expected 3 dimensions");
@@ -123,11 +114,9 @@ PatchShape unpack_shape(const Tensor& tokens, int64_t patch_size, int64_t height
                   ", width ", width, ", frames ", frames, ", expected positive sizes");
   PatchShape shape{tokens.size(0), 0, frames == 0 ? 1 : frames, height, width, 1};
   check_patch(shape, patch_size, "unpack");
-  check_frame_patch(shape, frame_patch, "unpack");
   shape.patch = patch_size;
-  shape.frame_patch = frame_patch;
   shape.channels_last = channels_last;
-  shape.channels = tokens.size(2) / (frame_patch * patch_size * patch_size);
+  shape.channels = tokens.size(2) / (patch_size * patch_size);
   check_shape(tokens, {shape.batch, shape.tokens(), shape.features()}, "unpack", "tokens");
   return shape;
 }

@@ -31,12 +31,11 @@ void check_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const 
 void check_floating(const Tensor& tensor, const char* op, const char* name);
 
 // latents [B, C, H, W] or [B, C, F, H, W]; an image counts as one frame.
-PatchShape pack_shape(const Tensor& latents, int64_t patch_size, int64_t frame_patch,
-                      bool channels_last);
+PatchShape pack_shape(const Tensor& latents, int64_t patch_size, bool channels_last);
 
-// tokens [B, N, C * r * p * p]; frames = 0 stands for latents without a frame dimension.
+// tokens [B, N, C * p * p]; frames = 0 stands for latents without a frame dimension.
 PatchShape unpack_shape(const Tensor& tokens, int64_t patch_size, int64_t height, int64_t width,
-                        int64_t frames, int64_t frame_patch, bool channels_last);
+                        int64_t frames, bool channels_last);
 
 // Uninitialised results of pack and unpack, on the argument's device and of its dtype.
 Tensor new_tokens(const Tensor& latents, const PatchShape& shape);

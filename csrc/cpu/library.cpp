@@ -3,12 +3,10 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ddit_rt, m) {
-  m.def(
-      "pack(Tensor latents, int patch_size, int frame_patch=1, bool channels_last=False) "
-      "-> Tensor");
+  m.def("pack(Tensor latents, int patch_size, bool channels_last=False) -> Tensor");
   m.def(
       "unpack(Tensor tokens, int patch_size, int height, int width, int frames=0, "
-      "int frame_patch=1, bool channels_last=False) -> Tensor");
+      "bool channels_last=False) -> Tensor");
   m.def(
       "patch_scores(Tensor history, int[] patch_sizes, float quantile, int order=3, int head=0) "
       "-> Tensor");

@@ -1,6 +1,6 @@
 // pack / unpack: a transpose of short runs.
 //
-// One task is one row of patches of one frame patch, a matrix of lines x columns of runs: a token's
+// One task is one row of patches of one frame, a matrix of lines x columns of runs: a token's
 // `patch` values of a line with channels first, one pixel's value with channels last. Runs of 2, 4
 // and 8 bytes go through 16-byte registers as 8 x 8, 4 x 4 and 2 x 2 transposes. Lines of different
 // channels lie a power of two apart in usual latents and so share cache sets: sixteen at a time
@@ -205,15 +205,14 @@ void move_row(const Runs& runs, char* latents, char* tokens) {
 template <Direction kDirection, int64_t kRun>
 void move_all(const PatchShape& shape, const Runs& runs, int64_t item, char* latents,
               char* tokens) {
-  const int64_t frames = shape.frames / shape.frame_patch;
-  const int64_t rows = shape.batch * frames * shape.rows();
+  const int64_t rows = shape.batch * shape.frames * shape.rows();
   const int64_t row_bytes = std::max<int64_t>(1, shape.lines() * shape.width * item);
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / row_bytes);
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i % shape.rows();
-      const int64_t f = i / shape.rows() % frames;
-      const int64_t b = i / shape.rows() / frames;
+      const int64_t f = i / shape.rows() % shape.frames;
+      const int64_t b = i / shape.rows() / shape.frames;
       move_row<kDirection, kRun>(runs, latents + shape.latent_offset(b, f, row, 0) * item,
                                  tokens + shape.token_offset(b, f, row) * item);
     }
@@ -243,17 +242,16 @@ void move(const PatchShape& shape, const Tensor& latents, const Tensor& tokens) 
   }
 }
 
-Tensor pack_cpu(Tensor latents, int64_t patch_size, int64_t frame_patch, bool channels_last) {
-  const PatchShape shape = pack_shape(latents, patch_size, frame_patch, channels_last);
+Tensor pack_cpu(Tensor latents, int64_t patch_size, bool channels_last) {
+  const PatchShape shape = pack_shape(latents, patch_size, channels_last);
   Tensor tokens = new_tokens(latents, shape);
   move<Direction::kPack>(shape, latents, tokens);
   return tokens;
 }
 
 Tensor unpack_cpu(Tensor tokens, int64_t patch_size, int64_t height, int64_t width, int64_t frames,
-                  int64_t frame_patch, bool channels_last) {
-  const PatchShape shape =
-      unpack_shape(tokens, patch_size, height, width, frames, frame_patch, channels_last);
+                  bool channels_last) {
+  const PatchShape shape = unpack_shape(tokens, patch_size, height, width, frames, channels_last);
   Tensor latents = new_latents(tokens, shape, frames > 0);
   move<Direction::kUnpack>(shape, latents, tokens);
   return latents;

@@ -45,17 +45,16 @@ void launch(const PatchShape& shape, const Tensor& latents, const Tensor& tokens
   LaunchContext::check("pack_kernel");
 }
 
-Tensor pack_cuda(Tensor latents, int64_t patch_size, int64_t frame_patch, bool channels_last) {
-  const PatchShape shape = pack_shape(latents, patch_size, frame_patch, channels_last);
+Tensor pack_cuda(Tensor latents, int64_t patch_size, bool channels_last) {
+  const PatchShape shape = pack_shape(latents, patch_size, channels_last);
   Tensor tokens = new_tokens(latents, shape);
   launch<true>(shape, latents, tokens);
   return tokens;
 }
 
 Tensor unpack_cuda(Tensor tokens, int64_t patch_size, int64_t height, int64_t width, int64_t frames,
-                   int64_t frame_patch, bool channels_last) {
-  const PatchShape shape =
-      unpack_shape(tokens, patch_size, height, width, frames, frame_patch, channels_last);
+                   bool channels_last) {
+  const PatchShape shape = unpack_shape(tokens, patch_size, height, width, frames, channels_last);
   Tensor latents = new_latents(tokens, shape, frames > 0);
   launch<false>(shape, latents, tokens);
   return latents;

@@ -52,15 +52,13 @@ __device__ __forceinline__ Start start_of(const Params& p, uint32_t warp, uint32
 
   const uint32_t tile_row = line_tile * (kLanes >> p.lane_bits) + (lane >> p.lane_bits);
   const uint32_t line = tile_row * p.tile_lines;
-  const uint32_t digits = p.inner.quotient(line);
-  const uint32_t outer = p.middle.quotient(digits);
+  const uint32_t outer = p.inner.quotient(line);
   const uint32_t group = p.group.quotient(line);
   const uint32_t feature = group * p.group.value * p.run.value + p.group.remainder(line, group);
 
   Start start;
   start.latents = b * p.latent_batch + f * p.latent_frame + row * p.latent_row +
-                  outer * p.outer_stride + p.middle.remainder(digits, outer) * p.middle_stride +
-                  p.inner.remainder(line, digits) * p.inner_stride;
+                  outer * p.outer_stride + p.inner.remainder(line, outer) * p.inner_stride;
   start.tokens = row_number * p.token_row + uint64_t{feature} * p.unit;
   start.vector = (column_tile * p.repeats << p.lane_bits) + (lane & ((1u << p.lane_bits) - 1));
   start.inside = tile_row < p.tile_rows;
@@ -140,14 +138,14 @@ __device__ __forceinline__ void with_count(uint32_t count, Body body) {
 // Mapping: a thread transposes tiles of units in registers, see Params: 4 x 4 units of 4 bytes for
 // p = 2 in half precision, 8 x 8 values of 2 bytes with channels last. A warp lays its tiles side
 // by side such that it touches whole sectors on both sides; at FLUX and Wan sizes 64 bytes of each
-// of its lines and 128 bytes of each of its tokens. One warp per (sample, frame patch, row of
+// of its lines and 128 bytes of each of its tokens. One warp per (sample, frame, row of
 // patches, tile of columns, tile of lines), one to four warps a block. Shared memory: none, so no
 // barrier either. Bound by bytes: each value is read once and written once, and every thread has 64
 // bytes or more under way where accesses are 16 bytes wide. Deterministic.
 template <int kUnit, bool kPack>
 __global__ void __launch_bounds__(kMaxThreads)
     pack_kernel(const unsigned char* __restrict__ from,  // latents [B, C, F, H, W], or tokens
-                unsigned char* __restrict__ to,          // tokens [B, N, C * r * p * p], or latents
+                unsigned char* __restrict__ to,          // tokens [B, N, C * p * p], or latents
                 Params p) {
   const uint32_t warp = blockIdx.x * (blockDim.x / kLanes) + threadIdx.x / kLanes;
   if (warp >= p.warps) return;

@@ -44,8 +44,8 @@ struct Params {
   uint32_t tile_rows;      // tiles across the lines of a row of patches
 
   // Lines, as patch.h numbers them; units of a line in a token.
-  Divisor middle, inner, group, run;
-  uint64_t outer_stride, middle_stride, inner_stride;
+  Divisor inner, group, run;
+  uint64_t outer_stride, inner_stride;
 
   uint64_t line_at[kMaxTile];  // latents: from a tile's first line to each
   uint64_t unit_at[kMaxTile];  // tokens: from the first unit of a tile's first line to each
@@ -83,17 +83,15 @@ inline Params strides_of(const PatchShape& shape, int64_t item) {
   const int64_t frame = shape.height * shape.width * item;
   Params p{};
   p.rows = Divisor(shape.rows());
-  p.frames = Divisor(shape.frames / shape.frame_patch);
+  p.frames = Divisor(shape.frames);
   p.latent_batch = shape.channels * shape.frames * frame;
-  p.latent_frame = shape.frame_patch * frame;
+  p.latent_frame = frame;
   p.latent_row = shape.patch * shape.width * item;
   p.token = shape.features() * item;
   p.token_row = shape.columns() * p.token;
-  p.middle = Divisor(order.middle);
   p.inner = Divisor(order.inner);
   p.group = Divisor(shape.group());
   p.outer_stride = order.outer_stride * item;
-  p.middle_stride = order.middle_stride * item;
   p.inner_stride = order.inner_stride * item;
   return p;
 }
@@ -110,14 +108,10 @@ inline void choose_accesses(Params& p, const PatchShape& shape, int64_t item, ui
   p.latent_access = widest_access(latents | static_cast<uint64_t>(shape.width * item));
   while (!keeps_step(p.latent_access / p.unit, run)) p.latent_access /= 2;
 
-  // Lines whose units are neighbours in a token.
+  // Lines whose units are neighbours in a token. Tiles of them keep step with the inner digit, C
+  // with channels last, else p: what divides C does, and a run of one unit makes p a power of two.
   const int64_t lines = shape.channels_last ? shape.channels : run == 1 ? shape.lines() : 1;
-  const LineOrder order = shape.line_order();
   p.token_access = widest_access(tokens | static_cast<uint64_t>(lines * p.unit));
-  while (!keeps_step(p.token_access / p.unit, order.inner) ||
-         !keeps_step(p.token_access / p.unit, order.inner * order.middle)) {
-    p.token_access /= 2;
-  }
   p.tile_lines = p.token_access / p.unit;
 }
 
@@ -174,8 +168,8 @@ inline Launch launch_of(const PatchShape& shape, int64_t item, const void* laten
   const int64_t across = kLanes >> p.lane_bits;
   p.column_tiles = Divisor(round_up(p.vectors, along) / along);
   p.line_tiles = Divisor(round_up(p.tile_rows, across) / across);
-  launch.warps = shape.batch * (shape.frames / shape.frame_patch) * shape.rows() *
-                 int64_t{p.column_tiles.value} * p.line_tiles.value;
+  launch.warps = shape.batch * shape.frames * shape.rows() * int64_t{p.column_tiles.value} *
+                 p.line_tiles.value;
   p.warps = static_cast<uint32_t>(launch.warps);
   while (launch.threads > kLanes && launch.warps * kLanes < kEnoughBlocks * launch.threads) {
     launch.threads /= 2;

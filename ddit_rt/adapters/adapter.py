@@ -8,7 +8,7 @@ do not divide z, it is padded and v is cut: `padding.py`):
 
 `paper`   v = D h + R x, the blocks taking E x + i at the time t. E and D start from the base
           model's, resized; positions are interpolated.
-`snr`     a correction on the training-free step of `steps/coarse.py`. The blocks take
+`snr`     a correction on the training-free step of `steps/buckets.py`. The blocks take
           e z' + E y + i at the time t', with z' the small image, t' its level, y = [x, x_fine],
           and x_fine the patches of the clean estimate of the latest step at p, zero before there
           is one; positions are those of z'. Then
@@ -126,7 +126,7 @@ class PatchAdapter(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights: the model's, or float32 while it is trained."""
+        """Dtype of its weights: the model's, or float32 while it is trained."""
         return self.identifier.dtype
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:

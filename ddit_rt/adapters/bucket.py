@@ -8,7 +8,16 @@ from torch import Tensor
 from ddit_rt import ops
 from ddit_rt.adapters.adapter import PatchAdapter
 from ddit_rt.adapters.padding import pack_padded, unpack_cut
-from ddit_rt.steps import Bucket, Passes, RunContext, Runners, SnrBucket, StepInputs, StepModel
+from ddit_rt.steps import (
+    Bucket,
+    Passes,
+    PassesBucket,
+    RunContext,
+    Runners,
+    SnrBucket,
+    StepInputs,
+    StepModel,
+)
 
 
 def adapter_bucket(
@@ -36,8 +45,10 @@ def embed_adapted(
     return model.layers.embed_tokens(model.transformer, small) + hidden
 
 
-class AdapterBucket:
+class AdapterBucket(PassesBucket):
     """v = model with adapter(z, t) on patches of s times p."""
+
+    _passes: Passes
 
     def __init__(
         self, model: StepModel, context: RunContext, adapter: PatchAdapter, runners: Runners
@@ -68,14 +79,6 @@ class AdapterBucket:
         hidden = embed_adapted(model, adapter, tokens, None)
         velocity = self._passes(hidden, step, project, reuse=reuse, guided=guided)
         return unpack_cut(velocity, self._patch, context.height, context.width)
-
-    def residuals(self) -> tuple[Tensor, ...]:
-        """See `Bucket.residuals`."""
-        return self._passes.residuals()
-
-    def sound(self) -> Tensor | None:
-        """See `Bucket.sound`."""
-        return self._passes.sound()
 
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""

@@ -34,7 +34,7 @@ _PEFT_PREFIX = "base_model.model."
 _METADATA = "ddit_rt_adapter"
 _BASE_SAMPLES = 8
 _SMALL_IMAGE = "dct"
-"""How `steps/coarse.py` makes the small image that `snr` corrects; files that name none are of a
+"""How `steps/buckets.py` makes the small image that `snr` corrects; files that name none are of a
 version that averaged."""
 
 

@@ -71,7 +71,7 @@ class PackageEntry:
         sha256: Hash sum, in hex.
         bytes: Size.
         block_type: Class name of the block.
-        variant: Which variant of it; None for the plain block.
+        variant: Name of the block's variant; None for the plain block.
     """
 
     sha256: str
@@ -187,7 +187,7 @@ class Manifest:
         return json.dumps(plain, indent=1, sort_keys=True) + "\n"
 
     def with_calibration(self, calibration: Calibration) -> Manifest:
-        """The same with a calibration, in place of an earlier one for its number of steps."""
+        """The manifest with a calibration, in place of one for the same number of steps."""
         others = (
             entry
             for entry in self.calibrations
@@ -200,7 +200,7 @@ class Manifest:
         return replace(self, schema_version=version, calibrations=tuple(entries))
 
     def with_cache_fit(self, fit: CacheFit) -> Manifest:
-        """The same with a fit for a step cache, in place of an earlier one of its kind."""
+        """The manifest with a fit for a step cache, in place of one of the same kind."""
         others = (entry for entry in self.cache_fits if entry.kind != fit.kind)
         entries = sorted((*others, fit), key=lambda entry: entry.kind)
         version = max(self.schema_version, _ADDED["cache_fits"])
@@ -328,7 +328,7 @@ def _block_mismatches(compiled: Mapping[str, str], live: Mapping[str, str]) -> l
 
 
 def _dtype(transformer: nn.Module) -> torch.dtype:
-    """As diffusers has it: of the first parameter that is not kept in float32."""
+    """The model's dtype as diffusers has it: that of the first parameter not kept in float32."""
     dtype = transformer.dtype
     assert isinstance(dtype, torch.dtype)
     return dtype

@@ -37,7 +37,7 @@ class Artifact:
 
     Attributes:
         directory: Folder with its files; None if nothing was compiled.
-        manifest: What it says about itself.
+        manifest: What the artifact says about itself.
     """
 
     directory: Path | None
@@ -92,11 +92,11 @@ class Artifact:
         return self.directory / name
 
     def with_calibration(self, calibration: Calibration) -> Artifact:
-        """The same files, with a calibration in the manifest; `save` writes it."""
+        """The artifact with a calibration in its manifest; `save` writes it."""
         return replace(self, manifest=self.manifest.with_calibration(calibration))
 
     def with_cache_fit(self, fit: CacheFit) -> Artifact:
-        """The same files, with a fit for a step cache in the manifest; `save` writes it."""
+        """The artifact with a fit for a step cache in its manifest; `save` writes it."""
         return replace(self, manifest=self.manifest.with_cache_fit(fit))
 
     def save(self, path: str | Path) -> Path:
@@ -138,7 +138,7 @@ def require_savable(path: str | Path) -> None:
     """Refuses a path at which no artifact can be saved.
 
     Args:
-        path: Where one is to go.
+        path: Path that an artifact is to be written to.
 
     Raises:
         ArtifactError: Something else is there, its parent cannot be written, or the list of

@@ -55,8 +55,8 @@ def compile_blocks(
 
     Args:
         transformer: The user's model; left as it is.
-        block_types: Its repeated blocks.
-        directory: Where the packages go.
+        block_types: The model's repeated blocks.
+        directory: Folder that the packages go to.
         ranges: Sizes to compile for.
         variants: LoRA branch of each variant; `{None: None}` for the plain blocks only.
         input_dtypes: As for `compile_block`.
@@ -164,7 +164,7 @@ def export_block(
 
     Args:
         template: The block behind the flat convention.
-        info: Its inputs and ranges.
+        info: Inputs and ranges of the block.
         device: Device of the block.
     """
     sizes = _example_sizes(info.ranges, _EXAMPLES[info.device])

@@ -95,7 +95,7 @@ def compile_program(
         program: The block, as `export_block` gives it.
         info: What the package is to say about itself.
         target: The `.pt2` file to write.
-        options: Those that the machine's compiler needs.
+        options: Options that the machine's compiler needs.
 
     Returns:
         `info` with the attention that the package really calls.

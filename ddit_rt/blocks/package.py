@@ -48,8 +48,8 @@ class PackageInfo:
 
     Attributes:
         block: Class name of the block.
-        inputs: Its flat inputs.
-        input_dtypes: Their data types.
+        inputs: The block's flat inputs.
+        input_dtypes: Data types of the inputs.
         device: Device type, `cpu` or `cuda`.
         ranges: Sizes that it was compiled for.
         constants: Shape and type of every constant, by canonical name.
@@ -150,7 +150,7 @@ def record_attention(package: Path, info: PackageInfo) -> PackageInfo:
 
     Args:
         package: A package that was just compiled; replaced.
-        info: What it says about itself so far.
+        info: What the package says about itself so far.
     """
     with zipfile.ZipFile(package) as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}

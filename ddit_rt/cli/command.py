@@ -33,7 +33,7 @@ class Outcome:
 
     Attributes:
         data: JSON-ready; printed with `--json`.
-        text: The same for people; printed without.
+        text: The result for people, printed without `--json`.
     """
 
     data: dict[str, Any]
@@ -45,8 +45,8 @@ class Command:
     """One subcommand.
 
     Attributes:
-        name: As it is typed.
-        summary: One line.
+        name: Its name, as it is typed.
+        summary: What it does, in one line.
         examples: Lines of the section 'examples' of its help.
         add_arguments: Declares its options.
         run: Does the work; None where another process of the same run reports. Progress goes to

@@ -13,7 +13,7 @@ from ddit_rt.cli.options import number, whole
 
 SIZES = ("height", "width", "num_frames", "audio_duration_s")
 OPTIONS = (*SIZES, "text_tokens", "dtype")
-"""Those of a diffusers folder."""
+"""Options that say which size and dtype of a diffusers folder is meant."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +97,7 @@ def _size_lines(size: dict[str, Any]) -> list[str]:
 
 
 def size_text(size: dict[str, Any]) -> str:
-    """Pixels and frames of a picture or video; the length of audio."""
+    """Pixels and frames of an image or video; the length of audio."""
     if size["seconds"] is not None:
         return f"{size['seconds']:.2f} s"
     frames = "" if size["num_frames"] is None else f", {size['num_frames']} frames"

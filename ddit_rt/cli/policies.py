@@ -42,7 +42,7 @@ def add_step_cache_argument(parser: argparse.ArgumentParser, default: str) -> No
     """Declares `--step-cache`.
 
     Args:
-        parser: Where to.
+        parser: The parser that gets the option.
         default: What happens without the option, for its help.
     """
     parser.add_argument(

@@ -39,7 +39,7 @@ from ddit_rt.engine.inputs import (
     unwrap,
 )
 from ddit_rt.errors import ArtifactMismatchError
-from ddit_rt.live.live import LiveModel
+from ddit_rt.live import LiveModel
 from ddit_rt.models import Family
 from ddit_rt.models.base import BlockType, TensorSpec
 from ddit_rt.planning.compiled import CompiledModel

@@ -143,7 +143,7 @@ class PipelineRun:
         return prepared
 
     def _forward(self, expert: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """In the place of a transformer's `forward`."""
+        """Stands in the place of a transformer's `forward`."""
         if self._is_callbacks_own():
             return own(*args, **kwargs)
         model = self._compiled.models[expert]
@@ -240,7 +240,7 @@ class PipelineRun:
         return branch
 
     def _latest_inputs(self, timestep: Tensor, passes: int) -> list[StepInputs]:
-        """Of every pass, at a step's time; one that was not called yet stands for none other."""
+        """The inputs of every pass at a step's time; the first stands for one not called yet."""
         latest = (self._inputs.get(place, self._inputs[0]) for place in range(passes))
         return [replace(inputs, timestep=timestep) for inputs in latest]
 
@@ -278,7 +278,7 @@ class PipelineRun:
 
     @shielded()
     def _after_step(self, index: int, latents: Tensor) -> None:
-        """At the end of every step of the pipeline's loop, before the user's callback."""
+        """Runs at the end of every step of the pipeline's loop, before the user's callback."""
         step = self._step
         if step.branch is None or index != step.index or self._session is None:
             raise UnsupportedModelError(

@@ -273,7 +273,7 @@ def _scheduler_problem(family: Family, pipeline: Any) -> str:
 
 
 def _text_tokens(pipeline: Any) -> int:
-    """As many as the pipeline's call takes at most."""
+    """The most text tokens that the pipeline's call takes."""
     return int(call_defaults(pipeline).get("max_sequence_length") or _TEXT_TOKENS)
 
 

@@ -68,31 +68,6 @@ class FiniteCheck:
             raise ValueError("the initial latents hold NaN or infinity; give finite noise")
 
 
-def announce_nonfinite(final: Tensor, trace: RunTrace) -> RunTrace:
-    """Warns where a run's latents are not finite, whatever decided its patch sizes.
-
-    NaN and infinity stay in the latents of a flow once they are there, so that the final ones tell
-    of every step; where scores or signals were taken, the trace knows the step too.
-
-    Args:
-        final: The run's final latents. On a device the host waits for the answer here, behind the
-            loop, whose end it has seen already.
-        trace: The run's.
-
-    Returns:
-        The trace, with `nonfinite` set where they are not.
-    """
-    if Finite(final) and not trace.nonfinite:
-        return trace
-    first = trace.first_nonfinite
-    when = "in the final latents" if first is None else f"before step {first} of {len(trace)}"
-    notices.warn(
-        f"the latents became NaN or infinite during the run, noticed {when}; the result is not "
-        "usable: check the model's weights and dtype, the prompt embeddings and the guidance"
-    )
-    return replace(trace, nonfinite=True)
-
-
 _IDLE = "a dynamic policy took no coarse step"
 """Among what was announced: said once, whatever the scores were."""
 
@@ -140,8 +115,8 @@ class Loop:
         Args:
             plan: The plan.
             latents: z_0, as in `Engine.denoise`.
-            on_progress: As in `Executor.run`.
-            interrupted: Asked before every step, beside `cancel`.
+            on_progress: Called after every step with its index; see `ProgressCallback`.
+            interrupted: Asked before every step; once true, the run ends early.
 
         Returns:
             Final latents; `trace` is the run's.
@@ -184,7 +159,7 @@ class Loop:
         return self._cancelled.is_set()
 
     def announce(self, notes: Sequence[str]) -> None:
-        """Says each thing once."""
+        """Warns of each note once in the engine's life."""
         for note in notes:
             if note not in self._announced:
                 self._announced.add(note)
@@ -204,17 +179,32 @@ class Loop:
             notices.warn(f"{note}; raise its tau, run more steps, or pass a plan, '2p:0.4,p'")
 
     def look_at(self, final: Tensor | None) -> None:
-        """Announces and records final latents that are not finite; see `announce_nonfinite`."""
-        if self.trace is not None and final is not None:
-            self.trace = announce_nonfinite(final, self.trace)
+        """Warns, and notes in the trace, where a run's final latents are not finite.
+
+        NaN and infinity stay in the latents of a flow once they are there, so that the final ones
+        tell of every step; where scores or signals were taken, the trace knows the step too.
+
+        Args:
+            final: The run's final latents. On a device the host waits for the answer here, behind
+                the loop, whose end it has seen already.
+        """
+        if self.trace is None or final is None or (Finite(final) and not self.trace.nonfinite):
+            return
+        first, steps = self.trace.first_nonfinite, len(self.trace)
+        when = "in the final latents" if first is None else f"before step {first} of {steps}"
+        notices.warn(
+            f"the latents became NaN or infinite during the run, noticed {when}; the result is not "
+            "usable: check the model's weights and dtype, the prompt embeddings and the guidance"
+        )
+        self.trace = replace(self.trace, nonfinite=True)
 
     @contextmanager
     def driven(self, driver: str, steps: int) -> Iterator[DrivenRun]:
         """A run whose steps are taken elsewhere; afterwards `trace` is that run's.
 
         Args:
-            driver: Who takes them, for the trace.
-            steps: Their number.
+            driver: Name of what takes the steps, for the trace.
+            steps: Number of steps.
         """
         with self._alone():
             run = DrivenRun(
@@ -292,8 +282,8 @@ class DrivenRun:
     """What a run whose steps are taken elsewhere has of its engine.
 
     Attributes:
-        done: Steps that are over.
-        notes: Added to the trace's.
+        done: Number of steps that are over.
+        notes: Notes that are added to those of the trace.
     """
 
     def __init__(
@@ -319,14 +309,14 @@ class DrivenRun:
         self._finite: FiniteCheck | None = None
 
     def open(self, plan: RunPlan, latents: Tensor) -> StepSession:
-        """Begins it.
+        """Begins the run.
 
         Args:
             plan: The plan.
             latents: z_0, float32.
 
         Raises:
-            ValueError: They are not finite; on a device this shows at the end.
+            ValueError: The latents are not finite; on a device this shows at the end.
         """
         self._plan, self._finite = plan, FiniteCheck(latents)
         self._session = self._executor.open(
@@ -335,11 +325,11 @@ class DrivenRun:
         return self._session
 
     def end_step(self, branch: int, latents: Callable[[], Tensor]) -> None:
-        """A step is over, but for callbacks.
+        """Says that a step is over, apart from callbacks.
 
         Args:
-            branch: The one that it took.
-            latents: Gives z_{k+1}, float32, as a copy, for who watches.
+            branch: The branch that the step took.
+            latents: Returns a copy of z_{k+1}, float32, for whoever watches.
         """
         assert self._session is not None, "the first step opens the run"
         assert self._plan is not None, "so does its plan"
@@ -354,10 +344,10 @@ class DrivenRun:
             raise cancelled(self.done, self._steps)
 
     def close(self, *, early: bool = False) -> RunTrace | None:
-        """Ends it; the trace, if it had begun.
+        """Ends the run and returns its trace, or None if it had not begun.
 
         Args:
-            early: Whether something has raised.
+            early: Whether an exception ends it.
 
         Raises:
             ValueError: The initial latents were not finite.

@@ -16,8 +16,8 @@ class StepView:
     """A step that is over.
 
     Attributes:
-        step: Its index k.
-        steps: Steps of the run.
+        step: Index k of the step.
+        steps: Number of steps of the run.
         patch_size: The patch size that it took, by name.
         reused: Whether it reused a residual in place of the blocks.
         sigmas: Noise level before it and after it.
@@ -37,10 +37,10 @@ class StepView:
         """What a plan's step did.
 
         Args:
-            plan: The run's.
-            step: k.
-            branch: As `StepSession.decide` gives it.
-            latents: See above.
+            plan: The plan of the run.
+            step: Index k of the step.
+            branch: The branch that it took, as `StepSession.decide` gives it.
+            latents: The latents after it, z_{k+1}.
         """
         reused, bucket = divmod(branch, len(plan.offered))
         levels = plan.solver.sigmas

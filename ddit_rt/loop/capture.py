@@ -26,9 +26,9 @@ class CapturedLoop:
     """The step loop of one shape on one device.
 
     Attributes:
-        buffers: Its memory.
+        buffers: The loop's memory.
         control: The `StepControl`.
-        graphs: Where it runs.
+        graphs: The device that it runs on.
         report: What capturing took so far.
         refused: Forms that cannot run this loop, and why. A form stays here when buckets are added
             to the loop: its graph would hold all that it was refused with.

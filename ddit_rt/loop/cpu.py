@@ -1,7 +1,9 @@
-"""The CPU executor: the reference semantics of the step loop.
+"""The step loop of the host, and the reference semantics of every other one.
 
 Every executor runs these lines, in this order, and must give the same trace. The only thing
 that the host learns inside the loop is which branch was decided: a bucket, computed or reused.
+On a CPU an engine runs by this loop. So do fits of step caches and the training of adapters, on
+any device: their plans fix the patch size of every step, so that no scores are taken.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from ddit_rt.steps import Bucket, Signal
 
 _RING = 4
 """Latents kept: the third difference and every solver table need the latest four."""
+
+VelocityWatch = Callable[[int, Tensor, Tensor], None]
+"""Called in every step with its index k, z_k, which is overwritten later, and the velocity v_k."""
 
 
 class CpuExecutor:
@@ -41,9 +46,10 @@ class CpuExecutor:
         on_progress: ProgressCallback | None = None,
         should_stop: Callable[[], bool] | None = None,
         on_step: StepWatch | None = None,
+        on_velocity: VelocityWatch | None = None,
         annotate: bool = False,
     ) -> tuple[Tensor, RunTrace]:
-        """See `Executor.run`."""
+        """See `Executor.run`; `on_velocity` is called within every step."""
         mark = ranges(annotate)
         state = _RunState(plan, latents)
         seconds: list[float] = []
@@ -55,7 +61,7 @@ class CpuExecutor:
                     break
                 started = time.perf_counter()
                 with mark(f"step/{step}"):
-                    branch = _run_step(plan, state, step, mark)
+                    branch = _run_step(plan, state, step, mark, on_velocity)
                 seconds.append(time.perf_counter() - started)
                 if on_step is not None:
                     on_step(step, branch, state.latents(step + 1).clone())
@@ -137,12 +143,16 @@ def _trace(
     )
 
 
-def _run_step(plan: RunPlan, state: _RunState, step: int, mark: Ranges) -> int:
-    """Takes a step; the branch that it took."""
+def _run_step(
+    plan: RunPlan, state: _RunState, step: int, mark: Ranges, on_velocity: VelocityWatch | None
+) -> int:
+    """Takes a step and returns the branch that it took."""
     with mark("decide"):
         branch = state.decide(step)
     stage, latents = plan.stages[step], state.latents(step)
     velocity = _run_branch(plan, stage, branch, latents, state.index(step), mark)
+    if on_velocity is not None:
+        on_velocity(step, latents, velocity)
     with mark("solver"):
         state.advance(velocity, step)
     return branch
@@ -167,14 +177,14 @@ class _RunState:
         self._plan = plan
         self._sizes = [plan.patch_size * multiple for multiple in plan.offered[1:]]
         self._forced, self._thresholds = plan.policy.tensors()
-        self._no_scores = latents.new_full((latents.shape[0], coarse), float("nan"))
+        self._no_scores = torch.full((latents.shape[0], coarse), float("nan"), device="cpu")
         self._velocities = latents.new_zeros((plan.solver.velocity_depth - 1, *latents.shape))
         self._coefficients = plan.solver.coefficients
         self.history = latents.new_zeros((_RING, *latents.shape))
         self.history[0] = latents
         self.decision = torch.tensor([-1, 0, 0, 0], dtype=torch.int32, device="cpu")
         self.record = _zeros(plan.policy.steps, 3 + coarse)
-        self._indices = torch.arange(plan.policy.steps, dtype=torch.int32, device="cpu")
+        self._indices = torch.arange(plan.policy.steps, dtype=torch.int32, device=latents.device)
         self.cache = _CacheState(plan.cache) if plan.cache else None
 
     def latents(self, step: int) -> Tensor:
@@ -209,7 +219,7 @@ class _RunState:
         return int(self.decision[3])
 
     def advance(self, velocity: Tensor, step: int) -> None:
-        """The solver's step, in place: z_{step+1} into the ring."""
+        """Takes the solver's step in place: writes z_{step+1} into the ring."""
         ops.solver_step_(self.history, self._velocities, velocity, self._coefficients, step)
 
 
@@ -217,7 +227,7 @@ class _CacheState:
     """What a step cache keeps across the steps of one run.
 
     Attributes:
-        record: As `ops.decide_reuse_` writes it.
+        record: One row a step, as `ops.decide_reuse_` writes them.
     """
 
     def __init__(self, plan: CachePlan) -> None:
@@ -228,7 +238,7 @@ class _CacheState:
         self.record = _zeros(len(self._increments), ops.CACHE_RECORD)
 
     def decide(self, state: _RunState, step: int, buckets: int) -> None:
-        """Turns the decided bucket into a branch."""
+        """Decides whether the step reuses, and so turns the decided bucket into a branch."""
         table, signal = self._plan.table, self._no_signal
         if table.signalled(step):
             assert self._plan.signal is not None, "a polynomial needs a signal"

@@ -141,7 +141,7 @@ class CudaExecutor:
 
     @contextmanager
     def _loaded(self, plan: RunPlan, latents: Tensor) -> Iterator[CapturedLoop]:
-        """The same; dropped where it cannot be used again."""
+        """The loop of a plan, dropped afterwards where it cannot be used again."""
         loop = self._load(plan, latents)
         try:
             yield loop

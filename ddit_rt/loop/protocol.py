@@ -26,8 +26,8 @@ class CachePlan:
     """A run's step cache.
 
     Attributes:
-        table: The rule.
-        signal: What it goes by; None where the table says all.
+        table: The rule that decides which steps reuse.
+        signal: Measures the change that the rule compares; None where the table says all.
     """
 
     table: CacheTable
@@ -55,13 +55,12 @@ class RunPlan:
         solver: The solver as a table.
         patch_size: p, in latent pixels.
         capacity: Rows that the buckets' tables have, at least the number of steps.
-        shared: `RunContext.tensors` of the run.
-        fixed: What else a run is for, besides tensors: a graph that was captured for others is of
-            no use.
-        weights: Addresses of weights that no runner watches; a graph that was captured with
-            others is of no use.
-        cache: The step cache; None: every step computes.
-        notes: Carried into the trace.
+        shared: Tensors that all buckets read, `RunContext.tensors`.
+        fixed: Plain values of the conditioning; a graph is captured for one set of them.
+        weights: Addresses of weights that no runner watches; a graph is captured for one set of
+            them.
+        cache: The step cache; None where every step computes.
+        notes: What the trace is to say of the run as a whole.
     """
 
     buckets: Sequence[Sequence[Bucket | None]]
@@ -96,10 +95,10 @@ class CaptureReport:
         latents: Latent shape `[B, C, H, W]`.
         text_tokens: Text tokens per sample.
         buckets: Patch sizes that are captured, in each stage.
-        nodes: Graph nodes of each, but of those that CUDA would not list.
-        capture_ms: Warm-up and capture of the buckets.
-        instantiate_ms: Building and instantiating the graphs that switch.
-        upload_ms: Uploading them.
+        nodes: Number of graph nodes of each, without those that CUDA would not list.
+        capture_ms: Time that warming up and capturing the buckets took.
+        instantiate_ms: Time that building and instantiating the switching graphs took.
+        upload_ms: Time that uploading these graphs took.
         memory_bytes: Growth of the device memory that torch holds.
     """
 
@@ -154,7 +153,7 @@ class StepSession(Protocol):
         ...
 
     def end_step(self) -> None:
-        """The step is over, but for callbacks."""
+        """Says that the step is over, apart from callbacks."""
         ...
 
     def close(self, *, cancelled: bool) -> RunTrace:

@@ -121,12 +121,12 @@ def captured_trace(
     """The trace of a run that a captured loop has finished.
 
     Args:
-        loop: The loop.
-        plan: The run's.
-        executor: As in `RunTrace`.
-        notes: Beside the plan's.
-        steps: Steps that are over; by default all that were decided.
-        cancelled: As in `RunTrace`; by default whether steps are missing.
+        loop: The loop that has run.
+        plan: The plan of the run.
+        executor: Name of the executor, for the trace.
+        notes: Notes that are added to the plan's.
+        steps: Number of steps that are over; by default all that were decided.
+        cancelled: Whether the run stopped early; by default whether steps are missing.
     """
     progress, rows = loop.control.progress(), loop.control.records()
     times = [time_ns for time_ns, _ in rows] + [loop.control.end_ns()]

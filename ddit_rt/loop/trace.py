@@ -16,7 +16,7 @@ from ddit_rt.ops import CacheReason, Reason
 from ddit_rt.policies import PolicyTable, patch_name
 
 Ranges = Callable[[str], AbstractContextManager[Any]]
-"""Opens a range by its name without `ddit_rt/`."""
+"""Opens a range, given its name without the leading `ddit_rt/`."""
 
 _NONE: AbstractContextManager[Any] = nullcontext()
 
@@ -55,10 +55,10 @@ class StepRecord:
         sigma: Noise level at its start.
         patch_size: Patch size by name, `"p"`, `"2p"`, `"4p"`.
         tokens: Image tokens that the blocks ran on: none where the step reused.
-        scores: Score of each coarse size (the largest over the batch); empty if not scored.
-        thresholds: tau of each coarse size; empty if not scored.
+        scores: Score of each coarse size, the largest over the batch; empty if not scored.
+        thresholds: Threshold tau of each coarse size; empty if not scored.
         latency_ms: Wall time of the step: decision, model and solver.
-        reason: Why this size.
+        reason: Why the step took this size.
         reused: Whether the latest residual of this size stood for the blocks.
         accumulated: Change since the latest computed step that the step cache compared, the
             largest over the batch; None if it compared none.
@@ -86,7 +86,7 @@ class RunTrace:
         steps: One record per step that ran.
         executor: Which executor ran it.
         solver: Class name of the scheduler behind the solver table.
-        batch: Samples in the run.
+        batch: Number of samples in the run.
         nonfinite: Whether the final latents, a score or a signal were NaN or infinite; with such
             a score p is forced, and with such a signal no step reuses.
         cancelled: Whether the run stopped early on request.

@@ -19,7 +19,7 @@ from ddit_rt.models.plain import quantised_by
 from ddit_rt.models.structure import parts
 
 _PREFIX = "transformer"
-"""Of a transformer's entries, whichever expert the file is for."""
+"""Prefix of a transformer's entries, whichever expert the file is for."""
 
 _TEXT = "text_encoder"
 _READING: Mapping[str, Any] = {
@@ -80,7 +80,7 @@ def read_lora(
     """Reads a LoRA, and holds it against the models that it is for.
 
     Args:
-        pipeline: Whose `lora_state_dict` knows the formats.
+        pipeline: The pipeline, whose `lora_state_dict` knows the formats.
         lora: A path, a Hub name or a state dict.
         targets: The models by the prefix of their entries; None where the pipeline has none.
         arguments: Where the file is, as `load_lora_weights` takes it.

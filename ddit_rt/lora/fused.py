@@ -52,7 +52,7 @@ class KeptLora:
 
     Attributes:
         component: See `lora_component`.
-        models: By their names in a pipeline.
+        models: The models, by their names in a pipeline.
         values: Every parameter that the LoRA has changed, of each model.
     """
 
@@ -318,7 +318,7 @@ def _check_free(name: str, model: nn.Module) -> None:
 
 
 def _load(pipeline: Any, file: LoraFile, touched: Mapping[str, Any]) -> None:
-    """As `load_lora_weights` does, for these models alone."""
+    """Loads as `load_lora_weights` does, for these models alone."""
     common = {
         "adapter_name": _ADAPTER_NAME,
         "network_alphas": file.alphas,

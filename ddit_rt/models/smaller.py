@@ -1,4 +1,4 @@
-"""Clean channels beside the latents, made smaller for a coarse step: pictures and masks.
+"""Clean channels beside the latents, made smaller for a coarse step: images and masks.
 
 They carry no noise, so that plain means do, without the scale that belongs to noise.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 def smaller(picture: Tensor, size: tuple[int, ...]) -> Tensor:
     """Means of `[B, C, H, W]`, or of every frame of `[B, C, F, H, W]`, at a size of rows, columns.
 
-    A picture of one pixel, as examples have it, is repeated.
+    An image of one pixel, as examples have it, is repeated.
     """
     if picture.shape[-2:] == size:
         return picture
@@ -36,7 +36,7 @@ def smaller_mask(mask: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def smaller_both(channels: Tensor, pictures: int, size: tuple[int, ...]) -> Tensor:
-    """Channels of pictures, then those of a mask, at a size."""
+    """Channels of images, then those of a mask, at a size."""
     if channels.shape[-2:] == size:
         return channels
     picture, mask = channels.tensor_split([pictures], dim=1)

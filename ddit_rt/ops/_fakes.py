@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 
-def _pack(
-    latents: Tensor, patch_size: int, frame_patch: int = 1, channels_last: bool = False
-) -> Tensor:
+def _pack(latents: Tensor, patch_size: int, channels_last: bool = False) -> Tensor:
     del channels_last  # it changes the order of the features, not their number
     batch, channels, *frames, height, width = latents.shape
     tokens = (height // patch_size) * (width // patch_size)
     if frames:
-        tokens = tokens * (frames[0] // frame_patch)
-    return latents.new_empty((batch, tokens, channels * frame_patch * patch_size**2))
+        tokens = tokens * frames[0]
+    return latents.new_empty((batch, tokens, channels * patch_size**2))
 
 
 def _unpack(
@@ -26,13 +24,12 @@ def _unpack(
     height: int,
     width: int,
     frames: int = 0,
-    frame_patch: int = 1,
     channels_last: bool = False,
 ) -> Tensor:
     del channels_last
     batch, _, features = tokens.shape
     middle = (frames,) if frames else ()
-    channels = features // (frame_patch * patch_size**2)
+    channels = features // patch_size**2
     return tokens.new_empty((batch, channels, *middle, height, width))
 
 
@@ -83,9 +80,9 @@ def _decide_reuse(
     del step, buckets, threshold, limit, product
 
 
-def _pack_setup(ctx: Any, inputs: tuple[Tensor, int, int, bool], output: Tensor) -> None:
+def _pack_setup(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:
     del output
-    latents, ctx.patch_size, *ctx.layout = inputs
+    latents, ctx.patch_size, ctx.channels_last = inputs
     ctx.shape = latents.shape
 
 
@@ -93,20 +90,20 @@ def _pack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *_, height, width = ctx.shape
     frames = ctx.shape[2] if len(ctx.shape) == 5 else 0
     sizes = (ctx.patch_size, height, width, frames)
-    latents = torch.ops.ddit_rt.unpack(grad.contiguous(), *sizes, *ctx.layout)
-    return latents, None, None, None
+    latents = torch.ops.ddit_rt.unpack(grad.contiguous(), *sizes, ctx.channels_last)
+    return latents, None, None
 
 
 def _unpack_setup(
-    ctx: Any, inputs: tuple[Tensor, int, int, int, int, int, bool], output: Tensor
+    ctx: Any, inputs: tuple[Tensor, int, int, int, int, bool], output: Tensor
 ) -> None:
     del output
-    _, ctx.patch_size, _, _, _, *ctx.layout = inputs
+    _, ctx.patch_size, _, _, _, ctx.channels_last = inputs
 
 
 def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tokens = torch.ops.ddit_rt.pack(grad.contiguous(), ctx.patch_size, *ctx.layout)
-    return tokens, None, None, None, None, None, None
+    tokens = torch.ops.ddit_rt.pack(grad.contiguous(), ctx.patch_size, ctx.channels_last)
+    return tokens, None, None, None, None, None
 
 
 torch.library.register_fake("ddit_rt::pack", _pack)

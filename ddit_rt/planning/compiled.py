@@ -10,7 +10,7 @@ import torch
 from ddit_rt.adapters import AdapterSet
 from ddit_rt.blocks import TokenRanges
 from ddit_rt.errors import ArtifactMismatchError, ShapeError
-from ddit_rt.live.live import LiveModel
+from ddit_rt.live import LiveModel
 from ddit_rt.policies import patch_name
 from ddit_rt.steps import Runners, StepModel
 

@@ -49,8 +49,8 @@ class Request:
         guidance_interval: Where classifier-free guidance acts, as shares of the steps.
         batched_guidance: Whether the two passes of guidance run as one batch.
         num_inference_steps: Steps that a calibrated plan runs; None for as many as were asked for.
-        notes: For the trace: what was chosen, and what is left out.
-        warnings: What should be said aloud too.
+        notes: What was chosen and what is left out; the trace repeats them.
+        warnings: Notes that are also raised as warnings.
     """
 
     policy: PatchPolicy
@@ -62,7 +62,7 @@ class Request:
     warnings: tuple[str, ...] = ()
 
     def ignoring(self, notes: tuple[str, ...]) -> Request:
-        """The request with what it asks for in vain said aloud."""
+        """The request with warnings about what it asks for in vain."""
         return replace(self, warnings=(*self.warnings, *notes))
 
 
@@ -80,13 +80,13 @@ def read_request(
 
     Args:
         manifest: The artifact's, with its patch sizes, defaults and calibrations.
-        requested: Gives the steps that the caller asked for, and whether noise levels of the
+        requested: Returns the steps that the caller asked for, and whether noise levels of the
             caller's own fix them. A calibrated plan may run fewer.
-        arguments: Those of the call.
-        patch_policy: As in `Engine.__call__`.
-        step_cache: As in `Engine.__call__`.
-        guidance_interval: As in `Engine.__call__`.
-        batched_guidance: See `Request`.
+        arguments: The arguments of the call.
+        patch_policy: The policy, as `Engine.__call__` takes it.
+        step_cache: The step cache, as `Engine.__call__` takes it.
+        guidance_interval: Where guidance acts, as `Engine.__call__` takes it.
+        batched_guidance: Whether the two passes of guidance run as one batch.
 
     Raises:
         TypeError, ValueError: A value that is none for its name; a preset or speed without a
@@ -95,8 +95,11 @@ def read_request(
         ShapeError: A policy for patch sizes that the model was not compiled with.
     """
     cache, interval = as_step_cache(step_cache), check_interval(guidance_interval)
-    default = default_policy(manifest)
-    choice = default if patch_policy is None else parse_choice(patch_policy, default)
+    if isinstance(patch_policy, PatchPolicy):
+        choice: PolicyChoice = patch_policy
+    else:
+        default = default_policy(manifest)
+        choice = default if patch_policy is None else parse_choice(patch_policy, default)
     if isinstance(choice, PatchPolicy):
         request = Request(policy=choice, step_cache=default_step_cache(manifest))
     else:

@@ -2,6 +2,7 @@
 
 from ddit_rt.policies.cache import (
     CacheModel,
+    CacheTable,
     MagCache,
     NoCache,
     StepCache,
@@ -10,16 +11,18 @@ from ddit_rt.policies.cache import (
     step_cache_from_dict,
 )
 from ddit_rt.policies.cache_fit import KINDS, CacheFit, published_fits
-from ddit_rt.policies.cache_table import CacheTable
 from ddit_rt.policies.patch import (
+    DYNAMIC,
     DDiTPolicy,
     FinePolicy,
     PatchPolicy,
+    PolicyTable,
     Schedule,
     StaticPolicy,
+    parse_patch,
+    patch_name,
     policy_from_dict,
 )
-from ddit_rt.policies.patch_table import DYNAMIC, PolicyTable, parse_patch, patch_name
 from ddit_rt.policies.written import POLICY_NAMES, as_step_cache, parse_policy, parse_step_cache
 
 __all__ = [

@@ -19,7 +19,7 @@ class CacheFit:
         kind: One of `KINDS`.
         values: Polynomial coefficients, highest power first; or one ratio per step, the first
             being 1.
-        source: Where they come from, in a few words.
+        source: Where the values come from, in a few words.
         evidence: Prompts, steps, versions, residual of the fit.
     """
 
@@ -101,7 +101,7 @@ def published_fits(transformer_class: str, config: Mapping[str, Any]) -> tuple[C
 
     Args:
         transformer_class: Class name of the transformer.
-        config: Its configuration.
+        config: The model's configuration.
     """
     fits = [
         entry.fit

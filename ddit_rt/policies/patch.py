@@ -1,25 +1,125 @@
 """Patch policies: which patch size each denoising step takes.
 
 A policy is a frozen description that a user writes down once. `PatchPolicy.resolve` turns it,
-for one noise schedule and the sizes that one latent shape offers, into a `PolicyTable`.
+for one noise schedule and the sizes that one latent shape offers, into a `PolicyTable`: plain data
+that a kernel evaluates.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ddit_rt import checks
 from ddit_rt.errors import ShapeError
-from ddit_rt.policies.patch_table import DYNAMIC, PolicyTable, parse_patch, patch_name
 
 _REFERENCE_STEP = 1 / 50
 """Mean sigma step of the paper's 50-step runs, at which its tau = 0.001 was chosen."""
 _FEWEST = 4
 """Steps below which the default policy runs all at p."""
+
+_PATTERN = re.compile(r"([1-9][0-9]*)?p")
+
+
+def parse_patch(patch: Any, name: str = "patch_size") -> int:
+    """The multiple of p that a name stands for: `"p"` is 1, `"4p"` is 4; an int is itself.
+
+    Args:
+        patch: What came.
+        name: What the caller calls it, for messages.
+
+    Raises:
+        TypeError: Neither text nor a whole number.
+        ValueError: Not a patch name, or not a power of two.
+    """
+    if isinstance(patch, str):
+        if not is_patch(patch):
+            raise ValueError(f'got {name}={patch!r}; patch sizes are written "p", "2p", "4p"')
+        multiple = int(patch.strip()[:-1] or 1)
+    else:
+        multiple = checks.whole(name, patch)
+    if multiple < 1 or multiple & (multiple - 1):
+        raise ValueError(f"got {name}={patch!r}; multiples of p are powers of two")
+    return multiple
+
+
+def is_patch(text: str) -> bool:
+    """Whether a text is written like a patch size, `"p"` or `"4p"`."""
+    return _PATTERN.fullmatch(text.strip()) is not None
+
+
+def patch_name(multiple: int) -> str:
+    """`1` is `"p"`, `4` is `"4p"`."""
+    return "p" if multiple == 1 else f"{multiple}p"
+
+
+DYNAMIC = -1
+"""Entry of `PolicyTable.forced` for a step that the scores decide."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyTable:
+    """A policy, resolved for one schedule and the patch sizes that one latent shape offers.
+
+    Bucket 0 is the base patch p; bucket i > 0 is the i-th offered coarse size, ascending.
+
+    Attributes:
+        forced: Per step, the bucket to take, or `DYNAMIC`.
+        labels: Per step, why the bucket is forced (`"warm-up"`, `"static plan"`, ...); empty
+            for a dynamic step.
+        thresholds: Per step, tau of each coarse bucket.
+        order: Order of the finite difference, 1 to 3.
+        quantile: rho, in [0, 1].
+        dwell: Steps that a size is kept at least before the scores may change it.
+        monotone: Whether the scores may never choose a coarser size than the current one.
+    """
+
+    forced: tuple[int, ...]
+    labels: tuple[str, ...]
+    thresholds: tuple[tuple[float, ...], ...]
+    order: int = 3
+    quantile: float = 0.4
+    dwell: int = 0
+    monotone: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.forced)
+
+    def scored(self, step: int) -> bool:
+        """Whether this step's decision needs the scores."""
+        return self.forced[step] == DYNAMIC
+
+    def reachable(self) -> frozenset[int]:
+        """Buckets that a run under this table can choose."""
+        forced = {bucket for bucket in self.forced if bucket != DYNAMIC}
+        if DYNAMIC in self.forced:
+            forced.update(range(1 + len(self.thresholds[0])))
+        return frozenset(forced)
+
+    def coarse_after_fine(self) -> bool:
+        """Whether a coarse step can follow a step at p, so that detail is worth keeping."""
+        fine_seen = False
+        for bucket in self.forced:
+            if fine_seen and (bucket > 0 or (bucket == DYNAMIC and not self.monotone)):
+                return True
+            fine_seen = fine_seen or bucket in (0, DYNAMIC)
+        return False
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """`forced` as int32 `[N]` and `thresholds` as float32 `[N, S]`."""
+        forced = torch.tensor(self.forced, dtype=torch.int32, device="cpu")
+        width = len(self.thresholds[0]) if self.thresholds else 0
+        thresholds = torch.tensor(self.thresholds, dtype=torch.float32, device="cpu")
+        return forced, thresholds.reshape(self.steps, width)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +155,7 @@ class PatchPolicy(ABC):
 
     @property
     def sizes(self) -> frozenset[int]:
-        """Patch sizes that it names, as multiples of p."""
+        """Patch sizes that the policy names, as multiples of p."""
         return frozenset()
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,7 +244,7 @@ class DDiTPolicy(PatchPolicy):
             the layout, and give the coarse steps something to correct themselves against; the
             paper is silent on the point); `"coarse"`, the coarsest offered size (cheapest, and it
             keeps the first differences small); or a size by name, `"2p"`.
-        warmup_steps: Their number; by default `order`, the least possible.
+        warmup_steps: The number of warm-up steps; by default `order`, the least possible.
         dwell: Steps that a size is kept before the scores may change it; 0 or 1 for none.
         monotone: Whether the scores may only ever go to finer sizes.
         refresh: Largest number of dynamic steps between two forced steps at p, by which the
@@ -231,7 +331,7 @@ class DDiTPolicy(PatchPolicy):
         return PolicyTable(
             forced=tuple(forced),
             labels=tuple(labels),
-            thresholds=tuple(self._thresholds(schedule, step) for step in range(steps)),
+            thresholds=self._thresholds(schedule),
             order=self.order,
             quantile=self.rho,
             dwell=self.dwell,
@@ -257,19 +357,21 @@ class DDiTPolicy(PatchPolicy):
         return _bucket_of(parse_patch(self.warmup), schedule.offered)
 
     def _taus(self, schedule: Schedule) -> tuple[float, ...]:
+        """The threshold of each coarse size before it is normalised; NaN for one left out."""
         coarse = schedule.offered[1:]
         if isinstance(self.tau, Mapping):
             return tuple(self.tau.get(patch_name(multiple), math.nan) for multiple in coarse)
         return (float(self.tau),) * len(coarse)
 
-    def _thresholds(self, schedule: Schedule, step: int) -> tuple[float, ...]:
-        taus = self._taus(schedule)
-        if self.criterion == "raw" or step < self.order:
-            return taus
-        sigmas = schedule.sigmas
-        mean_step = abs(sigmas[step - self.order] - sigmas[step]) / self.order
-        scale = (mean_step / _REFERENCE_STEP) ** self.step_exponent
-        return tuple(tau * scale for tau in taus)
+    def _thresholds(self, schedule: Schedule) -> tuple[tuple[float, ...], ...]:
+        """Threshold of each coarse bucket at every step."""
+        taus, sigmas = self._taus(schedule), schedule.sigmas
+        rows = [taus] * schedule.steps
+        for step in range(self.order, schedule.steps if self.criterion == "normalised" else 0):
+            mean_step = abs(sigmas[step - self.order] - sigmas[step]) / self.order
+            scale = (mean_step / _REFERENCE_STEP) ** self.step_exponent
+            rows[step] = tuple(tau * scale for tau in taus)
+        return tuple(rows)
 
 
 def policy_from_dict(data: Mapping[str, Any]) -> PatchPolicy:

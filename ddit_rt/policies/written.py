@@ -6,8 +6,13 @@ from typing import Any
 
 from ddit_rt import checks
 from ddit_rt.policies.cache import MagCache, NoCache, StepCache, TeaCache
-from ddit_rt.policies.patch import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
-from ddit_rt.policies.patch_table import is_patch
+from ddit_rt.policies.patch import (
+    DDiTPolicy,
+    FinePolicy,
+    PatchPolicy,
+    StaticPolicy,
+    is_patch,
+)
 
 STATIC_PLAN = "2p:0.4,p"
 """The plan of `"static"`: layout at 2p, then detail at p."""

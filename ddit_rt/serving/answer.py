@@ -1,4 +1,4 @@
-"""Waiting for a job, and what its pictures become in an answer."""
+"""Waiting for a job, and what its images become in an answer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ GONE = 499
 
 
 async def result(job: Job, request: Request, worker: Worker, seconds: float) -> list[Made]:
-    """A job's pictures.
+    """A job's images.
 
     Args:
         job: The job.
-        request: Its request, whose body was read.
-        worker: Whose job it is.
-        seconds: Its deadline.
+        request: The job's request, whose body was read.
+        worker: The worker that has the job.
+        seconds: Time until the job's deadline.
 
     Raises:
         ApiError: It failed, took too long, or the client is gone: then its run ends, too.
@@ -59,7 +59,7 @@ async def disconnected(request: Request) -> None:
 
 
 async def images_answer(made: list[Made], asked: Picture) -> dict[str, Any]:
-    """OpenAI's answer for pictures."""
+    """OpenAI's answer for images."""
     data = [await entry(one, asked) for one in made]
     width, height = made[0].picture.size
     return {
@@ -71,7 +71,7 @@ async def images_answer(made: list[Made], asked: Picture) -> dict[str, Any]:
 
 
 async def entry(made: Made, asked: Picture) -> dict[str, Any]:
-    """One picture of an answer."""
+    """One image of an answer."""
     encoded = await asyncio.to_thread(encode, made.picture, asked.output_format)
     found: dict[str, Any] = {"b64_json": encoded, "seed": made.seed}
     if asked.return_trace:

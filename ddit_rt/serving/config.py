@@ -15,13 +15,13 @@ class Limits:
     """The most that one request may ask for.
 
     Attributes:
-        prompt: Characters of a prompt, and of a negative prompt.
-        pixels: Of a picture, or of a frame.
-        n: Pictures.
-        steps: Denoising steps.
-        frames: Of a video.
-        body: Bytes of a request's body, uploads among them.
-        upload_pixels: Of an uploaded picture.
+        prompt: Most characters of a prompt, and of a negative prompt.
+        pixels: Most pixels of an image, or of a video's frame.
+        n: Most images.
+        steps: Most denoising steps.
+        frames: Most frames of a video.
+        body: Most bytes of a request's body, uploads among them.
+        upload_pixels: Most pixels of an uploaded image.
     """
 
     prompt: int = 4000
@@ -43,20 +43,20 @@ class ServeConfig:
 
     Attributes:
         model: The model's name in the interface.
-        keys: API keys, one of which a request must carry; empty: none is asked for.
-        max_queue: Pictures that may wait; a request beyond it is refused with 429.
-        batch_window_ms: How long a picture waits for others that can share its run.
-        max_batch: Pictures of a run; 1 turns batching off.
-        deadline_seconds: From a request's arrival to its answer; beyond it the answer is 503.
-        limits: Of one request.
+        keys: API keys, one of which a request must carry; none is asked for where it is empty.
+        max_queue: Number of images that may wait; a request beyond it is refused with 429.
+        batch_window_ms: How long an image waits for others that can share its run.
+        max_batch: Most images of a run; 1 turns batching off.
+        deadline_seconds: Time from a request's arrival to its answer; beyond it the answer is 503.
+        limits: The most that one request may ask for.
         call: Arguments of every call of the pipeline, such as `max_sequence_length`.
         lora_dir: Folder with the style LoRAs that requests may name; None: there are none.
-        lora_bytes: Fused weights that are kept for the next request with their LoRA.
-        embedding_bytes: Prompt embeddings that are kept.
+        lora_bytes: Bytes of fused weights that are kept for the next request with their LoRA.
+        embedding_bytes: Bytes of prompt embeddings that are kept.
         warmup_steps: Steps of the run before the server is ready; None: the pipeline's default;
             0: no such run.
         fps: Frames per second of a video.
-        video_bytes: Videos that are kept for download; the oldest make room.
+        video_bytes: Bytes of videos that are kept for download; the oldest make room.
     """
 
     model: str

@@ -2,8 +2,8 @@
 
 It stands in the place of the pipeline's `encode_prompt`, so it serves every pipeline. What enters
 the key is all that enters the embeddings: every argument of that call, and the LoRA that is fused
-at the time, which may change the text encoder. A batch is encoded prompt by prompt, so that a
-picture's embeddings are the same bits whoever shares its run.
+at the time, which may change the text encoder. A batch is encoded prompt by prompt, so that an
+image's embeddings are the same bits whoever shares its run.
 """
 
 from __future__ import annotations

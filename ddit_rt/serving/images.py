@@ -21,7 +21,7 @@ edit_router = APIRouter()
 
 @router.post("/v1/images/generations")
 async def generate(asked: Generation, request: Request) -> Response:
-    """Makes pictures of a prompt."""
+    """Makes images of a prompt."""
     service: Any = request.app.state.service
     if asked.stream:
         return stream_picture(service, asked, request)
@@ -40,7 +40,7 @@ async def generate(asked: Generation, request: Request) -> Response:
 def stream_picture(service: Any, asked: Generation, request: Request) -> Response:
     """The same as events."""
     if asked.n != 1:
-        raise ApiError(400, "a stream is of one picture; leave n out", param="n")
+        raise ApiError(400, "a stream is of one image; leave n out", param="n")
     stream = Stream(asked, service.worker, service.config.deadline_seconds)
     work = service.read(asked, on_step=stream.on_step)
     return stream.response(service.worker.submit(work), request)
@@ -48,13 +48,13 @@ def stream_picture(service: Any, asked: Generation, request: Request) -> Respons
 
 @edit_router.post("/v1/images/edits")
 async def edit(request: Request) -> Response:
-    """Makes pictures of an uploaded one."""
+    """Makes images of an uploaded one."""
     service: Any = request.app.state.service
     asked, files = await read_body(request, Edit)
     if unknown := sorted(files.keys() - {"image", "mask"}):
         raise ApiError(400, f"got the upload {unknown[0]}; expected image", param=unknown[0])
     if "image" not in files:
-        raise ApiError(400, "no picture came; upload one as image", param="image")
+        raise ApiError(400, "no image came; upload one as image", param="image")
     pixels = service.config.limits.upload_pixels
     given: dict[str, Any] = {
         "image": await to_thread(read_picture, files["image"], "image", pixels)

@@ -1,4 +1,4 @@
-"""A request's pictures, from the queue to the answer."""
+"""A request's images, from the queue to the answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ddit_rt.engine.watch import StepView
 from ddit_rt.loop import RunTrace
 
 OnStep = Callable[[StepView, int], None]
-"""Told of a step and of a picture's place in its batch; in the worker's thread."""
+"""Called with a step and with an image's place in its batch, in the worker's thread."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,8 +20,8 @@ class Style:
     """A LoRA that a request names.
 
     Attributes:
-        name: Its file's name, without the ending.
-        scale: Strength.
+        name: Name of its file, without the ending.
+        scale: Strength with which it is fused.
     """
 
     name: str
@@ -33,13 +33,13 @@ class Work:
     """What a request asks for.
 
     Attributes:
-        prompt: Its prompt.
-        seeds: One a picture.
-        arguments: Further arguments of the engine's call, the same for all pictures.
+        prompt: The prompt.
+        seeds: One seed for each image.
+        arguments: Further arguments of the engine's call, the same for all images.
         negative_prompt: What to keep away from, where the pipeline takes it.
-        style: Its LoRA.
-        key: Works of one key can share a run; None: this one shares with none.
-        on_step: Follows the run.
+        style: The LoRA that it names.
+        key: Works of one key can share a run; one whose key is None shares with none.
+        on_step: Called after every step of the run.
     """
 
     prompt: str
@@ -53,12 +53,12 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Made:
-    """A picture that is made.
+    """An image that is made.
 
     Attributes:
-        picture: A `PIL.Image`, or the list of a video's.
-        seed: Its own.
-        trace: Of its run.
+        picture: A `PIL.Image`, or the list of a video's frames.
+        seed: Seed of its noise.
+        trace: Trace of the run that made it.
     """
 
     picture: Any
@@ -71,9 +71,9 @@ class Job:
 
     Attributes:
         work: What it asks for.
-        done: Its pictures, in the order of the seeds, or what went wrong.
-        samples: Its pictures in the queue.
-        started: Whether one of them has left it.
+        done: Gives the images, in the order of the seeds, or what went wrong.
+        samples: The images that it has in the queue.
+        started: Whether one of them has left the queue.
     """
 
     def __init__(self, work: Work, deadline: float) -> None:
@@ -88,7 +88,7 @@ class Job:
         self._made: dict[int, Made] = {}
 
     def drop(self) -> None:
-        """Nobody waits for it any more."""
+        """Says that nobody waits for it any more."""
         self._dropped = True
 
     @property
@@ -102,19 +102,19 @@ class Job:
         return self._dropped or self.done.done() or self.expired
 
     def give(self, made: Made) -> None:
-        """One of its pictures is made."""
+        """Takes one of its images, once that is made."""
         self._made[made.seed] = made
         if len(self._made) == len(self.work.seeds) and not self.done.done():
             self.done.set_result([self._made[seed] for seed in self.work.seeds])
 
     def fail(self, error: BaseException) -> None:
-        """It cannot be done."""
+        """Ends it with what went wrong."""
         if not self.done.done():
             self.done.set_exception(error)
 
 
 class Sample:
-    """One picture of a job in the queue."""
+    """One image of a job in the queue."""
 
     __slots__ = ("arrived", "job", "seed")
 

@@ -22,7 +22,7 @@ class Metrics:
         """Makes them.
 
         Args:
-            queue_depth: Pictures that wait now.
+            queue_depth: Images that wait now.
             device: The model's.
         """
         own = self.registry = CollectorRegistry()
@@ -35,14 +35,14 @@ class Metrics:
             registry=own,
         )
         self.wait_seconds = Histogram(
-            "ddit_rt_queue_wait_seconds", "Wait of a picture", buckets=_SECONDS, registry=own
+            "ddit_rt_queue_wait_seconds", "Wait of an image", buckets=_SECONDS, registry=own
         )
         self.step_seconds = Histogram(
             "ddit_rt_step_seconds", "Denoising step", ["patch"], buckets=_STEP_SECONDS, registry=own
         )
         self.steps = Counter("ddit_rt_steps", "Denoising steps", ["patch", "reused"], registry=own)
         self.batch_size = Histogram(
-            "ddit_rt_batch_size", "Pictures of a run", buckets=_BATCHES, registry=own
+            "ddit_rt_batch_size", "Images of a run", buckets=_BATCHES, registry=own
         )
         self.cancellations = Counter(
             "ddit_rt_cancellations", "Requests that ended early", ["reason"], registry=own
@@ -50,7 +50,7 @@ class Metrics:
         self.embeddings = Counter(
             "ddit_rt_prompt_embeddings", "Look-ups of prompts", ["result"], registry=own
         )
-        depth = Gauge("ddit_rt_queue_depth", "Pictures that wait", registry=own)
+        depth = Gauge("ddit_rt_queue_depth", "Images that wait", registry=own)
         depth.set_function(queue_depth)
         memory = Gauge("ddit_rt_memory_bytes", "Memory that is held", ["device"], registry=own)
         memory.labels("cpu").set_function(_resident)

@@ -1,6 +1,6 @@
-"""Small pictures of a run in progress, cheaply: a linear map from latents to colours.
+"""Small images of a run in progress, cheaply: a linear map from latents to colours.
 
-The map is fitted, by least squares, to one picture that the model's own VAE has decoded, so that no
+The map is fitted, by least squares, to one image that the model's own VAE has decoded, so that no
 table of numbers for known models is needed.
 """
 
@@ -19,15 +19,15 @@ from ddit_rt.engine.watch import StepView
 class LatentToRgb:
     """The map of a model."""
 
-    def __init__(self, latents: Tensor, picture: Image.Image) -> None:
+    def __init__(self, latents: Tensor, image: Image.Image) -> None:
         """Fits it.
 
         Args:
             latents: `[C, h, w]`, clean.
-            picture: What the VAE made of them.
+            image: What the VAE made of them.
         """
         channels, height, width = latents.shape
-        small = picture.convert("RGB").resize((width, height), Image.Resampling.BOX)
+        small = image.convert("RGB").resize((width, height), Image.Resampling.BOX)
         colours = torch.from_numpy(np.array(small)).double().reshape(-1, 3)
         pixels = latents.detach().double().cpu().reshape(channels, -1).T
         rows = torch.cat(
@@ -38,14 +38,14 @@ class LatentToRgb:
         self._map = fitted.to(latents.device, torch.float32)
 
     def __call__(self, latents: Tensor) -> Image.Image:
-        """A picture of latents `[C, h, w]`, one pixel of it for each of theirs."""
+        """An image of latents `[C, h, w]`, one pixel of it for each of theirs."""
         colours = torch.einsum("chw,ck->hwk", latents, self._map[:-1]) + self._map[-1]
         pixels = colours.round().clamp(0, 255).to(torch.uint8).cpu().numpy()
         return Image.fromarray(pixels)
 
 
 class Previews:
-    """Of one picture: what its latents would be if the run went straight on to the end."""
+    """Previews of one image: what its latents would be if the run went straight to its end."""
 
     def __init__(self) -> None:
         self._before: Tensor | None = None
@@ -56,12 +56,12 @@ class Previews:
         Args:
             convert: The model's `LatentToRgb`.
             view: The step.
-            place: Of the picture in its batch.
+            place: Place of the image in its batch.
         """
         latents = view.latents[place]
         clean, (high, low) = latents, view.sigmas
         if self._before is not None and high != low:
             clean = latents - low * (latents - self._before) / (low - high)
         self._before = latents
-        picture: Image.Image = convert(clean)
-        return picture
+        image: Image.Image = convert(clean)
+        return image

@@ -42,14 +42,14 @@ class Reader:
         on_step: OnStep | None = None,
         **arguments: Any,
     ) -> Work:
-        """Reads one.
+        """Reads a request.
 
         Args:
-            asked: Its body.
-            n: Pictures.
+            asked: The request's body.
+            n: Number of images.
             alone: Whether it shares its run with no other request.
-            on_step: Follows the run.
-            arguments: Of the pipeline's call besides.
+            on_step: Called after every step of the run.
+            arguments: Further arguments of the pipeline's call.
 
         Raises:
             ApiError: It asks for more than the limits admit, or for what the engine cannot run.
@@ -123,7 +123,7 @@ class Reader:
         return {"width": int(found[1]), "height": int(found[2])}
 
     def _check_size(self, given: dict[str, Any]) -> None:
-        """Of what would run, defaults among it."""
+        """Refuses a size of what would run, defaults included, that is beyond the limits."""
         limits, (height, width) = self._config.limits, self.size_of(given)
         if height * width > limits.pixels:
             raise _beyond("size", f"at most {limits.pixels} pixels")

@@ -54,7 +54,7 @@ class Asked(Body):
 
 
 class Picture(Asked):
-    """What requests for pictures say besides."""
+    """What requests for images say besides."""
 
     n: Annotated[int, Strict(), Field(ge=1)] = 1
     response_format: Literal["b64_json"] | None = None

@@ -1,4 +1,4 @@
-"""Server-sent events of a picture: its steps with previews, then the picture."""
+"""Server-sent events of an image: its steps with previews, then the image."""
 
 from __future__ import annotations
 

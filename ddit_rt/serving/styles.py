@@ -30,8 +30,8 @@ class Styles:
         """Fuses nothing yet.
 
         Args:
-            engine: Whose weights they go into.
-            folder: Where `NAME.safetensors` are.
+            engine: The engine whose weights they go into.
+            folder: Folder with the files `NAME.safetensors`.
             most: Bytes of fused weights to keep.
         """
         self.state: State | None = None

@@ -1,4 +1,4 @@
-"""Pictures that clients upload: decoded only where their header admits it."""
+"""Images that clients upload: decoded only where their header admits it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def read_picture(data: bytes, name: str, pixels: int) -> Image.Image:
-    """An uploaded picture.
+    """An uploaded image.
 
     Args:
         data: The file.
-        name: Its field, for messages.
+        name: Name of the field it came in, for messages.
         pixels: The most that it may have; its header says how many, before any is decoded.
 
     Raises:
@@ -26,15 +26,15 @@ def read_picture(data: bytes, name: str, pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data), formats=_FORMATS)
-            if picture.width * picture.height > pixels:
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            if image.width * image.height > pixels:
                 raise _refused(f"{name} has more than {pixels} pixels", name)
-            picture.load()
+            image.load()
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
         raise _refused(f"{name} is no PNG, JPEG or WebP that can be read", name) from error
     except SyntaxError as error:  # Pillow's word for a broken PNG
-        raise _refused(f"{name} is a broken picture", name) from error
-    return picture
+        raise _refused(f"{name} is a broken image", name) from error
+    return image
 
 
 def _refused(message: str, name: str) -> ApiError:

@@ -1,6 +1,6 @@
 """The one thread that owns the engine, and the queue before it.
 
-Pictures wait in the order of their arrival. Those behind the first that can share its run leave
+Images wait in the order of their arrival. Those behind the first that can share its run leave
 with it: same size, steps, policy, cache, guidance, LoRA. A batch that fails is run again in halves,
 so that only the request that is to blame fails, and a size that memory does not admit is not tried
 again.
@@ -167,14 +167,14 @@ class Worker:
         return self._engine(_WARM_PROMPT, watch=watch, **call)
 
     def _fit_previews(self) -> None:
-        """A short run whose picture previews are fitted to; of a video there are none."""
+        """A short run whose image previews are fitted to; of a video there are none."""
         views: list[StepView] = []
         if not is_video(self._engine):
             output = self._try_out(views.append, num_inference_steps=_FITTED_STEPS)
             self.latent_to_rgb = LatentToRgb(views[-1].latents[0], output.images[0])
 
     def _next(self) -> list[Sample]:
-        """The pictures of the next run; none once the server stops and nothing waits."""
+        """The images of the next run; none once the server stops and nothing waits."""
         with self._changed:
             while True:
                 self._forget()
@@ -192,7 +192,7 @@ class Worker:
                 self._changed.wait(left)
 
     def _leave(self, batch: list[Sample]) -> None:
-        """Takes pictures that are to be made from the queue."""
+        """Takes images that are to be made from the queue."""
         now = time.monotonic()
         for sample in batch:
             self._queue.remove(sample)
@@ -209,7 +209,7 @@ class Worker:
         return too_late(self._config.deadline_seconds) if job.expired else stopping()
 
     def _gather(self) -> tuple[list[Sample], int]:
-        """The first picture with those that can share its run, and how many could."""
+        """The first image with those that can share its run, and how many could."""
         key = self._queue[0].job.work.key
         if key is None:
             return [self._queue[0]], 1
@@ -233,7 +233,7 @@ class Worker:
             self._failed(batch, error)
 
     def _failed(self, batch: list[Sample], error: Exception) -> None:
-        """Runs a batch again in halves; of one picture, its request fails."""
+        """Runs a batch again in halves; of one image, its request fails."""
         half = len(batch) // 2
         if not half:
             batch[0].job.fail(error)
@@ -277,7 +277,7 @@ class Worker:
 
 
 def edits(engine: Engine) -> bool:
-    """Whether a model works on a picture that it is given."""
+    """Whether a model works on an image that it is given."""
     return "image" in call_defaults(engine.pipeline)
 
 
@@ -287,7 +287,7 @@ def is_video(engine: Engine) -> bool:
 
 
 def _arguments(batch: list[Sample]) -> dict[str, Any]:
-    """Of the engine's call; one picture is asked for as by a caller of the pipeline."""
+    """Arguments of the engine's call; one image is asked for as a caller of the pipeline does."""
     generators = [torch.Generator().manual_seed(sample.seed) for sample in batch]
     prompts = [sample.job.work.prompt for sample in batch]
     negatives = [sample.job.work.negative_prompt for sample in batch]

@@ -13,8 +13,7 @@ from ddit_rt.steps.base import (
     latent_frames,
     token_velocity,
 )
-from ddit_rt.steps.coarse import Resampling, SnrBucket, matched_level
-from ddit_rt.steps.fine import FineBucket
+from ddit_rt.steps.buckets import FineBucket, PassesBucket, Resampling, SnrBucket, matched_level
 from ddit_rt.steps.passes import Passes
 from ddit_rt.steps.signal import Signal
 
@@ -25,6 +24,7 @@ __all__ = [
     "FineBucket",
     "Pass",
     "Passes",
+    "PassesBucket",
     "Resampling",
     "RunContext",
     "Runners",

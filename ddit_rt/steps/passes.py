@@ -129,7 +129,7 @@ class Passes:
         return self._model.layers.project_output(self._model.transformer, hidden)
 
     def refresh(self, step: int, level: Tensor, conditioning: Mapping[str, Tensor]) -> None:
-        """As `Bucket.refresh`.
+        """Writes a step's inputs in place; see `Bucket.refresh`.
 
         Args:
             step: k.
@@ -146,9 +146,9 @@ class Passes:
         return tuple(one.blocks.residual for one in self._passes)
 
     def sound(self) -> Tensor | None:
-        """As `Bucket.sound`: there is none."""
+        """See `Bucket.sound`: a model that tells its layers has no soundtrack."""
         return None
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """As `Bucket.tensors`."""
+        """See `Bucket.tensors`."""
         return tuple(tensor for one in self._passes for tensor in (one.temb, *one.positions))

@@ -23,7 +23,7 @@ class Signal:
     """The relative L1 change of the modulated input, of every sample in every pass of a step.
 
     Attributes:
-        rows: Samples times passes.
+        rows: Number of samples times number of passes.
     """
 
     def __init__(self, model: StepModel, context: RunContext) -> None:
@@ -70,7 +70,7 @@ class Signal:
         return family.modulate_input(model.transformer, hidden, temb).float()
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """As `Bucket.tensors`."""
+        """See `Bucket.tensors`."""
         return tuple(self._tables)
 
     def refresh(self, step: int, passes: Sequence[StepInputs]) -> None:

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddit_rt.loop import CpuExecutor, RunPlan, RunTrace
-from ddit_rt.policies import DDiTPolicy, PatchPolicy, Schedule, StaticPolicy
+from ddit_rt.policies import DDiTPolicy, FinePolicy, PatchPolicy, Schedule, StaticPolicy
 from ddit_rt.solver import SolverTable, probe_scheduler, replay
 from ddit_rt.steps import at_step
 
@@ -88,6 +88,22 @@ def test_latents_follow_the_solver_table(kind: str) -> None:
     expected = replay(solver, values)[-1].reshape(SHAPE)
     # fp32 against fp64: some 20 roundings of values of order 10.
     torch.testing.assert_close(final.double(), expected, rtol=0, atol=2e-5)
+
+
+def test_a_watch_of_velocities_sees_every_step() -> None:
+    velocities, solver = random_velocities(5), euler(5)
+    plan, _ = scripted_plan(FinePolicy(), velocities, solver)
+    seen: list[tuple[int, Tensor, Tensor]] = []
+    start = noise(*SHAPE)
+    final, _ = CpuExecutor().run(
+        plan, start, on_velocity=lambda step, z, v: seen.append((step, z.clone(), v))
+    )
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3, 4]
+    assert torch.equal(seen[0][1], start)
+    for (step, z, v), after in zip(seen, [*(z for _, z, _ in seen[1:]), final], strict=True):
+        assert torch.equal(v, velocities[step])
+        expected = z + (solver.sigmas[step + 1] - solver.sigmas[step]) * v
+        torch.testing.assert_close(after, expected)
 
 
 def test_static_plan_runs_its_buckets_in_order() -> None:

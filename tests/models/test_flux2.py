@@ -17,7 +17,7 @@ import ddit_rt
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models import family_of
 from ddit_rt.models.flux2 import Flux2Family
-from ddit_rt.steps.coarse import Resampling
+from ddit_rt.steps.buckets import Resampling
 
 __all__ = ["graphs"]
 

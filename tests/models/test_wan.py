@@ -115,7 +115,7 @@ def with_fewer_waves(latents: torch.Tensor, axis: int, size: int) -> torch.Tenso
 def test_coarse_step_shows_the_model_the_small_video(
     size: tuple[int, int], small_size: tuple[int, int]
 ) -> None:
-    """By hand, from the formulas of `steps/coarse.py` and diffusers' own forward pass."""
+    """By hand, from the formulas of `steps/buckets.py` and diffusers' own forward pass."""
     transformer, shape, level = wan_transformer(), (2, CHANNELS, 3, *size), 0.6
     context, latents = context_of(transformer, shape, [level]), noise(*shape)
     actual = SnrBucket(step_model(transformer), context, 2).velocity(latents, torch.tensor([0]))

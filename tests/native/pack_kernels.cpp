@@ -17,9 +17,9 @@
 namespace ddit_rt {
 namespace {
 
-// shape: b, c, f, h, w, p, r, channels last.
+// shape: b, c, f, h, w, p, channels last.
 PatchShape shape_of(const int64_t* shape) {
-  return {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], shape[7] != 0};
+  return {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6] != 0};
 }
 
 template <int kUnit>

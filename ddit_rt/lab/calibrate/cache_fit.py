@@ -18,15 +18,12 @@ from torch import Tensor
 
 from ddit_rt.engine import Engine
 from ddit_rt.lab.plans.points import Prompt
-from ddit_rt.loop import RunPlan
+from ddit_rt.loop import CpuExecutor, RunPlan
 from ddit_rt.planning.request import Request
 from ddit_rt.policies import KINDS, CacheFit, FinePolicy, TeaCache
 
 DEGREE = 4
 """Degree of the polynomials, as the published ones have it."""
-
-_TERMS = 3
-"""Latents, and velocities, that a solver step combines."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +111,7 @@ def measuring_plan(
 
 @torch.no_grad()
 def watch(plan: RunPlan, latents: Tensor) -> StepChanges:
-    """Runs a plan's fine bucket at every step, in plain torch, and measures what changes.
+    """Runs a plan by the host's loop and measures what changes from step to step.
 
     Args:
         plan: A plan by `measuring_plan`.
@@ -123,24 +120,24 @@ def watch(plan: RunPlan, latents: Tensor) -> StepChanges:
     bucket, cache = plan.buckets[0][0], plan.cache
     assert bucket is not None, "a fine plan"
     assert cache is not None, "a plan that keeps residuals"
-    history, velocities, residuals = [latents], list[Tensor](), list[tuple[Tensor, ...]]()
+    before: list[tuple[Tensor, Tensor, list[Tensor]]] = []
     inputs, outputs, ratios = [], [], []
-    for k, row in enumerate(plan.solver.coefficients.tolist()):
-        step = torch.tensor([k], device=latents.device)
-        velocities.insert(0, bucket.velocity(history[0], step).float())
-        residuals.insert(0, tuple(residual.clone() for residual in bucket.residuals()))
-        if k > 0:
-            change = cache.table.increments[k]
+
+    def look(step: int, latents: Tensor, velocity: Tensor) -> None:
+        residuals = [residual.clone() for residual in bucket.residuals()]
+        if before:
+            last_latents, last_velocity, last_residuals = before.pop()
+            change = cache.table.increments[step]
             if cache.signal is not None:
-                change = float(cache.signal.change(history[0], history[1], step).mean())
+                index = torch.tensor([step], device=latents.device)
+                change = float(cache.signal.change(latents, last_latents, index).mean())
             inputs.append(change)
-            outputs.append(_relative_change(velocities[0], velocities[1]))
-            ratios.append(_magnitude_ratio(residuals[0], residuals[1]))
-        # The first steps have no older terms, and their coefficients are 0.
-        terms = [*zip(row[:_TERMS], history, strict=False)]
-        terms += zip(row[_TERMS:], velocities, strict=False)
-        history.insert(0, sum((c * x for c, x in terms), torch.zeros_like(latents)))
-        del history[_TERMS:], velocities[_TERMS:], residuals[2:]
+            outputs.append(_relative_change(velocity.float(), last_velocity))
+            ratios.append(_magnitude_ratio(residuals, last_residuals))
+        before.append((latents.clone(), velocity.float().clone(), residuals))
+
+    # Every step computes: what would reuse is only measured.
+    CpuExecutor().run(replace(plan, cache=None), latents, on_velocity=look)
     return StepChanges(inputs=tuple(inputs), outputs=tuple(outputs), ratios=tuple(ratios))
 
 

@@ -35,7 +35,7 @@ def write_report(calibration: Calibration, points: Sequence[Point], folder: Path
     Args:
         calibration: The record.
         points: Every plan that was measured.
-        folder: Where to; it is made.
+        folder: Folder that the files go to; it is made.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message names the extra.

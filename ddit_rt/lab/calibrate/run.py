@@ -201,7 +201,7 @@ def most_runs(config: CalibrationConfig, *, sizes: int, caches: int, repeats: in
     """Generations that a calibration takes at most.
 
     Args:
-        config: Its settings.
+        config: Settings of the search.
         sizes: Number of patch sizes of the artifact.
         caches: Number of step caches that the model has a fit for.
         repeats: Rounds of `EngineBench.confirm`.

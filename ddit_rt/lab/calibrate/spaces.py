@@ -51,7 +51,7 @@ _CACHED: Variations = {
     "last": (2,),
 }
 COMBINED: Variations = {"rescale": (2.0, 0.5, 1.5, 0.7), **_DYNAMIC}
-"""Of dynamic plans with a step cache. Where the patch size changes, no step reuses."""
+"""What varies in dynamic plans with a step cache. Where the patch size changes, no step reuses."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,7 +33,7 @@ class EvaluationConfig:
     Attributes:
         out: Folder to write to, or to go on in.
         prompts: The prompts.
-        source: Where they come from, for the report.
+        source: Where the prompts come from, for the report.
         steps: Steps of the reference.
         policies: Name and policy, preset or speed of each plan; none for the artifact's own.
         arguments: Further arguments of the engine's call, e.g. `height`.
@@ -99,5 +99,5 @@ def image_files(folder: Path) -> list[Path]:
         ValueError: No such folder.
     """
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}; it should hold reference pictures")
+        raise ValueError(f"there is no folder {folder}; it should hold reference images")
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)

@@ -115,7 +115,7 @@ def chosen_plans(
             presets of its calibration for `steps`, with a dynamic plan among them, else its
             default policy.
         manifest: The artifact's.
-        default: Its default policy.
+        default: The engine's default policy.
         steps: Steps of the reference.
         default_cache: The artifact's step cache, which a calibrated plan does not take.
 
@@ -158,7 +158,7 @@ def baselines(
 
     Args:
         main: The plan that they are compared with.
-        cost: Its mean cost for an image.
+        cost: Mean cost of an image.
         costs: Cost of one step at each patch size that the engine offers.
         steps: Steps of the reference.
 

@@ -29,10 +29,10 @@ class Pair:
     """Two images of one prompt, as one rater sees them.
 
     Attributes:
-        number: Its place in the evaluation.
+        number: The pair's place in the evaluation.
         prompt: The text.
         plans: Names of the plans on the left and on the right.
-        files: Their images.
+        files: The two images.
     """
 
     number: int

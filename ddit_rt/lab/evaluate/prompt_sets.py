@@ -16,7 +16,7 @@ class HubSet:
     """A data set of the Hub that holds prompts.
 
     Attributes:
-        label: Its own name.
+        label: Name of the set, for people.
         dataset: Name on the Hub.
         column: Column of the prompts, in the split `train`, which is all there is.
     """

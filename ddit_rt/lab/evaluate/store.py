@@ -69,7 +69,7 @@ class Store:
     """The folder of one evaluation.
 
     Attributes:
-        folder: Where it lies.
+        folder: Folder that it lies in.
         records: The images that are there, by plan, prompt and repeat.
     """
 

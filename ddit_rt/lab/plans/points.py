@@ -43,7 +43,7 @@ class Measurement:
         cost: Mean cost of a denoising loop.
         similarity: SSIM of each prompt's image to the one at full resolution; for a video, the
             mean over its frames.
-        psnr: The same in dB; None where both are equal.
+        psnr: PSNR to that image in dB; None where both are equal.
     """
 
     cost: float
@@ -108,8 +108,8 @@ def pareto_front(
 
     Args:
         items: What is compared.
-        cost: Its cost; less is better.
-        score: Its score; more is better.
+        cost: Returns an item's cost; less is better.
+        score: Returns an item's score; more is better.
     """
     front: list[T] = []
     for item in sorted(items, key=lambda item: (cost(item), -score(item))):
@@ -125,7 +125,7 @@ class Found:
     Attributes:
         points: Everything that was measured.
         template: The best template for the main target.
-        level: Its best level.
+        level: The best level of that template.
     """
 
     points: Sequence[Point]

@@ -19,7 +19,7 @@ def floors(subject: Subject, trace: RunTrace) -> WorkOf:
 
     Args:
         subject: What ran.
-        trace: Its trace.
+        trace: Trace of the run.
     """
     model, latents = subject.model, subject.latents
     order = subject.policy.order if isinstance(subject.policy, DDiTPolicy) else 0

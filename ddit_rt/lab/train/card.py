@@ -35,7 +35,7 @@ def model_card(
     Args:
         model: Name of the base model.
         config: The run.
-        data: Its data.
+        data: What it was trained on.
         samples: Rows of the cache.
         skipped: Images that were left out.
         losses: Loss on the probe batch, by path and size.

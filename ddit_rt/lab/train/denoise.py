@@ -4,24 +4,66 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddit_rt.adapters import AdapterSet, PatchAdapter
+from ddit_rt.blocks import TokenRanges
 from ddit_rt.engine.intercepted import FirstStep, InterceptedRun
+from ddit_rt.loop import CpuExecutor
+from ddit_rt.loop.cpu import VelocityWatch
 from ddit_rt.models import Family
 from ddit_rt.models.calls import PipelineCall
 from ddit_rt.models.layered import layered
-from ddit_rt.steps import Bucket, Detail, FineBucket, Pass, RunContext, SnrBucket, StepModel
+from ddit_rt.planning.compiled import CompiledModel
+from ddit_rt.planning.outline import outline_run
+from ddit_rt.planning.plan import plan_run
+from ddit_rt.planning.request import Request
+from ddit_rt.policies import StaticPolicy
+from ddit_rt.solver import probe_scheduler
+from ddit_rt.steps import Runners, StepModel
 
-MakeCoarse = Callable[[StepModel, RunContext, int], Bucket]
-"""Makes the bucket of a coarse size."""
+_ANY = (1, 2**62)
+_RANGES = TokenRanges(batch=_ANY, image=_ANY, text=_ANY)
+"""Blocks that are not compiled take every size."""
 
 
-def training_free(model: StepModel, context: RunContext, multiple: int) -> Bucket:
-    """The coarse step without an adapter."""
-    return SnrBucket(model, context, multiple)
+@dataclass(frozen=True, kw_only=True)
+class CoarsePath:
+    """A way to take the coarse patch sizes.
+
+    Attributes:
+        adapter: The adapter of the size; None for the training-free step.
+        runners: The blocks that it runs with.
+    """
+
+    adapter: PatchAdapter | None = None
+    runners: Runners | None = None
+
+    def compiled(self, model: StepModel, multiples: Sequence[int]) -> CompiledModel:
+        """A model that takes patch sizes this way, as a run is planned for.
+
+        Args:
+            model: The model.
+            multiples: Patch sizes of the run, as multiples of p.
+        """
+        adapters, runners = {}, {}
+        if self.adapter is not None:
+            multiple = self.adapter.config.multiple
+            adapters, runners = {multiple: self.adapter}, {multiple: self.runners or model.base}
+        return CompiledModel(
+            steps=model,
+            multiples=tuple(sorted({1, *multiples})),
+            ranges=_RANGES,
+            adapters=AdapterSet(adapters=adapters),
+            adapter_runners=runners,
+        )
+
+
+UNADAPTED = CoarsePath()
 
 
 class Prepared(NamedTuple):
@@ -73,51 +115,32 @@ def denoise(
     model: StepModel,
     prepared: Prepared,
     multiples: Sequence[int],
-    make_coarse: MakeCoarse = training_free,
-    record: Callable[[Tensor, Tensor], None] | None = None,
+    path: CoarsePath = UNADAPTED,
+    record: VelocityWatch | None = None,
 ) -> Tensor:
     """Runs the loop.
 
     Args:
         model: The model.
-        prepared: A call by `prepare`; it is used up, since its scheduler is stepped.
+        prepared: A call by `prepare`.
         multiples: Patch size of each step, as a multiple of p.
-        make_coarse: Makes the buckets that are not at p.
-        record: Is shown z_k and v_k of each step, `[B, C, H, W]`.
+        path: How the sizes that are not p are taken.
+        record: Is shown k, z_k and v_k of each step, `[B, C, H, W]`.
 
     Returns:
         Final latents, `[B, C, H, W]`, float32.
+
+    Raises:
+        UnsupportedModelError: The scheduler's steps are no table; it draws noise, say.
     """
-    latents, scheduler = prepared.latents, prepared.scheduler
-    context = _context(model, prepared)
-    buckets = _buckets(model, context, multiples, make_coarse)
-    for step, (multiple, timestep) in enumerate(zip(multiples, scheduler.timesteps, strict=True)):
-        index = torch.tensor([step], device=latents.device)
-        velocity = buckets[multiple].velocity(latents, index).float()
-        if record is not None:
-            record(latents, velocity)
-        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-    return latents
-
-
-def _context(model: StepModel, prepared: Prepared) -> RunContext:
-    latents, scheduler, device = prepared.latents, prepared.scheduler, prepared.latents.device
-    return RunContext(
-        passes=(Pass.of(model, prepared.conditioning),),
-        height=latents.shape[-2],
-        width=latents.shape[-1],
-        sigmas=scheduler.sigmas[:-1].to(device, torch.float32),
-        timesteps=model.family.linear_timesteps(scheduler).to(device),
-        detail=Detail(tuple(latents.shape), device),
+    compiled, latents = path.compiled(model, multiples), prepared.latents
+    outline = outline_run(
+        compiled,
+        Request(policy=StaticPolicy(multiples)),
+        shape=tuple(latents.shape),
+        timesteps=model.family.linear_timesteps(prepared.scheduler),
+        solver=probe_scheduler(prepared.scheduler),
     )
-
-
-def _buckets(
-    model: StepModel, context: RunContext, multiples: Sequence[int], make_coarse: MakeCoarse
-) -> Mapping[int, Bucket]:
-    return {
-        multiple: FineBucket(model, context)
-        if multiple == 1
-        else make_coarse(model, context, multiple)
-        for multiple in sorted(set(multiples))
-    }
+    plan = plan_run(compiled, outline, prepared.conditioning)
+    final, _ = CpuExecutor().run(plan, latents, on_velocity=record)
+    return final

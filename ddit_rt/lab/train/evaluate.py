@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddit_rt.adapters import AdapterConfig, PatchAdapter, adapter_bucket
+from ddit_rt.adapters import AdapterConfig, PatchAdapter
 from ddit_rt.lab.train.config import DataConfig
-from ddit_rt.lab.train.denoise import MakeCoarse, denoise, rendered, training_free
+from ddit_rt.lab.train.denoise import UNADAPTED, CoarsePath, denoise, rendered
 from ddit_rt.lab.train.student import Student
 from ddit_rt.lab.train.velocities import States, coarse_velocity, squared_error, taught
 from ddit_rt.policies import patch_name
@@ -106,8 +106,8 @@ def measure_gain(
                 continue
             plan = [1] * first + [multiple] * length + [1] * (steps - first - length)
             psnr = {
-                name: _psnr(render(plan, make), fine)
-                for name, make in _paths(student, multiple).items()
+                name: _psnr(render(plan, path), fine)
+                for name, path in _paths(student, multiple).items()
             }
             gains.append(
                 Gain(
@@ -158,14 +158,14 @@ class _Renderer:
         self._student, self._pipeline, self._data = student, pipeline, data
         self._prompts, self._seed = prompts, seed
 
-    def __call__(self, plan: Sequence[int], make_coarse: MakeCoarse = training_free) -> Tensor:
+    def __call__(self, plan: Sequence[int], path: CoarsePath = UNADAPTED) -> Tensor:
         """`[prompts, 3, height, width]`, in [0, 1], float32."""
         parts = []
         for start in range(0, len(self._prompts), self._data.encode_batch):
             prompts = self._prompts[start : start + self._data.encode_batch]
             seeds = [self._seed + start + offset for offset in range(len(prompts))]
             result = rendered(
-                lambda prepared: denoise(self._student.model, prepared, plan, make_coarse),
+                lambda prepared: denoise(self._student.model, prepared, plan, path),
                 self._student.family,
                 self._pipeline,
                 prompts,
@@ -178,18 +178,13 @@ class _Renderer:
         return torch.cat(parts)
 
 
-def _paths(student: Student, multiple: int) -> dict[str, MakeCoarse]:
+def _paths(student: Student, multiple: int) -> dict[str, CoarsePath]:
     """The ways to take a size, by name."""
     trained = student.adapter(multiple)
-    paths: dict[str, MakeCoarse] = {TRAINING_FREE: training_free}
+    paths = {TRAINING_FREE: UNADAPTED}
     if trained.config.variant == "paper":
-        untrained = _untrained_paper(student, multiple)
-        paths[UNTRAINED] = lambda model, context, _: adapter_bucket(
-            model, context, untrained, model.base
-        )
-    paths[TRAINED] = lambda model, context, _: adapter_bucket(
-        model, context, trained, student.runners(multiple)
-    )
+        paths[UNTRAINED] = CoarsePath(adapter=_untrained_paper(student, multiple))
+    paths[TRAINED] = CoarsePath(adapter=trained, runners=student.runners(multiple))
     return paths
 
 

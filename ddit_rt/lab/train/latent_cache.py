@@ -83,7 +83,7 @@ class LatentCache:
         """`latents` or `velocities` of some rows, float32, `[B, C, H, W]`.
 
         Args:
-            name: Which.
+            name: Which of the two.
             rows: Rows.
             steps: Step of each row's trajectory; None for images.
         """
@@ -190,7 +190,11 @@ def _trajectories(
         latents, velocities = list[Tensor](), list[Tensor]()
 
         def record(
-            z: Tensor, v: Tensor, latents: list[Tensor] = latents, found: list[Tensor] = velocities
+            _: int,
+            z: Tensor,
+            v: Tensor,
+            latents: list[Tensor] = latents,
+            found: list[Tensor] = velocities,
         ) -> None:
             latents.append(z.half())
             found.append(v.half())

@@ -221,7 +221,7 @@ class _Run:
         return (time.perf_counter() - began) / count if count else None
 
     def _step(self, step: int) -> dict[int, Tensor]:
-        """One optimizer step; its mean losses."""
+        """Takes an optimizer step and returns its mean losses."""
         config, accelerator = self._config, self._accelerator
         rate = learning_rate_at(config.optimizer, step, config.steps)
         for group in self._optimizer.param_groups:

@@ -31,11 +31,11 @@ class Earlier:
     Attributes:
         used: Whether a sample has such a past, `[B]`, bool.
         latents: z at the step at p, `[B, C, H, W]`.
-        sigmas: Its noise level, `[B]`.
+        sigmas: Noise level of that step, `[B]`.
         velocity: The teacher's velocity there; None: it is asked, and `first_latents` and the
             state itself lie where it leads, as in a run whose clean estimate stays the same.
         first_latents: z at the first coarse step, `[B, C, H, W]`; None where `velocity` is.
-        first_sigmas: Its noise level, `[B]`.
+        first_sigmas: Noise level of that coarse step, `[B]`.
     """
 
     used: Tensor
@@ -121,7 +121,7 @@ def coarse_velocity(
 
     Args:
         model: The frozen model.
-        states: With the teacher's velocity where there is a past.
+        states: The states, with the teacher's velocity where there is a past.
         multiple: s.
         adapter: An adapter of either variant; None for the training-free step.
         runners: The blocks.
@@ -171,12 +171,12 @@ class _Coarse:
 
     @without_autocast()
     def down(self, latents: Tensor) -> Tensor:
-        """In full precision, as in the runtime, which is shielded from autocast."""
+        """Reduces in full precision, as the runtime does, which is shielded from autocast."""
         return self.maps.down(latents)
 
     @without_autocast()
     def up(self, small: Tensor) -> Tensor:
-        """Likewise."""
+        """Enlarges in full precision."""
         return self.maps.up(small)
 
     def small(

@@ -53,7 +53,7 @@ def all_metrics(
     """Every metric that there is, unloaded.
 
     Args:
-        device: Where networks run.
+        device: Device that networks run on.
         clip_model: Folder or Hub name of the CLIP model.
         weights: Folder with the weights of ImageReward; None for the package's own cache.
         demo: Whether the images are the demo model's, whose classifier has features for them.
@@ -64,7 +64,7 @@ def all_metrics(
 
 
 def usable(metrics: Sequence[Metric]) -> tuple[list[Metric], list[Skipped]]:
-    """Those that can run here, and those that cannot, with their reasons."""
+    """The metrics that can run here, and those that cannot, with their reasons."""
     reasons = [(metric, metric.unavailable()) for metric in metrics]
     return [metric for metric, reason in reasons if reason is None], [
         Skipped(name=metric.name, label=metric.label, reason=reason)

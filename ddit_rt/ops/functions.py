@@ -1,4 +1,4 @@
-"""The ops of a step on the CPU: scores of the latents, decisions, and the solver's update."""
+"""The ops as functions: tokens of latents, scores, decisions, and the solver's update."""
 
 from __future__ import annotations
 
@@ -7,6 +7,62 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+
+def pack(latents: Tensor, patch_size: int, *, channels_last: bool = False) -> Tensor:
+    """Cuts each frame of the latents into patches of p x p pixels, one token each.
+
+    Tokens are ordered by frame, row and column of patches. Features are ordered by channel, row and
+    column inside the patch, as a patch embedding by convolution reads them; at `patch_size=2` this
+    is `FluxPipeline._pack_latents` of diffusers. With `channels_last` they are ordered by row,
+    column and channel, as the output of `WanTransformer3DModel` is. Differentiable.
+
+    Args:
+        latents: `[B, C, H, W]` or `[B, C, F, H, W]`, float32, bfloat16 or float16.
+        patch_size: Edge `p` of a patch in latent pixels; divides H and W.
+        channels_last: Whether a token holds a pixel's channels side by side.
+
+    Returns:
+        Tokens `[B, F * (H / p) * (W / p), C * p * p]`, of the latents' dtype.
+
+    Raises:
+        RuntimeError: Not four or five dimensions, a size that the patch does not divide, or another
+            dtype.
+    """
+    tokens: Tensor = torch.ops.ddit_rt.pack(latents.contiguous(), patch_size, channels_last)
+    return tokens
+
+
+def unpack(
+    tokens: Tensor,
+    patch_size: int,
+    height: int,
+    width: int,
+    frames: int = 0,
+    *,
+    channels_last: bool = False,
+) -> Tensor:
+    """Puts tokens back into latents: the inverse of `pack`. Differentiable.
+
+    Args:
+        tokens: `[B, N, C * p * p]`, float32, bfloat16 or float16.
+        patch_size: Edge `p` of a patch in latent pixels; divides height and width.
+        height: Rows of the latents, in latent pixels.
+        width: Columns of the latents, in latent pixels.
+        frames: Latent frames of a video; 0 for an image, whose latents have no such dimension.
+        channels_last: Whether a token holds a pixel's channels side by side.
+
+    Returns:
+        Latents `[B, C, height, width]`, or `[B, C, frames, height, width]` if `frames` is given.
+
+    Raises:
+        RuntimeError: Tokens whose number or width does not fit the sizes, a size that the patch
+            does not divide, or another dtype.
+    """
+    latents: Tensor = torch.ops.ddit_rt.unpack(
+        tokens.contiguous(), patch_size, height, width, frames, channels_last
+    )
+    return latents
 
 
 def patch_scores(
@@ -234,3 +290,32 @@ def solver_step_(
     torch.ops.ddit_rt.solver_step_(
         history, velocities, velocity.contiguous(), coefficients.contiguous(), step
     )
+
+
+def solver_step_in_torch(
+    history: Tensor, velocities: Tensor, velocity: Tensor, coefficients: Tensor, step: int
+) -> None:
+    """`solver_step_` in plain torch, for loops that the host drives on a GPU: fits and training.
+
+    The same bits: products and sums are operations of their own, so none are fused.
+
+    Args:
+        history: Ring of latents, as `solver_step_` takes it.
+        velocities: Ring of velocities, likewise.
+        velocity: v[k], likewise.
+        coefficients: Table on the CPU, so that the host need not wait for it.
+        step: Row k of the table.
+    """
+    slots = len(velocities)
+    past = [velocities[(step - age) % slots] for age in range(1, slots + 1)]
+    terms = [*(history[-(step - age) % 4] for age in range(3)), velocity.float(), *past]
+    row = coefficients[step].float().tolist()
+    row = [*row[:3], *row[3 : 4 + slots]]
+    products = [weight * term for weight, term in zip(row, terms, strict=True) if weight]
+    total = sum(products[1:], products[0])
+    if slots:
+        velocities[step % slots].copy_(velocity)
+    history[-(step + 1) % 4].copy_(total)
+
+
+torch.library.impl("ddit_rt::solver_step_", "CUDA", solver_step_in_torch)

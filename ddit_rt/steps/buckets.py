@@ -1,4 +1,6 @@
-"""A coarse step that needs no training: the model sees a smaller image at its true noise level.
+"""How a step is taken: at p by the unmodified model, or coarse, without training.
+
+In a coarse step the model sees a smaller image, at the noise level that this image has.
 
 Each axis of H pixels is reduced to h <= H by keeping the h lowest frequencies of its orthonormal
 discrete cosine transform D (DCT-II), whatever the ratio:
@@ -35,7 +37,59 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddit_rt.steps.base import Detail, RunContext, Runners, StepInputs, StepModel, at_step
-from ddit_rt.steps.forward import make_passes
+from ddit_rt.steps.forward import ForwardPasses, make_passes
+from ddit_rt.steps.passes import Passes
+
+
+class PassesBucket:
+    """What a bucket keeps in the passes that it runs."""
+
+    _passes: Passes | ForwardPasses
+
+    def residuals(self) -> tuple[Tensor, ...]:
+        """See `Bucket.residuals`."""
+        return self._passes.residuals()
+
+    def sound(self) -> Tensor | None:
+        """See `Bucket.sound`."""
+        return self._passes.sound()
+
+
+class FineBucket(PassesBucket):
+    """v = model(z, t), as the diffusers pipeline computes it."""
+
+    multiple = 1
+
+    def __init__(self, model: StepModel, context: RunContext) -> None:
+        grid = model.grid(context.height, context.width, frames=context.frames)
+        self.tokens = grid.tokens
+        self._context = context
+        size = (context.height, context.width)
+        self._passes = make_passes(model, context, grid, size, context.timesteps)
+
+    def velocity(
+        self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
+    ) -> Tensor:
+        """See `Bucket.velocity`."""
+        context = self._context
+        velocity = self._passes.velocity(latents, step, reuse=reuse, guided=guided)
+        if context.detail is not None:
+            context.detail.update(latents, velocity, at_step(context.sigmas, step))
+        return velocity
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """See `Bucket.tensors`."""
+        return self._passes.tensors()
+
+    def state(self) -> tuple[Tensor, ...]:
+        """See `Bucket.state`."""
+        detail = self._context.detail
+        return () if detail is None else detail.state()
+
+    def refresh(self, step: int, now: StepInputs) -> None:
+        """See `Bucket.refresh`."""
+        self._context.sigmas[step].copy_(now.sigma)
+        self._passes.refresh(step, now.timestep, now.conditioning)
 
 
 @lru_cache(maxsize=64)
@@ -72,7 +126,7 @@ class Resampling:
     """
 
     def __init__(self, size: tuple[int, int], small: tuple[int, int], device: torch.device) -> None:
-        """Of latents of `size` to a small image of `small`, rows and columns, no larger."""
+        """Makes the maps from `size` to `small`, rows and columns, which may not be larger."""
         self.small = small
         self.deviation = math.sqrt(math.prod(small) / math.prod(size))
         (height, width), (rows, columns) = size, small
@@ -116,7 +170,7 @@ def matched_level(sigmas: Tensor, deviation: float) -> tuple[Tensor, Tensor]:
     return scale.float(), (noise * scale).float()
 
 
-class SnrBucket:
+class SnrBucket(PassesBucket):
     """The training-free coarse bucket at s times p."""
 
     def __init__(
@@ -165,14 +219,6 @@ class SnrBucket:
             clean = self._correction.enlarge(clean, sigma)
         return (latents - clean) / sigma
 
-    def residuals(self) -> tuple[Tensor, ...]:
-        """See `Bucket.residuals`."""
-        return self._passes.residuals()
-
-    def sound(self) -> Tensor | None:
-        """See `Bucket.sound`."""
-        return self._passes.sound()
-
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""
         return (self._scale, self._level, *self._passes.tensors(), *self.state())
@@ -213,5 +259,5 @@ class _Correction:
         return detail.estimate + self._maps.up(change)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """As `Bucket.tensors`."""
+        """What it keeps from step to step, as `Bucket.tensors` gives it."""
         return (self._serial, self._disagreement)

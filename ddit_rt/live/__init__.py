@@ -1,1 +1,0 @@
-"""The look at the live model: whether it is what its packages were compiled from."""
