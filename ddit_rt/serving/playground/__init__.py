@@ -19,7 +19,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr
 
 from ddit_rt.serving.playground.events import Playground
-from ddit_rt.serving.playground.layout import CSS, HEAD, build, theme
+from ddit_rt.serving.playground.layout import CSS, build, theme
 
 
 def add_playground(app: FastAPI, examples: Sequence[str] = ()) -> None:
@@ -52,5 +52,4 @@ def add_playground(app: FastAPI, examples: Sequence[str] = ()) -> None:
         mcp_server=False,
         theme=theme(),
         css=CSS,
-        head=HEAD,
     )

@@ -99,8 +99,13 @@ class Playground:
         device, kind = next(transformer.parameters()).device, str(transformer.dtype)
         return (
             f"{self._service.config.model} · {type(self._engine.pipeline).__name__} · "
-            f"{device} · {kind.removeprefix('torch.')} · patch sizes"
+            f"{device} · {kind.removeprefix('torch.')}"
         )
+
+    @property
+    def sizes(self) -> list[str]:
+        """Patch sizes that the artifact offers, by name."""
+        return [entry.patch for entry in self._engine.artifact.manifest.buckets]
 
     @property
     def steps(self) -> int:

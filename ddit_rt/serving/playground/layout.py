@@ -5,20 +5,19 @@ Fonts are the system's, and nothing is loaded from elsewhere: it works without a
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
 from ddit_rt.artifact.calibration import PRESETS
-from ddit_rt.lab.measure.figures import SIZE_COLOURS
+from ddit_rt.lab.measure.figures import size_colour
 from ddit_rt.policies import POLICY_NAMES
 from ddit_rt.serving.playground.events import OWN, REFERENCE, SPEED, Playground, Update
 
 _SYSTEM = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "monospace")
-
-HEAD = '<meta name="referrer" content="no-referrer">'
 
 CSS = """
 .gradio-container {max-width: 1360px !important; margin: 0 auto !important}
@@ -35,11 +34,24 @@ CSS = """
 .ddit-strip i {flex: 1; border-radius: 2px; background: var(--border-color-primary)}
 .ddit-problem {padding: .7rem .9rem; border-radius: 8px; border-left: 4px solid #D55E00;
   background: #D55E0018; font-size: .92rem}
-.ddit-timeline {background: white; border-radius: 8px; padding: .4rem}
-.ddit-timeline svg {width: 100%; height: auto; display: block}
+.ddit-timeline {background: white; border-radius: 8px; padding: .4rem; overflow-x: auto}
+.ddit-timeline svg {width: 100%; min-width: 640px; height: auto; display: block}
 .ddit-notes {margin: .5rem 0 0 1.1rem; font-size: .8rem; color: var(--body-text-color-subdued)}
 .ddit-picture img {width: 100%; height: 100%; object-fit: contain}
 """
+
+
+class Controls(NamedTuple):
+    """The components that a run is asked for with; all but the buttons are its inputs, in order."""
+
+    prompt: Any
+    plan: Any
+    speed: Any
+    steps: Any
+    seed: Any
+    compare: Any
+    go: Any
+    stop: Any
 
 
 def theme() -> Any:
@@ -73,12 +85,13 @@ def build(playground: Playground, examples: Sequence[str]) -> Any:
 
 def _title(playground: Playground) -> str:
     sizes = "".join(
-        f'<i style="background:{colour}"></i>{size}' for size, colour in SIZE_COLOURS.items()
+        f'<i style="background:{size_colour(size)}"></i>{size}' for size in playground.sizes
     )
-    return f'<div class="ddit-title"><h1>ddit_rt</h1><p>{playground.about}{sizes}</p></div>'
+    about = html.escape(playground.about)
+    return f'<div class="ddit-title"><h1>ddit_rt</h1><p>{about} · patch sizes{sizes}</p></div>'
 
 
-def _controls(playground: Playground, examples: Sequence[str]) -> dict[str, Any]:
+def _controls(playground: Playground, examples: Sequence[str]) -> Controls:
     prompt = gr.Textbox(label="Prompt", lines=3, elem_id="prompt", autofocus=True)
     if examples:
         prompt.value = examples[0]
@@ -115,13 +128,7 @@ def _controls(playground: Playground, examples: Sequence[str]) -> dict[str, Any]
         stop = gr.Button("Cancel", variant="stop", interactive=False, elem_id="stop", min_width=80)
     if examples:
         gr.Examples(list(examples), prompt, cache_examples=False, label="Prompts to try")
-    return {
-        "inputs": [prompt, plan, speed, steps, seed, compare],
-        "plan": [plan, speed, steps],
-        "go": go,
-        "stop": stop,
-        "prompt": prompt,
-    }
+    return Controls(prompt, plan, speed, steps, seed, compare, go, stop)
 
 
 def _shown() -> Update:
@@ -148,25 +155,24 @@ def _picture(name: str, label: str, **settings: Any) -> Any:
     )
 
 
-def _wire(playground: Playground, controls: dict[str, Any], shown: Update) -> None:
-    outputs = list(shown._replace(go=controls["go"], stop=controls["stop"]))
+def _wire(playground: Playground, controls: Controls, shown: Update) -> None:
+    *inputs, go, stop = controls
     gr.on(
-        [controls["go"].click, controls["prompt"].submit],
+        [go.click, controls.prompt.submit],
         playground.generate,
-        controls["inputs"],
-        outputs,
+        inputs,
+        list(shown._replace(go=go, stop=stop)),
         api_name="generate",
         show_progress="hidden",
         trigger_mode="once",
     )
-    controls["stop"].click(
-        playground.cancel, None, None, api_name="cancel", queue=False, show_progress="hidden"
-    )
+    stop.click(playground.cancel, api_name="cancel", queue=False, show_progress="hidden")
+    described = [controls.plan, controls.speed, controls.steps]
     gr.on(
-        [control.change for control in controls["plan"]],
+        [control.change for control in described],
         playground.describe,
-        controls["plan"],
-        controls["plan"][1],
+        described,
+        controls.speed,
         api_visibility="private",
         queue=False,
         show_progress="hidden",

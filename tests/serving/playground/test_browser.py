@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import re
@@ -20,7 +19,7 @@ import pytest
 from extras import need
 from PIL import Image
 from playgrounds import PLAN, AtStep, browsing, playing
-from served import tiny_engine
+from served import PAUSE, tiny_engine, wait_until_served
 
 from ddit_rt import Engine
 from ddit_rt.lab.demo.plans import demo_calibration
@@ -180,6 +179,7 @@ def until(holds: Callable[[], bool]) -> None:
     end = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < end
+        time.sleep(PAUSE)
 
 
 def test_closing_the_page_ends_its_run(
@@ -245,13 +245,6 @@ def test_moving_the_slider_chooses_the_plan_and_says_what_it_is(page: Page) -> N
     expect(page.locator("#timeline")).to_contain_text("0.6 of the calibration for 24 steps")
 
 
-def is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready").status_code == 200
-    except httpx.TransportError:  # it has its port, and does not listen yet
-        return False
-
-
 @pytest.fixture
 def demo(tmp_path: Path) -> Iterator[str]:
     """Base URL of `ddit-rt ui demo`, which ends while a page is open, and leaves nothing behind."""
@@ -260,13 +253,13 @@ def demo(tmp_path: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "ddit_rt.cli", "ui", "demo", "--port", "0"]
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            command, stderr=file, env={**os.environ, "TMPDIR": str(pictures)}
+            command, stderr=file, text=True, env={**os.environ, "TMPDIR": str(pictures)}
         )
     try:
         while (found := re.search(r"running on (\S+)", log.read_text(encoding="utf-8"))) is None:
-            assert_runs(process, log)
-        while not is_ready(found[1]):
-            assert_runs(process, log)
+            assert process.poll() is None, log.read_text(encoding="utf-8")
+            time.sleep(PAUSE)
+        wait_until_served(process, found[1])
         yield found[1]
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
@@ -274,13 +267,6 @@ def demo(tmp_path: Path) -> Iterator[str]:
         process.kill()
         process.wait()
     assert list(pictures.glob("ddit_rt-ui-*")) == []
-
-
-def assert_runs(process: subprocess.Popen[bytes], log: Path) -> None:
-    """That it still does in a moment."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(0.1)
-        pytest.fail(log.read_text(encoding="utf-8"))
 
 
 def test_the_demo_is_shown(demo: str, browser: Any) -> None:

@@ -158,6 +158,20 @@ def test_a_fault_of_the_engine_is_told_without_its_inside(
     assert update.go["interactive"] is True
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_who_waits_is_told_when_the_engines_thread_ends(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with started(engine) as one:
+        pressed(one)
+
+        def ended(*_: Any, **__: Any) -> Any:
+            raise SystemExit
+
+        monkeypatch.setattr(Engine, "__call__", ended)
+        assert "the model is not ready" in pressed(one)[-1].message["value"]
+
+
 async def until(holds: Callable[[], Any]) -> None:
     async def wait() -> None:
         while not holds():
