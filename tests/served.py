@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from models import prompting_pipeline
 from PIL import Image
@@ -73,7 +74,13 @@ def _answers_ready(url: str) -> bool:
 @contextmanager
 def running(engine: Engine, **settings: Any) -> Iterator[str]:
     """Base URL of a real server on a free port of this machine."""
-    app = create_app(engine, config(**settings), stop_seconds=60)
+    with listening(create_app(engine, config(**settings), stop_seconds=60)) as url:
+        yield url
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The same of an application that is made."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
     thread = threading.Thread(target=server.run, args=([listener],))

@@ -12,8 +12,9 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 # What the extras bring beside pytest and accelerate, which comes with peft.
 OPTIONAL = (
-    *("av", "datasets", "fastapi", "hypothesis", "matplotlib", "openai", "prodigyopt"),
-    *("prometheus_client", "tensorboard", "torchmetrics", "torchvision", "uvicorn"),
+    *("av", "datasets", "fastapi", "gradio", "gradio_client", "hypothesis", "matplotlib", "openai"),
+    *("playwright", "prodigyopt", "prometheus_client", "tensorboard", "torchmetrics"),
+    *("torchvision", "uvicorn"),
 )
 BLOCKED = f"""
 import sys

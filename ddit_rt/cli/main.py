@@ -25,11 +25,12 @@ from ddit_rt.cli.info import INFO
 from ddit_rt.cli.profile import PROFILE
 from ddit_rt.cli.serve import SERVE
 from ddit_rt.cli.train import TRAIN
+from ddit_rt.cli.ui import UI
 from ddit_rt.errors import ArtifactError, CompileError, RunCancelled
 
 COMMANDS: tuple[Command, ...] = (
     *(DEMO, COMPILE, TRAIN, CALIBRATE, EVALUATE, AB, GENERATE, INFO),
-    *(SERVE, PROFILE),
+    *(SERVE, UI, PROFILE),
 )
 
 _CALLER_ERRORS = (ValueError, OSError, ModuleNotFoundError)

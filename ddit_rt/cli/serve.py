@@ -22,14 +22,17 @@ from ddit_rt.cli.options import existing_file, existing_folder, number, whole
 if TYPE_CHECKING:
     from ddit_rt.engine import Engine
 
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_engine_arguments(
+    parser: argparse.ArgumentParser, embedded: str = "'demo' or 'demo-video'"
+) -> None:
+    """Declares what `load_engine` reads, with the embedded models that a command takes."""
     parser.add_argument(
         "artifact",
         metavar="ARTIFACT",
-        help="what compile wrote; or 'demo' or 'demo-video', compiled once and kept",
+        help=f"what compile wrote; or {embedded}, compiled once and kept",
     )
     parser.add_argument("--model", help=f"the weights: {MODEL_HELP}; default: those of a demo")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as compiled")
@@ -38,13 +41,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the compiled code of an artifact that was not built on this machine",
     )
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_engine_arguments(parser)
     _add_http_arguments(parser.add_argument_group("interface"))
     _add_queue_arguments(parser.add_argument_group("queue"))
 
 
 def _add_http_arguments(group: Any) -> None:
     group.add_argument(
-        "--host", default=_LOOPBACK, help="address (default: %(default)s, this machine alone)"
+        "--host", default=LOOPBACK, help="address (default: %(default)s, this machine alone)"
     )
     group.add_argument("--port", type=whole(0, 65535), default=8000, help="default: %(default)s")
     group.add_argument(
@@ -135,12 +142,18 @@ def _run(args: argparse.Namespace) -> Outcome | None:
         warmup_steps=args.warmup_steps,
         fps=args.fps,
     )
-    engine = _engine(args)
+    engine = load_engine(args)
     serve(engine, config, host=args.host, port=args.port, stop_seconds=args.stop_seconds)
     return None
 
 
-def _engine(args: argparse.Namespace) -> Engine:
+def load_engine(args: argparse.Namespace) -> Engine:
+    """The engine that a server's arguments name.
+
+    Raises:
+        ValueError: An artifact without its model, or an embedded model beside another.
+        ArtifactError, UnsupportedModelError: One that is not there, or cannot be served.
+    """
     import ddit_rt
     from ddit_rt.artifact import read_manifest
 
@@ -179,7 +192,7 @@ def kept_demo(name: str, dtype: str | None = None) -> Engine:
     device = next(pipeline.transformer.parameters()).device.type
     path = require_trust_list().parent / f"{name}-{dtype or 'float32'}-{device}.ddit"
     try:
-        return ddit_rt.load(path, pipeline, progress=False)
+        return _with_speeds(ddit_rt.load(path, pipeline, progress=False), name)
     except ArtifactError:
         pass  # none yet, or one of another version, which makes room
     size: dict[str, Any] = {
@@ -187,6 +200,15 @@ def kept_demo(name: str, dtype: str | None = None) -> Engine:
     }
     engine = ddit_rt.compile(pipeline, patch_policy=embedded_policy(name), **size)
     engine.save(path)
+    return _with_speeds(engine, name)
+
+
+def _with_speeds(engine: Engine, name: str) -> Engine:
+    """The same with the calibration that the package has of its model."""
+    from ddit_rt.lab.demo.plans import demo_calibration
+
+    if name == EMBEDDED:
+        engine.artifact = engine.artifact.with_calibration(demo_calibration())
     return engine
 
 

@@ -26,6 +26,7 @@ class Service:
     """What the handlers share.
 
     Attributes:
+        engine: The engine.
         config: What the operator set.
         worker: Who runs the engine.
         read: Who reads requests.
@@ -46,6 +47,7 @@ class Service:
                 f"a server answers with pictures and silent videos, and {family.name} makes sound, "
                 "which would be left out; call its engine in Python"
             )
+        self.engine = engine
         self.config = config
         folder = config.lora_dir
         styles = None if folder is None else Styles(engine, folder, config.lora_bytes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -105,6 +105,16 @@ def as_api_error(error: BaseException) -> ApiError:
     return ApiError(500, "internal error", code="internal_error")
 
 
+def misread(errors: Iterable[Any]) -> ApiError:
+    """What a client is told of a request that is none, of pydantic's errors."""
+    # Of a field of several types, the deepest is of the type that came closest.
+    first = max(errors, key=lambda one: len(one["loc"]))
+    place = [str(part) for part in first["loc"] if part not in ("body", "path", "query")]
+    param = ".".join(place) or None
+    told = f"{param}: {first['msg']}" if param else f"the body: {first['msg']}"
+    return ApiError(400, told, param=param, code=str(first["type"]))
+
+
 def install(app: FastAPI) -> None:
     """Lets an application answer every error so."""
 
@@ -114,12 +124,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _validation(_: Request, error: RequestValidationError) -> JSONResponse:
-        # Of a field of several types, the deepest is of the type that came closest.
-        first = max(error.errors(), key=lambda one: len(one["loc"]))
-        place = [str(part) for part in first["loc"] if part not in ("body", "path", "query")]
-        param = ".".join(place) or None
-        told = f"{param}: {first['msg']}" if param else f"the body: {first['msg']}"
-        return ApiError(400, told, param=param, code=str(first["type"])).response()
+        return misread(error.errors()).response()
 
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from ddit_rt.engine import Engine
 from ddit_rt.serving.app import create_app
@@ -61,11 +62,27 @@ class Server(uvicorn.Server):
 def serve(
     engine: Engine, config: ServeConfig, *, host: str, port: int, stop_seconds: float
 ) -> None:
-    """Serves until a signal ends it.
+    """Serves an engine; see `listen`.
 
     Args:
         engine: The engine, which nothing else may use.
         config: What the operator sets.
+        host: Address to listen at.
+        port: And port.
+        stop_seconds: See `listen`.
+
+    Raises:
+        OSError: The address cannot be had.
+    """
+    app = create_app(engine, config, stop_seconds=stop_seconds)
+    listen(app, host=host, port=port, stop_seconds=stop_seconds)
+
+
+def listen(app: FastAPI, *, host: str, port: int, stop_seconds: float) -> None:
+    """Serves an application until a signal ends it.
+
+    Args:
+        app: What `create_app` gave.
         host: Address to listen at.
         port: And port.
         stop_seconds: How long what was accepted may still run after the signal.
@@ -73,7 +90,6 @@ def serve(
     Raises:
         OSError: The address cannot be had.
     """
-    app = create_app(engine, config, stop_seconds=stop_seconds)
     settings = uvicorn.Config(app, host=host, port=port, lifespan="on", timeout_graceful_shutdown=5)
     listener = settings.bind_socket()
     try:

@@ -231,6 +231,10 @@ class Worker:
             raise
         except Exception as error:  # noqa: BLE001 - of whatever kind, it is the request's
             self._failed(batch, error)
+        except BaseException:  # the thread ends, and nobody else would tell them
+            for sample in batch:
+                sample.job.fail(not_ready())
+            raise
 
     def _failed(self, batch: list[Sample], error: Exception) -> None:
         """Runs a batch again in halves; of one image, its request fails."""

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ddit_rt.lab.demo.plans import DEMO_POLICY, static_plan
-from ddit_rt.policies import DYNAMIC, Schedule
+from ddit_rt.lab.demo.plans import DEMO_POLICY, demo_calibration, static_plan
+from ddit_rt.policies import DYNAMIC, PatchPolicy, Schedule, policy_from_dict
 
 
 def test_static_plan_starts_and_ends_fine_and_refreshes() -> None:
@@ -19,3 +19,13 @@ def test_plans_fit_any_number_of_steps(steps: int) -> None:
     assert table.forced[0] == table.forced[-1] == 0
     runs = "".join("d" if bucket == DYNAMIC else "p" for bucket in table.forced).split("p")
     assert max(map(len, runs)) <= 4
+
+
+def test_the_packages_calibration_goes_from_full_resolution_to_its_fastest_plan() -> None:
+    calibration = demo_calibration()
+    assert (calibration.num_inference_steps, calibration.cost_unit) == (24, "tokens")
+    slowest, fastest = calibration.plan(0.0), calibration.plan(1.0)
+    assert (slowest.kind, slowest.speedup, slowest.ssim) == ("fine", 1, 1)
+    assert fastest.speedup == max(plan.speedup for plan in calibration.plans)
+    for plan in calibration.plans:
+        assert isinstance(policy_from_dict(plan.policy), PatchPolicy)
