@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.models import (
-    DTYPES,
-    EMBEDDED,
-    EMBEDDED_VIDEO,
-    MODEL_HELP,
-    embedded_defaults,
-    embedded_policy,
-    load_pipeline,
-    refuse_sound,
-)
 from ddit_rt.cli.options import existing_file, existing_folder, number, whole
-
-if TYPE_CHECKING:
-    from ddit_rt.engine import Engine
+from ddit_rt.sources import DTYPES, MODEL_HELP, embedded_defaults, load_engine
 
 _LOOPBACK = "127.0.0.1"
 
@@ -135,64 +123,11 @@ def _run(args: argparse.Namespace) -> Outcome | None:
         warmup_steps=args.warmup_steps,
         fps=args.fps,
     )
-    engine = _engine(args)
+    engine = load_engine(
+        args.artifact, args.model, command="serve", dtype=args.dtype, trust_code=args.trust_code
+    )
     serve(engine, config, host=args.host, port=args.port, stop_seconds=args.stop_seconds)
     return None
-
-
-def _engine(args: argparse.Namespace) -> Engine:
-    import ddit_rt
-    from ddit_rt.artifact import read_manifest
-
-    path = Path(args.artifact)
-    if args.artifact in (EMBEDDED, EMBEDDED_VIDEO) and not path.exists():
-        if args.model not in (None, args.artifact):
-            raise ValueError(
-                f"got {args.artifact} and --model {args.model}; {args.artifact} is the model "
-                "inside the package: leave --model out, or name an artifact of your model"
-            )
-        return kept_demo(args.artifact, args.dtype)
-    if args.model is None:
-        raise ValueError(
-            f"got the artifact {args.artifact} without --model; an artifact holds no weights: name "
-            "the model that it was compiled from"
-        )
-    manifest = read_manifest(path)
-    refuse_sound(manifest, "serve")
-    device = manifest.environment.device
-    pipeline = _quiet(load_pipeline(args.model, args.dtype or manifest.dtype, device))
-    return ddit_rt.load(path, pipeline, trust_code=args.trust_code)
-
-
-def kept_demo(name: str, dtype: str | None = None) -> Engine:
-    """An engine of an embedded model: compiled once for this user, and loaded from then on.
-
-    Args:
-        name: `"demo"` or `"demo-video"`.
-        dtype: Of its weights; by default float32.
-    """
-    import ddit_rt
-    from ddit_rt.artifact.trust import require_trust_list
-    from ddit_rt.errors import ArtifactError
-
-    pipeline = _quiet(load_pipeline(name, dtype, "auto"))
-    device = next(pipeline.transformer.parameters()).device.type
-    path = require_trust_list().parent / f"{name}-{dtype or 'float32'}-{device}.ddit"
-    try:
-        return ddit_rt.load(path, pipeline, progress=False)
-    except ArtifactError:
-        pass  # none yet, or one of another version, which makes room
-    size: dict[str, Any] = {
-        key: n for key, n in embedded_defaults(name).items() if key != "max_sequence_length"
-    }
-    engine = ddit_rt.compile(pipeline, patch_policy=embedded_policy(name), **size)
-    engine.save(path)
-    return engine
-
-
-def _quiet(pipeline: Any) -> Any:
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 SERVE = Command(
