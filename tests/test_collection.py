@@ -12,7 +12,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 # What the extras bring beside pytest and accelerate, which comes with peft.
 OPTIONAL = (
-    *("av", "datasets", "fastapi", "hypothesis", "matplotlib", "openai", "prodigyopt"),
+    *("av", "datasets", "fastapi", "hypothesis", "matplotlib", "openai", "prodigyopt", "ray"),
     *("prometheus_client", "tensorboard", "torchmetrics", "torchvision", "uvicorn"),
 )
 BLOCKED = f"""
