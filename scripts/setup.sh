@@ -58,10 +58,10 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
     "$1 has no C headers (Python.h). Install them (Debian, Ubuntu: apt install python3-dev)."
 }
 
-# PyTorch with CUDA needs about 6 GB, everything else less than 1 GB.
+# PyTorch with CUDA needs about 6 GB, everything else less than 2 GB.
 check_disk() {
-  local needed_gb=1 free_gb
-  if [[ -z "$(torch_version "$1")" ]]; then needed_gb=6; fi
+  local needed_gb=2 free_gb
+  if [[ -z "$(torch_version "$1")" ]]; then needed_gb=8; fi
   free_gb=$(($(df -Pk "$root" | awk 'NR == 2 { print $4 }') / 1024 / 1024))
   if ((free_gb < needed_gb)); then
     fail "$root has $free_gb GB of free disk space and the set-up needs up to $needed_gb GB. Free

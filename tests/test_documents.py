@@ -18,7 +18,7 @@ DOCUMENTS = [
 ]
 FILES = (
     *("prompts.txt", "pictures", "adapters", "demo-eval", "coco-val", "flux-eval", "cat.png"),
-    "styles",
+    *("styles", "prompts.jsonl"),
 )
 """What the documents' commands read, beside artifacts and models."""
 BLOCK = re.compile(r"(<!-- needs: [\w ]+ -->\n)?```sh\n(.*?)```", re.DOTALL)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TextIO
 
 from ddit_rt import checks
 from ddit_rt.cli.ab import AB
+from ddit_rt.cli.batch import BATCH
 from ddit_rt.cli.calibrate import CALIBRATE
 from ddit_rt.cli.command import EXIT_CODES, Command, ExitCode
 from ddit_rt.cli.compile import COMPILE
@@ -30,7 +31,7 @@ from ddit_rt.errors import ArtifactError, CompileError, RunCancelled
 
 COMMANDS: tuple[Command, ...] = (
     *(DEMO, COMPILE, TRAIN, CALIBRATE, EVALUATE, AB, GENERATE, INFO),
-    *(SERVE, UI, PROFILE),
+    *(SERVE, UI, BATCH, PROFILE),
 )
 
 _CALLER_ERRORS = (ValueError, OSError, ModuleNotFoundError)

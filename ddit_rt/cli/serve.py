@@ -7,17 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.models import (
-    DTYPES,
-    EMBEDDED,
-    EMBEDDED_VIDEO,
-    MODEL_HELP,
-    embedded_defaults,
-    embedded_policy,
-    load_pipeline,
-    refuse_sound,
-)
 from ddit_rt.cli.options import existing_file, existing_folder, number, whole
+from ddit_rt.sources import DTYPES, MODEL_HELP, embedded_defaults, load_engine
 
 if TYPE_CHECKING:
     from ddit_rt.engine import Engine
@@ -28,7 +19,7 @@ LOOPBACK = "127.0.0.1"
 def add_engine_arguments(
     parser: argparse.ArgumentParser, embedded: str = "'demo' or 'demo-video'"
 ) -> None:
-    """Declares what `load_engine` reads, with the embedded models that a command takes."""
+    """Declares what `load_named` reads, with the embedded models that a command takes."""
     parser.add_argument(
         "artifact",
         metavar="ARTIFACT",
@@ -142,79 +133,20 @@ def _run(args: argparse.Namespace) -> Outcome | None:
         warmup_steps=args.warmup_steps,
         fps=args.fps,
     )
-    engine = load_engine(args)
+    engine = load_named(args)
     serve(engine, config, host=args.host, port=args.port, stop_seconds=args.stop_seconds)
     return None
 
 
-def load_engine(args: argparse.Namespace) -> Engine:
-    """The engine that a server's arguments name.
-
-    Raises:
-        ValueError: An artifact without its model, or an embedded model beside another.
-        ArtifactError, UnsupportedModelError: One that is not there, or cannot be served.
-    """
-    import ddit_rt
-    from ddit_rt.artifact import read_manifest
-
-    path = Path(args.artifact)
-    if args.artifact in (EMBEDDED, EMBEDDED_VIDEO) and not path.exists():
-        if args.model not in (None, args.artifact):
-            raise ValueError(
-                f"got {args.artifact} and --model {args.model}; {args.artifact} is the model "
-                "inside the package: leave --model out, or name an artifact of your model"
-            )
-        return kept_demo(args.artifact, args.dtype)
-    if args.model is None:
-        raise ValueError(
-            f"got the artifact {args.artifact} without --model; an artifact holds no weights: name "
-            "the model that it was compiled from"
-        )
-    manifest = read_manifest(path)
-    refuse_sound(manifest, "serve")
-    device = manifest.environment.device
-    pipeline = _quiet(load_pipeline(args.model, args.dtype or manifest.dtype, device))
-    return ddit_rt.load(path, pipeline, trust_code=args.trust_code)
-
-
-def kept_demo(name: str, dtype: str | None = None) -> Engine:
-    """An engine of an embedded model: compiled once for this user, and loaded from then on.
-
-    Args:
-        name: `"demo"` or `"demo-video"`.
-        dtype: Of its weights; by default float32.
-    """
-    import ddit_rt
-    from ddit_rt.artifact.trust import require_trust_list
-    from ddit_rt.errors import ArtifactError
-
-    pipeline = _quiet(load_pipeline(name, dtype, "auto"))
-    device = next(pipeline.transformer.parameters()).device.type
-    path = require_trust_list().parent / f"{name}-{dtype or 'float32'}-{device}.ddit"
-    try:
-        return _with_speeds(ddit_rt.load(path, pipeline, progress=False), name)
-    except ArtifactError:
-        pass  # none yet, or one of another version, which makes room
-    size: dict[str, Any] = {
-        key: n for key, n in embedded_defaults(name).items() if key != "max_sequence_length"
-    }
-    engine = ddit_rt.compile(pipeline, patch_policy=embedded_policy(name), **size)
-    engine.save(path)
-    return _with_speeds(engine, name)
-
-
-def _with_speeds(engine: Engine, name: str) -> Engine:
-    """The same with the calibration that the package has of its model."""
-    from ddit_rt.lab.demo.plans import demo_calibration
-
-    if name == EMBEDDED:
-        engine.artifact = engine.artifact.with_calibration(demo_calibration())
-    return engine
-
-
-def _quiet(pipeline: Any) -> Any:
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def load_named(args: argparse.Namespace) -> Engine:
+    """The engine that a command's arguments name; see `sources.load_engine`."""
+    return load_engine(
+        args.artifact,
+        args.model,
+        command=args.command.name,
+        dtype=args.dtype,
+        trust_code=args.trust_code,
+    )
 
 
 SERVE = Command(

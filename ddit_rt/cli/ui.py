@@ -10,7 +10,7 @@ from pathlib import Path
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.models import EMBEDDED, EMBEDDED_VIDEO, embedded_defaults
 from ddit_rt.cli.options import whole
-from ddit_rt.cli.serve import LOOPBACK, add_engine_arguments, load_engine
+from ddit_rt.cli.serve import LOOPBACK, add_engine_arguments, load_named
 
 _STOP_SECONDS = 5.0
 """How long a run may go on once the page is to end."""
@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> Outcome | None:
             limits=Limits(steps=args.max_steps),
             call={} if text is None else {"max_sequence_length": text},
         )
-        app = create_app(load_engine(args), config, stop_seconds=_STOP_SECONDS)
+        app = create_app(load_named(args), config, stop_seconds=_STOP_SECONDS)
         add_playground(app, _examples(model))
         listen(app, host=args.host, port=args.port, stop_seconds=_STOP_SECONDS)
     return None

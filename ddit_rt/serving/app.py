@@ -87,18 +87,14 @@ def create_app(engine: Engine, config: ServeConfig, *, stop_seconds: float = 30.
         app.include_router(videos.router)
     else:
         app.include_router(images.edit_router if service.edits else images.router)
-    _add_models(app, service)
+    add_models(app, config.model, service.started)
     _add_operations(app, service.worker)
     return app
 
 
-def _add_models(app: FastAPI, service: Service) -> None:
-    entry = {
-        "id": service.config.model,
-        "object": "model",
-        "created": service.started,
-        "owned_by": "ddit_rt",
-    }
+def add_models(app: FastAPI, name: str, started: int) -> None:
+    """Adds `/v1/models` of one model, which is there since `started`, a Unix time."""
+    entry = {"id": name, "object": "model", "created": started, "owned_by": "ddit_rt"}
 
     @app.get("/v1/models")
     async def models() -> JSONResponse:

@@ -20,14 +20,16 @@ OPEN = ("/health", "/ready", "/metrics")
 class Gate:
     """An ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[str], body: int, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, *, keys: Sequence[str], body: int, metrics: Metrics | None
+    ) -> None:
         """Stands before an application.
 
         Args:
             app: The application.
             keys: API keys; empty: none is asked for.
             body: The most bytes of a body.
-            metrics: Where answers are counted.
+            metrics: Where answers are counted; None: elsewhere.
         """
         self._app = app
         self._keys = [key.encode() for key in keys]
@@ -54,9 +56,10 @@ class Gate:
             else:
                 await self._app(scope, self._limited(receive), counted)
         finally:
-            endpoint = getattr(scope.get("route"), "path", "none")
-            self._metrics.requests.labels(endpoint, str(status)).inc()
-            self._metrics.request_seconds.labels(endpoint).observe(time.monotonic() - started)
+            if self._metrics is not None:
+                endpoint = getattr(scope.get("route"), "path", "none")
+                self._metrics.requests.labels(endpoint, str(status)).inc()
+                self._metrics.request_seconds.labels(endpoint).observe(time.monotonic() - started)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)

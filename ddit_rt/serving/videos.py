@@ -28,7 +28,7 @@ from ddit_rt.serving.worker import Worker
 router = APIRouter()
 _NO_DEADLINE = float("inf")
 _PICTURE = "input_reference"
-_MOST = 1000
+MOST = 1000
 """Videos that are remembered."""
 
 
@@ -105,7 +105,7 @@ class Videos:
     def delete(self, record: Record) -> None:
         """Ends it if need be, and forgets it."""
         self.cancel(record)
-        del self._records[record.name]
+        self._records.pop(record.name, None)
 
     def entry(self, record: Record) -> dict[str, Any]:
         """A record as OpenAI's clients read it."""
@@ -141,7 +141,7 @@ class Videos:
         """Forgets the oldest that are done, as long as there are too many, or too many bytes."""
         for name, record in list(self._records.items()):
             held = sum(len(one.file) for one in self._records.values())
-            if held <= self._config.video_bytes and len(self._records) <= _MOST:
+            if held <= self._config.video_bytes and len(self._records) <= MOST:
                 return
             if record.error is not None or record.completed is not None:
                 del self._records[name]

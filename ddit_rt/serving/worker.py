@@ -226,6 +226,7 @@ class Worker:
             for sample in batch:
                 sample.job.fail(self._why_over(sample.job))
         except StallError as error:
+            self.broken, self.ready = True, False  # before anybody hears of it
             for sample in batch:
                 sample.job.fail(error)
             raise
