@@ -11,5 +11,5 @@ def need(*modules: str) -> None:
     """Skips the test, or the module, that calls this, unless all of these can be imported."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        reason = f"not installed: {', '.join(missing)} (pip install 'ddit_rt[test]')"
+        reason = f"not installed: {', '.join(missing)} (pip install 'ddit_rt[test,ray,browser]')"
         pytest.skip(reason, allow_module_level=True)

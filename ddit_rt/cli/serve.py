@@ -59,7 +59,7 @@ def _add_http_arguments(group: Any) -> None:
         help="style LoRAs (NAME.safetensors) that requests may name; default: none",
     )
     group.add_argument(
-        "--max-pixels", type=whole(1), default=2048**2, help="of a picture (default: %(default)s)"
+        "--max-pixels", type=whole(1), default=2048**2, help="of an image (default: %(default)s)"
     )
     group.add_argument(
         "--max-steps", type=whole(1), default=100, help="denoising steps (default: %(default)s)"
@@ -84,7 +84,7 @@ def _add_queue_arguments(group: Any) -> None:
         "--batch-window-ms",
         type=number(0),
         default=5.0,
-        help="how long a picture waits for others of its kind (default: %(default)s)",
+        help="how long an image waits for others of its kind (default: %(default)s)",
     )
     group.add_argument(
         "--deadline-seconds",

@@ -34,7 +34,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome | None:
-    # It holds the pictures that pages show; for this user alone, and gone with the server.
+    # It holds the images that pages show; for this user alone, and gone with the server.
     with tempfile.TemporaryDirectory(prefix="ddit_rt-ui-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:  # before the model: a missing extra should not cost loading one
@@ -77,11 +77,11 @@ def _refuse_video(artifact: str) -> None:
     if artifact == EMBEDDED and not path.exists():
         return
     if artifact == EMBEDDED_VIDEO and not path.exists():
-        raise ValueError(f"got {artifact}; the playground shows pictures: give demo")
+        raise ValueError(f"got {artifact}; the playground shows images: give demo")
     family = family_named(read_manifest(path).family)
     if family.video or family.audio:
         raise UnsupportedModelError(
-            f"ddit-rt ui shows pictures, and {family.name} makes none; use ddit-rt generate"
+            f"ddit-rt ui shows images, and {family.name} makes none; use ddit-rt generate"
         )
 
 
@@ -96,7 +96,7 @@ def _examples(model: str) -> tuple[str, ...]:
 
 UI = Command(
     name="ui",
-    summary="Try a compiled model in the browser: pictures, previews and timelines of its steps.",
+    summary="Try a compiled model in the browser: images, previews and timelines of its steps.",
     examples=(
         "ddit-rt ui demo",
         "ddit-rt ui flux.ddit --model black-forest-labs/FLUX.1-dev --port 8080",

@@ -60,7 +60,7 @@ class ModelMemory:
         height: Image height that all else was counted at; 1 of audio.
         width: Image width of the same; samples of audio.
         num_frames: Frames of the same; None for what has none.
-        seconds: Length of audio of the same; None for pictures.
+        seconds: Length of audio of the same; None for images.
         text_tokens: Text tokens of the same.
         steps: Denoising steps of the same.
         passes: Passes of the model in a step of the same: 2 with classifier-free guidance alone.

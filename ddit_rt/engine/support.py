@@ -40,7 +40,7 @@ class SizeSupport:
         height: Pixel rows; 1 of audio.
         width: Pixel columns; samples of audio.
         num_frames: Frames of a video; None for what has none.
-        seconds: Length of audio; None for pictures.
+        seconds: Length of audio; None for images.
         latent: Shape of one sample's latent, without batch and channels.
         costs: By patch size: one pass of the model in one step.
         missing: Why the other patch sizes are not offered; why the size cannot be run, where

@@ -20,10 +20,10 @@ from ddit_rt.errors import ShapeError
 from ddit_rt.models.calls import batch_of
 
 REFERENCE = "reference_tokens"
-"""Conditioning behind the latents' tokens: of other pictures, the same at every step and size."""
+"""Conditioning behind the latents' tokens: of other images, the same at every step and size."""
 
 REFERENCE_SHAPES = "reference_shapes"
-"""What `resized` must know of those pictures."""
+"""What `resized` must know of those images."""
 
 
 class Description(ABC):
@@ -143,7 +143,7 @@ class Description(ABC):
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """The arguments named by `sized`, for latents of a shape.
 
-        Positions are those of a picture of that size, as the pipeline would make them.
+        Positions are those of an image of that size, as the pipeline would make them.
 
         Args:
             arguments: Those that carry the prompt.
@@ -259,11 +259,11 @@ class Description(ABC):
         return _packed_shape(self, shape)[1]
 
     def extra_size(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Rows and columns, of a video frames before them, of pictures beside latents."""
+        """Rows and columns, of a video frames before them, of images beside latents."""
         return shape[2:]
 
     def more_tokens(self, conditioning: Mapping[str, Any]) -> int:
-        """Tokens that a pass has beside the picture's, such as those of reference pictures."""
+        """Tokens that a pass has beside the image's, such as those of reference images."""
         del conditioning
         return 0
 

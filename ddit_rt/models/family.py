@@ -156,7 +156,7 @@ class Family(Description):
         return (*(name for name in parameters_of(forward) if name not in own), *self.extra)
 
     def check_sizes(self, shape: tuple[int, ...], conditioning: Mapping[str, Any]) -> None:
-        """Raises `ShapeError` for pictures of another size than latents of a shape.
+        """Raises `ShapeError` for images of another size than latents of a shape.
 
         Coarse steps alone make them smaller.
         """

@@ -7,7 +7,7 @@ coarse step unpacks and reduces z as it is:
 
 - Noise stays white, with the std that `coarse.py` derives. Of s z it would have another in each
   place, and dividing by s again after the reduction would not undo that.
-- The picture is that of undoing the norm, reducing, and normalising again, for affine maps of a
+- The image is that of undoing the norm, reducing, and normalising again, for affine maps of a
   channel commute with every reduction that keeps constants; as long as the four places of a channel
   have one m and one s. They do but for sampling error, because the encoder is a convolution: in the
   released weights the four s of a channel are within about 1.5 % of their mean, the m within .02 s.
@@ -59,7 +59,7 @@ class Flux2Family(Family):
             if (spread := float(((one.amax(1) - one.amin(1)) / std.mean(1)).max())) > _SPREAD:
                 raise UnsupportedModelError(
                     f"the batch norm of this {type(vae).__name__} differs by {spread:.2g} std "
-                    "between the four places of a packed channel, where a coarse picture needs "
+                    "between the four places of a packed channel, where a coarse image needs "
                     f"less than {_SPREAD}; load the VAE that belongs to the model"
                 )
 

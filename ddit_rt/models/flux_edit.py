@@ -1,8 +1,8 @@
 """FLUX.1 beyond text to image: img2img, Kontext, Fill and inpaint, by the model's own forward.
 
 All share what `flux_forward.py` says; `flux.py` is the text-to-image family.
-Kontext appends the tokens of reference pictures, which stay as they are in coarse steps. Fill has
-further channels, which are made smaller with the picture. None of these pipelines marks its passes
+Kontext appends the tokens of reference images, which stay as they are in coarse steps. Fill has
+further channels, which are made smaller with the image. None of these pipelines marks its passes
 by a `cache_context`.
 """
 
@@ -35,7 +35,7 @@ class FluxInpaintFamily(FluxForwardFamily):
     name: ClassVar[str] = "flux-inpaint"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxInpaintPipeline",)
     own_loop: ClassVar[str] = (
-        "FluxInpaintPipeline puts the picture back outside the mask after every step"
+        "FluxInpaintPipeline puts the image back outside the mask after every step"
     )
 
     def given_latents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -44,7 +44,7 @@ class FluxInpaintFamily(FluxForwardFamily):
 
 
 class FluxKontextFamily(FluxForwardFamily):
-    """Editing by reference pictures, whose tokens follow the picture's."""
+    """Editing by reference images, whose tokens follow the image's."""
 
     name: ClassVar[str] = "flux-kontext"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxKontextPipeline",)
@@ -67,7 +67,7 @@ class FluxKontextFamily(FluxForwardFamily):
     def read_model_call(
         self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
     ) -> ModelCall:
-        """See `Family.read_model_call`: positions behind the picture's are kept."""
+        """See `Family.read_model_call`: positions behind the image's are kept."""
         given, own = dict(arguments), tokens_of(shape)
         if given["hidden_states"].shape[1] > own:
             given["reference_ids"] = given["img_ids"][own:]
@@ -86,19 +86,19 @@ class FluxKontextFamily(FluxForwardFamily):
 
 
 class FluxFillFamily(FluxForwardFamily):
-    """In- and outpainting by a model that sees the mask and the picture around it."""
+    """In- and outpainting by a model that sees the mask and the image around it."""
 
     name: ClassVar[str] = "flux-fill"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxFillPipeline",)
     extra: ClassVar[tuple[str, ...]] = ("fill",)
 
     def check_model(self, transformer: Any, pipeline: Any) -> None:
-        """Refuses a model without the channels of picture and mask."""
+        """Refuses a model without the channels of image and mask."""
         side = math.isqrt(max(self._mask_channels(transformer), 0))
         if side < 1 or side**2 != self._mask_channels(transformer):
             raise UnsupportedModelError(
                 f"got a transformer of in_channels={transformer.config.in_channels} for "
-                "FluxFillPipeline, which fills those of latents, picture and mask; use FLUX.1-Fill"
+                "FluxFillPipeline, which fills those of latents, image and mask; use FLUX.1-Fill"
             )
 
     def _mask_channels(self, transformer: Any) -> int:
@@ -107,7 +107,7 @@ class FluxFillFamily(FluxForwardFamily):
         return channels - 2 * self.latent_channels(transformer)
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `Family.example`: a picture of one pixel serves every size."""
+        """See `Family.example`: an image of one pixel serves every size."""
         given = super().example(transformer, variant, batch, text)
         channels = self.latent_channels(transformer) + self._mask_channels(transformer)
         fill = torch.empty(batch, channels, 1, 1, dtype=transformer.dtype, device="meta")

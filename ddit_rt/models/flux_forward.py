@@ -2,7 +2,7 @@
 
 Latents are `[B, 16, H/8, W/8]`; the pipelines pack 2 x 2 latent pixels into a token before they
 call the model, so the base patch p is 2 although the model's own `patch_size` is 1. The model was
-trained on pictures of several sizes with rotary positions 0, 1, 2, ... in each direction.
+trained on images of several sizes with rotary positions 0, 1, 2, ... in each direction.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Qwen-Image, Qwen-Image-Edit: `QwenImageTransformer2DModel` behind its pipelines.
 
 Latents are `[B, 16, H/8, W/8]`; the pipeline packs 2 x 2 latent pixels into a token, as FLUX's
-does. Positions are centred on the picture and made by the model from its shape. Prompts of unequal
+does. Positions are centred on the image and made by the model from its shape. Prompts of unequal
 lengths are padded, and come with a mask then: attention with a mask is another package. True
-guidance keeps the length of every token's velocity with the prompt. The pictures to edit follow the
+guidance keeps the length of every token's velocity with the prompt. The images to edit follow the
 latents as tokens of their own; coarse steps leave those as they are.
 """
 
@@ -50,12 +50,12 @@ class QwenImageFamily(Family):
         if transformer.config.get("zero_cond_t", False):
             raise UnsupportedModelError(
                 "got a QwenImageTransformer2DModel with zero_cond_t, as Qwen-Image-Edit-2511 has: "
-                "its blocks take the times of picture and references side by side, and packages "
+                "its blocks take the times of image and references side by side, and packages "
                 "know no such dimension; call the diffusers pipeline itself"
             )
 
     def size_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
-        """See `Family.size_of`: of an edit by its first or last picture."""
+        """See `Family.size_of`: of an edit by its first or last image."""
         image = call.get("image")
         if image is None:
             return super().size_of(pipeline, call)

@@ -1,8 +1,8 @@
 """Stable Diffusion 3 and 3.5: `SD3Transformer2DModel` behind `StableDiffusion3Pipeline`.
 
 Latents are `[B, 16, H/8, W/8]`; the model itself cuts patches of 2 x 2 latent pixels. It crops its
-positions from the centre of a table. So a coarse step's small picture has those of a real one of
-that size, and no picture may be larger than the table. Both passes of guidance are one batch.
+positions from the centre of a table. So a coarse step's small image has those of a real one of
+that size, and no image may be larger than the table. Both passes of guidance are one batch.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class WanForwardFamily(Family):
 
     @abstractmethod
     def shapes(self, config: Any, batch: int, text: int) -> dict[str, tuple[int, ...]]:
-        """Of what carries the prompt; pictures and videos of one pixel serve every size."""
+        """Of what carries the prompt; images and videos of one pixel serve every size."""
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
         """See `Family.example`."""

@@ -1,7 +1,7 @@
 """Wan image to video (2.1, 2.2 A14B): `WanTransformer3DModel` behind `WanImageToVideoPipeline`.
 
 The model sees `[B, 16 + 20, F, H/8, W/8]`: latents, then the mask of given frames and the encoded
-pictures. Only the latents carry noise, so a coarse step makes the other channels smaller by plain
+images. Only the latents carry noise, so a coarse step makes the other channels smaller by plain
 means, without the scale that belongs to noise. Wan 2.2 A14B has two experts, as for text to video.
 """
 
@@ -23,7 +23,7 @@ _MASK = 4
 
 _IMAGE = "encoder_hidden_states_image"
 _IMAGE_TOKENS = 257
-"""Of one picture."""
+"""Of one image."""
 
 _EMBEDDED_TEXT = 512
 """Text tokens that the attention of a model with image embeddings takes for granted."""
@@ -67,7 +67,7 @@ class WanImageFamily(WanForwardFamily):
         condition = smaller(prompt.pop("condition"), latents.shape[-2:])
         image = prompt.get(_IMAGE)
         if image is not None and image.shape[1] > _IMAGE_TOKENS:
-            # The model takes the two pictures of a video as two rows.
+            # The model takes the two images of a video as two rows.
             prompt[_IMAGE] = image.unflatten(1, (2, _IMAGE_TOKENS)).flatten(0, 1)
         given = super().forward_arguments(latents, level, prompt)
         condition = condition.expand(-1, -1, latents.shape[2], -1, -1)  # an example has one frame
@@ -75,7 +75,7 @@ class WanImageFamily(WanForwardFamily):
         return given
 
     def no_output(self, given: Mapping[str, Any]) -> Tensor:
-        """See `Family.no_output`: without the channels of mask and pictures."""
+        """See `Family.no_output`: without the channels of mask and images."""
         hidden = given["hidden_states"]
         return torch.zeros_like(hidden[:, : (hidden.shape[1] - _MASK) // 2])
 
@@ -112,10 +112,10 @@ def _check_text(call: Mapping[str, Any], *, guided: bool) -> None:
 
 
 def _check_pictures(call: Mapping[str, Any], expected: int) -> None:
-    """Refuses another number of pictures than the model has image embeddings of."""
+    """Refuses another number of images than the model has image embeddings of."""
     given = 1 + (call["last_image"] is not None)
     if call["image_embeds"] is None and given != expected:
         raise ValueError(
-            f"got {given} picture(s) for a model with image embeddings of {expected}; "
+            f"got {given} image(s) for a model with image embeddings of {expected}; "
             + ("give `last_image` too" if expected > given else "leave `last_image` out")
         )

@@ -1,10 +1,10 @@
 """Wan 2.2 TI2V 5B, image to video: `WanImageToVideoPipeline` with `expand_timesteps`.
 
-Latents are `[B, 48, F, H/16, W/16]`. The first latent frame is the encoded picture: it stays as it
+Latents are `[B, 48, F, H/16, W/16]`. The first latent frame is the encoded image: it stays as it
 is, and the model is told so by a timestep for each token, 0 in that frame and t in all others. A
-coarse step has the tokens of its own grid, their timesteps, and a smaller picture by plain means.
+coarse step has the tokens of its own grid, their timesteps, and a smaller image by plain means.
 What the solver makes of the first frame is never seen, but by scores, as one of many frames: the
-pipeline puts the picture there before every call of the model, and at the end. Text to video, where
+pipeline puts the image there before every call of the model, and at the end. Text to video, where
 all tokens have one time, is `wan.py`.
 """
 
@@ -88,7 +88,7 @@ class WanTI2VFamily(WanForwardFamily):
     def read_model_call(
         self, transformer: Any, shape: tuple[int, ...], arguments: Mapping[str, Any]
     ) -> ModelCall:
-        """See `Family.read_model_call`: the last token's time is that of all but the picture's."""
+        """See `Family.read_model_call`: the last token's time is that of all but the image's."""
         given = {
             **arguments,
             "condition": arguments["hidden_states"][:, :, :1],

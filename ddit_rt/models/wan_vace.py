@@ -3,7 +3,7 @@
 A second chain of blocks runs over the tokens of a control video; what it gives is added to the
 model's own tokens between blocks. Its channels are two encoded videos, what to keep and what to
 change, and the mask between them, whose 8 x 8 pixels of a latent pixel are channels. All are clean:
-a coarse step has smaller ones. Reference pictures are further frames at the front, which the
+a coarse step has smaller ones. Reference images are further frames at the front, which the
 pipeline takes off again.
 """
 
@@ -25,7 +25,7 @@ _SCALE = "control_hidden_states_scale"
 
 
 class WanVACEFamily(WanForwardFamily):
-    """Videos by a control video, a mask and reference pictures."""
+    """Videos by a control video, a mask and reference images."""
 
     name: ClassVar[str] = "wan-vace"
     transformer_class: ClassVar[str] = "WanVACETransformer3DModel"
@@ -68,7 +68,7 @@ class WanVACEFamily(WanForwardFamily):
         return super().forward_arguments(latents, level, {**arguments, _CONTROL: control})
 
     def call_shape(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
-        """See `WanForwardFamily.call_shape`: each reference picture is a latent frame."""
+        """See `WanForwardFamily.call_shape`: each reference image is a latent frame."""
         if (videos := batch_of(call)) != 1:
             raise ValueError(
                 f"got {videos} prompts or videos; WanVACEPipeline makes one video in a call: call "
@@ -92,7 +92,7 @@ class WanVACEFamily(WanForwardFamily):
 
 
 def _references(given: Any) -> int:
-    """Reference pictures of a call, which may stand in a list, or in a list within one."""
+    """Reference images of a call, which may stand in a list, or in a list within one."""
     if not isinstance(given, (list, tuple)):
         return int(given is not None)
     inner = given[0] if given and isinstance(given[0], (list, tuple)) else given

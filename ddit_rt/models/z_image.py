@@ -1,11 +1,11 @@
 """Z-Image (-Turbo): `ZImageTransformer2DModel` behind `ZImagePipeline`.
 
 Latents are `[B, 16, H/8, W/8]`, as the pipeline has them; the model takes 2 x 2 latent pixels as a
-token. Its forward takes lists, one picture and one prompt each, and pads both to multiples of 32
+token. Its forward takes lists, one image and one prompt each, and pads both to multiples of 32
 tokens. Prompts whose padded lengths differ come with a mask: another package. All of this hangs on
 sizes alone, none on a tensor's values, so that a captured step may hold it.
 
-Time runs from 0 at noise to 1, and the model gives the velocity towards the picture: both are
+Time runs from 0 at noise to 1, and the model gives the velocity towards the image: both are
 turned round. The pipeline runs prompt and negative prompt in one call, v = p + w (p - n): guidance
 with the scale 1 + w.
 """

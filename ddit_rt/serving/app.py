@@ -30,7 +30,7 @@ class Service:
         config: What the operator set.
         worker: Who runs the engine.
         read: Who reads requests.
-        edits: Whether the model works on pictures that it is given.
+        edits: Whether the model works on images that it is given.
         videos: The videos that were asked for.
         started: When, as a Unix time.
     """
@@ -44,7 +44,7 @@ class Service:
         family = family_of(engine.pipeline.transformer, engine.pipeline)
         if family.audio or family.soundtrack:
             raise UnsupportedModelError(
-                f"a server answers with pictures and silent videos, and {family.name} makes sound, "
+                f"a server answers with images and silent videos, and {family.name} makes sound, "
                 "which would be left out; call its engine in Python"
             )
         self.engine = engine

@@ -57,7 +57,7 @@ def queue_full(waiting: int, seconds: float) -> ApiError:
     """More is asked for than may wait."""
     return ApiError(
         429,
-        f"{waiting} pictures wait already; ask again later",
+        f"{waiting} images wait already; ask again later",
         code="queue_full",
         headers={"Retry-After": str(max(1, round(seconds)))},
     )
@@ -98,7 +98,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, StallError):
         return not_ready()
     if isinstance(error, (torch.OutOfMemoryError, CaptureError)):
-        return ApiError(503, "out of memory; ask for a smaller picture", code="out_of_memory")
+        return ApiError(503, "out of memory; ask for a smaller image", code="out_of_memory")
     if isinstance(error, ValueError):
         return ApiError(400, str(error), code="invalid_value")
     LOG.error("a request failed", exc_info=error)

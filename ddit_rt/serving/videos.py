@@ -161,7 +161,7 @@ async def create(request: Request) -> Response:
     asked, files = await read_body(request, Video)
     given: dict[str, Any] = {}
     if sorted(files) != [_PICTURE] * service.edits:
-        told = f"a picture, uploaded as {_PICTURE}" if service.edits else "no picture"
+        told = f"an image, uploaded as {_PICTURE}" if service.edits else "no image"
         raise ApiError(400, f"this model takes {told}", param=_PICTURE)
     if service.edits:
         pixels = service.config.limits.upload_pixels

@@ -104,7 +104,7 @@ def test_inpainting_is_driven_by_the_pipelines_own_loop(negative: tuple[int, ...
     pipeline = inpaint()
     engine = eager(pipeline)
     call = {**TestImg2Img.case.call((7,), negative), **with_mask((7,)), "strength": 0.8}
-    with pytest.warns(UserWarning, match="puts the picture back outside the mask"):
+    with pytest.warns(UserWarning, match="puts the image back outside the mask"):
         ours, theirs = runs(pipeline, engine, call)
     assert_equal(ours, theirs, tolerance=1e-5)
     assert trace_of(engine).executor == "pipeline-cpu"

@@ -215,8 +215,8 @@ def test_denoise_takes_picture_and_scales() -> None:
     [
         (embedded, {"max_sequence_length": 12, "prompt_embeds": None}, r"prompts of \[12, 512\]"),
         (embedded, embeds((7,)), r"prompts of \[7, 512\] tokens.*512 for granted"),
-        (embedded, {"last_image": picture(2)}, r"2 picture\(s\).*leave `last_image` out"),
-        (partial(embedded, True), {}, r"1 picture\(s\).*give `last_image` too"),
+        (embedded, {"last_image": picture(2)}, r"2 image\(s\).*leave `last_image` out"),
+        (partial(embedded, True), {}, r"1 image\(s\).*give `last_image` too"),
     ],
 )
 def test_calls_that_image_embeddings_cannot_serve_are_named(

@@ -100,4 +100,4 @@ def test_a_picture_is_refused_by_a_model_that_takes_none(url: str) -> None:
     files = {"input_reference": ("a.png", b"\x89PNG")}
     answer = httpx.post(f"{url}/v1/videos", data=fields, files=files)
     assert answer.status_code == 400
-    assert "takes no picture" in answer.json()["error"]["message"]
+    assert "takes no image" in answer.json()["error"]["message"]

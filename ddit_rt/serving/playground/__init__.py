@@ -23,14 +23,14 @@ from ddit_rt.serving.playground.layout import CSS, build, theme
 
 
 def add_playground(app: FastAPI, examples: Sequence[str] = ()) -> None:
-    """Serves the page at `/` of a server of pictures.
+    """Serves the page at `/` of a server of images.
 
     Args:
         app: What `create_app` gave, not yet running.
         examples: Prompts to offer.
 
     Raises:
-        UnsupportedModelError: A model that makes videos, or that edits pictures.
+        UnsupportedModelError: A model that makes videos, or that edits images.
     """
     playground = Playground(app.state.service)
 

@@ -36,7 +36,7 @@ class Update(NamedTuple):
     Attributes:
         message: HTML of what went wrong, or nothing.
         progress: HTML of the runs and their steps.
-        picture: Of the plan that was asked for.
+        picture: Image of the plan that was asked for.
         reference: At full resolution.
         timeline: HTML of both runs' timelines.
         go: The button that starts a run.
@@ -74,16 +74,16 @@ class Playground:
         """Stands beside a service.
 
         Raises:
-            UnsupportedModelError: A model that makes videos, or that edits pictures.
+            UnsupportedModelError: A model that makes videos, or that edits images.
         """
         self._service = service
         self._engine = service.engine
         self._asking: list[Asking] = []
         video = is_video(self._engine)
         if video or service.edits:
-            does = "makes videos" if video else "edits a picture that it is given"
+            does = "makes videos" if video else "edits an image that it is given"
             raise UnsupportedModelError(
-                f"the playground makes pictures of prompts alone, and this model {does}; use "
+                f"the playground makes images of prompts alone, and this model {does}; use "
                 "ddit-rt serve or ddit-rt generate"
             )
 
@@ -195,7 +195,7 @@ class Playground:
     ) -> list[tuple[Row, Work]]:
         """The runs that are asked for, refused before any of them where one cannot be run."""
         if not prompt.strip():
-            raise ApiError(400, "the prompt is empty; say what the picture should show")
+            raise ApiError(400, "the prompt is empty; say what the image should show")
         policy: Any = {OWN: None, SPEED: speed}.get(plan, plan)
         name = {OWN: "the artifact's own plan", SPEED: f"speed {speed:g}"}.get(plan, plan)
         asked = {"prompt": prompt, "num_inference_steps": steps, "seed": seed}
@@ -258,7 +258,7 @@ def _running(asking: Asking) -> Update:
 
 
 def _shown(row: Row) -> Any:
-    """A row's picture, where it is another than before."""
+    """A row's image, where it is another than before."""
     picture = row.preview if row.made is None else row.made.picture
     if picture is None or picture is row.shown:
         return gr.skip()

@@ -71,7 +71,7 @@ def build(playground: Playground, examples: Sequence[str]) -> Any:
         title="ddit_rt playground",
         analytics_enabled=False,
         fill_width=True,
-        delete_cache=(600, 3600),  # seconds: how often it looks for pictures, and how old
+        delete_cache=(600, 3600),  # seconds: how often it looks for images, and how old
     ) as page:
         gr.HTML(_title(playground))
         with gr.Row(equal_height=False):

@@ -31,8 +31,8 @@ class Row:
         steps: Steps that it will take; 0 before the first.
         taken: Patch size of every step so far, and whether it reused.
         preview: The latest.
-        shown: The picture that the page has.
-        made: Its picture and trace, once it is over.
+        shown: The image that the page has.
+        made: Its image and trace, once it is over.
     """
 
     def __init__(self, name: str, worker: Worker) -> None:

@@ -75,7 +75,7 @@ def test_a_model_of_videos_is_refused_before_it_is_compiled(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert cli.main(["ui", "demo-video"]) == ExitCode.USAGE
-    assert "the playground shows pictures: give demo" in capsys.readouterr().err
+    assert "the playground shows images: give demo" in capsys.readouterr().err
 
 
 def test_a_missing_artifact_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_pages_wait_for_each_other(
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("Prompt", "", "the prompt is empty; say what the picture should show"),
+        ("Prompt", "", "the prompt is empty; say what the image should show"),
         ("Steps", "0", "steps: Input should be greater than or equal to 1"),
         ("Steps", "101", "steps is beyond this server's limit: at most 100"),
         ("Seed", "-1", "seed: Input should be greater than or equal to 0"),

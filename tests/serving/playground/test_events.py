@@ -115,7 +115,7 @@ def test_full_resolution_stands_beside_it_with_the_same_noise(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"prompt": " \n"}, "the prompt is empty; say what the picture should show"),
+        ({"prompt": " \n"}, "the prompt is empty; say what the image should show"),
         ({"prompt": "x" * 4001}, "at most 4000 characters"),
         ({"steps": 0}, "steps: Input should be greater than or equal to 1"),
         ({"steps": 101}, "steps is beyond this server&#x27;s limit: at most 100"),
@@ -265,7 +265,7 @@ def test_without_a_calibration_it_says_how_to_have_speeds(playground: Playground
     ("pipeline", "size", "does"),
     [
         (wan_pipeline, {"height": 64, "width": 128, "num_frames": 9}, "makes videos"),
-        (img2img, {"height": 64, "width": 64}, "edits a picture"),
+        (img2img, {"height": 64, "width": 64}, "edits an image"),
     ],
 )
 def test_models_that_make_no_pictures_of_prompts_are_refused(
