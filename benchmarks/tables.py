@@ -20,6 +20,7 @@ from made_tables.caches import caches
 from made_tables.cpu import cpu_demo, cpu_short, drivers_cpu, ops_cpu, overhead_cpu
 from made_tables.quality import quality_demo, quality_demo_video
 from made_tables.real_size import blocks_cuda, lowered_cuda, ops_cuda, real_size
+from made_tables.serving import serving_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -35,6 +36,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "overhead_cpu": overhead_cpu,
     "quality_demo": quality_demo,
     "quality_demo_video": quality_demo_video,
+    "serving_cpu": serving_cpu,
     "skip_demo": caches,
     "skip_demo_video": caches,
     "wan_cpu": real_size,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from extras import need
 
 MACHINE = {"cpu": "Test CPU", "gpu": {"name": "Test GPU"}}
 VERSIONS = {"torch": "2.11", "diffusers": "0.42"}
@@ -206,3 +207,39 @@ def test_overhead_table_tells_of_the_look_where_it_was_measured() -> None:
     report["look"] = {"blocks": 57, "modules": 1000, "milliseconds": spread(2.5)}
     assert make(report).startswith(without.rstrip())
     assert "2.5 ms for one of 57 blocks (1000 modules, one thread)" in make(report)
+
+
+def test_the_table_of_the_server_counts_what_was_refused() -> None:
+    half = {"p50": 40.0, "p95": 80.0}
+    load = {
+        "seconds": 60,
+        "offered_per_second": 20.0,
+        "images_per_second": 9.5,
+        "answers": {"200": {"count": 570, **half}, "429": {"count": 600}, "503": {"count": 30}},
+        "rss_mib": {"after_warm_up": 700.0, "at_end": 712.0},
+    }
+    report = {
+        "machine": {"cpu": "Test CPU", "threads": 2},
+        "versions": VERSIONS,
+        "steps": 24,
+        "start": {"seconds": 12.0, "import_seconds": 9.0},
+        "overhead": {way: {"engine": half, "http": half} for way in ("alone", "batched")},
+        "load": {way: load for way in ("alone", "batched")},
+    }
+    table = import_module("tables").TABLES["serving_cpu"](report)
+    row = "40 / 80 | 40 / 80 | 20.0 | 9.5 | 10.5 | 40 / 80 | 700 / 712 |"
+    assert f"| a run for each | {row}" in table
+    assert f"| batched | {row}" in table
+    assert "12.0 s, of which importing the libraries alone takes 9.0 s" in table
+
+
+def test_the_servers_own_count_is_of_images_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    need("httpx", "fastapi")
+    serving = import_module("bench_serving")
+    page = (
+        'ddit_rt_requests_total{endpoint="/v1/images/generations",status="200"} 5.0\n'
+        'ddit_rt_requests_total{endpoint="/v1/images/generations",status="429"} 7.0\n'
+        'ddit_rt_requests_total{endpoint="/health",status="200"} 9.0\n'
+    )
+    monkeypatch.setattr(serving.httpx, "get", lambda url: type("Page", (), {"text": page}))
+    assert serving.counted("http://x") == {"200": 5, "429": 7}

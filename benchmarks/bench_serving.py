@@ -1,0 +1,252 @@
+"""What the HTTP server costs, and what it does under twice the load that it can bear.
+
+    pip install locust
+    python benchmarks/bench_serving.py [--out benchmarks/results/serving_cpu.json] [--minutes 10]
+
+All on the demo model, whose artifact is compiled first, and on `ddit-rt serve` as a user starts it:
+
+- `start`: from the command to the first image, beside the time that importing the libraries takes.
+- `overhead`: an image by HTTP beside the same call of an engine in this process, one after the
+  other; with batching the server first waits `--batch-window-ms` for company.
+- `load`: Locust's users ask for images at twice the rate that the server reached with as many
+  users, for `--minutes`, at a batch of 1 and batched; the queue holds eight, so that it fills.
+
+Schema, version 1: `machine`, `versions`, `steps`, and
+
+- `start`: `seconds`, `import_seconds`, `own_seconds`.
+- `overhead`: for each of `alone` and `batched`, `engine`, `http` and `added`, milliseconds, `p50`
+  and `p95`.
+- `load`: for each of the same, `seconds`, `offered_per_second`, `images_per_second`, `answers` by
+  status with `count`, `p50` and `p95` (milliseconds), `failures`, `counted` (what the server's own
+  metrics counted, by status), `rss_mib` `after_warm_up` and `at_end`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from records import RESULTS, publish
+
+import ddit_rt
+from ddit_rt.lab.measure.report import machine, versions
+from ddit_rt.sources import embedded_defaults, embedded_policy, load_pipeline
+
+RESULT = RESULTS / "serving_cpu.json"
+USERS = Path(__file__).with_name("serving_users.py")
+PATH = "/v1/images/generations"
+PROMPT = "a red circle"
+WAYS = {"alone": ("--max-batch", "1"), "batched": ()}
+LIBRARIES = "import torch, diffusers, transformers, fastapi, uvicorn; diffusers.FluxPipeline"
+PEOPLE = 24
+"""Locust's users; more than the queue and a batch hold, so that some are refused."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that is ready, the seconds since it was started, and its process."""
+
+    url: str
+    began: float
+    process: subprocess.Popen[str]
+
+    def rss_mib(self) -> float:
+        """Resident memory of the process."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
+        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert found is not None
+        return int(found[1]) / 1024
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the measurements."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--minutes", type=float, default=10.0, help="of load, for each way")
+    parser.add_argument("--rounds", type=int, default=60, help="of the overhead")
+    parser.add_argument("--steps", type=int, default=24)
+    args = parser.parse_args(argv)
+    pipeline = load_pipeline("demo")
+    pipeline.set_progress_bar_config(disable=True)
+    side = embedded_defaults("demo")["height"]
+    engine = ddit_rt.compile(
+        pipeline, height=side, width=side, patch_policy=embedded_policy("demo"), progress=False
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = Path(folder) / "demo.ddit"
+        engine.save(artifact)
+        report: dict[str, Any] = {
+            "schema_version": 1,
+            "machine": machine(),
+            "versions": versions(),
+            "steps": args.steps,
+            "start": start(artifact, args.steps),
+            "overhead": {
+                way: overhead(artifact, engine, args.steps, args.rounds, options)
+                for way, options in WAYS.items()
+            },
+        }
+        publish(args.out, report)
+        report["load"] = {
+            way: load(artifact, args.steps, args.minutes * 60, options)
+            for way, options in WAYS.items()
+        }
+    publish(args.out, report)
+    return 0
+
+
+@contextmanager
+def serving(artifact: Path, *options: str) -> Iterator[Served]:
+    """Within, `ddit-rt serve` serves the artifact; it must end with 0."""
+    command = [sys.executable, "-m", "ddit_rt.cli", "serve", str(artifact), "--model", "demo"]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        began = time.perf_counter()
+        with log.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                [*command, "--port", "0", *options], stdout=file, stderr=file, text=True
+            )
+        try:
+            while not (found := re.search(r"running on (\S+)", log.read_text(encoding="utf-8"))):
+                assert process.poll() is None, log.read_text(encoding="utf-8")
+                time.sleep(0.01)
+            while not is_ready(found[1]):
+                assert process.poll() is None, log.read_text(encoding="utf-8")
+                time.sleep(0.01)
+            yield Served(found[1], began, process)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0, log.read_text(encoding="utf-8")
+        finally:
+            process.kill()
+
+
+def is_ready(url: str) -> bool:
+    """Whether a server says so."""
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.TransportError:  # it does not listen yet
+        return False
+
+
+def start(artifact: Path, steps: int) -> dict[str, float]:
+    """From the command to the first image."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", LIBRARIES], check=True, capture_output=True)
+    imports = time.perf_counter() - began
+    with serving(artifact) as served, httpx.Client(base_url=served.url, timeout=60) as client:
+        ask(client, steps, seed=0)
+        seconds = time.perf_counter() - served.began
+    return {"seconds": seconds, "import_seconds": imports, "own_seconds": seconds - imports}
+
+
+def ask(client: httpx.Client, steps: int, seed: int) -> None:
+    """An image by HTTP."""
+    body = {"prompt": PROMPT, "num_inference_steps": steps, "seed": seed}
+    client.post(PATH, json=body).raise_for_status()
+
+
+def overhead(
+    artifact: Path, engine: ddit_rt.Engine, steps: int, rounds: int, options: Sequence[str]
+) -> dict[str, Any]:
+    """An image by HTTP beside one of the engine, in turns."""
+    length = embedded_defaults("demo")["max_sequence_length"]
+    times: dict[str, list[float]] = {"engine": [], "http": []}
+    with (
+        serving(artifact, *options) as served,
+        httpx.Client(base_url=served.url, timeout=60) as client,
+    ):
+        for seed in range(rounds + 3):
+            began = time.perf_counter()
+            engine(
+                PROMPT,
+                num_inference_steps=steps,
+                max_sequence_length=length,
+                generator=torch.Generator().manual_seed(seed),
+            )
+            between = time.perf_counter()
+            ask(client, steps, seed)
+            times["engine"].append(between - began)
+            times["http"].append(time.perf_counter() - between)
+    found = {name: quantiles([1e3 * one for one in taken[3:]]) for name, taken in times.items()}
+    added = {name: found["http"][name] - found["engine"][name] for name in found["http"]}
+    return {**found, "added": added}
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Half and nineteen of twenty are no larger."""
+    cuts = statistics.quantiles(values, n=20, method="inclusive")
+    return {"p50": cuts[9], "p95": cuts[18]}
+
+
+def load(artifact: Path, steps: int, seconds: float, options: Sequence[str]) -> dict[str, Any]:
+    """Twice the rate that the server reaches."""
+    with serving(artifact, "--max-queue", "8", *options) as served:
+        warm = users(served.url, steps, seconds=max(10.0, seconds / 10), rate=0.0)
+        reached = warm["answers"]["200"]["count"] / warm["seconds"]
+        before = counted(served.url)
+        after_warm_up = served.rss_mib()
+        asked = users(served.url, steps, seconds=seconds, rate=2 * reached)
+        at_end = served.rss_mib()
+        now = counted(served.url)
+    return {
+        **asked,
+        "offered_per_second": 2 * reached,
+        "images_per_second": asked["answers"]["200"]["count"] / asked["seconds"],
+        "counted": {status: now[status] - before.get(status, 0) for status in now},
+        "rss_mib": {"after_warm_up": after_warm_up, "at_end": at_end},
+    }
+
+
+def users(url: str, steps: int, *, seconds: float, rate: float) -> dict[str, Any]:
+    """What Locust's users were answered; at a rate of 0 each asks again at once."""
+    people = PEOPLE if rate else 8
+    each = rate / people if rate else 1e3
+    command = [sys.executable, "-m", "locust", "-f", str(USERS), "--headless", "--json"]
+    command += ["--host", url, "--users", str(people), "--spawn-rate", str(people)]
+    command += ["--run-time", f"{seconds:.0f}s", "--stop-timeout", "60"]
+    done = subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RATE": f"{each:f}", "STEPS": str(steps)},
+    )
+    entries = json.loads(done.stdout)
+    return {
+        "seconds": seconds,
+        "answers": {entry["name"]: row(entry) for entry in entries},
+        "failures": sum(entry["num_failures"] for entry in entries),
+    }
+
+
+def row(entry: dict[str, Any]) -> dict[str, Any]:
+    """One line of Locust's statistics, whose times are a histogram of milliseconds."""
+    times = [float(ms) for ms, count in entry["response_times"].items() for _ in range(count)]
+    cuts = quantiles(times) if len(times) > 1 else {"p50": times[0], "p95": times[0]}
+    return {"count": entry["num_requests"], **cuts}
+
+
+def counted(url: str) -> dict[str, int]:
+    """Answers to requests for images by status, as the server's metrics have them."""
+    page = httpx.get(f"{url}/metrics").text
+    line = re.compile(rf'ddit_rt_requests_total\{{endpoint="{PATH}",status="(\d+)"\}} (\S+)')
+    return {status: int(float(count)) for status, count in line.findall(page)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
