@@ -224,7 +224,7 @@ def test_the_table_of_the_server_counts_what_was_refused() -> None:
         "steps": 24,
         "start": {"seconds": 12.0, "import_seconds": 9.0},
         "overhead": {way: {"engine": half, "http": half} for way in ("alone", "batched")},
-        "load": {way: load for way in ("alone", "batched")},
+        "load": dict.fromkeys(("alone", "batched"), load),
     }
     table = import_module("tables").TABLES["serving_cpu"](report)
     row = "40 / 80 | 40 / 80 | 20.0 | 9.5 | 10.5 | 40 / 80 | 700 / 712 |"
