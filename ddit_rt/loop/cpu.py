@@ -177,7 +177,9 @@ class _RunState:
         self._plan = plan
         self._sizes = [plan.patch_size * multiple for multiple in plan.offered[1:]]
         self._forced, self._thresholds = plan.policy.tensors()
-        self._no_scores = torch.full((latents.shape[0], coarse), float("nan"), device="cpu")
+        self._no_scores = torch.full(
+            (latents.shape[0], coarse), float("nan"), dtype=torch.float32, device="cpu"
+        )
         self._velocities = latents.new_zeros((plan.solver.velocity_depth - 1, *latents.shape))
         self._coefficients = plan.solver.coefficients
         self.history = latents.new_zeros((_RING, *latents.shape))
