@@ -229,6 +229,7 @@ def test_sizes_that_do_not_pair_up_are_refused(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("compiled_before")
 def test_compiled_methods_and_the_cost_of_compiling(tmp_path: Path) -> None:
     bench = import_module("bench_real_size")
     out = tmp_path / "flux.json"
