@@ -101,7 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for way, options in WAYS.items()
             },
         }
-        publish(args.out, report)
         report["load"] = {
             way: load(artifact, args.steps, args.minutes * 60, options)
             for way, options in WAYS.items()
