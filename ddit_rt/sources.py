@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,9 +195,27 @@ def check_names(artifact: str, model: str | None) -> None:
         )
 
 
-def from_anywhere(name: str) -> str:
-    """The name of a folder as processes with another working directory find it; else the same."""
-    return str(Path(name).absolute()) if Path(name).exists() else name
+def engine_loader(
+    artifact: str,
+    model: str | None,
+    *,
+    command: str,
+    dtype: str | None = None,
+    trust_code: bool = False,
+) -> Callable[[], Engine]:
+    """`load_engine` of these arguments, for a process that has another working directory."""
+
+    def absolute(name: str) -> str:
+        return str(Path(name).absolute()) if Path(name).exists() else name
+
+    return partial(
+        load_engine,
+        absolute(artifact),
+        None if model is None else absolute(model),
+        command=command,
+        dtype=dtype,
+        trust_code=trust_code,
+    )
 
 
 def is_embedded(artifact: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,8 @@ from ddit_rt.sources import (
     MODEL_HELP,
     check_names,
     embedded_defaults,
-    from_anywhere,
+    engine_loader,
     is_embedded,
-    load_engine,
     refuse_sound,
 )
 
@@ -117,10 +115,9 @@ def _make(
 
     from ddit_rt.serving import ray_batch
 
-    load = partial(
-        load_engine,
-        from_anywhere(args.artifact),
-        args.model and from_anywhere(args.model),
+    load = engine_loader(
+        args.artifact,
+        args.model,
         command="batch",
         dtype=args.dtype,
         trust_code=args.trust_code,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -18,9 +17,8 @@ from ddit_rt.serving.ray_local import require_ray
 from ddit_rt.sources import (
     check_names,
     embedded_defaults,
-    from_anywhere,
+    engine_loader,
     is_embedded,
-    load_engine,
 )
 
 if TYPE_CHECKING:
@@ -99,10 +97,9 @@ def app(args: Mapping[str, Any]) -> Application:
         ArtifactError: The artifact cannot be read.
     """
     placed, config = read_settings(args)
-    load = partial(
-        load_engine,
-        from_anywhere(placed.artifact),
-        placed.model and from_anywhere(placed.model),
+    load = engine_loader(
+        placed.artifact,
+        placed.model,
         command="serve",
         dtype=placed.dtype,
         trust_code=placed.trust_code,

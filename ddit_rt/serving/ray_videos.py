@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from ddit_rt.serving.config import ServeConfig
 from ddit_rt.serving.errors import ApiError, as_api_error
 from ddit_rt.serving.ray_calls import Calls
 from ddit_rt.serving.ray_replica import Call, Message
-from ddit_rt.serving.videos import MOST
+from ddit_rt.serving.videos import Remembered
 
 
 @dataclass
@@ -51,13 +50,12 @@ class Record:
         self.told = {**self.told, "status": "failed", "error": told}
 
 
-class RemoteVideos:
+class RemoteVideos(Remembered[Record]):
     """Stands in for `Videos` before the routes of `ddit_rt.serving.videos`."""
 
     def __init__(self, calls: Calls, config: ServeConfig) -> None:
+        super().__init__(config)
         self._calls = calls
-        self._config = config
-        self._records: OrderedDict[str, Record] = OrderedDict()
 
     async def add(self, call: Call) -> Record | Response:
         """Asks a replica for a video; where it refuses, returns its answer."""
@@ -70,16 +68,6 @@ class RemoteVideos:
         self._records[record.name] = record
         record.task = asyncio.create_task(self._follow(record, events))
         return record
-
-    def find(self, name: str) -> Record:
-        """Finds a video by its identifier."""
-        if name not in self._records:
-            raise ApiError(404, "no such video", param="video_id", code="video_not_found")
-        return self._records[name]
-
-    def newest(self) -> list[Record]:
-        """All videos, newest first."""
-        return list(reversed(self._records.values()))
 
     def cancel(self, record: Record) -> None:
         """Ends a video that is not done."""
@@ -108,15 +96,6 @@ class RemoteVideos:
         except Exception as error:  # noqa: BLE001 - of whatever kind, it is the video's
             record.fail(as_api_error(error))
         self._make_room()
-
-    def _make_room(self) -> None:
-        """Forgets the oldest that are done, as long as there are too many, or too many bytes."""
-        for name, record in list(self._records.items()):
-            held = sum(len(one.file) for one in self._records.values())
-            if held <= self._config.video_bytes and len(self._records) <= MOST:
-                return
-            if record.over:
-                del self._records[name]
 
 
 def _entry(event: Message) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -28,7 +28,7 @@ from ddit_rt.serving.worker import Worker
 router = APIRouter()
 _NO_DEADLINE = float("inf")
 _PICTURE = "input_reference"
-MOST = 1000
+_MOST = 1000
 """Videos that are remembered."""
 
 
@@ -67,14 +67,59 @@ class Record:
             return "completed"
         return "in_progress" if self.job.started else "queued"
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.status in ("completed", "failed")
 
-class Videos:
-    """The videos of a server; used in its event loop alone."""
+
+class Kept(Protocol):
+    """What is remembered of a video."""
+
+    name: str
+    file: bytes
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing will change any more."""
+
+
+R = TypeVar("R", bound=Kept)
+
+
+class Remembered(Generic[R]):
+    """The videos that a server can be asked for; used in its event loop alone."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._records: OrderedDict[str, R] = OrderedDict()
+
+    def find(self, name: str) -> R:
+        """Finds a video by its identifier."""
+        if name not in self._records:
+            raise ApiError(404, "no such video", param="video_id", code="video_not_found")
+        return self._records[name]
+
+    def newest(self) -> list[R]:
+        """All videos, newest first."""
+        return list(reversed(self._records.values()))
+
+    def _make_room(self) -> None:
+        """Forgets the oldest that are done, as long as there are too many, or too many bytes."""
+        for name, record in list(self._records.items()):
+            held = sum(len(one.file) for one in self._records.values())
+            if held <= self._config.video_bytes and len(self._records) <= _MOST:
+                return
+            if record.over:
+                del self._records[name]
+
+
+class Videos(Remembered[Record]):
+    """The videos of one worker."""
 
     def __init__(self, worker: Worker, config: ServeConfig) -> None:
+        super().__init__(config)
         self._worker = worker
-        self._config = config
-        self._records: OrderedDict[str, Record] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def add(self, asked: Video, work: Any) -> Record:
@@ -85,16 +130,6 @@ class Videos:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return record
-
-    def find(self, name: str) -> Record:
-        """One by its identifier."""
-        if name not in self._records:
-            raise ApiError(404, "no such video", param="video_id", code="video_not_found")
-        return self._records[name]
-
-    def newest(self) -> list[Record]:
-        """All, newest first."""
-        return list(reversed(self._records.values()))
 
     def cancel(self, record: Record) -> None:
         """Ends one that is not done."""
@@ -136,15 +171,6 @@ class Videos:
             cancelled = ApiError(400, "cancelled by the client", code="cancelled")
             record.error = cancelled if ended else as_api_error(error)
         self._make_room()
-
-    def _make_room(self) -> None:
-        """Forgets the oldest that are done, as long as there are too many, or too many bytes."""
-        for name, record in list(self._records.items()):
-            held = sum(len(one.file) for one in self._records.values())
-            if held <= self._config.video_bytes and len(self._records) <= MOST:
-                return
-            if record.error is not None or record.completed is not None:
-                del self._records[name]
 
 
 def _mp4(frames: Any, fps: int) -> bytes:
