@@ -23,7 +23,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,8 @@ _STUBS = ("lib64/stubs", "lib/stubs", "targets/*/lib/stubs")
 _LDCONFIG = "/sbin/ldconfig"
 _CPP_LIBRARY = "libstdc++.so.6"
 
-_HEADER_ROOM = 256 * 2**20
 _CODE_ROOM = 32 * 2**20
-"""Bytes that a first compile may take: 150 MiB for torch's precompiled headers, a few for code."""
+"""Bytes that a compile may take; a few MiB in fact."""
 
 
 @contextmanager
@@ -136,26 +135,21 @@ def _cpp_compiler() -> str:
 
 
 def _check_folders() -> None:
-    """Refuses folders that torch could not use: what it compiles, and its precompiled headers."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+    """Refuses folders that torch could not use, for what it compiles and for what it loads."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    places: list[tuple[str, Callable[[], str], int]] = [
-        ("TMPDIR", default_cache_dir, _HEADER_ROOM),
-        ("TORCHINDUCTOR_CACHE_DIR", cache_dir, _CODE_ROOM),
-    ]
-    for variable, place, room in places:
-        try:
-            folder = Path(place())
-        except (KeyError, OSError) as error:
-            # Older versions of torch want the name of the user, for the name of the folder.
-            raise CompileError(
-                f"torch has no folder for what it compiles ({error}): set {variable} to a folder "
-                "that you can write, and USER to any name if this user has none"
-            ) from error
-        if problem := no_place_for_code(folder, room):
-            raise CompileError(
-                f"torch compiles in {folder}, {problem}: set {variable} to another folder"
-            )
+    try:
+        folder = Path(cache_dir())
+    except (KeyError, OSError) as error:
+        # Older versions of torch want the name of the user, for the name of the folder.
+        raise CompileError(
+            f"torch has no folder for what it compiles ({error}): set TORCHINDUCTOR_CACHE_DIR to a "
+            "folder that you can write, and USER to any name if this user has none"
+        ) from error
+    if problem := no_place_for_code(folder, _CODE_ROOM):
+        raise CompileError(
+            f"torch compiles in {folder}, {problem}: set TORCHINDUCTOR_CACHE_DIR to another folder"
+        )
     folder, remedy = unpack_folder()
     if problem := no_place_for_code(folder, _CODE_ROOM):
         raise CompileError(f"torch loads what it compiled from {folder}, {problem}: {remedy}")
