@@ -28,7 +28,7 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     environment = {**os.environ, "CUDA_HOME": home, "LIBRARY_PATH": str(folder)}
     out = folder / "lowered.json"
-    classes = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    classes = ("FluxTransformerBlock", "FluxSingleTransformerBlock", "WanTransformerBlock")
     command = [sys.executable, str(SCRIPT), "--out", str(out), "--blocks", *classes]
     subprocess.run(command, check=True, env=environment, cwd=folder)
     found: dict[str, Any] = json.loads(out.read_text())["blocks"]
@@ -36,7 +36,7 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-def test_no_kernel_of_flux_loads_single_channels(blocks: dict[str, Any]) -> None:
+def test_no_kernel_loads_single_channels(blocks: dict[str, Any]) -> None:
     for block in blocks.values():
         assert all(kernel["loads_16_bit"] == 0 for kernel in block["kernels"].values())
         assert all(kernel["instructions"] > 0 for kernel in block["kernels"].values())
@@ -45,6 +45,7 @@ def test_no_kernel_of_flux_loads_single_channels(blocks: dict[str, Any]) -> None
 def test_gelu_is_part_of_the_product_before_it(blocks: dict[str, Any]) -> None:
     assert blocks["FluxTransformerBlock"]["gelu_in_product"] == 2
     assert blocks["FluxSingleTransformerBlock"]["gelu_in_product"] == 1
+    assert blocks["WanTransformerBlock"]["gelu_in_product"] == 1
     names = [name for block in blocks.values() for name in block["kernels"]]
     assert not [name for name in names if "gelu" in name]
 

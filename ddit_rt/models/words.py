@@ -1,0 +1,198 @@
+"""Attention whose norm and rotary embedding read and write two bfloat16 channels as one word.
+
+Taken apart as diffusers does, by strides of two, each channel of a rotated pair is a load of 16
+bits. These processors compute the same from 32-bit words, where code for CUDA is generated from a
+trace; elsewhere, and for what they do not know, they call diffusers' own. Measured on an H200,
+kernel by kernel: `docs/gpu.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rotary = tuple[Tensor, Tensor]
+
+
+def read_by_words(block: nn.Module) -> None:
+    """Gives the attention layers of a block that is to be compiled processors of this file.
+
+    Args:
+        block: A copy of a model's block; processors of other classes stay.
+    """
+    for module in block.modules():
+        own = getattr(module, "processor", None)
+        if own is not None and (made := _PROCESSORS.get(type(own).__name__)):
+            module.processor = made(own)
+
+
+class FluxWords:
+    """In the place of a `FluxAttnProcessor`; RMS norm is over each head."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    @property
+    def _attention_backend(self) -> Any:
+        return self._own._attention_backend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> Any:
+        """Image tokens, or text and image tokens in one; with text apart, both.
+
+        Args:
+            attn: A `FluxAttention`.
+            hidden_states: Image tokens, `[B, n, d]`.
+            encoder_hidden_states: Text tokens, `[B, T, d]`.
+            attention_mask: As diffusers takes it.
+            image_rotary_emb: Tables of text, then image, each `[T + n, head width]`.
+        """
+        hidden, text = hidden_states, encoder_hidden_states
+        known = attention_mask is None and image_rotary_emb is not None
+        if not (known and not attn.fused_projections and _by_words(hidden)):
+            return self._own(attn, hidden, text, attention_mask, image_rotary_emb)
+        assert image_rotary_emb is not None
+        cos, sin = (table[:, None] for table in image_rotary_emb)
+        layers, width = (attn.to_q, attn.to_k, attn.to_v), attn.head_dim
+        query, key, value = (_heads(layer(hidden), width) for layer in layers)
+        if text is None:
+            query = norm_rotate(query, attn.norm_q, cos, sin)
+            key = norm_rotate(key, attn.norm_k, cos, sin)
+            return _attend(query, key, value)
+        count = text.shape[1]
+        layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        text_query, text_key, text_value = (_heads(layer(text), width) for layer in layers)
+        query, key = (
+            torch.cat(
+                (
+                    norm_rotate(of_text, text_norm, cos[:count], sin[:count]),
+                    norm_rotate(of_image, norm, cos[count:], sin[count:]),
+                ),
+                dim=1,
+            )
+            for of_text, of_image, text_norm, norm in (
+                (text_query, query, attn.norm_added_q, attn.norm_q),
+                (text_key, key, attn.norm_added_k, attn.norm_k),
+            )
+        )
+        attended = _attend(query, key, torch.cat((text_value, value), dim=1))
+        out: Tensor = attended[:, count:]
+        for layer in attn.to_out:
+            out = layer(out)
+        return out, attn.to_add_out(attended[:, :count])
+
+
+class WanWords:
+    """In the place of a `WanAttnProcessor`; RMS norm is over all heads together."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    @property
+    def _attention_backend(self) -> Any:
+        return self._own._attention_backend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Rotary | None = None,
+    ) -> Tensor:
+        """Self-attention of a video's tokens; cross-attention has no positions and is diffusers'.
+
+        Args:
+            attn: A `WanAttention`.
+            hidden_states: `[B, n, d]`.
+            encoder_hidden_states: Text and image tokens of cross-attention.
+            attention_mask: As diffusers takes it.
+            rotary_emb: Tables, each `[1, n, 1, head width]`.
+        """
+        hidden = hidden_states
+        known = encoder_hidden_states is None and attention_mask is None and rotary_emb is not None
+        if not (known and not attn.fused_projections and _by_words(hidden)):
+            given = (attn, hidden, encoder_hidden_states, attention_mask, rotary_emb)
+            result: Tensor = self._own(*given)
+            return result
+        assert rotary_emb is not None
+        cos, sin = rotary_emb
+        query, key = (
+            norm_rotate(layer(hidden), norm, cos, sin)
+            for layer, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
+        )
+        out = _attend(query, key, _heads(attn.to_v(hidden), query.shape[-1]))
+        for layer in attn.to_out:
+            out = layer(out)
+        return out
+
+
+_PROCESSORS: Mapping[str, Callable[[Any], Any]] = {
+    "FluxAttnProcessor": FluxWords,
+    "WanAttnProcessor": WanWords,
+}
+
+
+def norm_rotate(values: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:
+    """RMS norm over the last dimension, then the rotary embedding, by 32-bit words.
+
+    Args:
+        values: Tokens, `[B, n, heads, width]`, or `[B, n, heads * width]` where the norm is over
+            all heads; bfloat16, contiguous.
+        norm: An RMS norm with a weight in bfloat16 and no bias.
+        cos: float32, `[..., n, 1, width]`; the two channels of a pair have the same.
+        sin: As `cos`.
+
+    Returns:
+        `[B, n, heads, width]`.
+    """
+    even, odd = _halves(values)
+    mean = (even.square() + odd.square()).mean(-1, keepdim=True) / 2
+    scale = torch.rsqrt(mean + norm.eps)
+    even_weight, odd_weight = _halves(norm.weight)
+    even, odd = even * scale * even_weight, odd * scale * odd_weight
+    if values.dim() == 3:
+        even, odd = (_heads(half, cos.shape[-1] // 2) for half in (even, odd))
+    cos, sin = cos[..., ::2], sin[..., ::2]
+    return _words(even * cos - odd * sin, odd * cos + even * sin)
+
+
+def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    """bfloat16 `[..., w]` to float32: channels 0, 2, ... and 1, 3, ..., each `[..., w / 2]`.
+
+    A bfloat16 is the upper half of a float32, and the first of two lies in a word's lower half.
+    """
+    words = values.view(torch.int32)
+    return (words << 16).view(torch.float32), (words & -65536).view(torch.float32)
+
+
+def _words(even: Tensor, odd: Tensor) -> Tensor:
+    """The inverse of `_halves`, rounded to bfloat16."""
+    lower, upper = (half.bfloat16().view(torch.int16).to(torch.int32) for half in (even, odd))
+    return ((lower & 0xFFFF) | (upper << 16)).view(torch.bfloat16)
+
+
+def _heads(tokens: Tensor, width: int) -> Tensor:
+    return tokens.view(*tokens.shape[:-1], -1, width)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`[B, n, heads, width]` each, to `[B, n, heads * width]`."""
+    query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def _by_words(tensor: Tensor) -> bool:
+    """Whether code for CUDA is being generated, in bfloat16."""
+    is_generated = tensor.is_cuda and torch.compiler.is_exporting()
+    return is_generated and tensor.dtype is torch.bfloat16

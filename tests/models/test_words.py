@@ -1,0 +1,83 @@
+"""Norm and rotary embedding by 32-bit words, against diffusers' own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from torch import Tensor, nn
+
+from ddit_rt.models import words
+from ddit_rt.models.words import norm_rotate, read_by_words
+
+TOKENS, HEADS, WIDTH = 12, 2, 32
+
+
+def tables() -> tuple[Tensor, Tensor]:
+    """Rotary cos and sin, each `[n, width]`."""
+    angles = torch.rand(TOKENS, WIDTH // 2).repeat_interleave(2, dim=1) * 6
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("over", [1, HEADS], ids=["each head", "all heads"])
+def test_it_is_what_diffusers_computes(over: int) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(2, TOKENS, HEADS, WIDTH, dtype=torch.bfloat16)
+    if over > 1:
+        values = values.flatten(2)
+    norm = nn.RMSNorm(over * WIDTH, eps=1e-6, dtype=torch.bfloat16).requires_grad_(False)
+    norm.weight.uniform_(0.5, 1.5)
+    cos, sin = tables()
+    exact = nn.functional.rms_norm(
+        values.double(), (over * WIDTH,), norm.weight.double(), norm.eps
+    ).view(2, TOKENS, HEADS, WIDTH)
+    exact = apply_rotary_emb(exact.float(), (cos, sin), sequence_dim=1)
+    found = norm_rotate(values, norm, cos[:, None], sin[:, None])
+    assert found.dtype is torch.bfloat16
+    assert torch.allclose(found.float(), exact, rtol=2**-8, atol=1e-6)  # one rounding
+
+
+def test_self_attention_of_wan_differs_by_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    attn = wan_attention()
+    hidden = torch.randn(2, TOKENS, HEADS * WIDTH, dtype=torch.bfloat16)
+    rotary = tuple(table[None, :, None] for table in tables())
+    exact = copy.deepcopy(attn).float()(hidden.float(), rotary_emb=rotary)
+    own = attn(hidden, rotary_emb=rotary)
+    monkeypatch.setattr(words, "_by_words", lambda _: True)
+    read_by_words(attn)
+    fast = attn(hidden, rotary_emb=rotary)
+    assert not torch.equal(fast, own)
+    assert distance(fast, exact) <= 1.1 * distance(own, exact)
+
+
+def test_what_is_not_known_is_diffusers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(words, "_by_words", lambda _: True)
+    attn = wan_attention()
+    hidden, text = (torch.randn(2, n, HEADS * WIDTH, dtype=torch.bfloat16) for n in (TOKENS, 5))
+    expected = attn(hidden, text)
+    read_by_words(attn)
+    assert torch.equal(attn(hidden, text), expected)
+
+    class Mine(WanAttnProcessor):  # type: ignore[misc]
+        pass
+
+    attn.processor = mine = Mine()
+    read_by_words(attn)
+    assert attn.processor is mine
+
+
+def wan_attention() -> Any:
+    attn = WanAttention(HEADS * WIDTH, HEADS, WIDTH, processor=WanAttnProcessor())
+    for norm in (attn.norm_q, attn.norm_k):
+        norm.weight.data.uniform_(0.5, 1.5)
+    return attn.bfloat16().eval().requires_grad_(False)
+
+
+def distance(found: Tensor, reference: Tensor) -> float:
+    return float((found.float() - reference.float()).norm() / reference.float().norm())
