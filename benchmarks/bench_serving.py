@@ -1,6 +1,6 @@
 """What the HTTP server costs, and what it does under twice the load that it can bear.
 
-    pip install locust
+    pip install 'ddit_rt[bench]'
     python benchmarks/bench_serving.py [--out benchmarks/results/serving_cpu.json] [--minutes 10]
 
 All on the demo model, whose artifact is compiled first, and on `ddit-rt serve` as a user starts it:

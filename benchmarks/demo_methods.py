@@ -6,8 +6,12 @@ shared, so nothing else differs.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
+
+import torch
 
 from ddit_rt.engine import Engine
 from ddit_rt.lab.demo.plans import demo_plans
@@ -61,6 +65,55 @@ def cached_pipeline(pipeline: Any, threshold: float) -> Any:
     return copied
 
 
+def openvino_pipeline(pipeline: Any) -> Any:
+    """The transformer in OpenVINO, compiled for the shapes of each first call, in float32.
+
+    With weights folded into its own layout, which forbids changing them: its fastest form.
+    """
+    import openvino
+
+    copied = with_own_transformer(pipeline)
+    transformer = copied.transformer.requires_grad_(False)
+    compiled: dict[Any, Any] = {}
+
+    def forward(**given: Any) -> tuple[torch.Tensor]:
+        assert not given.pop("return_dict")
+        tensors = {name: one for name, one in given.items() if isinstance(one, torch.Tensor)}
+        others = {name: one for name, one in given.items() if name not in tensors}
+        shapes = tuple((name, tuple(one.shape)) for name, one in tensors.items())
+        if shapes not in compiled:
+            model = openvino.convert_model(
+                _Flat(transformer, tuple(tensors), others), example_input=tuple(tensors.values())
+            )
+            model.reshape(dict(enumerate(list(one.shape) for one in tensors.values())))
+            settings = {
+                "INFERENCE_PRECISION_HINT": "f32",
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "PERFORMANCE_HINT": "LATENCY",
+            }
+            compiled[shapes] = openvino.compile_model(model, "CPU", settings)
+        outputs = compiled[shapes]([one.numpy() for one in tensors.values()])
+        return (torch.from_numpy(outputs[0]),)
+
+    transformer.forward = forward
+    return copied
+
+
+class _Flat(torch.nn.Module):
+    """A transformer's forward that takes its tensors by position, as tracing wants them."""
+
+    def __init__(self, transformer: Any, names: tuple[str, ...], others: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.transformer, self._names, self._others = transformer, names, others
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(self._names, tensors, strict=True))
+        own = type(self.transformer).forward  # that of the object is OpenVINO's
+        velocity: torch.Tensor
+        (velocity,) = own(self.transformer, **named, **self._others, return_dict=False)
+        return velocity
+
+
 def all_methods(
     engine: Engine, batches: Sequence[Batch], arguments: Mapping[str, Any]
 ) -> list[Method]:
@@ -89,6 +142,7 @@ def all_methods(
             compiled_pipeline(pipeline),
             **arguments,
         ),
+        *openvino_methods(pipeline, arguments),
         _cached("first_block_cache", "default", pipeline, CACHE_DEFAULT, arguments),
         _cached("first_block_cache_best", "best", pipeline, threshold, arguments),
         *ours,
@@ -100,6 +154,15 @@ def all_methods(
             **{**arguments, "num_inference_steps": steps},
         ),
     ]
+
+
+def openvino_methods(pipeline: Any, arguments: Mapping[str, Any]) -> list[Method]:
+    """None where it is not installed, which is said aloud."""
+    if find_spec("openvino") is None:
+        print("no row of OpenVINO: pip install 'ddit_rt[bench]' brings it", file=sys.stderr)
+        return []
+    label = "diffusers + OpenVINO (transformer)"
+    return [pipeline_method("openvino", label, openvino_pipeline(pipeline), **arguments)]
 
 
 def _cached(

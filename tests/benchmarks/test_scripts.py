@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def test_quick_run_compares_all_methods(tmp_path: Path) -> None:
     assert list(rows) == [
         "diffusers",
         "torch_compile",
+        *(["openvino"] if find_spec("openvino") else []),
         "first_block_cache",
         "first_block_cache_best",
         "fine",
