@@ -34,10 +34,12 @@ class Outcome:
     Attributes:
         data: JSON-ready; printed with `--json`.
         text: The result for people, printed without `--json`.
+        code: What the process exits with.
     """
 
     data: dict[str, Any]
     text: str
+    code: ExitCode = ExitCode.OK
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,6 +20,7 @@ from ddit_rt.cli.calibrate import CALIBRATE
 from ddit_rt.cli.command import EXIT_CODES, Command, ExitCode
 from ddit_rt.cli.compile import COMPILE
 from ddit_rt.cli.demo import DEMO
+from ddit_rt.cli.doctor import DOCTOR
 from ddit_rt.cli.evaluate import EVALUATE
 from ddit_rt.cli.generate import GENERATE
 from ddit_rt.cli.info import INFO
@@ -31,7 +32,7 @@ from ddit_rt.errors import ArtifactError, CompileError, RunCancelled
 
 COMMANDS: tuple[Command, ...] = (
     *(DEMO, COMPILE, TRAIN, CALIBRATE, EVALUATE, AB, GENERATE, INFO),
-    *(SERVE, UI, BATCH, PROFILE),
+    *(SERVE, UI, BATCH, PROFILE, DOCTOR),
 )
 
 _CALLER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
@@ -142,7 +143,7 @@ def _execute(args: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(outcome.data, indent=2, allow_nan=False) + "\n")
     else:
         sys.stdout.write(outcome.text.rstrip("\n") + "\n")
-    return int(ExitCode.OK)
+    return int(outcome.code)
 
 
 @contextlib.contextmanager
