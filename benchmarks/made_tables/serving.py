@@ -10,11 +10,22 @@ _WAYS = {"alone": "a run for each", "batched": "batched"}
 def serving_cpu(report: Report) -> str:
     """What a request costs beside the engine's own call, and twice the load that can be borne."""
     rows = [_row(way, report) for way in report["load"]]
-    columns = ("", "engine", "by HTTP", "offered, a second", "made", "refused", "of images", "RSS")
+    columns = (
+        "",
+        "engine",
+        "encoded",
+        "by HTTP",
+        "offered, a second",
+        "made",
+        "refused",
+        "of images",
+        "RSS",
+    )
     first = report["load"]["alone"]
     started = report["start"]
     note = (
-        "Milliseconds, p50 / p95: of calls one after the other (`engine`, `by HTTP`), and of "
+        "Milliseconds, p50 / p95: of calls one after the other (`engine`, the same and its "
+        "image encoded, `by HTTP`), and of "
         f"answers with an image under load (`of images`). Load: {first['seconds'] / 60:.0f} min at "
         "twice the rate that the server reaches, a queue of eight; `refused` by 429 or 503. RSS: "
         "MiB after the warm-up and at the end. From the command to the first image: "
@@ -34,6 +45,7 @@ def _row(way: str, report: Report) -> str:
         (
             _WAYS[way],
             _both(overhead["engine"]),
+            _both(overhead["encoded"]),
             _both(overhead["http"]),
             f"{load['offered_per_second']:.1f}",
             f"{load['images_per_second']:.1f}",
