@@ -22,7 +22,7 @@ def serving_cpu(report: Report) -> str:
         "RSS",
     )
     first = report["load"]["alone"]
-    started = report["start"]
+    started, lora = report["start"], report["lora"]
     note = (
         "Milliseconds, p50 / p95: of calls one after the other (`engine`, the same and its "
         "image encoded, `by HTTP`), and of "
@@ -30,8 +30,11 @@ def serving_cpu(report: Report) -> str:
         "twice the rate that the server reaches, a queue of eight; `refused` by 429 or 503. RSS: "
         "MiB after the warm-up and at the end. From the command to the first image: "
         f"{started['seconds']:.1f} s, of which importing the libraries alone takes "
-        f"{started['import_seconds']:.1f} s. Demo model, {report['steps']} steps, its dynamic "
-        f"policy; {cpu(report)}; {released(report, 'torch', 'diffusers')}."
+        f"{started['import_seconds']:.1f} s. An image with a LoRA of {lora['layers']} layers: "
+        f"{lora['first']:.0f} ms the first time ({lora['first_of_process']:.0f} ms where it is the "
+        f"first LoRA of the process), {lora['next']:.0f} ms the next. "
+        f"Demo model, {report['steps']} steps, its dynamic policy; "
+        f"{cpu(report)}; {released(report, 'torch', 'diffusers')}."
     )
     return block([*header(columns), *rows], [note])
 

@@ -223,6 +223,13 @@ def test_the_table_of_the_server_counts_what_was_refused() -> None:
         "versions": VERSIONS,
         "steps": 24,
         "start": {"seconds": 12.0, "import_seconds": 9.0},
+        "lora": {
+            "layers": 60,
+            "plain": 250.0,
+            "first_of_process": 900.0,
+            "first": 600.0,
+            "next": 262.0,
+        },
         "overhead": {
             way: dict.fromkeys(("engine", "encoded", "http"), half) for way in ("alone", "batched")
         },
