@@ -13,8 +13,8 @@ T = TypeVar("T")
 def aside(make: Callable[[], T]) -> T:
     """What a function gives, called in a thread of its own that has ended on return.
 
-    On a CPU, libgomp keeps a pool of threads for every thread that has computed in parallel. As soon
-    as all pools together have more threads than there are cores, a pool no longer spins between two
+    On a CPU, libgomp keeps a pool of threads for every thread that has computed in parallel. Once
+    all pools together have more threads than there are cores, a pool no longer spins between two
     parallel regions but sleeps, and waking it costs each of a run's thousands of regions more than
     the region itself. A thread that ends gives its pool back: an engine that was loaded aside finds
     all cores free for the thread that runs it.
