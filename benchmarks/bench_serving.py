@@ -2,20 +2,25 @@
 
     pip install 'ddit_rt[bench]'
     python benchmarks/bench_serving.py [--out benchmarks/results/serving_cpu.json] [--minutes 10]
+    python benchmarks/bench_serving.py --quick --out quick.json   # seconds of each; no figures
 
 All on the demo model, whose artifact is compiled first, and on `ddit-rt serve` as a user starts it:
 
 - `start`: from the command to the first image, beside the time that importing the libraries takes.
-- `overhead`: an image by HTTP beside the same call of an engine in this process, one after the
-  other; with batching the server first waits `--batch-window-ms` for company.
+- `overhead`: an image by HTTP beside the same call of an engine in this process, and beside that
+  with its image encoded as the server does, one after the other.
+- `lora`: an image with a LoRA of all linear layers that is fused for the first time, of this
+  process and at all, and again after an image without it.
 - `load`: Locust's users ask for images at twice the rate that the server reached with as many
   users, for `--minutes`, at a batch of 1 and batched; the queue holds eight, so that it fills.
 
 Schema, version 1: `machine`, `versions`, `steps`, and
 
 - `start`: `seconds`, `import_seconds`, `own_seconds`.
-- `overhead`: for each of `alone` and `batched`, `engine`, `http` and `added`, milliseconds, `p50`
-  and `p95`.
+- `overhead`: for each of `alone` and `batched`, milliseconds, `p50` and `p95`: `engine`, `encoded`
+  (the engine's call and its image's encoding), `http`; and of the differences in each round
+  `added`, to `engine`, and `added_to_encoded`.
+- `lora`: `layers`, and milliseconds by HTTP: `plain`, `first_of_process`, `first`, `next`.
 - `load`: for each of the same, `seconds`, `offered_per_second`, `images_per_second`, `answers` by
   status with `count`, `p50` and `p95` (milliseconds), `failures`, `counted` (what the server's own
   metrics counted, by status), `rss_mib` `after_warm_up` and `at_end`.
@@ -42,9 +47,11 @@ from typing import Any
 import httpx
 import torch
 from records import RESULTS, publish
+from safetensors.torch import save_file
 
 import ddit_rt
 from ddit_rt.lab.measure.report import machine, versions
+from ddit_rt.serving.answer import encode
 from ddit_rt.sources import embedded_defaults, embedded_policy, load_pipeline
 
 RESULT = RESULTS / "serving_cpu.json"
@@ -53,6 +60,8 @@ PATH = "/v1/images/generations"
 PROMPT = "a red circle"
 WAYS = {"alone": ("--max-batch", "1"), "batched": ()}
 LIBRARIES = "import torch, diffusers, transformers, fastapi, uvicorn; diffusers.FluxPipeline"
+PAUSE = 0.05
+"""Seconds before each call: the threads of the process that had the last spin on for a while."""
 PEOPLE = 24
 """Locust's users; more than the queue and a batch hold, so that some are refused."""
 
@@ -80,7 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="of load, for each way")
     parser.add_argument("--rounds", type=int, default=60, help="of the overhead")
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--quick", action="store_true", help="whether all of it works")
     args = parser.parse_args(argv)
+    if args.quick:
+        args.minutes, args.rounds, args.steps = 0.1, 3, 4
     pipeline = load_pipeline("demo")
     pipeline.set_progress_bar_config(disable=True)
     side = embedded_defaults("demo")["height"]
@@ -101,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for way, options in WAYS.items()
             },
         }
+        report["lora"] = lora(artifact, engine, args.steps)
         report["load"] = {
             way: load(artifact, args.steps, args.minutes * 60, options)
             for way, options in WAYS.items()
@@ -153,10 +166,12 @@ def start(artifact: Path, steps: int) -> dict[str, float]:
     return {"seconds": seconds, "import_seconds": imports, "own_seconds": seconds - imports}
 
 
-def ask(client: httpx.Client, steps: int, seed: int) -> None:
-    """An image by HTTP."""
-    body = {"prompt": PROMPT, "num_inference_steps": steps, "seed": seed}
+def ask(client: httpx.Client, steps: int, seed: int, **more: Any) -> float:
+    """An image by HTTP; the seconds that it took."""
+    began = time.perf_counter()
+    body = {"prompt": PROMPT, "num_inference_steps": steps, "seed": seed, **more}
     client.post(PATH, json=body).raise_for_status()
+    return time.perf_counter() - began
 
 
 def overhead(
@@ -164,26 +179,58 @@ def overhead(
 ) -> dict[str, Any]:
     """An image by HTTP beside one of the engine, in turns."""
     length = embedded_defaults("demo")["max_sequence_length"]
-    times: dict[str, list[float]] = {"engine": [], "http": []}
+    times: dict[str, list[float]] = {name: [] for name in ("engine", "encoded", "http")}
     with (
         serving(artifact, *options) as served,
         httpx.Client(base_url=served.url, timeout=60) as client,
     ):
         for seed in range(rounds + 3):
+            time.sleep(PAUSE)
             began = time.perf_counter()
-            engine(
+            output = engine(
                 PROMPT,
                 num_inference_steps=steps,
                 max_sequence_length=length,
                 generator=torch.Generator().manual_seed(seed),
             )
-            between = time.perf_counter()
-            ask(client, steps, seed)
-            times["engine"].append(between - began)
-            times["http"].append(time.perf_counter() - between)
-    found = {name: quantiles([1e3 * one for one in taken[3:]]) for name, taken in times.items()}
-    added = {name: found["http"][name] - found["engine"][name] for name in found["http"]}
-    return {**found, "added": added}
+            times["engine"].append(time.perf_counter() - began)
+            encode(output.images[0], "png")
+            times["encoded"].append(time.perf_counter() - began)
+            time.sleep(PAUSE)
+            times["http"].append(ask(client, steps, seed))
+    taken = {name: [1e3 * one for one in values[3:]] for name, values in times.items()}
+    for name, less in (("added", "engine"), ("added_to_encoded", "encoded")):
+        taken[name] = [a - b for a, b in zip(taken["http"], taken[less], strict=True)]
+    return {name: quantiles(values) for name, values in taken.items()}
+
+
+def lora(artifact: Path, engine: ddit_rt.Engine, steps: int, rank: int = 16) -> dict[str, Any]:
+    """An image with a LoRA, the first time and later."""
+    assert engine.pipeline is not None, "the demo is a whole pipeline"
+    layers = {
+        name: layer
+        for name, layer in engine.pipeline.transformer.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+    factors = {}
+    for name, layer in layers.items():
+        factors[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, layer.in_features) / 100
+        factors[f"transformer.{name}.lora_B.weight"] = torch.randn(layer.out_features, rank) / 100
+    asked = (
+        *(("plain", None), ("first_of_process", "one"), ("plain", None)),
+        *(("first", "other"), ("plain", None), ("next", "other")),
+    )
+    found: dict[str, Any] = {"layers": len(layers)}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("one", "other"):
+            save_file(factors, Path(folder) / f"{name}.safetensors")
+        with (
+            serving(artifact, "--lora-dir", folder) as served,
+            httpx.Client(base_url=served.url, timeout=60) as client,
+        ):
+            for kind, name in asked:
+                found[kind] = 1e3 * ask(client, steps, seed=0, lora=name)
+    return found
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -195,7 +242,7 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 def load(artifact: Path, steps: int, seconds: float, options: Sequence[str]) -> dict[str, Any]:
     """Twice the rate that the server reaches."""
     with serving(artifact, "--max-queue", "8", *options) as served:
-        warm = users(served.url, steps, seconds=max(10.0, seconds / 10), rate=0.0)
+        warm = users(served.url, steps, seconds=min(60.0, max(6.0, seconds / 10)), rate=0.0)
         reached = warm["answers"]["200"]["count"] / warm["seconds"]
         before = counted(served.url)
         after_warm_up = served.rss_mib()

@@ -28,7 +28,8 @@ from ddit_rt.errors import ArtifactError
 from ddit_rt.folder import replace_folder, sync, unwritable
 from ddit_rt.policies import CacheFit
 
-_NATIVE_CODE = {".pt2", ".so"}
+NATIVE_CODE = {".pt2", ".so"}
+"""Endings of files that are code, which a manifest must list."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Artifact:
         require_savable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_folder(path) as staging:
-            for name in _all_files(self.manifest):
+            for name in all_files(self.manifest):
                 target = staging / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(directory / name, target)
@@ -166,12 +167,12 @@ def open_artifact(path: str | Path, *, trust_code: bool = False) -> Artifact:
     manifest = read_manifest(root)
     if not trust_code:
         require_trust(manifest.digest, str(root))
-    files = _all_files(manifest)
+    files = all_files(manifest)
     for name, entry in files.items():
         _verify(root, name, entry)
     for found in root.rglob("*"):
         name = found.relative_to(root).as_posix()
-        if found.suffix in _NATIVE_CODE and name not in files:
+        if found.suffix in NATIVE_CODE and name not in files:
             raise ArtifactError(f"{root}: {name} is not in the manifest: remove it")
     return Artifact(root, manifest)
 
@@ -197,12 +198,13 @@ def read_manifest(path: str | Path) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"cannot read {root / MANIFEST_NAME} ({error})") from error
     manifest = Manifest.from_json(text)
-    for name in _all_files(manifest):
+    for name in all_files(manifest):
         _check_name(name)
     return manifest
 
 
-def _all_files(manifest: Manifest) -> dict[str, FileEntry | PackageEntry]:
+def all_files(manifest: Manifest) -> dict[str, FileEntry | PackageEntry]:
+    """Every file of an artifact but its manifest, by its path inside the folder."""
     return {**manifest.packages, **manifest.files}
 
 

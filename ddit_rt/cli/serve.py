@@ -84,7 +84,8 @@ def _add_queue_arguments(group: Any) -> None:
         "--batch-window-ms",
         type=number(0),
         default=5.0,
-        help="how long an image waits for others of its kind (default: %(default)s)",
+        help="how long an image waits for others of its kind, where other requests are about "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--deadline-seconds",
@@ -114,6 +115,7 @@ def _run(args: argparse.Namespace) -> Outcome | None:
         raise ModuleNotFoundError(
             f"ddit-rt serve needs more ({error}); pip install 'ddit_rt[serve]'"
         ) from error
+    from ddit_rt.serving.aside import aside
     from ddit_rt.serving.config import Limits, ServeConfig, read_keys
     from ddit_rt.serving.run import serve
 
@@ -133,7 +135,7 @@ def _run(args: argparse.Namespace) -> Outcome | None:
         warmup_steps=args.warmup_steps,
         fps=args.fps,
     )
-    engine = load_named(args)
+    engine = aside(lambda: load_named(args))
     serve(engine, config, host=args.host, port=args.port, stop_seconds=args.stop_seconds)
     return None
 

@@ -44,6 +44,7 @@ def _run(args: argparse.Namespace) -> Outcome | None:
                 f"ddit-rt ui needs more ({error}); pip install 'ddit_rt[ui]'"
             ) from error
         from ddit_rt.serving.app import create_app
+        from ddit_rt.serving.aside import aside
         from ddit_rt.serving.config import Limits, ServeConfig
         from ddit_rt.serving.run import listen
 
@@ -56,7 +57,7 @@ def _run(args: argparse.Namespace) -> Outcome | None:
             limits=Limits(steps=args.max_steps),
             call={} if text is None else {"max_sequence_length": text},
         )
-        app = create_app(load_named(args), config, stop_seconds=_STOP_SECONDS)
+        app = create_app(aside(lambda: load_named(args)), config, stop_seconds=_STOP_SECONDS)
         add_playground(app, _examples(model))
         listen(app, host=args.host, port=args.port, stop_seconds=_STOP_SECONDS)
     return None

@@ -189,11 +189,14 @@ def load(
     executor: str = "auto",
     batched_guidance: bool = True,
     progress: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Engine:
     """Loads an artifact for a model. Seconds: nothing is compiled.
 
     Args:
-        path: What `Engine.save` wrote.
+        path: What `Engine.save` wrote; or `"org/name"` of what `Engine.push_to_hub` did, unless
+            there is a folder of that name.
         model: The pipeline or transformer that it was compiled from, weights loaded.
         trust_code: An artifact holds native code, which loading executes. One that this user
             saved on this machine is trusted; for any other this argument is your say that you
@@ -204,16 +207,18 @@ def load(
         executor: How a CUDA run is driven; see `Engine.executor`.
         batched_guidance: See `Engine.batched_guidance`.
         progress: Whether to show a progress bar on stderr.
+        revision: Branch, tag or commit of a repository of the Hub; by default its main branch.
+        token: For the Hub; by default that of the user who is logged in.
 
     Raises:
-        ArtifactError: Missing, truncated, tampered with, or of another schema.
+        ArtifactError: Missing, on the Hub too, truncated, tampered with, or of another schema.
         ArtifactMismatchError: It does not fit this model, torch build or machine; each reason
             comes with its remedy.
         UnsupportedModelError: As for `compile`.
         UntrustedArtifactError: See `trust_code`.
         ValueError, TypeError: A value that is none for its name.
     """
-    path = checks.path("path", path)
+    checks.path("path", path)
     for name, value in (
         ("trust_code", trust_code),
         ("check_weights", check_weights),
@@ -224,7 +229,8 @@ def load(
     pipeline, transformer, family = unwrap(model)
     live = LiveModel(family, transformer, pipeline)
     check_executor(executor, transformer)
-    artifact = open_artifact(path, trust_code=trust_code)
+    found = _folder(path, trust_code=trust_code, revision=revision, token=token)
+    artifact = open_artifact(found, trust_code=trust_code)
     problems = mismatches(artifact.manifest, transformer, live.block_changes, family=family.name)
     if not check_weights:
         problems = [problem for problem in problems if not problem.startswith("weights:")]
@@ -242,6 +248,24 @@ def load(
     return Engine(
         compiled, artifact, pipeline, executor=executor, batched_guidance=batched_guidance
     )
+
+
+def _folder(
+    path: str | Path, *, trust_code: bool, revision: str | None, token: str | bool | None
+) -> Path:
+    """The folder that a path is, or that a repository of the Hub was fetched to."""
+    from ddit_rt.artifact.hub import fetch, is_repo_id
+
+    if revision is not None:
+        checks.instance("revision", revision, str, "a branch, tag or commit of the Hub, as text")
+    if is_repo_id(path):
+        return fetch(str(path), trust_code=trust_code, revision=revision, token=token)
+    if revision is not None:
+        raise ValueError(
+            f"got revision={checks.show(revision)} with the path {path}; only a repository of the "
+            'Hub, "org/name", has revisions: leave it out'
+        )
+    return Path(path)
 
 
 def _compiled_model(

@@ -412,6 +412,45 @@ class Engine:
         """
         return self.artifact.save(path)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Writes the artifact to the Hugging Face Hub; `ddit_rt.load(repo_id, model)` reads it.
+
+        It holds no weights of the model. Pushing makes nobody trust it, nor this user; see `load`.
+
+        Args:
+            repo_id: `org/name`; it is made where it is not there. Of an artifact that is there,
+                nothing stays.
+            revision: The branch; by default the main one.
+            token: Of a user who may write there; by default the one that is logged in.
+            private: Whether a repository that is made is private; by default as its owner has set.
+            commit_message: Of the one commit.
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            ArtifactError: Nothing was compiled.
+            OSError, ValueError: The Hub's client refuses: no such user, no right to write, no name.
+        """
+        from ddit_rt.artifact.hub import push  # its client is slow to import, and seldom needed
+
+        return push(
+            self.artifact,
+            repo_id,
+            revision=revision,
+            token=token,
+            private=private,
+            commit_message=commit_message,
+        )
+
     @without_autocast()
     def fuse_lora(self, lora: Any, scale: float = 1.0, **load_arguments: Any) -> None:
         """Fuses a style LoRA into the weights. Nothing is compiled again.

@@ -45,7 +45,8 @@ class ServeConfig:
         model: The model's name in the interface.
         keys: API keys, one of which a request must carry; none is asked for where it is empty.
         max_queue: Number of images that may wait; a request beyond it is refused with 429.
-        batch_window_ms: How long an image waits for others that can share its run.
+        batch_window_ms: How long from its arrival an image waits for others to share its run;
+            one that nobody else's request is about does not.
         max_batch: Most images of a run; 1 turns batching off.
         deadline_seconds: Time from a request's arrival to its answer; beyond it the answer is 503.
         limits: The most that one request may ask for.

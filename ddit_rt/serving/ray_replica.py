@@ -16,6 +16,7 @@ from prometheus_client import Metric
 
 from ddit_rt.engine import Engine
 from ddit_rt.serving.app import create_app
+from ddit_rt.serving.aside import aside
 from ddit_rt.serving.config import ServeConfig
 from ddit_rt.serving.jobs import Work
 from ddit_rt.serving.requests import Reader
@@ -61,7 +62,7 @@ class Replica:
         Raises:
             RuntimeError: The engine cannot run; the log says why.
         """
-        self._app = create_app(load(), config)
+        self._app = create_app(aside(load), config)
         service = self._app.state.service
         service.read = _Seeded(service.read)
         self._videos = service.videos

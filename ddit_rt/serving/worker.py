@@ -68,6 +68,8 @@ class Worker:
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._live, name="ddit-rt-engine", daemon=True)
         self._seconds = 1.0  # of the latest run
+        self._ended = 0.0  # when it did, on the monotonic clock
+        self._shared = False  # whether several requests shared it
         self._abort = False
         self.ready = self.broken = self.stopping = False
         device = next(engine.pipeline.transformer.parameters()).device
@@ -184,12 +186,22 @@ class Worker:
                     self._changed.wait()
                     continue
                 batch, most = self._gather()
-                window = self._config.batch_window_ms / 1e3
-                left = self._queue[0].arrived + window - time.monotonic()
+                left = self._left_to_wait(self._queue[0])
                 if len(batch) >= most or left <= 0 or self.stopping:
                     self._leave(batch)
                     return batch
                 self._changed.wait(left)
+
+    def _left_to_wait(self, first: Sample) -> float:
+        """Seconds that the first image still waits for others: none where nobody else is about.
+
+        Somebody is if another request waits, too; if this one came while another ran; or if the
+        latest run was shared, as its clients may well ask again at once.
+        """
+        others = any(sample.job is not first.job for sample in self._queue)
+        if not (others or self._shared or first.arrived < self._ended):
+            return 0.0
+        return first.arrived + self._config.batch_window_ms / 1e3 - time.monotonic()
 
     def _leave(self, batch: list[Sample]) -> None:
         """Takes images that are to be made from the queue."""
@@ -221,7 +233,9 @@ class Worker:
         started = time.monotonic()
         try:
             self._run(batch)
-            self._seconds = time.monotonic() - started
+            self._ended = time.monotonic()
+            self._seconds = self._ended - started
+            self._shared = any(sample.job is not batch[0].job for sample in batch)
         except RunCancelled:
             for sample in batch:
                 sample.job.fail(self._why_over(sample.job))

@@ -223,11 +223,20 @@ def test_the_table_of_the_server_counts_what_was_refused() -> None:
         "versions": VERSIONS,
         "steps": 24,
         "start": {"seconds": 12.0, "import_seconds": 9.0},
-        "overhead": {way: {"engine": half, "http": half} for way in ("alone", "batched")},
+        "lora": {
+            "layers": 60,
+            "plain": 250.0,
+            "first_of_process": 900.0,
+            "first": 600.0,
+            "next": 262.0,
+        },
+        "overhead": {
+            way: dict.fromkeys(("engine", "encoded", "http"), half) for way in ("alone", "batched")
+        },
         "load": dict.fromkeys(("alone", "batched"), load),
     }
     table = import_module("tables").TABLES["serving_cpu"](report)
-    row = "40 / 80 | 40 / 80 | 20.0 | 9.5 | 10.5 | 40 / 80 | 700 / 712 |"
+    row = "40 / 80 | 40 / 80 | 40 / 80 | 20.0 | 9.5 | 10.5 | 40 / 80 | 700 / 712 |"
     assert f"| a run for each | {row}" in table
     assert f"| batched | {row}" in table
     assert "12.0 s, of which importing the libraries alone takes 9.0 s" in table
