@@ -83,7 +83,7 @@ def test_what_the_readme_shows_on_the_command_line_runs(
         for words in commands(ROOT / "README.md", everywhere=False)
         if words[:1] == ["ddit-rt"]
     ]
-    assert [words[0] for words in ran] == ["compile", "generate", "info", "info"]
+    assert [words[0] for words in ran] == ["compile", "generate", "info", "info", "doctor"]
     for words in ran:
         assert main(words) == 0
     assert (tmp_path / "circle.png").stat().st_size > 0

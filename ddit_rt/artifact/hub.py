@@ -30,8 +30,12 @@ _ADAPTERS = "adapters/"
 
 
 def is_repo_id(path: str | Path) -> bool:
-    """Whether a text stands for a repository: it looks like `org/name`, and nothing is there."""
-    return isinstance(path, str) and bool(_REPO_ID.fullmatch(path)) and not Path(path).exists()
+    """Whether a text stands for a repository: it looks like `org/name`, and is no place here.
+
+    Where there is a folder `org`, a `name` that is not in it is more likely a mistake.
+    """
+    is_id = isinstance(path, str) and _REPO_ID.fullmatch(path) is not None
+    return is_id and not Path(path).parent.exists()
 
 
 def fetch(

@@ -181,3 +181,12 @@ def test_what_was_not_compiled_is_not_pushed(hub: Hub, pipeline: FluxPipeline) -
     with pytest.raises(ArtifactError, match="nothing to push"):
         eager.push_to_hub(NAME)
     assert not hub.asked
+
+
+def test_a_name_within_a_folder_that_is_here_is_a_path(
+    hub: Hub, pipeline: FluxPipeline, tmp_path: Path
+) -> None:
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ArtifactError, match="no such file: models/missing"):
+        load(pipeline, "models/missing")
+    assert not hub.asked
