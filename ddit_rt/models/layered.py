@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ddit_rt.errors import ShapeError, UnsupportedModelError
-from ddit_rt.models.base import BlockType, Grid, Guidance, Runner
+from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.models.base import BlockType, Grid, Runner
 from ddit_rt.models.calls import ModelCall, check_shape, model_arguments
 from ddit_rt.models.family import Family
 
@@ -137,22 +137,6 @@ class LayeredFamily(Family):
     def prompt_names(self, transformer: nn.Module) -> tuple[str, ...]:
         """See `Family.prompt_names`: none, as its layers take nothing else."""
         return ()
-
-    def together(self, guidance: Guidance) -> tuple[Mapping[str, Any]] | None:
-        """See `Family.together`.
-
-        Raises:
-            ShapeError: Prompts and negative prompts of unequal lengths cannot be one batch.
-        """
-        for name, one in guidance.prompt.items():
-            other = guidance.negative[name]
-            if other.shape != one.shape:
-                raise ShapeError(
-                    f"`{name}` has shape {list(one.shape)} for the prompt and "
-                    f"{list(other.shape)} for the negative prompt, which cannot be one batch; pad "
-                    "them alike, or set engine.batched_guidance = False"
-                )
-        return super().together(guidance)
 
     def read_model_call(
         self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
