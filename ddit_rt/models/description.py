@@ -57,7 +57,8 @@ class Description(ABC):
             ignored.
         own_loop: Why only the pipelines' own loop can take the steps; empty where a table can.
         rehearsed: Whether a pipeline's own loop must be seen once, up to its first step, before the
-            passes of guidance can be planned: they differ in more than the length of a text.
+            passes of guidance can be planned: they differ in more than the length of a text, which
+            the pipeline's `encode_prompt` tells.
         time_driven: Whether what TeaCache goes by depends on the time alone.
         patch: p, the side of the square of latent pixels that becomes a token.
         held: Children of the transformer whose outputs are the same at every step of a run; one
