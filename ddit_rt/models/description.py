@@ -25,6 +25,9 @@ REFERENCE = "reference_tokens"
 REFERENCE_SHAPES = "reference_shapes"
 """What `resized` must know of those images."""
 
+REFERENCE_IDS = "reference_ids"
+"""Positions of their tokens, `[m, axes]`."""
+
 
 class Description(ABC):
     """What differs from one family to the next. Stateless.
@@ -166,14 +169,29 @@ class Description(ABC):
         hidden = self.pack_latents(latents)
         if REFERENCE in arguments:
             hidden = torch.cat((hidden, arguments[REFERENCE]), dim=1)
-        references = (REFERENCE, REFERENCE_SHAPES)
+        references = (REFERENCE, REFERENCE_SHAPES, REFERENCE_IDS)
+        sized = self.resized(arguments, tuple(latents.shape))
+        if (ids := arguments.get(REFERENCE_IDS)) is not None:
+            sized["img_ids"] = torch.cat((sized["img_ids"], ids.to(sized["img_ids"].dtype)))
         return {
             **{name: one for name, one in arguments.items() if name not in references},
-            **self.resized(arguments, tuple(latents.shape)),
+            **sized,
             "hidden_states": hidden,
             "timestep": time,
             "return_dict": False,
         }
+
+    def reference_places(self, arguments: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        """Conditioning that says where the tokens of reference images are.
+
+        By default what `img_ids` say of them, `[n, axes]` or `[B, n, axes]`.
+
+        Args:
+            arguments: Arguments of the transformer's `forward`.
+            tokens: The image's own, which come first.
+        """
+        ids: Tensor = arguments["img_ids"]
+        return {REFERENCE_IDS: (ids[0] if ids.ndim == 3 else ids)[tokens:]}
 
     def time(self, level: Tensor, dtype: torch.dtype) -> Tensor:
         """The forward's `timestep`: by default t in [0, 1], rounded as the pipeline rounds 1000 t.
@@ -264,9 +282,9 @@ class Description(ABC):
         return shape[2:]
 
     def more_tokens(self, conditioning: Mapping[str, Any]) -> int:
-        """Tokens that a pass has beside the image's, such as those of reference images."""
-        del conditioning
-        return 0
+        """Tokens that a pass has beside the image's: those of reference images."""
+        reference = conditioning.get(REFERENCE)
+        return 0 if reference is None else int(reference.shape[1])
 
     def default_size(self, pipeline: Any) -> tuple[int, int]:
         """Height and width, in pixels, of a pipeline call that names none."""

@@ -289,6 +289,7 @@ class Family(Description):
         latents = self.unpack_latents(hidden[:, :tokens], shape)
         if hidden.shape[1] > tokens:
             given[REFERENCE] = hidden[:, tokens:]
+            given |= self.reference_places(arguments, tokens)
         timestep = self.level_of(given.pop("timestep").reshape(-1)[:1])
         conditioning = {
             # One sample serves all, as diffusers broadcasts it.

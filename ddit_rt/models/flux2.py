@@ -12,7 +12,8 @@ coarse step unpacks and reduces z as it is:
   have one m and one s. They do but for sampling error, because the encoder is a convolution: in the
   released weights the four s of a channel are within about 1.5 % of their mean, the m within .02 s.
 
-`check_model` holds the VAE against this. dev has its guidance embedded; klein has none when
+`check_model` holds the VAE against this. The tokens of reference images follow the image's; coarse
+steps leave them as they are. dev has its guidance embedded; klein has none when
 distilled, and two passes as a base model.
 """
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from ddit_rt import ops
 from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.models.description import REFERENCE, REFERENCE_IDS
 from ddit_rt.models.family import Family
 
 _SPREAD = 0.1
@@ -34,7 +36,7 @@ _SPREAD = 0.1
 
 
 class Flux2Family(Family):
-    """FLUX.2, text to image."""
+    """FLUX.2, text to image and edits by reference images."""
 
     name: ClassVar[str] = "flux2"
     transformer_class: ClassVar[str] = "Flux2Transformer2DModel"
@@ -48,6 +50,8 @@ class Flux2Family(Family):
         "single_stream_modulation",
     )
     sized: ClassVar[tuple[str, ...]] = ("img_ids", "txt_ids")
+    unbatched: ClassVar[tuple[str, ...]] = (REFERENCE_IDS,)
+    extra: ClassVar[tuple[str, ...]] = (REFERENCE, REFERENCE_IDS)
 
     def check_model(self, transformer: nn.Module, pipeline: Any) -> None:
         """See `Family.check_model`."""
@@ -90,14 +94,16 @@ class Flux2Family(Family):
         two = "negative_prompt_embeds" in call and not pipeline.config.is_distilled
         return float(call["guidance_scale"]) if two and call["guidance_scale"] > 1 else None
 
-    def read_call(self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]) -> Any:
-        """See `Family.read_call`."""
-        if arguments.get("image") is not None:
-            raise UnsupportedModelError(
-                "got `image`: reference images are further tokens, which coarse steps of this "
-                "version cannot carry; leave it out, or call the diffusers pipeline itself"
-            )
-        return super().read_call(pipeline, scheduler, arguments)
+    def size_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
+        """See `Family.size_of`: by default of the first reference image."""
+        image = call["image"]
+        if image is None:
+            return super().size_of(pipeline, call)
+        processor, first = pipeline.image_processor, image[0] if isinstance(image, list) else image
+        columns, rows = processor._resize_if_exceeds_area(processor.check_image_input(first)).size
+        unit = pipeline.vae_scale_factor * self.patch
+        # As the pipeline has it, 0 is no size either.
+        return call["height"] or rows // unit * unit, call["width"] or columns // unit * unit
 
     def mu(self, scheduler: Any, tokens: int, steps: int) -> float:
         """See `Family.mu`."""

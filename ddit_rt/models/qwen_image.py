@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddit_rt import ops
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.models.calls import ModelCall
 from ddit_rt.models.description import REFERENCE, REFERENCE_SHAPES
 from ddit_rt.models.family import Family
 
@@ -88,14 +87,9 @@ class QwenImageFamily(Family):
         references = arguments.get(REFERENCE_SHAPES, ())
         return {"img_shapes": [[(1, rows, columns), *references]] * shape[0]}
 
-    def read_model_call(
-        self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
-    ) -> ModelCall:
-        """See `Family.read_model_call`."""
-        call = super().read_model_call(transformer, shape, arguments)
-        if REFERENCE in call.conditioning:
-            call.conditioning[REFERENCE_SHAPES] = tuple(arguments["img_shapes"][0][1:])
-        return call
+    def reference_places(self, arguments: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        """See `Family.reference_places`: the model makes positions of shapes."""
+        return {REFERENCE_SHAPES: tuple(arguments["img_shapes"][0][1:])}
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
         """See `Family.scale_of`: true guidance, with a negative prompt."""
