@@ -24,9 +24,8 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ddit_rt import ops
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.description import REFERENCE, REFERENCE_IDS
 from ddit_rt.models.family import Family
@@ -42,6 +41,8 @@ class Flux2Family(Family):
     transformer_class: ClassVar[str] = "Flux2Transformer2DModel"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("Flux2Pipeline", "Flux2KleinPipeline")
     conditioning_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "guidance")
+    packed: ClassVar[bool] = True
+    dtypes: ClassVar[Mapping[str, torch.dtype]] = {"guidance": torch.float32}
     held: ClassVar[tuple[str, ...]] = ("context_embedder", "pos_embed")
     timed: ClassVar[tuple[str, ...]] = (
         "time_guidance_embed",
@@ -67,19 +68,13 @@ class Flux2Family(Family):
                     f"less than {_SPREAD}; load the VAE that belongs to the model"
                 )
 
-    def latent_channels(self, transformer: Any) -> int:
-        """`in_channels` counts the packed channels."""
-        return int(transformer.config.in_channels) // self.patch**2
-
-    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `Family.example`."""
-        width, dtype = transformer.config.joint_attention_dim, transformer.dtype
-        prompt = torch.empty(batch, text, width, dtype=dtype, device="meta")
-        embeds = transformer.config.guidance_embeds
-        guidance = (
-            {"guidance": torch.empty(batch, dtype=torch.float32, device="meta")} if embeds else {}
-        )
-        return {"encoder_hidden_states": prompt, **guidance}
+    def shapes(
+        self, transformer: Any, variant: int, batch: int, text: int
+    ) -> dict[str, tuple[int, ...]]:
+        """See `Family.shapes`."""
+        config = transformer.config
+        guidance = {"guidance": (batch,)} if config.guidance_embeds else {}
+        return {self.text: (batch, text, config.joint_attention_dim), **guidance}
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """See `Family.resized`: frame, row, column and text position of every token."""
@@ -115,11 +110,3 @@ class Flux2Family(Family):
         """See `Family.given_latents`: packed, in rows and columns."""
         batch, channels, rows, columns = shape
         return batch, channels * self.patch**2, rows // self.patch, columns // self.patch
-
-    def pack_latents(self, latents: Tensor) -> Tensor:
-        """Packed tokens `[B, n, 4C]`."""
-        return ops.pack(latents, self.patch)
-
-    def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """See `Family.unpack_latents`."""
-        return ops.unpack(latents.contiguous(), self.patch, shape[-2], shape[-1])

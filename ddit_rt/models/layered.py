@@ -23,6 +23,10 @@ class LayeredFamily(Family):
 
     rehearsed: ClassVar[bool] = False
 
+    def hidden_size(self, transformer: Any) -> int:
+        """Heads times head width."""
+        return int(transformer.config.num_attention_heads * transformer.config.attention_head_dim)
+
     @abstractmethod
     def block_types(self, transformer: nn.Module) -> tuple[BlockType, ...]:
         """See `Family.block_types`: in the family's own form."""
@@ -64,9 +68,10 @@ class LayeredFamily(Family):
                 s x s base tokens of one frame, placed at the centres of what they cover.
         """
 
-    @abstractmethod
     def embed_tokens(self, transformer: nn.Module, tokens: Tensor) -> Tensor:
         """The model's own patch embedding: `[B, n, C*p*p]` to `[B, n, d]`."""
+        hidden: Tensor = self.embedding_layers(transformer)[0](tokens)
+        return hidden
 
     @abstractmethod
     def run_blocks(
@@ -122,9 +127,13 @@ class LayeredFamily(Family):
     def modulate_output(self, transformer: nn.Module, hidden: Tensor, temb: Tensor) -> Tensor:
         """The final modulated norm, before the de-embedding: `[B, n, d]`."""
 
-    @abstractmethod
     def project_output(self, transformer: nn.Module, hidden: Tensor) -> Tensor:
-        """The model's own de-embedding: `[B, n, d]` to `[B, n, C*p*p]`."""
+        """The model's own de-embedding: `[B, n, d]` to `[B, n, C*p*p]`.
+
+        Features are ordered as `channels_last` says.
+        """
+        tokens: Tensor = self.embedding_layers(transformer)[1](hidden)
+        return tokens
 
     def first_weight(self, transformer: nn.Module) -> Tensor:
         """See `Family.first_weight`: the patch embedding's."""
