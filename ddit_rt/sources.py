@@ -82,7 +82,7 @@ def load_pipeline(model: str, dtype: str | None = None, device: str = "cpu") -> 
     return pipeline if device == "cpu" else pipeline.to(device)
 
 
-def refuse_sound(manifest: Manifest, command: str, *, audio: bool = True) -> None:
+def refuse_sound(manifest: Manifest, command: str, *, audio: bool = False) -> None:
     """Refuses an artifact of a model that makes sound, which would be left out.
 
     Args:
@@ -99,9 +99,8 @@ def refuse_sound(manifest: Manifest, command: str, *, audio: bool = True) -> Non
     family = family_named(manifest.family)
     if family.soundtrack or (audio and family.audio):
         raise UnsupportedModelError(
-            f"ddit-rt {command} leaves sound beside a video out, and plans of sound are not "
-            f"compared; this artifact makes sound ({manifest.transformer_class}): call its engine "
-            "in Python, as docs/models says"
+            f"ddit-rt {command} leaves sound out, and this artifact makes it "
+            f"({manifest.transformer_class}): call its engine in Python, as docs/models says"
         )
 
 
@@ -170,7 +169,7 @@ def load_engine(
         return kept_demo(artifact, dtype)
     path = Path(artifact)
     manifest = read_manifest(path)
-    refuse_sound(manifest, command)
+    refuse_sound(manifest, command, audio=True)
     device = manifest.environment.device
     pipeline = _quiet(load_pipeline(model, dtype or manifest.dtype, device))
     return ddit_rt.load(path, pipeline, trust_code=trust_code)

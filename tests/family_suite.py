@@ -20,6 +20,7 @@ from ddit_rt import DDiTPolicy, Engine, MagCache, StaticPolicy, TokenRanges
 from ddit_rt.engine.cost import step_cost
 from ddit_rt.engine.memory import memory_of
 from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.lab.calibrate.cache_fit import measuring_plan, watch
 from ddit_rt.loop import CudaExecutor
 from ddit_rt.models import family_of
 from ddit_rt.steps import StepModel
@@ -265,6 +266,19 @@ class FamilySuite:
         assert torch.equal(generated(device, call, **more), ours)
         fine = generated(cpu, call, patch_policy=FINE)
         assert 1e-6 < float((fine - ours).abs().max() / fine.abs().max()) < 1
+
+    def test_what_magcache_has_to_know_is_measured(self) -> None:
+        """With and without guidance, also of passes that cannot be one batch."""
+        engine = eager(self.case.pipeline())
+        if self.case.executor != "cpu":
+            pytest.skip("no plan holds the steps of the pipeline's own loop")
+        for prompts in PROMPTS["one"], PROMPTS["guided apart"]:
+            call = self.case.call(*(prompts if self.case.guided else PROMPTS["one"]))
+            plan, latents = measuring_plan(engine, "magcache", **call, generator=seeded())
+            ratios = watch(plan, latents).ratios
+            assert len(ratios) == len(plan.stages) - 1
+            assert len(set(ratios)) == len(ratios)
+            assert all(0 < ratio < 100 for ratio in ratios)
 
     def test_cost_and_memory_are_counted(self) -> None:
         pipeline = self.case.pipeline()

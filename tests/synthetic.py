@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ddit_rt.lab.calibrate import CacheRange, Candidate, Measurement, Prompt
+from ddit_rt.lab.measure.measures import IMAGE, Measure
 from ddit_rt.lab.plans.bench import NO_FIT
 from ddit_rt.policies import (
     DYNAMIC,
@@ -48,7 +49,7 @@ class SyntheticBench:
     offered: tuple[int, ...] = (1, 2, 4)
     evaluated: list[str] = field(default_factory=list)
     taus: tuple[float, float] = (1e-3, 1.0)
-    makes: str = "image"
+    measure: Measure = IMAGE
 
     @property
     def costs(self) -> dict[str, float]:

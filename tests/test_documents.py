@@ -6,10 +6,12 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ddit_rt.cli.main import build_parser, main
+from ddit_rt.models import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -58,6 +60,19 @@ def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if "://" not in target:
             assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_pipeline_stands_in_the_readme_and_on_a_page_with_its_commands(family: Any) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs/models").glob("*.md")]
+    for pipeline in family.pipeline_classes:
+        assert f"`{pipeline}`" in readme
+        (found, *_) = (
+            page for page in pages if f"`{pipeline}`" in page and family.transformer_class in page
+        )
+        assert "ddit-rt compile" in found
+        assert "ddit-rt info" in found
 
 
 def test_readme_is_short() -> None:

@@ -24,11 +24,12 @@ class CalibratedPlan:
         policy: `PatchPolicy.to_dict` of its policy.
         num_inference_steps: Steps that it runs; fewer than the calibration's own where fewer
             steps are part of the plan.
-        cost: Cost of an image's, or video's, denoising loop, in the calibration's unit.
+        cost: Cost of the denoising loop of an image, video or recording, in the calibration's unit.
         speedup: Cost of the loop at full resolution over `cost`.
-        ssim: Structural similarity to full resolution, at most 1; of videos, the mean over
-            their frames.
-        psnr: Peak signal-to-noise ratio in dB; None where everything equals its reference.
+        ssim: Similarity to full resolution, at most 1: structural similarity, of videos as the
+            mean over their frames; of recordings STFT similarity. The evidence names it.
+        psnr: Signal-to-noise ratio in dB, of images and videos to the peak; None where everything
+            equals its reference.
         step_cache: `StepCache.to_dict` of its step cache; None: every step computes.
     """
 
@@ -50,7 +51,8 @@ class Calibration:
     Attributes:
         num_inference_steps: Steps of the runs that it is for, and of its full-resolution reference.
         cost_unit: `"ms"` or `"tokens"`.
-        target: What was asked for: `{"speedup": x}`, `{"min_ssim": x}` or `{"budget_ms": x}`.
+        target: What was asked for: `{"speedup": x}`, `{"min_ssim": x}`, of recordings
+            `{"min_stft": x}`, or `{"budget_ms": x}`.
         presets: Plans by the names of `PRESETS`; `"balanced"` is the one that the target chose.
         front: Plans that no other one beats in both cost and similarity, full resolution
             first, then by falling cost.

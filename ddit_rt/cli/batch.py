@@ -100,7 +100,7 @@ def _about(args: argparse.Namespace) -> tuple[dict[str, Any], bool, bool]:
     if is_embedded(args.artifact):
         return about, args.artifact == EMBEDDED_VIDEO, False
     manifest = read_manifest(Path(args.artifact))
-    refuse_sound(manifest, "batch")
+    refuse_sound(manifest, "batch", audio=True)
     about["artifact"] = manifest.digest
     video = family_named(manifest.family).video
     return about, video, manifest.environment.device == "cuda"

@@ -24,9 +24,11 @@ from ddit_rt.cli.models import (
 from ddit_rt.cli.options import existing_file, folder_to_write, number, seed, whole
 
 if TYPE_CHECKING:
+    from ddit_rt.artifact import Manifest
     from ddit_rt.engine import Engine
     from ddit_rt.lab.calibrate import CalibrationConfig
     from ddit_rt.lab.calibrate.run import CalibrationResult
+    from ddit_rt.lab.measure.measures import Measure
 
 _REPEATS = 3
 """Timed rounds on the held-out prompts."""
@@ -51,7 +53,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mean SSIM to the images at full resolution, or to the frames of the videos",
     )
     group.add_argument(
-        "--budget-ms", type=number(), metavar="MS", help="of the loop of an image or video"
+        "--min-stft",
+        type=number(),
+        metavar="S",
+        help="of models of sound: mean STFT similarity to the recordings at full resolution",
+    )
+    group.add_argument(
+        "--budget-ms",
+        type=number(),
+        metavar="MS",
+        help="of the loop of an image, video or recording",
     )
     group.add_argument(
         "--cache",
@@ -119,11 +130,17 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    from ddit_rt.lab.measure.measures import measure_of
+    from ddit_rt.models import family_named
+
     if args.cache is not None:
         return _fit_cache(args)
     _require_extra()
-    config = _config(args)
-    engine = _engine(args)
+    manifest = _manifest(args)
+    measure = measure_of(family_named(manifest.family))
+    config = _config(args, measure)
+    config.check(measure)
+    engine = _engine(args, manifest)
     arguments = pipeline_arguments(args)
     result = _calibrate(engine, config, arguments)
     from ddit_rt.lab.calibrate.report import summary, write_report
@@ -141,12 +158,17 @@ def _run(args: argparse.Namespace) -> Outcome:
     return Outcome(data=data, text=f"{summary(calibration)}\n{wrote}")
 
 
-def _engine(args: argparse.Namespace) -> Engine:
+def _manifest(args: argparse.Namespace) -> Manifest:
+    """Of the artifact, which must be one that can be calibrated and saved."""
     from ddit_rt.artifact import read_manifest, require_savable
 
     manifest = read_manifest(args.artifact)
     refuse_sound(manifest, "calibrate")
     require_savable(args.artifact)
+    return manifest
+
+
+def _engine(args: argparse.Namespace, manifest: Manifest) -> Engine:
     pipeline = load_pipeline(args.model, args.dtype or manifest.dtype, manifest.environment.device)
     pipeline.set_progress_bar_config(disable=True)
     import ddit_rt
@@ -160,15 +182,19 @@ def _fit_cache(args: argparse.Namespace) -> Outcome:
 
     from ddit_rt.lab.calibrate import Prompt
     from ddit_rt.lab.calibrate.cache_fit import fit_cache
+    from ddit_rt.lab.measure.measures import measure_of
+    from ddit_rt.models import family_named
 
-    texts = _prompts(args.prompts, args.model)[: args.calibration_prompts]
+    manifest = _manifest(args)
+    measure = measure_of(family_named(manifest.family))
+    texts = _prompts(args.prompts, args.model, measure)[: args.calibration_prompts]
     if len(texts) < max(1, args.calibration_prompts):
         raise ValueError(
             f"got {len(texts)} prompts and --calibration-prompts {args.calibration_prompts}; give "
             "more, or ask for fewer, at least 1"
         )
     prompts = [Prompt(text=text, seed=args.seed + place) for place, text in enumerate(texts)]
-    engine, arguments = _engine(args), pipeline_arguments(args)
+    engine, arguments = _engine(args, manifest), pipeline_arguments(args)
     with tqdm(total=len(prompts), desc="calibrate", unit="run", leave=False) as bar:
         fit = fit_cache(
             engine,
@@ -211,15 +237,15 @@ def _require_extra() -> None:
         )
 
 
-def _config(args: argparse.Namespace) -> CalibrationConfig:
+def _config(args: argparse.Namespace, measure: Measure) -> CalibrationConfig:
     from ddit_rt.lab.calibrate import CalibrationConfig
 
     if args.steps is not None and args.steps < 2:
         raise ValueError(f"got --steps {args.steps}; of fewer than 2 steps none can be saved")
-    names = ("speedup", "min_ssim", "budget_ms")
+    names = ("speedup", "min_ssim", "min_stft", "budget_ms")
     return CalibrationConfig(
         request={n: value for n in names if (value := getattr(args, n)) is not None},
-        prompts=_prompts(args.prompts, args.model),
+        prompts=_prompts(args.prompts, args.model, measure),
         calibration_prompts=args.calibration_prompts,
         held_out_prompts=args.held_out_prompts,
         evaluations=args.evaluations,
@@ -228,7 +254,7 @@ def _config(args: argparse.Namespace) -> CalibrationConfig:
     )
 
 
-def _prompts(file: Path | None, model: str) -> tuple[str, ...]:
+def _prompts(file: Path | None, model: str, measure: Measure) -> tuple[str, ...]:
     if file is not None:
         from ddit_rt.lab.plans.points import prompt_lines
 
@@ -241,9 +267,9 @@ def _prompts(file: Path | None, model: str) -> tuple[str, ...]:
         from ddit_rt.lab.demo.prompts import held_out_video_prompts
 
         return tuple(held_out_video_prompts())
-    from ddit_rt.lab.calibrate.prompts import PROMPTS
+    from ddit_rt.lab.calibrate.prompts import PROMPTS, SOUNDS
 
-    return PROMPTS
+    return SOUNDS if measure.makes == "recording" else PROMPTS
 
 
 def _calibrate(
@@ -287,6 +313,7 @@ CALIBRATE = Command(
         "    --min-ssim 0.9 --prompts prompts.txt",
         "ddit-rt calibrate flux.ddit --model ./flux --budget-ms 900 --evaluations 40",
         "ddit-rt calibrate clip.ddit --model demo-video --steps 24 --speedup 2 --guidance-scale 3",
+        "ddit-rt calibrate sound.ddit --model ./longcat --steps 20 --min-stft 0.8",
         "ddit-rt calibrate demo.ddit --model demo --steps 24 --cache teacache",
         "ddit-rt generate demo.ddit --model demo --steps 24 --policy balanced \\",
         '    --prompt "a red circle on plain blue"',

@@ -15,7 +15,6 @@ from ddit_rt.cli.models import (
     MODEL_HELP,
     add_call_arguments,
     load_pipeline,
-    refuse_sound,
     refuse_video,
 )
 from ddit_rt.cli.options import existing_folder, folder_to_write, seed, whole
@@ -46,8 +45,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=folder_to_write,
         metavar="DIR",
-        help="folder of images and report; a run that was cut off goes on there; default: "
-        "beside the artifact",
+        help="folder of images or recordings and report; a run that was cut off goes on there; "
+        "default: beside the artifact",
     )
     parser.add_argument(
         "--policy",
@@ -129,11 +128,14 @@ def _run(args: argparse.Namespace) -> Outcome:
     _require_extra()
     from ddit_rt.artifact import read_manifest
     from ddit_rt.lab.evaluate.metrics import weights_folder
+    from ddit_rt.models import family_named
 
     prompts, source = _prompts(args)
     manifest = read_manifest(args.artifact)
     refuse_video(manifest, "eval")
-    refuse_sound(manifest, "eval")
+    sound = family_named(manifest.family).audio
+    if sound:
+        _refuse_image_options(args)
     with weights_folder(args.weights):
         pipeline = load_pipeline(
             args.model, args.dtype or manifest.dtype, manifest.environment.device
@@ -143,7 +145,17 @@ def _run(args: argparse.Namespace) -> Outcome:
 
         engine = ddit_rt.load(args.artifact, pipeline, trust_code=args.trust_code)
         config = _config(args, engine, prompts, source)
-        return _evaluate(args, engine, config)
+        return _evaluate(args, engine, config, sound=sound)
+
+
+def _refuse_image_options(args: argparse.Namespace) -> None:
+    """Refuses what only metrics of images would read."""
+    for name in ("references", "clip_model", "weights"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"got --{name.replace('_', '-')} for a model of sound, whose metrics compare "
+                "recordings alone; leave it out"
+            )
 
 
 def _require_extra() -> None:
@@ -200,15 +212,21 @@ def _policies(texts: Sequence[str], engine: Engine) -> tuple[tuple[str, PolicyCh
     )
 
 
-def _evaluate(args: argparse.Namespace, engine: Engine, config: EvaluationConfig) -> Outcome:
-    from ddit_rt.lab.evaluate.metrics import CLIP_MODEL, all_metrics, usable
+def _evaluate(
+    args: argparse.Namespace, engine: Engine, config: EvaluationConfig, *, sound: bool
+) -> Outcome:
+    from ddit_rt.lab.evaluate.metrics import CLIP_MODEL, all_metrics, sound_metrics, usable
     from ddit_rt.lab.evaluate.run import Subject, evaluate, summary
 
-    metrics = all_metrics(
-        device=str(engine.pipeline.transformer.device),
-        clip_model=args.clip_model or CLIP_MODEL,
-        weights=args.weights,
-        demo=args.model == EMBEDDED,
+    metrics = (
+        sound_metrics()
+        if sound
+        else all_metrics(
+            device=str(engine.pipeline.transformer.device),
+            clip_model=args.clip_model or CLIP_MODEL,
+            weights=args.weights,
+            demo=args.model == EMBEDDED,
+        )
     )
     can, cannot = usable(metrics)
     _announce(cannot)
@@ -235,6 +253,7 @@ EVALUATE = Command(
         "    --prompts drawbench --limit 64 --seeds 2 --out flux-eval",
         "ddit-rt eval flux.ddit --model ./flux --prompts prompts.txt --policy balanced \\",
         "    --policy dynamic --references coco-val/ --clip-model ./clip",
+        "ddit-rt eval sound.ddit --model ./longcat --prompts prompts.txt --audio-duration-s 5",
         "ddit-rt ab flux-eval   # blind comparison by people",
     ),
     add_arguments=_add_arguments,

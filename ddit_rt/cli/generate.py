@@ -70,9 +70,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=whole(1), help="denoising steps; default: the pipeline's")
     add_call_arguments(parser)
     add_further_arguments(parser)
-    parser.add_argument(
-        "--audio-duration-s", type=number(0), help="of a recording; default: the pipeline's"
-    )
     parser.add_argument("--fps", type=whole(1), default=16, help="of an MP4 (default: %(default)s)")
     parser.add_argument(
         "--guidance-interval",
@@ -108,7 +105,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
     # Before the model: a missing artifact should not cost the minutes of loading one.
     manifest = read_manifest(args.artifact)
-    refuse_sound(manifest, "generate", audio=False)
+    refuse_sound(manifest, "generate")
     family = family_named(manifest.family)
     kind = "video" if family.video else "audio" if family.audio else "image"
     output = args.output or Path(f"out{_ENDINGS[kind]}")

@@ -46,6 +46,9 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what every command that runs an artifact asks of the pipeline's call."""
     parser.add_argument("--height", type=whole(1), help="default: as compiled")
     parser.add_argument("--width", type=whole(1), help="default: as compiled")
+    parser.add_argument(
+        "--audio-duration-s", type=number(0), help="of a recording; default: the pipeline's"
+    )
     parser.add_argument("--guidance-scale", type=number(), help="default: the pipeline's")
     parser.add_argument(
         "--max-sequence-length", type=whole(1), help="text tokens; default: the pipeline's"

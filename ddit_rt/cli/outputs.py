@@ -12,7 +12,6 @@ SOUND = ".wav"
 
 _KNOWN = {"image": IMAGES, "video": (*IMAGES, VIDEO), "audio": (SOUND,)}
 _MAKES = {"image": "images", "video": "videos", "audio": "sound"}
-_PCM16 = 2**15 - 1
 
 
 def output_paths(output: Path, count: int, *, kind: str = "image") -> list[Path]:
@@ -71,13 +70,6 @@ def write_sound(samples: Any, path: Path, rate: int) -> None:
         path: The file.
         rate: Samples a second.
     """
-    import wave
+    from ddit_rt.lab.measure.sound_file import as_pcm, wav_bytes
 
-    import numpy as np
-
-    pcm = (np.clip(np.asarray(samples, dtype=np.float32), -1, 1) * _PCM16).astype("<i2")
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(len(pcm))
-        file.setsampwidth(pcm.itemsize)
-        file.setframerate(rate)
-        file.writeframes(pcm.T.tobytes())
+    path.write_bytes(wav_bytes(as_pcm(samples), rate))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.models import DEVICES, DTYPES, EMBEDDED, MODEL_HELP, embedded_defaults
-from ddit_rt.cli.options import folder_to_write, seed, whole
+from ddit_rt.cli.options import folder_to_write, number, seed, whole
 from ddit_rt.cli.policies import add_policy_arguments, choose_policy
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=whole(1), help="denoising steps; default: the pipeline's")
     parser.add_argument("--height", type=whole(1), help="default: as compiled")
     parser.add_argument("--width", type=whole(1), help="default: as compiled")
+    parser.add_argument(
+        "--audio-duration-s", type=number(0), help="of a recording; default: the pipeline's"
+    )
     parser.add_argument(
         "--max-sequence-length", type=whole(1), help="text tokens; default: the pipeline's"
     )
@@ -221,6 +224,7 @@ def child_command(args: argparse.Namespace) -> list[str]:
         "steps": args.steps,
         "height": args.height,
         "width": args.width,
+        "audio-duration-s": args.audio_duration_s,
         "max-sequence-length": args.max_sequence_length,
         "dtype": args.dtype,
         "warm-up": args.warm_up,
@@ -309,6 +313,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         "num_inference_steps": args.steps,
         "height": args.height,
         "width": args.width,
+        "audio_duration_s": args.audio_duration_s,
         "max_sequence_length": args.max_sequence_length,
     }
     given = {name: value for name, value in given.items() if value is not None}

@@ -93,6 +93,7 @@ class PipelineRun:
         self._step = _Step(0)
         self._computed: set[int] = set()
         self._step_end: StepEnd | None = None
+        self._text_tokens: list[int] = []
         self.rehearsed: Sequence[Mapping[str, Any]] = ()
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
@@ -116,7 +117,7 @@ class PipelineRun:
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        """Stands in for the transformers; and sees the noise before it is rounded for them."""
+        """Stands in for the transformers; and sees texts, and noise before it is rounded."""
         with ExitStack() as stack:
             for expert, model in enumerate(self._compiled.models):
                 transformer: Any = model.transformer
@@ -125,8 +126,11 @@ class PipelineRun:
                 # What `nn.Module.compile` leaves would be called instead of `forward`.
                 parts |= {"_compiled_call_impl": None}
                 stack.enter_context(replaced(transformer, **parts))
-            noise = partial(self._prepare_latents, self._pipeline.prepare_latents)
-            stack.enter_context(replaced(self._pipeline, prepare_latents=noise))
+            seen = {
+                "prepare_latents": partial(self._prepare_latents, self._pipeline.prepare_latents),
+                "encode_prompt": partial(self._encode_prompt, self._pipeline.encode_prompt),
+            }
+            stack.enter_context(replaced(self._pipeline, **seen))
             yield
 
     @contextmanager
@@ -141,6 +145,14 @@ class PipelineRun:
         prepared = own(*args, **kwargs)
         self._seen.returned(prepared[0] if isinstance(prepared, tuple) else prepared)
         return prepared
+
+    def _encode_prompt(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Notes the lengths of the texts: that of the prompt, then that of the negative prompt."""
+        encoded = own(*args, **kwargs)
+        for one in encoded if isinstance(encoded, tuple) else (encoded,):
+            if isinstance(one, Tensor) and one.ndim == 3:
+                self._text_tokens.append(one.shape[1])
+        return encoded
 
     def _forward(self, expert: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stands in the place of a transformer's `forward`."""
@@ -214,18 +226,29 @@ class PipelineRun:
         return self._passes.index(context)
 
     def _open(self, call: ModelCall) -> StepSession:
-        """Plans every pass from the first call; a second has its number of text tokens by then."""
+        """Plans every pass from the first call; the length of a second's text is known by then."""
         conditionings = [call.conditioning, *self.rehearsed[1:]]
         if len(conditionings) < self._call.passes:
-            text = call.conditioning["encoder_hidden_states"]
-            tokens = negative_tokens(self._call.arguments, text.shape[1])
-            empty = text.new_zeros(text.shape[0], tokens, text.shape[2])
-            conditionings.append({**call.conditioning, "encoder_hidden_states": empty})
+            name = self._family.text
+            text = call.conditioning[name]
+            empty = text.new_zeros(len(text), self._negative_tokens(), text.shape[2])
+            conditionings.append({**call.conditioning, name: empty})
         plan = plan_passes(self._compiled, self._outline, conditionings)
         self._shapes = list(map(_shapes, conditionings))
         self._reachable = sorted(plan.policy.reachable())
         self._session = self._run.open(plan, self._seen.entry(call.latents))
         return self._session
+
+    def _negative_tokens(self) -> int:
+        """Text tokens of the negative prompt."""
+        if len(self._text_tokens) != self._call.passes:
+            raise UnsupportedModelError(
+                f"the encode_prompt of this {type(self._pipeline).__name__} gave "
+                f"{len(self._text_tokens)} text embeddings [B, T, D] for {self._call.passes} "
+                "passes, so that nothing tells how long the negative prompt is; let it give the "
+                "prompt's and the negative prompt's, or leave guidance out"
+            )
+        return self._text_tokens[1]
 
     def _decide(self, session: StepSession, call: ModelCall) -> int:
         step, signal = self._step.index, session.signal()
@@ -336,15 +359,6 @@ def _shapes(conditioning: Mapping[str, Any]) -> dict[str, Sequence[int]]:
 
 def _shown(shape: Sequence[int] | None) -> str:
     return "nothing" if shape is None else str(list(shape))
-
-
-def negative_tokens(arguments: Mapping[str, Any], tokens: int) -> int:
-    """Text tokens of the negative prompt in a call whose prompt has `tokens`."""
-    given = arguments["negative_prompt_embeds"]
-    if given is not None:
-        return int(given.shape[1])
-    # Both are encoded alike, where both are encoded.
-    return tokens if arguments["prompt_embeds"] is None else int(arguments["max_sequence_length"])
 
 
 @contextmanager

@@ -12,13 +12,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ddit_rt import ops
-from ddit_rt.models.calls import ModelCall, PipelineCall
+from ddit_rt.models.calls import ModelCall
 from ddit_rt.models.family import Family
-
-_MASKS = ("prompt_attention_mask", "negative_prompt_attention_mask")
 
 
 class ChromaFamily(Family):
@@ -28,22 +25,19 @@ class ChromaFamily(Family):
     transformer_class: ClassVar[str] = "ChromaTransformer2DModel"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("ChromaPipeline",)
     conditioning_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "attention_mask")
+    packed: ClassVar[bool] = True
     guided_by_default: ClassVar[bool] = True
     held: ClassVar[tuple[str, ...]] = ("context_embedder", "pos_embed")
     timed: ClassVar[tuple[str, ...]] = ("time_text_embed", "distilled_guidance_layer")
     sized: ClassVar[tuple[str, ...]] = ("img_ids", "txt_ids")
+    masks: ClassVar[Mapping[str, str]] = {"prompt_attention_mask": "attention_mask"}
 
-    def latent_channels(self, transformer: Any) -> int:
-        """`in_channels` counts the packed channels."""
-        return int(transformer.config.in_channels) // self.patch**2
-
-    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `Family.example`."""
-        width, dtype = transformer.config.joint_attention_dim, transformer.dtype
-        return {
-            "encoder_hidden_states": torch.empty(batch, text, width, dtype=dtype, device="meta"),
-            "attention_mask": torch.empty(batch, text, dtype=dtype, device="meta"),
-        }
+    def shapes(
+        self, transformer: Any, variant: int, batch: int, text: int
+    ) -> dict[str, tuple[int, ...]]:
+        """See `Family.shapes`."""
+        width = transformer.config.joint_attention_dim
+        return {"encoder_hidden_states": (batch, text, width), "attention_mask": (batch, text)}
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """See `Family.resized`; the prompt's mask too, open to the image."""
@@ -58,24 +52,6 @@ class ChromaFamily(Family):
             "attention_mask": torch.cat((mask, mask.new_ones(len(mask), rows * columns)), dim=1),
         }
 
-    def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """See `Family.scale_of`: a negative prompt that is not given is the empty one."""
-        scale = float(call["guidance_scale"])
-        return scale if scale > 1 else None
-
-    def read_call(
-        self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
-    ) -> PipelineCall:
-        """See `Family.read_call`. A mask of booleans would mask otherwise than the encoder's."""
-        for name in _MASKS:
-            mask, dtype = arguments.get(name), pipeline.transformer.dtype
-            if isinstance(mask, Tensor) and mask.dtype != dtype:
-                raise TypeError(
-                    f"got `{name}` of {mask.dtype}; the blocks are compiled for ones and zeros of "
-                    f"{dtype}, as the pipeline's encode_prompt makes them: convert it"
-                )
-        return super().read_call(pipeline, scheduler, arguments)
-
     def read_model_call(
         self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
     ) -> ModelCall:
@@ -84,11 +60,3 @@ class ChromaFamily(Family):
         text, mask = (call.conditioning[name] for name in self.conditioning_names)
         call.conditioning["attention_mask"] = mask[:, : text.shape[1]]
         return call
-
-    def pack_latents(self, latents: Tensor) -> Tensor:
-        """Packed tokens `[B, n, 4C]`."""
-        return ops.pack(latents, self.patch)
-
-    def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """See `Family.unpack_latents`."""
-        return ops.unpack(latents.contiguous(), self.patch, shape[-2], shape[-1])

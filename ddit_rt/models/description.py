@@ -3,27 +3,30 @@
 The model's forward is the model, with its repeated blocks replaced by compiled ones; a coarse step
 is the same forward on a smaller latent. So a family says how the pipeline lays its latents out,
 which arguments of the forward hang on their size, how time enters, how guidance joins two passes,
-and what of the forward need not be computed at every step. What follows from it says `family.py`.
+and what of the forward need not be computed at every step. How calls of its pipelines are read says
+`call_description.py`, what follows from both `family.py`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ddit_rt.errors import ShapeError
-from ddit_rt.models.calls import batch_of
+from ddit_rt import ops
 
 REFERENCE = "reference_tokens"
 """Conditioning behind the latents' tokens: of other images, the same at every step and size."""
 
 REFERENCE_SHAPES = "reference_shapes"
 """What `resized` must know of those images."""
+
+REFERENCE_IDS = "reference_ids"
+"""Positions of their tokens, `[m, axes]`."""
 
 
 class Description(ABC):
@@ -51,13 +54,20 @@ class Description(ABC):
         guided_by_default: Whether a pipeline call that says nothing of guidance runs two passes.
         tables: Attributes around the blocks that hold tensors once the model has run.
         numbering: Attributes that number a block, which its forward does not read.
+        packed: Whether the pipelines cut latents into tokens of p x p pixels, `[B, n, C*p*p]`.
+        thousands: Whether the forward's time is 1000 t, and not t.
+        negative_first: Whether a pipeline's call of its transformer holds all passes as one batch,
+            that with the prompt last.
+        shifts: Image tokens between which the pipelines shift noise levels by a straight line, and
+            the shifts there: least, most, low, high.
         default_ranges: Fields of `TokenRanges` in which the family departs from its defaults.
         own_blocks: Classes of blocks that the family computes in a form of its own, and their
             modules whose `forward` that passes by, "" for the block's: another could only be
             ignored.
         own_loop: Why only the pipelines' own loop can take the steps; empty where a table can.
         rehearsed: Whether a pipeline's own loop must be seen once, up to its first step, before the
-            passes of guidance can be planned: they differ in more than the length of a text.
+            passes of guidance can be planned: they differ in more than the length of a text, which
+            the pipeline's `encode_prompt` tells.
         time_driven: Whether what TeaCache goes by depends on the time alone.
         patch: p, the side of the square of latent pixels that becomes a token.
         held: Children of the transformer whose outputs are the same at every step of a run; one
@@ -69,6 +79,9 @@ class Description(ABC):
         repeated: Class names of its repeated blocks, where it has no `_repeated_blocks`.
         variants: In how many ways the forward may be called; see `example`.
         extra: Conditioning that is no argument of the forward; `forward_arguments` takes it in.
+        dtypes: Those of the arguments in `shapes`, where they are not the model's.
+        masks: Masks that the pipeline's call takes, by the arguments of the forward that they
+            become, whose dtype they must have.
         exact: Tensor arguments that keep their own dtype, such as times and positions.
         image_first: Whether image tokens come before text tokens where blocks take both as one.
         scale: Conditioning that is the scale of classifier-free guidance.
@@ -89,6 +102,10 @@ class Description(ABC):
     guided_by_default: ClassVar[bool] = False
     tables: ClassVar[tuple[str, ...]] = ()
     numbering: ClassVar[tuple[str, ...]] = ()
+    packed: ClassVar[bool] = False
+    thousands: ClassVar[bool] = False
+    negative_first: ClassVar[bool] = False
+    shifts: ClassVar[tuple[float, float, float, float]] = (256, 4096, 0.5, 1.15)
     default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {}
     own_blocks: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     own_loop: ClassVar[str] = ""
@@ -103,6 +120,8 @@ class Description(ABC):
     repeated: ClassVar[tuple[str, ...]] = ()
     variants: ClassVar[int] = 1
     extra: ClassVar[tuple[str, ...]] = ()
+    dtypes: ClassVar[Mapping[str, torch.dtype]] = {}
+    masks: ClassVar[Mapping[str, str]] = {}
     exact: ClassVar[tuple[str, ...]] = ()
     image_first: ClassVar[bool] = False
     scale: ClassVar[str] = "guidance_scale"
@@ -117,13 +136,17 @@ class Description(ABC):
         """
         del transformer, pipeline
 
-    @abstractmethod
-    def latent_channels(self, transformer: nn.Module) -> int:
-        """Channels of the latent that the model denoises."""
+    def latent_channels(self, transformer: Any) -> int:
+        """Channels of the latent that the model denoises; `in_channels` may count packed ones."""
+        return int(transformer.config.in_channels) // (self.patch**2 if self.packed else 1)
 
     @abstractmethod
-    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """Arguments of the forward that carry the prompt, as tensors without data, on `meta`.
+    def shapes(
+        self, transformer: Any, variant: int, batch: int, text: int
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensor arguments of the forward that carry the prompt.
+
+        Images and videos of one pixel serve every size.
 
         Args:
             transformer: The model.
@@ -131,6 +154,16 @@ class Description(ABC):
             batch: Samples.
             text: Text tokens.
         """
+
+    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
+        """Arguments of the forward that carry the prompt, as tensors without data, on `meta`.
+
+        Arguments as of `shapes`.
+        """
+        return {
+            name: torch.empty(shape, dtype=self.dtypes.get(name, transformer.dtype), device="meta")
+            for name, shape in self.shapes(transformer, variant, batch, text).items()
+        }
 
     def sound_example(self, transformer: Any, batch: int, tokens: int) -> dict[str, Any]:
         """The same of what carries a soundtrack, `tokens` long."""
@@ -165,27 +198,46 @@ class Description(ABC):
         hidden = self.pack_latents(latents)
         if REFERENCE in arguments:
             hidden = torch.cat((hidden, arguments[REFERENCE]), dim=1)
-        references = (REFERENCE, REFERENCE_SHAPES)
+        references = (REFERENCE, REFERENCE_SHAPES, REFERENCE_IDS)
+        sized = self.resized(arguments, tuple(latents.shape))
+        if (ids := arguments.get(REFERENCE_IDS)) is not None:
+            sized["img_ids"] = torch.cat((sized["img_ids"], ids.to(sized["img_ids"].dtype)))
         return {
             **{name: one for name, one in arguments.items() if name not in references},
-            **self.resized(arguments, tuple(latents.shape)),
+            **sized,
             "hidden_states": hidden,
             "timestep": time,
             "return_dict": False,
         }
 
+    def reference_places(self, arguments: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        """Conditioning that says where the tokens of reference images are.
+
+        By default what `img_ids` say of them, `[n, axes]` or `[B, n, axes]`.
+
+        Args:
+            arguments: Arguments of the transformer's `forward`.
+            tokens: The image's own, which come first.
+        """
+        ids: Tensor = arguments["img_ids"]
+        return {REFERENCE_IDS: (ids[0] if ids.ndim == 3 else ids)[tokens:]}
+
     def time(self, level: Tensor, dtype: torch.dtype) -> Tensor:
         """The forward's `timestep`: by default t in [0, 1], rounded as the pipeline rounds 1000 t.
+
+        In thousands it is not rounded; through float64, as schedulers may give whole timesteps.
 
         Args:
             level: t in [0, 1], `[1]`, float32.
             dtype: Dtype of the latents.
         """
+        if self.thousands:
+            return (level.double() * 1000).float()
         return level if dtype == torch.float32 else (level * 1000).to(dtype) / 1000
 
     def level_of(self, timestep: Tensor) -> Tensor:
-        """T in [0, 1], float32, of the forward's `timestep`; the inverse of `time`."""
-        return timestep.float()
+        """T in [0, 1] of the forward's `timestep`: the inverse of `time`."""
+        return timestep.double() / 1000 if self.thousands else timestep.float()
 
     def read_output(self, given: Any) -> Tensor:
         """The velocity, in the pipeline's layout, of what the forward returns."""
@@ -235,20 +287,23 @@ class Description(ABC):
         return timesteps.to(torch.float32) / 1000
 
     def mu(self, scheduler: Any, tokens: int, steps: int) -> float:
-        """Shift that the pipeline gives its scheduler; by default FLUX's."""
+        """Shift that the pipeline gives its scheduler: by `shifts`, where that has none."""
         del steps
-        config = scheduler.config
-        least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        given = zip(names, self.shifts, strict=True)
+        least, most, low, high = (scheduler.config.get(name, own) for name, own in given)
         return float(low + (high - low) * (tokens - least) / (most - least))
 
     def pack_latents(self, latents: Tensor) -> Tensor:
-        """Latents, or a velocity, in the pipeline's layout; by default as they are."""
-        return latents
+        """Latents, or a velocity, in the pipeline's layout."""
+        return ops.pack(latents, self.patch) if self.packed else latents
 
     def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of `pack_latents`, of latents of a shape."""
-        return latents
+        if not self.packed:
+            return latents
+        frames = shape[2] if self.video else 0
+        return ops.unpack(latents, self.patch, shape[-2], shape[-1], frames)
 
     def given_latents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in which a pipeline's call takes `latents`; by default in its own layout."""
@@ -263,123 +318,9 @@ class Description(ABC):
         return shape[2:]
 
     def more_tokens(self, conditioning: Mapping[str, Any]) -> int:
-        """Tokens that a pass has beside the image's, such as those of reference images."""
-        del conditioning
-        return 0
-
-    def default_size(self, pipeline: Any) -> tuple[int, int]:
-        """Height and width, in pixels, of a pipeline call that names none."""
-        size = int(pipeline.default_sample_size * pipeline.vae_scale_factor)
-        return size, size
-
-    def default_frames(self, pipeline: Any) -> int | None:
-        """Frames of a pipeline call that names none; None for images."""
-        del pipeline
-        return None
-
-    def call_size(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
-        """Height and width, in pixels, that some arguments of a pipeline's call say.
-
-        Args:
-            pipeline: A pipeline of one of `pipeline_classes`.
-            call: Arguments; where they say nothing, the pipeline's defaults hold.
-        """
-        rows, columns = self.default_size(pipeline)
-        height, width = call.get("height"), call.get("width")
-        return rows if height is None else height, columns if width is None else width
-
-    def size_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
-        """Height and width that the pipeline makes of a call's."""
-        return self.call_size(pipeline, call)
-
-    def call_shape(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
-        """Latent shape of a pipeline's call."""
-        size = self.size_of(pipeline, call)
-        return self.latent_shape(pipeline, *size, batch_of(call), call.get("num_frames"))
-
-    def latent_shape(
-        self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None
-    ) -> tuple[int, ...]:
-        """Latent shape of an image of `height` x `width` pixels, or of a video.
-
-        Odd sizes round down to whole tokens, as the pipeline does.
-
-        Args:
-            pipeline: A pipeline of one of `pipeline_classes`.
-            height: Pixel rows.
-            width: Pixel columns.
-            batch: Samples.
-            num_frames: Frames of a video; None for the pipeline's default, and for images.
-
-        Raises:
-            ShapeError: A size that the model cannot make.
-        """
-        if num_frames is not None:
-            raise ShapeError(f"got num_frames={num_frames}; {self.name} makes images: leave it out")
-        unit = pipeline.vae_scale_factor * self.patch
-        if height < unit or width < unit:
-            raise ShapeError(
-                f"got {height} x {width} pixels; this pipeline's smallest image is {unit} x {unit}"
-            )
-        channels = self.latent_channels(pipeline.transformer)
-        return batch, channels, self.patch * (height // unit), self.patch * (width // unit)
-
-    def default_passes(self) -> int:
-        """Passes of the model in a step of a pipeline call that says nothing of guidance."""
-        return 2 if self.guided_by_default else 1
-
-    @abstractmethod
-    def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """Scale of classifier-free guidance of a pipeline's call; None for a single pass.
-
-        Args:
-            pipeline: The pipeline.
-            call: All arguments of its call.
-        """
-
-    def scales_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[float, ...]:
-        """That of each expert; empty for a single pass."""
-        scale = self.scale_of(pipeline, call)
-        return () if scale is None else (scale,)
-
-    def ignored(
-        self, pipeline: Any, given: Mapping[str, Any], call: Mapping[str, Any]
-    ) -> tuple[str, ...]:
-        """Arguments that the pipeline ignores too, each with what makes it count.
-
-        Args:
-            pipeline: The pipeline.
-            given: What the caller gave.
-            call: All arguments, defaults filled in.
-        """
-        return ()
-
-    def passes_in(self, given: Mapping[str, Any], batch: int) -> Sequence[Mapping[str, Any]]:
-        """The passes that a pipeline's call of its transformer holds, that with the prompt first.
-
-        Args:
-            given: Arguments of the transformer's `forward`.
-            batch: Samples of the run.
-        """
-        del batch
-        return (given,)
-
-    def as_called(self, velocities: Sequence[Tensor]) -> Any:
-        """The inverse of `passes_in`, of what the passes give."""
-        (velocity,) = velocities
-        return velocity
-
-    def outputs(
-        self, velocities: Sequence[Tensor], sounds: Sequence[Tensor | None]
-    ) -> tuple[Any, ...]:
-        """What a pipeline's call of its transformer gives, of what the passes in it give.
-
-        Args:
-            velocities: Of each pass, in the pipeline's layout.
-            sounds: Of the soundtrack, likewise; None where there is none.
-        """
-        del sounds
-        return (self.as_called(velocities),)
+        """Tokens that a pass has beside the image's: those of reference images."""
+        reference = conditioning.get(REFERENCE)
+        return 0 if reference is None else int(reference.shape[1])
 
 
 @lru_cache(maxsize=64)

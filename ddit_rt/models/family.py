@@ -23,6 +23,7 @@ from ddit_rt.models.arguments import (
 )
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, BlockType, Grid, Guidance
 from ddit_rt.models.block_calls import parameters_of
+from ddit_rt.models.call_description import CallDescription
 from ddit_rt.models.calls import (
     PER_PROMPT,
     ModelCall,
@@ -36,7 +37,7 @@ from ddit_rt.models.calls import (
     prompts_of,
     refuse_ignored,
 )
-from ddit_rt.models.description import REFERENCE, Description
+from ddit_rt.models.description import REFERENCE
 from ddit_rt.models.probe import (
     PROBES,
     SOUND_PROBES,
@@ -52,7 +53,7 @@ _OWN = ("hidden_states", "timestep", "return_dict")
 """Arguments of a forward that every step makes anew."""
 
 
-class Family(Description):
+class Family(CallDescription):
     """A description with what follows from it. One instance of a class, in `models.FAMILIES`."""
 
     def first_weight(self, transformer: nn.Module) -> Tensor:
@@ -257,14 +258,27 @@ class Family(Description):
             for name, argument in self.embeds.items()
             if call.get(prefix + name) is not None
         }
-        if not embeds:
+        if not embeds and not self.masks:
             return
         batch, transformer = batch_of(call), pipeline.transformer
+        self._check_masks(call, self.example(transformer, 0, 1, 1))
         per_prompt = next(name for name in PER_PROMPT if name in call)
         one, longer = (self.example(transformer, 0, batch, text) for text in (1, 2))
         for name, argument in embeds.items():
             shape = _dims(one[argument], longer[argument])[1:]
             check_given_embeds(name, call[name], shape, batch, per_prompt)
+
+    def _check_masks(self, call: Mapping[str, Any], like: Mapping[str, Tensor]) -> None:
+        """Refuses a mask of another dtype, which attention would read otherwise."""
+        for name, argument in (
+            (NEGATIVE * side + n, a) for n, a in self.masks.items() for side in (0, 1)
+        ):
+            mask, expected = call.get(name), like[argument].dtype
+            if isinstance(mask, Tensor) and mask.dtype != expected:
+                raise TypeError(
+                    f"got `{name}` of {mask.dtype}; the blocks are compiled for a mask of "
+                    f"{expected}, as the pipeline's encode_prompt makes it: convert it"
+                )
 
     def read_model_call(
         self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
@@ -289,6 +303,7 @@ class Family(Description):
         latents = self.unpack_latents(hidden[:, :tokens], shape)
         if hidden.shape[1] > tokens:
             given[REFERENCE] = hidden[:, tokens:]
+            given |= self.reference_places(arguments, tokens)
         timestep = self.level_of(given.pop("timestep").reshape(-1)[:1])
         conditioning = {
             # One sample serves all, as diffusers broadcasts it.

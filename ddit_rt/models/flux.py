@@ -32,10 +32,6 @@ class FluxFamily(LayeredFamily, FluxForwardFamily):
     own_blocks: ClassVar[Mapping[str, tuple[str, ...]]] = flux_blocks.PASSED_BY
     scale: ClassVar[str] = "true_cfg_scale"
 
-    def hidden_size(self, transformer: Any) -> int:
-        """Heads times head width."""
-        return int(transformer.inner_dim)
-
     def block_types(self, transformer: Any) -> tuple[BlockType, ...]:
         """Double-stream blocks, then single-stream blocks."""
         width = self.hidden_size(transformer)
@@ -140,11 +136,6 @@ class FluxFamily(LayeredFamily, FluxForwardFamily):
         cos, sin = transformer.pos_embed(ids)
         return cos, sin
 
-    def embed_tokens(self, transformer: Any, tokens: Tensor) -> Tensor:
-        """See `Family.embed_tokens`."""
-        hidden: Tensor = transformer.x_embedder(tokens)
-        return hidden
-
     def run_blocks(
         self,
         runners: Mapping[str, Sequence[Runner]],
@@ -185,11 +176,6 @@ class FluxFamily(LayeredFamily, FluxForwardFamily):
         """See `Family.modulate_output`."""
         normed: Tensor = transformer.norm_out(hidden, temb[:, : hidden.shape[-1]])
         return normed
-
-    def project_output(self, transformer: Any, hidden: Tensor) -> Tensor:
-        """See `Family.project_output`."""
-        tokens: Tensor = transformer.proj_out(hidden)
-        return tokens
 
     def embedding_layers(self, transformer: Any) -> tuple[nn.Linear, nn.Linear]:
         """See `Family.embedding_layers`."""

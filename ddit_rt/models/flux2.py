@@ -12,7 +12,8 @@ coarse step unpacks and reduces z as it is:
   have one m and one s. They do but for sampling error, because the encoder is a convolution: in the
   released weights the four s of a channel are within about 1.5 % of their mean, the m within .02 s.
 
-`check_model` holds the VAE against this. dev has its guidance embedded; klein has none when
+`check_model` holds the VAE against this. The tokens of reference images follow the image's; coarse
+steps leave them as they are. dev has its guidance embedded; klein has none when
 distilled, and two passes as a base model.
 """
 
@@ -23,10 +24,10 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ddit_rt import ops
 from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.models.description import REFERENCE, REFERENCE_IDS
 from ddit_rt.models.family import Family
 
 _SPREAD = 0.1
@@ -34,12 +35,14 @@ _SPREAD = 0.1
 
 
 class Flux2Family(Family):
-    """FLUX.2, text to image."""
+    """FLUX.2, text to image and edits by reference images."""
 
     name: ClassVar[str] = "flux2"
     transformer_class: ClassVar[str] = "Flux2Transformer2DModel"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("Flux2Pipeline", "Flux2KleinPipeline")
     conditioning_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "guidance")
+    packed: ClassVar[bool] = True
+    dtypes: ClassVar[Mapping[str, torch.dtype]] = {"guidance": torch.float32}
     held: ClassVar[tuple[str, ...]] = ("context_embedder", "pos_embed")
     timed: ClassVar[tuple[str, ...]] = (
         "time_guidance_embed",
@@ -48,6 +51,8 @@ class Flux2Family(Family):
         "single_stream_modulation",
     )
     sized: ClassVar[tuple[str, ...]] = ("img_ids", "txt_ids")
+    unbatched: ClassVar[tuple[str, ...]] = (REFERENCE_IDS,)
+    extra: ClassVar[tuple[str, ...]] = (REFERENCE, REFERENCE_IDS)
 
     def check_model(self, transformer: nn.Module, pipeline: Any) -> None:
         """See `Family.check_model`."""
@@ -63,19 +68,13 @@ class Flux2Family(Family):
                     f"less than {_SPREAD}; load the VAE that belongs to the model"
                 )
 
-    def latent_channels(self, transformer: Any) -> int:
-        """`in_channels` counts the packed channels."""
-        return int(transformer.config.in_channels) // self.patch**2
-
-    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `Family.example`."""
-        width, dtype = transformer.config.joint_attention_dim, transformer.dtype
-        prompt = torch.empty(batch, text, width, dtype=dtype, device="meta")
-        embeds = transformer.config.guidance_embeds
-        guidance = (
-            {"guidance": torch.empty(batch, dtype=torch.float32, device="meta")} if embeds else {}
-        )
-        return {"encoder_hidden_states": prompt, **guidance}
+    def shapes(
+        self, transformer: Any, variant: int, batch: int, text: int
+    ) -> dict[str, tuple[int, ...]]:
+        """See `Family.shapes`."""
+        config = transformer.config
+        guidance = {"guidance": (batch,)} if config.guidance_embeds else {}
+        return {self.text: (batch, text, config.joint_attention_dim), **guidance}
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """See `Family.resized`: frame, row, column and text position of every token."""
@@ -90,14 +89,16 @@ class Flux2Family(Family):
         two = "negative_prompt_embeds" in call and not pipeline.config.is_distilled
         return float(call["guidance_scale"]) if two and call["guidance_scale"] > 1 else None
 
-    def read_call(self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]) -> Any:
-        """See `Family.read_call`."""
-        if arguments.get("image") is not None:
-            raise UnsupportedModelError(
-                "got `image`: reference images are further tokens, which coarse steps of this "
-                "version cannot carry; leave it out, or call the diffusers pipeline itself"
-            )
-        return super().read_call(pipeline, scheduler, arguments)
+    def size_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
+        """See `Family.size_of`: by default of the first reference image."""
+        image = call["image"]
+        if image is None:
+            return super().size_of(pipeline, call)
+        processor, first = pipeline.image_processor, image[0] if isinstance(image, list) else image
+        columns, rows = processor._resize_if_exceeds_area(processor.check_image_input(first)).size
+        unit = pipeline.vae_scale_factor * self.patch
+        # As the pipeline has it, 0 is no size either.
+        return call["height"] or rows // unit * unit, call["width"] or columns // unit * unit
 
     def mu(self, scheduler: Any, tokens: int, steps: int) -> float:
         """See `Family.mu`."""
@@ -109,11 +110,3 @@ class Flux2Family(Family):
         """See `Family.given_latents`: packed, in rows and columns."""
         batch, channels, rows, columns = shape
         return batch, channels * self.patch**2, rows // self.patch, columns // self.patch
-
-    def pack_latents(self, latents: Tensor) -> Tensor:
-        """Packed tokens `[B, n, 4C]`."""
-        return ops.pack(latents, self.patch)
-
-    def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """See `Family.unpack_latents`."""
-        return ops.unpack(latents.contiguous(), self.patch, shape[-2], shape[-1])

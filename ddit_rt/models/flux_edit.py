@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.calls import ModelCall
-from ddit_rt.models.description import REFERENCE
-from ddit_rt.models.flux_forward import PATCH, FluxForwardFamily, tokens_of
+from ddit_rt.models.description import REFERENCE, REFERENCE_IDS
+from ddit_rt.models.flux_forward import FluxForwardFamily
 from ddit_rt.models.smaller import smaller_both
 
 
@@ -48,41 +48,16 @@ class FluxKontextFamily(FluxForwardFamily):
 
     name: ClassVar[str] = "flux-kontext"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxKontextPipeline",)
-    unbatched: ClassVar[tuple[str, ...]] = ("reference_ids",)
-    extra: ClassVar[tuple[str, ...]] = (REFERENCE, "reference_ids")
+    unbatched: ClassVar[tuple[str, ...]] = (REFERENCE_IDS,)
+    extra: ClassVar[tuple[str, ...]] = (REFERENCE, REFERENCE_IDS)
 
     def size_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
         """See `Family.size_of`: the aspect ratio asked for, at the area `max_area`."""
         height, width = super().size_of(pipeline, call)
         ratio, area = width / height, call["max_area"]
-        unit = pipeline.vae_scale_factor * PATCH
+        unit = pipeline.vae_scale_factor * self.patch
         rows, columns = round((area / ratio) ** 0.5), round((area * ratio) ** 0.5)
         return rows // unit * unit, columns // unit * unit
-
-    def more_tokens(self, conditioning: Mapping[str, Any]) -> int:
-        """See `Family.more_tokens`."""
-        reference = conditioning.get(REFERENCE)
-        return 0 if reference is None else int(reference.shape[1])
-
-    def read_model_call(
-        self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
-    ) -> ModelCall:
-        """See `Family.read_model_call`: positions behind the image's are kept."""
-        given, own = dict(arguments), tokens_of(shape)
-        if given["hidden_states"].shape[1] > own:
-            given["reference_ids"] = given["img_ids"][own:]
-        return super().read_model_call(transformer, shape, given)
-
-    def forward_arguments(
-        self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """See `Family.forward_arguments`."""
-        prompt = dict(arguments)
-        ids = prompt.pop("reference_ids", None)
-        given = super().forward_arguments(latents, level, prompt)
-        if ids is not None:
-            given["img_ids"] = torch.cat((given["img_ids"], ids.float()))
-        return given
 
 
 class FluxFillFamily(FluxForwardFamily):
@@ -103,15 +78,16 @@ class FluxFillFamily(FluxForwardFamily):
 
     def _mask_channels(self, transformer: Any) -> int:
         """Those of the mask: its pixels in a latent pixel."""
-        channels = int(transformer.config.in_channels) // PATCH**2
+        channels = int(transformer.config.in_channels) // self.patch**2
         return channels - 2 * self.latent_channels(transformer)
 
-    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `Family.example`: an image of one pixel serves every size."""
-        given = super().example(transformer, variant, batch, text)
+    def shapes(
+        self, transformer: Any, variant: int, batch: int, text: int
+    ) -> dict[str, tuple[int, ...]]:
+        """See `Family.shapes`."""
         channels = self.latent_channels(transformer) + self._mask_channels(transformer)
-        fill = torch.empty(batch, channels, 1, 1, dtype=transformer.dtype, device="meta")
-        return {**given, "fill": fill}
+        own = super().shapes(transformer, variant, batch, text)
+        return {**own, "fill": (batch, channels, 1, 1)}
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
         """See `Family.scale_of`: the pipeline has none."""
@@ -121,7 +97,7 @@ class FluxFillFamily(FluxForwardFamily):
         self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
     ) -> ModelCall:
         """See `Family.read_model_call`: channels behind the latents' are kept, `[B, C, H, W]`."""
-        hidden, own = arguments["hidden_states"], PATCH**2 * shape[1]
+        hidden, own = arguments["hidden_states"], self.patch**2 * shape[1]
         fill = self.unpack_latents(hidden[..., own:], shape)
         given = {**arguments, "hidden_states": hidden[..., :own], "fill": fill}
         return super().read_model_call(transformer, shape, given)

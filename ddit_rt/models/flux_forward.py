@@ -11,15 +11,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from ddit_rt import ops
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.arguments import is_empty
 from ddit_rt.models.family import Family
-
-PATCH = 2
-"""Side of the square of latent pixels that a pipeline packs into a token."""
 
 _EMBEDS = {
     "prompt_embeds": "encoder_hidden_states",
@@ -36,6 +31,7 @@ class FluxForwardFamily(Family):
         "pooled_projections",
         "guidance",
     )
+    packed: ClassVar[bool] = True
     held: ClassVar[tuple[str, ...]] = ("context_embedder", "pos_embed")
     timed: ClassVar[tuple[str, ...]] = ("time_text_embed",)
     sized: ClassVar[tuple[str, ...]] = ("img_ids", "txt_ids")
@@ -56,27 +52,24 @@ class FluxForwardFamily(Family):
     def latent_channels(self, transformer: Any) -> int:
         """The model's `out_channels` count the packed ones."""
         config = transformer.config
-        return int(config.out_channels or config.in_channels) // PATCH**2
+        return int(config.out_channels or config.in_channels) // self.patch**2
 
-    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `Family.example`."""
+    def shapes(
+        self, transformer: Any, variant: int, batch: int, text: int
+    ) -> dict[str, tuple[int, ...]]:
+        """See `Family.shapes`."""
         config = transformer.config
-        shapes: dict[str, tuple[int, ...]] = {
+        return {
             "encoder_hidden_states": (batch, text, config.joint_attention_dim),
             "pooled_projections": (batch, config.pooled_projection_dim),
-        }
-        if config.guidance_embeds:
-            shapes["guidance"] = (batch,)
-        return {
-            name: torch.empty(shape, dtype=transformer.dtype, device="meta")
-            for name, shape in shapes.items()
+            **({"guidance": (batch,)} if config.guidance_embeds else {}),
         }
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """See `Family.resized`: text tokens all sit at (0, 0, 0)."""
         text = arguments["encoder_hidden_states"]
         rows, columns = (
-            torch.arange(size // PATCH, dtype=torch.float32, device=text.device)
+            torch.arange(size // self.patch, dtype=torch.float32, device=text.device)
             for size in shape[-2:]
         )
         ids = torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns)
@@ -115,17 +108,3 @@ class FluxForwardFamily(Family):
                 if not is_empty(given.get(name))
             ]
         return tuple(notes)
-
-    def pack_latents(self, latents: Tensor) -> Tensor:
-        """Packed tokens `[B, n, 4C]`."""
-        return ops.pack(latents, PATCH)
-
-    def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """See `Family.unpack_latents`; tokens of references, behind these, are left out."""
-        own = latents[:, : tokens_of(shape)].contiguous()
-        return ops.unpack(own, PATCH, shape[-2], shape[-1])
-
-
-def tokens_of(shape: tuple[int, ...]) -> int:
-    """Tokens of latents of a shape."""
-    return shape[-2] * shape[-1] // PATCH**2

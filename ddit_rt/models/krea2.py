@@ -14,13 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ddit_rt import ops
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.calls import PipelineCall
 from ddit_rt.models.family import Family
 
 _TEXT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
-_MASKS = ("prompt_embeds_mask", "negative_prompt_embeds_mask")
 _DISTILLED_SHIFT = 1.15
 
 
@@ -31,10 +29,14 @@ class Krea2Family(Family):
     transformer_class: ClassVar[str] = "Krea2Transformer2DModel"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("Krea2Pipeline",)
     conditioning_names: ClassVar[tuple[str, ...]] = (_TEXT, _MASK)
+    packed: ClassVar[bool] = True
+    shifts: ClassVar[tuple[float, float, float, float]] = (256, 6400, 0.5, _DISTILLED_SHIFT)
     guided_by_default: ClassVar[bool] = True
     held: ClassVar[tuple[str, ...]] = ("text_fusion", "txt_in", "rotary_emb")
     timed: ClassVar[tuple[str, ...]] = ("time_embed", "time_mod_proj")
     sized: ClassVar[tuple[str, ...]] = ("position_ids",)
+    dtypes: ClassVar[Mapping[str, torch.dtype]] = {_MASK: torch.bool}
+    masks: ClassVar[Mapping[str, str]] = {"prompt_embeds_mask": _MASK}
 
     def check_model(self, transformer: Any, pipeline: Any) -> None:
         """See `Family.check_model`."""
@@ -42,28 +44,19 @@ class Krea2Family(Family):
         if patch != self.patch:
             raise UnsupportedModelError(f"got patch_size={patch}; Krea 2 runs at {self.patch} only")
 
-    def latent_channels(self, transformer: Any) -> int:
-        """`in_channels` counts the packed channels."""
-        return int(transformer.config.in_channels) // self.patch**2
-
-    def default_size(self, pipeline: Any) -> tuple[int, int]:
-        """See `Family.default_size`."""
-        return 1024, 1024
+    def shapes(
+        self, transformer: Any, variant: int, batch: int, text: int
+    ) -> dict[str, tuple[int, ...]]:
+        """See `Family.shapes`."""
+        config = transformer.config
+        layers = (batch, text, config.num_text_layers, config.text_hidden_dim)
+        return {_TEXT: layers, _MASK: (batch, text)}
 
     def size_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
         """See `Family.size_of`: rounded up to whole tokens."""
         unit = pipeline.vae_scale_factor * self.patch
         rows, columns = (-(-side // unit) * unit for side in super().size_of(pipeline, call))
         return rows, columns
-
-    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `Family.example`."""
-        config = transformer.config
-        shape = (batch, text, config.num_text_layers, config.text_hidden_dim)
-        return {
-            _TEXT: torch.empty(shape, dtype=transformer.dtype, device="meta"),
-            _MASK: torch.empty(batch, text, dtype=torch.bool, device="meta"),
-        }
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """See `Family.resized`: text at the origin, then rows and columns."""
@@ -87,33 +80,10 @@ class Krea2Family(Family):
         """See `Family.join`: as the pipeline writes it, for the same rounding."""
         return prompt + (scale - 1) * (prompt - negative)
 
-    def mu(self, scheduler: Any, tokens: int, steps: int) -> float:
-        """See `Family.mu`: of a scheduler that says nothing it ends at 6400 tokens."""
-        del steps
-        given = scheduler.config
-        low, high = given.get("base_shift", 0.5), given.get("max_shift", _DISTILLED_SHIFT)
-        least, most = given.get("base_image_seq_len", 256), given.get("max_image_seq_len", 6400)
-        return float(low + (high - low) * (tokens - least) / (most - least))
-
     def read_call(
         self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
     ) -> PipelineCall:
         """See `Family.read_call`. A distilled model's shift is the same at every size."""
-        for name in _MASKS:
-            mask = arguments.get(name)
-            if isinstance(mask, Tensor) and mask.dtype != torch.bool:
-                raise TypeError(
-                    f"got `{name}` of {mask.dtype}; the blocks are compiled for a mask of "
-                    "booleans, as the pipeline's encode_prompt makes it: convert it"
-                )
         if pipeline.config.is_distilled:
             scheduler.register_to_config(base_shift=_DISTILLED_SHIFT, max_shift=_DISTILLED_SHIFT)
         return super().read_call(pipeline, scheduler, arguments)
-
-    def pack_latents(self, latents: Tensor) -> Tensor:
-        """Packed tokens `[B, n, 4C]`."""
-        return ops.pack(latents, self.patch)
-
-    def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """See `Family.unpack_latents`."""
-        return ops.unpack(latents.contiguous(), self.patch, shape[-2], shape[-1])

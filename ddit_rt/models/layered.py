@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ddit_rt.errors import ShapeError, UnsupportedModelError
-from ddit_rt.models.base import BlockType, Grid, Guidance, Runner
+from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.models.base import BlockType, Grid, Runner
 from ddit_rt.models.calls import ModelCall, check_shape, model_arguments
 from ddit_rt.models.family import Family
 
@@ -22,6 +22,10 @@ class LayeredFamily(Family):
     """
 
     rehearsed: ClassVar[bool] = False
+
+    def hidden_size(self, transformer: Any) -> int:
+        """Heads times head width."""
+        return int(transformer.config.num_attention_heads * transformer.config.attention_head_dim)
 
     @abstractmethod
     def block_types(self, transformer: nn.Module) -> tuple[BlockType, ...]:
@@ -64,9 +68,10 @@ class LayeredFamily(Family):
                 s x s base tokens of one frame, placed at the centres of what they cover.
         """
 
-    @abstractmethod
     def embed_tokens(self, transformer: nn.Module, tokens: Tensor) -> Tensor:
         """The model's own patch embedding: `[B, n, C*p*p]` to `[B, n, d]`."""
+        hidden: Tensor = self.embedding_layers(transformer)[0](tokens)
+        return hidden
 
     @abstractmethod
     def run_blocks(
@@ -122,9 +127,13 @@ class LayeredFamily(Family):
     def modulate_output(self, transformer: nn.Module, hidden: Tensor, temb: Tensor) -> Tensor:
         """The final modulated norm, before the de-embedding: `[B, n, d]`."""
 
-    @abstractmethod
     def project_output(self, transformer: nn.Module, hidden: Tensor) -> Tensor:
-        """The model's own de-embedding: `[B, n, d]` to `[B, n, C*p*p]`."""
+        """The model's own de-embedding: `[B, n, d]` to `[B, n, C*p*p]`.
+
+        Features are ordered as `channels_last` says.
+        """
+        tokens: Tensor = self.embedding_layers(transformer)[1](hidden)
+        return tokens
 
     def first_weight(self, transformer: nn.Module) -> Tensor:
         """See `Family.first_weight`: the patch embedding's."""
@@ -137,22 +146,6 @@ class LayeredFamily(Family):
     def prompt_names(self, transformer: nn.Module) -> tuple[str, ...]:
         """See `Family.prompt_names`: none, as its layers take nothing else."""
         return ()
-
-    def together(self, guidance: Guidance) -> tuple[Mapping[str, Any]] | None:
-        """See `Family.together`.
-
-        Raises:
-            ShapeError: Prompts and negative prompts of unequal lengths cannot be one batch.
-        """
-        for name, one in guidance.prompt.items():
-            other = guidance.negative[name]
-            if other.shape != one.shape:
-                raise ShapeError(
-                    f"`{name}` has shape {list(one.shape)} for the prompt and "
-                    f"{list(other.shape)} for the negative prompt, which cannot be one batch; pad "
-                    "them alike, or set engine.batched_guidance = False"
-                )
-        return super().together(guidance)
 
     def read_model_call(
         self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]

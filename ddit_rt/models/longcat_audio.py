@@ -35,6 +35,7 @@ class LongCatAudioFamily(Family):
     conditioning_names: ClassVar[tuple[str, ...]] = (_TEXT, _MASK)
     audio: ClassVar[bool] = True
     size_names: ClassVar[tuple[str, ...]] = ("audio_duration_s",)
+    packed: ClassVar[bool] = True
     guided_by_default: ClassVar[bool] = True
     patch: ClassVar[int] = 1
     held: ClassVar[tuple[str, ...]] = (
@@ -45,6 +46,7 @@ class LongCatAudioFamily(Family):
     )
     timed: ClassVar[tuple[str, ...]] = ("time_embed",)
     sized: ClassVar[tuple[str, ...]] = ("attention_mask", "latent_cond")
+    dtypes: ClassVar[Mapping[str, torch.dtype]] = {_MASK: torch.bool}
 
     def latent_channels(self, transformer: Any) -> int:
         """See `Family.latent_channels`."""
@@ -74,13 +76,11 @@ class LongCatAudioFamily(Family):
         frames = width // pipeline.vae_scale_factor
         return batch, self.latent_channels(pipeline.transformer), 1, frames
 
-    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `Family.example`."""
-        shape = (batch, text, transformer.config.dit_text_dim)
-        return {
-            _TEXT: torch.empty(shape, dtype=transformer.dtype, device="meta"),
-            _MASK: torch.empty(batch, text, dtype=torch.bool, device="meta"),
-        }
+    def shapes(
+        self, transformer: Any, variant: int, batch: int, text: int
+    ) -> dict[str, tuple[int, ...]]:
+        """See `Family.shapes`."""
+        return {_TEXT: (batch, text, transformer.config.dit_text_dim), _MASK: (batch, text)}
 
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]
@@ -106,11 +106,6 @@ class LongCatAudioFamily(Family):
         (velocity,) = velocities
         return -velocity
 
-    def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """See `Family.scale_of`."""
-        scale = float(call["guidance_scale"])
-        return scale if scale > 1 else None
-
     def read_call(
         self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
     ) -> PipelineCall:
@@ -128,14 +123,6 @@ class LongCatAudioFamily(Family):
         """See `Family.set_timesteps`: with levels that fall; see `solver.falling`."""
         scheduler.register_to_config(invert_sigmas=False)
         super().set_timesteps(scheduler, num_inference_steps, sigmas, grid)
-
-    def pack_latents(self, latents: Tensor) -> Tensor:
-        """Frames as tokens, `[B, T, C]`."""
-        return latents.flatten(2).transpose(1, 2)
-
-    def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """See `Family.unpack_latents`."""
-        return latents.transpose(1, 2).reshape(len(latents), -1, *shape[2:])
 
 
 def _guessed_seconds(prompt: str | list[str]) -> float:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ddit_rt import checks
 from ddit_rt.errors import ShapeError, UnsupportedModelError
-from ddit_rt.models.arguments import default_of
 from ddit_rt.models.calls import ModelCall, PipelineCall
 from ddit_rt.models.family import Family
 
@@ -48,6 +47,10 @@ class LTX2Family(Family):
         "text": (1, 1024),
     }
     patch: ClassVar[int] = 1
+    packed: ClassVar[bool] = True
+    thousands: ClassVar[bool] = True
+    negative_first: ClassVar[bool] = True
+    shifts: ClassVar[tuple[float, float, float, float]] = (1024, 4096, 0.95, 2.05)
     held: ClassVar[tuple[str, ...]] = (
         *("caption_projection", "audio_caption_projection", "rope", "audio_rope"),
         *("cross_attn_rope", "cross_attn_audio_rope"),
@@ -73,14 +76,6 @@ class LTX2Family(Family):
         """See `Family.default_passes`: guidance of three kinds, and the prompt alone."""
         return 4
 
-    def latent_channels(self, transformer: Any) -> int:
-        """See `Family.latent_channels`."""
-        return int(transformer.config.in_channels)
-
-    def default_size(self, pipeline: Any) -> tuple[int, int]:
-        """512 x 768, as the pipeline's call has it."""
-        return default_of(pipeline, "height"), default_of(pipeline, "width")
-
     def default_frames(self, pipeline: Any) -> int | None:
         """121, as the pipeline has it where nothing predicts a duration."""
         return _FRAMES
@@ -98,21 +93,24 @@ class LTX2Family(Family):
         channels = self.latent_channels(pipeline.transformer)
         return batch, channels, frames, height // edge, width // edge
 
+    def shapes(
+        self, transformer: Any, variant: int, batch: int, text: int
+    ) -> dict[str, tuple[int, ...]]:
+        """See `Family.shapes`."""
+        widths = [transformer.config.caption_channels] * 2
+        if not transformer.config.use_prompt_embeddings:
+            widths = [module.out_features for module in _inputs(transformer)]
+        kinds = dict(zip(("", "audio_"), widths, strict=True))
+        return {
+            **{f"{one}encoder_hidden_states": (batch, text, width) for one, width in kinds.items()},
+            **{f"{one}encoder_attention_mask": (batch, text) for one in kinds},
+        }
+
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
         """See `Family.example`: plain, with the latents apart, without attention."""
-        config, dtype = transformer.config, transformer.dtype
-        widths = [config.caption_channels] * 2
-        if not config.use_prompt_embeddings:
-            widths = [module.out_features for module in _inputs(transformer)]
-        names = ("encoder_hidden_states", "audio_encoder_hidden_states")
-        embeds = {
-            name: torch.empty(batch, text, width, dtype=dtype, device="meta")
-            for name, width in zip(names, widths, strict=True)
-        }
-        mask = torch.empty(batch, text, dtype=dtype, device="meta")
-        masks = {"encoder_attention_mask": mask, "audio_encoder_attention_mask": mask}
+        given = super().example(transformer, variant, batch, text)
         perturbed = {"spatio_temporal_guidance_blocks": [0]} if variant == 2 else {}
-        return {**embeds, **masks, "isolate_modalities": variant == 1, **perturbed}
+        return {**given, "isolate_modalities": variant == 1, **perturbed}
 
     def sound_example(self, transformer: Any, batch: int, tokens: int) -> dict[str, Any]:
         """See `Family.sound_example`."""
@@ -145,22 +143,6 @@ class LTX2Family(Family):
         given = super().forward_arguments(latents, level, prompt)
         sizes = {"num_frames": frames, "height": rows, "width": columns}
         return {**given, **sizes, "sigma": given["timestep"]}
-
-    def time(self, level: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `Family.time`: 1000 t."""
-        return level * 1000
-
-    def level_of(self, timestep: Tensor) -> Tensor:
-        """See `Family.level_of`."""
-        return timestep.float() / 1000
-
-    def mu(self, scheduler: Any, tokens: int, steps: int) -> float:
-        """See `Family.mu`."""
-        del steps
-        given = scheduler.config
-        low, high = given.get("base_shift", 0.95), given.get("max_shift", 2.05)
-        least, most = given.get("base_image_seq_len", 1024), given.get("max_image_seq_len", 4096)
-        return float(low + (high - low) * (tokens - least) / (most - least))
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
         """See `Family.scale_of`."""
@@ -202,22 +184,12 @@ class LTX2Family(Family):
         call.conditioning[_SIZE] = tuple(shape[2:])
         return call
 
-    def passes_in(self, given: Mapping[str, Any], batch: int) -> Sequence[Mapping[str, Any]]:
-        """See `Family.passes_in`: the call has the negative prompt first."""
-        return [
-            {
-                name: value[first : first + batch] if isinstance(value, Tensor) else value
-                for name, value in given.items()
-            }
-            for first in reversed(range(0, len(given["hidden_states"]), batch))
-        ]
-
     def outputs(
         self, velocities: Sequence[Tensor], sounds: Sequence[Tensor | None]
     ) -> tuple[Any, ...]:
         """See `Family.outputs`."""
         known = [sound for sound in sounds if sound is not None]
-        return torch.cat([*reversed(velocities)]), torch.cat([*reversed(known)])
+        return self.as_called(velocities), self.as_called(known)
 
     def block_call(self, given: dict[str, Any]) -> dict[str, Any]:
         """See `Family.block_call`: all samples of a pass are perturbed, or none.
@@ -239,14 +211,6 @@ class LTX2Family(Family):
     def given_latents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """See `Family.given_latents`: not packed."""
         return shape
-
-    def pack_latents(self, latents: Tensor) -> Tensor:
-        """Tokens, `[B, F * H * W, C]`."""
-        return latents.flatten(2).transpose(1, 2)
-
-    def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """See `Family.unpack_latents`."""
-        return latents.transpose(1, 2).reshape(len(latents), -1, *shape[2:])
 
 
 def _inputs(transformer: Any) -> tuple[nn.Linear, nn.Linear]:

@@ -14,11 +14,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ddit_rt import ops
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.models.calls import ModelCall
 from ddit_rt.models.description import REFERENCE, REFERENCE_SHAPES
 from ddit_rt.models.family import Family
 
@@ -39,11 +37,13 @@ class QwenImageFamily(Family):
         REFERENCE,
         REFERENCE_SHAPES,
     )
+    packed: ClassVar[bool] = True
     default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {"text": (1, 1024)}
     held: ClassVar[tuple[str, ...]] = ("txt_norm", "txt_in", "pos_embed")
     timed: ClassVar[tuple[str, ...]] = ("time_text_embed",)
     sized: ClassVar[tuple[str, ...]] = ("img_shapes",)
     variants: ClassVar[int] = 2
+    dtypes: ClassVar[Mapping[str, torch.dtype]] = {"encoder_hidden_states_mask": torch.bool}
 
     def check_model(self, transformer: Any, pipeline: Any) -> None:
         """See `Family.check_model`."""
@@ -67,20 +67,13 @@ class QwenImageFamily(Family):
         height, width = call["height"], call["width"]
         return int(rows if height is None else height), int(columns if width is None else width)
 
-    def latent_channels(self, transformer: Any) -> int:
-        """`in_channels` counts the packed channels."""
-        return int(transformer.config.in_channels) // self.patch**2
-
-    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `Family.example`: without a text mask, and with one."""
-        width, dtype = transformer.config.joint_attention_dim, transformer.dtype
-        arguments: dict[str, Any] = {
-            "encoder_hidden_states": torch.empty(batch, text, width, dtype=dtype, device="meta")
-        }
-        if variant:
-            mask = torch.empty(batch, text, dtype=torch.bool, device="meta")
-            arguments["encoder_hidden_states_mask"] = mask
-        return arguments
+    def shapes(
+        self, transformer: Any, variant: int, batch: int, text: int
+    ) -> dict[str, tuple[int, ...]]:
+        """See `Family.shapes`: without a text mask, and with one."""
+        prompt = {"encoder_hidden_states": (batch, text, transformer.config.joint_attention_dim)}
+        mask = {"encoder_hidden_states_mask": (batch, text)} if variant else {}
+        return {**prompt, **mask}
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """See `Family.resized`."""
@@ -88,14 +81,9 @@ class QwenImageFamily(Family):
         references = arguments.get(REFERENCE_SHAPES, ())
         return {"img_shapes": [[(1, rows, columns), *references]] * shape[0]}
 
-    def read_model_call(
-        self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
-    ) -> ModelCall:
-        """See `Family.read_model_call`."""
-        call = super().read_model_call(transformer, shape, arguments)
-        if REFERENCE in call.conditioning:
-            call.conditioning[REFERENCE_SHAPES] = tuple(arguments["img_shapes"][0][1:])
-        return call
+    def reference_places(self, arguments: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        """See `Family.reference_places`: the model makes positions of shapes."""
+        return {REFERENCE_SHAPES: tuple(arguments["img_shapes"][0][1:])}
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
         """See `Family.scale_of`: true guidance, with a negative prompt."""
@@ -109,11 +97,3 @@ class QwenImageFamily(Family):
         length = torch.norm(prompt, dim=-1, keepdim=True)
         rescaled: Tensor = joined * (length / torch.norm(joined, dim=-1, keepdim=True))
         return rescaled
-
-    def pack_latents(self, latents: Tensor) -> Tensor:
-        """Packed tokens `[B, n, 4C]`."""
-        return ops.pack(latents, self.patch)
-
-    def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """See `Family.unpack_latents`."""
-        return ops.unpack(latents.contiguous(), self.patch, shape[-2], shape[-1])

@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models.arguments import check_steps
 from ddit_rt.models.base import Grid
@@ -27,14 +24,12 @@ class SD3Family(Family):
     transformer_class: ClassVar[str] = "SD3Transformer2DModel"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
     conditioning_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "pooled_projections")
+    thousands: ClassVar[bool] = True
+    negative_first: ClassVar[bool] = True
     guided_by_default: ClassVar[bool] = True
     held: ClassVar[tuple[str, ...]] = ("context_embedder",)
     timed: ClassVar[tuple[str, ...]] = ("time_text_embed",)
     repeated: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
-
-    def latent_channels(self, transformer: Any) -> int:
-        """`in_channels`."""
-        return int(transformer.config.in_channels)
 
     def latent_shape(
         self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None
@@ -47,45 +42,15 @@ class SD3Family(Family):
             raise ShapeError(f"got {height} x {width} pixels; the model's positions end at {most}")
         return shape
 
-    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `Family.example`."""
-        config, dtype = transformer.config, transformer.dtype
-        width, pooled = config.joint_attention_dim, config.pooled_projection_dim
+    def shapes(
+        self, transformer: Any, variant: int, batch: int, text: int
+    ) -> dict[str, tuple[int, ...]]:
+        """See `Family.shapes`."""
+        config = transformer.config
         return {
-            "encoder_hidden_states": torch.empty(batch, text, width, dtype=dtype, device="meta"),
-            "pooled_projections": torch.empty(batch, pooled, dtype=dtype, device="meta"),
+            "encoder_hidden_states": (batch, text, config.joint_attention_dim),
+            "pooled_projections": (batch, config.pooled_projection_dim),
         }
-
-    def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-        """See `Family.resized`: the model reads the size off its latents."""
-        return {}
-
-    def time(self, level: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `Family.time`: 1000 t, which the pipeline leaves in float32."""
-        return level * 1000
-
-    def level_of(self, timestep: Tensor) -> Tensor:
-        """See `Family.level_of`."""
-        return timestep.float() / 1000
-
-    def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """See `Family.scale_of`: a negative prompt that is not given is the empty one."""
-        scale = float(call["guidance_scale"])
-        return scale if scale > 1 else None
-
-    def passes_in(self, given: Mapping[str, Any], batch: int) -> list[Mapping[str, Any]]:
-        """See `Family.passes_in`: the pass with the prompt is the last of the call."""
-        return [
-            {
-                name: one[first : first + batch] if isinstance(one, Tensor) else one
-                for name, one in given.items()
-            }
-            for first in reversed(range(0, len(given["hidden_states"]), batch))
-        ]
-
-    def as_called(self, velocities: Sequence[Tensor]) -> Tensor:
-        """See `Family.as_called`."""
-        return torch.cat(tuple(reversed(velocities)))
 
     def set_timesteps(
         self, scheduler: Any, num_inference_steps: int, sigmas: Sequence[float] | None, grid: Grid
@@ -110,11 +75,3 @@ class SD3Family(Family):
                     "the diffusers pipeline itself"
                 )
         return super().read_call(pipeline, scheduler, arguments)
-
-    def pack_latents(self, latents: Tensor) -> Tensor:
-        """As they are."""
-        return latents
-
-    def unpack_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """As they are."""
-        return latents

@@ -51,13 +51,11 @@ class WanFamily(LayeredFamily, WanForwardFamily):
             )
         return refused
 
-    def shapes(self, config: Any, batch: int, text: int) -> dict[str, tuple[int, ...]]:
-        """See `WanForwardFamily.shapes`."""
-        return {self.text: (batch, text, config.text_dim)}
-
-    def hidden_size(self, transformer: Any) -> int:
-        """Heads times head width."""
-        return int(transformer.config.num_attention_heads * transformer.config.attention_head_dim)
+    def shapes(
+        self, transformer: Any, variant: int, batch: int, text: int
+    ) -> dict[str, tuple[int, ...]]:
+        """See `Family.shapes`."""
+        return {self.text: (batch, text, transformer.config.text_dim)}
 
     def modulation_shape(self, transformer: Any) -> tuple[int, ...]:
         """Six rows for the blocks, one for the output norm."""
@@ -147,11 +145,6 @@ class WanFamily(LayeredFamily, WanForwardFamily):
         shift, scale = (transformer.scale_shift_table + temb[:, _BLOCK_ROWS:]).chunk(2, dim=1)
         normed: Tensor = transformer.norm_out(hidden.float()) * (1 + scale) + shift
         return normed.type_as(hidden)
-
-    def project_output(self, transformer: Any, hidden: Tensor) -> Tensor:
-        """See `Family.project_output`; features as `channels_last` says."""
-        tokens: Tensor = transformer.proj_out(hidden)
-        return tokens
 
     def embedding_layers(self, transformer: Any) -> tuple[nn.Linear | nn.Conv3d, nn.Linear]:
         """See `Family.embedding_layers`."""

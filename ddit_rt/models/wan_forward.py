@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models.arguments import check_steps, default_of
@@ -30,6 +29,7 @@ class WanForwardFamily(Family):
 
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
     video: ClassVar[bool] = True
+    thousands: ClassVar[bool] = True
     guided_by_default: ClassVar[bool] = True
     # 81 frames of 720 x 1280 with guidance; 13824 features per token then stay below 2**31.
     default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {
@@ -61,17 +61,6 @@ class WanForwardFamily(Family):
     def refused(self, config: Any) -> list[str]:
         """What a transformer has that this family cannot run, each in a few words."""
 
-    @abstractmethod
-    def shapes(self, config: Any, batch: int, text: int) -> dict[str, tuple[int, ...]]:
-        """Of what carries the prompt; images and videos of one pixel serve every size."""
-
-    def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
-        """See `Family.example`."""
-        return {
-            name: torch.empty(shape, dtype=transformer.dtype, device="meta")
-            for name, shape in self.shapes(transformer.config, batch, text).items()
-        }
-
     def experts(self, pipeline: Any) -> tuple[nn.Module, ...]:
         """`transformer_2`, where the pipeline uses it."""
         return () if pipeline.config.boundary_ratio is None else (pipeline.transformer_2,)
@@ -87,19 +76,6 @@ class WanForwardFamily(Family):
         """Those that carry noise."""
         config = transformer.config
         return int(config.out_channels or config.in_channels)
-
-    def time(self, level: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `Family.time`: 1000 t, in float64 as schedulers may give whole timesteps."""
-        return (level.double() * 1000).float()
-
-    def level_of(self, timestep: Tensor) -> Tensor:
-        """See `Family.level_of`."""
-        return timestep.double() / 1000
-
-    def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:
-        """See `Family.scale_of`: of the first expert."""
-        scale = float(call["guidance_scale"])
-        return scale if scale > 1 else None
 
     def scales_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[float, ...]:
         """See `Family.scales_of`: by default the second expert's is the first's."""
@@ -132,10 +108,6 @@ class WanForwardFamily(Family):
             raise ValueError(
                 f"got `sigmas`, which {type(scheduler).__name__} does not take; leave them out"
             )
-
-    def default_size(self, pipeline: Any) -> tuple[int, int]:
-        """480 x 832, as the pipeline's call has it."""
-        return default_of(pipeline, "height"), default_of(pipeline, "width")
 
     def default_frames(self, pipeline: Any) -> int | None:
         """81, as the pipeline's call has it."""

@@ -47,8 +47,11 @@ class WanImageFamily(WanForwardFamily):
             refused.append(f"pos_embed_seq_len={pictures} (expected {2 * _IMAGE_TOKENS})")
         return refused
 
-    def shapes(self, config: Any, batch: int, text: int) -> dict[str, tuple[int, ...]]:
-        """See `WanForwardFamily.shapes`."""
+    def shapes(
+        self, transformer: Any, variant: int, batch: int, text: int
+    ) -> dict[str, tuple[int, ...]]:
+        """See `Family.shapes`."""
+        config = transformer.config
         condition = (batch, config.in_channels - config.out_channels, 1, 1, 1)
         if config.image_dim is None:
             return {self.text: (batch, text, config.text_dim), "condition": condition}

@@ -50,8 +50,11 @@ class WanTI2VFamily(WanForwardFamily):
             refused.append("expand_timesteps and image embeddings (image_dim)")
         return refused
 
-    def shapes(self, config: Any, batch: int, text: int) -> dict[str, tuple[int, ...]]:
-        """See `WanForwardFamily.shapes`."""
+    def shapes(
+        self, transformer: Any, variant: int, batch: int, text: int
+    ) -> dict[str, tuple[int, ...]]:
+        """See `Family.shapes`."""
+        config = transformer.config
         return {
             self.text: (batch, text, config.text_dim),
             "condition": (batch, config.in_channels, 1, 1, 1),

@@ -52,8 +52,11 @@ class WanVACEFamily(WanForwardFamily):
             refused.append("control behind the last block (vace_layers)")
         return refused
 
-    def shapes(self, config: Any, batch: int, text: int) -> dict[str, tuple[int, ...]]:
-        """See `WanForwardFamily.shapes`."""
+    def shapes(
+        self, transformer: Any, variant: int, batch: int, text: int
+    ) -> dict[str, tuple[int, ...]]:
+        """See `Family.shapes`."""
+        config = transformer.config
         return {
             self.text: (batch, text, config.text_dim),
             _CONTROL: (batch, config.vace_in_channels, 1, 1, 1),

@@ -54,19 +54,20 @@ class ZImageFamily(Family):
                 "only text to image at patch size 2 is supported"
             )
 
-    def latent_channels(self, transformer: Any) -> int:
-        """See `Family.latent_channels`."""
-        return int(transformer.in_channels)
-
     def default_size(self, pipeline: Any) -> tuple[int, int]:
         """See `Family.default_size`."""
         return 1024, 1024
 
+    def shapes(
+        self, transformer: Any, variant: int, batch: int, text: int
+    ) -> dict[str, tuple[int, ...]]:
+        """See `Family.shapes`."""
+        return {"cap_feats": (batch, text, transformer.config.cap_feat_dim)}
+
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
         """See `Family.example`: prompts of equal padded lengths, and of others."""
-        width, dtype = transformer.config.cap_feat_dim, transformer.dtype
-        prompt = torch.empty(batch, text, width, dtype=dtype, device="meta")
-        return {"cap_feats": prompt, **({_LENGTHS: (text, *[0] * (batch - 1))} if variant else {})}
+        given = super().example(transformer, variant, batch, text)
+        return {**given, **({_LENGTHS: (text, *[0] * (batch - 1))} if variant else {})}
 
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]

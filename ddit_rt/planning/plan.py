@@ -49,8 +49,7 @@ def plan_run(
         conditioning: Checked conditioning tensors.
 
     Raises:
-        ShapeError: Prompts and negative prompts of unequal lengths cannot be one batch, or a batch
-            or text length that the compiled blocks were not built for.
+        ShapeError: A batch or text length that the compiled blocks were not built for.
     """
     family = compiled.steps.family
     guidance = family.guidance(conditioning)
@@ -285,11 +284,7 @@ def _fixed(conditioning: Mapping[str, Any]) -> str:
 def passes_of(
     family: Family, conditioning: Mapping[str, Any], guidance: Guidance | None, batched: bool
 ) -> tuple[Mapping[str, Tensor], ...]:
-    """Conditioning of every pass of the model in a step.
-
-    Raises:
-        ShapeError: Prompts and negative prompts of unequal lengths cannot be one batch.
-    """
+    """Conditioning of every pass of the model in a step: two where one batch cannot hold both."""
     if guidance is None:
         return (conditioning,)
     if not batched:

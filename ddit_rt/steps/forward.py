@@ -102,8 +102,7 @@ class ForwardPasses:
 
     def residuals(self) -> tuple[Tensor, ...]:
         """See `Bucket.residuals`."""
-        held = (one.residual for one in (*self._passes, self._unguided))
-        return tuple(tensor for tensor in held if tensor is not None)
+        return tuple(one.residual for one in self._distinct() if one.residual is not None)
 
     def sound(self) -> Tensor | None:
         """As `Bucket.sound`."""
@@ -111,10 +110,12 @@ class ForwardPasses:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """As `Bucket.tensors`."""
-        passes = self._passes
-        if self._unguided is not passes[0]:
-            passes = [*passes, self._unguided]
-        return (self._levels, *(tensor for one in passes for tensor in one.tensors()))
+        return (self._levels, *(tensor for one in self._distinct() for tensor in one.tensors()))
+
+    def _distinct(self) -> list[_Pass]:
+        """The passes, and that of steps without guidance where it is none of them."""
+        own = self._unguided is not self._passes[0]
+        return [*self._passes, *([self._unguided] if own else [])]
 
 
 class _Pass:

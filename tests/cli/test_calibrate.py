@@ -165,7 +165,10 @@ def test_second_step_count_joins_the_first(
         (["--speedup", "2", "--held-out-prompts", "9"], "got 4 different prompts"),
         (["--speedup", "2", "--steps", "1"], "fewer than 2 steps"),
         (["--speedup", "2", "--min-ssim", "0.5"], "not allowed with"),
-        ([], "one of the arguments --speedup --min-ssim --budget-ms --cache is required"),
+        (
+            [],
+            "--speedup --min-ssim --min-stft --budget-ms --cache is required",
+        ),
     ],
 )
 def test_bad_request_is_exit_2_and_changes_nothing(

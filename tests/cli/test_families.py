@@ -109,3 +109,21 @@ def test_sound_is_written_as_long_as_it_was_asked_for(
     assert len(set(samples)) > 16  # not silence
     assert main([*map(str, ask), "-o", "a.png"]) == 2
     assert "the name must end in .wav" in capsys.readouterr().err
+
+    of_model = ["a.ddit", "--model", "model", "--audio-duration-s", 0.5, "--steps", 6]
+    Path("prompts.txt").write_text("aa\nbb\ncc\ndd\n")
+    few = ["--calibration-prompts", 2, "--held-out-prompts", 2, "--evaluations", 2]
+    few += ["--prompts", "prompts.txt", "--cost", "tokens"]
+    assert main(["calibrate", *map(str, [*of_model, *few]), "--min-ssim", "0.5"]) == 2
+    assert "compared by STFT similarity; give min_stft" in capsys.readouterr().err
+    call("calibrate", *of_model, *few, "--min-stft", 0.1)
+    assert "STFT similarity" in capsys.readouterr().out
+    call("calibrate", *of_model, *few[:2], "--prompts", "prompts.txt", "--cache", "magcache")
+    some = ["--prompts", "prompts.txt", "--limit", 2, "--cost", "tokens"]
+    assert main(["eval", *map(str, [*of_model, *some]), "--clip-model", "x"]) == 2
+    assert "got --clip-model for a model of sound" in capsys.readouterr().err
+    call("eval", *of_model, *some, "--policy", "2p:0.5,p", "--out", "found")
+    assert "stft" in capsys.readouterr().out
+    assert "<audio controls" in Path("found/report.html").read_text()
+    call("profile", *of_model, "--tool", "torch", "--policy", "2p:0.5,p", "--warm-up", 1)
+    assert read(Path("profile_out/profile.json"))["settings"]["latents"] == [1, 4, 1, 50]

@@ -5,16 +5,29 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from family_suite import FamilyCase, FamilySuite, eager, graphs
+from driving import assert_equal, keep, relative_error, runs
+from family_suite import (
+    MIXED,
+    TOLERANCE,
+    FamilyCase,
+    FamilySuite,
+    eager,
+    generated,
+    graphs,
+    trace_of,
+)
 from flux2_models import CHANNELS, tiny_dev, tiny_embeds, tiny_klein, tiny_transformer, tiny_vae
 from models import noise
 from PIL import Image
 
 import ddit_rt
-from ddit_rt.errors import UnsupportedModelError
+from ddit_rt import StaticPolicy, TokenRanges
+from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.loop import CudaExecutor
 from ddit_rt.models import family_of
 from ddit_rt.models.flux2 import Flux2Family
 from ddit_rt.steps.buckets import Resampling
@@ -108,10 +121,57 @@ def test_a_norm_that_differs_from_place_to_place_is_refused() -> None:
             eager(pipeline)
 
 
-@pytest.mark.parametrize("make", [tiny_dev, tiny_klein])
-def test_reference_images_are_refused_by_name(make: Any) -> None:
-    with pytest.raises(UnsupportedModelError, match="got `image`: reference images"):
-        eager(make())(image=Image.new("RGB", (64, 64)), **tiny_embeds())
+def picture(seed: int, width: int = 64, height: int = 96) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+EDITS = {
+    "dev": (TestDev, ()),
+    "distilled": (TestDistilledKlein, ()),
+    "guided": (TestKlein, (7,)),
+    "guided apart": (TestKlein, (5,)),
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
+@pytest.mark.parametrize("suite", EDITS)
+def test_edits_by_reference_images_equal_diffusers(suite: str, more: dict[str, Any]) -> None:
+    kind, negative = EDITS[suite]
+    pipeline = kind.case.pipeline()
+    engine = eager(pipeline, patch_sizes="p,2p,4p")
+    references = [picture(1), picture(2, 80, 64)]
+    call = kind.case.call((7,), negative, image=references, height=128, width=128)
+    assert_equal(*runs(pipeline, engine, call, **more), tolerance=TOLERANCE)
+    plan = StaticPolicy(["4p", "2p", "p", "4p", "2p", "p"])
+    one = generated(engine, call, patch_policy=plan, **more)
+    assert trace_of(engine).patch_sizes() == ["4p", "2p", "p", "4p", "2p", "p"]
+    other = generated(engine, {**call, "image": [picture(3)]}, patch_policy=plan, **more)
+    # A random VAE tells pictures but little apart: far above rounding is what can be asked.
+    assert relative_error(one, other) > 20 * TOLERANCE
+
+
+def test_edits_are_the_same_on_both_executors(graphs: Any) -> None:
+    cpu, device = eager(tiny_klein()), eager(tiny_klein())
+    device._loop.executor = CudaExecutor(graphs)
+    for size in (64, 80):
+        call = TestKlein.case.call((7,), (7,), image=picture(1, size))
+        ours = generated(device, call, patch_policy=MIXED)
+        assert torch.equal(ours, generated(cpu, call, patch_policy=MIXED))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (70, 100), (1400, 1000)])
+def test_an_edit_without_a_size_has_that_of_its_first_image(size: tuple[int, int]) -> None:
+    pipeline = tiny_klein(is_distilled=True)
+    call = TestDistilledKlein.case.call(image=[picture(1, *size), picture(2)])
+    call |= {"height": None, "width": None, "num_inference_steps": 1}
+    assert_equal(*runs(pipeline, eager(pipeline), call), tolerance=TOLERANCE)
+
+
+def test_references_count_among_the_compiled_tokens() -> None:
+    engine = eager(tiny_klein(), height=64, width=96, ranges=TokenRanges(image=(4, 40)))
+    with pytest.raises(ShapeError, match="number of image tokens of 48"):
+        generated(engine, TestKlein.case.call(image=picture(1)))
 
 
 def test_latents_are_taken_as_the_pipeline_takes_them() -> None:

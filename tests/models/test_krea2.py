@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused_before_any_work() -> None:
     pipeline = tiny_pipeline()
     call = TestKrea2.case.call()
     mask = call["prompt_embeds_mask"]
-    with pytest.raises(TypeError, match=r"`prompt_embeds_mask` of torch.int64.*booleans"):
+    with pytest.raises(TypeError, match=r"`prompt_embeds_mask` of torch.int64.*torch.bool"):
         eager(pipeline)(**{**call, "prompt_embeds_mask": mask.long()})
     pipeline.register_to_config(patch_size=1)
     with pytest.raises(UnsupportedModelError, match=r"patch_size=1.*at 2 only"):

@@ -29,6 +29,7 @@ from wan_models import euler
 import ddit_rt
 from ddit_rt import DDiTPolicy, MagCache, StaticPolicy
 from ddit_rt.errors import ArtifactMismatchError, ShapeError, UnsupportedModelError
+from ddit_rt.lab.calibrate.cache_fit import measuring_plan
 
 __all__ = ["graphs"]
 
@@ -80,6 +81,10 @@ class TestWanExperts(WanSuite):
         del graphs
         with pytest.raises(UnsupportedModelError, match="2 experts"):
             generated(eager(experts_pipeline()), self.case.call(), step_cache=MagCache())
+
+    def test_what_magcache_has_to_know_is_measured(self) -> None:
+        with pytest.raises(UnsupportedModelError, match="2 experts"):
+            measuring_plan(eager(experts_pipeline()), "magcache", **self.case.call())
 
 
 @pytest.mark.parametrize("batched", [True, False], ids=["one batch", "two passes"])

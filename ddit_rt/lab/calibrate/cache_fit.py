@@ -20,7 +20,7 @@ from ddit_rt.engine import Engine
 from ddit_rt.lab.plans.points import Prompt
 from ddit_rt.loop import CpuExecutor, RunPlan
 from ddit_rt.planning.request import Request
-from ddit_rt.policies import KINDS, CacheFit, FinePolicy, TeaCache
+from ddit_rt.policies import KINDS, CacheFit, FinePolicy, MagCache, StepCache, TeaCache
 
 DEGREE = 4
 """Degree of the polynomials, as the published ones have it."""
@@ -69,7 +69,7 @@ def fit_cache(
     for prompt in prompts:
         generator = torch.Generator().manual_seed(prompt.seed)
         call = {**arguments, "prompt": prompt.text, "generator": generator}
-        plan, latents = measuring_plan(engine, projected=kind == "teacache-ret", **call)
+        plan, latents = measuring_plan(engine, kind, **call)
         runs.append(watch(plan, latents))
         advance()
     steps = 1 + len(runs[0].inputs)
@@ -85,24 +85,25 @@ def fit_cache(
 
 
 def measuring_plan(
-    engine: Engine, *, projected: bool = False, **arguments: Any
+    engine: Engine, kind: str = "teacache", **arguments: Any
 ) -> tuple[RunPlan, Tensor]:
     """A run of the pipeline with every step computed at p.
 
-    Its buckets keep their residuals, and its step cache holds the model's bare signal: a `Signal`,
-    or the relative changes of a time embedding as the increments.
+    Its buckets keep their residuals, and for TeaCache its step cache holds the model's bare signal:
+    a `Signal`, or the relative changes of a time embedding as the increments.
 
     Args:
         engine: The engine, with its pipeline.
-        projected: Whether that embedding is the projected one.
+        kind: One of `KINDS`: what is to be fitted.
         arguments: Arguments of the pipeline's `__call__`.
 
     Returns:
         The plan and z_0; nothing has run.
     """
-    cache = TeaCache(0.0, coefficients=(1.0, 0.0), last=0)
-    if projected:
-        cache = replace(cache, use_ret_steps=True, first=1)
+    cache: StepCache = MagCache(mag_ratios=(1.0,))
+    if kind != "magcache":
+        ret = kind == "teacache-ret"
+        cache = TeaCache(0.0, coefficients=(1.0, 0.0), first=1, last=0, use_ret_steps=ret)
     request = Request(
         policy=FinePolicy(), step_cache=cache, batched_guidance=engine.batched_guidance
     )

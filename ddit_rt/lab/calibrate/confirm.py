@@ -54,7 +54,8 @@ class Confirmation:
 
     Attributes:
         winner: Kind of the plan that is taken.
-        met: Whether it keeps the target on the held-out prompts, within 10% of cost or 0.02 SSIM.
+        met: Whether it keeps the target on the held-out prompts, within 10% of cost or 0.02 of
+            similarity.
         fine: Full resolution on the held-out prompts.
         candidates: The best plan of each kind.
         baselines: For each adaptive candidate, the baselines at the cost that it has there.

@@ -23,3 +23,23 @@ PROMPTS = (
     "an aerial view of terraced rice fields",
 )
 """Plain and textured scenes, people, text and drawings: what the cost of an image varies with."""
+
+SOUNDS = (
+    "ocean waves on a pebble beach, light wind",
+    "a dog barks twice in a large empty hall",
+    "heavy rain on a tin roof with distant thunder",
+    "a woman speaks calmly in a quiet room",
+    "a steam train starts and gathers speed",
+    "birds sing in a forest at dawn",
+    "a solo cello plays a slow melody",
+    "a busy cafe, cups and many voices",
+    "an old clock ticks and strikes three",
+    "footsteps on dry leaves",
+    "an upright piano plays a fast ragtime",
+    "a motorcycle passes from left to right",
+    "a crowd cheers and claps in a stadium",
+    "a kettle begins to boil and whistles",
+    "drums and an electric bass, a steady groove",
+    "a small fire crackles at night",
+)
+"""The same for models of sound: noise, speech, music, and what begins and ends."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def draw_front(calibration: Calibration, path: Path) -> None:
             weight="bold",
         )
     axes.set_xlabel(f"speed-up of the loop over {calibration.num_inference_steps} steps at p")
-    axes.set_ylabel(_similarity(calibration.evidence["makes"]))
+    axes.set_ylabel(_similarity(calibration.evidence))
     axes.set_xscale("log")
     ticks = [tick for tick in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if tick <= max(x) * 1.1]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
@@ -94,9 +94,9 @@ def draw_front(calibration: Calibration, path: Path) -> None:
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
-def _similarity(makes: str) -> str:
-    frames = ", mean over the frames" if makes == "video" else ""
-    return f"SSIM to full resolution{frames}"
+def _similarity(evidence: Mapping[str, Any]) -> str:
+    frames = ", mean over the frames" if evidence["makes"] == "video" else ""
+    return f"{evidence['measure']['name']} to full resolution{frames}"
 
 
 def _caches(candidates: Sequence[dict[str, Any]]) -> str:
@@ -108,12 +108,13 @@ def _caches(candidates: Sequence[dict[str, Any]]) -> str:
 def summary(calibration: Calibration) -> str:
     """A few lines for a terminal."""
     evidence, unit = calibration.evidence, calibration.cost_unit
+    names = evidence["measure"]
     ((name, value),) = calibration.target.items()
     fine = f"{evidence['held_out_fine_cost']:.1f} {unit} per {evidence['makes']}"
     lines = [
         f"{calibration.num_inference_steps} steps, {name} {value:g}: {evidence['verdict']}",
         f"on {len(evidence['held_out_prompts'])} held-out prompts; full resolution takes {fine}",
-        f"  {'plan':<9}{unit:>9}{'speed-up':>10}{'SSIM':>8}{'PSNR':>7}",
+        f"  {'plan':<9}{unit:>9}{'speed-up':>10}{names['name']:>16}{names['ratio']:>6}",
         *(_row(kind, entry) for kind, entry in evidence["held_out"].items()),
     ]
     for plan in (kind for kind in ADAPTIVE if kind in evidence["at_equal_cost"]):
@@ -137,6 +138,6 @@ def summary(calibration: Calibration) -> str:
 def _row(name: str, entry: dict[str, Any]) -> str:
     psnr = "same" if entry["psnr"] is None else f"{entry['psnr']:.1f}"
     return (
-        f"  {name:<9}{entry['cost']:>9.1f}{entry['speedup']:>9.2f}x{entry['ssim']:>8.4f}{psnr:>7}"
+        f"  {name:<9}{entry['cost']:>9.1f}{entry['speedup']:>9.2f}x{entry['ssim']:>16.4f}{psnr:>6}"
         f"  {entry['label']}"
     )

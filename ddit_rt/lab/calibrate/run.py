@@ -13,6 +13,7 @@ from ddit_rt.lab.calibrate.record import calibration_record
 from ddit_rt.lab.calibrate.search import search
 from ddit_rt.lab.calibrate.spaces import COMBINED as WITH_CACHE
 from ddit_rt.lab.calibrate.spaces import Space, spaces
+from ddit_rt.lab.measure.measures import Measure
 from ddit_rt.lab.plans.bench import Bench
 from ddit_rt.lab.plans.candidates import (
     CACHED,
@@ -23,7 +24,23 @@ from ddit_rt.lab.plans.candidates import (
     full_resolution,
 )
 from ddit_rt.lab.plans.points import Found, Measurement, Point, Prompt, best_for
-from ddit_rt.lab.plans.target import BUDGET_MS, GENTLE, MIN_SSIM, SPEEDUP, STRONG, Target
+from ddit_rt.lab.plans.target import (
+    BUDGET_MS,
+    GENTLE,
+    MIN_SSIM,
+    MIN_STFT,
+    SPEEDUP,
+    STRONG,
+    Target,
+)
+
+_BOUNDS: Mapping[str, tuple[float, float]] = {
+    SPEEDUP: (1, 1e3),
+    MIN_SSIM: (0, 1),
+    MIN_STFT: (0, 1),
+    BUDGET_MS: (0, 1e9),
+}
+"""What a request may lie between."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +48,8 @@ class CalibrationConfig:
     """Settings of a calibration.
 
     Attributes:
-        request: One of `{"speedup": x}`, `{"min_ssim": x}`, `{"budget_ms": x}`.
+        request: One of `{"speedup": x}`, `{"min_ssim": x}`, of recordings `{"min_stft": x}`, and
+            `{"budget_ms": x}`.
         prompts: Texts to draw from.
         calibration_prompts: Number of prompts that the search uses.
         held_out_prompts: Number of others that confirm what it found.
@@ -50,12 +68,11 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         """Checks the request and the counts, before minutes of work."""
-        if len(self.request) != 1 or not set(self.request) <= {SPEEDUP, MIN_SSIM, BUDGET_MS}:
-            raise ValueError(
-                f"got the request {dict(self.request)}; give one of speedup, min_ssim, budget_ms"
-            )
+        if len(self.request) != 1 or not set(self.request) <= _BOUNDS.keys():
+            known = ", ".join(_BOUNDS)
+            raise ValueError(f"got the request {dict(self.request)}; give one of {known}")
         ((name, value),) = self.request.items()
-        low, high = {SPEEDUP: (1, 1e3), MIN_SSIM: (0, 1), BUDGET_MS: (0, 1e9)}[name]
+        low, high = _BOUNDS[name]
         if not low < value < high:
             raise ValueError(f"got {name}={value}; it must lie between {low} and {high:g}")
         if name == BUDGET_MS and self.cost_unit != "ms":
@@ -70,6 +87,19 @@ class CalibrationConfig:
             raise ValueError(
                 f"got {distinct} different prompts; {self.calibration_prompts} to calibrate and "
                 f"{self.held_out_prompts} held out need {wanted}: give more, or ask for fewer"
+            )
+
+    def check(self, measure: Measure) -> None:
+        """Refuses a least similarity of another measure than what is made is compared by.
+
+        Raises:
+            ValueError: See above.
+        """
+        ((name, value),) = self.request.items()
+        if name in (MIN_SSIM, MIN_STFT) and name != f"min_{measure.key}":
+            raise ValueError(
+                f"got {name}={value:g} for a model whose every {measure.makes} is compared by "
+                f"{measure.name}; give min_{measure.key}"
             )
 
     def split(self) -> tuple[list[Prompt], list[Prompt]]:
@@ -87,7 +117,7 @@ class CalibrationConfig:
             ValueError: Full resolution keeps the budget already.
         """
         ((name, value),) = self.request.items()
-        if name == MIN_SSIM:
+        if name in (MIN_SSIM, MIN_STFT):
             return Target(min_ssim=value)
         limit = value if name == BUDGET_MS else base_cost / value
         if limit >= base_cost:
@@ -126,6 +156,7 @@ def calibrate(
     Raises:
         ValueError: No plan reaches the target; the message says what is reachable.
     """
+    config.check(bench.measure)
     base = bench.costs["p"] * bench.steps
     target = config.target(base)
     prompts, held_out = config.split()
@@ -152,7 +183,7 @@ def calibrate(
     }
     if not best:
         tried = [point for row in cheaper.values() for point in row]
-        raise ValueError(_unreachable(config, base, tried, bench.makes))
+        raise ValueError(_unreachable(config, base, tried, bench.measure))
     decided = confirm(bench, found, best, held_out, config.request, target)
     points = [_reference_point(bench.steps, base, len(prompts))]
     points += [point for row in cheaper.values() for point in row]
@@ -183,7 +214,7 @@ def _reference_point(steps: int, base: float, prompts: int) -> Point:
 
 
 def _unreachable(
-    config: CalibrationConfig, base: float, points: Sequence[Point], makes: str
+    config: CalibrationConfig, base: float, points: Sequence[Point], measure: Measure
 ) -> str:
     ((name, value),) = config.request.items()
     if not points:
@@ -191,9 +222,10 @@ def _unreachable(
     nearest = config.target(base)
     best = min(points, key=nearest.shortfall)
     return (
-        f"no plan reaches {name}={value:g}; the nearest is {best.candidate.label}: SSIM "
-        f"{best.ssim:.4f}, {base / best.cost:.2f}x as fast as full resolution, {best.cost:.1f} "
-        f"{config.cost_unit} per {makes}. Ask for less, or for another number of steps"
+        f"no plan reaches {name}={value:g}; the nearest is {best.candidate.label}: "
+        f"{measure.name} {best.ssim:.4f}, {base / best.cost:.2f}x as fast as full resolution, "
+        f"{best.cost:.1f} {config.cost_unit} per {measure.makes}. Ask for less, or for another "
+        "number of steps"
     )
 
 

@@ -28,8 +28,8 @@ _LOSSLESS_SIDE = 256
 _LARGEST_SIDE = 768
 
 Report = Mapping[str, Any]
-GetImage = Callable[[str, int, int], Pixels]
-"""Gives the image of a plan, prompt and repeat."""
+GetImage = Callable[[str, int, int], Pixels | bytes]
+"""Gives the image of a plan, prompt and repeat, or the WAV file of a recording."""
 
 
 def build_page(report: Report, image: GetImage, *, shown: int) -> str:
@@ -49,6 +49,7 @@ def build_page(report: Report, image: GetImage, *, shown: int) -> str:
         environment.get_template("report.html.j2").render(
             report=report,
             plans={plan["name"]: plan for plan in report["plans"]},
+            similarity=_metric(report, report["similarity"]),
             colours=colours,
             size_colours=SIZE_COLOURS,
             wins={(win["against"], win["metric"]): win["share"] for win in report["wins"]},
@@ -105,7 +106,7 @@ def _case(report: Report, index: int, image: GetImage) -> dict[str, Any]:
     """A prompt with the image of every plan, of the repeat where the main plan is worst."""
     entry = report["prompts"][index]
     own = entry["pictures"][report["main"]]
-    repeat = min(range(len(own)), key=lambda i: float(own[i]["scores"]["ssim"]))
+    repeat = min(range(len(own)), key=lambda i: float(own[i]["scores"][report["similarity"]]))
     return {
         "prompt": entry["prompt"],
         "seed": own[repeat]["seed"],
@@ -120,36 +121,48 @@ def _case(report: Report, index: int, image: GetImage) -> dict[str, Any]:
     }
 
 
-def data_uri(image: Pixels) -> str:
-    """An image inside the page: without loss where it is small, else a smaller JPEG."""
+def _metric(report: Report, name: str) -> Mapping[str, Any]:
+    return next(metric for metric in report["metrics"] if metric["name"] == name)
+
+
+def data_uri(image: Pixels | bytes) -> str:
+    """An image inside the page: without loss where it is small, else a smaller JPEG.
+
+    A WAV file as it is.
+    """
+    if isinstance(image, bytes):
+        return _uri("audio/wav", image)
     shown, buffer = Image.fromarray(image), io.BytesIO()
     if max(shown.size) <= _LOSSLESS_SIDE:
         shown.save(buffer, format="PNG", optimize=True)
-        return _uri("png", buffer.getvalue())
+        return _uri("image/png", buffer.getvalue())
     shown.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE), Image.Resampling.LANCZOS)
     shown.save(buffer, format="JPEG", quality=90)
-    return _uri("jpeg", buffer.getvalue())
+    return _uri("image/jpeg", buffer.getvalue())
 
 
 def _uri(kind: str, data: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _plot(
     report: Report, metric: Mapping[str, Any], colours: Mapping[str, str]
 ) -> dict[str, Any] | None:
     """A metric against time; None where no plan has a score."""
-    figure = quality_figure(report["plans"], metric, colours)
+    figure = quality_figure(report["plans"], metric, colours, report["makes"])
     if figure is None:
         return None
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     side = "Up" if metric["higher_is_better"] else "Down"
-    return {"uri": _uri("svg+xml", buffer.getvalue()), "metric": metric, "side": side}
+    return {"uri": _uri("image/svg+xml", buffer.getvalue()), "metric": metric, "side": side}
 
 
 def quality_figure(
-    plans: Sequence[Mapping[str, Any]], metric: Mapping[str, Any], colours: Mapping[str, str]
+    plans: Sequence[Mapping[str, Any]],
+    metric: Mapping[str, Any],
+    colours: Mapping[str, str],
+    makes: str = "image",
 ) -> Figure | None:
     """Draws a score against seconds with 95% intervals, and the front that no other plan beats.
 
@@ -157,6 +170,7 @@ def quality_figure(
         plans: The entries `plans` of a report.
         metric: The metric's entry.
         colours: A colour for each plan by name.
+        makes: What a run makes.
 
     Returns:
         None where no plan has a score.
@@ -190,7 +204,7 @@ def quality_figure(
     axes.step(xs, ys, where="post", color="#57606a", linestyle="--", lw=1.2, zorder=1)
     axes.margins(0.12)
     axes.grid(visible=True, alpha=0.3)
-    axes.set_xlabel("seconds of the denoising loop, per image")
+    axes.set_xlabel(f"seconds of the denoising loop, per {makes}")
     axes.set_ylabel(textwrap.fill(metric["label"], 36))
     figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False)
     return figure

@@ -68,6 +68,11 @@ class Study:
             names = [entry["name"] for entry in report["plans"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is no report of ddit-rt eval; run it again") from error
+        if report.get("makes", "image") != "image":
+            raise ValueError(
+                f"got an evaluation of {report['makes']}s; people compare images here: listen to "
+                "those of its report.html"
+            )
         self.plan, self.against = plan or report["main"], against or names[0]
         unknown = [name for name in (self.plan, self.against) if name not in names]
         if unknown or self.plan == self.against:

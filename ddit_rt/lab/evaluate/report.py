@@ -7,6 +7,7 @@ Wilson's; `low` and `high` are null for one prompt.
 - `schema_version`: 1.
 - `machine`, `versions`: where the report was written, as in the demo's report; `device`.
 - `model`, `artifact`: `name`, `transformer_class`, `parameters`, `dtype`; `path`, `digest`.
+- `makes`: `"image"` or `"recording"`; `similarity`: name of the metric that cases are sorted by.
 - `settings`: what was asked for.
 - `sessions`: when images were made: `started` (UTC), `machine`, `versions`, `pictures`.
 - `costs`: `unit`, `main_cost` and `step_costs` that the baselines were chosen by, `pilot_prompts`.
@@ -24,7 +25,7 @@ Wilson's; `low` and `high` are null for one prompt.
   main plan is better; a tie counts half), `prompts`.
 - `prompts`: `prompt` and `pictures`: per plan a list of `repeat`, `seed`, `file`, `seconds`,
   `seconds_spread`, `seconds_call`, `tokens`, `session`, `patch_sizes`, `scores`.
-- `worst`: indices of prompts by SSIM of the main plan, the lowest first.
+- `worst`: indices of prompts by the similarity of the main plan, the lowest first.
 - `notes`: what a reader must know of these figures.
 """
 
@@ -70,7 +71,8 @@ def build_report(
         found: What led to the baselines.
         metrics: Metrics that ran.
         scores: What they gave.
-        conditions: The entries `machine`, `versions`, `device`, `model` and `artifact`.
+        conditions: The entries `machine`, `versions`, `device`, `model`, `artifact`, `makes` and
+            `similarity`.
     """
     used = tuple(m for m in metrics if m.name in scores.images or m.name in scores.sets)
     builder = _Builder(store, config, plans, used, scores)
@@ -95,7 +97,7 @@ def build_report(
         "plans": entries,
         "wins": builder.wins(main),
         "prompts": [builder.prompt(index) for index in builder.prompts],
-        "worst": builder.worst(main),
+        "worst": builder.worst(main, conditions["similarity"]),
         "notes": [*found["notes"], *_unequal(entries, main), *_notes(store, config)],
     }
 
@@ -228,11 +230,11 @@ class _Builder:
             "scores": {n: table[record.place] for n, table in tables if record.place in table},
         }
 
-    def worst(self, main: str) -> list[int]:
-        """Prompts by the lowest SSIM among the main plan's images."""
+    def worst(self, main: str, similarity: str) -> list[int]:
+        """Prompts by the lowest similarity among the main plan's images."""
 
         def lowest(prompt: int) -> float:
-            return min(v for v in self.own_scores("ssim", main, prompt) if v is not None)
+            return min(v for v in self.own_scores(similarity, main, prompt) if v is not None)
 
         return sorted(self.prompts, key=lowest)
 

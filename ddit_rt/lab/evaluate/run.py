@@ -14,7 +14,9 @@ from ddit_rt.lab.evaluate.page import build_page
 from ddit_rt.lab.evaluate.report import build_report
 from ddit_rt.lab.evaluate.scoring import score
 from ddit_rt.lab.evaluate.store import Store
+from ddit_rt.lab.measure.measures import SOUND, measure_of
 from ddit_rt.lab.measure.report import machine, model_entry, versions, write_json, write_whole
+from ddit_rt.models import family_named
 
 if TYPE_CHECKING:
     from ddit_rt.engine import Engine
@@ -49,7 +51,7 @@ def evaluate(
         engine: A compiled pipeline.
         config: Settings.
         subject: What is evaluated, by name.
-        metrics: Metrics that can run here, SSIM among them.
+        metrics: Metrics that can run here, among them SSIM, of recordings STFT similarity.
         skipped: Metrics that cannot.
         shown: Prompts with images on the page at most, worst first.
         progress: Whether to show bars.
@@ -61,7 +63,9 @@ def evaluate(
         ValueError: The folder holds another evaluation, or a policy does not fit.
     """
     digest = engine.artifact.manifest.digest
-    store = Store(config.out)
+    measure = measure_of(family_named(engine.artifact.manifest.family))
+    rate = engine.pipeline.sample_rate if measure is SOUND else None
+    store = Store(config.out, rate)
     identity = {"model": subject.model, "artifact": digest}
     plans, found = generate(engine, config, store, identity, progress=progress)
     scores = score(store, config, plans, metrics, skipped, progress=progress)
@@ -72,6 +76,8 @@ def evaluate(
         "device": _device_name(transformer.device),
         "model": model_entry(subject.model, transformer),
         "artifact": {"path": subject.artifact, "digest": digest},
+        "makes": measure.makes,
+        "similarity": measure.key,
     }
     report = build_report(store, config, plans, found, metrics, scores, conditions)
     return report, _write(report, store, shown)
@@ -80,7 +86,7 @@ def evaluate(
 def _write(report: Mapping[str, Any], store: Store, shown: int) -> list[Path]:
     record, page = store.folder / "report.json", store.folder / "report.html"
     write_json(record, report)
-    write_whole(page, build_page(report, store.image, shown=shown).encode())
+    write_whole(page, build_page(report, store.shown, shown=shown).encode())
     return [page, record]
 
 
@@ -103,7 +109,7 @@ def summary(report: Mapping[str, Any]) -> str:
         )
         lines.append(line + "".join(f"{_value(plan, title):>14}" for title in titles))
     for entry in report["wins"]:
-        if entry["metric"] == "ssim":
+        if entry["metric"] == report["similarity"]:
             share = entry["share"]
             lines.append(
                 f"{report['main']} is more similar than {entry['against']} on "

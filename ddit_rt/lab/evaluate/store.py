@@ -2,7 +2,8 @@
 
 - `settings.json`: what was asked for, and the plans that it came to.
 - `sessions.jsonl`: one line for each time that images were made: when, and on which machine.
-- `pictures/PLAN/PROMPT-SEED.png`, and in `pictures.jsonl` a line for each: times, tokens, trace.
+- `pictures/PLAN/PROMPT-SEED.png`, of recordings `.wav`, and in `pictures.jsonl` a line for each:
+  times, tokens, trace.
 - `scores.jsonl`: one line for each score of a metric.
 - `report.json`, `report.html`: the result; `preferences.jsonl`: answers of `ddit-rt ab`.
 """
@@ -24,6 +25,7 @@ from PIL import Image
 
 from ddit_rt.lab.evaluate.plans import NamedPlan
 from ddit_rt.lab.measure.report import write_json, write_whole
+from ddit_rt.lab.measure.sound_file import read_wav, wav_bytes
 from ddit_rt.lab.measure.timing import Pixels
 
 SETTINGS_VERSION = 1
@@ -73,9 +75,14 @@ class Store:
         records: The images that are there, by plan, prompt and repeat.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Reads what is there; a line that was cut off, or has lost its image, does not count."""
-        self.folder = folder
+    def __init__(self, folder: Path, sample_rate: int | None = None) -> None:
+        """Reads what is there; a line that was cut off, or has lost its image, does not count.
+
+        Args:
+            folder: The folder.
+            sample_rate: Samples a second of recordings, which then stand in the place of images.
+        """
+        self.folder, self._rate = folder, sample_rate
         rows = [ImageRecord(**row) for row in read_lines(folder / "pictures.jsonl")]
         self.records = {row.place: row for row in rows if self.path(*row.place).is_file()}
 
@@ -132,16 +139,16 @@ class Store:
 
     def path(self, plan: str, prompt: int, repeat: int) -> Path:
         """File of an image."""
-        return self.folder / "pictures" / plan / f"{prompt:05d}-{repeat}.png"
+        suffix = "png" if self._rate is None else "wav"
+        return self.folder / "pictures" / plan / f"{prompt:05d}-{repeat}.{suffix}"
 
     def save_image(self, image: Pixels, plan: str, prompt: int, repeat: int) -> str:
         """Writes an image without loss; returns its hash."""
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, format="PNG")
+        data = _png(image) if self._rate is None else wav_bytes(image.astype(np.int16), self._rate)
         path = self.path(plan, prompt, repeat)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, buffer.getvalue())
-        return hashlib.sha256(buffer.getvalue()).hexdigest()
+        write_whole(path, data)
+        return hashlib.sha256(data).hexdigest()
 
     def add(self, records: Sequence[ImageRecord]) -> None:
         """Notes images whose files are written."""
@@ -149,9 +156,17 @@ class Store:
         self.records |= {record.place: record for record in records}
 
     def image(self, plan: str, prompt: int, repeat: int) -> Pixels:
-        """An image that was made, `[H, W, 3]` bytes."""
+        """An image that was made, `[H, W, 3]` bytes, or a recording, `[channels, samples]`."""
+        if self._rate is not None:
+            return read_wav(self.path(plan, prompt, repeat))
         with Image.open(self.path(plan, prompt, repeat)) as image:
             return np.asarray(image.convert("RGB"), dtype=np.uint8)
+
+    def shown(self, plan: str, prompt: int, repeat: int) -> Pixels | bytes:
+        """The same for a page: a recording as its file."""
+        if self._rate is not None:
+            return self.path(plan, prompt, repeat).read_bytes()
+        return self.image(plan, prompt, repeat)
 
     def scores(self) -> dict[tuple[str, str, str], float | None]:
         """Known scores by the metric's key, the image's hash and what it was compared with."""
@@ -172,6 +187,12 @@ class Store:
             raise ValueError(
                 f"{self.folder} holds files and no evaluation (no settings.json); name a new folder"
             )
+
+
+def _png(image: Pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -96,13 +96,6 @@ def video_fidelity(videos: Sequence[Pixels], references: Sequence[Pixels]) -> Vi
     )
 
 
-def fidelity_of(made: Sequence[Pixels], references: Sequence[Pixels]) -> Fidelity:
-    """Fidelity of images, or of videos as means over their frames, whichever they are."""
-    if made and made[0].ndim == 4:
-        return video_fidelity(made, references).videos
-    return fidelity(made, references)
-
-
 def _metrics() -> Any:
     try:
         from torchmetrics.functional import image

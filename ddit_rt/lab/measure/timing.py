@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ddit_rt.lab.measure.sound_file import as_pcm
 from ddit_rt.loop import RunTrace
 
-Pixels = npt.NDArray[np.uint8]
-"""An image, `[H, W, 3]`, or a video, `[F, H, W, 3]`; RGB."""
+Pixels = npt.NDArray[np.integer[Any]]
+"""An image, `[H, W, 3]`, or a video, `[F, H, W, 3]`, in bytes of RGB; or a recording in 16 bits,
+`[channels, samples]`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,6 +217,8 @@ def generators(batch: Batch) -> list[Any]:
 
 
 def _pixels(output: Any) -> tuple[Pixels, ...]:
+    if hasattr(output, "audios"):  # `[B, channels, samples]` in [-1, 1]
+        return tuple(map(as_pcm, output.audios))
     if hasattr(output, "frames"):  # `[B, F, H, W, 3]` in [0, 1]
         return tuple(np.rint(np.asarray(video) * 255).astype(np.uint8) for video in output.frames)
     return tuple(np.asarray(image.convert("RGB"), dtype=np.uint8) for image in output.images)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from ddit_rt.lab.measure.fidelity import fidelity_of
+from ddit_rt.lab.measure.measures import Measure, measure_of
 from ddit_rt.lab.measure.timing import Batch, Method, Pixels, measure
 from ddit_rt.lab.plans.candidates import CacheRange, Candidate, full_resolution
 from ddit_rt.lab.plans.dial import TAU_PROBES, branch, step_costs, tau_range
@@ -24,7 +24,7 @@ from ddit_rt.policies import FinePolicy, NoCache, PatchPolicy, StepCache
 UNITS = ("ms", "tokens")
 NO_FIT = (
     "without plans that skip steps: no step cache has a fit for this model; `ddit-rt calibrate "
-    "ARTIFACT --model MODEL --cache teacache` makes one"
+    "ARTIFACT --model MODEL --cache magcache` makes one"
 )
 """Note about a model that has no fit."""
 SEVERAL_MODELS = (
@@ -45,7 +45,7 @@ class Bench(Evaluator, Protocol):
         cache_costs: Cost of one step under a cache, `"p"` computed or `"p reused"`, by the cache's
             class.
         notes: What the search has to do without, and why.
-        makes: What a run makes, `"image"` or `"video"`.
+        measure: By what plans are compared.
     """
 
     steps: int
@@ -54,7 +54,7 @@ class Bench(Evaluator, Protocol):
     caches: Sequence[CacheRange]
     cache_costs: Mapping[str, Mapping[str, float]]
     notes: Sequence[str]
-    makes: str
+    measure: Measure
 
     def confirm(
         self, candidates: Sequence[Candidate], prompts: Sequence[Prompt]
@@ -107,7 +107,7 @@ class EngineBench:
         self._repeats = repeats
         self._advance = advance
         self._references: dict[Prompt, Pixels] = {}
-        self.makes = "video" if family_named(engine.artifact.manifest.family).video else "image"
+        self.measure = measure_of(family_named(engine.artifact.manifest.family))
         self.costs: Mapping[str, float] = self._cost_table(probe, NoCache())
         self.taus = tau_range(self._probe(policy, NoCache(), probe) for policy in TAU_PROBES)
         self.caches: Sequence[CacheRange] = ()
@@ -122,7 +122,7 @@ class EngineBench:
         made, traces = zip(*(self._generate(candidate, prompt) for prompt in prompts), strict=True)
         table = self.cache_costs.get(type(candidate.step_cache).__name__, self.costs)
         costs = [sum(table[branch(record)] for record in trace) for trace in traces]
-        return _measurement(costs, made, references)
+        return self._measurement(costs, made, references)
 
     def confirm(
         self, candidates: Sequence[Candidate], prompts: Sequence[Prompt]
@@ -136,7 +136,7 @@ class EngineBench:
         rows = [samples[method.name] for method in methods]
         references = [sample.outputs[0] for sample in rows[0]]
         return [
-            _measurement(
+            self._measurement(
                 [
                     sample.median_denoise * 1e3 if in_ms else float(_trace(sample.trace).tokens)
                     for sample in row
@@ -146,6 +146,13 @@ class EngineBench:
             )
             for row in rows
         ]
+
+    def _measurement(
+        self, costs: Sequence[float], made: Sequence[Pixels], references: Sequence[Pixels]
+    ) -> Measurement:
+        found = self.measure.compare(made, references)
+        cost = statistics.fmean(costs)
+        return Measurement(cost=cost, similarity=found.similarity, psnr=found.ratio)
 
     def _method(self, candidate: Candidate) -> Method:
         return candidate.on(self._engine, candidate.key, **self._arguments)
@@ -195,13 +202,6 @@ class EngineBench:
             self.notes = [SEVERAL_MODELS if several_models(self._engine) else NO_FIT]
         elif not self.caches:
             self.notes = [f"without plans that skip steps: of {self.steps} steps none may"]
-
-
-def _measurement(
-    costs: Sequence[float], made: Sequence[Pixels], references: Sequence[Pixels]
-) -> Measurement:
-    found = fidelity_of(made, references)
-    return Measurement(cost=statistics.fmean(costs), similarity=found.ssim, psnr=found.psnr)
 
 
 def _trace(trace: RunTrace | None) -> RunTrace:

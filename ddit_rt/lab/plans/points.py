@@ -41,9 +41,9 @@ class Measurement:
 
     Attributes:
         cost: Mean cost of a denoising loop.
-        similarity: SSIM of each prompt's image to the one at full resolution; for a video, the
-            mean over its frames.
-        psnr: PSNR to that image in dB; None where both are equal.
+        similarity: Of what each prompt gave to what it gives at full resolution, by the measure
+            of what the model makes: of images SSIM.
+        psnr: That measure's ratio, in dB; None where both are equal.
     """
 
     cost: float

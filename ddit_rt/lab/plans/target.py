@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-SPEEDUP, MIN_SSIM, BUDGET_MS = "speedup", "min_ssim", "budget_ms"
+SPEEDUP, MIN_SSIM, MIN_STFT, BUDGET_MS = "speedup", "min_ssim", "min_stft", "budget_ms"
 
 GENTLE, STRONG = 0.5, 1.5
 """Powers of the target's speed-up at which the presets `quality` and `fast` are searched."""
@@ -60,7 +60,7 @@ class Target:
         return self.shortfall(point) <= 1e-9
 
     def met_on_held_out(self, point: Measured) -> bool:
-        """Whether a plan keeps the limit within what prompts vary: 10% of cost, 0.02 of SSIM."""
+        """Whether a plan keeps the limit within what prompts vary: 10% of cost, 0.02 otherwise."""
         return self.shortfall(point) <= (_SSIM_MARGIN if self.max_cost is None else _COST_MARGIN)
 
     def close(self, point: Measured) -> bool:

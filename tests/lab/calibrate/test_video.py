@@ -120,7 +120,7 @@ def test_calibrated_plans_of_clips_are_told_and_run(tmp_path: Any) -> None:
     need("matplotlib", "torchmetrics")
     engine = eager(MAGCACHE)
     made = bench(engine)
-    assert made.makes == "video"
+    assert made.measure.makes == "video"
     assert not made.notes
     result = calibrate(made, config(), {})
     assert {point.candidate.kind for point in result.points} >= {"steps", "static", "cached"}

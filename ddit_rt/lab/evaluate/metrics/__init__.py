@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ddit_rt.lab.evaluate.metrics.base import Case, ImageMetric, Metric, SetMetric
-from ddit_rt.lab.evaluate.metrics.fidelity import Lpips, Psnr, Ssim
+from ddit_rt.lab.evaluate.metrics.fidelity import Lpips, Psnr, Snr, Ssim, StftSimilarity
 from ddit_rt.lab.evaluate.metrics.sets import DemoFrechetDistance, Fid
 from ddit_rt.lab.evaluate.metrics.text import CLIP_MODEL, ClipScore, ImageReward
 
@@ -27,8 +27,11 @@ __all__ = [
     "Psnr",
     "SetMetric",
     "Skipped",
+    "Snr",
     "Ssim",
+    "StftSimilarity",
     "all_metrics",
+    "sound_metrics",
     "usable",
     "weights_folder",
 ]
@@ -61,6 +64,11 @@ def all_metrics(
     metrics: list[Metric] = [Psnr(), Ssim(), Lpips(device), ClipScore(clip_model, device)]
     metrics += [ImageReward(device, weights), Fid(device)]
     return [*metrics, DemoFrechetDistance(device)] if demo else metrics
+
+
+def sound_metrics() -> list[Metric]:
+    """Every metric of recordings."""
+    return [Snr(), StftSimilarity()]
 
 
 def usable(metrics: Sequence[Metric]) -> tuple[list[Metric], list[Skipped]]:

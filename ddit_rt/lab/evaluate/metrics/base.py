@@ -20,12 +20,12 @@ _LONGEST_REASON = 300
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One image to score.
+    """One image, or recording, to score.
 
     Attributes:
         prompt: What it should show.
-        image: `[H, W, 3]` bytes.
-        reference: The full-resolution image of the same noise and size.
+        image: `[H, W, 3]` bytes, or `[channels, samples]` of 16 bits.
+        reference: The full-resolution one of the same noise and size.
     """
 
     prompt: str
@@ -77,7 +77,7 @@ class Metric(ABC):
 
 
 class ImageMetric(Metric):
-    """A score of every single image.
+    """A score of every single image, or recording.
 
     Attributes:
         needs_reference: Whether it compares with full resolution, so that this itself

@@ -1,4 +1,4 @@
-"""Fidelity to full resolution: PSNR, SSIM, LPIPS."""
+"""Fidelity to full resolution: of images PSNR, SSIM, LPIPS; of recordings SNR, STFT similarity."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from ddit_rt.lab.evaluate.metrics.base import Case, ImageMetric, as_tensor
 from ddit_rt.lab.measure.fidelity import fidelity
+from ddit_rt.lab.measure.measures import SOUND, signal_to_noise, stft_similarity
 
 TORCHMETRICS = {"torchmetrics": "pip install 'ddit_rt[eval]'"}
 
@@ -32,6 +33,26 @@ class Ssim(ImageMetric):
     def score(self, case: Case) -> float | None:
         """See `ImageMetric.score`."""
         return fidelity([case.image], [case.reference]).ssim[0]
+
+
+class Snr(ImageMetric):
+    """Signal-to-noise ratio of a recording."""
+
+    name, label, higher_is_better, needs_reference = "snr", f"{SOUND.ratio}, dB", True, True
+
+    def score(self, case: Case) -> float | None:
+        """See `ImageMetric.score`."""
+        return signal_to_noise(case.image, case.reference)
+
+
+class StftSimilarity(ImageMetric):
+    """1 - spectral convergence of a recording; see `measures.py`."""
+
+    name, label, higher_is_better, needs_reference = SOUND.key, SOUND.name, True, True
+
+    def score(self, case: Case) -> float | None:
+        """See `ImageMetric.score`."""
+        return stft_similarity(case.image, case.reference)
 
 
 class Lpips(ImageMetric):
