@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ddit_rt.blocks import LoraSpec, package_path
-from ddit_rt.blocks.package import input_dtypes
+from ddit_rt.blocks import LoraSpec, PackageInfo, package_path
+from ddit_rt.blocks.package import METADATA_KEY, input_dtypes
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, TEXT, BlockType
 
 
@@ -22,6 +24,15 @@ class CompiledBlocks:
 
     def package(self, block: str, *, lora: bool = False) -> Path:
         return self.directory / package_path(block, self.lora.variant if lora else None)
+
+
+def archive(path: Path, info: PackageInfo, **sources: str) -> Path:
+    """A file that is built like a package."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("x/wrapper_metadata.json", json.dumps({METADATA_KEY: info.to_json()}))
+        for name, text in sources.items():
+            file.writestr(f"x/{name}.cpp", text)
+    return path
 
 
 def block_inputs(

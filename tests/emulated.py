@@ -22,17 +22,12 @@ NATIVE = ROOT / "tests" / "native"
 NAME = "emulated_runtime"
 LIBRARY = f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
-SOURCES = [  # those that take longest come first
-    ROOT / "csrc" / "runtime" / "bind_step.cpp",
-    NATIVE / "mock_module.cpp",
-    NATIVE / "step_kernels.cpp",
-    ROOT / "csrc" / "runtime" / "step_control.cpp",
-    ROOT / "csrc" / "runtime" / "step_graph.cpp",
-    NATIVE / "mock_cudart.cpp",
-    NATIVE / "mock_cudart_graph.cpp",
-    NATIVE / "mock_graph.cpp",
-    NATIVE / "mock_queue.cpp",
-]
+UNITS = {  # what is compiled at once, as headers take longest; the longest comes first
+    "bindings": [ROOT / "csrc" / "runtime" / "bind_step.cpp", NATIVE / "mock_module.cpp"],
+    "mock": [NATIVE / f"mock_{part}.cpp" for part in ("cudart", "cudart_graph", "graph", "queue")],
+    "runtime": [ROOT / "csrc" / "runtime" / f"step_{part}.cpp" for part in ("control", "graph")],
+    "kernels": [NATIVE / "step_kernels.cpp"],
+}
 
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 
@@ -63,15 +58,16 @@ def cuda_headers() -> Path | None:
     return None
 
 
-def _compile(source: Path, folder: Path, headers: Path) -> Path:
+def _compile(unit: str, folder: Path, headers: Path) -> Path:
     import pybind11
 
-    target = folder / f"{source.stem}.o"
+    source, target = folder / f"{unit}.cpp", folder / f"{unit}.o"
+    source.write_text("".join(f'#include "{part}"\n' for part in UNITS[unit]))
     includes = [f"-I{path}" for path in (ROOT / "csrc", ROOT / "csrc" / "include", NATIVE)]
     for path in (headers, pybind11.get_include(), sysconfig.get_path("include")):
         includes += ["-isystem", str(path)]
     # Only the kernels have to run fast.
-    optimisation = "-O1" if source.stem == "step_kernels" else "-O0"
+    optimisation = "-O1" if unit == "kernels" else "-O0"
     command = [_compiler(), *FLAGS, optimisation, *includes, "-c", str(source), "-o", str(target)]
     subprocess.run(command, check=True)
     return target
@@ -82,10 +78,10 @@ def _compiler() -> str:
 
 
 def build(folder: Path, headers: Path) -> None:
-    """Compiles the module into a new folder: half a minute on two cores."""
+    """Compiles the module into a new folder: ten seconds on two cores."""
     folder.mkdir()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: _compile(source, folder, headers), SOURCES))
+        objects = list(pool.map(lambda unit: _compile(unit, folder, headers), UNITS))
     command = [_compiler(), "-shared", *map(str, objects), "-o", str(folder / LIBRARY)]
     subprocess.run(command, check=True)
 

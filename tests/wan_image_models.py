@@ -31,7 +31,7 @@ class WanSuite(FamilySuite):
 
 
 BOUNDARY = 0.875
-"""Of experts; with a shift of 3 and six steps the first two lie above it."""
+"""Of experts; with a shift of 3 and four or six steps the first two lie above it."""
 
 
 def image_encoder() -> dict[str, Any]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from ddit_rt.blocks.constants import live_slots
 from ddit_rt.blocks.inductor import compile_program, torch_as_tested
 from ddit_rt.blocks.inputs import SYMBOLS, TokenRanges
 from ddit_rt.blocks.machine import compiler_ready
-from ddit_rt.blocks.package import PackageInfo, package_path
+from ddit_rt.blocks.package import PackageInfo, package_path, record_attention
 from ddit_rt.blocks.package import input_dtypes as resolve_dtypes
 from ddit_rt.blocks.runner import constant_specs
 from ddit_rt.blocks.template import BlockTemplate, LoraSpec
@@ -73,6 +75,7 @@ def compile_blocks(
         check_identical(block_type, block_type.blocks(transformer))
     jobs = [(block_type, variant) for variant in variants for block_type in block_types]
     paths: list[str] = []
+    known: dict[str, Path] = {}
     for block_type, variant in jobs:
         path = package_path(block_type.name, variant)
         if progress is not None:
@@ -84,6 +87,7 @@ def compile_blocks(
             ranges=ranges,
             lora=variants[variant],
             input_dtypes=input_dtypes,
+            known=known,
         )
         paths.append(path)
     if progress is not None:
@@ -99,6 +103,7 @@ def compile_block(
     ranges: TokenRanges,
     lora: LoraSpec | None = None,
     input_dtypes: Mapping[str, torch.dtype] | None = None,
+    known: dict[str, Path] | None = None,
 ) -> PackageInfo:
     """Compiles one block into a package, for the device and data type it has.
 
@@ -109,6 +114,7 @@ def compile_block(
         ranges: Sizes to compile for.
         lora: Branch that the variant carries in its feed-forward layers.
         input_dtypes: Data types of inputs, by name, that differ from `package.input_dtypes`.
+        known: Packages so far, by their programs; an equal one is copied, a new one is added.
 
     Raises:
         CompileError: The block cannot be exported or compiled.
@@ -131,6 +137,11 @@ def compile_block(
             _replacing(package) as temporary,
         ):
             program = export_block(template, info, weight.device)
+            same = {} if known is None else known
+            made = same.setdefault(_identity(program, info), package)
+            if made != package:
+                shutil.copyfile(made, temporary)
+                return record_attention(temporary, info)
             return compile_program(program, info, temporary, options)
     except CompileError:
         raise
@@ -182,6 +193,11 @@ def export_block(
             "buffers, so that they have a name to be found by"
         )
     return program
+
+
+def _identity(program: ExportedProgram, info: PackageInfo) -> str:
+    """All that a package hangs on but for its name: it holds no weights."""
+    return f"{program}\n{replace(info, block='').to_json()}"
 
 
 def _example_sizes(ranges: TokenRanges, preferred: Mapping[str, int]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
-from block_models import CompiledBlocks, block_inputs, eager
+from block_models import CompiledBlocks, archive, block_inputs, eager
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from qwen_models import tiny_transformer
@@ -22,8 +22,10 @@ from ddit_rt.blocks import (
     compile_block,
     compile_blocks,
     load_runner,
+    read_info,
 )
 from ddit_rt.blocks.compile import export_block
+from ddit_rt.blocks.package import record_attention
 from ddit_rt.errors import CompileError, UnsupportedModelError
 from ddit_rt.models import family_of
 from ddit_rt.models.base import BlockType
@@ -45,23 +47,34 @@ def test_compile_blocks_layout(compiled_blocks: CompiledBlocks) -> None:
     ]
 
 
-def test_compile_blocks_reports_progress(
+def test_compile_blocks_reports_progress_and_compiles_equal_programs_once(
     transformer: FluxTransformer2DModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two block types, one variant: told before the first package and after each."""
-    monkeypatch.setattr("ddit_rt.blocks.compile.compile_program", lambda *_: None)
-    monkeypatch.setattr(Path, "replace", lambda *_: None)
+    """Three block types, one variant: told before the first package and after each."""
+    compiled: list[str] = []
+
+    def compile_program(_: Any, info: PackageInfo, target: Path, __: Any) -> PackageInfo:
+        compiled.append(info.block)
+        return record_attention(archive(target, info), info)
+
+    monkeypatch.setattr("ddit_rt.blocks.compile.compile_program", compile_program)
+    double, single = family_of(transformer).block_types(transformer)
+    again = replace(single, name="Another")
     progress: list[tuple[int, int, str]] = []
-    compile_blocks(
+    paths = compile_blocks(
         transformer,
-        family_of(transformer).block_types(transformer),
+        (double, single, again),
         tmp_path,
         ranges=TokenRanges(),
         variants={None: None},
         progress=lambda done, total, label: progress.append((done, total, label)),
     )
-    assert [(done, total) for done, total, _ in progress] == [(0, 2), (1, 2), (2, 2)]
+    assert [(done, total) for done, total, _ in progress] == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert progress[0][2] == "FluxTransformerBlock/package.pt2"
+    assert compiled == [double.name, single.name]
+    infos = [read_info(tmp_path / path) for path in paths]
+    assert [info.block for info in infos] == [double.name, single.name, again.name]
+    assert infos[2] == replace(infos[1], block=again.name)
 
 
 def test_compile_block_package_holds_no_weights(compiled_blocks: CompiledBlocks) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config as inductor
-from block_models import CompiledBlocks, block_inputs
+from block_models import CompiledBlocks, archive, block_inputs
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.export import Dim
@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kerne
 from ddit_rt.blocks import PackageInfo, TokenRanges, compile_block, load_runner, read_info
 from ddit_rt.blocks.compile import _EXAMPLES, _example_sizes
 from ddit_rt.blocks.inductor import _NEEDED, _preferred_attention, end_products_in_gelu
-from ddit_rt.blocks.package import METADATA_KEY, record_attention
+from ddit_rt.blocks.package import record_attention
 from ddit_rt.models import family_of
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType
 
@@ -61,15 +61,6 @@ VARIABLES = {
 @pytest.fixture
 def single(transformer: FluxTransformer2DModel) -> BlockType:
     return family_of(transformer).block_types(transformer)[1]
-
-
-def archive(path: Path, info: PackageInfo, **sources: str) -> Path:
-    """A file that is built like a package."""
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("x/wrapper_metadata.json", json.dumps({METADATA_KEY: info.to_json()}))
-        for name, text in sources.items():
-            file.writestr(f"x/{name}.cpp", text)
-    return path
 
 
 def info_of(block: str = "Block") -> PackageInfo:

@@ -83,7 +83,8 @@ def test_a_length_that_no_patch_divides_runs_at_every_patch(prompts: Any, more: 
     """47 latent frames are 24 at 2p and 12 at 4p."""
     pipeline = tiny_pipeline()
     engine = ddit_rt.compile(pipeline, backend="eager", progress=False)
-    call = TestLongCatAudio.case.call(*prompts, audio_duration_s=47 * 8 / RATE)
+    length = {"audio_duration_s": 47 * 8 / RATE, "num_inference_steps": 6}
+    call = TestLongCatAudio.case.call(*prompts, **length)
     assert_equal(*runs(pipeline, engine, call, **more), tolerance=TOLERANCE)
     plan = StaticPolicy(["4p", "2p", "p", "4p", "2p", "p"])
     mixed = generated(engine, call, patch_policy=plan, **more)

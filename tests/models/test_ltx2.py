@@ -12,9 +12,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from driving import FINE, assert_equal
 from family_suite import (
-    CAPTURED,
+    KINDS,
     MIXED,
     OTHER,
+    STEPS,
     TOLERANCE,
     FamilyCase,
     FamilySuite,
@@ -90,24 +91,26 @@ class TestLTX2(FamilySuite):
         },
     )
 
-    @pytest.mark.parametrize("prompts", CAPTURED.values(), ids=CAPTURED)
+    @pytest.mark.parametrize("prompts", KINDS.values(), ids=KINDS)
     def test_captured_runs_equal_the_cpus_to_the_bit(self, graphs: Any, prompts: Any) -> None:
         call = self.case.call(*prompts)
         others = self.case.call(*prompts, seed=8)
         cpu, device = eager(self.case.pipeline()), eager(self.case.pipeline())
         device._loop.executor = CudaExecutor(graphs)
-        for arguments in (call, others, call):
-            policy = MIXED if arguments is call else OTHER
+        expectations = [
+            (arguments, policy, both_of(cpu, arguments, patch_policy=policy))
+            for arguments, policy in ((call, MIXED), (others, OTHER))
+        ]
+        for arguments, policy, expected in (*expectations, expectations[0]):
             ours = both_of(device, arguments, patch_policy=policy)
-            for one, other in zip(ours, both_of(cpu, arguments, patch_policy=policy), strict=True):
-                assert torch.equal(one, other)
+            assert all(map(torch.equal, ours, expected))
         assert trace_of(device).executor == "pipeline-cuda"
         passes = ["", " negative prompt"][: 1 + bool(prompts[1])]
         assert set(graphs.captured) == {f"{size}{one}" for size in ("p", "2p") for one in passes}
 
     def test_a_step_cache_reuses_what_the_blocks_added(self, graphs: Any) -> None:
         """It would not know what they added to the sound."""
-        cache = MagCache(0.9, retention_ratio=0.0, max_skip_steps=2, mag_ratios=(1.0,) * 6)
+        cache = MagCache(0.9, retention_ratio=0.0, max_skip_steps=2, mag_ratios=(1.0,) * STEPS)
         with pytest.raises(UnsupportedModelError, match=r"MagCache.*soundtrack.*Leave step_cache"):
             generated(eager(self.case.pipeline()), self.case.call(), step_cache=cache)
 
@@ -200,7 +203,7 @@ def test_other_lengths_of_sound_run_on_the_same_blocks(
 @pytest.mark.parametrize("prompts", [((7,), ()), ((7, 4), (5, 6))], ids=["one", "two guided"])
 def test_a_size_that_no_patch_divides_runs_at_every_patch(engine: Engine, prompts: Any) -> None:
     """Latents of 6 x 10 are 3 x 5 at 2p and 2 x 3 at 4p."""
-    call = TestLTX2.case.call(*prompts, height=96, width=160)
+    call = TestLTX2.case.call(*prompts, height=96, width=160, num_inference_steps=6)
     assert_both_equal(engine, engine.pipeline, call)
     mixed = both_of(engine, call, patch_policy="4p:0.34,2p:0.34,p")
     assert [record.tokens for record in trace_of(engine)] == [18, 18, 45, 45, 180, 180]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from driving import FINE, assert_equal, keep, runs
-from family_suite import MIXED, FamilyCase, eager, generated, graphs, lora_of, trace_of
+from family_suite import MIXED, STEPS, FamilyCase, eager, generated, graphs, lora_of, trace_of
 from made_once import Packages
 from models import noise
 from wan_image_models import (
@@ -104,7 +104,7 @@ def test_each_expert_has_its_scale(batched: bool, driven: Any, scales: Any) -> N
     engine.batched_guidance = batched
     call = TestWanExperts.case.call((7,), (7,), **scales)
     assert_equal(*runs(pipeline, engine, call, **driven), tolerance=1e-5)
-    assert "steps 2 to 5: expert 2" in trace_of(engine).notes
+    assert "steps 2 to 3: expert 2" in trace_of(engine).notes
 
 
 @pytest.mark.parametrize("boundary", [0.0, 1.1], ids=["the first", "the second"])
@@ -204,7 +204,7 @@ def test_denoise_takes_picture_and_scales() -> None:
         "guidance_scale": torch.tensor([4.0, 2.0]),
     }
     latents = noise(1, 4, 3, 8, 12, seed=4)
-    final = engine.denoise(latents, num_inference_steps=6, patch_policy=FINE, **conditioning)
+    final = engine.denoise(latents, num_inference_steps=STEPS, patch_policy=FINE, **conditioning)
     assert final.shape == latents.shape
     pipeline.prepare_latents = lambda *_, **__: (latents, conditioning["condition"])
     theirs = pipeline(**case.call((7,), (7,))).frames

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from driving import FINE, assert_equal, keep, runs
-from family_suite import MIXED, FamilyCase, eager, generated, graphs, trace_of
+from family_suite import MIXED, STEPS, FamilyCase, eager, generated, graphs, trace_of
 from models import noise, seeded
 from wan_image_models import VIDEO, WanSuite, guided, picture, ti2v_pipeline, with_picture
 from wan_models import euler, wan_transformer
@@ -152,7 +152,7 @@ def test_models_that_do_not_fit_are_named() -> None:
 def test_denoise_takes_the_encoded_picture() -> None:
     engine, latents = eager(ti2v_pipeline()), noise(1, 48, 3, 8, 12)
     given = {"encoder_hidden_states": noise(1, 7, 24), "condition": noise(1, 48, 1, 8, 12)}
-    final = engine.denoise(latents, num_inference_steps=6, patch_policy=MIXED, **given)
+    final = engine.denoise(latents, num_inference_steps=STEPS, patch_policy=MIXED, **given)
     assert torch.isfinite(final).all()
     for shape in ((1, 48, 3, 8, 12), (1, 48, 1, 4, 6)):
         with pytest.raises(ShapeError, match=r"its last dimensions are \[1, 8, 12\]"):

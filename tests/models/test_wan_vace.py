@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from driving import assert_equal, keep, runs
-from family_suite import MIXED, FamilyCase, eager, generated, graphs, trace_of
+from family_suite import MIXED, STEPS, FamilyCase, eager, generated, graphs, trace_of
 from models import noise, seeded
 from wan_image_models import BOUNDARY, VIDEO, WanSuite, embeds, guided, vace_pipeline, with_video
 from wan_models import euler, unipc
@@ -56,7 +56,8 @@ def test_whatever_is_given_equals_diffusers(given: Any, driven: Any) -> None:
 def test_two_experts_equal_diffusers_where_no_patch_divides(driven: Any) -> None:
     pipeline = vace_pipeline(boundary_ratio=BOUNDARY)
     video = {**with_video((7,), height=80, width=112), "height": 80, "width": 112}
-    call = TestWanVACE.case.call((7,), (5,), **{**video, "guidance_scale_2": 2.0})
+    video |= {"guidance_scale_2": 2.0, "num_inference_steps": 6}
+    call = TestWanVACE.case.call((7,), (5,), **video)
     engine = eager(pipeline, patch_sizes="p,2p,4p")
     assert_equal(*runs(pipeline, engine, call, **driven), tolerance=1e-5)
     for policy in ("4p:0.4,2p:0.3,p", DDiTPolicy(tau=1.0, fine_tail=1)):
@@ -83,7 +84,7 @@ def test_the_model_sees_a_smaller_control_video() -> None:
 def test_a_step_that_reuses_adds_all_that_lies_between_the_blocks() -> None:
     """What the control adds between the blocks too, and that once."""
     engine = eager(vace_pipeline())
-    request = Request(policy=MIXED, step_cache=MagCache(mag_ratios=(1.0,) * 6))
+    request = Request(policy=MIXED, step_cache=MagCache(mag_ratios=(1.0,) * STEPS))
     plan, latents = engine.plan_call(request, **TestWanVACE.case.call(), generator=seeded())
     step = torch.zeros(1, dtype=torch.int64)
     for bucket in plan.buckets[0]:
@@ -133,7 +134,7 @@ def test_denoise_takes_a_control_video_of_the_latents_size() -> None:
         "scheduler": unipc(),
     }
     latents = noise(1, 4, 3, 8, 12)
-    final = engine.denoise(latents, num_inference_steps=6, patch_policy=MIXED, **given)
+    final = engine.denoise(latents, num_inference_steps=STEPS, patch_policy=MIXED, **given)
     assert torch.isfinite(final).all()
     for shape in ((1, 72, 2, 8, 12), (1, 72, 3, 4, 6)):
         with pytest.raises(ShapeError, match=r"its last dimensions are \[3, 8, 12\]"):

@@ -72,13 +72,11 @@ def test_one_that_does_not_fit_is_refused_and_the_next_request_is_plain(
     assert made(client, None) == plain
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["../outside", "/etc/passwd", "ink.safetensors", "notes", "", ".", "https://x/y", "a\0b"],
-)
-def test_only_names_of_the_folder_are_known(client: TestClient, name: str) -> None:
-    error = client.post(PATH, json={**ASKED, "lora": name}).json()["error"]
-    assert (error["param"], error["code"]) == ("lora", "lora_not_found")
+def test_only_names_of_the_folder_are_known(client: TestClient) -> None:
+    elsewhere = ("../outside", "/etc/passwd", "https://x/y")
+    for name in (*elsewhere, "ink.safetensors", "notes", "", ".", "a\0b"):
+        error = client.post(PATH, json={**ASKED, "lora": name}).json()["error"]
+        assert (error["param"], error["code"]) == ("lora", "lora_not_found"), name
 
 
 def test_what_is_kept_is_not_read_again_and_what_was_not_used_makes_room(
