@@ -16,8 +16,10 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from flux_edit_models import img2img
 from models import prompting_pipeline
 from PIL import Image
+from wan_models import wan_pipeline
 
 import ddit_rt
 from ddit_rt import Engine
@@ -35,6 +37,19 @@ def tiny_engine() -> Engine:
     return ddit_rt.compile(
         prompting_pipeline(), height=64, width=64, backend="eager", progress=False
     )
+
+
+def editing_engine() -> Engine:
+    """One that starts from an uploaded image."""
+    pipeline = img2img()
+    pipeline.encode_prompt = prompting_pipeline().encode_prompt
+    return ddit_rt.compile(pipeline, height=64, width=64, backend="eager", progress=False)
+
+
+def video_engine() -> Engine:
+    """One that makes videos."""
+    size = {"height": 64, "width": 128, "num_frames": 9}
+    return ddit_rt.compile(wan_pipeline(), **size, backend="eager", progress=False)
 
 
 def config(**settings: Any) -> ServeConfig:

@@ -65,7 +65,12 @@ def queue_full(waiting: int, seconds: float) -> ApiError:
 
 def too_late(seconds: float) -> ApiError:
     """The deadline of a request is over."""
-    return ApiError(503, f"no result within {seconds:g} s; ask again later", code="deadline")
+    return ApiError(
+        503,
+        f"no result within {seconds:g} s; ask again later",
+        code="deadline",
+        headers={"Retry-After": "5"},
+    )
 
 
 def stopping() -> ApiError:

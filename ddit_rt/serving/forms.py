@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -17,6 +18,41 @@ _Body = TypeVar("_Body", bound=Asked)
 
 
 _TEXTS = ("prompt", "negative_prompt", "model", "size", "user", "step_cache")
+
+
+def described(kind: type[Asked], uploads: Mapping[str, bool], *, as_json: bool) -> dict[str, Any]:
+    """What the OpenAPI document says of a body that `read_body` reads.
+
+    Args:
+        kind: Its fields.
+        uploads: Names of the files, and whether each is required.
+        as_json: Whether a body of JSON is taken too.
+    """
+    fields = _inlined(kind.model_json_schema(), {})
+    form = {
+        **fields,
+        "properties": {
+            **fields["properties"],
+            **{name: {"type": "string", "format": "binary"} for name in uploads},
+        },
+        "required": [*fields["required"], *(name for name, needed in uploads.items() if needed)],
+    }
+    content = {"multipart/form-data": {"schema": form}}
+    if as_json:
+        content["application/json"] = {"schema": fields}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _inlined(schema: Any, known: Mapping[str, Any]) -> Any:
+    """A schema with what it refers to in its own definitions put in the place."""
+    if isinstance(schema, list):
+        return [_inlined(one, known) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    known = {**known, **schema.get("$defs", {})}
+    if "$ref" in schema:
+        return _inlined(known[schema["$ref"].rpartition("/")[2]], known)
+    return {name: _inlined(value, known) for name, value in schema.items() if name != "$defs"}
 
 
 async def read_body(request: Request, kind: type[_Body]) -> tuple[_Body, dict[str, bytes]]:

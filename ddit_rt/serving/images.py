@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ddit_rt.serving.answer import images_answer, result
 from ddit_rt.serving.errors import ApiError
-from ddit_rt.serving.forms import read_body
+from ddit_rt.serving.forms import described, read_body
 from ddit_rt.serving.schema import Edit, Generation
 from ddit_rt.serving.stream import Stream
 from ddit_rt.serving.uploads import read_picture
@@ -46,7 +46,10 @@ def stream_picture(service: Any, asked: Generation, request: Request) -> Respons
     return stream.response(service.worker.submit(work), request)
 
 
-@edit_router.post("/v1/images/edits")
+@edit_router.post(
+    "/v1/images/edits",
+    openapi_extra=described(Edit, {"image": True, "mask": False}, as_json=False),
+)
 async def edit(request: Request) -> Response:
     """Makes images of an uploaded one."""
     service: Any = request.app.state.service

@@ -19,7 +19,7 @@ from ddit_rt.errors import RunCancelled
 from ddit_rt.lab.measure.video_file import write_mp4
 from ddit_rt.serving.config import ServeConfig
 from ddit_rt.serving.errors import ApiError, as_api_error
-from ddit_rt.serving.forms import read_body
+from ddit_rt.serving.forms import described, read_body
 from ddit_rt.serving.jobs import Job
 from ddit_rt.serving.schema import Video
 from ddit_rt.serving.uploads import read_picture
@@ -180,7 +180,7 @@ def _mp4(frames: Any, fps: int) -> bytes:
         return path.read_bytes()
 
 
-@router.post("/v1/videos")
+@router.post("/v1/videos", openapi_extra=described(Video, {_PICTURE: False}, as_json=True))
 async def create(request: Request) -> Response:
     """Queues a video."""
     service: Any = request.app.state.service

@@ -135,6 +135,9 @@ CASES = [
     *[("adapted", shape) for shape in (FLUX_LATENTS[0], *FLUX_LATENTS[2:])],
     *[("wan", shape) for shape in WAN_LATENTS],
     *[("qwen", shape) for shape in FLUX_LATENTS[2:]],
+    # At 1080 x 1920 and 720 x 1280 pixels themselves.
+    pytest.param("flux", (1, 4, 134, 240), marks=pytest.mark.slow),
+    pytest.param("wan", (1, 4, 1, 90, 160), marks=pytest.mark.slow),
 ]
 
 

@@ -10,10 +10,10 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from flux_edit_models import fill, img2img
+from flux_edit_models import fill
 from models import prompting_pipeline, seeded
 from PIL import Image, ImageFile
-from served import config, picture, running
+from served import config, editing_engine, picture, running
 from uploaded import bomb, file_of
 
 import ddit_rt
@@ -24,9 +24,7 @@ from ddit_rt.serving.uploads import read_picture
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    pipeline = img2img()
-    pipeline.encode_prompt = prompting_pipeline().encode_prompt
-    return ddit_rt.compile(pipeline, height=64, width=64, backend="eager", progress=False)
+    return editing_engine()
 
 
 @pytest.fixture(scope="module")

@@ -189,8 +189,9 @@ def test_a_deadline_is_503_whether_it_waits_or_runs(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with client_of(engine, deadline_seconds=0) as client:
-        error = error_of(client.post(PATH, json=ASKED), 503)
-        assert error["code"] == "deadline"
+        answer = client.post(PATH, json=ASKED)
+        assert error_of(answer, 503)["code"] == "deadline"
+        assert int(answer.headers["retry-after"]) > 0
         assert engine.last_trace is not None
         monkeypatch.undo()
     with client_of(engine, deadline_seconds=0.2) as client:

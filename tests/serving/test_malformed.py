@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 from extras import need
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from served import running, tiny_engine
+from served import editing_engine, running, tiny_engine, video_engine
 
+from ddit_rt import Engine
 from ddit_rt.serving.config import Limits
 
 need("schemathesis")
@@ -27,11 +28,12 @@ ROUND = 250
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    limits = Limits(steps=2, n=1, pixels=64 * 64)
-    with running(tiny_engine(), limits=limits, max_batch=1) as url:
-        yield url
+SERVED: dict[str, tuple[Callable[[], Engine], set[str]]] = {
+    "images": (tiny_engine, {"/v1/images/generations", "/v1/models/{name}"}),
+    "edits": (editing_engine, {"/v1/images/edits", "/v1/models/{name}"}),
+    "videos": (video_engine, {"/v1/videos", "/v1/videos/{video_id}", "/v1/models/{name}"}),
+}
+"""Engines, and what of their servers can be asked wrongly."""
 
 
 def operations(url: str) -> list[Any]:
@@ -69,16 +71,20 @@ def send(operation: Any, count: int, number: int) -> Counter[int]:
     return told
 
 
-def test_no_malformed_request_is_answered_with_a_500(url: str) -> None:
-    found = operations(url)
-    assert {"/v1/images/generations", "/v1/models/{name}"} <= {one.path for one in found}
-    told: Counter[int] = Counter()
-    number = 0
-    while told.total() < REQUESTS:
-        for operation in found:
-            body = 4 if operation.body else 1  # of what a body holds more can be wrong
-            told += send(operation, ROUND * body, number)
-            number += 1
-    print(dict(told))  # noqa: T201 - the result of the long form
-    assert told[400] + told[404] + told[422] > REQUESTS / 2
-    assert httpx.get(f"{url}/ready").status_code == 200
+@pytest.mark.parametrize("kind", SERVED)
+def test_no_malformed_request_is_answered_with_a_500(kind: str) -> None:
+    made, paths = SERVED[kind]
+    limits = Limits(steps=2, n=1, pixels=64 * 128)
+    with running(made(), limits=limits, max_batch=1) as url:
+        found = operations(url)
+        assert paths <= {one.path for one in found}
+        told: Counter[int] = Counter()
+        number = 0
+        while told.total() < REQUESTS / len(SERVED):
+            for operation in found:
+                body = 4 if operation.body else 1  # of what a body holds more can be wrong
+                told += send(operation, ROUND // len(SERVED) * body, number)
+                number += 1
+        print(dict(told))  # noqa: T201 - the result of the long form
+        assert told[400] + told[404] + told[422] > told.total() / 2
+        assert httpx.get(f"{url}/ready").status_code == 200

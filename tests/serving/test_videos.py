@@ -10,10 +10,8 @@ import av
 import httpx
 import openai
 import pytest
-from served import Held, running
-from wan_models import wan_pipeline
+from served import Held, running, video_engine
 
-import ddit_rt
 from ddit_rt import Engine
 
 ASKED: dict[str, Any] = {"prompt": "a cat", "size": "128x64", "num_frames": 9, "seed": 1}
@@ -22,10 +20,7 @@ ASKED |= {"num_inference_steps": 2, "guidance_scale": 1.0}
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    pipeline = wan_pipeline()
-    return ddit_rt.compile(
-        pipeline, height=64, width=128, num_frames=9, backend="eager", progress=False
-    )
+    return video_engine()
 
 
 @pytest.fixture(scope="module")
