@@ -131,7 +131,10 @@ KINDS = {name: PROMPTS[name] for name in ("two", "guided", "two guided")}
 
 
 class FamilySuite:
-    """A subclass whose name begins with `Test` runs all of this on its `case`."""
+    """A subclass whose name begins with `Test` runs all of this on its `case`.
+
+    What is slow here is the loop's own, which quick tests try with FLUX, Wan and Qwen-Image.
+    """
 
     case: ClassVar[FamilyCase]
 
@@ -225,6 +228,7 @@ class FamilySuite:
         assert all(name.startswith("_") for name in after["pipeline"] - before["pipeline"])
         assert not {"step", "forward"} & after["scheduler"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("prompts", KINDS.values(), ids=KINDS)
     def test_captured_runs_equal_the_cpus_to_the_bit(self, graphs: Any, prompts: Any) -> None:
         call = self.case.call(*prompts)
@@ -240,6 +244,7 @@ class FamilySuite:
         assert trace_of(device).executor == "cuda-loop"
         assert tuple(sorted(graphs.captured)) == self.case.captured
 
+    @pytest.mark.slow
     def test_captured_runs_that_the_pipeline_drives_equal_the_cpus(self, graphs: Any) -> None:
         guided = self.case.guided is not None
         call = self.case.call((7,), (5,)) if guided else self.case.call()
@@ -249,6 +254,7 @@ class FamilySuite:
         assert torch.equal(generated(device, call, **more), generated(cpu, call, **more))
         assert trace_of(device).executor == "pipeline-cuda"
 
+    @pytest.mark.slow
     def test_steps_outside_the_guidance_interval_run_the_prompt_alone(self, graphs: Any) -> None:
         call = self.case.call((7,), (7,))
         more = {"patch_policy": MIXED, "guidance_interval": (0.34, 0.67)}
@@ -259,6 +265,7 @@ class FamilySuite:
         whole = generated(cpu, call, patch_policy=MIXED)
         assert float((whole - ours).abs().max()) > 1e-3
 
+    @pytest.mark.slow
     def test_a_step_cache_reuses_what_the_blocks_added(self, graphs: Any) -> None:
         call = self.case.call((7,), (7,)) if self.case.guided else self.case.call()
         cache = MagCache(0.9, retention_ratio=0.0, max_skip_steps=2, mag_ratios=(1.0,) * STEPS)
@@ -271,6 +278,7 @@ class FamilySuite:
         fine = generated(cpu, call, patch_policy=FINE)
         assert 1e-6 < float((fine - ours).abs().max() / fine.abs().max()) < 1
 
+    @pytest.mark.slow
     def test_what_magcache_has_to_know_is_measured(self) -> None:
         """With and without guidance, also of passes that cannot be one batch."""
         engine = eager(self.case.pipeline())
@@ -284,6 +292,7 @@ class FamilySuite:
             assert len(set(ratios)) == len(ratios)
             assert all(0 < ratio < 100 for ratio in ratios)
 
+    @pytest.mark.slow
     def test_cost_and_memory_are_counted(self) -> None:
         pipeline = self.case.pipeline()
         engine = eager(pipeline)

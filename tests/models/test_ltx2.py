@@ -182,6 +182,7 @@ VERSIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", VERSIONS.values(), ids=VERSIONS)
 def test_later_versions_of_the_class_equal_diffusers(config: dict[str, Any]) -> None:
     pipeline = tiny_pipeline(**config)
@@ -234,6 +235,7 @@ def test_in_coarse_steps_each_latent_has_its_own_time_and_the_sound_its_length()
     assert torch.equal(given["video_coords"], small)
 
 
+@pytest.mark.slow
 def test_a_captured_run_with_every_kind_of_guidance_equals_the_cpus(graphs: Any) -> None:
     cpu, device = (eager(tiny_pipeline(perturbed_attn=True)) for _ in range(2))
     device._loop.executor = CudaExecutor(graphs)
@@ -308,6 +310,7 @@ def test_what_only_the_pipelines_loop_could_step_is_refused(engine: Engine) -> N
         engine(**TestLTX2.case.call(height=8))
 
 
+@pytest.mark.slow
 def test_info_says_what_drives_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_pipeline().save_pretrained(tmp_path)
     size = ["--height", "64", "--width", "96", "--num-frames", "9"]
