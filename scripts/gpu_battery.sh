@@ -40,7 +40,8 @@ elif (($#)); then
 fi
 
 out="$(realpath -m "${OUT:-gpu_battery_out}")"
-key="$(cd "$root" && find csrc ddit_rt benchmarks -name '*.py' -o -name '*.[ch]*' | LC_ALL=C sort |
+key="$(cd "$root" && find csrc ddit_rt benchmarks -name __pycache__ -prune -o \
+  '(' -name '*.py' -o -name '*.[ch]*' ')' -print | LC_ALL=C sort |
   xargs sha256sum | sha256sum | cut -c1-16) $(nvidia-smi -L 2>/dev/null | cut -d'(' -f1 | head -1)"
 mkdir -p "$out" "$work/lib" "$work/site" "$work/out"
 cd "$work" || exit 1

@@ -21,8 +21,8 @@ from ddit_rt.serving.config import Limits
 
 need("schemathesis")
 
-REQUESTS = int(os.environ.get("DDIT_RT_REQUESTS", "1000"))
-ROUND = 250
+REQUESTS = int(os.environ.get("DDIT_RT_REQUESTS", "600"))
+ROUND = 120
 """Requests of one seed."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
