@@ -80,23 +80,7 @@ def push(
     private: bool | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """Writes an artifact to the Hub in one commit.
-
-    Args:
-        artifact: The artifact.
-        repo_id: `org/name`; it is made where it is not there.
-        revision: The branch; by default the main one.
-        token: Of a user who may write there; by default the one that is logged in.
-        private: Whether a repository that is made is private; by default as its owner has set.
-        commit_message: Of the commit.
-
-    Returns:
-        URL of the commit.
-
-    Raises:
-        ArtifactError: Nothing was compiled.
-        OSError, ValueError: The Hub's client refuses; see `huggingface_hub.HfApi.create_commit`.
-    """
+    """Writes an artifact to the Hub in one commit; see `Engine.push_to_hub`."""
     directory = artifact.directory
     if directory is None:
         raise ArtifactError(

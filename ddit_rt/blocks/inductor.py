@@ -10,8 +10,8 @@ user's. Measured on FluxTransformerBlock (d = 128, fp32, one thread, 256 + 16 to
   it. No measurable cost (< 1 %).
 - `cpp.use_decompose_tanh`: GELU through `exp` instead of a library `tanh`: 13 % less time a block.
 - not `enable_line_tables`: a third of the package size, and less to unpack for every block.
-- not `precompile_headers`: preparing them takes 50 s of CPU time in the first compile of an
-  environment and 280 MB of disk, and saves 2 s a package.
+- not `precompile_headers`: preparing them takes 10 s of CPU time in the first compile of an
+  environment and 280 MB of disk, and saves one or two seconds a package.
 """
 
 from __future__ import annotations
@@ -123,6 +123,13 @@ def end_products_in_gelu(program: ExportedProgram) -> None:
     """
     aten = torch.ops.aten
     graph = program.graph_module.graph
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> Any:
+        node = graph.call_function(target, args, kwargs)
+        given, named = tree_map_only(Node, lambda one: one.meta["val"], (args, kwargs))
+        node.meta["val"] = target(*given, **named)
+        return node
+
     for gelu in graph.find_nodes(op="call_function", target=aten.gelu.default):
         linear = gelu.args[0]
         is_product = linear.target is aten.linear.default and len(linear.args) == 3
@@ -131,13 +138,6 @@ def end_products_in_gelu(program: ExportedProgram) -> None:
             continue
         values, weight, bias = linear.args
         *rows, width = values.meta["val"].shape
-
-        def call(target: Any, *args: Any, **kwargs: Any) -> Any:
-            node = graph.call_function(target, args, kwargs)
-            given, named = tree_map_only(Node, lambda one: one.meta["val"], (args, kwargs))
-            node.meta["val"] = target(*given, **named)
-            return node
-
         with graph.inserting_before(gelu):
             sizes = [
                 size if isinstance(size, int) else call(aten.sym_size.int, values, axis)

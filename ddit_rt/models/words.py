@@ -30,15 +30,19 @@ def read_by_words(block: nn.Module) -> None:
             module.processor = made(own)
 
 
-class FluxWords:
-    """In the place of a `FluxAttnProcessor`; RMS norm is over each head."""
+class _Words:
+    """In the place of a processor of diffusers, which it calls for what it does not know.
+
+    Args:
+        own: That processor.
+    """
 
     def __init__(self, own: Any) -> None:
         self._own = own
 
-    @property
-    def _attention_backend(self) -> Any:
-        return self._own._attention_backend
+
+class FluxWords(_Words):
+    """In the place of a `FluxAttnProcessor`; RMS norm is over each head."""
 
     def __call__(
         self,
@@ -59,7 +63,7 @@ class FluxWords:
         """
         hidden, text = hidden_states, encoder_hidden_states
         known = attention_mask is None and image_rotary_emb is not None
-        if not (known and not attn.fused_projections and _by_words(hidden)):
+        if not (known and _by_words(attn, hidden)):
             return self._own(attn, hidden, text, attention_mask, image_rotary_emb)
         assert image_rotary_emb is not None
         cos, sin = (table[:, None] for table in image_rotary_emb)
@@ -92,15 +96,8 @@ class FluxWords:
         return out, attn.to_add_out(attended[:, :count])
 
 
-class WanWords:
+class WanWords(_Words):
     """In the place of a `WanAttnProcessor`; RMS norm is over all heads together."""
-
-    def __init__(self, own: Any) -> None:
-        self._own = own
-
-    @property
-    def _attention_backend(self) -> Any:
-        return self._own._attention_backend
 
     def __call__(
         self,
@@ -121,7 +118,7 @@ class WanWords:
         """
         hidden = hidden_states
         known = encoder_hidden_states is None and attention_mask is None and rotary_emb is not None
-        if not (known and not attn.fused_projections and _by_words(hidden)):
+        if not (known and _by_words(attn, hidden)):
             given = (attn, hidden, encoder_hidden_states, attention_mask, rotary_emb)
             result: Tensor = self._own(*given)
             return result
@@ -192,7 +189,15 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
-def _by_words(tensor: Tensor) -> bool:
-    """Whether code for CUDA is being generated, in bfloat16."""
+def _by_words(attn: Any, tensor: Tensor) -> bool:
+    """Whether code for CUDA is being generated, of layers apart and all in bfloat16."""
     is_generated = tensor.is_cuda and torch.compiler.is_exporting()
-    return is_generated and tensor.dtype is torch.bfloat16
+    return is_generated and not attn.fused_projections and _are_words(attn, tensor)
+
+
+def _are_words(attn: Any, tensor: Tensor) -> bool:
+    """Norms may be kept in float32, whose channels are words already."""
+    names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+    norms = [norm for name in names if (norm := getattr(attn, name, None)) is not None]
+    dtypes = {tensor.dtype, *(norm.weight.dtype for norm in norms)}
+    return dtypes == {torch.bfloat16}

@@ -48,7 +48,7 @@ def test_self_attention_of_wan_differs_by_rounding(monkeypatch: pytest.MonkeyPat
     rotary = tuple(table[None, :, None] for table in tables())
     exact = copy.deepcopy(attn).float()(hidden.float(), rotary_emb=rotary)
     own = attn(hidden, rotary_emb=rotary)
-    monkeypatch.setattr(words, "_by_words", lambda _: True)
+    monkeypatch.setattr(words, "_by_words", words._are_words)
     read_by_words(attn)
     fast = attn(hidden, rotary_emb=rotary)
     assert not torch.equal(fast, own)
@@ -57,7 +57,7 @@ def test_self_attention_of_wan_differs_by_rounding(monkeypatch: pytest.MonkeyPat
 
 def test_what_is_not_known_is_diffusers_own(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(words, "_by_words", lambda _: True)
+    monkeypatch.setattr(words, "_by_words", words._are_words)
     attn = wan_attention()
     hidden, text = (torch.randn(2, n, HEADS * WIDTH, dtype=torch.bfloat16) for n in (TOKENS, 5))
     expected = attn(hidden, text)
@@ -70,6 +70,19 @@ def test_what_is_not_known_is_diffusers_own(monkeypatch: pytest.MonkeyPatch) -> 
     attn.processor = mine = Mine()
     read_by_words(attn)
     assert attn.processor is mine
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+def test_norms_in_float32_are_diffusers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(words, "_by_words", words._are_words)
+    attn = wan_attention()
+    attn.norm_q.float()
+    hidden = torch.randn(2, TOKENS, HEADS * WIDTH, dtype=torch.bfloat16)
+    rotary = tuple(table[None, :, None] for table in tables())
+    expected = attn(hidden, rotary_emb=rotary)
+    read_by_words(attn)
+    assert torch.equal(attn(hidden, rotary_emb=rotary), expected)
 
 
 def wan_attention() -> Any:
