@@ -18,6 +18,7 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+CARDS = sorted((ROOT / "ddit_rt").rglob("MODEL_CARD.md"))
 FILES = (
     *("prompts.txt", "pictures", "adapters", "demo-eval", "coco-val", "flux-eval", "cat.png"),
     *("styles", "prompts.jsonl"),
@@ -60,6 +61,13 @@ def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if "://" not in target:
             assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *CARDS], ids=lambda path: path.parent.name)
+def test_files_that_are_named_are_there(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:[\w.]+/)+[\w.]+\.(?:py|sh|h|cu|cuh|cpp|json))`", text):
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "ddit_rt")), name
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
