@@ -199,7 +199,7 @@ class Engine:
                 between 0 and 1, which may run fewer steps. By default the artifact's policy.
             guidance_interval: `start` and `stop` of diffusers' guiders: classifier-free guidance
                 acts in this part of the steps; elsewhere the pass with the prompt is all that runs.
-            step_cache: Which steps reuse instead of compute, `TeaCache(0.4)` or `"teacache:0.4"`,
+            step_cache: Which steps reuse instead of compute, `SeaCache(0.25)` or `"seacache:0.25"`,
                 and `NoCache()` or `"none"` for none; by default what the plan was calibrated with
                 where `patch_policy` names one, else the artifact's.
             watch: Follows the run and may end it; see `RunWatch`.

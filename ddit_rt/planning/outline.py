@@ -193,10 +193,10 @@ def _refuse_cache(compiled: CompiledModel, step_cache: StepCache) -> None:
             f"got {type(step_cache).__name__} for a model with a soundtrack; what its blocks add "
             "to that is not kept. Leave step_cache out"
         )
-    if compiled.experts:
+    if compiled.experts and step_cache.fitted:
         raise UnsupportedModelError(
             f"got {type(step_cache).__name__} for a pipeline of {len(compiled.models)} experts; "
-            "fits of step caches are for one model. Leave step_cache out"
+            "its fits are for one model. Pass SeaCache() or StaticCache(2), which need none"
         )
 
 
@@ -231,7 +231,7 @@ def cache_table(
             time_changes=changes if family.time_driven else None,
         )
     )
-    if table is not None and table.coefficients:
+    if table is not None and table.coefficients and table.power_exp is None:
         layered(family, f"{type(step_cache).__name__} needs a signal, which is not there")
     return table
 

@@ -8,9 +8,9 @@ from ddit_rt.policies.cache import (
     StepCache,
     TeaCache,
     nearest_ratios,
-    step_cache_from_dict,
 )
 from ddit_rt.policies.cache_fit import KINDS, CacheFit, published_fits
+from ddit_rt.policies.cache_without_fit import SeaCache, StaticCache
 from ddit_rt.policies.patch import (
     DYNAMIC,
     DDiTPolicy,
@@ -23,7 +23,13 @@ from ddit_rt.policies.patch import (
     patch_name,
     policy_from_dict,
 )
-from ddit_rt.policies.written import POLICY_NAMES, as_step_cache, parse_policy, parse_step_cache
+from ddit_rt.policies.written import (
+    POLICY_NAMES,
+    as_step_cache,
+    parse_policy,
+    parse_step_cache,
+    step_cache_from_dict,
+)
 
 __all__ = [
     "DYNAMIC",
@@ -39,6 +45,8 @@ __all__ = [
     "PatchPolicy",
     "PolicyTable",
     "Schedule",
+    "SeaCache",
+    "StaticCache",
     "StaticPolicy",
     "StepCache",
     "TeaCache",
