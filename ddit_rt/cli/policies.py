@@ -23,7 +23,8 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         type=policy_text,
         metavar="POLICY",
         help="fine (the unmodified model), static (the plan "
-        "2p:0.4,p), dynamic (a score per step and prompt), or a plan of your own as "
+        "2p:0.4,p), dynamic (a score per step and prompt), spectral or spectral:DELTA (2p until "
+        "the noise lets through what it lacks), or a plan of your own as "
         'shares of the steps, "4p:0.2,2p:0.4,p"; default: the policy of the artifact',
     )
     group.add_argument(

@@ -21,13 +21,15 @@ from ddit_rt.policies.patch import (
     StaticPolicy,
     parse_patch,
     patch_name,
-    policy_from_dict,
 )
+from ddit_rt.policies.published import published_fast_plan
+from ddit_rt.policies.spectral import SpectralPolicy, published_spectrum
 from ddit_rt.policies.written import (
     POLICY_NAMES,
     as_step_cache,
     parse_policy,
     parse_step_cache,
+    policy_from_dict,
     step_cache_from_dict,
 )
 
@@ -46,6 +48,7 @@ __all__ = [
     "PolicyTable",
     "Schedule",
     "SeaCache",
+    "SpectralPolicy",
     "StaticCache",
     "StaticPolicy",
     "StepCache",
@@ -57,6 +60,8 @@ __all__ = [
     "parse_step_cache",
     "patch_name",
     "policy_from_dict",
+    "published_fast_plan",
     "published_fits",
+    "published_spectrum",
     "step_cache_from_dict",
 ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from ddit_rt import checks
 from ddit_rt.policies.cache import MagCache, NoCache, StepCache, TeaCache
@@ -16,22 +16,26 @@ from ddit_rt.policies.patch import (
     StaticPolicy,
     is_patch,
 )
+from ddit_rt.policies.spectral import SpectralPolicy
+
+_Described = TypeVar("_Described", PatchPolicy, StepCache)
 
 STATIC_PLAN = "2p:0.4,p"
 """The plan of `"static"`: layout at 2p, then detail at p."""
 
-POLICY_NAMES = ("fine", "static", "dynamic")
+POLICY_NAMES = ("fine", "static", "dynamic", "spectral")
 
 
 def parse_policy(text: str, default: PatchPolicy) -> PatchPolicy | None:
     """The policy that a text stands for; None: it is none of the forms.
 
     Args:
-        text: `"fine"`, `"static"`, `"dynamic"`, or a plan, `"4p:0.2,2p:0.4,p"`.
+        text: `"fine"`, `"static"`, `"dynamic"`, `"spectral"` or `"spectral:DELTA"`, or a plan,
+            `"4p:0.2,2p:0.4,p"`.
         default: What `"dynamic"` is, where it is a dynamic policy.
 
     Raises:
-        ValueError: A plan that cannot be read.
+        ValueError: A plan or a delta that cannot be read.
     """
     text = text.strip()
     if text == "fine":
@@ -40,7 +44,28 @@ def parse_policy(text: str, default: PatchPolicy) -> PatchPolicy | None:
         return default if isinstance(default, DDiTPolicy) else DDiTPolicy()
     if text == "static":
         return StaticPolicy(STATIC_PLAN)
+    name, colon, delta = text.partition(":")
+    if name == "spectral":
+        return _spectral(text, delta) if colon else SpectralPolicy()
     return StaticPolicy(text) if is_patch(text) or set(text) & set(":,") else None
+
+
+def _spectral(text: str, delta: str) -> SpectralPolicy:
+    try:
+        return SpectralPolicy(float(delta))
+    except ValueError:
+        expected = "spectral:DELTA with a number above 0 and below 1, such as spectral:0.05"
+        raise ValueError(checks.got("patch_policy", text, expected)) from None
+
+
+def policy_from_dict(data: Mapping[str, Any]) -> PatchPolicy:
+    """The policy that `PatchPolicy.to_dict` described.
+
+    Raises:
+        ValueError: An unknown policy or an unknown or malformed field.
+    """
+    classes: tuple[type[PatchPolicy], ...] = (FinePolicy, StaticPolicy, DDiTPolicy, SpectralPolicy)
+    return _from_dict(data, "policy", classes)
 
 
 _FORMS = (
@@ -92,11 +117,18 @@ def step_cache_from_dict(data: Mapping[str, Any]) -> StepCache:
         ValueError: An unknown cache or an unknown or malformed field.
     """
     classes: tuple[type[StepCache], ...] = (NoCache, TeaCache, MagCache, SeaCache, StaticCache)
+    return _from_dict(data, "step_cache", classes)
+
+
+def _from_dict(
+    data: Mapping[str, Any], key: str, classes: Sequence[type[_Described]]
+) -> _Described:
     kinds = {cls.__name__: cls for cls in classes}
-    fields = dict(data)
-    name = fields.pop("step_cache", None)
+    fields, what = dict(data), key.replace("_", " ")
+    name = fields.pop(key, None)
     if name not in kinds:
-        raise ValueError(f"got step cache {name!r}; known step caches are {sorted(kinds)}")
+        plural = {"policy": "policies", "step cache": "step caches"}[what]
+        raise ValueError(f"got {what} {name!r}; known {plural} are {sorted(kinds)}")
     try:
         return kinds[name](**fields)
     except TypeError as error:
