@@ -9,7 +9,7 @@ from ddit_rt.policies.cache import (
     TeaCache,
     nearest_ratios,
 )
-from ddit_rt.policies.cache_fit import KINDS, CacheFit, published_fits
+from ddit_rt.policies.cache_fit import CACHE_KINDS, CacheFit, published_fits
 from ddit_rt.policies.cache_without_fit import SeaCache, StaticCache
 from ddit_rt.policies.patch import (
     DYNAMIC,
@@ -34,8 +34,8 @@ from ddit_rt.policies.written import (
 )
 
 __all__ = [
+    "CACHE_KINDS",
     "DYNAMIC",
-    "KINDS",
     "POLICY_NAMES",
     "CacheFit",
     "CacheModel",

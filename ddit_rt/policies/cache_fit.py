@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-KINDS = ("teacache", "teacache-ret", "magcache", "spectrum")
-"""Polynomials of TeaCache, of TeaCache with `use_ret_steps`, the ratios of MagCache, and the
-spectrum of the VAE's latents."""
+CACHE_KINDS = ("teacache", "teacache-ret", "magcache")
+"""Polynomials of TeaCache, of TeaCache with `use_ret_steps`, and the ratios of MagCache."""
+
+KINDS = (*CACHE_KINDS, "spectrum")
+"""These, and the spectrum of the VAE's latents."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
