@@ -16,7 +16,7 @@ from models import noise, seeded
 from torch import Tensor, nn
 
 import ddit_rt
-from ddit_rt import DDiTPolicy, Engine, MagCache, StaticPolicy, TokenRanges
+from ddit_rt import DDiTPolicy, Engine, MagCache, SeaCache, StaticPolicy, TokenRanges
 from ddit_rt.engine.cost import step_cost
 from ddit_rt.engine.memory import memory_of
 from ddit_rt.errors import UnsupportedModelError
@@ -28,6 +28,10 @@ from ddit_rt.steps import StepModel
 STEPS = 4
 MIXED = StaticPolicy(["p", "2p", "2p", "p"])
 OTHER = StaticPolicy(["2p", "p", "2p", "p"])
+CACHES = {
+    "mag": MagCache(0.9, retention_ratio=0.0, max_skip_steps=2, mag_ratios=(1.0,) * STEPS),
+    "sea": SeaCache(9.0, retention_steps=2),
+}
 RANGES = TokenRanges(batch=(1, 4), image=(4, 49152))
 """Two prompts with guidance; tokens of the default size of every family."""
 TOLERANCE = 1e-5
@@ -266,9 +270,9 @@ class FamilySuite:
         assert float((whole - ours).abs().max()) > 1e-3
 
     @pytest.mark.slow
-    def test_a_step_cache_reuses_what_the_blocks_added(self, graphs: Any) -> None:
+    @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
+    def test_a_step_cache_reuses_what_the_blocks_added(self, graphs: Any, cache: Any) -> None:
         call = self.case.call((7,), (7,)) if self.case.guided else self.case.call()
-        cache = MagCache(0.9, retention_ratio=0.0, max_skip_steps=2, mag_ratios=(1.0,) * STEPS)
         cpu, device = eager(self.case.pipeline()), eager(self.case.pipeline())
         device._loop.executor = CudaExecutor(graphs)
         more = {"patch_policy": FINE, "step_cache": cache}

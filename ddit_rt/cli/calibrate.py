@@ -6,6 +6,7 @@ import argparse
 import inspect
 import sys
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 _REPEATS = 3
 """Timed rounds on the held-out prompts."""
 
-_QUALITY = {"residual_rms", "mean_deviation_between_prompts"}
+_QUALITY = {"residual_rms", "mean_deviation_between_prompts", "log_rms"}
 """What of a fit's evidence says how well it fits."""
 
 
@@ -69,6 +70,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("teacache", "teacache-ret", "magcache"),
         help="instead of plans, fit what this step cache needs of the model, from runs of the "
         "calibration prompts at full resolution",
+    )
+    group.add_argument(
+        "--spectrum",
+        action="store_true",
+        help="instead of plans, measure the spectrum of the model's latents, by which the spectral "
+        "policy decides when to go fine, from such runs",
     )
     parser.add_argument(
         "--steps", type=whole(1), help="denoising steps to calibrate for; default: the pipeline's"
@@ -133,8 +140,8 @@ def _run(args: argparse.Namespace) -> Outcome:
     from ddit_rt.lab.measure.measures import measure_of
     from ddit_rt.models import family_named
 
-    if args.cache is not None:
-        return _fit_cache(args)
+    if args.cache is not None or args.spectrum:
+        return _fit(args)
     _require_extra()
     manifest = _manifest(args)
     measure = measure_of(family_named(manifest.family))
@@ -176,12 +183,13 @@ def _engine(args: argparse.Namespace, manifest: Manifest) -> Engine:
     return ddit_rt.load(args.artifact, pipeline, trust_code=args.trust_code)
 
 
-def _fit_cache(args: argparse.Namespace) -> Outcome:
-    """`--cache`: a fit into the artifact."""
+def _fit(args: argparse.Namespace) -> Outcome:
+    """`--cache` and `--spectrum`: a fit into the artifact."""
     from tqdm.auto import tqdm
 
     from ddit_rt.lab.calibrate import Prompt
     from ddit_rt.lab.calibrate.cache_fit import fit_cache
+    from ddit_rt.lab.calibrate.spectrum import fit_spectrum
     from ddit_rt.lab.measure.measures import measure_of
     from ddit_rt.models import family_named
 
@@ -195,11 +203,11 @@ def _fit_cache(args: argparse.Namespace) -> Outcome:
         )
     prompts = [Prompt(text=text, seed=args.seed + place) for place, text in enumerate(texts)]
     engine, arguments = _engine(args, manifest), pipeline_arguments(args)
+    fitted = fit_spectrum if args.spectrum else partial(fit_cache, kind=args.cache)
     with tqdm(total=len(prompts), desc="calibrate", unit="run", leave=False) as bar:
-        fit = fit_cache(
+        fit = fitted(
             engine,
-            args.cache,
-            prompts,
+            prompts=prompts,
             arguments=arguments,
             conditions=_conditions(engine, arguments),
             advance=bar.update,

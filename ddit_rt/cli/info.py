@@ -157,7 +157,8 @@ def _calibration_line(entry: dict[str, Any]) -> str:
     def text(preset: str) -> str:
         plan = entry["presets"][preset]
         cache = plan["step_cache"]
-        cached = f" ({cache['step_cache']} {cache['threshold']:.3g})" if cache else ""
+        threshold = f" {cache['threshold']:.3g}" if cache and "threshold" in cache else ""
+        cached = f" ({cache['step_cache']}{threshold})" if cache else ""
         return f"{preset} {plan['speedup']:.2f}x{cached}"
 
     ((name, value),) = entry["target"].items()

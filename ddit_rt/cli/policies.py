@@ -23,7 +23,8 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         type=policy_text,
         metavar="POLICY",
         help="fine (the unmodified model), static (the plan "
-        "2p:0.4,p), dynamic (a score per step and prompt), or a plan of your own as "
+        "2p:0.4,p), dynamic (a score per step and prompt), spectral or spectral:DELTA (2p until "
+        "the noise lets through what it lacks), or a plan of your own as "
         'shares of the steps, "4p:0.2,2p:0.4,p"; default: the policy of the artifact',
     )
     group.add_argument(
@@ -50,7 +51,9 @@ def add_step_cache_argument(parser: argparse.ArgumentParser, default: str) -> No
         type=step_cache,
         metavar="CACHE",
         help="steps that reuse instead of compute: teacache:THRESHOLD, teacache-ret:THRESHOLD "
-        "(Wan, with use_ret_steps), magcache:THRESHOLD, or none; larger thresholds are faster and "
+        "(Wan, with use_ret_steps), magcache:THRESHOLD, and for every model seacache:THRESHOLD, "
+        "static:STEPS (from one that computes to the next); each with :1 behind it to extrapolate "
+        "what is reused from two steps, with :0 not to; or none; larger numbers are faster and "
         f"less faithful (default: {default})",
     )
 

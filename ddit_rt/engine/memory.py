@@ -38,7 +38,7 @@ class BucketMemory:
         correction_bytes: What a training-free coarse step keeps of the latest step at p.
         bytes: All of these.
         residual_bytes: What a run with a step cache keeps beside them, of every pass of the model
-            in a step.
+            in a step; twice as much with `residual_order=1`.
     """
 
     patch: str

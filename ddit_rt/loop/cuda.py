@@ -118,8 +118,7 @@ class CudaExecutor:
             tensors,
             plan.fixed,
             plan.weights,
-            plan.cache is not None,
-            plan.cache is not None and plan.cache.signal is not None,
+            None if plan.cache is None else plan.cache.form,
         )
         if key not in self._loops:
             while len(self._loops) >= _KEPT:

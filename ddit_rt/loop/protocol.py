@@ -38,6 +38,11 @@ class CachePlan:
         """Sums that are kept: one, or one for each sample and pass that the signal tells apart."""
         return 1 if self.signal is None else self.signal.rows
 
+    @property
+    def form(self) -> tuple[int, str, int]:
+        """What a captured loop cannot take from another plan."""
+        return (self.table.residual_order, type(self.signal).__name__, self.rows)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:

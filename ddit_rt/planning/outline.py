@@ -23,9 +23,11 @@ from ddit_rt.policies import (
     NoCache,
     PolicyTable,
     Schedule,
+    SpectralPolicy,
     StaticPolicy,
     StepCache,
     published_fits,
+    published_spectrum,
 )
 from ddit_rt.solver import SolverTable
 from ddit_rt.steps import StepModel, latent_frames
@@ -138,7 +140,14 @@ def outline_run(
     experts = tuple(experts) or (0,) * len(timesteps)
     offered, missing = compiled.offered(shape[-2], shape[-1], latent_frames(shape))
     compiled.check_batch(shape[0])
-    table = request.policy.resolve(Schedule(sigmas=solver.sigmas, offered=offered))
+    table = request.policy.resolve(
+        Schedule(
+            sigmas=solver.sigmas,
+            offered=offered,
+            size=(shape[-2], shape[-1]),
+            spectrum=spectrum_of(compiled.steps.transformer, fits),
+        )
+    )
     _refuse_scores_of_repeated_levels(table, solver, request)
     table = fine_at_switches(table, experts)
     guided_at = guided_steps(guided, request.guidance_interval, table.steps)
@@ -159,11 +168,12 @@ def outline_run(
         experts=experts,
         cache=cache,
         batched_guidance=request.batched_guidance,
-        dynamic=not isinstance(request.policy, (FinePolicy, StaticPolicy)),
+        dynamic=not isinstance(request.policy, (FinePolicy, StaticPolicy, SpectralPolicy)),
         notes=(
             *missing,
             *request.notes,
             *request.warnings,
+            *([table.note] if table.note else ()),
             *stage_notes(stages, stage_of),
             *cached,
         ),
@@ -193,10 +203,10 @@ def _refuse_cache(compiled: CompiledModel, step_cache: StepCache) -> None:
             f"got {type(step_cache).__name__} for a model with a soundtrack; what its blocks add "
             "to that is not kept. Leave step_cache out"
         )
-    if compiled.experts:
+    if compiled.experts and step_cache.fitted:
         raise UnsupportedModelError(
             f"got {type(step_cache).__name__} for a pipeline of {len(compiled.models)} experts; "
-            "fits of step caches are for one model. Leave step_cache out"
+            "its fits are for one model. Pass SeaCache() or StaticCache(2), which need none"
         )
 
 
@@ -231,7 +241,7 @@ def cache_table(
             time_changes=changes if family.time_driven else None,
         )
     )
-    if table is not None and table.coefficients:
+    if table is not None and table.coefficients and table.power_exp is None:
         layered(family, f"{type(step_cache).__name__} needs a signal, which is not there")
     return table
 
@@ -245,6 +255,13 @@ def model_fits(transformer: nn.Module, fits: Sequence[CacheFit]) -> tuple[CacheF
     """
     config = public_config(transformer.config)  # type: ignore[arg-type]
     return (*fits, *published_fits(type(transformer).__name__, config))
+
+
+def spectrum_of(transformer: nn.Module, fits: Sequence[CacheFit]) -> CacheFit:
+    """The spectrum of a model's latents: of its artifact, else as published; see `model_fits`."""
+    measured = (fit for fit in fits if fit.kind == "spectrum")
+    config = public_config(transformer.config)  # type: ignore[arg-type]
+    return next(measured, published_spectrum(type(transformer).__name__, config))
 
 
 def relative_changes(rows: Tensor) -> list[float]:

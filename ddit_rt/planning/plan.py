@@ -21,6 +21,8 @@ from ddit_rt.steps import (
     Bucket,
     Detail,
     FineBucket,
+    InputSignal,
+    LatentSignal,
     Pass,
     RunContext,
     Signal,
@@ -133,7 +135,7 @@ def _contexts(
         timesteps=_table(outline.timesteps, capacity, device),
         detail=None,
         scales=None if scales is None else _table(scales, capacity, device),
-        keeps_residual=outline.cache is not None,
+        residuals=0 if outline.cache is None else 1 + outline.cache.residual_order,
         steps=outline.steps,
         unguided=scales is not None and not all(outline.guided),
     )
@@ -199,10 +201,12 @@ def _cache_plan(
     cache = outline.cache
     if cache is None:
         return None
-    signal = None
-    if cache.coefficients:
+    signal: Signal | None = None
+    if cache.power_exp is not None:
+        signal = LatentSignal(outline.shape, contexts[0].sigmas, cache.power_exp)
+    elif cache.coefficients:
         passes = tuple(one for context in contexts for one in context.passes)
-        signal = Signal(model, replace(contexts[0], passes=passes))
+        signal = InputSignal(model, replace(contexts[0], passes=passes))
     return CachePlan(table=cache, signal=signal)
 
 

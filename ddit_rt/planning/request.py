@@ -21,6 +21,7 @@ from ddit_rt.policies import (
     parse_policy,
     patch_name,
     policy_from_dict,
+    published_fast_plan,
     step_cache_from_dict,
 )
 
@@ -28,8 +29,8 @@ PolicyChoice = PatchPolicy | str | float
 """A policy, by value or as text; the name of a calibrated preset; or a speed between 0 and 1."""
 
 _FORMS = (
-    "pass a policy such as DDiTPolicy(), as text fine, static, dynamic or a plan such as "
-    f"4p:0.2,2p:0.4,p, or of a calibration {', '.join(PRESETS)} or a speed from 0 to 1"
+    "pass a policy such as DDiTPolicy(), as text fine, static, dynamic, spectral:0.05 or a plan "
+    f"such as 4p:0.2,2p:0.4,p, or of a calibration {', '.join(PRESETS)} or a speed from 0 to 1"
 )
 
 _CONDITIONS = ("height", "width", "num_frames", "guidance_scale", "true_cfg_scale")
@@ -90,8 +91,9 @@ def read_request(
 
     Raises:
         TypeError, ValueError: A value that is none for its name; a preset or speed without a
-            calibration for this number of steps, or whose plan runs another number of steps than
-            the caller's noise levels.
+            calibration for this number of steps (but `"fast"` of an artifact without any, where a
+            plan is published for its family), or whose plan runs another number of steps than the
+            caller's noise levels.
         ShapeError: A policy for patch sizes that the model was not compiled with.
     """
     cache, interval = as_step_cache(step_cache), check_interval(guidance_interval)
@@ -102,6 +104,8 @@ def read_request(
         choice = default if patch_policy is None else parse_choice(patch_policy, default)
     if isinstance(choice, PatchPolicy):
         request = Request(policy=choice, step_cache=default_step_cache(manifest))
+    elif published := _published(choice, manifest):
+        request = published
     else:
         request = _calibrated(choice, manifest, requested, arguments)
     check_policy(request.policy, [parse_patch(entry.patch) for entry in manifest.buckets])
@@ -111,6 +115,18 @@ def read_request(
         guidance_interval=interval,
         batched_guidance=batched_guidance,
     )
+
+
+def _published(choice: str | float, manifest: Manifest) -> Request | None:
+    """The plan that `"fast"` is before any calibration, where one is published."""
+    if choice != "fast" or manifest.calibrations:
+        return None
+    found = published_fast_plan(manifest.family)
+    if found is None:
+        return None
+    policy, source = found
+    note = f"'fast' is a published default, not calibrated on this model: {source}"
+    return Request(policy=policy, step_cache=default_step_cache(manifest), notes=(note,))
 
 
 def _calibrated(

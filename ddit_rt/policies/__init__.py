@@ -8,9 +8,9 @@ from ddit_rt.policies.cache import (
     StepCache,
     TeaCache,
     nearest_ratios,
-    step_cache_from_dict,
 )
-from ddit_rt.policies.cache_fit import KINDS, CacheFit, published_fits
+from ddit_rt.policies.cache_fit import CACHE_KINDS, CacheFit, published_fits
+from ddit_rt.policies.cache_without_fit import SeaCache, StaticCache
 from ddit_rt.policies.patch import (
     DYNAMIC,
     DDiTPolicy,
@@ -21,13 +21,21 @@ from ddit_rt.policies.patch import (
     StaticPolicy,
     parse_patch,
     patch_name,
-    policy_from_dict,
 )
-from ddit_rt.policies.written import POLICY_NAMES, as_step_cache, parse_policy, parse_step_cache
+from ddit_rt.policies.published import published_fast_plan
+from ddit_rt.policies.spectral import SpectralPolicy, published_spectrum
+from ddit_rt.policies.written import (
+    POLICY_NAMES,
+    as_step_cache,
+    parse_policy,
+    parse_step_cache,
+    policy_from_dict,
+    step_cache_from_dict,
+)
 
 __all__ = [
+    "CACHE_KINDS",
     "DYNAMIC",
-    "KINDS",
     "POLICY_NAMES",
     "CacheFit",
     "CacheModel",
@@ -39,6 +47,9 @@ __all__ = [
     "PatchPolicy",
     "PolicyTable",
     "Schedule",
+    "SeaCache",
+    "SpectralPolicy",
+    "StaticCache",
     "StaticPolicy",
     "StepCache",
     "TeaCache",
@@ -49,6 +60,8 @@ __all__ = [
     "parse_step_cache",
     "patch_name",
     "policy_from_dict",
+    "published_fast_plan",
     "published_fits",
+    "published_spectrum",
     "step_cache_from_dict",
 ]

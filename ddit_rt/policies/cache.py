@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,6 +38,10 @@ class CacheTable:
         product: Whether increments are factors.
         coefficients: Coefficients of the polynomial of a signal's change, highest power first;
             empty: the increments do without a signal.
+        power_exp: What the signal is: for an exponent, the latents, filtered for such a spectrum
+            (`SeaCache`); None: the model's modulated input (`TeaCache`).
+        residual_order: Whether a step that reuses adds the latest residual (0), or extrapolates
+            the latest two linearly in the noise level (1).
         note: For the trace: which cache, with whose fit.
     """
 
@@ -46,6 +50,8 @@ class CacheTable:
     limit: int = NO_LIMIT
     product: bool = False
     coefficients: tuple[float, ...] = ()
+    power_exp: float | None = None
+    residual_order: int = 0
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -103,7 +109,13 @@ class CacheModel:
 
 
 class StepCache(ABC):
-    """Interface of every step cache."""
+    """Interface of every step cache.
+
+    Attributes:
+        fitted: Whether it goes by what was fitted for one model.
+    """
+
+    fitted: ClassVar[bool] = False
 
     @abstractmethod
     def resolve(self, model: CacheModel) -> CacheTable | None:
@@ -144,7 +156,12 @@ class TeaCache(StepCache):
         first: First steps that always compute; by default 1, with `use_ret_steps` 5.
         last: Last steps that always compute; by default 1, with `use_ret_steps` none.
         use_ret_steps: Whether the signal is Wan's projected time embedding.
+        residual_order: 0, as published: a step adds the latest residual. 1: it extrapolates the
+            latest two linearly in the noise level; while only one was computed at its patch size
+            since that changed, it adds that one.
     """
+
+    fitted = True
 
     threshold: float
     _: KW_ONLY
@@ -152,6 +169,7 @@ class TeaCache(StepCache):
     first: int | None = None
     last: int | None = None
     use_ret_steps: bool = False
+    residual_order: int = 0
 
     def __post_init__(self) -> None:
         """Checks every field; a message names the value and the range."""
@@ -165,6 +183,7 @@ class TeaCache(StepCache):
             first=checks.optional(checks.whole, "first", self.first, 1),
             last=checks.optional(checks.whole, "last", self.last, 0),
             use_ret_steps=checks.flag("use_ret_steps", self.use_ret_steps),
+            residual_order=checked_order(self.residual_order),
         )
 
     def resolve(self, model: CacheModel) -> CacheTable:
@@ -193,7 +212,8 @@ class TeaCache(StepCache):
             increments=increments,
             threshold=self.threshold,
             coefficients=coefficients,
-            note=f"TeaCache {self.threshold:g}, {source}",
+            residual_order=self.residual_order,
+            note=f"TeaCache {self.threshold:g}, {source}{order_note(self.residual_order)}",
         )
 
     def _forced(self, steps: int) -> list[bool]:
@@ -217,13 +237,17 @@ class MagCache(StepCache):
         retention_ratio: Share of the steps, from the first, that always compute.
         mag_ratios: One ratio per step, the first being 1; for another number of steps the nearest
             are taken. By default those that were fitted for the model.
+        residual_order: As in `TeaCache`.
     """
+
+    fitted = True
 
     threshold: float = 0.06
     _: KW_ONLY
     max_skip_steps: int = 3
     retention_ratio: float = 0.2
     mag_ratios: Sequence[float] | None = None
+    residual_order: int = 0
 
     def __post_init__(self) -> None:
         """Checks every field; a message names the value and the range."""
@@ -233,6 +257,7 @@ class MagCache(StepCache):
             max_skip_steps=checks.whole("max_skip_steps", self.max_skip_steps, 1, NO_LIMIT),
             retention_ratio=checks.number("retention_ratio", self.retention_ratio, 0, 1),
             mag_ratios=checks.optional(checks.numbers, "mag_ratios", self.mag_ratios),
+            residual_order=checked_order(self.residual_order),
         )
 
     def resolve(self, model: CacheModel) -> CacheTable:
@@ -253,7 +278,8 @@ class MagCache(StepCache):
             threshold=threshold,
             limit=self.max_skip_steps,
             product=True,
-            note=f"MagCache {self.threshold:g}, {source}",
+            residual_order=self.residual_order,
+            note=f"MagCache {self.threshold:g}, {source}{order_note(self.residual_order)}",
         )
 
 
@@ -268,18 +294,11 @@ def nearest_ratios(ratios: Sequence[float], steps: int) -> tuple[float, ...]:
     return tuple(ratios[place] for place in places)
 
 
-def step_cache_from_dict(data: Mapping[str, Any]) -> StepCache:
-    """The step cache that `StepCache.to_dict` described.
+def checked_order(order: Any) -> int:
+    """A `residual_order`."""
+    return checks.whole("residual_order", order, 0, 1)
 
-    Raises:
-        ValueError: An unknown cache or an unknown or malformed field.
-    """
-    kinds: dict[str, type[StepCache]] = {cls.__name__: cls for cls in (NoCache, TeaCache, MagCache)}
-    fields = dict(data)
-    name = fields.pop("step_cache", None)
-    if name not in kinds:
-        raise ValueError(f"got step cache {name!r}; known step caches are {sorted(kinds)}")
-    try:
-        return kinds[name](**fields)
-    except TypeError as error:
-        raise ValueError(f"bad fields for {name}: {sorted(fields)} ({error})") from error
+
+def order_note(order: int) -> str:
+    """What a trace adds of a `residual_order`."""
+    return ", residuals extrapolated" * order

@@ -1,4 +1,4 @@
-"""What was fitted for a model, so that a step cache can serve it: coefficients or ratios."""
+"""What was fitted for a model, so that a step cache or a policy can serve it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-KINDS = ("teacache", "teacache-ret", "magcache")
+CACHE_KINDS = ("teacache", "teacache-ret", "magcache")
 """Polynomials of TeaCache, of TeaCache with `use_ret_steps`, and the ratios of MagCache."""
+
+KINDS = (*CACHE_KINDS, "spectrum")
+"""These, and the spectrum of the VAE's latents."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,8 +20,8 @@ class CacheFit:
 
     Attributes:
         kind: One of `KINDS`.
-        values: Polynomial coefficients, highest power first; or one ratio per step, the first
-            being 1.
+        values: Polynomial coefficients, highest power first; one ratio per step, the first
+            being 1; or A and b of `SpectralPolicy`.
         source: Where the values come from, in a few words.
         evidence: Prompts, steps, versions, residual of the fit.
     """

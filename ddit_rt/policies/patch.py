@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ddit_rt import checks
 from ddit_rt.errors import ShapeError
+from ddit_rt.policies.cache_fit import CacheFit
 
 _REFERENCE_STEP = 1 / 50
 """Mean sigma step of the paper's 50-step runs, at which its tau = 0.001 was chosen."""
@@ -79,6 +80,7 @@ class PolicyTable:
         quantile: rho, in [0, 1].
         dwell: Steps that a size is kept at least before the scores may change it.
         monotone: Whether the scores may never choose a coarser size than the current one.
+        note: What the trace is to say of it.
     """
 
     forced: tuple[int, ...]
@@ -88,6 +90,7 @@ class PolicyTable:
     quantile: float = 0.4
     dwell: int = 0
     monotone: bool = False
+    note: str = ""
 
     @property
     def steps(self) -> int:
@@ -130,10 +133,19 @@ class Schedule:
         sigmas: Noise levels from 1 to 0, `N + 1` of them.
         offered: Patch sizes that this latent shape offers, as multiples of p, ascending,
             starting with 1.
+        size: Rows and columns of the latents.
+        spectrum: A and b of the VAE's latents (`SpectralPolicy`), as far as they are known.
     """
 
     sigmas: tuple[float, ...]
     offered: tuple[int, ...]
+    size: tuple[int, int] = (128, 128)
+    spectrum: CacheFit | None = None
+
+    @property
+    def highest(self) -> float:
+        """The highest spatial frequency, in cycles over the shorter side; one row is no side."""
+        return min((side for side in self.size if side > 1), default=2) / 2
 
     @property
     def steps(self) -> int:
@@ -169,7 +181,7 @@ class FinePolicy(PatchPolicy):
 
     def resolve(self, schedule: Schedule) -> PolicyTable:
         """See `PatchPolicy.resolve`."""
-        return _forced_table(schedule, (0,) * schedule.steps, "fine policy")
+        return fixed_table(schedule, (0,) * schedule.steps, "fine policy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +227,7 @@ class StaticPolicy(PatchPolicy):
                 'steps; give one entry per step, or shares such as "4p:0.2,2p:0.4,p"'
             )
         buckets = tuple(_bucket_of(multiple, schedule.offered) for multiple in multiples)
-        return _forced_table(schedule, buckets, "static plan")
+        return fixed_table(schedule, buckets, "static plan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,25 +386,6 @@ class DDiTPolicy(PatchPolicy):
         return tuple(rows)
 
 
-def policy_from_dict(data: Mapping[str, Any]) -> PatchPolicy:
-    """The policy that `PatchPolicy.to_dict` described.
-
-    Raises:
-        ValueError: An unknown policy or an unknown or malformed field.
-    """
-    kinds: dict[str, type[PatchPolicy]] = {
-        cls.__name__: cls for cls in (FinePolicy, StaticPolicy, DDiTPolicy)
-    }
-    fields = dict(data)
-    name = fields.pop("policy", None)
-    if name not in kinds:
-        raise ValueError(f"got policy {name!r}; known policies are {sorted(kinds)}")
-    try:
-        return kinds[name](**fields)
-    except TypeError as error:
-        raise ValueError(f"bad fields for {name}: {sorted(fields)} ({error})") from error
-
-
 def _checked_tau(tau: Any) -> float | dict[str, float]:
     if not isinstance(tau, Mapping):
         return checks.number("tau", tau, 0)
@@ -414,12 +407,16 @@ def _checked_warmup(warmup: Any) -> str:
     return patch_name(parse_patch(warmup, "warmup"))
 
 
-def _forced_table(schedule: Schedule, buckets: tuple[int, ...], label: str) -> PolicyTable:
+def fixed_table(
+    schedule: Schedule, buckets: tuple[int, ...], label: str, *, note: str = ""
+) -> PolicyTable:
+    """The table of a plan that names the bucket of every step."""
     coarse = len(schedule.offered) - 1
     return PolicyTable(
         forced=buckets,
         labels=(label,) * schedule.steps,
         thresholds=((math.nan,) * coarse,) * schedule.steps,
+        note=note,
     )
 
 

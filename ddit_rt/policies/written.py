@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 from ddit_rt import checks
 from ddit_rt.policies.cache import MagCache, NoCache, StepCache, TeaCache
+from ddit_rt.policies.cache_without_fit import SeaCache, StaticCache
 from ddit_rt.policies.patch import (
     DDiTPolicy,
     FinePolicy,
@@ -13,22 +16,26 @@ from ddit_rt.policies.patch import (
     StaticPolicy,
     is_patch,
 )
+from ddit_rt.policies.spectral import SpectralPolicy
+
+_Described = TypeVar("_Described", PatchPolicy, StepCache)
 
 STATIC_PLAN = "2p:0.4,p"
 """The plan of `"static"`: layout at 2p, then detail at p."""
 
-POLICY_NAMES = ("fine", "static", "dynamic")
+POLICY_NAMES = ("fine", "static", "dynamic", "spectral")
 
 
 def parse_policy(text: str, default: PatchPolicy) -> PatchPolicy | None:
     """The policy that a text stands for; None: it is none of the forms.
 
     Args:
-        text: `"fine"`, `"static"`, `"dynamic"`, or a plan, `"4p:0.2,2p:0.4,p"`.
+        text: `"fine"`, `"static"`, `"dynamic"`, `"spectral"` or `"spectral:DELTA"`, or a plan,
+            `"4p:0.2,2p:0.4,p"`.
         default: What `"dynamic"` is, where it is a dynamic policy.
 
     Raises:
-        ValueError: A plan that cannot be read.
+        ValueError: A plan or a delta that cannot be read.
     """
     text = text.strip()
     if text == "fine":
@@ -37,11 +44,35 @@ def parse_policy(text: str, default: PatchPolicy) -> PatchPolicy | None:
         return default if isinstance(default, DDiTPolicy) else DDiTPolicy()
     if text == "static":
         return StaticPolicy(STATIC_PLAN)
+    name, colon, delta = text.partition(":")
+    if name == "spectral":
+        return _spectral(text, delta) if colon else SpectralPolicy()
     return StaticPolicy(text) if is_patch(text) or set(text) & set(":,") else None
 
 
-_FORMS = "teacache:0.4, teacache-ret:0.1, magcache:0.06, or none"
-CACHE_NAMES = ("teacache", "teacache-ret", "magcache", "none")
+def _spectral(text: str, delta: str) -> SpectralPolicy:
+    try:
+        return SpectralPolicy(float(delta))
+    except ValueError:
+        expected = "spectral:DELTA with a number above 0 and below 1, such as spectral:0.05"
+        raise ValueError(checks.got("patch_policy", text, expected)) from None
+
+
+def policy_from_dict(data: Mapping[str, Any]) -> PatchPolicy:
+    """The policy that `PatchPolicy.to_dict` described.
+
+    Raises:
+        ValueError: An unknown policy or an unknown or malformed field.
+    """
+    classes: tuple[type[PatchPolicy], ...] = (FinePolicy, StaticPolicy, DDiTPolicy, SpectralPolicy)
+    return _from_dict(data, "policy", classes)
+
+
+_FORMS = (
+    "teacache:0.4, teacache-ret:0.1, magcache:0.06, seacache:0.25, static:2 (or with a "
+    "residual_order behind it, static:2:1), or none"
+)
+CACHE_NAMES = ("teacache", "teacache-ret", "magcache", "seacache", "static", "none")
 
 
 def parse_step_cache(text: str) -> StepCache:
@@ -49,25 +80,59 @@ def parse_step_cache(text: str) -> StepCache:
 
     Args:
         text: `"teacache:THRESHOLD"`, `"teacache-ret:THRESHOLD"` (with `use_ret_steps`),
-            `"magcache:THRESHOLD"`, or `"none"`.
+            `"magcache:THRESHOLD"`, `"seacache:THRESHOLD"`, `"static:STEPS"` (steps from one that
+            computes to the next), each with `":0"` or `":1"` behind it for its `residual_order`;
+            or `"none"`.
 
     Raises:
-        ValueError: Another text, or a threshold that is no finite number of at least 0.
+        ValueError: Another text, or a number that the cache does not take.
     """
-    name, colon, number = text.strip().partition(":")
-    if name not in CACHE_NAMES or bool(colon) == (name == "none"):
+    name, *numbers = text.strip().split(":")
+    if name not in CACHE_NAMES or len(numbers) not in ((0,) if name == "none" else (1, 2)):
         advice = "" if name in CACHE_NAMES else checks.did_you_mean(name, CACHE_NAMES)
         raise ValueError(checks.got("step_cache", text, _FORMS, advice))
     if name == "none":
         return NoCache()
     try:
-        threshold = checks.number("threshold", float(number), 0)
+        options = {"residual_order": int(numbers[1])} if len(numbers) > 1 else {}
+        return _CACHES[name](float(numbers[0]), **options)
     except ValueError:
-        advice = "the threshold is a finite number of at least 0"
+        advice = "numbers are finite and not negative, steps at least 1, an order 0 or 1"
         raise ValueError(checks.got("step_cache", text, _FORMS, advice)) from None
-    if name == "magcache":
-        return MagCache(threshold)
-    return TeaCache(threshold, use_ret_steps=name == "teacache-ret")
+
+
+_CACHES: Mapping[str, Callable[..., StepCache]] = {
+    "teacache": TeaCache,
+    "teacache-ret": partial(TeaCache, use_ret_steps=True),
+    "magcache": MagCache,
+    "seacache": SeaCache,
+    "static": StaticCache,
+}
+
+
+def step_cache_from_dict(data: Mapping[str, Any]) -> StepCache:
+    """The step cache that `StepCache.to_dict` described.
+
+    Raises:
+        ValueError: An unknown cache or an unknown or malformed field.
+    """
+    classes: tuple[type[StepCache], ...] = (NoCache, TeaCache, MagCache, SeaCache, StaticCache)
+    return _from_dict(data, "step_cache", classes)
+
+
+def _from_dict(
+    data: Mapping[str, Any], key: str, classes: Sequence[type[_Described]]
+) -> _Described:
+    kinds = {cls.__name__: cls for cls in classes}
+    fields, what = dict(data), key.replace("_", " ")
+    name = fields.pop(key, None)
+    if name not in kinds:
+        plural = {"policy": "policies", "step cache": "step caches"}[what]
+        raise ValueError(f"got {what} {name!r}; known {plural} are {sorted(kinds)}")
+    try:
+        return kinds[name](**fields)
+    except TypeError as error:
+        raise ValueError(f"bad fields for {name}: {sorted(fields)} ({error})") from error
 
 
 def as_step_cache(step_cache: Any) -> StepCache | None:

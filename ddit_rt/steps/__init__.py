@@ -15,13 +15,15 @@ from ddit_rt.steps.base import (
 )
 from ddit_rt.steps.buckets import FineBucket, PassesBucket, Resampling, SnrBucket, matched_level
 from ddit_rt.steps.passes import Passes
-from ddit_rt.steps.signal import Signal
+from ddit_rt.steps.signal import InputSignal, LatentSignal, Signal
 
 __all__ = [
     "Blocks",
     "Bucket",
     "Detail",
     "FineBucket",
+    "InputSignal",
+    "LatentSignal",
     "Pass",
     "Passes",
     "PassesBucket",

@@ -19,6 +19,7 @@ from ddit_rt import ops
 from ddit_rt.models.base import Grid, Runner
 from ddit_rt.models.family import Family
 from ddit_rt.models.layered import LayeredFamily, layered
+from ddit_rt.steps.residual import Residual
 
 Runners = Mapping[str, Sequence[Runner]]
 """Blocks ready to run, by `BlockType.key`."""
@@ -232,7 +233,8 @@ class RunContext:
         detail: Memory of the latest step at p; None when no coarse step can follow one.
         scales: Guidance scale of every step, `[M]`, float32, read on the device; None without
             guidance.
-        keeps_residual: Whether steps may reuse, so that buckets keep what their blocks add.
+        residuals: Computed steps of which buckets keep what their blocks added, so that others may
+            reuse it: 0, 1, or 2 to extrapolate.
         steps: Rows of the tables that are read; 0 for all.
         unguided: Whether some steps of a run with guidance are not guided.
     """
@@ -245,7 +247,7 @@ class RunContext:
     detail: Detail | None
     frames: int = 0
     scales: Tensor | None = None
-    keeps_residual: bool = False
+    residuals: int = 0
     steps: int = 0
     unguided: bool = False
 
@@ -268,12 +270,12 @@ def _own(value: Any, model: StepModel, *, exact: bool) -> Any:
 class Blocks:
     """The blocks of one bucket, and what they added to the image tokens when they last ran."""
 
-    def __init__(self, model: StepModel, runners: Runners, *, residual_rows: int = 0) -> None:
-        """`residual_rows`: samples that a residual is kept of, 0 for none."""
+    def __init__(
+        self, model: StepModel, runners: Runners, residual: Residual | None = None
+    ) -> None:
         self._family = model.layers
         self._runners = runners
-        self._residual_rows = residual_rows
-        self._residual: Tensor | None = None
+        self.residual = residual
 
     def __call__(
         self,
@@ -281,28 +283,22 @@ class Blocks:
         text: Tensor,
         temb: Tensor,
         positions: tuple[Tensor, ...],
+        step: Tensor | None = None,
         *,
         reuse: bool = False,
     ) -> Tensor:
-        """Image tokens `[B, n, d]` through the blocks, or with their latest residual added.
+        """Image tokens `[B, n, d]` through the blocks, or with their residual added.
 
-        A residual may have more rows than B: then these are its first.
+        Where there is a residual, `step` is k, `[1]`.
         """
+        if self.residual is None:
+            return self._family.run_blocks(self._runners, hidden, text, temb, positions)
+        assert step is not None, "a residual is of a step"
         if reuse:
-            return hidden + self.residual[: len(hidden)]
+            return self.residual.added_to(hidden, step)
         after = self._family.run_blocks(self._runners, hidden, text, temb, positions)
-        if self._residual_rows:
-            if self._residual is None:
-                # Only now, so that a run which lends its tables to a captured bucket has none.
-                self._residual = after.new_zeros(self._residual_rows, *after.shape[1:])
-            torch.sub(after, hidden, out=self._residual[: len(hidden)])
+        self.residual.keep(hidden, after, step)
         return after
-
-    @property
-    def residual(self) -> Tensor:
-        """What they added when they last ran, `[B, n, d]`."""
-        assert self._residual is not None, "a step reuses what an earlier one has computed"
-        return self._residual
 
 
 def latent_frames(shape: Sequence[int]) -> int:

@@ -19,6 +19,7 @@ from ddit_rt.models.base import Runner
 from ddit_rt.models.block_calls import Arrange, CallForm, as_called, flatten_call
 from ddit_rt.models.family import Family
 from ddit_rt.models.probe import ReadBlockType
+from ddit_rt.steps.residual import Residual
 
 
 class BoundModel:
@@ -27,8 +28,8 @@ class BoundModel:
     Attributes:
         module: The shallow copy. Its forward runs a step.
         step: The step in progress, `[1]`, read on the device by what hangs on the time.
-        residual: What the blocks added to the image tokens when they last ran; None where nothing
-            asks for it.
+        residual: What the blocks added to the image tokens when they last ran; None where steps do
+            not reuse.
         reuse: Whether that stands for the blocks.
         stops: Whether the forward ends at the first block.
         arrange: See `Arrange`.
@@ -42,7 +43,7 @@ class BoundModel:
         *,
         held: Sequence[str],
         timed: Sequence[str],
-        keeps_residual: bool,
+        residual: Residual | None = None,
         image_first: bool = False,
         arrange: Arrange = as_called,
     ) -> None:
@@ -55,15 +56,15 @@ class BoundModel:
             held: Paths of children whose outputs are the same at every step of a run; those that
                 this model does not have count for nothing.
             timed: Paths of children whose outputs hang on the time alone, likewise.
-            keeps_residual: Whether steps may reuse.
+            residual: See above; empty yet.
             image_first: Whether image tokens come before text tokens where blocks take both as one.
             arrange: See `Arrange`.
         """
         self.arrange = arrange
         self.module = _shallow(transformer)
         self.step: Tensor | None = None
-        self.residual: Tensor | None = None
-        self._keeps_residual, self._image_first = keeps_residual, image_first
+        self.residual = residual
+        self._image_first = image_first
         self.reuse = False
         self.stops = False
         self._entered: Tensor | None = None
@@ -161,7 +162,7 @@ class BoundModel:
 
     def enter(self, hidden: Tensor) -> None:
         """Notes the image tokens that the first block is given."""
-        if self._keeps_residual:
+        if self.residual is not None:
             self._entered = hidden
 
     def leave(self, hidden: Tensor) -> None:
@@ -169,10 +170,9 @@ class BoundModel:
         entered, self._entered = self._entered, None
         if entered is None or self.reuse:
             return
-        if self.residual is None:
-            # Only now, so that a run which lends its tables to a captured bucket has none.
-            self.residual = torch.zeros_like(entered)
-        torch.sub(self._image_tokens(hidden, entered), entered, out=self.residual)
+        assert self.residual is not None, "what entered is noted for it"
+        assert self.step is not None, "a step is in progress"
+        self.residual.keep(entered, self._image_tokens(hidden, entered), self.step)
 
     def with_residual(self, hidden: Tensor) -> Tensor:
         """What the last block is given; its image tokens with all that was added since the first.
@@ -181,9 +181,10 @@ class BoundModel:
         """
         entered, residual = self._entered, self.residual
         assert entered is not None, "the first block comes before the last"
-        assert residual is not None, "a step reuses what an earlier one computed"
+        assert residual is not None, "what entered is noted for it"
+        assert self.step is not None, "a step is in progress"
         hidden = hidden.clone()
-        torch.add(entered, residual, out=self._image_tokens(hidden, residual))
+        self._image_tokens(hidden, entered).copy_(residual.added_to(entered, self.step))
         return hidden
 
     def _image_tokens(self, hidden: Tensor, like: Tensor) -> Tensor:
@@ -362,7 +363,6 @@ def without_data(
         runners,
         held=family.held,
         timed=family.timed,
-        keeps_residual=False,
         arrange=family.block_call,
     )
     latents = torch.empty(shape, dtype=family.first_weight(twin).dtype, device="meta")

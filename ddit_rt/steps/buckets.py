@@ -96,8 +96,8 @@ class FineBucket(PassesBucket):
 @torch.inference_mode(False)
 def low_pass(size: int, small: int) -> Tensor:
     """`down` of one axis, `[small, size]`, float32."""
-    kept = _dct(size)[:small]
-    return (math.sqrt(small / size) * _dct(small).T @ kept).float()
+    kept = dct(size)[:small]
+    return (math.sqrt(small / size) * dct(small).T @ kept).float()
 
 
 @lru_cache(maxsize=64)
@@ -108,7 +108,7 @@ def bicubic(small: int, size: int) -> Tensor:
     return F.interpolate(units, size=(size, 1), mode="bicubic")[0, :, :, 0].T.float()
 
 
-def _dct(size: int) -> Tensor:
+def dct(size: int) -> Tensor:
     """The orthonormal DCT-II, `[size, size]`, float64: a row for each frequency."""
     places = torch.arange(size, dtype=torch.float64, device="cpu")
     angles = math.pi / size * torch.outer(places, places + 0.5)

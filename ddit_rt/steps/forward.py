@@ -13,6 +13,7 @@ from ddit_rt.models.layered import LayeredFamily
 from ddit_rt.steps.base import Pass, RunContext, Runners, StepModel, at_step
 from ddit_rt.steps.bound import BoundModel
 from ddit_rt.steps.passes import Passes
+from ddit_rt.steps.residual import Residual
 
 
 def make_passes(
@@ -102,7 +103,7 @@ class ForwardPasses:
 
     def residuals(self) -> tuple[Tensor, ...]:
         """See `Bucket.residuals`."""
-        return tuple(one.residual for one in self._distinct() if one.residual is not None)
+        return tuple(one.residual.latest for one in self._distinct() if one.residual is not None)
 
     def sound(self) -> Tensor | None:
         """As `Bucket.sound`."""
@@ -143,7 +144,7 @@ class _Pass:
             runners,
             held=family.held,
             timed=family.timed,
-            keeps_residual=context.keeps_residual,
+            residual=Residual(context.residuals, context.sigmas) if context.residuals else None,
             image_first=family.image_first,
             arrange=family.block_call,
         )
@@ -182,10 +183,11 @@ class _Pass:
         self._bound.hold_again(self._run, level, step)
 
     @property
-    def residual(self) -> Tensor | None:
-        """What the blocks added when they last ran, `[B, n, d]`."""
+    def residual(self) -> Residual | None:
+        """What the blocks added when they last ran; None where steps do not reuse."""
         return self._bound.residual
 
     def tensors(self) -> tuple[Tensor, ...]:
         """As `Bucket.tensors`."""
-        return self._bound.tensors()
+        kept = () if self.residual is None else self.residual.tensors()
+        return (*self._bound.tensors(), *kept)

@@ -22,6 +22,7 @@ from torch import Tensor
 from ddit_rt import ops
 from ddit_rt.models.base import Grid
 from ddit_rt.steps.base import Blocks, RunContext, Runners, StepModel, at_step
+from ddit_rt.steps.residual import Residual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,9 @@ class Passes:
                 blocks=Blocks(
                     model,
                     model.base if runners is None else runners,
-                    residual_rows=len(one.text) if context.keeps_residual else 0,
+                    Residual(context.residuals, context.sigmas, len(one.text))
+                    if context.residuals
+                    else None,
                 ),
                 text=one.text,
                 temb=family.embed_time(transformer, levels, one.conditioning),
@@ -122,7 +125,7 @@ class Passes:
         """Image tokens through the blocks and the last modulation; of a pass's first rows."""
         rows = len(hidden)
         family, temb = self._model.layers, at_step(one.temb, step)[:rows]
-        hidden = one.blocks(hidden, one.text[:rows], temb, one.positions, reuse=reuse)
+        hidden = one.blocks(hidden, one.text[:rows], temb, one.positions, step, reuse=reuse)
         return family.modulate_output(self._model.transformer, hidden, temb)
 
     def _project(self, hidden: Tensor) -> Tensor:
@@ -143,7 +146,7 @@ class Passes:
 
     def residuals(self) -> tuple[Tensor, ...]:
         """See `Bucket.residuals`."""
-        return tuple(one.blocks.residual for one in self._passes)
+        return tuple(one.latest for one in self._kept())
 
     def sound(self) -> Tensor | None:
         """See `Bucket.sound`: a model that tells its layers has no soundtrack."""
@@ -151,4 +154,8 @@ class Passes:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""
-        return tuple(tensor for one in self._passes for tensor in (one.temb, *one.positions))
+        tables = (tensor for one in self._passes for tensor in (one.temb, *one.positions))
+        return (*tables, *(tensor for one in self._kept() for tensor in one.tensors()))
+
+    def _kept(self) -> list[Residual]:
+        return [one.blocks.residual for one in self._passes if one.blocks.residual is not None]

@@ -232,6 +232,32 @@ def test_cache_fits_are_stored_used_and_told(
 
 
 @pytest.mark.slow
+def test_a_measured_spectrum_is_stored_used_and_told(
+    artifact: Path,
+    options: list[str],
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model of random weights makes latents as white as its noise, which is refused."""
+    path, trace = tmp_path / "tiny.ddit", tmp_path / "trace.json"
+    shutil.copytree(artifact, path)
+    command = ["calibrate", str(path), *options, "--steps", "4", "--spectrum", "--json"]
+    assert main(command) == 2
+    assert "got power that rises with the frequency" in capsys.readouterr().err
+    monkeypatch.setattr("ddit_rt.lab.calibrate.spectrum.power_law", lambda _: (0.5, 1.2, 0.01))
+    assert main(command) == 0
+    told = json.loads(capsys.readouterr().out)["fit"]
+    (fit,) = read_manifest(path).cache_fits
+    assert (fit.kind, list(fit.values)) == ("spectrum", told["values"])
+    extra = ["--steps", "4", "--policy", "spectral:0.3", "--trace", str(trace)]
+    assert generate(path, model_folder, tmp_path, *extra) == 0
+    run = json.loads(trace.read_text())["pictures"][0]["trace"]
+    assert any("spectrum measured on this model: 2 prompts" in note for note in run["notes"])
+
+
+@pytest.mark.slow
 def test_search_has_step_caches_where_there_is_a_fit(
     artifact: Path,
     options: list[str],

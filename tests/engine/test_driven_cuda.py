@@ -13,7 +13,7 @@ from models import noise, seeded, tiny_conditioning, tiny_embeds, tiny_pipeline
 from wan_models import CALL as WAN
 from wan_models import eager, heun, unipc, wan_pipeline
 
-from ddit_rt import DDiTPolicy, Engine, MagCache, StaticPolicy, TeaCache
+from ddit_rt import DDiTPolicy, Engine, MagCache, SeaCache, StaticCache, StaticPolicy, TeaCache
 from ddit_rt.errors import RunCancelled
 from ddit_rt.loop import CpuExecutor, CudaExecutor
 
@@ -65,9 +65,11 @@ def test_two_model_calls_a_level_equal_diffusers(graphs: EmulatedGraphs) -> None
         {"patch_policy": MIXED},
         {"patch_policy": DDiTPolicy(tau=1.0, fine_tail=1)},
         {"patch_policy": FINE, "step_cache": TeaCache(0.5, coefficients=(1.0, 0.0))},
+        {"patch_policy": FINE, "step_cache": SeaCache(9.0, retention_steps=2)},
         {"patch_policy": MIXED, "guidance_interval": (0.34, 0.67)},
+        {"step_cache": StaticCache(2, first=1), "guidance_interval": (0.34, 1.0)},
     ],
-    ids=["static", "ddit", "cache", "interval"],
+    ids=["static", "ddit", "cache", "sea", "interval", "static cache"],
 )
 def test_equals_the_same_run_on_the_cpu(graphs: EmulatedGraphs, choices: dict[str, Any]) -> None:
     """Twice with prompts of their own: graphs that are captured know nothing of another run."""

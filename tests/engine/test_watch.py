@@ -73,5 +73,5 @@ def test_a_call_is_checked_without_running(engine: Engine) -> None:
     with pytest.raises(ValueError, match="unknown arguments"):
         engine.read_call("a", heigth=64)
     with pytest.raises(ValueError, match="calibration"):
-        engine.read_call("a", patch_policy="fast")
+        engine.read_call("a", patch_policy="balanced")
     assert engine.last_trace is None

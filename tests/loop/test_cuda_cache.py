@@ -14,7 +14,17 @@ from torch import Tensor
 from wan_models import wan_conditioning, wan_transformer
 
 import ddit_rt
-from ddit_rt import DDiTPolicy, FinePolicy, MagCache, NoCache, PatchPolicy, StaticPolicy, TeaCache
+from ddit_rt import (
+    DDiTPolicy,
+    FinePolicy,
+    MagCache,
+    NoCache,
+    PatchPolicy,
+    SeaCache,
+    StaticCache,
+    StaticPolicy,
+    TeaCache,
+)
 from ddit_rt.loop import CpuExecutor, CudaExecutor, RunPlan
 from ddit_rt.planning.outline import outline_run
 from ddit_rt.planning.plan import plan_run
@@ -90,14 +100,23 @@ def assert_same_run(actual: tuple[Tensor, Any], expected: tuple[Tensor, Any]) ->
 
 
 POLICIES = [FinePolicy(), StaticPolicy("4p:0.3,2p:0.3,p"), MIXED]
-CACHES = [("flux", TEA), ("flux", MAG), ("wan", TEA_WAN), ("wan", MAG)]
+CACHES = [
+    ("flux", TEA),
+    ("flux", MAG),
+    ("flux", replace(TEA, residual_order=1)),
+    ("flux", SeaCache(0.3)),
+    ("wan", TEA_WAN),
+    ("wan", MAG),
+    ("wan", SeaCache(0.3, residual_order=0)),
+    ("wan", StaticCache(2)),
+]
 
 
 @pytest.mark.parametrize(
     ("form", "policy", "name", "cache"),
     [  # all pairs
         (form, POLICIES[(row + column) % 3], *CACHES[row])
-        for row in range(4)
+        for row in range(len(CACHES))
         for column, form in enumerate(FORMS)
     ],
 )
@@ -152,6 +171,43 @@ def test_runs_with_and_without_a_cache_have_graphs_of_their_own(graphs: Emulated
     assert all(torch.equal(a, b) for a, b in zip(finals[:3], finals[3:], strict=True))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_no_run_extrapolates_from_another(graphs: EmulatedGraphs, form: str) -> None:
+    """The first ends at 2p where the second begins with it, and a NaN of one stays its own."""
+    model, executor = Model("flux"), CudaExecutor(graphs, form)
+    plan = ["p", "p", "2p", "2p", "2p", *["p"] * 7]
+    runs: list[tuple[StepCache, list[str], float]] = [
+        (StaticCache(2, first=1, last=0), ["p", "2p", *["p"] * 10], float("nan")),
+        (StaticCache(2, first=1, last=0), plan, 1.0),
+        (StaticCache([True, False] * 6, last=0), plan, 1.0),
+        (SeaCache(1e9, max_consecutive_cached=3, power_exp=2.0), plan, 1.0),
+        (SeaCache(1e9, max_consecutive_cached=3, power_exp=3.0), plan, 1.0),
+    ]
+    for cache, sizes, factor in runs:
+        start = model.noise() * factor
+        expected = CpuExecutor().run(model.plan(StaticPolicy(sizes), cache), start)
+        actual = executor.run(model.plan(StaticPolicy(sizes), cache), start)
+        if factor == 1.0:
+            assert_same_run(actual, expected)
+            assert actual[1].reused > 2
+    assert len(executor.captures) == 2, "one for those with a signal"
+
+
+def test_two_residuals_and_one_have_graphs_of_their_own(graphs: EmulatedGraphs) -> None:
+    model, executor = Model("flux"), CudaExecutor(graphs, "loop")
+    finals = []
+    for order in (0, 1, 0, 1):
+        cache = StaticCache(3, residual_order=order)
+        expected = CpuExecutor().run(model.plan(FinePolicy(), cache), model.noise())
+        actual = executor.run(model.plan(FinePolicy(), cache), model.noise())
+        assert_same_run(actual, expected)
+        finals.append(actual[0])
+    assert torch.equal(finals[0], finals[2])
+    assert torch.equal(finals[1], finals[3])
+    assert not torch.equal(finals[0], finals[1])
+    assert len(executor.captures) == 2
+
+
 def test_two_passes_keep_a_residual_each(graphs: EmulatedGraphs) -> None:
     model = Model("wan")
     plans = [model.plan(FinePolicy(), TEA_WAN, batched=False) for _ in range(2)]
@@ -165,7 +221,7 @@ def test_two_passes_keep_a_residual_each(graphs: EmulatedGraphs) -> None:
     [  # all pairs
         (form, cache, (row + column) % 2 == 0)
         for row, form in enumerate(FORMS)
-        for column, cache in enumerate((NoCache(), TEA_WAN, MAG))
+        for column, cache in enumerate((NoCache(), TEA_WAN, MAG, StaticCache(2, first=1)))
     ],
 )
 def test_steps_outside_the_guidance_interval_have_graphs_of_their_own(

@@ -11,9 +11,11 @@ import pytest
 import torch
 from models import noise, tiny_conditioning, tiny_embeds
 
-from ddit_rt import Engine, FinePolicy, MagCache, NoCache, StaticPolicy, StepCache
+from ddit_rt import Engine, FinePolicy, MagCache, NoCache, SpectralPolicy, StaticPolicy, StepCache
 from ddit_rt.artifact import PRESETS, CalibratedPlan, Calibration
-from ddit_rt.policies import PatchPolicy
+from ddit_rt.models import FAMILIES
+from ddit_rt.planning.request import read_request
+from ddit_rt.policies import PatchPolicy, published_fast_plan
 
 CACHE = MagCache(threshold=1.0, retention_ratio=0.2, mag_ratios=(0.9,))
 
@@ -138,6 +140,36 @@ def test_preset_for_another_number_of_steps_is_refused(calibrated: Engine) -> No
 def test_preset_without_calibration_is_refused(engine: Engine) -> None:
     with pytest.raises(ValueError, match="not calibrated at all; run `ddit-rt calibrate"):
         call(engine, num_inference_steps=8, patch_policy="balanced")
+
+
+def test_fast_before_a_calibration_is_what_is_published_and_says_so(engine: Engine) -> None:
+    expected = call(engine, num_inference_steps=8, patch_policy=SpectralPolicy(0.05))
+    actual = call(engine, num_inference_steps=8, patch_policy="fast")
+    assert torch.equal(actual, expected)
+    trace = engine.last_trace
+    assert trace is not None
+    assert {"p", "2p"} == set(trace.patch_sizes())
+    text = "'fast' is a published default, not calibrated on this model: SPEED (arXiv 2605.18736"
+    assert any(note.startswith(text) for note in trace.notes)
+    assert any("spectrum published for the VAE of FLUX.1" in note for note in trace.notes)
+
+
+def test_a_calibration_takes_the_place_of_what_is_published(calibrated: Engine) -> None:
+    """Also for numbers of steps that it is not for: those are refused as ever."""
+    with pytest.raises(ValueError, match=r"for 9 steps .* only for \[8\] steps"):
+        call(calibrated, num_inference_steps=9, patch_policy="fast")
+
+
+def test_published_plans_are_of_families_that_there_are() -> None:
+    names = {family.name for family in FAMILIES}
+    published = {name for name in names if published_fast_plan(name) is not None}
+    assert published == {"flux", "flux2", "qwen-image", "wan", "z-image"}
+
+
+def test_fast_of_a_family_without_a_published_plan_is_refused(engine: Engine) -> None:
+    manifest = replace(engine.artifact.manifest, family="sd3")
+    with pytest.raises(ValueError, match="not calibrated at all; run `ddit-rt calibrate"):
+        read_request(manifest, lambda: (8, False), {}, patch_policy="fast")
 
 
 def test_fewer_steps_do_not_fit_given_sigmas(calibrated: Engine) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ddit_rt import MagCache, NoCache, TeaCache, ops
+from ddit_rt import MagCache, NoCache, SeaCache, StaticCache, StepCache, TeaCache, ops
 from ddit_rt.policies import (
     CacheFit,
     CacheModel,
@@ -241,10 +243,14 @@ def test_published_fits_of_wan(layers: int, heads: int, width: int, name: str) -
         TeaCache(0.4),
         TeaCache(0.07, coefficients=[1, 2, 3], first=2, last=0, use_ret_steps=True),
         MagCache(threshold=0.1, max_skip_steps=2, retention_ratio=0.3, mag_ratios=[1.0, 0.9]),
+        MagCache(residual_order=1),
+        SeaCache(0.3, power_exp=2.0, residual_order=0),
+        StaticCache(2.5, first=1),
+        StaticCache([True, False, True]),
     ],
 )
-def test_dict_and_back(cache: NoCache | TeaCache | MagCache) -> None:
-    assert step_cache_from_dict(cache.to_dict()) == cache
+def test_dict_and_back(cache: StepCache) -> None:
+    assert step_cache_from_dict(json.loads(json.dumps(cache.to_dict()))) == cache
 
 
 @pytest.mark.parametrize(
@@ -267,4 +273,65 @@ def test_dict_and_back(cache: NoCache | TeaCache | MagCache) -> None:
 )
 def test_refuses_with_what_came(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("cache", "pattern"),
+    [
+        (StaticCache(1), "cccccccccccc"),
+        (StaticCache(1.5), "cccrccrccrcc"),
+        (StaticCache(2), "cccrcrcrcrcc"),
+        (StaticCache(3, first=1, last=2), "crrcrrcrrccc"),
+        (StaticCache(99, first=1, last=0), "crrrrrrrrrrr"),
+        (StaticCache([True, False] * 6, first=2, last=0), "cccrcrcrcrcr"),
+    ],
+)
+def test_a_static_cache_is_its_plan(cache: StaticCache, pattern: str) -> None:
+    resolved = cache.resolve(model(12))
+    assert resolved.residual_order == 1
+    assert run(resolved) == pattern
+
+
+def test_a_sea_cache_is_a_signal_with_a_limit() -> None:
+    resolved = SeaCache(0.3, retention_steps=2, max_consecutive_cached=0).resolve(model(5))
+    assert [resolved.signalled(step) for step in range(5)] == [False, False, True, True, False]
+    assert (resolved.coefficients, resolved.power_exp) == ((1.0, 0.0), 3.0)
+    assert resolved.limit > 1000
+    assert SeaCache().resolve(model(5)).limit == 2
+    assert resolved.note == "SeaCache 0.3, residuals extrapolated"
+
+
+@pytest.mark.parametrize("cache", [TeaCache(0.1, coefficients=(1.0,)), MagCache(mag_ratios=(1.0,))])
+def test_published_caches_extrapolate_only_where_asked(cache: TeaCache | MagCache) -> None:
+    plain, more = cache.resolve(model(4)), replace(cache, residual_order=1).resolve(model(4))
+    assert plain.residual_order == 0
+    assert str(replace(more, residual_order=0, note=plain.note)) == str(plain)
+    assert more.note == plain.note + ", residuals extrapolated"
+
+
+def test_which_caches_are_fitted_to_one_model() -> None:
+    fitted = {cls.__name__ for cls in StepCache.__subclasses__() if cls.fitted}
+    assert fitted == {"TeaCache", "MagCache"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StaticCache(0.5), "plan=0.5; expected a finite number of at least 1"),
+        (lambda: StaticCache("2"), "plan='2'; expected steps from one that computes"),
+        (lambda: StaticCache(()), r"plan=\(\); expected steps from one"),
+        (lambda: StaticCache((1, 0)), r"plan\[0\]=1"),
+        (lambda: StaticCache(2, first=0), "first=0"),
+        (lambda: StaticCache(2, residual_order=2), "residual_order=2"),
+        (lambda: TeaCache(0.1, residual_order=True), "residual_order=True"),
+        (lambda: MagCache(residual_order=-1), "residual_order=-1"),
+        (lambda: SeaCache(-1.0), "threshold=-1.0"),
+        (lambda: SeaCache(retention_steps=0), "retention_steps=0"),
+        (lambda: SeaCache(max_consecutive_cached=-1), "max_consecutive_cached=-1"),
+        (lambda: SeaCache(power_exp=0), "power_exp=0"),
+    ],
+)
+def test_bad_fields_of_caches_without_a_fit_are_named(make: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
         make()

@@ -20,7 +20,7 @@ from ddit_rt.engine import Engine
 from ddit_rt.lab.plans.points import Prompt
 from ddit_rt.loop import CpuExecutor, RunPlan
 from ddit_rt.planning.request import Request
-from ddit_rt.policies import KINDS, CacheFit, FinePolicy, MagCache, StepCache, TeaCache
+from ddit_rt.policies import CACHE_KINDS, CacheFit, FinePolicy, MagCache, StepCache, TeaCache
 
 DEGREE = 4
 """Degree of the polynomials, as the published ones have it."""
@@ -54,7 +54,7 @@ def fit_cache(
 
     Args:
         engine: The engine, with its pipeline.
-        kind: One of `KINDS`.
+        kind: One of `CACHE_KINDS`.
         prompts: At least one.
         arguments: Further arguments of the engine's call, e.g. `num_inference_steps`.
         conditions: What the figures hold for: machine, versions; for the record.
@@ -63,8 +63,8 @@ def fit_cache(
     Raises:
         ValueError: An unknown kind, one that does not suit the model, or too few steps.
     """
-    if kind not in KINDS:
-        raise ValueError(f"got the cache {kind!r}; fitted can be {list(KINDS)}")
+    if kind not in CACHE_KINDS:
+        raise ValueError(f"got the cache {kind!r}; fitted can be {list(CACHE_KINDS)}")
     runs = []
     for prompt in prompts:
         generator = torch.Generator().manual_seed(prompt.seed)
@@ -94,7 +94,7 @@ def measuring_plan(
 
     Args:
         engine: The engine, with its pipeline.
-        kind: One of `KINDS`: what is to be fitted.
+        kind: One of `CACHE_KINDS`: what is to be fitted.
         arguments: Arguments of the pipeline's `__call__`.
 
     Returns:

@@ -23,6 +23,8 @@ from ddit_rt.policies import (
     MagCache,
     NoCache,
     PatchPolicy,
+    SeaCache,
+    StaticCache,
     StaticPolicy,
     StepCache,
     TeaCache,
@@ -294,8 +296,10 @@ def cache_text(cache: StepCache) -> str:
     """A step cache in a few words: `"TeaCache 0.3, first 3"`; empty for none."""
     if isinstance(cache, NoCache):
         return ""
-    assert isinstance(cache, TeaCache | MagCache)
-    others = [field for field in fields(cache) if field.name != "threshold"]
+    assert isinstance(cache, TeaCache | MagCache | SeaCache | StaticCache)
+    first, *others = fields(cache)
+    value = getattr(cache, first.name)
+    dial = f"{value:.3g}" if isinstance(value, float) else "of its own plan"
     changed = {f.name: value for f in others if (value := getattr(cache, f.name)) != f.default}
     named = [f"{name} {value}" for name, value in changed.items()]
-    return ", ".join([f"{type(cache).__name__} {cache.threshold:.3g}", *named])
+    return ", ".join([f"{type(cache).__name__} {dial}", *named])
