@@ -105,6 +105,7 @@ def read_lora(
             "into the weights before you compile"
         )
     raw, metadata = _fetch(lora, arguments)
+    _refuse_whole_numbers(raw)
     converted, alphas = _convert(pipeline, raw)
     _refuse_dropped(raw, converted)
     _refuse_not_finite(converted)
@@ -166,7 +167,7 @@ def _convert(pipeline: Any, raw: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
             f"diffusers cannot read this LoRA ({type(error).__name__}: {error}); take one in its "
             "own, PEFT's or Kohya's format"
         ) from error
-    except (NotImplementedError, TypeError) as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"diffusers cannot read this LoRA: {error}") from error
     return found if isinstance(found, tuple) else (found, None)
 
@@ -186,6 +187,16 @@ def _refuse_dropped(raw: Mapping[str, Any], converted: Mapping[str, Tensor]) -> 
             f"the LoRA has {len(dropped)} entries that diffusers leaves out ({dropped[:3]}, ...): "
             "DoRA scales, whole differences or a second text encoder; take a plain LoRA"
         )
+
+
+def _refuse_whole_numbers(raw: Mapping[str, Any]) -> None:
+    """Refuses factors that are quantised, or no LoRA's; an alpha may be a whole number."""
+    for name, value in raw.items():
+        if isinstance(value, Tensor) and value.ndim and not value.is_floating_point():
+            raise ValueError(
+                f"the LoRA's {name} is {value.dtype}; expected numbers in floating point: take a "
+                "plain LoRA"
+            )
 
 
 def _refuse_not_finite(state: Mapping[str, Tensor]) -> None:
@@ -305,7 +316,8 @@ def _by_layer(state: Mapping[str, Tensor]) -> tuple[list[str], dict[str, dict[st
 def _is_whole(factors: Mapping[str, Tensor]) -> bool:
     """Whether a layer has both of its factors, of LoRA or of LoKr."""
     if any(name.startswith("lora_") for name in factors):
-        return {"lora_A.weight", "lora_B.weight"} <= factors.keys()
+        pair = [factors.get(f"lora_{one}.weight") for one in "AB"]
+        return all(one is not None and one.ndim > 1 for one in pair)
     names = ("lokr_w1", "lokr_w2")
     return all(one in factors or {f"{one}_a", f"{one}_b"} <= factors.keys() for one in names)
 
@@ -330,6 +342,12 @@ def _check_shape(where: str, layer: nn.Module, factors: Mapping[str, Tensor]) ->
             f"this one has {list(weight.shape)}, and a LoRA that widens layers (a control LoRA) is "
             "not taken: use one that was made for this model"
         )
+    for name in ("lora_B.bias", "lora_magnitude_vector", "lora_magnitude_vector.weight"):
+        if name in factors and factors[name].numel() != weight.shape[0]:
+            raise UnsupportedModelError(
+                f"the LoRA has {factors[name].numel()} values in {where}.{name}, and the layer has "
+                f"{weight.shape[0]} rows; use one that was made for this model"
+            )
     if "lora_B.bias" in factors and getattr(layer, "bias", None) is None:
         raise UnsupportedModelError(
             f"the LoRA has a bias for {where}, which has none; use one that was made for this model"

@@ -138,6 +138,10 @@ REFUSED: dict[str, tuple[Callable[[FluxPipeline], Any], str]] = {
         lambda pipe: {name: value / 0 for name, value in style(pipe).items()},
         "not finite",
     ),
+    "factors in int8": (
+        lambda pipe: {name: value.to(torch.int8) for name, value in style(pipe).items()},
+        r"lora_A\.weight is torch.int8; expected",
+    ),
     "nothing": (lambda pipe: {}, "0 entries"),
     "no tensors": (lambda pipe: {"transformer.x_embedder.lora_A.weight": "x"}, "1 of them no tens"),
     "a number": (lambda pipe: 3, "got a int"),
