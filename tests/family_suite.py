@@ -184,14 +184,14 @@ class FamilySuite:
         engine, call = eager(pipeline), self.case.call()
         if not self.case.lora:
             with pytest.raises(UnsupportedModelError, match="loads none"):
-                engine.fuse_lora(lora_of(pipeline.transformer, ("to_q",)))
+                engine.load_lora(lora_of(pipeline.transformer, ("to_q",)))
             return
         before = generated(engine, call, patch_policy=FINE)
-        engine.fuse_lora(lora_of(pipeline.transformer, self.case.lora))
+        engine.load_lora(lora_of(pipeline.transformer, self.case.lora))
         ours, theirs = runs(pipeline, engine, call)
         assert_equal(ours, theirs, tolerance=TOLERANCE)
         assert float((ours - before).abs().max()) > 1e-3
-        engine.unfuse_lora()
+        engine.unload_loras()
         assert torch.equal(generated(engine, call, patch_policy=FINE), before)
 
     @pytest.mark.parametrize("negative", [(), (7,)], ids=["", "guided"])

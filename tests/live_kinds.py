@@ -153,7 +153,7 @@ KINDS: dict[str, tuple[Callable[[FluxPipeline], Any], str]] = {
     "IP-Adapter": (ip_adapter, r"IP-Adapter.*unload_ip_adapter\(\)"),
     "LoRA beside the weights": (
         lambda pipe: pipe.load_lora_weights(dict(LORA), adapter_name="style"),
-        r"'style'.*loaded but not fused.*engine\.fuse_lora",
+        r"'style'.*loaded but not fused.*engine\.load_lora",
     ),
     "fused LoRA, disabled": (disabled_while_fused, r"'style'.*disabled.*unfuse_lora\(\)"),
     "dropout in training": (dropping, r"to_out\.1 drops values.*transformer\.eval\(\)"),

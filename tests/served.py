@@ -30,6 +30,14 @@ PATH = "/v1/images/generations"
 PAUSE = 0.05
 """Seconds between two looks at another process, which needs the core more than who waits for it."""
 ASKED: dict[str, Any] = {"prompt": "a fox", "num_inference_steps": 3, "seed": 7}
+PROGRAM = """
+import sys
+from served import config, tiny_engine
+from ddit_rt.serving.run import serve
+serve(tiny_engine(), config(), host="127.0.0.1", port=int(sys.argv[1]), stop_seconds=60)
+print("ended")
+"""
+"""Serves in a process of its own, at the port that is its argument."""
 
 
 def tiny_engine() -> Engine:

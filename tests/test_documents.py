@@ -83,6 +83,19 @@ def test_every_pipeline_stands_in_the_readme_and_on_a_page_with_its_commands(fam
         assert "ddit-rt info" in found
 
 
+def test_every_fault_has_its_test() -> None:
+    text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 40
+    for file, test in named:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:async )?def {test}\(", source, re.MULTILINE), (file, test)
+    table = text.split("## Faults", 1)[1].split("\n## ", 1)[0]
+    for row in (line for line in table.splitlines()[2:] if line.startswith("| ")):
+        fault, *_, tests = (cell.strip() for cell in row.strip("|").split("|"))
+        assert fault == "fault" or "::test_" in tests, fault
+
+
 def test_readme_is_short() -> None:
     assert 110 <= len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ddit_rt import checks
 from ddit_rt.adapters.resize import resize_embedding, resize_projection
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.family import Family
@@ -32,6 +33,9 @@ from ddit_rt.models.layered import layered
 from ddit_rt.policies import parse_patch, patch_name
 
 VARIANTS = ("paper", "snr")
+
+
+_LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,10 +59,8 @@ class AdapterConfig:
         """Checks every field."""
         if parse_patch(self.patch) == 1:
             raise ValueError('got patch="p": an adapter is for a larger patch, such as "2p"')
-        if self.rank < 1 or self.lora_alpha < 1:
-            raise ValueError(
-                f"got rank={self.rank}, lora_alpha={self.lora_alpha}; both must be positive"
-            )
+        for name in ("rank", "lora_alpha"):
+            checks.whole(name, getattr(self, name), 1, _LARGEST)
         if self.variant not in VARIANTS:
             raise ValueError(f"got variant={self.variant!r}; this version knows {list(VARIANTS)}")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddit_rt import notices
+from ddit_rt import checks, notices
 from ddit_rt.adapters.adapter import AdapterConfig, AdapterSet, PatchAdapter, adaptable_layers
 from ddit_rt.errors import ArtifactError, ArtifactMismatchError
 from ddit_rt.models.family import Family
@@ -159,8 +160,8 @@ def _check_base(
     found = _base_sample(family, transformer)
     # Two parts in a hundred: the same weights rounded to bfloat16 are still the same model.
     here, there = (torch.tensor(x, dtype=torch.float32, device="cpu") for x in (found, made_for))
-    close = torch.isclose(here, there, rtol=0.02, atol=1e-5)
-    if not bool(close.all()):
+    alike = len(here) == len(there) and torch.isclose(here, there, rtol=0.02, atol=1e-5).all()
+    if not alike:
         raise ArtifactMismatchError(
             f"the adapter in {folder} was made for a base model whose embedding weights begin "
             f"{_rounded(made_for)}; this model's begin {_rounded(found)}. Load the model that it "
@@ -178,16 +179,20 @@ def _load_one(
     tensors, metadata = _read(folder / _PATCH_FILE)
     if _METADATA not in metadata:
         raise ArtifactError(f"{folder / _PATCH_FILE} was not written by save_adapters: no metadata")
-    fields = json.loads(metadata[_METADATA])
-    made_for = fields.pop("transformer_class"), fields.pop("family")
-    if made_for[0] != family.transformer_class:
+    fields = _fields(folder, metadata[_METADATA])
+    made_for = fields.pop("transformer_class", None)
+    if made_for != family.transformer_class:
         raise ArtifactMismatchError(
-            f"the adapter in {folder} was made for {made_for[0]}; this model is a "
+            f"the adapter in {folder} was made for {checks.show(made_for)}; this model is a "
             f"{family.transformer_class}"
         )
-    base = fields.pop("base", None)
-    small_image = fields.pop("small_image", "mean")
-    adapter = PatchAdapter.from_base(AdapterConfig(**fields), family, transformer)
+    base, small_image = fields.pop("base", None), fields.pop("small_image", "mean")
+    try:
+        config = AdapterConfig(**fields)
+        _check_room(config, tensors)
+        adapter = PatchAdapter.from_base(config, family, transformer)
+    except (TypeError, ValueError) as error:
+        raise _damaged(folder, str(error)) from error
     _check_shapes(folder, tensors, adapter.state_dict())
     if base is not None and check_base:
         _check_base(folder, base, family, transformer)
@@ -201,6 +206,37 @@ def _load_one(
         lora, _ = _read(folder / _LORA_FILE)
         adapter.lora = _checked_lora(folder, lora, family, transformer, adapter.config)
     return adapter.requires_grad_(False)
+
+
+def _fields(folder: Path, text: str) -> dict[str, Any]:
+    """What an adapter says about itself, without the family, which its model's class tells."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(folder, f"no JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise _damaged(folder, f"expected an object, got {type(fields).__name__}")
+    fields.pop("family", None)
+    base = fields.get("base")
+    if base is not None and not (
+        isinstance(base, list) and all(isinstance(one, (int, float)) for one in base)
+    ):
+        raise _damaged(folder, "the sample of its base model is no list of numbers")
+    return fields
+
+
+def _check_room(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses sizes that none of the tensors has, before as much memory is asked for."""
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    if max(config.rank, config.multiple**2) > largest:
+        raise ValueError(f"rank {config.rank} at {config.patch} is beyond its largest tensor")
+
+
+def _damaged(folder: Path, why: str) -> ArtifactError:
+    return ArtifactError(
+        f"the metadata of the adapter in {folder} cannot be read ({why}): copy it again, or train "
+        "it again"
+    )
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

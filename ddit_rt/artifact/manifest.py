@@ -215,13 +215,13 @@ class Manifest:
         """
         try:
             raw = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(
                 f"{MANIFEST_NAME} is not JSON ({error}): copy the artifact again"
             ) from error
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         readable = range(1, SCHEMA_VERSION + 1)
-        if not isinstance(version, int) or version not in readable:
+        if type(version) is not int or version not in readable:
             raise ArtifactError(
                 f"{MANIFEST_NAME} has schema {version!r}, this version reads {list(readable)}: "
                 "install the ddit_rt that wrote it, or compile again"

@@ -113,7 +113,8 @@ class Artifact:
             The path.
 
         Raises:
-            ArtifactError: Nothing was compiled; or, as of `require_savable`, before any work.
+            ArtifactError: Nothing was compiled; the disk is full or fails; or, as of
+                `require_savable`, before any work.
             TypeError, ValueError: No path.
         """
         directory, path = self.directory, checks.path("path", path)
@@ -123,16 +124,25 @@ class Artifact:
             )
         require_savable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replace_folder(path) as staging:
-            for name in all_files(self.manifest):
-                target = staging / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(directory / name, target)
-                sync(target)
-            (staging / MANIFEST_NAME).write_text(self.manifest.to_json(), encoding="utf-8")
-            sync(staging / MANIFEST_NAME)
+        try:
+            with replace_folder(path) as staging:
+                self._write(directory, staging)
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot write {path} ({error.strerror or error}); what was there is as it was: "
+                "make room, or choose another path"
+            ) from error
         trust(self.manifest.digest)
         return path
+
+    def _write(self, directory: Path, staging: Path) -> None:
+        for name in all_files(self.manifest):
+            target = staging / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(directory / name, target)
+            sync(target)
+        (staging / MANIFEST_NAME).write_text(self.manifest.to_json(), encoding="utf-8")
+        sync(staging / MANIFEST_NAME)
 
 
 def require_savable(path: str | Path) -> None:

@@ -108,7 +108,7 @@ def _read(path: Path) -> set[str]:
     _check_owner(path)
     try:
         return set(json.loads(text)["digests"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(
             f"{path} is damaged ({error}): delete it; artifacts built here then need "
             "trust_code=True once, or to be saved again"

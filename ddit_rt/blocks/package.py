@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,12 @@ from ddit_rt.errors import ArtifactError
 from ddit_rt.models.base import BATCH, TensorSpec
 
 METADATA_KEY = "ddit_rt"
+
+_UNREADABLE = (
+    *(OSError, EOFError, ValueError, RecursionError, RuntimeError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What Python says of a damaged archive, an encrypted one, or text that is no JSON."""
 
 _METADATA_SUFFIX = "_metadata.json"
 _SOURCE_SUFFIXES = (".cpp", ".json")
@@ -101,18 +109,18 @@ class PackageInfo:
         try:
             raw: dict[str, Any] = json.loads(text)
             return cls(
-                block=raw["block"],
+                block=_text(raw["block"]),
                 inputs=tuple(TensorSpec(name=n, dims=tuple(d)) for n, d, _ in raw["inputs"]),
                 input_dtypes=tuple(parse_dtype(t) for _, _, t in raw["inputs"]),
-                device=raw["device"],
-                ranges=TokenRanges(**{key: tuple(b) for key, b in raw["ranges"].items()}),
+                device=_text(raw["device"]),
+                ranges=TokenRanges(**{key: tuple(b) for key, b in dict(raw["ranges"]).items()}),
                 constants={
-                    name: ConstantSpec(tuple(shape), parse_dtype(dtype))
-                    for name, (shape, dtype) in raw["constants"].items()
+                    name: ConstantSpec(tuple(map(index, shape)), parse_dtype(dtype))
+                    for name, (shape, dtype) in dict(raw["constants"]).items()
                 },
-                attention=tuple(raw.get("attention", ())),
+                attention=tuple(map(_text, raw.get("attention", ()))),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ArtifactError(
                 f"unreadable package metadata ({error!r}): compile the block again"
             ) from error
@@ -131,15 +139,28 @@ def read_info(package: Path) -> PackageInfo:
         raise ArtifactError(f"no package at {package}")
     try:
         with zipfile.ZipFile(package) as archive:
+            _check_size(package, archive)
             names = [name for name in archive.namelist() if name.endswith(_METADATA_SUFFIX)]
             metadata = json.loads(archive.read(names[0])) if names else {}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except ArtifactError:
+        raise
+    except _UNREADABLE as error:
         raise ArtifactError(f"{package} cannot be loaded ({error}): compile it again") from error
-    if METADATA_KEY not in metadata:
+    if not isinstance(metadata, dict) or METADATA_KEY not in metadata:
         raise ArtifactError(
             f"{package} was not written by ddit_rt: it does not say what it expects"
         )
     return PackageInfo.from_json(metadata[METADATA_KEY])
+
+
+def _check_size(package: Path, archive: zipfile.ZipFile) -> None:
+    """Refuses what unpacks to more than it is: torch compresses nothing in a package."""
+    size = package.stat().st_size
+    if sum(entry.file_size for entry in archive.infolist()) > size:
+        raise ArtifactError(
+            f"{package} holds compressed files, as no package of ddit_rt does, and would unpack to "
+            "more than it is: do not use it"
+        )
 
 
 def record_attention(package: Path, info: PackageInfo) -> PackageInfo:
@@ -197,9 +218,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a text, got {type(value).__name__}")
+    return value
+
+
 def parse_dtype(name: str) -> torch.dtype:
     """The inverse of `dtype_name`; raises `ValueError` for any other word."""
-    dtype = getattr(torch, name, None)
+    dtype = getattr(torch, _text(name), None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name!r} is not a torch data type")  # noqa: TRY004 (a value of a file)
     return dtype

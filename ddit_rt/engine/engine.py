@@ -22,11 +22,12 @@ from ddit_rt.engine.inputs import (
     check_schedule,
     check_scheduler,
 )
+from ddit_rt.engine.styled import Styled
 from ddit_rt.engine.table_driven import Loop, StepCallback
 from ddit_rt.engine.watch import UNWATCHED, RunWatch
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.loop import CaptureReport, RunPlan, RunTrace
-from ddit_rt.lora.fused import FusedLoras, KeptLora
+from ddit_rt.lora.loras import Loras
 from ddit_rt.models.arguments import check_callback
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.planning.request import (
@@ -41,7 +42,7 @@ from ddit_rt.planning.request import (
 from ddit_rt.policies import PatchPolicy, StepCache, patch_name
 from ddit_rt.solver import ProbedSchedules
 from ddit_rt.steps import latent_frames
-from ddit_rt.torch_state import shielded, without_autocast
+from ddit_rt.torch_state import shielded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from ddit_rt.engine.typed import CallArguments, PipelineOutput
 
 
-class Engine:
+class Engine(Styled):
     """A compiled model, ready to generate.
 
     Made by `ddit_rt.compile` or `ddit_rt.load`, not directly. Calls from several threads queue.
@@ -67,9 +68,9 @@ class Engine:
         "_batched_guidance",
         "_compiled",
         "_device",
-        "_fused",
         "_lock",
         "_loop",
+        "_loras",
         "_solver",
         "pipeline",
     )
@@ -92,7 +93,7 @@ class Engine:
         self._solver = ProbedSchedules()
         self.executor = executor
         self._lock = threading.RLock()
-        self._fused = FusedLoras()
+        self._loras = Loras()
 
     def __repr__(self) -> str:
         """Model, patch sizes, defaults, device and state, on one line."""
@@ -106,7 +107,7 @@ class Engine:
             f"dtype={str(model.dtype).removeprefix('torch.')}",
             f"executor={self.executor}",
             "backend=" + ("aot" if manifest.packages else "eager"),
-            "lora fused" if self._fused else "",
+            f"loras={self._loras.weights}" if self._loras.weights else "",
             f"artifact={self._artifact.directory}" if self._artifact.directory else "",
         ]
         return f"Engine({', '.join(part for part in parts if part)})"
@@ -452,53 +453,6 @@ class Engine:
             private=private,
             commit_message=commit_message,
         )
-
-    @without_autocast()
-    def fuse_lora(self, lora: Any, scale: float = 1.0, **load_arguments: Any) -> None:
-        """Fuses a style LoRA into the weights. Nothing is compiled again.
-
-        Its layers for the text encoder and its norms are taken in too, as the pipeline's own
-        `load_lora_weights` does; a file of which a part has no place is refused. On any error
-        everything is as it was.
-
-        Args:
-            lora: What the pipeline's `load_lora_weights` takes; or what `keep_lora` gave, which
-                goes in at once, without scale and other arguments.
-            scale: Strength, a finite number.
-            load_arguments: As of `load_lora_weights`, such as `weight_name`;
-                `load_into_transformer_2=True` is for the second expert of Wan 2.2, which takes one
-                of its own.
-
-        Raises:
-            TypeError, ValueError: An argument that is none, an unreadable LoRA, or one while
-                another is fused.
-            UnsupportedModelError: A part of the LoRA has no place, or the pipeline has LoRA layers
-                of its own there.
-        """
-        with self._lock:
-            self._check_state()
-            models = [model.transformer for model in self._compiled.models]
-            self._fused.fuse(self.pipeline, lora, scale, models, **load_arguments)
-
-    @without_autocast()
-    def keep_lora(self) -> KeptLora:
-        """Copies of the weights that `fuse_lora` has changed, to fuse them again later.
-
-        Raises:
-            ValueError: None is fused, or one for each of two transformers.
-        """
-        with self._lock:
-            return self._fused.keep()
-
-    @without_autocast()
-    def unfuse_lora(self) -> None:
-        """Restores the weights from before `fuse_lora`, bit for bit, in every model it changed.
-
-        Raises:
-            ValueError: No LoRA is fused, or the pipeline has fused another since.
-        """
-        with self._lock:
-            self._fused.unfuse()
 
     def _check_state(self) -> None:
         """Refuses a call from within a run, and a model that is not what was compiled."""

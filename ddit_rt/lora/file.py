@@ -10,10 +10,11 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
+from ddit_rt import checks
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.plain import quantised_by
 from ddit_rt.models.structure import parts
@@ -35,9 +36,16 @@ _READING: Mapping[str, Any] = {
 }
 """Arguments of `load_lora_weights` that say where a file is."""
 
-_ENTRY = re.compile(r"(.+)\.(lora_[AB]\.(?:weight|bias)|lora_magnitude_vector(?:\.weight)?)")
+_LORA = re.compile(r"(.+)\.(lora_[AB]\.(?:weight|bias)|lora_magnitude_vector(?:\.weight)?)")
+_LOKR = re.compile(r"(.+)\.(lokr_w[12](?:_[ab])?)")
+"""Entries of a layer. A file that has one of LoKr has no other kind: diffusers would skip it."""
+
 _SHOWN = 20
 _FUSED_QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+Factors = Mapping[str, Mapping[str, Tensor]]
+"""Tensors of each layer, by its path in the model and by PEFT's name, as `lora_A.weight`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,13 +53,15 @@ class LoraFile:
     """What a LoRA file holds, every entry with its place in a pipeline.
 
     Attributes:
-        layers: Factors by component prefix, as diffusers names them.
+        layers: Entries by component prefix, as diffusers names them.
+        factors: The same, without alphas, by prefix, layer and PEFT's name.
         norms: Whole values of norm weights, by parameter of the transformer.
         alphas: Scales that the file keeps beside the factors.
         metadata: PEFT's configuration from the file's header, if it has one.
     """
 
     layers: Mapping[str, dict[str, Tensor]]
+    factors: Mapping[str, Factors]
     norms: Mapping[str, Tensor]
     alphas: Mapping[str, Any] | None
     metadata: Mapping[str, Any] | None
@@ -63,15 +73,14 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     Raises:
         ValueError: The message names them.
     """
-    for name in ("adapter_name", "hotswap"):
+    for name, advice in (
+        ("adapter_name", "pass it as name"),
+        ("hotswap", "leave it out: no LoRA has anything compiled again"),
+        ("lora_scale", "pass it as weight"),
+    ):
         if name in arguments:
-            raise ValueError(
-                f"got {name}={arguments[name]!r}; the engine fuses a LoRA into the weights and "
-                "leaves no adapter behind that could have it: leave it out"
-            )
-    unknown = sorted(arguments.keys() - _READING.keys())
-    if unknown:
-        raise ValueError(f"got unknown arguments {unknown}; fuse_lora takes {sorted(_READING)}")
+            raise ValueError(f"got {name}={checks.show(arguments[name])}; {advice}")
+    checks.refuse_unknown(arguments, list(_READING), "load_lora")
 
 
 def read_lora(
@@ -96,6 +105,7 @@ def read_lora(
             "into the weights before you compile"
         )
     raw, metadata = _fetch(lora, arguments)
+    _refuse_whole_numbers(raw)
     converted, alphas = _convert(pipeline, raw)
     _refuse_dropped(raw, converted)
     _refuse_not_finite(converted)
@@ -103,8 +113,10 @@ def read_lora(
     norms, layers, strange = _sort(converted, norm_keys, targets)
     strange += [name for name in alphas or {} if name.partition(".")[0] not in targets]
     strange += _strange_norms(norms, targets[_PREFIX])
+    factors: dict[str, Factors] = {}
     for prefix, state in layers.items():
-        strange += _check_layers(prefix, targets[prefix], state, alphas or {})
+        unknown, factors[prefix] = _check_layers(prefix, targets[prefix], state, alphas or {})
+        strange += unknown
     if strange:
         shown = ", ".join(strange[:_SHOWN]) + (", ..." if len(strange) > _SHOWN else "")
         raise UnsupportedModelError(
@@ -113,9 +125,9 @@ def read_lora(
         )
     if not any(layers.values()) and not norms:
         raise UnsupportedModelError(
-            "the LoRA has no layer of this pipeline; there is nothing to fuse"
+            "the LoRA has no layer of this pipeline; take one that was made for this model"
         )
-    return LoraFile(layers=layers, norms=norms, alphas=alphas, metadata=metadata)
+    return LoraFile(layers=layers, factors=factors, norms=norms, alphas=alphas, metadata=metadata)
 
 
 def _fetch(lora: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
@@ -155,7 +167,7 @@ def _convert(pipeline: Any, raw: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
             f"diffusers cannot read this LoRA ({type(error).__name__}: {error}); take one in its "
             "own, PEFT's or Kohya's format"
         ) from error
-    except (NotImplementedError, TypeError) as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"diffusers cannot read this LoRA: {error}") from error
     return found if isinstance(found, tuple) else (found, None)
 
@@ -177,6 +189,16 @@ def _refuse_dropped(raw: Mapping[str, Any], converted: Mapping[str, Tensor]) -> 
         )
 
 
+def _refuse_whole_numbers(raw: Mapping[str, Any]) -> None:
+    """Refuses factors that are quantised, or no LoRA's; an alpha may be a whole number."""
+    for name, value in raw.items():
+        if isinstance(value, Tensor) and value.ndim and not value.is_floating_point():
+            raise ValueError(
+                f"the LoRA's {name} is {value.dtype}; expected numbers in floating point: take a "
+                "plain LoRA"
+            )
+
+
 def _refuse_not_finite(state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
         if not bool(tensor.isfinite().all()):
@@ -196,11 +218,15 @@ def _sort(
         prefix, _, rest = name.partition(".")
         if prefix not in targets:
             strange.append(name)
-        elif prefix == _PREFIX and "lora" not in name and any(key in name for key in norm_keys):
+        elif prefix == _PREFIX and _is_norm(name, norm_keys):
             norms[rest] = tensor
         else:
             layers[prefix][name] = tensor
     return norms, layers, strange
+
+
+def _is_norm(name: str, norm_keys: Sequence[str]) -> bool:
+    return not ("lora" in name or "lokr" in name) and any(key in name for key in norm_keys)
 
 
 def _strange_norms(norms: Mapping[str, Tensor], transformer: nn.Module | None) -> list[str]:
@@ -214,11 +240,11 @@ def _strange_norms(norms: Mapping[str, Tensor], transformer: nn.Module | None) -
 
 def _check_layers(
     prefix: str, model: nn.Module | None, state: Mapping[str, Tensor], alphas: Mapping[str, Any]
-) -> list[str]:
-    """Entries of one component that belong to none of its layers."""
+) -> tuple[list[str], Factors]:
+    """Entries of one component that belong to none of its layers, and the others by layer."""
     scales = [name for name in alphas if name.startswith(f"{prefix}.")]
     if not state:
-        return scales
+        return scales, {}
     if model is None:
         raise UnsupportedModelError(
             f"the LoRA has layers for a {prefix}, and this pipeline has none; load the pipeline "
@@ -234,8 +260,7 @@ def _check_layers(
     modules = dict(parts(model))
     for path, factors in found.items():
         layer = modules.get(path)
-        whole = "lora_A.weight" in factors and "lora_B.weight" in factors
-        if not whole or not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if not _is_whole(factors) or not _takes(layer, factors):
             strange += [f"{path}.{name}" for name in factors]
         else:
             _check_shape(f"{prefix}.{path}", layer, factors)
@@ -245,7 +270,8 @@ def _check_layers(
         path = name.removeprefix(f"{prefix}.").removeprefix(cut).removesuffix(".alpha")
         if path not in found:
             strange.append(name)
-    return [name if name.startswith(f"{prefix}.") else f"{prefix}.{name}" for name in strange]
+    named = [name if name.startswith(f"{prefix}.") else f"{prefix}.{name}" for name in strange]
+    return named, found
 
 
 def _cut(prefix: str, model: nn.Module) -> str:
@@ -263,7 +289,8 @@ def _peft_names(prefix: str, model: nn.Module, state: Mapping[str, Tensor]) -> d
 
     own = {name.removeprefix(f"{prefix}."): tensor for name, tensor in state.items()}
     if prefix != _TEXT:
-        in_peft = "lora_A" in next(iter(own))
+        first = next(iter(own))
+        in_peft = "lora_A" in first or any(".lokr_" in name for name in own)
         return own if in_peft else dict(convert_unet_state_dict_to_peft(own))
     try:
         renamed = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
@@ -276,8 +303,9 @@ def _peft_names(prefix: str, model: nn.Module, state: Mapping[str, Tensor]) -> d
 def _by_layer(state: Mapping[str, Tensor]) -> tuple[list[str], dict[str, dict[str, Tensor]]]:
     strange: list[str] = []
     found: dict[str, dict[str, Tensor]] = {}
+    entry = _LOKR if any(".lokr_" in name for name in state) else _LORA
     for name, tensor in state.items():
-        match = _ENTRY.fullmatch(name)
+        match = entry.fullmatch(name)
         if match is None:
             strange.append(name)
         else:
@@ -285,20 +313,60 @@ def _by_layer(state: Mapping[str, Tensor]) -> tuple[list[str], dict[str, dict[st
     return strange, found
 
 
+def _is_whole(factors: Mapping[str, Tensor]) -> bool:
+    """Whether a layer has both of its factors, of LoRA or of LoKr."""
+    if any(name.startswith("lora_") for name in factors):
+        pair = [factors.get(f"lora_{one}.weight") for one in "AB"]
+        return all(one is not None and one.ndim > 1 for one in pair)
+    names = ("lokr_w1", "lokr_w2")
+    return all(one in factors or {f"{one}_a", f"{one}_b"} <= factors.keys() for one in names)
+
+
+def _takes(layer: nn.Module | None, factors: Mapping[str, Tensor]) -> TypeGuard[nn.Module]:
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return layer.groups == 1 and "lora_A.weight" in factors
+    return isinstance(layer, nn.Linear)
+
+
 def _check_shape(where: str, layer: nn.Module, factors: Mapping[str, Tensor]) -> None:
-    down, up = factors["lora_A.weight"], factors["lora_B.weight"]
     weight = layer.get_parameter("weight")
-    made = (*up.shape[:1], *down.shape[1:])
-    if made != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+    if "lora_A.weight" in factors:
+        down, up = factors["lora_A.weight"], factors["lora_B.weight"]
+        made: tuple[int, ...] = (*up.shape[:1], *down.shape[1:])
+        ranks = (down.shape[0], up.shape[1:].numel())
+    else:
+        made, ranks = _kron_shape(factors)
+    if made != tuple(weight.shape) or ranks[0] != ranks[1]:
         raise UnsupportedModelError(
-            f"the LoRA is for a {where} of {list(made)} and rank {down.shape[0]} or {up.shape[1]}; "
+            f"the LoRA is for a {where} of {list(made)} and rank {ranks[0]} or {ranks[1]}; "
             f"this one has {list(weight.shape)}, and a LoRA that widens layers (a control LoRA) is "
             "not taken: use one that was made for this model"
         )
+    for name in ("lora_B.bias", "lora_magnitude_vector", "lora_magnitude_vector.weight"):
+        if name in factors and factors[name].numel() != weight.shape[0]:
+            raise UnsupportedModelError(
+                f"the LoRA has {factors[name].numel()} values in {where}.{name}, and the layer has "
+                f"{weight.shape[0]} rows; use one that was made for this model"
+            )
     if "lora_B.bias" in factors and getattr(layer, "bias", None) is None:
         raise UnsupportedModelError(
             f"the LoRA has a bias for {where}, which has none; use one that was made for this model"
         )
+
+
+def _kron_shape(factors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Shape of LoKr's product, and the two ranks of a factor that is a product itself."""
+    rows, columns, ranks = 1, 1, (0, 0)
+    for name in ("lokr_w1", "lokr_w2"):
+        whole = factors.get(name)
+        left = factors[f"{name}_a"] if whole is None else whole
+        right = factors[f"{name}_b"] if whole is None else whole
+        if left.ndim != 2 or right.ndim != 2:
+            return (), ranks
+        rows, columns = rows * left.shape[0], columns * right.shape[1]
+        if whole is None and ranks[0] == ranks[1]:
+            ranks = (left.shape[1], right.shape[0])
+    return (rows, columns), ranks
 
 
 def _refuse_fused_projection(prefix: str, path: str, modules: Mapping[str, nn.Module]) -> None:

@@ -248,7 +248,7 @@ def _refuse_adapters(model: nn.Module, name: str) -> None:
         if waiting and not layer.disable_adapters:
             raise UnsupportedModelError(
                 f"LoRA {sorted(waiting)} is loaded but not fused (first at {_at(name, path)}), and "
-                "compiled blocks would ignore it; call engine.fuse_lora(...) in place of "
+                "compiled blocks would ignore it; call engine.load_lora(...) in place of "
                 "load_lora_weights, or pipeline.fuse_lora(), or unload it with "
                 "pipeline.unload_lora_weights()"
             )

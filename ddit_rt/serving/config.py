@@ -52,7 +52,7 @@ class ServeConfig:
         limits: The most that one request may ask for.
         call: Arguments of every call of the pipeline, such as `max_sequence_length`.
         lora_dir: Folder with the style LoRAs that requests may name; None: there are none.
-        lora_bytes: Bytes of fused weights that are kept for the next request with their LoRA.
+        lora_bytes: Bytes of LoRAs that stay loaded, for the next request with one of them.
         embedding_bytes: Bytes of prompt embeddings that are kept.
         warmup_steps: Steps of the run before the server is ready; None: the pipeline's default;
             0: no such run.

@@ -1,7 +1,7 @@
-"""Style LoRAs that requests name: one folder of the operator's, and what is fused of it.
+"""Style LoRAs that requests name: one folder of the operator's, and what is loaded of it.
 
-A LoRA is fused in place, so nothing is compiled again, and taken out to the bit. Its fused weights
-are kept for the next request with it, which then reads no file and multiplies no factors.
+A LoRA is fused in place, so nothing is compiled again, and taken out to the bit. Its factors stay
+loaded for the next request with it, which then reads no file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections import OrderedDict
 from pathlib import Path
 
 from ddit_rt.engine import Engine
-from ddit_rt.lora.fused import KeptLora
 from ddit_rt.serving.errors import ApiError
 from ddit_rt.serving.jobs import Style
 
@@ -23,22 +22,22 @@ class Styles:
     """The LoRAs of a folder; but for `check`, used in the worker's thread alone.
 
     Attributes:
-        state: What is fused; None: the model is its own.
+        state: What acts; None: the model is its own.
     """
 
     def __init__(self, engine: Engine, folder: Path, most: int) -> None:
-        """Fuses nothing yet.
+        """Loads nothing yet.
 
         Args:
             engine: The engine whose weights they go into.
             folder: Folder with the files `NAME.safetensors`.
-            most: Bytes of fused weights to keep.
+            most: Bytes of LoRAs to keep loaded beside the one that acts.
         """
         self.state: State | None = None
         self._engine = engine
         self._folder = folder
         self._most = most
-        self._kept: OrderedDict[State, KeptLora] = OrderedDict()
+        self._loaded: OrderedDict[str, tuple[int, int]] = OrderedDict()
 
     def check(self, style: Style) -> None:
         """Refuses a name that is not in the folder: no path is made of a request's text.
@@ -53,34 +52,42 @@ class Styles:
 
         Raises:
             ApiError: Its file is gone.
-            ValueError: It cannot be read, or does not fit the model; then nothing is fused.
+            ValueError: It cannot be read, or does not fit the model; nothing of it acts then.
         """
         wanted = None if style is None else self._state(style)
         if wanted == self.state:
             return
-        if self.state is not None:
-            self._engine.unfuse_lora()
-            self.state = None
         if wanted is None:
-            return
-        kept = self._kept.get(wanted)
-        if kept is None:
-            self._fuse(wanted)
+            self._engine.set_loras({})
         else:
-            self._kept.move_to_end(wanted)
-            self._engine.fuse_lora(kept)
+            self._load(wanted)
+            self._engine.set_loras({wanted[0].name: wanted[0].scale})
         self.state = wanted
+        self._make_room()
 
-    def _fuse(self, state: State) -> None:
-        style, file = state[0], self._file(state[0])
-        self._engine.fuse_lora(
-            str(file.parent), style.scale, weight_name=file.name, use_safetensors=True
+    def _load(self, wanted: State) -> None:
+        """Loads one, or what its file has become, and does not let it act yet."""
+        style, *stamp = wanted
+        if self._loaded.get(style.name) == tuple(stamp):
+            self._loaded.move_to_end(style.name)
+            return
+        if self._loaded.pop(style.name, None) is not None:
+            self._engine.unload_loras(style.name)
+            if self.state is not None and self.state[0].name == style.name:
+                self.state = None
+        file = self._file(style)
+        self._engine.load_lora(
+            str(file.parent), 0, style.name, weight_name=file.name, use_safetensors=True
         )
-        kept = self._engine.keep_lora() if self._most else None
-        if kept is not None and kept.nbytes <= self._most:
-            self._kept[state] = kept
-            while sum(one.nbytes for one in self._kept.values()) > self._most:
-                self._kept.popitem(last=False)
+        self._loaded[style.name] = (stamp[0], stamp[1])
+
+    def _make_room(self) -> None:
+        """Unloads what has not acted for longest."""
+        acts = None if self.state is None else self.state[0].name
+        idle = [name for name in self._loaded if name != acts]
+        while sum(self._loaded[name][1] for name in idle) > self._most:
+            self._engine.unload_loras(idle[0])
+            del self._loaded[idle.pop(0)]
 
     def _state(self, style: Style) -> State:
         status = self._file(style).stat()

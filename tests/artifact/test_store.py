@@ -9,41 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from artifacts import ADAPTER, PACKAGE, VARIANT, contents, make_artifact
 from diffusers import FluxTransformer2DModel
 
 from ddit_rt.artifact import (
     Artifact,
-    BucketEntry,
-    Manifest,
     is_trusted,
     open_artifact,
     read_manifest,
     trust,
 )
-from ddit_rt.blocks import TokenRanges
 from ddit_rt.errors import ArtifactError, UntrustedArtifactError
-
-PACKAGE = "FluxTransformerBlock/package.pt2"
-VARIANT = "FluxTransformerBlock.lora32x0.5/package.pt2"
-ADAPTER = "adapters/2p/adapter_model.safetensors"
-
-
-def make_artifact(directory: Path, transformer: FluxTransformer2DModel, salt: str = "") -> Artifact:
-    """An artifact whose packages are arbitrary bytes: the store does not look into them."""
-    for name in (PACKAGE, VARIANT, ADAPTER):
-        path = directory / name
-        path.parent.mkdir(parents=True)
-        path.write_bytes(f"{name}{salt}".encode() * 100)
-    manifest = Manifest.describe(
-        transformer,
-        project_version="1.2.3",
-        family="flux",
-        ranges=TokenRanges(),
-        buckets=(BucketEntry(patch="p", method="base", variant=None),),
-        policy={"name": "fine"},
-        pipeline_defaults={"height": 256},
-    )
-    return Artifact.unsaved(directory, manifest)
 
 
 @pytest.fixture
@@ -54,14 +30,6 @@ def artifact(tmp_path: Path, transformer: FluxTransformer2DModel) -> Artifact:
 @pytest.fixture
 def saved(artifact: Artifact, tmp_path: Path) -> Path:
     return artifact.save(tmp_path / "model.ddit")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def edit_manifest(folder: Path, **changes: Any) -> None:

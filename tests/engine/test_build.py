@@ -159,17 +159,13 @@ def test_fused_style_lora_acts_at_once_and_leaves_no_trace(
         for layer in ("to_q", "to_v")
         for side, shape in (("A", (4, 32)), ("B", (32, 4)))
     }
-    engine.fuse_lora(lora, scale=0.8)
-    with pytest.raises(ValueError, match="fused already"):
-        engine.fuse_lora(lora)
+    engine.load_lora(lora, 0.8)
     fused = picture(engine)
     assert not torch.allclose(before, fused, atol=1e-3)
-    engine.unfuse_lora()
+    engine.unload_loras()
     assert torch.equal(picture(engine), before)
     for name, value in engine.pipeline.transformer.state_dict().items():
         assert torch.equal(value, weights[name]), name
-    with pytest.raises(ValueError, match="no LoRA is fused"):
-        engine.unfuse_lora()
 
 
 def test_weights_moved_to_new_storage_are_followed(engine: ddit_rt.Engine) -> None:

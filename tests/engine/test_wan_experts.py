@@ -203,15 +203,13 @@ def test_each_expert_takes_a_style_lora(tmp_path: Path) -> None:
         files.append(tmp_path / f"{seed}.safetensors")
         factors = {"lora_A": noise(2, 48, seed=seed), "lora_B": noise(32, 2, seed=seed + 5)}
         save_file({f"{name}.{key}.weight": value for key, value in factors.items()}, files[-1])
-    engine.fuse_lora(str(files[0]))
+    engine.load_lora(str(files[0]))
     first = engine(**CALL, generator=seeded(), patch_policy=FINE).frames
-    engine.fuse_lora(str(files[1]), load_into_transformer_2=True)
-    with pytest.raises(ValueError, match="fused already"):
-        engine.fuse_lora(str(files[1]), load_into_transformer_2=True)
+    engine.load_lora(str(files[1]), load_into_transformer_2=True)
     both = engine(**CALL, generator=seeded(), patch_policy=FINE).frames
     assert not torch.allclose(first, before, atol=0.01)
     assert not torch.allclose(both, first, atol=0.01)
-    engine.unfuse_lora()
+    engine.unload_loras()
     assert torch.equal(engine(**CALL, generator=seeded(), patch_policy=FINE).frames, before)
     pipeline.load_lora_weights(str(files[0]), adapter_name="high")
     pipeline.load_lora_weights(str(files[1]), adapter_name="low", load_into_transformer_2=True)

@@ -95,7 +95,7 @@ def test_fused_projections_act_where_they_were_fused_before_compiling(
     engine = eager(pipeline)
     check_equal(engine, pipeline)
     with pytest.raises(UnsupportedModelError, match=r"to_q.*unfuse_qkv_projections\(\)"):
-        engine.fuse_lora(dict(LORA))
+        engine.load_lora(dict(LORA))
     with pytest.raises(ArtifactMismatchError, match=r"blocks: .*(to_qkv|fused_projections)"):
         ddit_rt.load(artifact_path, pipeline, check_weights=False, progress=False)
     pipeline.transformer.unfuse_qkv_projections()

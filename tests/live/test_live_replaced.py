@@ -117,7 +117,7 @@ def test_a_wrapped_transformer_is_refused(pipeline: FluxPipeline) -> None:
 def test_another_transformer_is_refused_until_the_old_one_is_back(pipeline: FluxPipeline) -> None:
     engine, own = eager(pipeline), pipeline.transformer
     pipeline.transformer = tiny_transformer(seed=7)
-    for call in (lambda: run(engine), lambda: engine.fuse_lora(dict(LORA))):
+    for call in (lambda: run(engine), lambda: engine.load_lora(dict(LORA))):
         with pytest.raises(ArtifactMismatchError, match="transformer is another one.*load again"):
             call()
     pipeline.transformer = own

@@ -210,10 +210,10 @@ def test_fused_weights_have_the_same_bits_in_any_state(name: str) -> None:
         before = {key: value.clone() for key, value in pipeline.transformer.state_dict().items()}
         lora = style(pipeline)
         with state():
-            engine.fuse_lora(lora)
+            engine.load_lora(lora)
         weights.append({k: v.clone() for k, v in pipeline.transformer.state_dict().items()})
         with state():
-            engine.unfuse_lora()
+            engine.unload_loras()
         assert_same(pipeline.transformer.state_dict(), before)
     assert_same(*weights)
     assert any(not torch.equal(weights[0][key], before[key]) for key in before)

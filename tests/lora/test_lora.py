@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.lora import terms
 
 State = dict[str, Tensor]
 
@@ -54,14 +55,14 @@ def test_every_part_acts_as_in_diffusers_and_leaves_no_trace(
     plain = run(engine)
     before = everything(pipe)
     random = torch.get_rng_state()
-    engine.fuse_lora(lora)
+    engine.load_lora(lora)
     if words not in parts:
         assert torch.equal(torch.get_rng_state(), random)
     fused = run(engine)
     # fp32, latents of order 4: fused weights round once where PEFT's layers round per call.
     torch.testing.assert_close(fused, expected, rtol=0, atol=2e-6)
     assert not torch.allclose(fused, plain, atol=1e-3)
-    engine.unfuse_lora()
+    engine.unload_loras()
     check_unchanged(pipe, before)
     assert torch.equal(run(engine), plain)
 
@@ -74,7 +75,7 @@ def test_a_scale_acts_as_in_diffusers(pipe: FluxPipeline, scale: float) -> None:
     other.fuse_lora(components=["transformer", "text_encoder"], lora_scale=scale)
     expected = latents_of(other(**CALL, generator=seeded()))
     engine = eager(pipe)
-    engine.fuse_lora(lora, scale=scale)
+    engine.load_lora(lora, scale)
     torch.testing.assert_close(run(engine), expected, rtol=0, atol=2e-6)
 
 
@@ -150,11 +151,11 @@ def test_formats_act_as_in_diffusers(
     names = set(lora)
     before = everything(pipe)
     for source in (lora, file, str(file)):
-        engine.fuse_lora(source)
+        engine.load_lora(source)
         torch.testing.assert_close(run(engine), expected, rtol=0, atol=2e-6)
-        engine.unfuse_lora()
+        engine.unload_loras()
         check_unchanged(pipe, before)
-    engine.fuse_lora(str(tmp_path), weight_name=file.name)
+    engine.load_lora(str(tmp_path), weight_name=file.name)
     torch.testing.assert_close(run(engine), expected, rtol=0, atol=2e-6)
     assert set(lora) == names  # diffusers takes alphas out of the caller's own
 
@@ -176,7 +177,7 @@ def test_the_configuration_in_a_files_header_counts(pipe: FluxPipeline, tmp_path
     reference.load_lora_weights(str(whole))
     expected = latents_of(reference(**CALL, generator=seeded()))
     engine = eager(pipe)
-    engine.fuse_lora(str(whole))
+    engine.load_lora(str(whole))
     torch.testing.assert_close(run(engine), expected, rtol=0, atol=2e-6)
 
 
@@ -188,10 +189,10 @@ def test_the_users_lora_elsewhere_stays(pipe: FluxPipeline) -> None:
     expected = latents_of(other(**CALL, generator=seeded()))
     engine = eager(pipe)
     before = everything(pipe)
-    engine.fuse_lora(style(pipe))
+    engine.load_lora(style(pipe))
     torch.testing.assert_close(run(engine), expected, rtol=0, atol=2e-6)
     assert pipe.get_list_adapters() == {"text_encoder": ["words"]}
-    engine.unfuse_lora()
+    engine.unload_loras()
     check_unchanged(pipe, before)
 
 
@@ -201,7 +202,7 @@ def test_words_beside_the_users_words_are_refused(pipe: FluxPipeline) -> None:
     engine = eager(pipe)
     before = everything(pipe)
     with pytest.raises(UnsupportedModelError, match="text_encoder has LoRA layers already"):
-        engine.fuse_lora(style(pipe) | theirs)
+        engine.load_lora(style(pipe) | theirs)
     check_unchanged(pipe, before)
 
 
@@ -212,27 +213,25 @@ def test_a_lora_that_the_pipeline_has_fused_is_kept_apart(pipe: FluxPipeline) ->
     engine = eager(pipe)
     own = run(engine)
     with pytest.raises(UnsupportedModelError, match="transformer has LoRA layers already"):
-        engine.fuse_lora(ours)
+        engine.load_lora(ours)
     pipe.unload_lora_weights()
-    engine.fuse_lora(words(pipe))
-    engine.unfuse_lora()
+    engine.load_lora(words(pipe))
+    engine.unload_loras()
     assert torch.equal(run(engine), own)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("place", ["load", "load words", "merge"])
+@pytest.mark.parametrize("place", ["load", "load words", "add"])
 def test_an_error_midway_leaves_everything_as_it_was(
     pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch, place: str, error: type[BaseException]
 ) -> None:
-    from peft.tuners.lora import Linear
+    own, calls = terms.Product.add_to, []
 
-    own, calls = Linear.merge, []
-
-    def merge(layer: Any, **arguments: Any) -> None:
-        calls.append(layer)
+    def add_to(*args: Any) -> None:
+        calls.append(args)
         if len(calls) == 5:
             raise error
-        own(layer, **arguments)
+        own(*args)
 
     def fail(*_: Any, **__: Any) -> None:
         raise error
@@ -242,53 +241,52 @@ def test_an_error_midway_leaves_everything_as_it_was(
     before = everything(pipe)
     lora = {**style(pipe), **words(pipe), **norms(pipe)}
     with monkeypatch.context() as patch:
-        if place == "merge":
-            patch.setattr(Linear, "merge", merge)
+        if place == "add":
+            patch.setattr(terms.Product, "add_to", add_to)
         elif place == "load words":
             patch.setattr(type(pipe), "load_lora_into_text_encoder", fail)
         else:
             patch.setattr("diffusers.loaders.peft.set_peft_model_state_dict", fail, raising=False)
             patch.setattr("peft.set_peft_model_state_dict", fail)
         with pytest.raises(error):
-            engine.fuse_lora(lora)
+            engine.load_lora(lora)
     check_unchanged(pipe, before)
     assert torch.equal(run(engine), plain)
-    engine.fuse_lora(lora)
-    engine.unfuse_lora()
+    engine.load_lora(lora)
+    engine.unload_loras()
     check_unchanged(pipe, before)
 
 
 def test_two_engines_of_one_pipeline_take_turns(pipe: FluxPipeline) -> None:
     first, second = eager(pipe), eager(pipe)
     before = everything(pipe)
-    first.fuse_lora(style(pipe) | words(pipe))
+    first.load_lora(style(pipe) | words(pipe))
     fused = run(first)
     for lora in (style(pipe), words(pipe)):
-        with pytest.raises(ValueError, match="another engine has fused.*unfuse_lora"):
-            second.fuse_lora(lora)
-    with pytest.raises(ValueError, match="no LoRA is fused"):
-        second.unfuse_lora()
+        with pytest.raises(ValueError, match=r"LoRAs of another engine act.*unload_loras\(\)"):
+            second.load_lora(lora)
+    second.unload_loras()
     assert torch.equal(run(second), fused)
-    first.unfuse_lora()
+    first.unload_loras()
     check_unchanged(pipe, before)
-    second.fuse_lora(words(pipe))
-    second.unfuse_lora()
+    second.load_lora(words(pipe))
+    second.unload_loras()
     check_unchanged(pipe, before)
 
 
 def test_pipelines_of_one_transformer_take_turns(pipe: FluxPipeline) -> None:
     first, second = eager(pipe), eager(FluxPipeline(**pipe.components))
-    first.fuse_lora(style(pipe))
-    with pytest.raises(ValueError, match="another engine has fused"):
-        second.fuse_lora(style(pipe))
+    first.load_lora(style(pipe))
+    with pytest.raises(ValueError, match="LoRAs of another engine act"):
+        second.load_lora(style(pipe))
 
 
 def test_autocast_takes_no_precision_from_the_weights(pipe: FluxPipeline) -> None:
     other = speaking_pipeline()
-    eager(other).fuse_lora(style(other) | words(other))
+    eager(other).load_lora(style(other) | words(other))
     engine = eager(pipe)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        engine.fuse_lora(style(pipe) | words(pipe))
+        engine.load_lora(style(pipe) | words(pipe))
     for one, same in zip(weights(pipe), weights(other), strict=True):
         assert torch.equal(one, same)
 
@@ -299,26 +297,26 @@ def weights(pipeline: FluxPipeline) -> list[Tensor]:
 
 def test_an_engine_that_is_gone_holds_nobody_up(pipe: FluxPipeline) -> None:
     first = eager(pipe)
-    first.fuse_lora(style(pipe))
+    first.load_lora(style(pipe))
     del first
     gc.collect()
     engine = eager(pipe)
     before = everything(pipe)
-    engine.fuse_lora(style(pipe))
-    engine.unfuse_lora()
+    engine.load_lora(style(pipe))
+    engine.unload_loras()
     check_unchanged(pipe, before)
 
 
 def test_the_pipelines_own_lora_comes_out_first(pipe: FluxPipeline) -> None:
     engine = eager(pipe)
     before = everything(pipe)
-    engine.fuse_lora(style(pipe))
+    engine.load_lora(style(pipe))
     pipe.load_lora_weights(style(pipe), adapter_name="theirs")
     pipe.fuse_lora(components=["transformer"])
     with pytest.raises(ValueError, match=r"'theirs'.*pipeline\.unfuse_lora\(\) first"):
-        engine.unfuse_lora()
+        engine.unload_loras()
     pipe.unfuse_lora(components=["transformer"])
-    engine.unfuse_lora()
+    engine.unload_loras()
     pipe.unload_lora_weights()
     check_unchanged_values(pipe, before)
 
@@ -332,7 +330,7 @@ def check_unchanged_values(pipeline: Any, before: Mapping[str, Any]) -> None:
 def test_weights_are_changed_where_they_lie(pipe: FluxPipeline) -> None:
     engine = eager(pipe)
     at = {name: one.data_ptr() for name, one in pipe.transformer.named_parameters()}
-    engine.fuse_lora(style(pipe) | norms(pipe))
+    engine.load_lora(style(pipe) | norms(pipe))
     assert {name: one.data_ptr() for name, one in pipe.transformer.named_parameters()} == at
 
 
@@ -341,8 +339,8 @@ def test_training_flags_stay(pipe: FluxPipeline) -> None:
     pipe.text_encoder.requires_grad_(True).train()
     engine = eager(pipe)
     before = everything(pipe)
-    engine.fuse_lora(style(pipe) | words(pipe) | norms(pipe))
-    engine.unfuse_lora()
+    engine.load_lora(style(pipe) | words(pipe) | norms(pipe))
+    engine.unload_loras()
     check_unchanged(pipe, before)
 
 
@@ -350,11 +348,11 @@ def test_weights_in_half_precision_come_back_bit_for_bit(pipe: FluxPipeline) -> 
     pipe.to(torch.bfloat16)
     engine = eager(pipe)
     before = everything(pipe)
-    engine.fuse_lora(style(pipe) | words(pipe) | norms(pipe))
-    engine.unfuse_lora()
+    engine.load_lora(style(pipe) | words(pipe) | norms(pipe))
+    engine.unload_loras()
     check_unchanged(pipe, before)
 
 
 def test_a_bare_transformer_takes_none(pipe: FluxPipeline) -> None:
     with pytest.raises(UnsupportedModelError, match="bare transformer"):
-        eager(pipe.transformer).fuse_lora(style(pipe))
+        eager(pipe.transformer).load_lora(style(pipe))

@@ -138,6 +138,10 @@ REFUSED: dict[str, tuple[Callable[[FluxPipeline], Any], str]] = {
         lambda pipe: {name: value / 0 for name, value in style(pipe).items()},
         "not finite",
     ),
+    "factors in int8": (
+        lambda pipe: {name: value.to(torch.int8) for name, value in style(pipe).items()},
+        r"lora_A\.weight is torch.int8; expected",
+    ),
     "nothing": (lambda pipe: {}, "0 entries"),
     "no tensors": (lambda pipe: {"transformer.x_embedder.lora_A.weight": "x"}, "1 of them no tens"),
     "a number": (lambda pipe: 3, "got a int"),
@@ -157,10 +161,9 @@ def test_what_has_no_place_is_refused_before_anything_changes(
     plain = run(engine)
     before = everything(pipe)
     with pytest.raises((ValueError, TypeError), match=message):
-        engine.fuse_lora(make(pipe))
+        engine.load_lora(make(pipe))
     check_unchanged(pipe, before)
-    with pytest.raises(ValueError, match="no LoRA is fused"):
-        engine.unfuse_lora()
+    assert engine.loras == {}
     assert torch.equal(run(engine), plain)
 
 
@@ -169,27 +172,30 @@ def test_words_without_a_text_encoder_are_refused(pipe: FluxPipeline) -> None:
     pipe.register_modules(text_encoder=None)
     engine = eager(pipe)
     with pytest.raises(UnsupportedModelError, match="layers for a text_encoder.*has none"):
-        engine.fuse_lora(lora)
+        engine.load_lora(lora)
 
 
 def test_words_for_a_quantised_text_encoder_are_refused(pipe: FluxPipeline) -> None:
     lora = words(pipe)
     pipe.text_encoder.quantization_method = "bitsandbytes"
     with pytest.raises(UnsupportedModelError, match="text_encoder, which is quantised with bits"):
-        eager(pipe).fuse_lora(lora)
+        eager(pipe).load_lora(lora)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"adapter_name": "mine"}, ValueError, "adapter_name='mine'.*leave it out"),
+        ({"adapter_name": "mine"}, ValueError, "adapter_name='mine'; pass it as name"),
+        ({"lora_scale": 0.5}, ValueError, "lora_scale=0.5; pass it as weight"),
         ({"hotswap": True}, ValueError, "hotswap=True.*leave it out"),
         ({"strength": 1.0}, ValueError, r"unknown arguments \['strength'\].*weight_name"),
-        ({"scale": float("nan")}, ValueError, "scale=nan; expected a finite number"),
-        ({"scale": float("inf")}, ValueError, "scale=inf"),
-        ({"scale": "1"}, TypeError, "scale='1'; expected a number"),
-        ({"scale": True}, TypeError, "scale=True"),
-        ({"scale": None}, TypeError, "scale=None"),
+        ({"weight": float("nan")}, ValueError, "weight=nan; expected a finite number"),
+        ({"weight": float("inf")}, ValueError, "weight=inf"),
+        ({"weight": "1"}, TypeError, "weight='1'; expected a finite number"),
+        ({"weight": True}, TypeError, "weight=True"),
+        ({"weight": None}, TypeError, "weight=None"),
+        ({"name": ""}, ValueError, "name=''; expected a name"),
+        ({"name": 3}, TypeError, "name=3; expected a name"),
         ({"load_into_transformer_2": True}, UnsupportedModelError, "no transformer_2; leave it"),
         ({"load_into_transformer_2": "yes"}, TypeError, "'yes'; expected True or False"),
     ],
@@ -200,5 +206,5 @@ def test_bad_arguments_are_named(
     engine = eager(pipe)
     before = everything(pipe)
     with pytest.raises(error, match=message):
-        engine.fuse_lora(style(pipe), **arguments)
+        engine.load_lora(style(pipe), **arguments)
     check_unchanged(pipe, before)

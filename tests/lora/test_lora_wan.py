@@ -28,13 +28,13 @@ def test_a_lora_of_one_expert_leaves_the_other_and_no_trace(second: bool) -> Non
     pipeline = wan_pipeline(boundary_ratio=0.875)
     engine = eager(pipeline)
     before = everything(pipeline)
-    engine.fuse_lora(wan_lora(), load_into_transformer_2=second)
+    engine.load_lora(wan_lora(), load_into_transformer_2=second)
     changed, other = ("transformer_2", "transformer")[:: 1 if second else -1]
     after = everything(pipeline)
     name = "blocks.0.ffn.net.2.weight"
     assert not torch.equal(after[f"{changed}.{name}"], before[f"{changed}.{name}"])
     assert torch.equal(after[f"{other}.{name}"], before[f"{other}.{name}"])
-    engine.unfuse_lora()
+    engine.unload_loras()
     check_unchanged(pipeline, before)
 
 
@@ -45,11 +45,11 @@ def test_an_expert_that_does_not_run_takes_none(boundary: float | None) -> None:
         pipeline.register_to_config(boundary_ratio=None)
         engine = eager(pipeline)
         with pytest.raises(UnsupportedModelError, match="runs no transformer_2"):
-            engine.fuse_lora(wan_lora(), load_into_transformer_2=True)
+            engine.load_lora(wan_lora(), load_into_transformer_2=True)
     else:
         engine = eager(wan_pipeline())
         with pytest.raises(UnsupportedModelError, match="runs no transformer_2"):
-            engine.fuse_lora(wan_lora(), load_into_transformer_2=True)
+            engine.load_lora(wan_lora(), load_into_transformer_2=True)
 
 
 @pytest.mark.parametrize("second", [False, True])
@@ -67,7 +67,7 @@ def test_wan_files_are_taken_whole_too(second: bool, extra: State, message: str)
     engine = eager(pipeline)
     before = everything(pipeline)
     with pytest.raises(UnsupportedModelError, match=message):
-        engine.fuse_lora(wan_lora() | extra, load_into_transformer_2=second)
+        engine.load_lora(wan_lora() | extra, load_into_transformer_2=second)
     check_unchanged(pipeline, before)
 
 
@@ -82,12 +82,12 @@ def test_differences_of_norms_are_taken_only_if_they_are_none() -> None:
         "diffusion_model.blocks.0.norm3.diff": torch.zeros(32),
     }
     before = everything(pipeline)
-    engine.fuse_lora(lora)
+    engine.load_lora(lora)
     bias = pipeline.transformer.blocks[0].ffn.net[2].bias
     torch.testing.assert_close(bias, before["transformer.blocks.0.ffn.net.2.bias"] + noise(32))
-    engine.unfuse_lora()
+    engine.unload_loras()
     check_unchanged(pipeline, before)
     lora["diffusion_model.blocks.0.norm3.diff"] += 0.1
     with pytest.raises(UnsupportedModelError, match=r"leaves out.*norm3\.diff"):
-        engine.fuse_lora(lora)
+        engine.load_lora(lora)
     check_unchanged(pipeline, before)

@@ -254,11 +254,11 @@ def test_a_lora_acts_on_the_sound_too() -> None:
     pipeline = tiny_pipeline()
     engine, call = eager(pipeline), TestLTX2.case.call()
     before = both_of(engine, call, patch_policy=FINE)
-    engine.fuse_lora(lora_of(pipeline.transformer, ("audio_attn1.to_out.0",)))
+    engine.load_lora(lora_of(pipeline.transformer, ("audio_attn1.to_out.0",)))
     assert_both_equal(engine, pipeline, call)
     after = both_of(engine, call, patch_policy=FINE)
     assert float((after[1] - before[1]).abs().max()) > 1e-4
-    engine.unfuse_lora()
+    engine.unload_loras()
     again = both_of(engine, call, patch_policy=FINE)
     assert all(torch.equal(one, other) for one, other in zip(again, before, strict=True))
 

@@ -126,11 +126,11 @@ def test_each_expert_takes_a_lora() -> None:
     engine, call = eager(pipeline), TestWanExperts.case.call((7,), (5,))
     before = generated(engine, call, patch_policy=FINE)
     for more in ({}, {"load_into_transformer_2": True}):
-        engine.fuse_lora(lora_of(pipeline.transformer, ("to_out.0",)), **more)
+        engine.load_lora(lora_of(pipeline.transformer, ("to_out.0",)), **more)
         ours, theirs = runs(pipeline, engine, call)
         assert_equal(ours, theirs, tolerance=1e-5)
         assert float((ours - before).abs().max()) > 1e-3
-        engine.unfuse_lora()
+        engine.unload_loras()
     assert torch.equal(generated(engine, call, patch_policy=FINE), before)
 
 

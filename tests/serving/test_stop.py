@@ -12,21 +12,22 @@ from typing import Any
 
 import httpx
 import pytest
-from served import ASKED, PATH, Held, client_of, config, tiny_engine, wait_until_served
+from served import (
+    ASKED,
+    PATH,
+    PROGRAM,
+    Held,
+    client_of,
+    config,
+    tiny_engine,
+    wait_until_served,
+)
 
 from ddit_rt import Engine
 from ddit_rt.serving.errors import ApiError
 from ddit_rt.serving.requests import Reader
 from ddit_rt.serving.schema import Generation
 from ddit_rt.serving.worker import Worker
-
-PROGRAM = """
-import sys
-from served import config, tiny_engine
-from ddit_rt.serving.run import serve
-serve(tiny_engine(), config(), host="127.0.0.1", port=int(sys.argv[1]), stop_seconds=60)
-print("ended")
-"""
 
 
 @pytest.fixture(scope="module")

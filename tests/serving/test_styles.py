@@ -83,64 +83,37 @@ def test_what_is_kept_is_not_read_again_and_what_was_not_used_makes_room(
     engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Any] = []
-    own = Engine.fuse_lora
+    own = Engine.load_lora
 
-    def fuse(one: Engine, lora: Any, *args: Any, **kwargs: Any) -> None:
-        read.append(kwargs.get("weight_name"))
-        own(one, lora, *args, **kwargs)
+    def load(one: Engine, lora: Any, weight: float, name: str, **kwargs: Any) -> str:
+        read.append(name)
+        return own(one, lora, weight, name, **kwargs)
 
-    monkeypatch.setattr(Engine, "fuse_lora", fuse)
-    engine.fuse_lora(str(folder), weight_name="ink.safetensors")
-    size = engine.keep_lora().nbytes
-    engine.unfuse_lora()
-    read.clear()
-    styles = Styles(engine, folder, size)
-    names = ("ink", None, "ink", "words", "ink", "ink")
-    for name in names:
-        styles.switch(None if name is None else Style(name=name))
-    ink, words = "ink.safetensors", "words.safetensors"
-    assert read[:3] == [ink, None, words]
-    styles = Styles(engine, folder, 0)  # keeps none
-    engine.unfuse_lora()
-    read.clear()
-    for name in ("ink", None, "ink"):
-        styles.switch(None if name is None else Style(name=name))
-    assert read == [ink, ink]
+    monkeypatch.setattr(Engine, "load_lora", load)
+    size = (folder / "ink.safetensors").stat().st_size
+    for most, expected in ((size, ["ink", "words"]), (0, ["ink", "ink", "words", "ink"])):
+        styles = Styles(engine, folder, most)
+        for name in ("ink", None, "ink", "words", "ink", "ink"):
+            styles.switch(None if name is None else Style(name=name))
+        styles.switch(Style(name="ink", scale=0.5))
+        assert read == expected
+        read.clear()
+        engine.unload_loras()
 
 
 def test_a_file_that_was_replaced_is_read_again(engine: Engine, tmp_path: Path) -> None:
     file = tmp_path / "own.safetensors"
     save_file(style(engine.pipeline), file)
-    styles = Styles(engine, tmp_path, 10**9)
+    styles, plain = Styles(engine, tmp_path, 10**9), run(engine)
     styles.switch(Style(name="own"))
     first = run(engine)
     save_file({name: value * 2 for name, value in style(engine.pipeline).items()}, file)
     os.utime(file, ns=(1, 1))
     styles.switch(Style(name="own"))
     assert not torch.equal(run(engine), first)
-
-
-def test_a_kept_lora_is_the_fused_one_to_the_bit(engine: Engine) -> None:
-    before, plain = everything(engine.pipeline), run(engine)
-    engine.fuse_lora({**style(engine.pipeline), **words(engine.pipeline)}, 0.7)
-    fused, kept = run(engine), engine.keep_lora()
-    engine.unfuse_lora()
+    save_file({"transformer.nothing.lora_A.weight": torch.ones(1, 1)}, file)
+    with pytest.raises(ValueError, match="no place"):
+        styles.switch(Style(name="own"))
+    assert engine.loras == {}
+    styles.switch(None)
     assert torch.equal(run(engine), plain)
-    engine.fuse_lora(kept)
-    assert torch.equal(run(engine), fused)
-    with pytest.raises(ValueError, match="fused already"):
-        engine.fuse_lora(kept)
-    engine.unfuse_lora()
-    check_unchanged(engine.pipeline, before)
-    with pytest.raises(ValueError, match="leave scale"):
-        engine.fuse_lora(kept, 0.5)
-    with pytest.raises(ValueError, match="another engine"):
-        eager(speaking_pipeline()).fuse_lora(kept)
-    engine.fuse_lora(words(engine.pipeline))
-    kept = engine.keep_lora()
-    engine.unfuse_lora()
-    with pytest.raises(ValueError, match="another engine"):
-        eager(speaking_pipeline()).fuse_lora(kept)
-    with pytest.raises(ValueError, match="0 LoRAs are fused"):
-        engine.keep_lora()
-    check_unchanged(engine.pipeline, before)

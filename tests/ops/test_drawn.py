@@ -1,0 +1,211 @@
+"""The ops on drawn shapes, strides, data types and sizes of nothing, against plain torch.
+
+`scripts/sanitize.sh` runs them on libraries that are built with sanitizers.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from drawn import drawn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ddit_rt.ops import decide_, decide_reuse_, pack, patch_scores, solver_step_, unpack
+from ddit_rt.ops.functions import solver_step_in_torch
+
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+OTHERS = st.sampled_from([torch.float64, torch.int32, torch.bool, torch.complex64])
+SMALL = st.integers(0, 5)
+
+
+@st.composite
+def laid_out(draw: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Noise of a shape: contiguous, permuted, sliced with a step, shifted, or expanded."""
+    kind = draw(st.sampled_from(["plain", "permuted", "sliced", "shifted", "expanded"]))
+    noise = torch.randn(shape).to(dtype)
+    if kind == "permuted":
+        order = draw(st.permutations(range(len(shape))))
+        back = [order.index(axis) for axis in range(len(shape))]
+        noise = noise.permute(order).contiguous().permute(back)
+    elif kind == "sliced":
+        wide = torch.randn([2 * size + 1 for size in shape]).to(dtype)
+        noise = wide[tuple(slice(1, 2 * size + 1, 2) for size in shape)]
+    elif kind == "shifted":
+        flat = torch.randn(math.prod(shape) + 3).to(dtype)
+        noise = flat[3:].view(shape)
+    elif kind == "expanded":
+        noise = noise[:1].expand(shape) if shape[0] else noise
+    assert noise.shape == torch.Size(shape)
+    return noise
+
+
+def reference_pack(latents: Tensor, p: int, channels_last: bool) -> Tensor:
+    video = latents if latents.dim() == 5 else latents.unsqueeze(2)
+    b, c, f, h, w = video.shape
+    patches = video.reshape(b, c, f, h // p, p, w // p, p)
+    features = (4, 6, 1) if channels_last else (1, 4, 6)
+    tokens = f * (h // p) * (w // p)
+    return patches.permute(0, 2, 3, 5, *features).reshape(b, tokens, c * p * p)
+
+
+@drawn(80)
+@given(data=st.data(), p=st.integers(1, 5), dtype=FLOATS, channels_last=st.booleans())
+def test_pack_and_unpack(data: Any, p: int, dtype: torch.dtype, channels_last: bool) -> None:
+    batch, channels, rows, columns = (data.draw(SMALL) for _ in range(4))
+    frames = data.draw(st.lists(st.integers(1, 3), max_size=1))
+    shape = (batch, channels, *frames, max(rows, 1) * p, max(columns, 1) * p)
+    latents = data.draw(laid_out(shape, dtype))
+    tokens = pack(latents, p, channels_last=channels_last)
+    assert torch.equal(tokens, reference_pack(latents, p, channels_last))
+    size = (shape[-2], shape[-1], frames[0] if frames else 0)
+    turned = tokens.transpose(0, 1).contiguous().transpose(0, 1)
+    if channels:
+        assert torch.equal(unpack(turned, p, *size, channels_last=channels_last), latents)
+
+
+@drawn(60)
+@given(data=st.data())
+def test_scores(data: Any) -> None:
+    batch, channels = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 3))
+    frames = data.draw(st.lists(st.integers(1, 2), max_size=1))
+    height, width = data.draw(st.integers(1, 17)), data.draw(st.integers(1, 17))
+    sizes = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
+    quantile = data.draw(st.floats(0, 1))
+    order, head = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 3))
+    history = data.draw(laid_out((4, batch, channels, *frames, height, width), torch.float32))
+    smallest = min(channels * (height % p or p) * (width % p or p) for p in sizes)
+    if smallest < 2 or not history.is_contiguous():
+        with pytest.raises(RuntimeError, match="contiguous|single value"):
+            patch_scores(history, sizes, quantile, order, head)
+        return
+    scores = patch_scores(history, sizes, quantile, order, head)
+    assert scores.shape == (batch, len(sizes))
+    if not batch:
+        return
+    z = [history[(head + age) % 4].double() for age in range(4)]
+    weights = {1: (1, -1), 2: (1, -2, 1), 3: (1, -3, 3, -1)}[order]
+    change = sum((w * one for w, one in zip(weights, z, strict=False)), torch.zeros(()))
+    change = change if change.dim() == 5 else change.unsqueeze(2)
+    for place, p in enumerate(sizes):
+        stds = [
+            change[..., y : y + p, x : x + p].transpose(1, 2).flatten(2).std(-1)
+            for y in range(0, height, p)
+            for x in range(0, width, p)
+        ]
+        every = torch.stack(stds, dim=-1).flatten(1)
+        expected = torch.quantile(every, quantile, dim=-1).float()
+        # Sums in float32, and an interpolation between two of them.
+        torch.testing.assert_close(scores[:, place], expected.float(), rtol=2e-5, atol=1e-6)
+
+
+@drawn(60)
+@given(data=st.data(), slots=st.integers(0, 2), dtype=FLOATS)
+def test_solver_steps(data: Any, slots: int, dtype: torch.dtype) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(0, 7), min_size=1, max_size=5)))
+    step = data.draw(st.integers(0, 6))
+    table = torch.randn(7, 6, dtype=data.draw(st.sampled_from([torch.float32, torch.float64])))
+    table[:, 4 + slots :] = 0
+    velocity = data.draw(laid_out(shape, dtype))
+    ours = torch.randn(4, *shape), torch.randn(slots, *shape)
+    theirs = tuple(one.clone() for one in ours)
+    solver_step_(*ours, velocity, table, step)
+    solver_step_in_torch(*theirs, velocity, table, step)
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@drawn(60)
+@given(data=st.data(), dwell=st.integers(0, 3), monotone=st.booleans())
+def test_decisions(data: Any, dwell: int, monotone: bool) -> None:
+    """One step of a fresh run, whose rules of dwelling and of order do not act yet."""
+    batch, sizes, steps = data.draw(SMALL), data.draw(st.integers(0, 4)), 5
+    step = data.draw(st.integers(0, steps - 1))
+    scores = data.draw(laid_out((batch, sizes), torch.float32))
+    limits = data.draw(laid_out((steps, sizes), torch.float32))
+    forced = torch.full((steps,), -1, dtype=torch.int32)
+    state = torch.tensor([-1, 0, 0, 0], dtype=torch.int32)
+    record = torch.zeros(steps, 3 + sizes)
+    arguments = (scores, forced, limits, state, record, step, dwell, monotone)
+    if not (batch and sizes):  # decided or refused, which the memory around must outlive
+        with suppress(RuntimeError):
+            decide_(*arguments)
+        return
+    decide_(*arguments)
+    takes = [
+        max((place + 1 for place in range(sizes) if row[place] < limits[step, place]), default=0)
+        for row in scores
+    ]
+    assert int(state[0]) == int(state[3]) == min(takes)
+    assert state[1] == 1
+    assert torch.equal(record[step, 3:], scores.amax(0))
+
+
+@drawn(60)
+@given(data=st.data(), product=st.booleans())
+def test_reuse(data: Any, product: bool) -> None:
+    """A step that follows a computed one: it reuses while no row's change reaches the threshold."""
+    rows = data.draw(st.integers(1, 5))
+    signal = data.draw(laid_out((rows,), torch.float32)).abs()
+    terms = torch.tensor(data.draw(st.lists(st.floats(-2, 2, width=32), max_size=7)))
+    increments = torch.tensor([math.nan, data.draw(st.floats(0, 2, width=32))])
+    threshold = data.draw(st.floats(0, 3, width=32))
+    state = torch.tensor([0, 1, 0, 0], dtype=torch.int32)
+    memory, record = torch.full((2 + rows,), 7.0), torch.zeros(2, 2)
+    fixed = (2, threshold, 9, product)
+    decide_reuse_(signal, increments, terms, state, memory, record, 0, *fixed)
+    assert int(state[3]) == 0
+    state[1] = 2
+    decide_reuse_(signal, increments, terms, state, memory, record, 1, *fixed)
+    if len(terms):
+        change = torch.zeros(rows)
+        for term in terms:
+            change = change * signal + term
+    else:
+        grown = abs(1 - increments[1]) if product else increments[1]
+        change = torch.full((rows,), float(grown))
+    largest = float(change.max())
+    if math.isclose(largest, threshold, rel_tol=1e-6, abs_tol=1e-6):
+        return
+    assert int(state[3]) == (2 if largest < threshold else 0)
+
+
+@drawn(200)
+@given(data=st.data())
+def test_what_does_not_fit_is_refused_and_nothing_is_written(data: Any) -> None:
+    """Wrong types, ranks, sizes and numbers; most do not fit, and what does runs."""
+    dims = st.lists(st.integers(0, 4), max_size=6).map(tuple)
+    kinds = FLOATS | OTHERS
+
+    def tensor() -> Tensor:
+        return torch.ones(data.draw(dims)).to(data.draw(kinds))
+
+    number = st.integers(-(2**40), 2**40) | st.integers(-2, 9)
+    real = st.floats(allow_nan=True, allow_infinity=True)
+    history, record = tensor(), tensor()
+    before = history.clone(), record.clone()
+    numbers = [data.draw(number) for _ in range(4)]
+    call = data.draw(
+        st.sampled_from(
+            [
+                lambda: pack(tensor(), numbers[0]),
+                lambda: unpack(tensor(), *numbers),
+                lambda: patch_scores(history, numbers[2:], data.draw(real), *numbers[:2]),
+                lambda: solver_step_(history, tensor(), tensor(), tensor(), numbers[0]),
+                lambda: decide_(tensor(), tensor(), tensor(), history, record, *numbers[:2], True),
+                lambda: decide_reuse_(
+                    *(tensor(), tensor(), tensor(), history, record, tensor()),
+                    *(*numbers[:2], data.draw(real), numbers[2], False),
+                ),
+            ]
+        )
+    )
+    try:
+        call()
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        assert torch.equal(history, before[0])
+        assert torch.equal(record, before[1])
