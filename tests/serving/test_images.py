@@ -107,7 +107,7 @@ def test_a_picture_comes_in_the_format_that_is_asked_for(
         ({"seed": -1}, "seed", "greater than or equal to 0"),
         ({"seed": 2**64}, "seed", "less than or equal"),
         ({"patch_policy": "fats"}, None, "did you mean 'fast'"),
-        ({"patch_policy": "fast"}, None, "calibration"),
+        ({"patch_policy": "balanced"}, None, "calibration"),
         ({"patch_policy": 0.5}, None, "calibration"),
         ({"patch_policy": 2}, None, "between 0"),
         ({"patch_policy": "8p:0.5,p"}, None, "offer only"),
