@@ -281,16 +281,18 @@ def _calibrate(
 ) -> Calibration:
     from tqdm.auto import tqdm
 
+    from ddit_rt.artifact.manifest import SCHEMA_VERSION
     from ddit_rt.lab.calibrate import Journal, RecordedBench, calibrate
     from ddit_rt.lab.plans.bench import EngineBench
     from ddit_rt.planning.request import requested_steps
 
     steps, _ = requested_steps(engine.pipeline, arguments)
     others = {name: value for name, value in arguments.items() if name != "num_inference_steps"}
-    conditions = _conditions(engine, others)
+    conditions, manifest = _conditions(engine, others), engine.artifact.manifest
     probe = config.split()[0][0]
     measured_with = {
-        "artifact": replace(engine.artifact.manifest, calibrations=()).digest,
+        # What an earlier calibration left in the manifest changes nothing that is measured.
+        "artifact": replace(manifest, calibrations=(), schema_version=SCHEMA_VERSION).digest,
         "cost_unit": config.cost_unit,
         "probe": [probe.text, probe.seed],
         **conditions,

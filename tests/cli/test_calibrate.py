@@ -80,7 +80,7 @@ def test_report_lies_beside_the_artifact(calibrated: Path) -> None:
     assert costs == sorted(costs, reverse=True)
     with Image.open(folder / "pareto-8.png") as image:
         assert image.width > 500
-    assert "| balanced |" in (folder / "front-8.md").read_text()
+    assert "balanced" in (folder / "front-8.md").read_text()
     (measured,) = folder.glob("measured-8-*.jsonl")
     assert measured.read_text().startswith('{"of": "tables"')
 

@@ -96,7 +96,7 @@ class Space:
         ]
         levels = range(TAU_LEVELS + 1) if self.coarse else ()
         rules = [Rule(level=level, factors=halved(self.coarse)) for level in levels]
-        return [
+        families = [
             [Genome(steps=fewer) for fewer in range(1, steps)],
             static,
             [Genome(steps=steps, patches=rule) for rule in rules],
@@ -108,6 +108,7 @@ class Space:
                 for dial in self.dials
             ),
         ]
+        return [family for family in families if family]
 
     def _fewer(self, cost: float) -> Genome:
         return Genome(steps=max(1, min(self.steps - 1, int(cost / self.costs["p"] + 1e-9))))

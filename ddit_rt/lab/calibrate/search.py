@@ -101,7 +101,9 @@ class Search:
         speeds = zip(self.targets, (2, 1.5, 3), strict=True)
         limits = [target.max_cost or base / speed for target, speed in speeds]
         self._families = self.space.families()
-        self._dialled = [own for own in self._families if own and own[0].sizes() is None]
+        # Of the others the plan that just meets the target is among the first.
+        settled = self.targets[0].max_cost is not None
+        self._dialled = [own for own in self._families if not (settled and own[0].sizes())]
         corners = self.space.corners(limits)
         self._corners = {self._candidate(one).key: one for one in corners}
         self.kinds = {self._candidate(one).kind for one in corners}
@@ -156,7 +158,8 @@ class Search:
         found = self.estimates()
         groups = [(self.targets[0], [one for one in found if one.kind == kind]) for kind in KINDS]
         groups += [(target, found) for target in self.targets]
-        for target, group in groups:
+        # Those first of which none is known on all prompts.
+        for target, group in sorted(groups, key=lambda own: any(one.whole for one in own[1])):
             best = nearest_to(target, group)
             if best is not None:
                 yield best
@@ -189,7 +192,8 @@ class Search:
         """
         found = self.estimates()
         pool = family or self._pool(target, found)
-        best = best_for(target, found)
+        kind = self._candidate(family[0]).kind if family else None
+        best = best_for(target, [one for one in found if kind in (None, one.kind)])
         scores = [_promise(target, best, *own) for own in self._predicted(found, pool)]
         for place in np.argsort(scores, kind="stable")[::-1].tolist():
             candidate = self._candidate(pool[place])
