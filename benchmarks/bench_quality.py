@@ -43,9 +43,10 @@ error of the change from frame to frame, of 1, and `frames`, means over the vide
 
 **`caches`, `caches_video`** (`skip_demo.json`, `skip_demo_video.json`): DDiT and step caches, alone
 and together, at equal fidelity. Fits TeaCache and MagCache on prompts of their own; then looks, for
-every SSIM asked for, for the cheapest plan of each kind on a few search prompts; the plans found
-then draw the held-out prompts, taking turns prompt by prompt. `ddit_rt.lab.measure.timing` says
-what the denoising loop includes. Where no core is idle, run it with `--clock cpu`.
+every SSIM asked for, for the cheapest plan of each kind on a few search prompts, by the planner of
+`ddit-rt calibrate` (`--pictures` for each cache and SSIM); the plans found then draw the held-out
+prompts, taking turns prompt by prompt. `ddit_rt.lab.measure.timing` says what the denoising loop
+includes. Where no core is idle, run it with `--clock cpu`.
 
 - `fits`: by cache the fitted values with their evidence; `costs`: milliseconds of a step by path or
   step cache, and by what it did (`2p`, `2p reused`); `search`: `plans` that were run, `seconds`.

@@ -9,16 +9,26 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from synthetic import SyntheticBench
 
 from ddit_rt.artifact import PRESETS, Calibration
-from ddit_rt.lab.calibrate import CalibrationConfig, Journal, Prompt, RecordedBench, calibrate
+from ddit_rt.lab.calibrate import (
+    CalibrationConfig,
+    Candidate,
+    Journal,
+    Prompt,
+    RecordedBench,
+    calibrate,
+)
 from ddit_rt.lab.calibrate.moves import Space
 from ddit_rt.lab.calibrate.run import CalibrationResult
 from ddit_rt.lab.plans.bench import Bench
 from ddit_rt.lab.plans.candidates import KINDS
 from ddit_rt.lab.plans.genome import Genome, Reuse, Static
+from ddit_rt.lab.plans.step_caches import LEVELS, CacheDial
+from ddit_rt.policies import MagCache
 
 PROMPTS = tuple(f"prompt {index}" for index in range(20))
 WHOLE = 240.0
@@ -331,3 +341,41 @@ def test_corners_hold_every_family(kind: str) -> None:
     costs = [cost for genome in corners if (cost := genome.cost(tables.costs)) is not None]
     assert {cost for cost in costs if cost <= 120.0}, "one that costs what it may"
     assert all(replace(genome) == genome and genome.makes_sense for genome in corners)
+
+
+def test_changes_of_a_plan_are_plans_that_run() -> None:
+    bench = SyntheticBench(reuse_loss=0.1, placing=1.0)
+    tables, rng = bench.tables, np.random.default_rng(0)
+    space = Space(steps=24, costs=tables.costs, taus=tables.taus, dials=tables.dials, places=True)
+    plans = space.corners([120.0, 170.0, 80.0])
+    kinds, shifts = set(), set()
+    for _ in range(600):
+        one, other = (plans[int(rng.integers(len(plans)))] for _ in range(2))
+        made = space.changed(space.crossed(one, other, rng), rng)
+        if made.makes_sense:
+            plans.append(made)
+            candidate = made.candidate(tables.taus, 24)
+            assert 0 < bench.evaluate(candidate, [Prompt(text="", seed=0)]).cost <= WHOLE
+            levels = candidate.sigmas or (1.0,)
+            assert all(a > b > 0 for a, b in pairwise(levels))
+            kinds.add(candidate.kind)
+            shifts.add(made.shift)
+            assert Candidate.doing(candidate.kind, candidate.label, candidate.does()) == candidate
+    assert kinds >= set(KINDS)
+    assert len(shifts) == 6
+
+
+def test_any_field_of_a_cache_may_be_its_dial() -> None:
+    """One that needs no fit says its ends itself; whole numbers stay whole."""
+    dial = CacheDial(
+        cache=MagCache(threshold=1.0, mag_ratios=(1.0,)),
+        alternating=MagCache(threshold=1.0, max_skip_steps=1, mag_ratios=(1.0,)),
+        turns="max_skip_steps",
+        ends=(1, 8),
+        varied={"retention_ratio": (0.1,)},
+    )
+    turned = [dial.at(level) for level in (0, LEVELS // 3, LEVELS)]
+    assert [cache.max_skip_steps for cache in turned] == [1, 2, 8]
+    changed = dial.at(LEVELS, (("retention_ratio", 0.1),))
+    assert changed == replace(dial.cache, max_skip_steps=8, retention_ratio=0.1)
+    assert dial.name == "MagCache"
