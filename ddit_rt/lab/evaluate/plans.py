@@ -71,6 +71,7 @@ class NamedPlan:
             "kind": self.candidate.kind,
             "label": self.candidate.label,
             **self.candidate.does(),
+            "step_cache": self.candidate.step_cache.to_dict(),
         }
 
     @staticmethod

@@ -14,7 +14,7 @@ import ddit_rt
 from ddit_rt import Engine, FinePolicy, StaticPolicy
 from ddit_rt.lab.calibrate import CalibrationConfig, Prompt, calibrate
 from ddit_rt.lab.calibrate.report import summary, write_report
-from ddit_rt.lab.plans.bench import SEVERAL_MODELS, EngineBench
+from ddit_rt.lab.plans.bench import OWN_LEVELS, SEVERAL_MODELS, EngineBench
 from ddit_rt.lab.plans.candidates import Candidate
 from ddit_rt.policies import CacheFit
 
@@ -123,7 +123,7 @@ def test_calibrated_plans_of_clips_are_told_and_run(tmp_path: Any) -> None:
     engine = eager(MAGCACHE)
     made = bench(engine)
     assert made.tables.measure.makes == "video"
-    assert not made.tables.notes
+    assert made.tables.notes == [OWN_LEVELS]  # Wan's call takes no noise levels
     result = calibrate(made, config(), {})
     assert {point.candidate.kind for point in result.points} >= {"steps", "static", "cached"}
     calibration = result.calibration
@@ -155,10 +155,10 @@ def test_two_experts_are_searched_without_step_caches() -> None:
     engine = eager(MAGCACHE, boundary_ratio=0.875)
     made = bench(engine)
     assert not made.tables.dials
-    assert made.tables.notes == [SEVERAL_MODELS]
+    assert made.tables.notes == [SEVERAL_MODELS, OWN_LEVELS]
     result = calibrate(made, config(), {})
     kinds = {point.candidate.kind for point in result.points}
     assert kinds >= {"steps", "static"}
     assert not kinds & {"cached", "combined"}
-    assert result.calibration.evidence["notes"] == [SEVERAL_MODELS]
+    assert result.calibration.evidence["notes"] == [SEVERAL_MODELS, OWN_LEVELS]
     assert result.calibration.presets["balanced"].cost <= STEPS * 32 / 1.5
