@@ -77,7 +77,7 @@ class Space:
         reuses = [
             Reuse(dial=dial, level=round(share * LEVELS))
             for dial in self.dials
-            for share in _CORNERS
+            for share in _CORNERS[::2]
         ]
         found += [Genome(steps=self.steps, patches=rule) for rule in rules]
         found += [Genome(steps=self.steps, reuse=reuse) for reuse in reuses]

@@ -24,13 +24,13 @@ from ddit_rt.policies import FinePolicy, NoCache, PatchPolicy, StepCache
 
 UNITS = ("ms", "tokens")
 NO_FIT = (
-    "without plans that skip steps: no step cache has a fit for this model; `ddit-rt calibrate "
-    "ARTIFACT --model MODEL --cache magcache` makes one"
+    "with no step cache but those that need no fit: for this model there is none; `ddit-rt "
+    "calibrate ARTIFACT --model MODEL --cache magcache` makes one"
 )
 """Note about a model that has no fit."""
 SEVERAL_MODELS = (
-    "without plans that skip steps: a residual is of one model, and in this pipeline several take "
-    "turns"
+    "with no step cache but those that need no fit: a fit is for one model, and in this pipeline "
+    "several take turns"
 )
 """Note about a pipeline of experts."""
 OWN_LEVELS = "with the pipeline's own noise levels alone: its call takes no others"
@@ -147,7 +147,7 @@ class EngineBench:
             dials=dials,
             cache_costs=found["cache_costs"],
             places=places,
-            notes=[*self._no_caches(fitted, dials, skipping), *[OWN_LEVELS] * (not places)],
+            notes=[*(self._no_caches(dials) if skipping else ()), *[OWN_LEVELS] * (not places)],
             runs=found["runs"],
         )
 
@@ -218,13 +218,16 @@ class EngineBench:
             self._references[prompt], _ = self._generate(full_resolution(self._steps), prompt)
         return self._references[prompt]
 
-    def _cost_table(self, probe: Prompt, cache: StepCache) -> dict[str, float]:
+    def _cost_table(
+        self, probe: Prompt, cache: StepCache, *, warm_up: bool = True
+    ) -> dict[str, float]:
         return step_costs(
             lambda policy, cache: self._probe(policy, cache, probe),
             [entry.patch for entry in self._engine.artifact.manifest.buckets],
             self._steps,
             cache=cache,
             unit=self._unit,
+            warm_up=warm_up,
         )
 
     def _measured(self, probe: Prompt, dials: Sequence[CacheDial]) -> dict[str, Any]:
@@ -238,7 +241,7 @@ class EngineBench:
                 ends[dial.name] = found
                 name = type(dial.cache).__name__
                 if name not in cache_costs:
-                    cache_costs[name] = self._cost_table(probe, dial.alternating)
+                    cache_costs[name] = self._cost_table(probe, dial.alternating, warm_up=False)
         return {
             "costs": costs,
             "taus": taus,
@@ -247,13 +250,12 @@ class EngineBench:
             "runs": self.runs,
         }
 
-    def _no_caches(
-        self, fitted: Sequence[CacheDial], dials: Sequence[CacheDial], skipping: bool
-    ) -> list[str]:
-        if dials or not skipping:
-            return []
-        if fitted:
+    def _no_caches(self, dials: Sequence[CacheDial]) -> list[str]:
+        """What is said of the step caches that cannot be searched."""
+        if not dials:
             return [f"without plans that skip steps: of {self._steps} steps none may"]
+        if any(dial.fit is not None for dial in dials):
+            return []
         return [SEVERAL_MODELS if several_models(self._engine) else NO_FIT]
 
 

@@ -12,8 +12,6 @@ from ddit_rt.policies import (
     FinePolicy,
     NoCache,
     PatchPolicy,
-    SeaCache,
-    StaticCache,
     StaticPolicy,
     StepCache,
     policy_from_dict,

@@ -11,7 +11,7 @@ from ddit_rt.lab.plans.dial import on_log_scale
 from ddit_rt.loop import RunTrace
 from ddit_rt.models import family_named
 from ddit_rt.planning.outline import model_fits
-from ddit_rt.policies import MagCache, StepCache, TeaCache
+from ddit_rt.policies import MagCache, SeaCache, StaticCache, StepCache, TeaCache
 
 LEVELS = 48
 """Levels of a step cache's dial."""
@@ -70,19 +70,31 @@ STEP_CACHES = (
         fit="teacache",
         cache=TeaCache(0.0),
         alternating=_TEA,
-        varied={"first": (3, 6), "last": (2,)},
+        varied={"first": (3, 6), "last": (2,), "residual_order": (1,)},
     ),
     CacheDial(
         fit="teacache-ret",
         cache=TeaCache(0.0, use_ret_steps=True),
         alternating=replace(_TEA, use_ret_steps=True),
-        varied={"first": (3,), "last": (2,)},
+        varied={"first": (3,), "last": (2,), "residual_order": (1,)},
     ),
     CacheDial(
         fit="magcache",
         cache=MagCache(threshold=0.0),
         alternating=_MAG,
-        varied={"max_skip_steps": (5, 2), "retention_ratio": (0.1, 0.3)},
+        varied={"max_skip_steps": (5, 2), "retention_ratio": (0.1, 0.3), "residual_order": (1,)},
+    ),
+    CacheDial(
+        cache=SeaCache(0.0),
+        alternating=SeaCache(1e30, cache_end_steps=0, max_consecutive_cached=1),
+        varied={"max_consecutive_cached": (1, 4), "retention_steps": (3,), "residual_order": (0,)},
+    ),
+    CacheDial(
+        cache=StaticCache(2.0),
+        alternating=StaticCache(2.0, first=1, last=0),
+        turns="plan",
+        ends=(1.1, 5.0),
+        varied={"first": (2, 5), "residual_order": (0,)},
     ),
 )
 """All that a search may take, a line each."""
@@ -91,15 +103,16 @@ STEP_CACHES = (
 def searched_caches(engine: Any) -> tuple[CacheDial, ...]:
     """The step caches that may serve an engine's model: those that need no fit, or have theirs.
 
-    Empty where several models take turns, since a residual is of one.
+    A fit is for one model: where several take turns, those are left that need none. Where a
+    soundtrack goes along, there are none.
 
     Args:
         engine: The engine, with its pipeline.
     """
-    if several_models(engine):
+    if family_named(engine.artifact.manifest.family).soundtrack:
         return ()
     fits = model_fits(engine.pipeline.transformer, engine.artifact.manifest.cache_fits)
-    kinds = {None, *(fit.kind for fit in fits)}
+    kinds = {None, *(fit.kind for fit in fits if not several_models(engine))}
     return tuple(dial for dial in STEP_CACHES if dial.fit in kinds)
 
 

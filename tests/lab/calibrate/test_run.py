@@ -253,7 +253,7 @@ def test_same_seed_gives_the_same_calibration() -> None:
 def test_without_a_fit_the_search_says_so_and_goes_on() -> None:
     result = run(SyntheticBench(**ROUND), {"speedup": 2.0})
     (note,) = result.calibration.evidence["notes"]
-    assert "no step cache has a fit for this model; `ddit-rt calibrate" in note
+    assert "for this model there is none; `ddit-rt calibrate" in note
     assert result.calibration.evidence["step_caches"] == {}
     kinds = {point.candidate.kind for point in result.points}
     assert kinds == {"fine", "steps", "static", "dynamic"}
