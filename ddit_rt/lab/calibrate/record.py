@@ -45,6 +45,8 @@ def calibration_record(
         "balanced": winner,
         "fast": _fast(front, winner, target.shifted(STRONG, base)),
     }
+    # Far beyond the strongest target nothing was looked for.
+    front = [point for point in front if point.cost >= presets["fast"].cost / 2]
     prompts, held_out = config.split()
     evidence = {
         "verdict": decided.decision,
