@@ -38,9 +38,9 @@ class SyntheticBench:
 
     With a `reuse_loss` there is TeaCache. A step changes the model's input by
     `difficulty * (1.5 - k / N) / N`, and one that reuses loses `reuse_loss` times what has changed
-    since the latest computed step, which is what TeaCache compares with its threshold. Where the
-    share of coarse steps is c and that of reused ones r, `interaction * (1 - 4 c r)` is a factor
-    of what both lose together, at least a tenth.
+    since the latest computed step, which is what TeaCache compares with its threshold. With an
+    `interaction`, shares of coarse and of reused steps, what both lose together falls to a tenth
+    where a plan has just these shares, and by less around them.
     """
 
     steps: int = 24
@@ -49,7 +49,7 @@ class SyntheticBench:
     spread: float = 0.9
     blind: bool = False
     reuse_loss: float | None = None
-    interaction: float | None = None
+    interaction: tuple[float, float] | None = None
     best_shift: float = 1.0
     placing: float = 0.0
     offered: tuple[int, ...] = (1, 2, 4)
@@ -87,8 +87,9 @@ class SyntheticBench:
         added = sum(self.loss(prompt, k, size, steps) for k, size in enumerate(sizes))
         added += sum((self.reuse_loss or 0.0) * change for change in reused.values())
         if self.interaction is not None:
-            coarse = sum(size > 0 for size in sizes) / steps
-            added *= max(self.interaction * (1 - 4 * coarse * len(reused) / steps), 0.1)
+            shares = sum(size > 0 for size in sizes) / steps, len(reused) / steps
+            away = sum((a - b) ** 2 for a, b in zip(shares, self.interaction, strict=True))
+            added *= 1 - 0.9 * math.exp(-away / 0.12)
         loss = self.step_loss * (self.steps / steps - 1) * self._placed(candidate) + added
         computed = [size for k, size in enumerate(sizes) if k not in reused]
         cost = sum(COSTS[NAMES[size]] for size in computed) + len(reused)

@@ -81,9 +81,12 @@ class Space:
         ]
         found += [Genome(steps=self.steps, patches=rule) for rule in rules]
         found += [Genome(steps=self.steps, reuse=reuse) for reuse in reuses]
-        found += [
-            Genome(steps=self.steps, patches=rules[0], reuse=one) for one in reuses[:1] if rules
+        both: list[Static | Rule] = [
+            replace(one, count=self.steps // 2) for one in self._shapes()[-1:]
         ]
+        both += rules[:1]
+        for reuse in reuses[:1]:
+            found += [Genome(steps=self.steps, patches=one, reuse=reuse) for one in both]
         return [genome for genome in found if genome.makes_sense]
 
     def families(self) -> list[list[Genome]]:
