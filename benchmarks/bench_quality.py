@@ -43,9 +43,10 @@ error of the change from frame to frame, of 1, and `frames`, means over the vide
 
 **`caches`, `caches_video`** (`skip_demo.json`, `skip_demo_video.json`): DDiT and step caches, alone
 and together, at equal fidelity. Fits TeaCache and MagCache on prompts of their own; then looks, for
-every SSIM asked for, for the cheapest plan of each kind on a few search prompts; the plans found
-then draw the held-out prompts, taking turns prompt by prompt. `ddit_rt.lab.measure.timing` says
-what the denoising loop includes. Where no core is idle, run it with `--clock cpu`.
+every SSIM asked for, for the cheapest plan of each kind on a few search prompts, by the planner of
+`ddit-rt calibrate` (`--pictures` for each cache and SSIM); the plans found then draw the held-out
+prompts, taking turns prompt by prompt. `ddit_rt.lab.measure.timing` says what the denoising loop
+includes. Where no core is idle, run it with `--clock cpu`.
 
 - `fits`: by cache the fitted values with their evidence; `costs`: milliseconds of a step by path or
   step cache, and by what it did (`2p`, `2p reused`); `search`: `plans` that were run, `seconds`.
@@ -74,7 +75,7 @@ from typing import Any
 
 import torch
 from demo_models import DemoModel, image_model, video_model
-from quality_caches import CLOCKS, RULES, measure_caches
+from quality_caches import CLOCKS, measure_caches
 from quality_claims import claims
 from quality_paths import PAPER_TRAINED, SNR_TRAINED, TRAINING_FREE, CoarsePath, build_paths
 from quality_plot import draw_quality
@@ -149,16 +150,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=9, help="halvings of the range of tau")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.97, 0.95, 0.9])
     parser.add_argument("--fit-prompts", type=int, default=6, help="that caches are fitted on")
-    parser.add_argument("--taus", type=int, default=3, help="taus that each cache is tried with")
+    parser.add_argument("--pictures", type=int, default=200, help="of each search of `caches`")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="of the caches")
     parser.add_argument("--patch-sizes", nargs="+", default=["p", "2p", "4p"], help="of the caches")
     parser.add_argument("--backend", choices=["aot", "eager"], default="aot")
     parser.add_argument("--quick", action="store_true", help="2 prompts, 7 steps, 64 px, eager")
     args = parser.parse_args(argv)
-    args.rules = len(RULES)
     if args.quick:
-        vars(args).update(_QUICK, backend="eager", size=64, iterations=2, fit_prompts=1, taus=1)
-        vars(args).update(rules=1, targets=[0.97, 0.5], patch_sizes=["p", "2p"])
+        vars(args).update(
+            _QUICK, backend="eager", size=64, iterations=2, fit_prompts=1, pictures=40
+        )
+        vars(args).update(targets=[0.97, 0.5], patch_sizes=["p", "2p"])
         if args.out == RESULT:
             args.out = CACHE / "quick.json"
     if args.prompts is not None and args.prompts < 2:

@@ -19,33 +19,24 @@ from quality_paths import TRAINING_FREE
 from quality_rows import Row, fidelity_entry, steps_at
 from quality_runs import Plan, Runs, batch_of, reference
 from quality_search import (
-    CACHE_LEVELS,
     DDIT,
     FidelitySearch,
     Tried,
     coarse_share,
-    plan_of,
+    mean_of,
     reused_share,
-    with_cache,
 )
 from records import interval_entry
 
 from ddit_rt.lab.calibrate.cache_fit import fit_cache
+from ddit_rt.lab.calibrate.moves import Space
 from ddit_rt.lab.measure.statistics import mean_interval
 from ddit_rt.lab.measure.timing import Sample, measure
-from ddit_rt.lab.plans.candidates import (
-    CacheRange,
-    Dynamic,
-    FewerSteps,
-    Static,
-    Template,
-    ThresholdCache,
-)
 from ddit_rt.lab.plans.dial import TAU_PROBES, branch, tau_range
 from ddit_rt.lab.plans.points import Prompt
-from ddit_rt.lab.plans.step_caches import threshold_range
+from ddit_rt.lab.plans.step_caches import STEP_CACHES, CacheDial, threshold_range
 from ddit_rt.loop import RunTrace
-from ddit_rt.policies import CacheFit, DDiTPolicy, FinePolicy, MagCache, TeaCache
+from ddit_rt.policies import CacheFit, FinePolicy
 
 FEWER, STATIC = "fewer_steps", "static"
 CACHES = ("teacache", "magcache")
@@ -53,17 +44,6 @@ COMBINED = tuple(f"{DDIT}_{cache}" for cache in CACHES)
 KINDS = (FEWER, STATIC, DDIT, *CACHES, *COMBINED)
 """In the order of the table."""
 
-RULES = (
-    DDiTPolicy(criterion="raw"),
-    DDiTPolicy(refresh=None, criterion="raw"),
-    DDiTPolicy(warmup="coarse", criterion="raw"),
-    DDiTPolicy(warmup="coarse", refresh=None, criterion="raw"),
-)
-_MAGCACHES = (
-    MagCache(),
-    MagCache(max_skip_steps=6, retention_ratio=0.1),
-    MagCache(max_skip_steps=6, retention_ratio=0.0),
-)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 YES, NO, UNDECIDED, UNEQUAL = "yes", "no", "undecided", "not comparable"
 TOLERANCE = 0.02
@@ -81,12 +61,12 @@ def measure_caches(model: DemoModel, runs: Runs, args: argparse.Namespace) -> di
         kind: fit_cache(engine, kind, fitting, arguments=arguments, conditions={})
         for kind in CACHES
     }
-    ranges = cache_ranges(fits, runs, args.steps, searched[0])
-    kinds = {type(one.cache).__name__: one.cache for own in ranges.values() for one in own}
-    costs = runs.costs(args.steps, searched[0], args.repeats, tuple(kinds.values()))
+    dials = dials_of(fits, runs, args.steps, searched[0])
+    caches = tuple(dial.cache for dial in dials)
+    costs = runs.costs(args.steps, searched[0], args.repeats, caches)
     search = FidelitySearch(model=model, runs=runs, prompts=searched, steps=args.steps, costs=costs)
     started = time.perf_counter()
-    look(search, ranges, args)
+    look(search, dials, args)
     seconds = time.perf_counter() - started
     print(f"search: {len(search.tried)} plans in {seconds:.0f} s", file=sys.stderr)
     return {
@@ -123,7 +103,7 @@ def settings(
 ) -> dict[str, Any]:
     """The entry `settings`."""
     fitting, searched, held_out = ([prompt.text for prompt in one] for one in prompts)
-    names = ("targets", "steps", "taus", "repeats", "patch_sizes", "backend", "clock")
+    names = ("targets", "steps", "pictures", "repeats", "patch_sizes", "backend", "clock")
     return {
         **{name: getattr(args, name) for name in names},
         "arguments": model.arguments,
@@ -134,58 +114,35 @@ def settings(
     }
 
 
-def cache_ranges(
+def dials_of(
     fits: Mapping[str, CacheFit], runs: Runs, steps: int, prompt: Prompt
-) -> dict[str, list[CacheRange]]:
-    """Every step cache in each of its shapes, and the thresholds that are worth trying."""
-    shapes: dict[str, list[ThresholdCache]] = {
-        "teacache": [TeaCache(0.0, coefficients=fits["teacache"].values)],
-        "magcache": [
-            replace(shape, threshold=0.0, mag_ratios=fits["magcache"].values)
-            for shape in _MAGCACHES
-        ],
-    }
-    found: dict[str, list[CacheRange]] = {}
-    for name, caches in shapes.items():
-        for cache in caches:
-            plan = Plan(policy=FinePolicy(), steps=steps, cache=cache)
-            ends = threshold_range(runs.trace(plan, prompt))
-            if ends is not None:
-                found.setdefault(name, []).append(CacheRange(cache=cache, thresholds=ends))
+) -> list[CacheDial]:
+    """Every step cache with its fit, and the thresholds that are worth trying."""
+    fields = {"teacache": "coefficients", "magcache": "mag_ratios"}
+    found = []
+    for dial in STEP_CACHES:
+        if dial.fit is None or dial.fit not in fits:
+            continue
+        fitted: dict[str, Any] = {fields[dial.fit]: fits[dial.fit].values}
+        own = replace(dial, cache=replace(dial.cache, **fitted))  # type: ignore[type-var]
+        trace = runs.trace(Plan(policy=FinePolicy(), steps=steps, cache=own.cache), prompt)
+        if (ends := threshold_range(trace)) is not None:
+            found.append(replace(own, ends=ends))
     return found
 
 
-def look(
-    search: FidelitySearch, caches: Mapping[str, Sequence[CacheRange]], args: argparse.Namespace
-) -> None:
-    """Runs plans of every kind on the search prompts."""
-    steps, coarse, targets = args.steps, search.runs.sizes()[1:], args.targets
-    probes = [Plan(policy=policy, steps=steps) for policy in TAU_PROBES]
+def look(search: FidelitySearch, dials: Sequence[CacheDial], args: argparse.Namespace) -> None:
+    """Runs plans of every kind on the search prompts, with each step cache in turn."""
+    probes = [Plan(policy=policy, steps=args.steps) for policy in TAU_PROBES]
     traces = [search.runs.trace(plan, prompt) for plan in probes for prompt in search.prompts[:2]]
-    # A size of twice the side has about the half of the other's threshold at equal error.
-    factors = tuple((size, 0.5**place) for place, size in enumerate(coarse))
-    rules = [
-        Dynamic(steps=steps, factors=factors, taus=tau_range(traces), policy=rule)
-        for rule in RULES[: args.rules]
-    ]
-    dials: list[tuple[str, Template]] = [(FEWER, FewerSteps(steps=steps))]
-    dials += [(STATIC, Static(steps=steps, coarse=(size,))) for size in coarse]
-    dials += [(DDIT, rule) for rule in rules]
-    for kind, template in dials:
-        search.sweep(_at(template, kind), template.levels, targets)
-    for name, ranges in caches.items():
-        for cache in ranges:
-            search.sweep(_cached_at(steps, name, cache), CACHE_LEVELS, targets)
-            for rule in rules:
-                search.sweep_pairs(rule, f"{DDIT}_{name}", cache, targets, args.taus)
-
-
-def _at(template: Template, kind: str) -> Callable[[int], Plan]:
-    return lambda level: plan_of(template.at(level), kind)
-
-
-def _cached_at(steps: int, kind: str, cache: CacheRange) -> Callable[[int], Plan]:
-    return lambda level: with_cache(reference(steps), kind, cache, level)
+    for dial in dials:
+        space = Space(
+            steps=args.steps,
+            costs=search.costs.milliseconds[TRAINING_FREE],
+            taus=tau_range(traces),
+            dials=[dial],
+        )
+        search.look(space, args.targets, args.pictures)
 
 
 def confirmed(
@@ -200,7 +157,8 @@ def confirmed(
         }
         for target in args.targets
     }
-    whole = search.run(reference(args.steps))
+    fine = reference(args.steps)
+    whole = mean_of([search.run(fine, prompt) for prompt in search.prompts])
     plans = {whole.plan.key: whole}
     plans |= {tried.plan.key: tried for kinds in chosen.values() for tried in kinds.values()}
     started = time.perf_counter()

@@ -23,7 +23,6 @@ from torch import Tensor
 import ddit_rt
 from ddit_rt import ops
 from ddit_rt.lab.measure.timing import Batch, Generation, Method, Pixels, engine_method
-from ddit_rt.lab.plans.candidates import ThresholdCache
 from ddit_rt.lab.plans.dial import branch, step_costs
 from ddit_rt.lab.plans.points import Prompt
 from ddit_rt.lab.plans.step_caches import alternating
@@ -168,7 +167,7 @@ class Runs:
         return [entry.patch for entry in engine.artifact.manifest.buckets]
 
     def costs(
-        self, steps: int, prompt: Prompt, repeats: int, caches: Sequence[ThresholdCache] = ()
+        self, steps: int, prompt: Prompt, repeats: int, caches: Sequence[StepCache] = ()
     ) -> StepCosts:
         """Cost of one step, by path or step cache: medians over the steps of static runs."""
         known = [steps, asdict(prompt), repeats, torch.get_num_threads()]
@@ -183,7 +182,7 @@ class Runs:
         return costs
 
     def _measure_costs(
-        self, steps: int, prompt: Prompt, repeats: int, caches: Sequence[ThresholdCache]
+        self, steps: int, prompt: Prompt, repeats: int, caches: Sequence[StepCache]
     ) -> StepCosts:
         tables: dict[str, tuple[str, StepCache]] = {name: (name, NoCache()) for name in self.paths}
         tables |= {type(one).__name__: (TRAINING_FREE, alternating(one)) for one in caches}

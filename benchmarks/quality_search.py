@@ -1,9 +1,9 @@
 """Searches over plans: for a rule or a static plan at a cost, or the cheapest plan at a fidelity.
 
-All turn a dial by bisection, on prompts of their own. At a fixed tau two rules spend different
-amounts, and a comparison says nothing: so a tau is looked for at which a rule spends a given share
-of the tokens of full resolution. What a plan costs is read from a table of measured step times, so
-that no search follows the noise of a clock.
+The first turn a dial by bisection, the last is the planner's; on prompts of their own. At a fixed
+tau two rules spend different amounts, and a comparison says nothing: so a tau is looked for at
+which a rule spends a given share of the tokens of full resolution. What a plan costs is read from a
+table of measured step times, so that no search follows the noise of a clock.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from demo_models import DemoModel
 from quality_rows import Judge, Row
 from quality_runs import QUANTILE, Plan, Runs, StepCosts, reference
 
-from ddit_rt.lab.plans.candidates import CacheRange, Candidate, Static, Template
+from ddit_rt.lab.calibrate.moves import Space
+from ddit_rt.lab.calibrate.search import Search
+from ddit_rt.lab.plans.candidates import CACHED, COMBINED, DYNAMIC, STATIC, STEPS, Candidate
 from ddit_rt.lab.plans.dial import highest, on_log_scale
-from ddit_rt.lab.plans.points import Prompt
-from ddit_rt.policies import PatchPolicy
+from ddit_rt.lab.plans.genome import Genome, Static
+from ddit_rt.lab.plans.points import Measurement, Prompt
+from ddit_rt.lab.plans.target import GENTLE, STRONG, Target
+from ddit_rt.policies import DDiTPolicy, PatchPolicy
 
 DDIT = "ddit"
-CACHE_LEVELS = 24
-PlanAt = Callable[[int], Plan]
 MakePolicy = Callable[[float], PatchPolicy]
 _TAU_RANGE = (1e-5, 1.0)
 
@@ -84,10 +85,9 @@ class Matcher:
         """The static plan that is best, on the search's prompts, of those that take no longer."""
         best: tuple[float, Candidate] | None = None
         whole = self.judge.runs.run(reference(self.steps), self.search_prompts).images
-        for template in static_templates(self.steps):
-            level = self._level(template, row["loop_ms"])
-            if level is not None:
-                candidate = template.at(level)
+        for shape in STATIC_SHAPES:
+            candidate = self._within(shape, row["loop_ms"])
+            if candidate is not None:
                 images = self.judge.runs.run(self._plan(candidate.policy), self.search_prompts)
                 ssim = statistics.fmean(self.judge.model.compare(images.images, whole).ssim)
                 if best is None or ssim > best[0]:
@@ -107,37 +107,22 @@ class Matcher:
         tokens = statistics.fmean(costs.loop_tokens(one) for one in made.branches)
         return tokens / (costs.tokens["p"] * self.steps)
 
-    def _level(self, template: Static, loop_ms: float) -> int | None:
-        """The fewest coarse steps, at least one, with which a template takes no longer."""
-        for level in range(1, template.levels + 1):
-            sizes = [size for size, count in template.sizes(level).items() for _ in range(count)]
-            plan = self._plan(template.at(level).policy)
-            if self.judge.costs.loop_ms(plan, sizes) <= loop_ms:
-                return level
+    def _within(self, shape: Static, loop_ms: float) -> Candidate | None:
+        """The fewest coarse steps, at least one, with which a static plan takes no longer."""
+        for count in range(1, len(shape.free(self.steps)) + 1):
+            patches = replace(shape, count=count)
+            candidate = Genome(steps=self.steps, patches=patches).candidate()
+            plan = self._plan(candidate.policy)
+            if self.judge.costs.loop_ms(plan, patches.plan(self.steps)) <= loop_ms:
+                return candidate
         return None
 
 
-def static_templates(steps: int) -> list[Static]:
-    """Static plans that are tried as baselines: interleaved after three steps at p, or a block."""
-    interleaved = [
-        Static(steps=steps, coarse=coarse) for coarse in (("2p",), ("4p",), ("4p", "2p"))
-    ]
-    blocks = [
-        Static(steps=steps, coarse=coarse, head=0, refresh=None)
-        for coarse in (("2p",), ("4p", "2p"))
-    ]
-    return [*interleaved, *blocks]
-
-
-def plan_of(candidate: Candidate, kind: str) -> Plan:
-    """A candidate as a plan that the benchmark runs."""
-    return Plan(
-        policy=candidate.policy,
-        steps=candidate.num_inference_steps,
-        cache=candidate.step_cache,
-        kind=kind,
-        label=candidate.label,
-    )
+STATIC_SHAPES = (
+    *(Static(count=1, sizes=sizes) for sizes in (("2p",), ("4p",), ("4p", "2p"))),
+    *(Static(count=1, sizes=one, head=0, refresh=None) for one in (("2p",), ("4p", "2p"))),
+)
+"""Static plans that are tried as baselines: interleaved after three steps at p, or a block."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,10 +146,7 @@ class Tried:
 
 @dataclass(kw_only=True)
 class FidelitySearch:
-    """The cheapest plan of each kind at a given SSIM, found on a few prompts.
-
-    Two dials together: for several taus, none of which is too coarse by itself, the threshold of a
-    cache is turned in the same way.
+    """The cheapest plan of each kind at a given SSIM, found on a few prompts by the planner.
 
     Attributes:
         model: What draws.
@@ -172,7 +154,7 @@ class FidelitySearch:
         prompts: The search prompts.
         steps: Steps of the reference.
         costs: Of a step.
-        tried: What was run, by the plan's key.
+        tried: What was run on each prompt, by the plan's key.
     """
 
     model: DemoModel
@@ -180,58 +162,63 @@ class FidelitySearch:
     prompts: tuple[Prompt, ...]
     steps: int
     costs: StepCosts
-    tried: dict[str, Tried] = field(default_factory=dict)
+    tried: dict[str, dict[Prompt, Tried]] = field(default_factory=dict)
 
-    def run(self, plan: Plan) -> Tried:
-        """A plan's fidelity and cost."""
-        if plan.key not in self.tried:
-            whole = self.runs.run(reference(self.steps), self.prompts).images
-            made = self.runs.run(plan, self.prompts)
-            own = self.tried[plan.key] = Tried(
-                plan=plan,
-                ssim=statistics.fmean(self.model.compare(made.images, whole).ssim),
-                cost_ms=statistics.fmean(self.costs.loop_ms(plan, one) for one in made.branches),
-                coarse=statistics.fmean(map(coarse_share, made.branches)),
-                reused=statistics.fmean(map(reused_share, made.branches)),
+    def look(self, space: Space, targets: Sequence[float], pictures: int) -> None:
+        """Lets the planner look for plans at each target.
+
+        Args:
+            space: What plans can be made of.
+            targets: SSIM of the search prompts.
+            pictures: Budget of each search.
+        """
+        base = space.costs["p"] * self.steps
+        for ssim in targets:
+            target = Target(min_ssim=ssim)
+            ends = [target.shifted(power, base) for power in (GENTLE, STRONG)]
+            search = Search(
+                space=space,
+                evaluator=self,
+                prompts=self.prompts,
+                targets=[target, *ends],
+                pictures=pictures,
             )
-            print(f"{own.ssim:.3f} {plan.label}", file=sys.stderr, flush=True)
-        return self.tried[plan.key]
+            search.run()
+            tried = len(search.tried)
+            print(f"SSIM {ssim}: {tried} plans, {search.spent} pictures", file=sys.stderr)
 
-    def sweep(self, plan_at: PlanAt, levels: int, targets: Sequence[float]) -> int:
-        """Turns a dial as far as each target allows; the level of the lowest target.
+    def evaluate(self, candidate: Candidate, prompts: Sequence[Prompt]) -> Measurement:
+        """See `Evaluator.evaluate`."""
+        plan = Plan(
+            policy=candidate.policy,
+            steps=candidate.num_inference_steps,
+            cache=candidate.step_cache,
+            kind=table_kind(candidate),
+            label=candidate.label,
+        )
+        own = [self.run(plan, prompt) for prompt in prompts]
+        return Measurement.of([(tried.cost_ms, tried.ssim, None) for tried in own])
 
-        Args:
-            plan_at: The plan of a level.
-            levels: The highest level.
-            targets: SSIM of the search prompts.
-        """
-        reached = 0
-        for target in sorted(targets, reverse=True):
-            reached = highest(levels, lambda level: self.run(plan_at(level)).ssim >= target)  # noqa: B023
-        return reached
+    def run(self, plan: Plan, prompt: Prompt) -> Tried:
+        """A plan's fidelity and cost on one prompt."""
+        known = self.tried.setdefault(plan.key, {})
+        if prompt not in known:
+            whole = self.runs.run(reference(self.steps), [prompt]).images
+            made = self.runs.run(plan, [prompt])
+            (branches,) = made.branches
+            known[prompt] = Tried(
+                plan=plan,
+                ssim=self.model.compare(made.images, whole).ssim[0],
+                cost_ms=self.costs.loop_ms(plan, branches),
+                coarse=coarse_share(branches),
+                reused=reused_share(branches),
+            )
+        return known[prompt]
 
-    def sweep_pairs(
-        self, rule: Template, kind: str, cache: CacheRange, targets: Sequence[float], count: int
-    ) -> None:
-        """Turns a cache's threshold for several taus.
-
-        Args:
-            rule: The rule, by tau.
-            kind: Of the rule with the cache.
-            cache: The cache.
-            targets: SSIM of the search prompts.
-            count: Taus, evenly over those that take coarse steps and meet the lowest target.
-        """
-
-        def alone(level: int) -> Plan:
-            return plan_of(rule.at(level), DDIT)
-
-        first = highest(rule.levels, lambda level: self.run(alone(level)).coarse == 0)
-        last = self.sweep(alone, rule.levels, [min(targets)])
-        for level in spread_levels(first + 1, last, count):
-            plan = alone(level)
-            within = [target for target in targets if self.run(plan).ssim >= target]
-            self.sweep(partial(with_cache, plan, kind, cache), CACHE_LEVELS, within)
+    def found(self) -> list[Tried]:
+        """Every plan that was run on all prompts."""
+        whole = [own for own in self.tried.values() if len(own) == len(self.prompts)]
+        return [mean_of(list(own.values())) for own in whole]
 
     def cheapest(self, kind: str, target: float, *, both: bool) -> Tried | None:
         """The cheapest plan of a kind that met a target.
@@ -241,32 +228,35 @@ class FidelitySearch:
             target: SSIM of the search prompts.
             both: Whether it must take coarse steps and reuse.
         """
-        found = [
+        met = [
             tried
-            for tried in self.tried.values()
+            for tried in self.found()
             if tried.plan.kind == kind
             and tried.ssim >= target
             and (not both or (tried.coarse > 0 and tried.reused > 0))
         ]
-        return min(found, key=lambda tried: tried.cost_ms, default=None)
+        return min(met, key=lambda tried: tried.cost_ms, default=None)
 
 
-def with_cache(plan: Plan, kind: str, cache: CacheRange, level: int) -> Plan:
-    """A plan with a step cache: the threshold rises with the level, and at 0 there is none."""
-    if level == 0:
-        return plan
-    threshold = on_log_scale(cache.thresholds, level - 1, CACHE_LEVELS - 1)
-    chosen = replace(cache.cache, threshold=threshold)
-    name = f"{type(chosen).__name__} {threshold:g}"
-    return replace(plan, kind=kind, cache=chosen, label=f"{plan.label} + {name}")
+def mean_of(tried: Sequence[Tried]) -> Tried:
+    """What a plan came to on average."""
+    return Tried(
+        plan=tried[0].plan,
+        ssim=statistics.fmean(one.ssim for one in tried),
+        cost_ms=statistics.fmean(one.cost_ms for one in tried),
+        coarse=statistics.fmean(one.coarse for one in tried),
+        reused=statistics.fmean(one.reused for one in tried),
+    )
 
 
-def spread_levels(first: int, last: int, count: int) -> list[int]:
-    """At most `count` levels from the first to the last, evenly; none where they cross."""
-    if first > last:
-        return []
-    gaps = max(count - 1, 1)
-    return sorted({round(first + (last - first) * place / gaps) for place in range(count)})
+def table_kind(candidate: Candidate) -> str:
+    """What the tables call plans of a candidate's kind."""
+    cache = type(candidate.step_cache).__name__.lower()
+    names = {STEPS: "fewer_steps", DYNAMIC: DDIT, CACHED: cache}
+    if candidate.kind == COMBINED:
+        rule = DDIT if isinstance(candidate.policy, DDiTPolicy) else STATIC
+        return f"{rule}_{cache}"
+    return names.get(candidate.kind, candidate.kind)
 
 
 def coarse_share(branches: Sequence[str]) -> float:

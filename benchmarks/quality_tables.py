@@ -11,7 +11,8 @@ from quality_runs import MEAN, Plan, reference
 from quality_search import MakePolicy, Matcher
 
 from ddit_rt.lab.demo.plans import VIDEO_POLICY, demo_plans
-from ddit_rt.lab.plans.candidates import Static
+from ddit_rt.lab.plans.candidates import Candidate
+from ddit_rt.lab.plans.genome import Genome, Static
 from ddit_rt.policies import DDiTPolicy, PatchPolicy, StaticPolicy
 
 PAPER_TAU, PAPER_RHO = 1e-3, 0.4
@@ -130,9 +131,7 @@ def _adapters(matcher: Matcher, _grid: Grid) -> list[Row]:
 
 def adapter_plans(steps: int) -> list[tuple[str, str, StaticPolicy]]:
     """Static plans that the coarse steps are compared on: key, label, policy."""
-    interleaved = Static(steps=steps, coarse=("2p",))
-    policy = interleaved.at(interleaved.levels).policy
-    assert isinstance(policy, StaticPolicy)
+    policy = StaticPolicy(Static(count=steps, sizes=("2p",)).plan(steps))
     coarse = round(0.6 * steps)
     later = ["p"] * 3 + ["2p"] * coarse + ["p"] * (steps - 3 - coarse)
     return [
@@ -209,22 +208,16 @@ def _video_plans(steps: int, grid: VideoGrid) -> list[tuple[str, str, str, Patch
     """Name, label, kind and policy: the demo's plans, shares of coarse steps, rules by tau."""
     _, static, dynamic = demo_plans(steps, VIDEO_POLICY)
     statics = [
-        (f"{size}_{share:g}", Static(steps=steps, coarse=(size,)), share)
+        (f"{size}_{share:g}", Static(count=round(share * steps), sizes=(size,)))
         for size in COARSE
         for share in grid.shares
     ]
+    block, most = f"{grid.block:g}_block", round(grid.block * steps)
     statics += [
-        (
-            f"{size}_{grid.block:g}_block",
-            Static(steps=steps, coarse=(size,), head=0, tail=0, refresh=None),
-            grid.block,
-        )
+        (f"{size}_{block}", Static(count=most, sizes=(size,), head=0, tail=0, refresh=None))
         for size in COARSE
     ]
-    chosen = [
-        (name, template.at(max(1, min(template.levels, round(share * steps)))))
-        for name, template, share in statics
-    ]
+    chosen = [(name, _static(patches, steps)) for name, patches in statics]
     return [
         ("demo_static", "static, as in the demo", "static", static.policy),
         ("demo_dynamic", "dynamic, as in the demo", "dynamic", dynamic.policy),
@@ -248,3 +241,8 @@ def _video_plans(steps: int, grid: VideoGrid) -> list[tuple[str, str, str, Patch
             for tau in grid.paper_taus
         ),
     ]
+
+
+def _static(patches: Static, steps: int) -> Candidate:
+    count = max(1, min(len(patches.free(steps)), patches.count))
+    return Genome(steps=steps, patches=replace(patches, count=count)).candidate()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
-from ddit_rt.lab.calibrate import CacheRange, Candidate, Measurement, Prompt
+from ddit_rt.lab.calibrate import Candidate, Measurement, Prompt
 from ddit_rt.lab.measure.measures import IMAGE, Measure
-from ddit_rt.lab.plans.bench import NO_FIT
+from ddit_rt.lab.plans.bench import NO_FIT, Tables
+from ddit_rt.lab.plans.step_caches import STEP_CACHES
 from ddit_rt.policies import (
     DYNAMIC,
     CacheFit,
@@ -16,7 +17,6 @@ from ddit_rt.policies import (
     CacheTable,
     PatchPolicy,
     Schedule,
-    TeaCache,
 )
 
 NAMES = ("p", "2p", "4p")
@@ -28,16 +28,19 @@ FIT = CacheFit(kind="teacache", values=(1.0, 0.0), source="a test")
 class SyntheticBench:
     """Every step taken coarse loses similarity of its own, and so does every step left out.
 
-    A coarse step k of N loses `coarse_loss * difficulty * weight(size) * (2 k + 1) / N^2`, where
-    difficulty is a prompt's: `1 + spread * (-1 to 1)`, by its seed. N steps instead of `steps` lose
-    `step_loss * (steps / N - 1)`. Losses add up; SSIM is exp(-loss).
+    A coarse step at level x of the noise, 1 to 0, loses `coarse_loss * difficulty * weight(size) *
+    (3 - 2 x) / N`, where difficulty is a prompt's: `1 + spread * (-1 to 1)`, by its seed. N steps
+    instead of `steps` lose `step_loss * (steps / N - 1)`, and that times
+    `1 + placing * log(shift / best_shift)^2`. Losses add up; SSIM is exp(-loss).
 
     The score of a step is its loss, so a threshold on it is the optimal rule; with `blind`, it
     falls when the loss rises, and no threshold is of any use.
 
     With a `reuse_loss` there is TeaCache. A step changes the model's input by
     `difficulty * (1.5 - k / N) / N`, and one that reuses loses `reuse_loss` times what has changed
-    since the latest computed step, which is what TeaCache compares with its threshold.
+    since the latest computed step, which is what TeaCache compares with its threshold. With an
+    `interaction`, shares of coarse and of reused steps, what both lose together falls to a tenth
+    where a plan has just these shares, and by less around them.
     """
 
     steps: int = 24
@@ -46,45 +49,51 @@ class SyntheticBench:
     spread: float = 0.9
     blind: bool = False
     reuse_loss: float | None = None
+    interaction: tuple[float, float] | None = None
+    best_shift: float = 1.0
+    placing: float = 0.0
     offered: tuple[int, ...] = (1, 2, 4)
-    evaluated: list[str] = field(default_factory=list)
-    taus: tuple[float, float] = (1e-3, 1.0)
+    evaluated: list[tuple[str, str]] = field(default_factory=list)
     measure: Measure = IMAGE
+    die_at: int | None = None
 
     @property
-    def costs(self) -> dict[str, float]:
-        return COSTS if len(self.offered) > 1 else {"p": 10.0}
-
-    @property
-    def caches(self) -> tuple[CacheRange, ...]:
-        entry = CacheRange(cache=TeaCache(0.0), thresholds=(0.02, 1.0))
-        return () if self.reuse_loss is None else (entry,)
-
-    @property
-    def cache_costs(self) -> Mapping[str, Mapping[str, float]]:
+    def tables(self) -> Tables:
+        costs = COSTS if len(self.offered) > 1 else {"p": 10.0}
+        dial = replace(STEP_CACHES[0], ends=(0.02, 1.0))
         reused = {f"{name} reused": 1.0 for name in COSTS}
-        return {} if self.reuse_loss is None else {"TeaCache": {**COSTS, **reused}}
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (NO_FIT,) if self.reuse_loss is None else ()
+        caches = self.reuse_loss is not None
+        return Tables(
+            steps=self.steps,
+            measure=self.measure,
+            costs=costs,
+            taus=(1e-3, 1.0),
+            dials=[dial] if caches else [],
+            cache_costs={"TeaCache": {**COSTS, **reused}} if caches else {},
+            places=self.placing > 0,
+            notes=[] if caches else [NO_FIT],
+        )
 
     def evaluate(self, candidate: Candidate, prompts: Sequence[Prompt]) -> Measurement:
-        self.evaluated += [prompt.text for prompt in prompts]
+        return Measurement.of([self._one(candidate, prompt) for prompt in prompts])
+
+    def _one(self, candidate: Candidate, prompt: Prompt) -> tuple[float, float, float]:
+        if self.die_at is not None and len(self.evaluated) >= self.die_at:
+            raise KeyboardInterrupt
+        self.evaluated.append((candidate.key, prompt.text))
         steps = candidate.num_inference_steps
-        costs, similarity = [], []
-        for prompt in prompts:
-            sizes = self._sizes(candidate.policy, prompt, steps)
-            reused = self._reused(candidate, prompt, sizes)
-            loss = self.step_loss * (self.steps / steps - 1)
-            loss += sum(self.loss(prompt, k, size, steps) for k, size in enumerate(sizes))
-            loss += sum((self.reuse_loss or 0.0) * change for change in reused.values())
-            computed = [size for k, size in enumerate(sizes) if k not in reused]
-            costs.append(sum(self.costs[NAMES[size]] for size in computed) + len(reused))
-            similarity.append(math.exp(-loss))
-        return Measurement(
-            cost=sum(costs) / len(costs), similarity=tuple(similarity), psnr=(30.0,) * len(costs)
-        )
+        sizes = self._sizes(candidate.policy, prompt, steps)
+        reused = self._reused(candidate, prompt, sizes)
+        added = sum(self.loss(prompt, k, size, steps) for k, size in enumerate(sizes))
+        added += sum((self.reuse_loss or 0.0) * change for change in reused.values())
+        if self.interaction is not None:
+            shares = sum(size > 0 for size in sizes) / steps, len(reused) / steps
+            away = sum((a - b) ** 2 for a, b in zip(shares, self.interaction, strict=True))
+            added *= 1 - 0.9 * math.exp(-away / 0.12)
+        loss = self.step_loss * (self.steps / steps - 1) * self._placed(candidate) + added
+        computed = [size for k, size in enumerate(sizes) if k not in reused]
+        cost = sum(COSTS[NAMES[size]] for size in computed) + len(reused)
+        return cost, math.exp(-loss), 30.0
 
     def confirm(
         self, candidates: Sequence[Candidate], prompts: Sequence[Prompt]
@@ -96,6 +105,13 @@ class SyntheticBench:
             return 0.0
         scale = self.coarse_loss * self._difficulty(prompt) * (1.0, 2.0)[bucket - 1]
         return scale * (2 * step + 1) / steps**2
+
+    def _placed(self, candidate: Candidate) -> float:
+        shift = 1.0
+        if candidate.sigmas is not None and len(candidate.sigmas) > 1:
+            (even, level) = 1 - 1 / len(candidate.sigmas), candidate.sigmas[1]
+            shift = level * (1 - even) / (even * (1 - level))
+        return 1 + self.placing * math.log(shift / self.best_shift) ** 2
 
     def _difficulty(self, prompt: Prompt) -> float:
         # Spread evenly over any run of seeds: the golden ratio's multiples.

@@ -18,8 +18,8 @@ class CalibratedPlan:
     """One measured plan; its figures are means over the calibration prompts.
 
     Attributes:
-        kind: `"fine"` (the reference), `"steps"` (fewer fine steps), `"static"`, `"cached"` (fine
-            steps with a step cache), `"dynamic"`, or `"combined"` (dynamic with a step cache).
+        kind: `"fine"` (the reference), `"steps"` (fine steps), `"static"`, `"cached"` (fine steps
+            with a step cache), `"dynamic"`, or `"combined"` (coarse steps and a step cache).
         label: The plan in a few words.
         policy: `PatchPolicy.to_dict` of its policy.
         num_inference_steps: Steps that it runs; fewer than the calibration's own where fewer
@@ -31,6 +31,7 @@ class CalibratedPlan:
         psnr: Signal-to-noise ratio in dB, of images and videos to the peak; None where everything
             equals its reference.
         step_cache: `StepCache.to_dict` of its step cache; None: every step computes.
+        sigmas: Noise levels of its steps, as the pipeline's call takes them; None: its own.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class CalibratedPlan:
     ssim: float
     psnr: float | None
     step_cache: dict[str, Any] | None = None
+    sigmas: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

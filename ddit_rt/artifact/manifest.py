@@ -24,13 +24,16 @@ from ddit_rt.blocks.package import dtype_name
 from ddit_rt.errors import ArtifactError
 from ddit_rt.policies import CacheFit
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 _ADDED = {"calibrations": 2, "step_cache": 3, "cache_fits": 3, "block_changes": 5}
 """The version that added an entry. A manifest stays what it was until it gets one, since its
 digest, which trust hangs on, is that of its text."""
 
-_PLANS_WITH_CACHE = 4
-"""The version that added `step_cache` to calibrated plans, to the same rule."""
+_ADDED_TO_PLANS = {"step_cache": 4, "sigmas": 6}
+"""The version that added an entry to calibrated plans, to the same rule."""
+
+_BASE_VERSION = 4
+"""The version of a new manifest without entries that were added later."""
 
 MANIFEST_NAME = "manifest.json"
 
@@ -158,7 +161,7 @@ class Manifest:
         config = public_config(transformer.config)  # type: ignore[arg-type]
         return cls(
             # As old as its entries allow, so that as many versions as can read it.
-            schema_version=SCHEMA_VERSION if block_changes else _PLANS_WITH_CACHE,
+            schema_version=_ADDED["block_changes"] if block_changes else _BASE_VERSION,
             project_version=project_version,
             family=family,
             transformer_class=type(transformer).__name__,
@@ -181,9 +184,9 @@ class Manifest:
         for name, version in _ADDED.items():
             if version > self.schema_version:
                 del plain[name]
-        if self.schema_version < _PLANS_WITH_CACHE:
-            for plan in _plain_plans(plain):
-                del plan["step_cache"]
+        for name, version in _ADDED_TO_PLANS.items():
+            for plan in _plain_plans(plain) if version > self.schema_version else ():
+                del plan[name]
         return json.dumps(plain, indent=1, sort_keys=True) + "\n"
 
     def with_calibration(self, calibration: Calibration) -> Manifest:
@@ -194,9 +197,13 @@ class Manifest:
             if entry.num_inference_steps != calibration.num_inference_steps
         )
         entries = sorted((*others, calibration), key=lambda entry: entry.num_inference_steps)
-        cached = any(plan.step_cache is not None for entry in entries for plan in entry.plans)
-        needed = _PLANS_WITH_CACHE if cached else _ADDED["calibrations"]
-        version = max(self.schema_version, needed)
+        plans = [plan for entry in entries for plan in entry.plans]
+        needed = [
+            version
+            for name, version in _ADDED_TO_PLANS.items()
+            if any(getattr(plan, name) is not None for plan in plans)
+        ]
+        version = max(self.schema_version, _ADDED["calibrations"], *needed)
         return replace(self, schema_version=version, calibrations=tuple(entries))
 
     def with_cache_fit(self, fit: CacheFit) -> Manifest:
@@ -232,9 +239,14 @@ class Manifest:
                 f"{MANIFEST_NAME}: unknown entries {later} in schema {version}: it was edited"
             )
         manifest = from_plain(cls, raw, MANIFEST_NAME)
-        if version < _PLANS_WITH_CACHE and any("step_cache" in plan for plan in _plain_plans(raw)):
+        later = [
+            name
+            for name, added in _ADDED_TO_PLANS.items()
+            if added > version and any(name in plan for plan in _plain_plans(raw))
+        ]
+        if later:
             raise ArtifactError(
-                f"{MANIFEST_NAME}: unknown entry 'step_cache' of a calibrated plan in schema "
+                f"{MANIFEST_NAME}: unknown entries {later} of a calibrated plan in schema "
                 f"{version}: it was edited"
             )
         if config_hash(manifest.config) != manifest.config_hash:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,14 +25,10 @@ from ddit_rt.cli.models import (
 from ddit_rt.cli.options import existing_file, folder_to_write, number, seed, whole
 
 if TYPE_CHECKING:
-    from ddit_rt.artifact import Manifest
+    from ddit_rt.artifact import Calibration, Manifest
     from ddit_rt.engine import Engine
     from ddit_rt.lab.calibrate import CalibrationConfig
-    from ddit_rt.lab.calibrate.run import CalibrationResult
     from ddit_rt.lab.measure.measures import Measure
-
-_REPEATS = 3
-"""Timed rounds on the held-out prompts."""
 
 _QUALITY = {"residual_rms", "mean_deviation_between_prompts", "log_rms"}
 """What of a fit's evidence says how well it fits."""
@@ -99,7 +95,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=folder_to_write,
         metavar="DIR",
-        help="folder for calibration-N.json and pareto-N.png; default: beside the artifact",
+        help="folder for calibration-N.json, pareto-N.png, front-N.md, and what was measured, "
+        "line by line, from which a stopped calibration goes on; default: beside the artifact",
     )
 
 
@@ -113,7 +110,7 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-prompts",
         type=whole(1),
-        default=6,
+        default=4,
         metavar="N",
         help="prompts that the search uses (default: %(default)s)",
     )
@@ -125,13 +122,13 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
         help="other prompts that confirm the best plans (default: %(default)s)",
     )
     parser.add_argument(
-        "--evaluations",
+        "--pictures",
         type=whole(1),
-        default=24,
+        default=200,
         metavar="N",
-        help="plans tried of each kind at most - fewer steps, static, dynamic, and where the "
-        "model has a fit, a step cache alone and with a dynamic plan; each generates every "
-        "calibration prompt once (default: %(default)s)",
+        help="what the calibration may generate in all: to measure costs, to search over number "
+        "of steps, their noise levels, patch sizes and reuse, and to confirm the best plans "
+        "(default: %(default)s)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of prompts and noise (default: 0)")
 
@@ -149,13 +146,12 @@ def _run(args: argparse.Namespace) -> Outcome:
     config.check(measure)
     engine = _engine(args, manifest)
     arguments = pipeline_arguments(args)
-    result = _calibrate(engine, config, arguments)
+    folder = args.out or args.artifact.with_name(f"{args.artifact.stem}-calibration")
+    calibration = _calibrate(engine, config, arguments, folder)
     from ddit_rt.lab.calibrate.report import summary, write_report
 
-    calibration = result.calibration
     engine.artifact.with_calibration(calibration).save(args.artifact)
-    folder = args.out or args.artifact.with_name(f"{args.artifact.stem}-calibration")
-    files = write_report(calibration, result.points, folder)
+    files = write_report(calibration, folder)
     data = {
         "artifact": str(args.artifact),
         "files": [str(file) for file in files],
@@ -256,7 +252,7 @@ def _config(args: argparse.Namespace, measure: Measure) -> CalibrationConfig:
         prompts=_prompts(args.prompts, args.model, measure),
         calibration_prompts=args.calibration_prompts,
         held_out_prompts=args.held_out_prompts,
-        evaluations=args.evaluations,
+        pictures=args.pictures,
         cost_unit=args.cost,
         seed=args.seed,
     )
@@ -281,45 +277,53 @@ def _prompts(file: Path | None, model: str, measure: Measure) -> tuple[str, ...]
 
 
 def _calibrate(
-    engine: Engine, config: CalibrationConfig, arguments: dict[str, Any]
-) -> CalibrationResult:
+    engine: Engine, config: CalibrationConfig, arguments: dict[str, Any], folder: Path
+) -> Calibration:
     from tqdm.auto import tqdm
 
-    from ddit_rt.lab.calibrate import calibrate
-    from ddit_rt.lab.calibrate.run import most_runs
+    from ddit_rt.artifact.manifest import SCHEMA_VERSION
+    from ddit_rt.lab.calibrate import Journal, RecordedBench, calibrate
     from ddit_rt.lab.plans.bench import EngineBench
-    from ddit_rt.lab.plans.step_caches import fitted_caches
     from ddit_rt.planning.request import requested_steps
 
     steps, _ = requested_steps(engine.pipeline, arguments)
     others = {name: value for name, value in arguments.items() if name != "num_inference_steps"}
-    sizes = len(engine.artifact.manifest.buckets)
-    caches = len(fitted_caches(engine))
-    total = most_runs(config, sizes=sizes, caches=caches, repeats=_REPEATS)
-    with tqdm(total=total, desc="calibrate (at most)", unit="run", leave=False) as bar:
+    conditions, manifest = _conditions(engine, others), engine.artifact.manifest
+    probe = config.split()[0][0]
+    measured_with = {
+        # What an earlier calibration left in the manifest changes nothing that is measured.
+        "artifact": replace(manifest, calibrations=(), schema_version=SCHEMA_VERSION).digest,
+        "cost_unit": config.cost_unit,
+        "probe": [probe.text, probe.seed],
+        **conditions,
+    }
+    journal = Journal(folder, steps, measured_with)
+    with tqdm(total=config.pictures, desc="calibrate (at most)", unit="run", leave=False) as bar:
         bench = EngineBench(
             engine,
             steps=steps,
-            probe=config.split()[0][0],
+            probe=probe,
             arguments=others,
             unit=config.cost_unit,
-            repeats=_REPEATS,
             skipping=True,
+            known=journal.get("tables"),
             advance=bar.update,
         )
-        for note in bench.notes:
+        if journal.get("tables") is None:
+            journal.add({"tables": bench.tables.to_dict()})
+        for note in bench.tables.notes:
             sys.stderr.write(f"{note}\n")
-        return calibrate(bench, config, _conditions(engine, others))
+        return calibrate(RecordedBench(bench, journal), config, conditions).calibration
 
 
 CALIBRATE = Command(
     name="calibrate",
-    summary="Find the plans of an artifact by running it, against fewer steps and static plans.",
+    summary="Find the plans of an artifact by running it, over steps, patch sizes and reuse.",
     examples=(
         "ddit-rt calibrate demo.ddit --model demo --steps 24 --speedup 2",
         "ddit-rt calibrate flux.ddit --model black-forest-labs/FLUX.1-dev --steps 50 \\",
         "    --min-ssim 0.9 --prompts prompts.txt",
-        "ddit-rt calibrate flux.ddit --model ./flux --budget-ms 900 --evaluations 40",
+        "ddit-rt calibrate flux.ddit --model ./flux --budget-ms 900 --pictures 300",
         "ddit-rt calibrate clip.ddit --model demo-video --steps 24 --speedup 2 --guidance-scale 3",
         "ddit-rt calibrate sound.ddit --model ./longcat --steps 20 --min-stft 0.8",
         "ddit-rt calibrate demo.ddit --model demo --steps 24 --cache teacache",

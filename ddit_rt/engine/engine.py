@@ -236,6 +236,8 @@ class Engine(Styled):
             )
             if request.num_inference_steps is not None:
                 given["num_inference_steps"] = request.num_inference_steps
+            if request.sigmas is not None:
+                given["sigmas"] = list(request.sigmas)
             output: PipelineOutput = self._driver().call(request, given)
             return output
 
@@ -352,7 +354,7 @@ class Engine(Styled):
             height, width = latents.shape[-2:]
             grid = model.grid(height, width, frames=latent_frames(latents.shape))
             steps = request.num_inference_steps or steps
-            model.family.set_timesteps(scheduler, steps, sigmas, grid)
+            model.family.set_timesteps(scheduler, steps, request.sigmas or sigmas, grid)
             latents = latents.to(model.device, torch.float32, non_blocking=True)
             return self._driver().denoise(request, latents, scheduler, given, callback)
 

@@ -50,6 +50,7 @@ class Request:
         guidance_interval: Where classifier-free guidance acts, as shares of the steps.
         batched_guidance: Whether the two passes of guidance run as one batch.
         num_inference_steps: Steps that a calibrated plan runs; None for as many as were asked for.
+        sigmas: Their noise levels, as the pipeline's call takes them; None for those of the call.
         notes: What was chosen and what is left out; the trace repeats them.
         warnings: Notes that are also raised as warnings.
     """
@@ -59,6 +60,7 @@ class Request:
     guidance_interval: tuple[float, float] = WHOLE_RUN
     batched_guidance: bool = True
     num_inference_steps: int | None = None
+    sigmas: tuple[float, ...] | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -140,10 +142,11 @@ def _calibrated(
     calibration = calibration_for(manifest.calibrations, num_inference_steps)
     plan = calibration.plan(choice)
     steps = plan.num_inference_steps
-    if own_sigmas and steps != num_inference_steps:
+    if own_sigmas and (steps != num_inference_steps or plan.sigmas is not None):
         raise ValueError(
-            f"the plan {choice!r} for {num_inference_steps} steps runs {steps} of its own, and "
-            "`sigmas` was given, which fixes them; leave `sigmas` out, or pass a policy"
+            f"the plan {choice!r} for {num_inference_steps} steps runs {steps} of its own"
+            f"{' at its own noise levels' if plan.sigmas else ''}, and `sigmas` was given, which "
+            "fixes them; leave `sigmas` out, or pass a policy"
         )
     named = repr(choice) if isinstance(choice, str) else f"{choice:g}"
     notes = [f"{named} of the calibration for {num_inference_steps} steps: {plan.label}"]
@@ -153,6 +156,7 @@ def _calibrated(
         policy=policy_from_dict(plan.policy),
         step_cache=step_cache_from_dict(plan.step_cache) if plan.step_cache else NoCache(),
         num_inference_steps=steps,
+        sigmas=plan.sigmas,
         notes=tuple(notes),
         warnings=_elsewhere(calibration, arguments),
     )

@@ -126,7 +126,25 @@ def test_plan_with_a_step_cache_makes_a_manifest_of_version_4(manifest: Manifest
 def test_plan_with_a_step_cache_in_version_3_was_edited(manifest: Manifest) -> None:
     cached = manifest.with_calibration(with_step_cache(calibration()))
     raw = {**json.loads(cached.to_json()), "schema_version": 3}
-    with pytest.raises(ArtifactError, match=r"'step_cache' of a calibrated plan in schema 3"):
+    with pytest.raises(ArtifactError, match=r"\['step_cache'\] of a calibrated plan in schema 3"):
+        Manifest.from_json(json.dumps(raw))
+
+
+def test_plan_with_levels_of_its_own_makes_a_manifest_of_version_6(manifest: Manifest) -> None:
+    plain = manifest.with_calibration(calibration())
+    assert plain.schema_version == manifest.schema_version
+    assert "sigmas" not in json.loads(plain.to_json())["calibrations"][0]["front"][0]
+    entry = calibration()
+    fast = dataclasses.replace(entry.presets["fast"], sigmas=(1.0, 0.7, 0.3))
+    placed = manifest.with_calibration(
+        dataclasses.replace(entry, presets={**entry.presets, "fast": fast})
+    )
+    assert placed.schema_version == 6
+    again = Manifest.from_json(placed.to_json())
+    assert again == placed
+    assert again.calibrations[0].presets["fast"].sigmas == (1.0, 0.7, 0.3)
+    raw = {**json.loads(placed.to_json()), "schema_version": 5}
+    with pytest.raises(ArtifactError, match=r"\['sigmas'\] of a calibrated plan in schema 5"):
         Manifest.from_json(json.dumps(raw))
 
 

@@ -11,8 +11,8 @@ import pytest
 from extras import need
 from wan_models import TEXT_TOKENS, wan_pipeline
 
-from ddit_rt.lab.plans.candidates import CacheRange
-from ddit_rt.policies import DDiTPolicy, MagCache, TeaCache
+from ddit_rt.lab.plans.candidates import Candidate, kind_of
+from ddit_rt.policies import DDiTPolicy, FinePolicy, MagCache, NoCache, StaticPolicy, TeaCache
 
 KINDS = (
     "fewer_steps",
@@ -117,14 +117,6 @@ def test_more_prompts_than_there_are_held_out_are_refused() -> None:
         import_module("quality_caches").prompts_of(model, args)
 
 
-def test_levels_are_spread_from_the_first_to_the_last() -> None:
-    spread = import_module("quality_search").spread_levels
-    assert spread(3, 11, 5) == [3, 5, 7, 9, 11]
-    assert spread(3, 4, 5) == [3, 4]
-    assert spread(4, 4, 1) == [4]
-    assert spread(5, 4, 3) == []
-
-
 def tried(kind: str, ssim: float, cost: float, **shares: float) -> Any:
     plan = replace(import_module("quality_runs").reference(8), kind=kind, label=f"{kind} {cost:g}")
     shares = {"coarse": 0.5, "reused": 0.5, **shares}
@@ -143,28 +135,36 @@ def test_cheapest_plan_meets_the_target_and_a_combined_one_does_both() -> None:
     search = import_module("quality_search").FidelitySearch(
         model=None,
         runs=None,
-        prompts=(),
+        prompts=("a prompt",),
         steps=8,
         costs=None,
-        tried={one.plan.label: one for one in found},
+        tried={one.plan.label: {"a prompt": one} for one in found},
     )
     assert search.cheapest("ddit", 0.95, both=False).cost_ms == 5
     assert search.cheapest("ddit_teacache", 0.95, both=True).cost_ms == 4
     assert search.cheapest("ddit_teacache", 0.97, both=True) is None
 
 
-@pytest.mark.parametrize("cache", [TeaCache(0.0, coefficients=(1.0, 0.0)), MagCache()])
-def test_levels_of_a_cache_raise_its_threshold_on_top_of_any_plan(cache: Any) -> None:
-    search, runs = import_module("quality_search"), import_module("quality_runs")
-    ends = CacheRange(cache=cache, thresholds=(0.02, 2.0))
-    plain = runs.Plan(policy=DDiTPolicy(), steps=8, kind="ddit", label="dynamic")
-    assert search.with_cache(plain, "both", ends, 0) is plain
-    plans = [search.with_cache(plain, "both", ends, level) for level in (1, 12, 24)]
-    thresholds = [plan.cache.threshold for plan in plans]
-    assert thresholds == [0.02, pytest.approx(0.18, abs=0.02), 2.0]
-    assert {(plan.kind, plan.policy) for plan in plans} == {("both", plain.policy)}
-    assert all(type(plan.cache) is type(cache) for plan in plans)
-    assert len({plan.key for plan in (plain, *plans)}) == 4
+@pytest.mark.parametrize(
+    ("policy", "cache", "kind"),
+    [
+        (FinePolicy(), NoCache(), "fewer_steps"),
+        (StaticPolicy("2p:0.5,p"), NoCache(), "static"),
+        (DDiTPolicy(), NoCache(), "ddit"),
+        (FinePolicy(), MagCache(), "magcache"),
+        (DDiTPolicy(), TeaCache(0.1), "ddit_teacache"),
+        (StaticPolicy("2p:0.5,p"), TeaCache(0.1), "static_teacache"),
+    ],
+)
+def test_table_names_plans_by_what_they_do(policy: Any, cache: Any, kind: str) -> None:
+    candidate = Candidate(
+        kind=kind_of(policy, cache),
+        label="",
+        policy=policy,
+        num_inference_steps=8,
+        step_cache=cache,
+    )
+    assert import_module("quality_search").table_kind(candidate) == kind
 
 
 def row(kind: str, seconds: list[float], ssim: list[float]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from PIL import Image
 
 from ddit_rt.artifact import PRESETS, is_trusted, read_manifest
 from ddit_rt.cli import main
+from ddit_rt.lab.plans.bench import EngineBench
 
-SMALL = ["--calibration-prompts", "2", "--held-out-prompts", "2", "--evaluations", "5"]
+SMALL = ["--calibration-prompts", "2", "--held-out-prompts", "2", "--pictures", "130"]
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +68,38 @@ def test_artifact_holds_plans_and_evidence(calibrated: Path, artifact: Path) -> 
     assert evidence["makes"] == "image"
     assert {entry["kind"] for entry in evidence["candidates"]} >= {"fine", "steps", "static"}
     assert evidence["winner"] in evidence["held_out"]
+    assert evidence["pictures"]["total"] <= 130
 
 
 def test_report_lies_beside_the_artifact(calibrated: Path) -> None:
     folder = calibrated.with_name("tiny-calibration")
     report = json.loads((folder / "calibration-8.json").read_text())
-    assert report["schema_version"] == 2
-    assert len(report["policies"]) == len(report["evidence"]["candidates"])
+    assert report["schema_version"] == 3
+    assert all("policy" in one for one in report["evidence"]["candidates"])
     costs = [plan["cost"] for plan in report["front"]]
     assert costs == sorted(costs, reverse=True)
     with Image.open(folder / "pareto-8.png") as image:
         assert image.width > 500
+    assert "balanced" in (folder / "front-8.md").read_text()
+    (measured,) = folder.glob("measured-8-*.jsonl")
+    assert measured.read_text().startswith('{"of": "tables"')
+
+
+def test_same_calibration_again_measures_nothing(
+    calibrated: Path, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.ddit"
+    shutil.copytree(calibrated, path)
+    shutil.copytree(calibrated.with_name("tiny-calibration"), tmp_path / "tiny-calibration")
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a plan is measured again")
+
+    monkeypatch.setattr(EngineBench, "_generate", refuse)
+    monkeypatch.setattr(EngineBench, "confirm", refuse)
+    target = ["--steps", "8", "--speedup", "1.4", "--cost", "tokens"]
+    assert main(["calibrate", str(path), *options, *target]) == 0
+    assert read_manifest(path).calibrations == read_manifest(calibrated).calibrations
 
 
 def generate(path: Path, model: Path, tmp_path: Path, *extra: str) -> int:
@@ -98,7 +120,7 @@ def test_generate_runs_what_was_calibrated(
     data = json.loads(trace.read_text())
     run = data["pictures"][0]["trace"]
     assert len(run["steps"]) == plan.num_inference_steps
-    assert plan.label in run["notes"][-1]
+    assert any(plan.label in note for note in run["notes"])
     assert data["policy"] == {"calibrated": choice if choice in PRESETS else float(choice)}
 
 
@@ -146,7 +168,7 @@ def test_second_step_count_joins_the_first(
     assert main(["calibrate", str(path), *options, *target]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["calibration"]["cost_unit"] == "ms"
-    # Too few steps for a coarse one between warm-up and tail: fewer steps alone are left.
+    # Too few steps for a coarse one between warm-up and tail: steps at p alone are left.
     assert {entry["kind"] for entry in data["calibration"]["evidence"]["candidates"]} == {
         "fine",
         "steps",
@@ -164,10 +186,11 @@ def test_second_step_count_joins_the_first(
         (["--budget-ms", "5", "--cost", "tokens"], "a budget in ms needs cost ms"),
         (["--speedup", "2", "--held-out-prompts", "9"], "got 4 different prompts"),
         (["--speedup", "2", "--steps", "1"], "fewer than 2 steps"),
+        (["--speedup", "2", "--pictures", "20"], "got 20 pictures, and to measure every family"),
         (["--speedup", "2", "--min-ssim", "0.5"], "not allowed with"),
         (
             [],
-            "--speedup --min-ssim --min-stft --budget-ms --cache is required",
+            "--speedup --min-ssim --min-stft --budget-ms --cache --spectrum is required",
         ),
     ],
 )
@@ -270,15 +293,15 @@ def test_search_has_step_caches_where_there_is_a_fit(
     shutil.copytree(artifact, path)
     target = [*options, "--steps", "8", "--speedup", "1.4", "--cost", "tokens"]
     assert main(["calibrate", str(path), *target]) == 0
-    assert "no step cache has a fit for this model" in capsys.readouterr().err
+    assert "with no step cache but those that need no fit" in capsys.readouterr().err
     assert main(["calibrate", str(path), *options, "--steps", "8", "--cache", "teacache"]) == 0
     capsys.readouterr()
     assert main(["calibrate", str(path), *target]) == 0
     captured = capsys.readouterr()
     assert "no step cache" not in captured.err
-    assert "baselines at the cost that the cached plan has there" in captured.out
+    assert "<- taken" in captured.out
     manifest = read_manifest(path)
-    assert manifest.schema_version == 4
+    assert manifest.schema_version in (4, 6)
     (calibration,) = manifest.calibrations
     evidence = calibration.evidence
     assert {entry["kind"] for entry in evidence["candidates"]} >= {"steps", "static", "cached"}
@@ -292,7 +315,9 @@ def test_search_has_step_caches_where_there_is_a_fit(
     assert generate(path, model_folder, tmp_path, *extra) == 0
     run = json.loads(trace.read_text())["pictures"][0]["trace"]
     assert calibration.front[place].label in run["notes"][-2]
-    assert "step cache: TeaCache" in run["notes"][-1]
+    cache = calibration.front[place].step_cache
+    assert cache is not None
+    assert f"step cache: {cache['step_cache']}" in run["notes"][-1]
 
 
 def test_cache_and_a_target_together_are_refused(

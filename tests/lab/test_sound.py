@@ -45,7 +45,7 @@ def engine() -> Engine:
 
 def config(**fields: Any) -> CalibrationConfig:
     given: dict[str, Any] = {"request": {"min_stft": 0.3}, "prompts": TEXTS, "cost_unit": "tokens"}
-    small = {"calibration_prompts": 2, "held_out_prompts": 2, "evaluations": 3}
+    small = {"calibration_prompts": 2, "held_out_prompts": 2, "pictures": 140}
     return CalibrationConfig(**{**given, **small, **fields})
 
 
@@ -57,7 +57,6 @@ def bench(engine: Engine) -> EngineBench:
         probe=probe,
         arguments=CALL,
         unit="tokens",
-        repeats=1,
         skipping=True,
     )
 
@@ -67,7 +66,7 @@ def test_plans_are_calibrated_by_how_alike_their_spectrograms_are(
 ) -> None:
     need("matplotlib")
     made = bench(engine)
-    assert made.costs == {"p": 50.0, "2p": 25.0, "4p": 13.0}
+    assert made.tables.costs == {"p": 50.0, "2p": 25.0, "4p": 13.0}
     result = calibrate(made, config(), {})
     evidence = result.calibration.evidence
     assert evidence["makes"] == "recording"
@@ -77,7 +76,7 @@ def test_plans_are_calibrated_by_how_alike_their_spectrograms_are(
     text = summary(result.calibration)
     assert "STFT similarity   SNR" in text
     assert "tokens per recording" in text
-    assert write_report(result.calibration, result.points, tmp_path)[1].stat().st_size > 9000
+    assert write_report(result.calibration, tmp_path)[1].stat().st_size > 9000
     with pytest.raises(ValueError, match=r"min_ssim=0\.9 .*compared by STFT similarity; give min"):
         calibrate(made, config(request={"min_ssim": 0.9}), {})
 

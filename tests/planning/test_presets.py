@@ -179,6 +179,33 @@ def test_fewer_steps_do_not_fit_given_sigmas(calibrated: Engine) -> None:
         call(calibrated, sigmas=sigmas, num_inference_steps=8, patch_policy="fast")
 
 
+@pytest.fixture
+def placed(engine: Engine) -> Engine:
+    """The fastest plan runs five steps at levels of its own."""
+    fine = plan(FinePolicy(), 8, 1.0)
+    return with_front(engine, fine, fine, replace(plan(FinePolicy(), 5, 1.6), sigmas=LEVELS))
+
+
+LEVELS = (1.0, 0.9, 0.75, 0.5, 0.2)
+
+
+def test_plan_brings_its_noise_levels(placed: Engine) -> None:
+    expected = call(placed, sigmas=list(LEVELS), patch_policy=FinePolicy())
+    assert torch.equal(call(placed, num_inference_steps=8, patch_policy="fast"), expected)
+    sigmas = [1 - index / 8 for index in range(8)]
+    with pytest.raises(ValueError, match="runs 5 of its own at its own noise levels, and `sigmas`"):
+        call(placed, sigmas=sigmas, patch_policy="fast")
+
+
+def test_bare_loop_takes_the_levels_of_a_plan(placed: Engine) -> None:
+    conditioning = tiny_conditioning(placed.pipeline.transformer)
+    latents = noise(1, 4, 16, 16)
+    own = {"sigmas": list(LEVELS), "patch_policy": FinePolicy()}
+    expected = placed.denoise(latents, **own, **conditioning)
+    preset = {"num_inference_steps": 8, "patch_policy": "fast"}
+    assert torch.equal(placed.denoise(latents, **preset, **conditioning), expected)
+
+
 @pytest.mark.parametrize("choice", ["balanced", 0.5])
 def test_plan_brings_its_step_cache(cached: Engine, choice: str | float) -> None:
     policy = StaticPolicy("2p:0.5,p")

@@ -7,32 +7,28 @@ from dataclasses import dataclass
 
 from ddit_rt.lab.plans.bench import Bench
 from ddit_rt.lab.plans.candidates import (
-    ADAPTIVE,
     CACHED,
     COMBINED,
     DYNAMIC,
+    KINDS,
     STATIC,
     STEPS,
     Candidate,
     cache_text,
     full_resolution,
 )
-from ddit_rt.lab.plans.points import Found, Measurement, Point, Prompt
+from ddit_rt.lab.plans.points import Measurement, Point, Prompt
 from ddit_rt.lab.plans.target import SPEEDUP, Target
 
-_LEAST_LOSS = 1e-9
-"""Loss of similarity of a baseline that makes what full resolution makes."""
-
-_BASELINES = (STEPS, STATIC)
-_SIMPLEST = (*_BASELINES, *ADAPTIVE)
-"""Simple plans first: of plans that serve equally well the simpler one is taken."""
+SPARE = "spare"
+"""Name of the plan that has room to the target: what some plans cost hangs on the prompts."""
 
 _NAMES = {
     STEPS: "fewer steps",
     STATIC: "a static plan",
-    CACHED: "full resolution with a step cache",
+    CACHED: "steps at p with a step cache",
     DYNAMIC: "a dynamic plan",
-    COMBINED: "a dynamic plan with a step cache",
+    COMBINED: "coarse steps with a step cache",
 }
 
 
@@ -44,36 +40,26 @@ class HeldOut:
     result: Measurement
 
 
-ByKind = Mapping[str, HeldOut]
-"""Plans by their kind."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Confirmation:
     """Held-out figures, and what they decide.
 
     Attributes:
-        winner: Kind of the plan that is taken.
+        winner: Name of the plan that is taken.
         met: Whether it keeps the target on the held-out prompts, within 10% of cost or 0.02 of
             similarity.
         fine: Full resolution on the held-out prompts.
-        candidates: The best plan of each kind.
-        baselines: For each adaptive candidate, the baselines at the cost that it has there.
-        shares: For each adaptive candidate and baseline, the share of held-out prompts on which
-            the candidate is more similar; a tie counts half.
-        static: The static plan at the cost that the winner has there; None if that won itself, or
-            if none can be as cheap.
-        over_static: The share of held-out prompts on which the winner is more similar than it.
+        candidates: The best plan of each kind for the target, by its kind, the simplest first; and
+            as `SPARE` the best of all that has a tenth to spare, if that is none of them.
+        shares: For each other plan, the share of held-out prompts on which the winner is more
+            similar; a tie counts half.
     """
 
     winner: str
     met: bool
     fine: Measurement
-    candidates: ByKind
-    baselines: Mapping[str, ByKind]
-    shares: Mapping[str, Mapping[str, float]]
-    static: HeldOut | None
-    over_static: float | None
+    candidates: Mapping[str, HeldOut]
+    shares: Mapping[str, float]
 
     def speedup(self, plan: HeldOut) -> float:
         """Speed-up over full resolution, measured side by side."""
@@ -82,12 +68,13 @@ class Confirmation:
     @property
     def decision(self) -> str:
         """What won, in a sentence."""
-        best, name = self.candidates[self.winner], _NAMES[self.winner]
-        if self.winner == STEPS:
+        best = self.candidates[self.winner]
+        name = _NAMES[best.candidate.kind]
+        if best.candidate.kind == STEPS:
             name = f"{name} ({best.candidate.num_inference_steps})"
         if cache := cache_text(best.candidate.step_cache):
             name = f"{name} ({cache})"
-        others = [_NAMES[kind] for kind in self.candidates if kind != self.winner]
+        others = [_NAMES[kind] for kind in self.candidates if kind not in (self.winner, SPARE)]
         listed = " and ".join([", ".join(others[:-1]), *others[-1:]] if others[1:] else others)
         over = f", over {listed}" if others else ", as the only candidate"
         missed = "" if self.met else "; it misses the target on the held-out prompts"
@@ -96,107 +83,44 @@ class Confirmation:
 
 def confirm(
     bench: Bench,
-    found: Mapping[str, Found],
-    best_found: Mapping[str, Point],
+    best: Mapping[str, Point],
     prompts: Sequence[Prompt],
     request: Mapping[str, float],
     target: Target,
 ) -> Confirmation:
-    """Measures the best plan of each kind side by side with full resolution, and decides.
+    """Measures the best plans side by side with full resolution, and decides.
 
-    What an adaptive plan (dynamic, or with a step cache) costs depends on the prompts. So it wins
-    only if it is more similar than every baseline (fewer steps, static) of the cost that it has
-    here, whatever the target allowed. Of several the cheapest wins where similarity is the limit;
-    where cost is, their costs still differ, and the one wins that loses the smallest part of the
-    similarity that its best baseline loses.
+    The one wins that serves the target best here; of equal ones the simpler. So no other kind has
+    a plan for the target that is better on these prompts.
 
     Args:
         bench: Runs plans.
-        found: What the search found, by kind.
-        best_found: The best point of each kind.
+        best: The best point of each kind on the calibration prompts, and the one with room.
         prompts: Held-out prompts.
         request: What the caller asked for.
         target: The same as a limit on the calibration prompts.
     """
-    kinds = [kind for kind in _SIMPLEST if kind in best_found]
-    fine, best = _measure(bench, {kind: best_found[kind].candidate for kind in kinds}, prompts)
+    kinds = [kind for kind in (*KINDS, SPARE) if kind in best]
+    plans = [full_resolution(bench.tables.steps), *(best[kind].candidate for kind in kinds)]
+    fine, *results = bench.confirm(plans, prompts)
+    held_out = {
+        kind: HeldOut(candidate=best[kind].candidate, result=result)
+        for kind, result in zip(kinds, results, strict=True)
+    }
     if SPEEDUP in request:  # relative to full resolution, measured again beside the plans
         target = Target(max_cost=fine.cost / request[SPEEDUP])
-    beside = _at_equal_cost(bench, found, best, fine.cost, prompts)
-    adaptive = {kind: row for kind, row in beside.items() if kind in ADAPTIVE}
-    winner = _winner(best, adaptive, target)
-    static = beside.get(winner, {}).get(STATIC)
+    winner = min(kinds, key=lambda kind: target.held_out_rank(held_out[kind].result))
     return Confirmation(
         winner=winner,
-        met=target.met_on_held_out(best[winner].result),
+        met=target.met_on_held_out(held_out[winner].result),
         fine=fine,
-        candidates=best,
-        baselines=adaptive,
+        candidates=held_out,
         shares={
-            kind: {name: _share(best[kind].result, plan.result) for name, plan in row.items()}
-            for kind, row in adaptive.items()
+            kind: _share(held_out[winner].result, held_out[kind].result)
+            for kind in kinds
+            if kind != winner
         },
-        static=static,
-        over_static=_share(best[winner].result, static.result) if static else None,
     )
-
-
-def _winner(best: ByKind, equal: Mapping[str, ByKind], target: Target) -> str:
-    """The kind that wins; `best` has the simplest first."""
-    simple = [kind for kind in best if kind in _BASELINES]
-    winner = min(simple or best, key=lambda kind: target.held_out_rank(best[kind].result))
-    none_meets = not simple or not target.met_on_held_out(best[winner].result)
-
-    def loss(kind: str) -> float:
-        baseline = max((plan.result.ssim for plan in equal[kind].values()), default=0.0)
-        return (1 - best[kind].result.ssim) / max(1 - baseline, _LEAST_LOSS)
-
-    standing = [
-        kind
-        for kind in equal
-        if target.met_on_held_out(best[kind].result) and (none_meets or loss(kind) < 1)
-    ]
-    if target.max_cost is None:
-        return min(standing, key=lambda kind: best[kind].result.cost, default=winner)
-    return min(standing, key=loss, default=winner)
-
-
-def _at_equal_cost(
-    bench: Bench, found: Mapping[str, Found], best: ByKind, whole: float, prompts: Sequence[Prompt]
-) -> dict[str, dict[str, HeldOut]]:
-    """Baselines at the cost of each other plan, those that can be as cheap; by that plan's kind.
-
-    Args:
-        bench: Runs plans.
-        found: What the search found, by kind.
-        best: The plans.
-        whole: Cost of full resolution on the held-out prompts.
-        prompts: Held-out prompts.
-    """
-    scale = bench.costs["p"] * bench.steps / whole
-    wanted: dict[str, dict[str, Candidate]] = {kind: {} for kind in best if kind != STATIC}
-    for kind, row in wanted.items():
-        for name in _BASELINES:
-            if name in found and name != kind:
-                plan = found[name].costing(best[kind].result.cost * scale, bench.costs)
-                row.update({} if plan is None else {name: plan})
-    known = {plan.candidate.key: plan for plan in best.values()}
-    fresh = {plan.key: plan for row in wanted.values() for plan in row.values()}
-    fresh = {key: plan for key, plan in fresh.items() if key not in known}
-    if fresh:
-        known |= _measure(bench, fresh, prompts)[1]
-    return {kind: {n: known[plan.key] for n, plan in row.items()} for kind, row in wanted.items()}
-
-
-def _measure(
-    bench: Bench, candidates: Mapping[str, Candidate], prompts: Sequence[Prompt]
-) -> tuple[Measurement, dict[str, HeldOut]]:
-    plans = [full_resolution(bench.steps), *candidates.values()]
-    fine, *results = bench.confirm(plans, prompts)
-    return fine, {
-        name: HeldOut(candidate=candidate, result=result)
-        for (name, candidate), result in zip(candidates.items(), results, strict=True)
-    }
 
 
 def _share(one: Measurement, other: Measurement) -> float:

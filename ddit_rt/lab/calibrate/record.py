@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.artifact import CalibratedPlan, Calibration
 from ddit_rt.lab.calibrate.confirm import Confirmation, HeldOut
-from ddit_rt.lab.plans.bench import Bench
+from ddit_rt.lab.plans.bench import Tables
 from ddit_rt.lab.plans.candidates import Candidate
-from ddit_rt.lab.plans.points import Point, best_for, pareto_front
+from ddit_rt.lab.plans.points import Measurement, Point, best_for, pareto_front
 from ddit_rt.lab.plans.target import GENTLE, STRONG, Target
-from ddit_rt.policies import NoCache
 
 if TYPE_CHECKING:
     from ddit_rt.lab.calibrate.run import CalibrationConfig
 
 
 def calibration_record(
-    bench: Bench,
+    tables: Tables,
     config: CalibrationConfig,
     conditions: Mapping[str, Any],
     decided: Confirmation,
@@ -30,12 +28,12 @@ def calibration_record(
     """What a calibration leaves in the artifact.
 
     Args:
-        bench: Ran the plans.
+        tables: What the bench knew.
         config: Settings.
-        conditions: What the figures hold for.
+        conditions: What the figures hold for, and what it took.
         decided: Held-out figures.
         winner: The winner on the calibration prompts.
-        points: Every plan that was measured, full resolution first.
+        points: Every plan that was measured on all of them, full resolution first.
         target: The request as a limit.
     """
     base = points[0].cost
@@ -47,62 +45,36 @@ def calibration_record(
         "balanced": winner,
         "fast": _fast(front, winner, target.shifted(STRONG, base)),
     }
+    # Far beyond the strongest target nothing was looked for.
+    front = [point for point in front if point.cost >= presets["fast"].cost / 2]
+    prompts, held_out = config.split()
     evidence = {
         "verdict": decided.decision,
         "seed": config.seed,
-        "notes": list(bench.notes),
-        "makes": bench.measure.makes,
-        "measure": {"name": bench.measure.name, "ratio": bench.measure.ratio},
-        **_prompts(config),
-        **_costs(bench),
+        "notes": list(tables.notes),
+        "makes": tables.measure.makes,
+        "measure": {"name": tables.measure.name, "ratio": tables.measure.ratio},
+        "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
+        "held_out_prompts": [[prompt.text, prompt.seed] for prompt in held_out],
+        "step_costs": dict(tables.costs),
+        "step_caches": {dial.name: list(dial.ends or ()) for dial in tables.dials},
+        "step_cache_costs": {name: dict(costs) for name, costs in tables.cache_costs.items()},
         "candidates": [_candidate(point) for point in points],
-        **_decision(decided),
+        "held_out_fine_cost": decided.fine.cost,
+        "held_out": {kind: _held_out(decided, one) for kind, one in decided.candidates.items()},
+        "closer_on": dict(decided.shares),
+        "winner": decided.winner,
+        "met": decided.met,
         **conditions,
     }
     return Calibration(
-        num_inference_steps=bench.steps,
+        num_inference_steps=tables.steps,
         cost_unit=config.cost_unit,
         target=dict(config.request),
         presets={name: _plan(point, base) for name, point in presets.items()},
         front=tuple(_plan(point, base) for point in front),
         evidence=evidence,
     )
-
-
-def _prompts(config: CalibrationConfig) -> dict[str, Any]:
-    prompts, held_out = config.split()
-    return {
-        "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
-        "held_out_prompts": [[prompt.text, prompt.seed] for prompt in held_out],
-    }
-
-
-def _costs(bench: Bench) -> dict[str, Any]:
-    return {
-        "step_costs": dict(bench.costs),
-        "step_caches": [
-            {"cache": type(entry.cache).__name__, "thresholds": list(entry.thresholds)}
-            for entry in bench.caches
-        ],
-        "step_cache_costs": {name: dict(costs) for name, costs in bench.cache_costs.items()},
-    }
-
-
-def _decision(decided: Confirmation) -> dict[str, Any]:
-    return {
-        "held_out_fine_cost": decided.fine.cost,
-        "held_out": _by_kind(decided, decided.candidates),
-        "at_equal_cost": {kind: _by_kind(decided, row) for kind, row in decided.baselines.items()},
-        "closer_on": {kind: dict(row) for kind, row in decided.shares.items()},
-        "static_at_the_winners_cost": decided.static and _held_out(decided, decided.static),
-        "winner_is_closer_than_static_on": decided.over_static,
-        "winner": decided.winner,
-        "met": decided.met,
-    }
-
-
-def _by_kind(decided: Confirmation, plans: Mapping[str, HeldOut]) -> dict[str, Any]:
-    return {kind: _held_out(decided, plan) for kind, plan in plans.items()}
 
 
 def _quality(front: Sequence[Point], winner: Point, gentle: Target) -> Point:
@@ -118,51 +90,37 @@ def _fast(front: Sequence[Point], winner: Point, strong: Target) -> Point:
 
 
 def _plan(point: Point, base: float) -> CalibratedPlan:
-    candidate = point.candidate
+    candidate, does = point.candidate, point.candidate.does()
     return CalibratedPlan(
         kind=candidate.kind,
         label=candidate.label,
-        policy=_plain(candidate.policy.to_dict()),
+        policy=does["policy"],
         num_inference_steps=candidate.num_inference_steps,
         cost=point.cost,
         speedup=base / point.cost,
         ssim=point.ssim,
         psnr=point.measurement.mean_psnr,
-        step_cache=_cache(candidate),
+        step_cache=does.get("step_cache"),
+        sigmas=candidate.sigmas,
     )
 
 
-def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    """What JSON gives back, so that a record equals itself after loading."""
-    plain = json.loads(json.dumps(data))
-    assert isinstance(plain, dict)
-    return plain
-
-
-def _cache(candidate: Candidate) -> dict[str, Any] | None:
-    cache = candidate.step_cache
-    return None if isinstance(cache, NoCache) else _plain(cache.to_dict())
-
-
 def _candidate(point: Point) -> dict[str, Any]:
-    return {
-        "kind": point.candidate.kind,
-        "label": point.candidate.label,
-        "num_inference_steps": point.candidate.num_inference_steps,
-        "step_cache": _cache(point.candidate),
-        "cost": point.cost,
-        "ssim": point.ssim,
-        "psnr": point.measurement.mean_psnr,
-    }
+    return {**_named(point.candidate), **_figures(point.measurement)}
 
 
 def _held_out(decided: Confirmation, plan: HeldOut) -> dict[str, Any]:
     return {
-        "label": plan.candidate.label,
-        "step_cache": _cache(plan.candidate),
-        "cost": plan.result.cost,
+        **_named(plan.candidate),
+        **_figures(plan.result),
         "speedup": decided.speedup(plan),
-        "ssim": plan.result.ssim,
-        "psnr": plan.result.mean_psnr,
         "ssim_per_prompt": list(plan.result.similarity),
     }
+
+
+def _named(candidate: Candidate) -> dict[str, Any]:
+    return {"kind": candidate.kind, "label": candidate.label, **candidate.does()}
+
+
+def _figures(measurement: Measurement) -> dict[str, Any]:
+    return {"cost": measurement.cost, "ssim": measurement.ssim, "psnr": measurement.mean_psnr}

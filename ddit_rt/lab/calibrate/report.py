@@ -1,40 +1,35 @@
-"""What a calibration leaves behind: a JSON file, the Pareto front as an image, and a summary."""
+"""What a calibration leaves behind: a JSON file, the Pareto front as a picture and a table."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ddit_rt.artifact import Calibration
 from ddit_rt.lab.measure import figures
-from ddit_rt.lab.measure.report import write_json
-from ddit_rt.lab.plans.candidates import ADAPTIVE, CACHED, COMBINED, DYNAMIC, FINE, STATIC, STEPS
-from ddit_rt.lab.plans.points import Point
+from ddit_rt.lab.measure.report import write_json, write_whole
+from ddit_rt.lab.plans.candidates import CACHED, COMBINED, DYNAMIC, FINE, STATIC, STEPS
 
-SCHEMA_VERSION = 2
-"""Version 2 added step caches, and has the baselines of each adaptive plan under its kind."""
+SCHEMA_VERSION = 3
+"""Version 3 has the best plan of each kind under `held_out`, and each candidate's plan in it."""
 
 _STYLES = {
     FINE: ("full resolution", figures.BLACK, "*"),
     STEPS: ("fewer steps", figures.BLUE, "s"),
     STATIC: ("static plans", figures.ORANGE, "^"),
-    CACHED: ("full resolution with {caches}", figures.RED, "D"),
+    CACHED: ("steps at p with a cache", figures.RED, "D"),
     DYNAMIC: ("dynamic plans", figures.GREEN, "o"),
-    COMBINED: ("dynamic plans with {caches}", figures.SKY, "P"),
+    COMBINED: ("coarse steps with a cache", figures.SKY, "P"),
 }
 
 
-def write_report(calibration: Calibration, points: Sequence[Point], folder: Path) -> list[Path]:
-    """Writes `calibration-N.json` and `pareto-N.png` for N steps.
-
-    The JSON is the artifact's record, with the policy of every candidate added. A plan names its
-    step cache, `step_cache`, and has it in its label.
+def write_report(calibration: Calibration, folder: Path) -> list[Path]:
+    """Writes `calibration-N.json`, `pareto-N.png` and `front-N.md` for N steps.
 
     Args:
         calibration: The record.
-        points: Every plan that was measured.
         folder: Folder that the files go to; it is made.
 
     Raises:
@@ -42,12 +37,36 @@ def write_report(calibration: Calibration, points: Sequence[Point], folder: Path
     """
     folder.mkdir(parents=True, exist_ok=True)
     steps = calibration.num_inference_steps
-    data = {"schema_version": SCHEMA_VERSION, **asdict(calibration)}
-    data["policies"] = [point.candidate.policy.to_dict() for point in points]
     record, image = folder / f"calibration-{steps}.json", folder / f"pareto-{steps}.png"
-    write_json(record, data)
+    table = folder / f"front-{steps}.md"
+    write_json(record, {"schema_version": SCHEMA_VERSION, **asdict(calibration)})
     draw_front(calibration, image)
-    return [record, image]
+    write_whole(table, front_table(calibration, image.name).encode())
+    return [record, image, table]
+
+
+def front_table(calibration: Calibration, image: str) -> str:
+    """The front as Markdown, the presets marked.
+
+    Args:
+        calibration: The record.
+        image: Name of the picture's file.
+    """
+    names, unit = calibration.evidence["measure"], calibration.cost_unit
+    presets = calibration.presets.items()
+    lines = [
+        f"# {calibration.num_inference_steps} steps: {calibration.evidence['verdict']}",
+        "",
+        f"![the front]({image})",
+        "",
+        f"| {unit} | speed-up | {names['name']} | {names['ratio']}, dB | plan | preset |",
+        "|---|---|---|---|---|---|",
+    ]
+    for plan in calibration.front:
+        chosen = ", ".join(name for name, own in presets if own == plan)
+        cells = (f"{plan.cost:.1f}", f"{plan.speedup:.2f}x", f"{plan.ssim:.4f}", _psnr(plan.psnr))
+        lines.append(f"| {' | '.join(cells)} | {plan.label} | {chosen} |")
+    return "\n".join(lines) + "\n"
 
 
 def draw_front(calibration: Calibration, path: Path) -> None:
@@ -69,8 +88,7 @@ def draw_front(calibration: Calibration, path: Path) -> None:
         if not row:
             continue
         x, y = [base / entry["cost"] for entry in row], [entry["ssim"] for entry in row]
-        label = name.format(caches=_caches(row))
-        axes.scatter(x, y, s=28, color=colour, marker=marker, label=label, alpha=0.8, zorder=3)
+        axes.scatter(x, y, s=28, color=colour, marker=marker, label=name, alpha=0.8, zorder=3)
     front = calibration.front
     x, y = [plan.speedup for plan in front], [plan.ssim for plan in front]
     axes.step(x, y, where="pre", color=figures.PINK, lw=1.4, label="front", zorder=2)
@@ -99,12 +117,6 @@ def _similarity(evidence: Mapping[str, Any]) -> str:
     return f"{evidence['measure']['name']} to full resolution{frames}"
 
 
-def _caches(candidates: Sequence[dict[str, Any]]) -> str:
-    """Names of their step caches."""
-    caches = [entry["step_cache"] for entry in candidates]
-    return " or ".join(sorted({cache["step_cache"] for cache in caches if cache is not None}))
-
-
 def summary(calibration: Calibration) -> str:
     """A few lines for a terminal."""
     evidence, unit = calibration.evidence, calibration.cost_unit
@@ -115,29 +127,27 @@ def summary(calibration: Calibration) -> str:
         f"{calibration.num_inference_steps} steps, {name} {value:g}: {evidence['verdict']}",
         f"on {len(evidence['held_out_prompts'])} held-out prompts; full resolution takes {fine}",
         f"  {'plan':<9}{unit:>9}{'speed-up':>10}{names['name']:>16}{names['ratio']:>6}",
-        *(_row(kind, entry) for kind, entry in evidence["held_out"].items()),
+        *_held_out(evidence),
+        f"{evidence['plans_tried']} plans tried in {evidence['pictures']['total']} generations",
+        f"presets, on the {len(evidence['prompts'])} calibration prompts",
+        *(_row(name, asdict(plan)) for name, plan in calibration.presets.items()),
     ]
-    for plan in (kind for kind in ADAPTIVE if kind in evidence["at_equal_cost"]):
-        lines.append(f"baselines at the cost that the {plan} plan has there")
-        for kind, entry in evidence["at_equal_cost"][plan].items():
-            share = evidence["closer_on"][plan][kind]
-            lines.append(
-                f"{_row(kind, entry)}  {plan} is more similar on {share:.0%} of the prompts"
-            )
-    if evidence["winner_is_closer_than_static_on"] is not None:
-        share = evidence["winner_is_closer_than_static_on"]
-        lines.append(
-            f"the winner is more similar than the static plan of its cost on {share:.0%} of them"
-        )
-        lines.append(_row("static", evidence["static_at_the_winners_cost"]))
-    lines.append(f"presets, on the {len(evidence['prompts'])} calibration prompts")
-    lines += [_row(name, asdict(plan)) for name, plan in calibration.presets.items()]
     return "\n".join(lines)
 
 
-def _row(name: str, entry: dict[str, Any]) -> str:
-    psnr = "same" if entry["psnr"] is None else f"{entry['psnr']:.1f}"
+def _held_out(evidence: Mapping[str, Any]) -> list[str]:
+    winner, closer = evidence["winner"], evidence["closer_on"]
+    told = {winner: "  <- taken"}
+    told |= {kind: f"  {winner} is more similar on {x:.0%}" for kind, x in closer.items()}
+    return [f"{_row(kind, entry)}{told[kind]}" for kind, entry in evidence["held_out"].items()]
+
+
+def _row(name: str, entry: Mapping[str, Any]) -> str:
     return (
-        f"  {name:<9}{entry['cost']:>9.1f}{entry['speedup']:>9.2f}x{entry['ssim']:>16.4f}{psnr:>6}"
-        f"  {entry['label']}"
+        f"  {name:<9}{entry['cost']:>9.1f}{entry['speedup']:>9.2f}x{entry['ssim']:>16.4f}"
+        f"{_psnr(entry['psnr']):>6}  {entry['label']}"
     )
+
+
+def _psnr(psnr: float | None) -> str:
+    return "same" if psnr is None else f"{psnr:.1f}"

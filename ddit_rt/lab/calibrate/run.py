@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ddit_rt.artifact import Calibration
-from ddit_rt.lab.calibrate.confirm import Confirmation, confirm
+from ddit_rt.lab.calibrate.confirm import SPARE, Confirmation, confirm
+from ddit_rt.lab.calibrate.moves import Space
 from ddit_rt.lab.calibrate.record import calibration_record
-from ddit_rt.lab.calibrate.search import search
-from ddit_rt.lab.calibrate.spaces import COMBINED as WITH_CACHE
-from ddit_rt.lab.calibrate.spaces import Space, spaces
+from ddit_rt.lab.calibrate.search import Search
 from ddit_rt.lab.measure.measures import Measure
 from ddit_rt.lab.plans.bench import Bench
-from ddit_rt.lab.plans.candidates import (
-    CACHED,
-    COMBINED,
-    DYNAMIC,
-    Dynamic,
-    ThresholdCache,
-    full_resolution,
-)
-from ddit_rt.lab.plans.points import Found, Measurement, Point, Prompt, best_for
+from ddit_rt.lab.plans.candidates import KINDS, full_resolution
+from ddit_rt.lab.plans.points import Measurement, Point, Prompt, best_for
 from ddit_rt.lab.plans.target import (
     BUDGET_MS,
     GENTLE,
@@ -53,16 +45,16 @@ class CalibrationConfig:
         prompts: Texts to draw from.
         calibration_prompts: Number of prompts that the search uses.
         held_out_prompts: Number of others that confirm what it found.
-        evaluations: Plans of each kind that are tried, at most.
+        pictures: What the calibration may generate in all.
         cost_unit: `"ms"` or `"tokens"`.
         seed: Seed of the draw of prompts; the noise of prompt i has seed + i.
     """
 
     request: Mapping[str, float]
     prompts: Sequence[str]
-    calibration_prompts: int = 6
+    calibration_prompts: int = 4
     held_out_prompts: int = 8
-    evaluations: int = 24
+    pictures: int = 200
     cost_unit: str = "ms"
     seed: int = 0
 
@@ -77,10 +69,10 @@ class CalibrationConfig:
             raise ValueError(f"got {name}={value}; it must lie between {low} and {high:g}")
         if name == BUDGET_MS and self.cost_unit != "ms":
             raise ValueError("got budget_ms with a cost in tokens; a budget in ms needs cost ms")
-        if min(self.calibration_prompts, self.held_out_prompts, self.evaluations) < 1:
+        if min(self.calibration_prompts, self.held_out_prompts, self.pictures) < 1:
             raise ValueError(
                 f"got {self.calibration_prompts} calibration prompts, {self.held_out_prompts} "
-                f"held-out prompts and {self.evaluations} evaluations; all must be at least 1"
+                f"held-out prompts and {self.pictures} pictures; all must be at least 1"
             )
         distinct, wanted = len(set(self.prompts)), self.calibration_prompts + self.held_out_prompts
         if distinct < wanted:
@@ -135,7 +127,7 @@ class CalibrationResult:
     Attributes:
         calibration: The record for the artifact.
         confirmation: Held-out figures.
-        points: Every plan that was measured.
+        points: Every plan that was measured on all calibration prompts.
     """
 
     calibration: Calibration
@@ -154,62 +146,64 @@ def calibrate(
         conditions: What the figures hold for: machine, versions, size, guidance; for the record.
 
     Raises:
-        ValueError: No plan reaches the target; the message says what is reachable.
+        ValueError: Too few pictures, or no plan reaches the target; the message says what is
+            needed, or reachable.
     """
-    config.check(bench.measure)
-    base = bench.costs["p"] * bench.steps
+    tables = bench.tables
+    config.check(tables.measure)
+    base = tables.costs["p"] * tables.steps
     target = config.target(base)
     prompts, held_out = config.split()
-    coarse = tuple(size for size in bench.costs if size != "p")
-    gentle, strong = target.shifted(GENTLE, base), target.shifted(STRONG, base)
-
-    def searched(what: Sequence[Space]) -> dict[str, Found]:
-        return search(
-            what,
-            bench,
-            prompts,
-            costs=bench.costs,
-            targets=[target, gentle, strong],
-            evaluations=config.evaluations,
+    search = Search(
+        space=Space(
+            steps=tables.steps,
+            costs=tables.costs,
+            taus=tables.taus,
+            dials=tables.dials,
+            places=tables.places,
+        ),
+        evaluator=bench,
+        prompts=prompts,
+        targets=[target, target.shifted(GENTLE, base), target.shifted(STRONG, base)],
+        pictures=config.pictures,
+        seed=config.seed,
+    )
+    taken = {
+        "tables": tables.runs,
+        "references": len(prompts),
+        "held_out": len(held_out) * (2 + len(search.kinds)),
+    }
+    search.pictures -= sum(taken.values())
+    if search.pictures < search.least:
+        least = sum(taken.values()) + search.least
+        raise ValueError(
+            f"got {config.pictures} pictures, and to measure every family with "
+            f"{len(prompts)} calibration and {len(held_out)} held-out prompts takes {least}: "
+            "give more, or ask for fewer prompts"
         )
-
-    found = searched(spaces(bench.steps, coarse, bench.taus, bench.caches))
-    found |= searched(_combined(found, gentle, base))
-    cheaper = {kind: [p for p in f.points if p.cost < base] for kind, f in found.items()}
+    points = [_reference_point(tables.steps, base, len(prompts))]
+    points += [point for point in search.run() if point.cost < base]
     best = {
         kind: point
-        for kind, points in cheaper.items()
-        if (point := best_for(target, points)) is not None
+        for kind in KINDS
+        if (point := best_for(target, [one for one in points if one.candidate.kind == kind]))
     }
     if not best:
-        tried = [point for row in cheaper.values() for point in row]
-        raise ValueError(_unreachable(config, base, tried, bench.measure))
-    decided = confirm(bench, found, best, held_out, config.request, target)
-    points = [_reference_point(bench.steps, base, len(prompts))]
-    points += [point for row in cheaper.values() for point in row]
+        raise ValueError(_unreachable(config, base, points[1:], tables.measure))
+    spare = best_for(target.with_room(), points[1:])
+    if spare is not None and spare not in best.values():
+        best[SPARE] = spare
+    decided = confirm(bench, best, held_out, config.request, target)
+    taken |= {"search": search.spent, "held_out": len(held_out) * (1 + len(best))}
+    told = {"pictures": {**taken, "total": sum(taken.values())}, "plans_tried": len(search.tried)}
     calibration = calibration_record(
-        bench, config, conditions, decided, best[decided.winner], points, target
+        tables, config, {**told, **conditions}, decided, best[decided.winner], points, target
     )
     return CalibrationResult(calibration=calibration, confirmation=decided, points=points)
 
 
-def _combined(found: Mapping[str, Found], gentle: Target, base: float) -> list[Space]:
-    """The best dynamic plan with the step cache that alone would give the gentler target."""
-    if DYNAMIC not in found or CACHED not in found:
-        return []
-    faster = [point for point in found[CACHED].points if point.cost < base]
-    if not faster:
-        return []
-    point = best_for(gentle, faster) or min(faster, key=gentle.shortfall)
-    cache, dynamic = point.candidate.step_cache, found[DYNAMIC]
-    assert isinstance(cache, ThresholdCache)
-    assert isinstance(dynamic.template, Dynamic)
-    start = replace(dynamic.template, cache=cache)
-    return [Space(kind=COMBINED, start=start, variations=WITH_CACHE, level=dynamic.level)]
-
-
 def _reference_point(steps: int, base: float, prompts: int) -> Point:
-    same = Measurement(cost=base, similarity=(1.0,) * prompts, psnr=(None,) * prompts)
+    same = Measurement(costs=(base,) * prompts, similarity=(1.0,) * prompts, psnr=(None,) * prompts)
     return Point(candidate=full_resolution(steps), measurement=same)
 
 
@@ -227,22 +221,3 @@ def _unreachable(
         f"{best.cost:.1f} {config.cost_unit} per {measure.makes}. Ask for less, or for another "
         "number of steps"
     )
-
-
-def most_runs(config: CalibrationConfig, *, sizes: int, caches: int, repeats: int) -> int:
-    """Generations that a calibration takes at most.
-
-    Args:
-        config: Settings of the search.
-        sizes: Number of patch sizes of the artifact.
-        caches: Number of step caches that the model has a fit for.
-        repeats: Rounds of `EngineBench.confirm`.
-    """
-    rounds = repeats if config.cost_unit == "ms" else 1
-    kinds, adaptive = (5, 3) if caches else (3, 1)
-    probes = (1 + caches) * 2 * sizes + 2 + caches
-    search = config.calibration_prompts * (1 + kinds * config.evaluations)
-    # The best plan of each kind; two baselines at equal cost for each adaptive one; a static plan
-    # at the cost of fewer steps. Each time beside full resolution, and warmed up.
-    confirm = (1 + kinds + 1 + 2 * adaptive + 1 + 1) * (1 + rounds * config.held_out_prompts)
-    return probes + search + confirm

@@ -119,12 +119,12 @@ def _plans(
         unit=config.cost_unit,
     )
     cost = _cost(engine, main, config, items, bench)
-    others, notes = baselines(main, cost, bench.costs, steps)
+    others, notes = baselines(main, cost, bench.tables.costs, steps)
     cached, absent = _cached(engine, config, items[:_CACHE_PILOT], bench, cost)
     found = {
         "main": main.name,
         "main_cost": cost,
-        "step_costs": dict(bench.costs),
+        "step_costs": dict(bench.tables.costs),
         "pilot_prompts": len(items),
         "notes": notes,
         "absent": absent,
@@ -144,7 +144,7 @@ def _cost(
     for item in items:
         trace = method.generate(_batch(config, (item,))).trace
         assert trace is not None, "an engine's run has a trace"
-        costs.append(_spent(trace, bench.costs, config.cost_unit))
+        costs.append(_spent(trace, bench.tables.costs, config.cost_unit))
     return statistics.fmean(costs)
 
 

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ddit_rt.artifact import PRESETS, Calibration, Manifest
 from ddit_rt.lab.plans.candidates import (
     CACHED,
-    COMBINED,
-    DYNAMIC,
     FINE,
-    STATIC,
-    STEPS,
     Candidate,
-    FewerSteps,
-    Static,
     cache_text,
     full_resolution,
+    kind_of,
 )
+from ddit_rt.lab.plans.genome import LEAST_STEPS, Genome, Static, within
 from ddit_rt.planning.request import PolicyChoice, read_request
 from ddit_rt.policies import (
     DDiTPolicy,
@@ -29,15 +25,12 @@ from ddit_rt.policies import (
     StaticPolicy,
     StepCache,
     TeaCache,
-    policy_from_dict,
-    step_cache_from_dict,
 )
 
 REFERENCE, CHOSEN, BASELINE = "reference", "chosen", "rival"
 """Roles, by the names that they have in records."""
 
 EQUAL_STEPS, EQUAL_STATIC, TEACACHE = "equal-steps", "equal-static", "teacache"
-_DYNAMIC = (DYNAMIC, COMBINED)
 _NAMES = {
     FINE: "full resolution",
     EQUAL_STEPS: "fewer steps, equal cost",
@@ -77,22 +70,14 @@ class NamedPlan:
             "role": self.role,
             "kind": self.candidate.kind,
             "label": self.candidate.label,
-            "policy": self.candidate.policy.to_dict(),
-            "num_inference_steps": self.candidate.num_inference_steps,
+            **self.candidate.does(),
             "step_cache": self.candidate.step_cache.to_dict(),
         }
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> NamedPlan:
         """What `to_dict` gave."""
-        cache = step_cache_from_dict(data["step_cache"]) if "step_cache" in data else NoCache()
-        candidate = Candidate(
-            kind=data["kind"],
-            label=data["label"],
-            policy=policy_from_dict(data["policy"]),
-            num_inference_steps=data["num_inference_steps"],
-            step_cache=cache,
-        )
+        candidate = Candidate.doing(data["kind"], data["label"], data)
         return NamedPlan(name=data["name"], role=data["role"], candidate=candidate)
 
 
@@ -148,7 +133,7 @@ def main_plan(plans: Sequence[NamedPlan]) -> NamedPlan:
         plans: Plans of any roles, one chosen among them.
     """
     chosen = [plan for plan in plans if plan.role == CHOSEN]
-    return next((plan for plan in chosen if plan.candidate.kind in _DYNAMIC), chosen[0])
+    return next((plan for plan in chosen if _is_dynamic(plan.candidate)), chosen[0])
 
 
 def baselines(
@@ -168,22 +153,22 @@ def baselines(
     limit = cost + costs["p"] / 2
     coarse = tuple(size for size in costs if size != "p")[-1:]
     # The best shape on the demo model comes first; later ones can be cheaper.
-    static = (
-        [
-            Static(steps=steps, coarse=coarse),
-            Static(steps=steps, coarse=coarse, refresh=None),
-            Static(steps=steps, coarse=coarse, refresh=None, head=0),
-        ]
-        if coarse and steps >= 7
-        else []
-    )
+    shapes = [
+        Static(count=1, sizes=coarse),
+        Static(count=1, sizes=coarse, refresh=None),
+        Static(count=1, sizes=coarse, refresh=None, head=0),
+    ]
+    fewer = min(int(limit / costs["p"]), steps)
     found, notes = [], []
-    for name, what, templates in (
-        (EQUAL_STEPS, "run of fewer steps", [FewerSteps(steps=steps)]),
-        (EQUAL_STATIC, "static plan", static),
+    for name, what, genome in (
+        (EQUAL_STEPS, "run of fewer steps", Genome(steps=fewer) if fewer else None),
+        (
+            EQUAL_STATIC,
+            "static plan",
+            within(shapes, steps, limit, costs) if coarse and steps >= LEAST_STEPS else None,
+        ),
     ):
-        levels = ((template, template.within(limit, costs)) for template in templates)
-        plan = next((one.at(level) for one, level in levels if level is not None), None)
+        plan = genome.candidate() if genome else None
         if plan is None:
             notes.append(f"no {what} of {steps} steps is as cheap as {main.name}")
         elif plan.key == main.candidate.key:
@@ -208,16 +193,17 @@ def _resolved(
     runs = resolved.num_inference_steps or steps
     label = resolved.notes[0] if resolved.notes else _describe(resolved.policy, runs)
     cache = resolved.step_cache if resolved.num_inference_steps else default_cache
-    return name, _candidate(resolved.policy, runs, label, cache)
+    candidate = _candidate(resolved.policy, runs, label, cache)
+    return name, replace(candidate, sigmas=resolved.sigmas)
 
 
 def _candidate(policy: PatchPolicy, steps: int, label: str, cache: StepCache) -> Candidate:
-    kinds = {FinePolicy: STEPS, StaticPolicy: STATIC, DDiTPolicy: DYNAMIC}
-    if not isinstance(cache, NoCache):
-        kinds |= {FinePolicy: CACHED, DDiTPolicy: COMBINED}
-    kind = kinds.get(type(policy), type(policy).__name__)
     return Candidate(
-        kind=kind, label=label, policy=policy, num_inference_steps=steps, step_cache=cache
+        kind=kind_of(policy, cache),
+        label=label,
+        policy=policy,
+        num_inference_steps=steps,
+        step_cache=cache,
     )
 
 
@@ -244,18 +230,20 @@ def _of_artifact(
     presets = [
         _resolved(name, name, manifest, steps, default_cache) for name in ("balanced", *PRESETS)
     ]
-    if all(candidate.kind not in _DYNAMIC for _, candidate in presets):
+    if not any(_is_dynamic(candidate) for _, candidate in presets):
         presets += _dynamic_of(calibration) or named
     return presets
 
 
+def _is_dynamic(candidate: Candidate) -> bool:
+    return isinstance(candidate.policy, DDiTPolicy)
+
+
 def _dynamic_of(calibration: Calibration) -> list[tuple[str, Candidate]]:
     """The dynamic plan of the front that costs most nearly what `balanced` does."""
-    plans = [plan for plan in calibration.front if plan.kind in _DYNAMIC]
+    plans = [plan for plan in calibration.front if plan.policy["policy"] == DDiTPolicy.__name__]
     balanced = calibration.presets["balanced"].cost
     nearest = min(plans, key=lambda plan: abs(plan.cost - balanced), default=None)
     if nearest is None:
         return []
-    policy = policy_from_dict(nearest.policy)
-    cache = step_cache_from_dict(nearest.step_cache) if nearest.step_cache else NoCache()
-    return [("dynamic", _candidate(policy, nearest.num_inference_steps, nearest.label, cache))]
+    return [("dynamic", Candidate.doing(nearest.kind, nearest.label, asdict(nearest)))]

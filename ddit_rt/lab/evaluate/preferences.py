@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ddit_rt.lab.evaluate.report import interval_entry
-from ddit_rt.lab.evaluate.store import append_lines, read_lines
+from ddit_rt.lab.measure.report import append_lines, read_lines
 from ddit_rt.lab.measure.statistics import share_interval
 
 CHOICES = ("left", "equal", "right")

@@ -13,9 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from ddit_rt.lab.evaluate.plans import NamedPlan
-from ddit_rt.lab.measure.report import write_json, write_whole
+from ddit_rt.lab.measure.report import append_lines, read_lines, write_json, write_whole
 from ddit_rt.lab.measure.sound_file import read_wav, wav_bytes
 from ddit_rt.lab.measure.timing import Pixels
 
@@ -193,28 +191,6 @@ def _png(image: Pixels) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON lines file; one that a stop cut off is left out."""
-    if not path.is_file():
-        return []
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            rows += [row] if isinstance(row, dict) else []
-    return rows
-
-
-def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Appends to a JSON lines file, whole lines even after a stop that cut one off."""
-    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    cut_off = path.is_file() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" + text if cut_off else text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _short(value: Any) -> str:

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,28 @@ def write_whole(path: Path, data: bytes) -> None:
     partial = path.with_name(f"{path.name}.part")
     partial.write_bytes(data)
     partial.replace(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON lines file; one that a stop cut off is left out."""
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) else []
+    return rows
+
+
+def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends to a JSON lines file, whole lines even after a stop that cut one off."""
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    cut_off = path.is_file() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" + text if cut_off else text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _cpu_name() -> str:

@@ -2,59 +2,85 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ddit_rt.lab.measure.measures import Measure, measure_of
 from ddit_rt.lab.measure.timing import Batch, Method, Pixels, measure
-from ddit_rt.lab.plans.candidates import CacheRange, Candidate, full_resolution
+from ddit_rt.lab.plans.candidates import Candidate, full_resolution
 from ddit_rt.lab.plans.dial import TAU_PROBES, branch, step_costs, tau_range
 from ddit_rt.lab.plans.points import Evaluator, Measurement, Prompt
 from ddit_rt.lab.plans.step_caches import (
-    alternating,
-    fitted_caches,
+    CacheDial,
+    searched_caches,
     several_models,
     threshold_range,
 )
 from ddit_rt.loop import RunTrace
 from ddit_rt.models import family_named
+from ddit_rt.models.arguments import call_defaults
 from ddit_rt.policies import FinePolicy, NoCache, PatchPolicy, StepCache
 
 UNITS = ("ms", "tokens")
 NO_FIT = (
-    "without plans that skip steps: no step cache has a fit for this model; `ddit-rt calibrate "
-    "ARTIFACT --model MODEL --cache magcache` makes one"
+    "with no step cache but those that need no fit: for this model there is none; `ddit-rt "
+    "calibrate ARTIFACT --model MODEL --cache magcache` makes one"
 )
 """Note about a model that has no fit."""
 SEVERAL_MODELS = (
-    "without plans that skip steps: a fit of a step cache is for one model, and in this pipeline "
+    "with no step cache but those that need no fit: a fit is for one model, and in this pipeline "
     "several take turns"
 )
 """Note about a pipeline of experts."""
+OWN_LEVELS = "with the pipeline's own noise levels alone: its call takes no others"
+"""Note about a pipeline without `sigmas`, or whose scheduler would ignore them."""
 
 
-class Bench(Evaluator, Protocol):
-    """What a calibration needs of an engine, at one number of steps.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tables:
+    """What a bench knows before it runs a plan, for one number of steps.
 
     Attributes:
         steps: Steps of the reference.
+        measure: By what plans are compared.
         costs: Cost of one step at each patch size that the engine offers, `"p"` among them.
         taus: Range of tau: below the lowest every step is fine, above the highest none.
-        caches: Step caches that can be searched.
+        dials: Step caches that can be searched, with the ends of their dials.
         cache_costs: Cost of one step under a cache, `"p"` computed or `"p reused"`, by the cache's
             class.
-        notes: What the search has to do without, and why.
-        measure: By what plans are compared.
+        places: Whether the pipeline's call takes noise levels.
+        notes: What a search has to do without, and why.
+        runs: Generations that it took to find this out.
     """
 
     steps: int
+    measure: Measure
     costs: Mapping[str, float]
     taus: tuple[float, float]
-    caches: Sequence[CacheRange]
+    dials: Sequence[CacheDial] = ()
     cache_costs: Mapping[str, Mapping[str, float]]
-    notes: Sequence[str]
-    measure: Measure
+    places: bool = False
+    notes: Sequence[str] = ()
+    runs: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was measured of it, for a file; `EngineBench` takes it as `known`."""
+        return {
+            "costs": dict(self.costs),
+            "taus": list(self.taus),
+            "ends": {dial.name: list(dial.ends or ()) for dial in self.dials},
+            "cache_costs": {name: dict(costs) for name, costs in self.cache_costs.items()},
+            "runs": self.runs,
+        }
+
+
+class Bench(Evaluator, Protocol):
+    """What a calibration needs of an engine, at one number of steps."""
+
+    @property
+    def tables(self) -> Tables:
+        """What is known before a plan runs."""
 
     def confirm(
         self, candidates: Sequence[Candidate], prompts: Sequence[Prompt]
@@ -63,7 +89,7 @@ class Bench(Evaluator, Protocol):
 
 
 class EngineBench:
-    """A `Bench` of a loaded engine; see there for most of its attributes.
+    """A `Bench` of a loaded engine.
 
     Costs in the search come from tables, measured once: the median time of a step at each patch
     size, or its image tokens; with a step cache, that of a computed and of a reused one. `confirm`
@@ -71,6 +97,7 @@ class EngineBench:
 
     Attributes:
         runs: Generations so far.
+        tables: See `Tables`.
     """
 
     def __init__(
@@ -81,8 +108,8 @@ class EngineBench:
         probe: Prompt,
         arguments: Mapping[str, Any],
         unit: str = "ms",
-        repeats: int = 3,
         skipping: bool = False,
+        known: Mapping[str, Any] | None = None,
         advance: Callable[[], object] = lambda: None,
     ) -> None:
         """Measures the tables of costs and the ranges of the dials.
@@ -93,46 +120,56 @@ class EngineBench:
             probe: Prompt to measure the tables with.
             arguments: Further arguments of the engine's call, e.g. `height`.
             unit: `"ms"` or `"tokens"`.
-            repeats: Rounds of `confirm`.
-            skipping: Whether to look for step caches that the model has a fit for.
+            skipping: Whether to look for step caches that the model can take.
+            known: What `Tables.to_dict` gave for the same: nothing is measured then.
             advance: Called after every generation.
         """
         if unit not in UNITS:
             raise ValueError(f"got the cost {unit!r}; it is one of {list(UNITS)}")
-        self.steps = steps
         self.runs = 0
-        self._engine = engine
-        self._arguments = dict(arguments)
-        self._unit = unit
-        self._repeats = repeats
-        self._advance = advance
+        self._engine, self._arguments = engine, dict(arguments)
+        self._steps, self._unit, self._advance = steps, unit, advance
         self._references: dict[Prompt, Pixels] = {}
-        self.measure = measure_of(family_named(engine.artifact.manifest.family))
-        self.costs: Mapping[str, float] = self._cost_table(probe, NoCache())
-        self.taus = tau_range(self._probe(policy, NoCache(), probe) for policy in TAU_PROBES)
-        self.caches: Sequence[CacheRange] = ()
-        self.cache_costs: Mapping[str, Mapping[str, float]] = {}
-        self.notes: Sequence[str] = ()
-        if skipping:
-            self._add_caches(probe)
+        self._ran: set[str] = set()
+        fitted = searched_caches(engine) if skipping else ()
+        found = known or self._measured(probe, fitted)
+        dials = [
+            replace(one, ends=tuple(ends))
+            for one in fitted
+            if (ends := found["ends"].get(one.name))
+        ]
+        places = _takes_levels(engine.pipeline)
+        self.tables = Tables(
+            steps=steps,
+            measure=measure_of(family_named(engine.artifact.manifest.family)),
+            costs=found["costs"],
+            taus=(found["taus"][0], found["taus"][1]),
+            dials=dials,
+            cache_costs=found["cache_costs"],
+            places=places,
+            notes=[*(self._no_caches(dials) if skipping else ()), *[OWN_LEVELS] * (not places)],
+            runs=found["runs"],
+        )
 
     def evaluate(self, candidate: Candidate, prompts: Sequence[Prompt]) -> Measurement:
         """See `Evaluator.evaluate`."""
         references = [self._reference(prompt) for prompt in prompts]
         made, traces = zip(*(self._generate(candidate, prompt) for prompt in prompts), strict=True)
-        table = self.cache_costs.get(type(candidate.step_cache).__name__, self.costs)
+        cache = type(candidate.step_cache).__name__
+        table = self.tables.cache_costs.get(cache, self.tables.costs)
         costs = [sum(table[branch(record)] for record in trace) for trace in traces]
         return self._measurement(costs, made, references)
 
     def confirm(
         self, candidates: Sequence[Candidate], prompts: Sequence[Prompt]
     ) -> list[Measurement]:
-        """See `Bench.confirm`. A cost in milliseconds is the loop's median over the repeats."""
+        """See `Bench.confirm`. A cost in milliseconds is what the whole loop took."""
         methods = [self._method(candidate) for candidate in candidates]
         batches = [Batch(prompts=(prompt.text,), seeds=(prompt.seed,)) for prompt in prompts]
         in_ms = self._unit == "ms"
-        repeats = self._repeats if in_ms else 1
-        samples = measure(methods, batches, repeats=repeats, advance=self._count)
+        cold = in_ms and not self._ran >= {candidate.key for candidate in candidates}
+        samples = measure(methods, batches, repeats=1, advance=self._count, warm_up=cold)
+        self._ran |= {candidate.key for candidate in candidates}
         rows = [samples[method.name] for method in methods]
         references = [sample.outputs[0] for sample in rows[0]]
         return [
@@ -150,9 +187,10 @@ class EngineBench:
     def _measurement(
         self, costs: Sequence[float], made: Sequence[Pixels], references: Sequence[Pixels]
     ) -> Measurement:
-        found = self.measure.compare(made, references)
-        cost = statistics.fmean(costs)
-        return Measurement(cost=cost, similarity=found.similarity, psnr=found.ratio)
+        found = self.tables.measure.compare(made, references)
+        return Measurement(
+            costs=tuple(costs), similarity=tuple(found.similarity), psnr=tuple(found.ratio)
+        )
 
     def _method(self, candidate: Candidate) -> Method:
         return candidate.on(self._engine, candidate.key, **self._arguments)
@@ -160,13 +198,14 @@ class EngineBench:
     def _probe(self, policy: PatchPolicy, cache: StepCache, prompt: Prompt) -> RunTrace:
         """A run whose outcome does not count."""
         candidate = Candidate(
-            kind="", label="", policy=policy, num_inference_steps=self.steps, step_cache=cache
+            kind="", label="", policy=policy, num_inference_steps=self._steps, step_cache=cache
         )
         return self._generate(candidate, prompt)[1]
 
     def _generate(self, candidate: Candidate, prompt: Prompt) -> tuple[Pixels, RunTrace]:
         batch = Batch(prompts=(prompt.text,), seeds=(prompt.seed,))
         made = self._method(candidate).generate(batch)
+        self._ran.add(candidate.key)
         self._count()
         return made.outputs[0], _trace(made.trace)
 
@@ -176,32 +215,54 @@ class EngineBench:
 
     def _reference(self, prompt: Prompt) -> Pixels:
         if prompt not in self._references:
-            self._references[prompt], _ = self._generate(full_resolution(self.steps), prompt)
+            self._references[prompt], _ = self._generate(full_resolution(self._steps), prompt)
         return self._references[prompt]
 
-    def _cost_table(self, probe: Prompt, cache: StepCache) -> dict[str, float]:
+    def _cost_table(
+        self, probe: Prompt, cache: StepCache, *, warm_up: bool = True
+    ) -> dict[str, float]:
         return step_costs(
             lambda policy, cache: self._probe(policy, cache, probe),
             [entry.patch for entry in self._engine.artifact.manifest.buckets],
-            self.steps,
+            self._steps,
             cache=cache,
             unit=self._unit,
+            warm_up=warm_up,
         )
 
-    def _add_caches(self, probe: Prompt) -> None:
-        """Ranges and costs of the step caches that the model has a fit for."""
-        fitted = fitted_caches(self._engine)
-        traces = [(cache, self._probe(FinePolicy(), cache, probe)) for cache in fitted]
-        ranges = [(cache, threshold_range(trace)) for cache, trace in traces]
-        self.caches = [CacheRange(cache=cache, thresholds=ends) for cache, ends in ranges if ends]
-        of_class = {type(entry.cache).__name__: entry.cache for entry in self.caches}
-        self.cache_costs = {
-            name: self._cost_table(probe, alternating(cache)) for name, cache in of_class.items()
+    def _measured(self, probe: Prompt, dials: Sequence[CacheDial]) -> dict[str, Any]:
+        """What `Tables.to_dict` has of it."""
+        costs = self._cost_table(probe, NoCache())
+        taus = tau_range(self._probe(policy, NoCache(), probe) for policy in TAU_PROBES)
+        ends, cache_costs = {}, {}
+        for dial in dials:
+            found = dial.ends or threshold_range(self._probe(FinePolicy(), dial.cache, probe))
+            if found is not None:
+                ends[dial.name] = found
+                name = type(dial.cache).__name__
+                if name not in cache_costs:
+                    cache_costs[name] = self._cost_table(probe, dial.alternating, warm_up=False)
+        return {
+            "costs": costs,
+            "taus": taus,
+            "ends": ends,
+            "cache_costs": cache_costs,
+            "runs": self.runs,
         }
-        if not fitted:
-            self.notes = [SEVERAL_MODELS if several_models(self._engine) else NO_FIT]
-        elif not self.caches:
-            self.notes = [f"without plans that skip steps: of {self.steps} steps none may"]
+
+    def _no_caches(self, dials: Sequence[CacheDial]) -> list[str]:
+        """What is said of the step caches that cannot be searched."""
+        if not dials:
+            return [f"without plans that skip steps: of {self._steps} steps none may"]
+        if any(dial.fit is not None for dial in dials):
+            return []
+        return [SEVERAL_MODELS if several_models(self._engine) else NO_FIT]
+
+
+def _takes_levels(pipeline: Any) -> bool:
+    """Whether a pipeline's call takes noise levels that its scheduler heeds."""
+    own = pipeline.scheduler.config.get("use_flow_sigmas", False)
+    return "sigmas" in call_defaults(pipeline) and not own
 
 
 def _trace(trace: RunTrace | None) -> RunTrace:

@@ -71,6 +71,7 @@ def step_costs(
     cache: StepCache = NoCache(),  # noqa: B008 - frozen
     unit: str = "ms",
     rounds: int = 1,
+    warm_up: bool = True,
 ) -> dict[str, float]:
     """Measures what one step costs at each patch size, computed and reused.
 
@@ -80,14 +81,15 @@ def step_costs(
         steps: Denoising steps.
         cache: A step cache that computes and reuses in turn, to measure what both cost.
         unit: `"ms"`, or `"tokens"` for image tokens.
-        rounds: Measured runs of each size, after one that warms up.
+        rounds: Measured runs of each size.
+        warm_up: Whether one before them warms up.
 
     Returns:
         The median over all steps, by branch.
     """
     samples: dict[str, list[float]] = {}
     offered = list(sizes)
-    for number in range(rounds + 1):
+    for number in range(rounds + warm_up):
         for size in tuple(offered):
             policy = FinePolicy() if size == "p" else StaticPolicy([size] * steps)
             try:
@@ -97,7 +99,7 @@ def step_costs(
                     raise
                 offered.remove(size)
                 continue
-            for record in trace if number else ():
+            for record in trace if number >= warm_up else ():
                 cost = record.latency_ms if unit == "ms" else float(record.tokens)
                 samples.setdefault(branch(record), []).append(cost)
     return {name: statistics.median(costs) for name, costs in samples.items()}

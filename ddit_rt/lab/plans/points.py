@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Protocol, TypeVar
 
 from ddit_rt import checks
-from ddit_rt.lab.plans.candidates import Candidate, Template
-from ddit_rt.lab.plans.target import Target
+from ddit_rt.lab.plans.candidates import Candidate
+from ddit_rt.lab.plans.target import Measured, Target
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Measured)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,18 +38,23 @@ def prompt_lines(path: str | Path) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """What an evaluation of a plan gave.
+    """What an evaluation of a plan gave, an entry for each prompt.
 
     Attributes:
-        cost: Mean cost of a denoising loop.
-        similarity: Of what each prompt gave to what it gives at full resolution, by the measure
+        costs: Cost of the denoising loop.
+        similarity: Of what the prompt gave to what it gives at full resolution, by the measure
             of what the model makes: of images SSIM.
         psnr: That measure's ratio, in dB; None where both are equal.
     """
 
-    cost: float
+    costs: tuple[float, ...]
     similarity: tuple[float, ...]
     psnr: tuple[float | None, ...]
+
+    @property
+    def cost(self) -> float:
+        """Mean cost."""
+        return fmean(self.costs)
 
     @property
     def ssim(self) -> float:
@@ -60,6 +66,17 @@ class Measurement:
         """Mean over those that differ; None when none does."""
         finite = [value for value in self.psnr if value is not None]
         return fmean(finite) if finite else None
+
+    @property
+    def rows(self) -> list[tuple[float, float, float | None]]:
+        """Cost, similarity and ratio of each prompt."""
+        return list(zip(self.costs, self.similarity, self.psnr, strict=True))
+
+    @staticmethod
+    def of(rows: Sequence[tuple[float, float, float | None]]) -> Measurement:
+        """What `rows` gave."""
+        costs, similarity, psnr = zip(*rows, strict=True)
+        return Measurement(costs=costs, similarity=similarity, psnr=psnr)
 
 
 class Evaluator(Protocol):
@@ -92,11 +109,17 @@ class Point:
         return no_worse and (self.cost < other.cost or self.ssim > other.ssim)
 
 
-def best_for(target: Target, points: Sequence[Point]) -> Point | None:
+def best_for(target: Target, points: Sequence[M]) -> M | None:
     """The point that serves a target best; None where none meets it."""
-    best: Point | None = None
+    best = nearest_to(target, points)
+    return best if best is not None and target.met(best) else None
+
+
+def nearest_to(target: Target, points: Sequence[M]) -> M | None:
+    """The point that serves a target best, or comes nearest; None without points."""
+    best: M | None = None
     for point in points:
-        if target.met(point) and (best is None or target.better(point, best)):
+        if best is None or target.better(point, best):
             best = point
     return best
 
@@ -116,27 +139,3 @@ def pareto_front(
         if not front or score(item) > score(front[-1]):
             front.append(item)
     return front
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
-    """What the search found of one kind of plan.
-
-    Attributes:
-        points: Everything that was measured.
-        template: The best template for the main target.
-        level: The best level of that template.
-    """
-
-    points: Sequence[Point]
-    template: Template
-    level: int = 0
-
-    def costing(self, cost: float, costs: Mapping[str, float]) -> Candidate | None:
-        """The template's plan of at most `cost`; else the closest measured one; else None."""
-        level = self.template.within(cost, costs)
-        if level is not None:
-            return self.template.at(level)
-        cheaper = [point for point in self.points if point.cost <= cost]
-        best = max(cheaper, key=lambda point: point.ssim, default=None)
-        return best.candidate if best else None

@@ -3,36 +3,117 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ddit_rt.lab.plans.candidates import ThresholdCache
+from ddit_rt.lab.plans.dial import on_log_scale
 from ddit_rt.loop import RunTrace
 from ddit_rt.models import family_named
 from ddit_rt.planning.outline import model_fits
-from ddit_rt.policies import MagCache, TeaCache
+from ddit_rt.policies import MagCache, SeaCache, StaticCache, StepCache, TeaCache
 
-_BY_FIT: dict[str, ThresholdCache] = {
-    "teacache": TeaCache(0.0),
-    "teacache-ret": TeaCache(0.0, use_ret_steps=True),
-    "magcache": MagCache(threshold=0.0),
-}
-"""What each kind of fit serves, at the threshold at which no step reuses."""
+LEVELS = 48
+"""Levels of a step cache's dial."""
 
 
-def fitted_caches(engine: Any) -> tuple[ThresholdCache, ...]:
-    """The step caches that an engine's model has a fit for, stored in the artifact or published.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheDial:
+    """A step cache that a search may turn.
 
-    Empty where several models take turns, since a fit is for one.
+    Attributes:
+        cache: The cache; of the field that is turned its value does not count.
+        alternating: The same kind of cache, computing and reusing in turn: to measure what both
+            cost.
+        fit: Kind of fit that the model must have; None if the cache needs none.
+        turns: The field that is turned.
+        ends: Its lowest and highest value: at the lowest hardly a step reuses, at the highest
+            nearly every one. None where a run tells them, of a cache that goes by a threshold.
+        varied: Values of other fields that are worth trying, by field.
+    """
+
+    cache: StepCache
+    alternating: StepCache
+    fit: str | None = None
+    turns: str = "threshold"
+    ends: tuple[float, float] | None = None
+    varied: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Class of the cache, and what sets it apart from another dial of the class."""
+        return self.fit or type(self.cache).__name__
+
+    def at(self, level: int, changed: Sequence[tuple[str, Any]] = ()) -> StepCache:
+        """The cache of a level, 0 to `LEVELS`.
+
+        Args:
+            level: How far the dial is turned.
+            changed: Values of other fields.
+        """
+        assert self.ends is not None, "a run has told the ends"
+        value: Any = on_log_scale(self.ends, level, LEVELS)
+        if isinstance(getattr(self.cache, self.turns), int):
+            value = round(value)
+        return replace(self.cache, **{self.turns: value}, **dict(changed))  # type: ignore[type-var]
+
+    def has(self, name: str) -> bool:
+        """Whether the cache has a field of a name."""
+        return name in {one.name for one in fields(self.cache)}  # type: ignore[arg-type]
+
+
+_TEA = TeaCache(1.5, coefficients=(1.0,), first=1, last=0)
+_MAG = MagCache(threshold=1.0, max_skip_steps=1, retention_ratio=0.0, mag_ratios=(1.0,))
+
+STEP_CACHES = (
+    CacheDial(
+        fit="teacache",
+        cache=TeaCache(0.0),
+        alternating=_TEA,
+        varied={"first": (3, 6), "last": (2,), "residual_order": (1,)},
+    ),
+    CacheDial(
+        fit="teacache-ret",
+        cache=TeaCache(0.0, use_ret_steps=True),
+        alternating=replace(_TEA, use_ret_steps=True),
+        varied={"first": (3,), "last": (2,), "residual_order": (1,)},
+    ),
+    CacheDial(
+        fit="magcache",
+        cache=MagCache(threshold=0.0),
+        alternating=_MAG,
+        varied={"max_skip_steps": (5, 2), "retention_ratio": (0.1, 0.3), "residual_order": (1,)},
+    ),
+    CacheDial(
+        cache=SeaCache(0.0),
+        alternating=SeaCache(1e30, cache_end_steps=0, max_consecutive_cached=1),
+        varied={"max_consecutive_cached": (1, 4), "retention_steps": (3,), "residual_order": (0,)},
+    ),
+    CacheDial(
+        cache=StaticCache(2.0),
+        alternating=StaticCache(2.0, first=1, last=0),
+        turns="plan",
+        ends=(1.1, 5.0),
+        varied={"first": (2, 5), "residual_order": (0,)},
+    ),
+)
+"""All that a search may take, a line each."""
+
+
+def searched_caches(engine: Any) -> tuple[CacheDial, ...]:
+    """The step caches that may serve an engine's model: those that need no fit, or have theirs.
+
+    A fit is for one model: where several take turns, those are left that need none. Where a
+    soundtrack goes along, there are none.
 
     Args:
         engine: The engine, with its pipeline.
     """
-    if several_models(engine):
+    if family_named(engine.artifact.manifest.family).soundtrack:
         return ()
     fits = model_fits(engine.pipeline.transformer, engine.artifact.manifest.cache_fits)
-    kinds = {fit.kind for fit in fits}
-    return tuple(cache for kind, cache in _BY_FIT.items() if kind in kinds)
+    kinds = {None, *(fit.kind for fit in fits if not several_models(engine))}
+    return tuple(dial for dial in STEP_CACHES if dial.fit in kinds)
 
 
 def several_models(engine: Any) -> bool:
@@ -59,8 +140,6 @@ def threshold_range(trace: RunTrace) -> tuple[float, float] | None:
     return (min(usable), sum(usable)) if len(usable) > 1 else None
 
 
-def alternating(cache: ThresholdCache) -> ThresholdCache:
-    """The same kind of cache, computing and reusing in turn: to measure what both cost."""
-    if isinstance(cache, TeaCache):
-        return replace(cache, threshold=1.5, coefficients=(1.0,), first=1, last=0)
-    return MagCache(threshold=1.0, max_skip_steps=1, retention_ratio=0.0, mag_ratios=(1.0,))
+def alternating(cache: StepCache) -> StepCache:
+    """The same kind of cache, computing and reusing in turn."""
+    return next(dial.alternating for dial in STEP_CACHES if isinstance(cache, type(dial.cache)))

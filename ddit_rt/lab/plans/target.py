@@ -14,6 +14,10 @@ GENTLE, STRONG = 0.5, 1.5
 _COST_MARGIN, _SSIM_MARGIN = 0.10, 0.02
 """A plan may miss by this much on held-out prompts, which is what prompts vary by."""
 
+_EXCHANGE = 4
+"""Power of the cost by which losses fall along a front: what a plan that misses a limit by a little
+pays in what is not limited."""
+
 
 class Measured(Protocol):
     """What a target judges."""
@@ -63,36 +67,40 @@ class Target:
         """Whether a plan keeps the limit within what prompts vary: 10% of cost, 0.02 otherwise."""
         return self.shortfall(point) <= (_SSIM_MARGIN if self.max_cost is None else _COST_MARGIN)
 
-    def close(self, point: Measured) -> bool:
-        """Whether a plan meets the limit and hardly leaves room."""
-        room = 0.005 if self.max_cost is None else 0.03
-        return self.met(point) and self.shortfall(point) >= -room
-
-    def open_end(self, point: Measured) -> float:
-        """What is not limited: a plan's cost, or minus its similarity; less is better."""
-        return point.cost if self.max_cost is None else -point.ssim
-
-    def wants_cheaper(self, point: Measured) -> bool:
-        """Whether the target lies on the cheaper side of a plan."""
-        return self.met(point) == (self.max_cost is None)
-
-    def better(self, one: Measured, other: Measured | None) -> bool:
+    def better(self, one: Measured, other: Measured) -> bool:
         """Whether `one` serves better: it meets the limit, and beats `other` in what is left."""
-        if other is None or self.met(one) != self.met(other):
+        if self.met(one) != self.met(other):
             return self.met(one)
         if not self.met(one):
             return self.shortfall(one) < self.shortfall(other)
         return self._rank(one) < self._rank(other)
 
     def held_out_rank(self, point: Measured) -> tuple[float, ...]:
-        """Sorts plans measured on held-out prompts, best first."""
-        if self.met_on_held_out(point):
-            return (0, *self._rank(point))
-        return (1, self.shortfall(point))
+        """Sorts plans measured on held-out prompts, best first.
+
+        One that keeps the limit but for what prompts vary by stands as the plan that would keep it:
+        closer to the reference, or cheaper, by as much less as it is over.
+        """
+        if not self.met_on_held_out(point):
+            return (1, self.shortfall(point))
+        loss = max(1 - point.ssim, 1e-9)
+        if self.max_cost is not None:
+            over = max(point.cost / self.max_cost, 1.0)
+            return (0, loss * over**_EXCHANGE, point.cost)
+        assert self.min_ssim is not None
+        over = max(loss / (1 - self.min_ssim), 1.0)
+        return (0, point.cost * over ** (1 / _EXCHANGE), loss)
 
     def _rank(self, point: Measured) -> tuple[float, float]:
         pair = (point.cost, -point.ssim)
         return pair if self.max_cost is None else (pair[1], pair[0])
+
+    def with_room(self) -> Target:
+        """The same with a tenth of the cost, or of the loss, to spare."""
+        if self.max_cost is not None:
+            return replace(self, max_cost=self.max_cost * (1 - _COST_MARGIN))
+        assert self.min_ssim is not None
+        return replace(self, min_ssim=1 - (1 - self.min_ssim) * (1 - _COST_MARGIN))
 
     def shifted(self, power: float, base_cost: float) -> Target:
         """A gentler (power < 1) or stronger (> 1) target on the same scale.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ from extras import need
 from models import prompting_pipeline
 
 import ddit_rt
-from ddit_rt import Engine, FinePolicy, MagCache, NoCache, TeaCache
-from ddit_rt.lab.calibrate import CalibrationConfig, Prompt, calibrate
+from ddit_rt import Engine, FinePolicy, MagCache, SeaCache, StaticCache, TeaCache
+from ddit_rt.lab.calibrate import CalibrationConfig, Journal, Prompt, RecordedBench, calibrate
 from ddit_rt.lab.calibrate.report import summary, write_report
-from ddit_rt.lab.plans.bench import NO_FIT, EngineBench
-from ddit_rt.lab.plans.candidates import CACHED, Candidate
+from ddit_rt.lab.plans.bench import NO_FIT, OWN_LEVELS, EngineBench
+from ddit_rt.lab.plans.candidates import CACHED, KINDS, Candidate
+from ddit_rt.lab.plans.genome import Genome
 from ddit_rt.policies import CacheFit
 
 STEPS = 8
@@ -35,7 +37,7 @@ def eager(*fits: CacheFit) -> Engine:
 
 def bench(engine: Engine, unit: str = "tokens") -> EngineBench:
     return EngineBench(
-        engine, steps=STEPS, probe=PROMPTS[0], arguments={}, unit=unit, repeats=1, skipping=True
+        engine, steps=STEPS, probe=PROMPTS[0], arguments={}, unit=unit, skipping=True
     )
 
 
@@ -48,35 +50,35 @@ def cached(cache: ddit_rt.StepCache, steps: int = STEPS) -> Candidate:
 def test_caches_are_those_with_a_fit_and_their_dials_go_from_none_to_all() -> None:
     need("torchmetrics")
     made = bench(eager(TEACACHE, MAGCACHE))
-    assert [type(entry.cache) for entry in made.caches] == [TeaCache, MagCache]
-    assert not made.notes
-    for entry in made.caches:
-        low, high = entry.thresholds
-        assert 0 < low < high
-    tea = made.caches[0].thresholds
+    dials = made.tables.dials
+    assert [type(dial.cache) for dial in dials] == [TeaCache, MagCache, SeaCache, StaticCache]
+    assert not made.tables.notes
+    ends = [dial.ends for dial in dials if dial.ends is not None]
+    assert all(0 < low < high for low, high in ends)
+    tea = ends[0]
     none, most = (made.evaluate(cached(TeaCache(end)), PROMPTS[:1]) for end in tea)
-    assert none.cost == STEPS * made.costs["p"]
+    assert none.cost == STEPS * made.tables.costs["p"]
     assert none.ssim == pytest.approx(1)
     # The first and the last step always compute.
-    assert most.cost < 0.5 * STEPS * made.costs["p"]
+    assert most.cost < 0.5 * STEPS * made.tables.costs["p"]
 
 
 def test_reused_steps_cost_no_tokens_and_some_time() -> None:
     in_tokens = bench(eager(TEACACHE))
-    assert in_tokens.costs == {"p": 64.0, "2p": 16.0}
-    assert in_tokens.cache_costs == {
-        "TeaCache": {"p": 64.0, "p reused": 0.0, "2p": 16.0, "2p reused": 0.0}
-    }
+    assert in_tokens.tables.costs == {"p": 64.0, "2p": 16.0}
+    expected = {"p": 64.0, "p reused": 0.0, "2p": 16.0, "2p reused": 0.0}
+    names = ("TeaCache", "SeaCache", "StaticCache")
+    assert in_tokens.tables.cache_costs == dict.fromkeys(names, expected)
     in_ms = bench(eager(MAGCACHE), "ms")
-    assert in_ms.cache_costs["MagCache"].keys() == {"p", "p reused", "2p", "2p reused"}
-    assert all(cost > 0 for cost in in_ms.cache_costs["MagCache"].values())
+    assert in_ms.tables.cache_costs["MagCache"].keys() == {"p", "p reused", "2p", "2p reused"}
+    assert all(cost > 0 for cost in in_ms.tables.cache_costs["MagCache"].values())
 
 
 def test_cost_of_a_plan_counts_its_reused_steps_as_the_table_has_them() -> None:
     need("torchmetrics")
     engine = eager(MAGCACHE)
     made = bench(engine, "ms")
-    table = made.cache_costs["MagCache"]
+    table = made.tables.cache_costs["MagCache"]
     measured = made.evaluate(cached(MagCache(threshold=0.2)), PROMPTS[:1])
     assert engine.last_trace is not None
     reused = engine.last_trace.reused
@@ -87,39 +89,86 @@ def test_cost_of_a_plan_counts_its_reused_steps_as_the_table_has_them() -> None:
 
 def test_search_without_a_fit_says_what_it_goes_without() -> None:
     made = bench(eager())
-    assert not made.caches
-    assert not made.cache_costs
-    assert made.notes == [NO_FIT]
+    assert [dial.name for dial in made.tables.dials] == ["SeaCache", "StaticCache"]
+    assert made.tables.notes == [NO_FIT]
 
 
-def test_calibrated_step_cache_is_searched_told_and_run(tmp_path: Any) -> None:
+def test_pipeline_that_takes_no_levels_is_searched_at_its_own() -> None:
+    engine = eager()
+    assert bench(engine).tables.places
+    config = {**engine.pipeline.scheduler.config, "use_flow_sigmas": True}
+    engine.pipeline.scheduler = type(engine.pipeline.scheduler).from_config(config)
+    tables = bench(engine).tables
+    assert not tables.places
+    assert tables.notes == [NO_FIT, OWN_LEVELS]
+
+
+def config(**fields: Any) -> CalibrationConfig:
+    given: dict[str, Any] = {
+        "request": {"speedup": 1.5},
+        "prompts": TEXTS,
+        "calibration_prompts": 2,
+        "held_out_prompts": 2,
+        "pictures": 140,
+        "cost_unit": "tokens",
+    }
+    return CalibrationConfig(**{**given, **fields})
+
+
+def test_small_calibration_ends_with_presets_that_run(tmp_path: Path) -> None:
     need("matplotlib", "torchmetrics")
     engine = eager(TEACACHE)
-    config = CalibrationConfig(
-        request={"speedup": 1.5},
-        prompts=TEXTS,
-        calibration_prompts=2,
-        held_out_prompts=2,
-        evaluations=6,
-        cost_unit="tokens",
-    )
-    result = calibrate(bench(engine), config, {})
-    kinds = {point.candidate.kind for point in result.points}
-    assert kinds >= {"fine", "steps", "static", "cached"}
-    plans = [plan for plan in result.calibration.front if plan.step_cache]
-    assert plans, "reusing loses little on random weights whose blocks add little"
-    assert all("TeaCache" in plan.label for plan in plans)
-    write_report(result.calibration, result.points, tmp_path)
+    made = bench(engine)
+    result = calibrate(made, config(), {})
+    calibration = result.calibration
+    assert {point.candidate.kind for point in result.points} >= {"fine", *KINDS}
+    told = calibration.evidence["pictures"]
+    assert told["total"] == made.runs <= 140
+    write_report(calibration, tmp_path)
     assert (tmp_path / "pareto-8.png").is_file()
-    assert '"step_cache": "TeaCache"' in (tmp_path / "calibration-8.json").read_text()
-    assert "cached" in summary(result.calibration)
-    engine.artifact = engine.artifact.with_calibration(result.calibration)
-    speeds = [index / 50 for index in range(51)]
-    chosen = next(s for s in speeds if result.calibration.plan(s) == plans[0])
-    engine(TEXTS[0], num_inference_steps=STEPS, patch_policy=chosen)
-    trace = engine.last_trace
-    assert trace is not None
-    assert trace.notes[-1].startswith(f"step cache: TeaCache {plans[0].step_cache['threshold']:g}")
-    engine(TEXTS[0], num_inference_steps=STEPS, patch_policy=chosen, step_cache=NoCache())
+    table = (tmp_path / "front-8.md").read_text()
+    assert table.count("\n|") == 2 + len(calibration.front)
+    assert "balanced" in table
+    assert '"step_cache": "' in (tmp_path / "calibration-8.json").read_text()
+    assert "<- taken" in summary(calibration)
+    engine.artifact = engine.artifact.with_calibration(calibration)
+    for name, plan in calibration.presets.items():
+        engine(TEXTS[0], num_inference_steps=STEPS, patch_policy=name)
+        trace = engine.last_trace
+        assert trace is not None
+        assert len(trace) == plan.num_inference_steps
+        assert any(plan.label in note for note in trace.notes)
+
+
+def test_stopped_calibration_goes_on_with_what_was_measured(tmp_path: Path) -> None:
+    need("matplotlib", "torchmetrics")
+    engine = eager(TEACACHE)
+    journal = Journal(tmp_path, STEPS, {})
+    first = bench(engine)
+    journal.add({"tables": first.tables.to_dict()})
+    whole = calibrate(RecordedBench(first, journal), config(), {}).calibration
+    journal = Journal(tmp_path, STEPS, {})
+    second = EngineBench(
+        engine,
+        steps=STEPS,
+        probe=PROMPTS[0],
+        arguments={},
+        unit="tokens",
+        skipping=True,
+        known=journal.get("tables"),
+    )
+    again = calibrate(RecordedBench(second, journal), config(), {}).calibration
+    assert second.runs == 0
+    assert again == whole
+
+
+def test_plan_with_levels_of_its_own_runs_at_them(tmp_path: Path) -> None:
+    need("torchmetrics")
+    engine = eager()
+    placed = Genome(steps=5, shift=2.0).candidate()
+    made = bench(engine).evaluate(placed, PROMPTS[:1])
     assert engine.last_trace is not None
-    assert engine.last_trace.reused == 0
+    with_levels = [record.sigma for record in engine.last_trace]
+    own = bench(engine).evaluate(Genome(steps=5).candidate(), PROMPTS[:1])
+    assert [record.sigma for record in engine.last_trace] != with_levels
+    assert made.similarity != own.similarity

@@ -14,7 +14,7 @@ import ddit_rt
 from ddit_rt import Engine, FinePolicy, StaticPolicy
 from ddit_rt.lab.calibrate import CalibrationConfig, Prompt, calibrate
 from ddit_rt.lab.calibrate.report import summary, write_report
-from ddit_rt.lab.plans.bench import SEVERAL_MODELS, EngineBench
+from ddit_rt.lab.plans.bench import OWN_LEVELS, SEVERAL_MODELS, EngineBench
 from ddit_rt.lab.plans.candidates import Candidate
 from ddit_rt.policies import CacheFit
 
@@ -46,7 +46,6 @@ def bench(engine: Engine, unit: str = "tokens", **arguments: Any) -> EngineBench
         probe=PROMPT,
         arguments={**CALL, **arguments},
         unit=unit,
-        repeats=1,
         skipping=True,
     )
 
@@ -57,7 +56,7 @@ def config(**fields: Any) -> CalibrationConfig:
         "prompts": TEXTS,
         "calibration_prompts": 2,
         "held_out_prompts": 2,
-        "evaluations": 5,
+        "pictures": 140,
         "cost_unit": "tokens",
     }
     return CalibrationConfig(**{**given, **fields})
@@ -105,13 +104,16 @@ def test_steps_cost_the_tokens_of_all_frames_and_some_time() -> None:
     tokens = {"p": 32.0, "2p": 8.0}
     for scale in (1.0, 4.0):
         made = bench(engine, guidance_scale=scale)
-        assert made.costs == tokens
-        assert made.cache_costs == {"MagCache": {**tokens, "p reused": 0.0, "2p reused": 0.0}}
+        assert made.tables.costs == tokens
+        reused = {**tokens, "p reused": 0.0, "2p reused": 0.0}
+        names = ("MagCache", "SeaCache", "StaticCache")
+        assert made.tables.cache_costs == dict.fromkeys(names, reused)
     in_ms = bench(engine, "ms")
-    assert in_ms.costs.keys() == tokens.keys()
-    assert in_ms.cache_costs["MagCache"].keys() == {"p", "p reused", "2p", "2p reused"}
+    assert in_ms.tables.costs.keys() == tokens.keys()
+    assert in_ms.tables.cache_costs["MagCache"].keys() == {"p", "p reused", "2p", "2p reused"}
     assert all(
-        cost > 0 for cost in (*in_ms.costs.values(), *in_ms.cache_costs["MagCache"].values())
+        cost > 0
+        for cost in (*in_ms.tables.costs.values(), *in_ms.tables.cache_costs["MagCache"].values())
     )
 
 
@@ -120,8 +122,8 @@ def test_calibrated_plans_of_clips_are_told_and_run(tmp_path: Any) -> None:
     need("matplotlib", "torchmetrics")
     engine = eager(MAGCACHE)
     made = bench(engine)
-    assert made.measure.makes == "video"
-    assert not made.notes
+    assert made.tables.measure.makes == "video"
+    assert made.tables.notes == [OWN_LEVELS]  # Wan's call takes no noise levels
     result = calibrate(made, config(), {})
     assert {point.candidate.kind for point in result.points} >= {"steps", "static", "cached"}
     calibration = result.calibration
@@ -130,7 +132,7 @@ def test_calibrated_plans_of_clips_are_told_and_run(tmp_path: Any) -> None:
     text = summary(calibration)
     assert "full resolution takes 256.0 tokens per video" in text
     assert "image" not in text
-    write_report(calibration, result.points, tmp_path)
+    write_report(calibration, tmp_path)
     assert (tmp_path / f"pareto-{STEPS}.png").is_file()
     engine.artifact = engine.artifact.with_calibration(calibration)
     engine(TEXTS[0], **CALL, num_inference_steps=STEPS, patch_policy="balanced")
@@ -147,16 +149,16 @@ def test_unreachable_target_speaks_of_videos() -> None:
 
 
 @pytest.mark.slow
-def test_two_experts_are_searched_without_step_caches() -> None:
+def test_two_experts_are_searched_with_the_caches_that_need_no_fit() -> None:
     """Although there is a fit: for one model, which says nothing of two."""
     need("torchmetrics")
     engine = eager(MAGCACHE, boundary_ratio=0.875)
     made = bench(engine)
-    assert not made.caches
-    assert made.notes == [SEVERAL_MODELS]
+    assert {dial.fit for dial in made.tables.dials} == {None}
+    assert made.tables.notes == [SEVERAL_MODELS, OWN_LEVELS]
     result = calibrate(made, config(), {})
     kinds = {point.candidate.kind for point in result.points}
     assert kinds >= {"steps", "static"}
-    assert not kinds & {"cached", "combined"}
-    assert result.calibration.evidence["notes"] == [SEVERAL_MODELS]
+    assert kinds >= {"cached", "combined"}
+    assert result.calibration.evidence["notes"] == [SEVERAL_MODELS, OWN_LEVELS]
     assert result.calibration.presets["balanced"].cost <= STEPS * 32 / 1.5
