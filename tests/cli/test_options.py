@@ -61,7 +61,7 @@ def test_type_of_every_option_takes_a_text_or_says_why_not(
         ([*GENERATE, "--trace", "."], "argument --trace: . is a folder; name a file"),
         ([*GENERATE, "-o", "notes.txt/a.png"], "notes.txt is a file"),
         ([*CALIBRATE, "--speedup", "nan"], "argument --speedup: got 'nan'"),
-        ([*CALIBRATE, "--speedup", "2", "--evaluations", "0"], "argument --evaluations: got '0'"),
+        ([*CALIBRATE, "--speedup", "2", "--pictures", "0"], "argument --pictures: got '0'"),
         ([*CALIBRATE, "--speedup", "2", "--prompts", "no.txt"], "--prompts: no such file: no.txt"),
         ([*CALIBRATE, "--speedup", "2", "--prompts", "."], "--prompts: . is no file"),
         ([*CALIBRATE, "--speedup", "2", "--out", "notes.txt"], "is a file; name a folder"),
