@@ -127,7 +127,7 @@ def test_calibrated_plans_are_for_the_call_and_run(
     capsys.readouterr()
     assert main(["calibrate", str(path), *call, *few, *target]) == 0
     captured = capsys.readouterr()
-    assert "no step cache has a fit for this model" in captured.err
+    assert "with no step cache but those that need no fit" in captured.err
     # Three latent frames of 12 x 8; p is 2.
     assert "held-out prompts; full resolution takes 576.0 tokens" in captured.out
     (calibration,) = read_manifest(path).calibrations
