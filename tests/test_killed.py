@@ -13,9 +13,12 @@ import httpx
 import pytest
 from artifacts import contents, make_artifact
 from diffusers import FluxTransformer2DModel
-from served import ASKED, PATH, PROGRAM, wait_until_served
 
 from ddit_rt.artifact import open_artifact
+
+pytest.importorskip("fastapi", reason="pip install 'ddit_rt[test]'")
+pytest.importorskip("uvicorn", reason="pip install 'ddit_rt[test]'")
+from served import ASKED, PATH, PROGRAM, wait_until_served
 
 pytestmark = pytest.mark.slow
 
