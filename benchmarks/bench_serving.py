@@ -2,19 +2,22 @@
 
     pip install 'ddit_rt[bench]'
     python benchmarks/bench_serving.py [--out benchmarks/results/serving_cpu.json] [--minutes 10]
+    python benchmarks/bench_serving.py --calls                    # all but the load once more
     python benchmarks/bench_serving.py --quick --out quick.json   # seconds of each; no figures
 
 All on the demo model, whose artifact is compiled first, and on `ddit-rt serve` as a user starts it:
 
 - `start`: from the command to the first image, beside the time that importing the libraries takes.
-- `overhead`: an image by HTTP beside the same call of an engine in this process, and beside that
-  with its image encoded as the server does, one after the other.
+- `overhead`: an image of four steps by HTTP beside the same call of an engine in this process,
+  and beside that with its image encoded as the server does, one after the other. What HTTP adds
+  does not hang on the number of steps, and the time of few varies less.
 - `lora`: an image with a LoRA of all linear layers that is fused for the first time, of this
   process and at all, and again after an image without it.
-- `load`: Locust's users ask for images at twice the rate that the server reached with as many
-  users, for `--minutes`, at a batch of 1 and batched; the queue holds eight, so that it fills.
+- `load`: Locust's users ask for images at twice the rate that the server reached when each asked
+  again at once, for `--minutes`, at a batch of 1 and batched; the queue holds eight, so that it
+  fills. The same load for a fifth of that time warms the server up.
 
-Schema, version 1: `machine`, `versions`, `steps`, and
+Schema, version 2: `machine`, `versions`, `steps`, and
 
 - `start`: `seconds`, `import_seconds`, `own_seconds`.
 - `overhead`: for each of `alone` and `batched`, milliseconds, `p50` and `p95`: `engine`, `encoded`
@@ -23,7 +26,7 @@ Schema, version 1: `machine`, `versions`, `steps`, and
 - `lora`: `layers`, and milliseconds by HTTP: `plain`, `first_of_process`, `first`, `next`.
 - `load`: for each of the same, `seconds`, `offered_per_second`, `images_per_second`, `answers` by
   status with `count`, `p50` and `p95` (milliseconds), `failures`, `counted` (what the server's own
-  metrics counted, by status), `rss_mib` `after_warm_up` and `at_end`.
+  metrics counted, by status), `rss_mib` (after the warm-up, each tenth of the time, at the end).
 """
 
 from __future__ import annotations
@@ -37,8 +40,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +66,8 @@ WAYS = {"alone": ("--max-batch", "1"), "batched": ()}
 LIBRARIES = "import torch, diffusers, transformers, fastapi, uvicorn; diffusers.FluxPipeline"
 PAUSE = 0.05
 """Seconds before each call: the threads of the process that had the last spin on for a while."""
+CALL_STEPS = 4
+"""Steps of the overhead's images."""
 PEOPLE = 24
 """Locust's users; more than the queue and a batch hold, so that some are refused."""
 
@@ -87,12 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--minutes", type=float, default=10.0, help="of load, for each way")
-    parser.add_argument("--rounds", type=int, default=60, help="of the overhead")
+    parser.add_argument("--rounds", type=int, default=200, help="of the overhead")
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--calls", action="store_true", help="keep the load that --out has")
     parser.add_argument("--quick", action="store_true", help="whether all of it works")
     args = parser.parse_args(argv)
     if args.quick:
         args.minutes, args.rounds, args.steps = 0.1, 3, 4
+    kept = stored_load(args.out) if args.calls else None
     pipeline = load_pipeline("demo")
     pipeline.set_progress_bar_config(disable=True)
     side = embedded_defaults("demo")["height"]
@@ -103,23 +111,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         artifact = Path(folder) / "demo.ddit"
         engine.save(artifact)
         report: dict[str, Any] = {
-            "schema_version": 1,
+            "schema_version": 2,
             "machine": machine(),
             "versions": versions(),
             "steps": args.steps,
             "start": start(artifact, args.steps),
             "overhead": {
-                way: overhead(artifact, engine, args.steps, args.rounds, options)
+                way: overhead(artifact, engine, args.rounds, options)
                 for way, options in WAYS.items()
             },
         }
         report["lora"] = lora(artifact, engine, args.steps)
-        report["load"] = {
+        report["load"] = kept or {
             way: load(artifact, args.steps, args.minutes * 60, options)
             for way, options in WAYS.items()
         }
     publish(args.out, report)
     return 0
+
+
+def stored_load(path: Path) -> dict[str, Any]:
+    """The load of a record of this machine and these versions."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    for name, own in (("machine", machine()), ("versions", versions())):
+        if stored[name] != own:
+            raise ValueError(f"{path} has {name} {stored[name]}, and this is {own}: run all of it")
+    load: dict[str, Any] = stored["load"]
+    return load
 
 
 @contextmanager
@@ -175,7 +193,7 @@ def ask(client: httpx.Client, steps: int, seed: int, **more: Any) -> float:
 
 
 def overhead(
-    artifact: Path, engine: ddit_rt.Engine, steps: int, rounds: int, options: Sequence[str]
+    artifact: Path, engine: ddit_rt.Engine, rounds: int, options: Sequence[str]
 ) -> dict[str, Any]:
     """An image by HTTP beside one of the engine, in turns."""
     length = embedded_defaults("demo")["max_sequence_length"]
@@ -189,7 +207,7 @@ def overhead(
             began = time.perf_counter()
             output = engine(
                 PROMPT,
-                num_inference_steps=steps,
+                num_inference_steps=CALL_STEPS,
                 max_sequence_length=length,
                 generator=torch.Generator().manual_seed(seed),
             )
@@ -197,7 +215,7 @@ def overhead(
             encode(output.images[0], "png")
             times["encoded"].append(time.perf_counter() - began)
             time.sleep(PAUSE)
-            times["http"].append(ask(client, steps, seed))
+            times["http"].append(ask(client, CALL_STEPS, seed))
     taken = {name: [1e3 * one for one in values[3:]] for name, values in times.items()}
     for name, less in (("added", "engine"), ("added_to_encoded", "encoded")):
         taken[name] = [a - b for a, b in zip(taken["http"], taken[less], strict=True)]
@@ -242,20 +260,40 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 def load(artifact: Path, steps: int, seconds: float, options: Sequence[str]) -> dict[str, Any]:
     """Twice the rate that the server reaches."""
     with serving(artifact, "--max-queue", "8", *options) as served:
-        warm = users(served.url, steps, seconds=min(60.0, max(6.0, seconds / 10)), rate=0.0)
-        reached = warm["answers"]["200"]["count"] / warm["seconds"]
+        probe = users(served.url, steps, seconds=min(60.0, max(6.0, seconds / 10)), rate=0.0)
+        reached = probe["answers"]["200"]["count"] / probe["seconds"]
+        users(served.url, steps, seconds=max(6.0, seconds / 5), rate=2 * reached)  # warms up
         before = counted(served.url)
-        after_warm_up = served.rss_mib()
-        asked = users(served.url, steps, seconds=seconds, rate=2 * reached)
-        at_end = served.rss_mib()
+        with sampled(served.rss_mib, seconds / 10) as rss:
+            asked = users(served.url, steps, seconds=seconds, rate=2 * reached)
         now = counted(served.url)
     return {
         **asked,
         "offered_per_second": 2 * reached,
         "images_per_second": asked["answers"]["200"]["count"] / asked["seconds"],
         "counted": {status: now[status] - before.get(status, 0) for status in now},
-        "rss_mib": {"after_warm_up": after_warm_up, "at_end": at_end},
+        "rss_mib": rss,
     }
+
+
+@contextmanager
+def sampled(read: Callable[[], float], every: float) -> Iterator[list[float]]:
+    """Within, a reading at once and one `every` so many seconds; one more at the end."""
+    readings = [read()]
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(every):
+            readings.append(read())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield readings
+    finally:
+        ended.set()
+        watcher.join()
+        readings.append(read())
 
 
 def users(url: str, steps: int, *, seconds: float, rate: float) -> dict[str, Any]:

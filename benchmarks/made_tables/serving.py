@@ -28,12 +28,14 @@ def serving_cpu(report: Report) -> str:
         "image encoded, `by HTTP`), and of "
         f"answers with an image under load (`of images`). Load: {first['seconds'] / 60:.0f} min at "
         "twice the rate that the server reaches, a queue of eight; `refused` by 429 or 503. RSS: "
-        "MiB after the warm-up and at the end. From the command to the first image: "
+        "MiB after a warm-up by the same load, at most, and at the end. From the command to the "
+        "first image: "
         f"{started['seconds']:.1f} s, of which importing the libraries alone takes "
         f"{started['import_seconds']:.1f} s. An image with a LoRA of {lora['layers']} layers: "
         f"{lora['first']:.0f} ms the first time ({lora['first_of_process']:.0f} ms where it is the "
         f"first LoRA of the process), {lora['next']:.0f} ms the next. "
-        f"Demo model, {report['steps']} steps, its dynamic policy; "
+        f"Demo model, {report['steps']} steps (4 of the calls one after the other), its dynamic "
+        "policy; "
         f"{cpu(report)}; {released(report, 'torch', 'diffusers')}."
     )
     return block([*header(columns), *rows], [note])
@@ -54,7 +56,7 @@ def _row(way: str, report: Report) -> str:
             f"{load['images_per_second']:.1f}",
             f"{refused / load['seconds']:.1f}",
             _both(answers["200"]),
-            f"{rss['after_warm_up']:.0f} / {rss['at_end']:.0f}",
+            f"{rss[0]:.0f} / {max(rss):.0f} / {rss[-1]:.0f}",
         )
     )
 
