@@ -9,6 +9,7 @@ Names are imported when they are first used: `ddit-rt --help` need not wait for 
 """
 
 from importlib import import_module
+from logging import NullHandler, getLogger
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.errors import (
@@ -114,6 +115,10 @@ __all__ = [
 ]
 
 
+# A library says nothing by itself; whoever wants to hear it sets up logging for "ddit_rt".
+getLogger(__name__).addHandler(NullHandler())
+
+
 def __getattr__(name: str) -> Any:
     if name == "ops":
         return import_module(f"{__name__}.ops")
@@ -125,4 +130,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *globals()} - {"Any", "TYPE_CHECKING", "import_module"})
+    own = {"Any", "NullHandler", "TYPE_CHECKING", "getLogger", "import_module"}
+    return sorted({*__all__, *globals()} - own)

@@ -16,8 +16,10 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 HEAD = """# Command line
 
 Made by `python scripts/cli_page.py`. Every command also takes `--json` (print the result as JSON),
-`--debug` (show tracebacks) and `--help`. Exit codes: 0 done, 1 internal error, 2 bad usage or
-input, 3 the artifact is missing, damaged, not trusted or does not fit, 130 interrupted.
+`--debug` (show tracebacks), `--log-level` (debug, info, warning or error; default: warning) and
+`--help`.
+Exit codes: 0 done, 1 internal error, 2 bad usage or input, 3 the artifact is missing, damaged, not
+trusted or does not fit, 130 interrupted.
 """
 
 

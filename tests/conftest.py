@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import emulated
 import pytest
@@ -110,6 +111,24 @@ def emulated_runtime(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         pytest.skip("no headers of CUDA 12.8 or newer beside nvcc, in CUDA_HOME or /usr/local")
     folder = shared_folder(tmp_path_factory) / "emulated"
     return emulated.load(made_once(folder, lambda new: emulated.build(new, headers)))
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """What OpenTelemetry exports: its SDK's `InMemorySpanExporter`.
+
+    The process's own provider can be set but once, so that it stays as it is.
+    """
+    sdk = pytest.importorskip("opentelemetry.sdk.trace", reason="pip install 'ddit_rt[test]'")
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter, provider = InMemorySpanExporter(), sdk.TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    yield exporter
+    provider.shutdown()
 
 
 @pytest.fixture

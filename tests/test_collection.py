@@ -13,7 +13,15 @@ TESTS = Path(__file__).resolve().parent
 # What the extras bring beside pytest and accelerate, which comes with peft.
 OPTIONAL = (
     *("av", "datasets", "fastapi", "gradio", "gradio_client", "hypothesis", "matplotlib", "openai"),
-    *("playwright", "prodigyopt", "prometheus_client", "ray", "tensorboard", "torchmetrics"),
+    *(
+        "opentelemetry",
+        "playwright",
+        "prodigyopt",
+        "prometheus_client",
+        "ray",
+        "tensorboard",
+        "torchmetrics",
+    ),
     *("torchvision", "uvicorn"),
 )
 BLOCKED = f"""

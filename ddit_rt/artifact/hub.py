@@ -6,6 +6,7 @@ is fetched unless this user trusts it, or the caller vouches for it.
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from ddit_rt.artifact.manifest import MANIFEST_NAME
 from ddit_rt.artifact.store import NATIVE_CODE, Artifact, all_files, read_manifest
 from ddit_rt.artifact.trust import require_trust
 from ddit_rt.errors import ArtifactError
+
+LOG = logging.getLogger("ddit_rt.artifact")
 
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _ADAPTERS = "adapters/"
@@ -68,6 +71,7 @@ def fetch(
             hf_hub_download(repo_id, name, revision=root.name, token=token)
     except (HfHubHTTPError, EntryNotFoundError, HFValidationError) as error:
         raise ArtifactError(_why_not(repo_id, revision, error)) from error
+    LOG.info("%s of the Hub is in %s", repo_id, root)
     return root
 
 
@@ -103,6 +107,7 @@ def push(
         revision=revision,
         commit_message=commit_message or "Upload a ddit_rt artifact",
     )
+    LOG.info("pushed %d files to %s", len(files), commit.commit_url)
     return str(commit.commit_url)
 
 

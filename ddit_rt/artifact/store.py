@@ -15,6 +15,7 @@ caller passes `trust_code=True`.
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,8 @@ from ddit_rt.blocks.package import package_path
 from ddit_rt.errors import ArtifactError
 from ddit_rt.folder import replace_folder, sync, unwritable
 from ddit_rt.policies import CacheFit
+
+LOG = logging.getLogger("ddit_rt.artifact")
 
 NATIVE_CODE = {".pt2", ".so"}
 """Endings of files that are code, which a manifest must list."""
@@ -133,6 +136,7 @@ class Artifact:
                 "make room, or choose another path"
             ) from error
         trust(self.manifest.digest)
+        LOG.info("saved %s; this user trusts its digest %s", path, self.manifest.digest)
         return path
 
     def _write(self, directory: Path, staging: Path) -> None:
@@ -184,6 +188,11 @@ def open_artifact(path: str | Path, *, trust_code: bool = False) -> Artifact:
         name = found.relative_to(root).as_posix()
         if found.suffix in NATIVE_CODE and name not in files:
             raise ArtifactError(f"{root}: {name} is not in the manifest: remove it")
+    LOG.info(
+        "opened %s, %d files of %.1f MiB, all as their hashes say; digest %s, %s",
+        *(root, len(files), sum(one.bytes for one in files.values()) / 2**20, manifest.digest),
+        "vouched for by the caller" if trust_code else "trusted by this user",
+    )
     return Artifact(root, manifest)
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +33,8 @@ from ddit_rt.blocks.runner import constant_specs
 from ddit_rt.blocks.template import BlockTemplate, LoraSpec
 from ddit_rt.errors import CompileError, UnsupportedModelError
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType, TensorSpec
+
+LOG = logging.getLogger("ddit_rt.blocks")
 
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, label)`, first with `done = 0`."""
@@ -130,6 +134,7 @@ def compile_block(
         ranges=ranges,
         constants=constant_specs(template),
     )
+    started = time.perf_counter()
     try:
         with (
             torch_as_tested(),
@@ -137,12 +142,16 @@ def compile_block(
             _replacing(package) as temporary,
         ):
             program = export_block(template, info, weight.device)
+            LOG.debug("%s: exported after %.2f s", block_type.name, time.perf_counter() - started)
             same = {} if known is None else known
             made = same.setdefault(_identity(program, info), package)
             if made != package:
                 shutil.copyfile(made, temporary)
+                LOG.info("%s: the program of %s", package.parent.name, made.parent.name)
                 return record_attention(temporary, info)
-            return compile_program(program, info, temporary, options)
+            info = compile_program(program, info, temporary, options)
+            LOG.info("%s: compiled in %.1f s", package.parent.name, time.perf_counter() - started)
+            return info
     except CompileError:
         raise
     except Exception as error:

@@ -23,7 +23,10 @@ from ddit_rt.cli.outputs import output_paths, write_sound, write_video
 from ddit_rt.cli.policies import add_policy_arguments, add_step_cache_argument, choose_policy
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ddit_rt.engine import Engine
+    from ddit_rt.loop import RunTrace
     from ddit_rt.planning.request import PolicyChoice
 
 
@@ -79,7 +82,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="part of the steps that classifier-free guidance acts in (default: 0 1)",
     )
     parser.add_argument(
-        "--trace", type=file_to_write, metavar="FILE", help="write every step as JSON"
+        "--trace",
+        type=file_to_write,
+        metavar="FILE",
+        help="write every step as JSON; to NAME.perfetto.json, as ui.perfetto.dev loads it",
     )
     parser.add_argument(
         "--trust-code",
@@ -120,14 +126,15 @@ def _run(args: argparse.Namespace) -> Outcome:
     policy = choose_policy(args.policy, args.tau, args.rho, engine.default_policy)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
     arguments = {**pipeline_arguments(args), "step_cache": args.step_cache, **_pictures(args)}
-    images = [
+    made = [
         _generate(engine, policy, prompt, first + index, path, arguments, args.fps)
         for index, (prompt, path) in enumerate(zip(prompts, paths, strict=True))
     ]
+    images = [entry for entry, _ in made]
     data = {"artifact": str(args.artifact), "policy": _policy_entry(policy), "pictures": images}
     if args.trace is not None:
-        _write_json(args.trace, data)
-    return Outcome(data=_without_traces(data), text=_text(images))
+        _write_traces(args.trace, data, [trace for _, trace in made])
+    return Outcome(data=data, text=_text(images))
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -183,7 +190,7 @@ def _generate(
     path: Path,
     arguments: dict[str, Any],
     fps: int,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], RunTrace]:
     """One image or video in its own run, so that it can be made again alone, with its seed."""
     import torch
 
@@ -196,7 +203,7 @@ def _generate(
     size = _write(output, path, fps, getattr(engine.pipeline, "sample_rate", 0))
     trace = engine.last_trace
     assert trace is not None, "a run that returned has a trace"
-    return {
+    entry = {
         "path": str(path),
         "prompt": prompt,
         "seed": seed,
@@ -205,8 +212,8 @@ def _generate(
         "tokens": trace.tokens,
         "patch_sizes": trace.patch_sizes(),
         "reused_steps": trace.reused,
-        "trace": trace.to_dict(),
     }
+    return entry, trace
 
 
 def _write(output: Any, path: Path, fps: int, rate: int) -> dict[str, Any]:
@@ -229,13 +236,6 @@ def _policy_entry(policy: PolicyChoice) -> dict[str, Any]:
     from ddit_rt.policies import PatchPolicy
 
     return policy.to_dict() if isinstance(policy, PatchPolicy) else {"calibrated": policy}
-
-
-def _without_traces(data: dict[str, Any]) -> dict[str, Any]:
-    images = [
-        {key: value for key, value in image.items() if key != "trace"} for image in data["pictures"]
-    ]
-    return {**data, "pictures": images}
 
 
 def _text(images: list[dict[str, Any]]) -> str:
@@ -261,7 +261,16 @@ def run_lengths(patch_sizes: list[str]) -> str:
     return ", ".join(f"{count} x {size}" for size, count in runs)
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
+def _write_traces(path: Path, data: dict[str, Any], traces: Sequence[RunTrace]) -> None:
+    """The traces as JSON, with what they are of; or for Perfetto, where the name says so."""
+    from ddit_rt.loop.perfetto import ENDING, trace_events
+
+    images = list(zip(data["pictures"], traces, strict=True))
+    if path.name.endswith(ENDING):
+        data = trace_events({f"{one['path']}, seed {one['seed']}": trace for one, trace in images})
+    else:
+        entries = [{**image, "trace": trace.to_dict()} for image, trace in images]
+        data = {**data, "pictures": entries}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 

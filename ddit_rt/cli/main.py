@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import re
 import sys
@@ -34,6 +35,8 @@ COMMANDS: tuple[Command, ...] = (
     *(DEMO, COMPILE, TRAIN, CALIBRATE, EVALUATE, AB, GENERATE, INFO),
     *(SERVE, UI, BATCH, PROFILE, DOCTOR),
 )
+
+_LEVELS = ("debug", "info", "warning", "error")
 
 _CALLER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 """What a user can cause: bad values, unreadable or missing files, a missing extra."""
@@ -97,6 +100,12 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_arguments(subparser)
         subparser.add_argument("--json", action="store_true", help="print the result as JSON")
         subparser.add_argument("--debug", action="store_true", help="show tracebacks")
+        subparser.add_argument(
+            "--log-level",
+            choices=_LEVELS,
+            default="warning",
+            help="what to log on stderr; info: runs, loading, compiling (default: %(default)s)",
+        )
         subparser.set_defaults(command=command, parser=subparser)
     return parser
 
@@ -135,7 +144,7 @@ def _execute(args: argparse.Namespace) -> int:
     command: Command = args.command
     # At import it reports optional image backends that no text-to-image pipeline needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    with _plain_warnings(), contextlib.redirect_stdout(sys.stderr):
+    with _plain_warnings(), _logging(args.log_level), contextlib.redirect_stdout(sys.stderr):
         outcome = command.run(args)
     if outcome is None:
         return int(ExitCode.OK)
@@ -144,6 +153,21 @@ def _execute(args: argparse.Namespace) -> int:
     else:
         sys.stdout.write(outcome.text.rstrip("\n") + "\n")
     return int(outcome.code)
+
+
+@contextlib.contextmanager
+def _logging(level: str) -> Iterator[None]:
+    """Shows what the package logs from a level on, with the time and the part that it is of."""
+    logger, handler = logging.getLogger("ddit_rt"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    before = logger.level
+    logger.setLevel(level.upper())
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager

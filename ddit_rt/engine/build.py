@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +49,8 @@ from ddit_rt.policies import PatchPolicy, StepCache, patch_name
 from ddit_rt.steps import Runners, StepModel
 from ddit_rt.torch_state import plain_defaults, shielded
 from ddit_rt.version import __version__
+
+LOG = logging.getLogger("ddit_rt.engine")
 
 _ADAPTER_FOLDER = "adapters"
 
@@ -105,6 +109,7 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         ValueError, TypeError: A value that is none for its name.
         CompileError: A block cannot be compiled; the message says what is missing.
     """
+    started = time.perf_counter()
     checks.choice("backend", backend, ("aot", "eager"))
     checks.flag("progress", progress)
     checks.flag("batched_guidance", batched_guidance)
@@ -139,9 +144,11 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     else:
         artifact = _compile_artifact(transformer, family, adapters, manifest, progress)
     compiled = _compiled_model(live, family, artifact, adapters, multiples, progress)
-    return Engine(
+    engine = Engine(
         compiled, artifact, pipeline, executor=executor, batched_guidance=batched_guidance
     )
+    LOG.info("compiled in %.2f s: %r", time.perf_counter() - started, engine)
+    return engine
 
 
 def _compile_artifact(
@@ -218,6 +225,7 @@ def load(
         UntrustedArtifactError: See `trust_code`.
         ValueError, TypeError: A value that is none for its name.
     """
+    started = time.perf_counter()
     checks.path("path", path)
     for name, value in (
         ("trust_code", trust_code),
@@ -245,9 +253,11 @@ def load(
     if folder.exists():
         adapters = load_adapters(folder, family, transformer, check_base=check_weights)
     compiled = _compiled_model(live, family, artifact, adapters, multiples, progress)
-    return Engine(
+    engine = Engine(
         compiled, artifact, pipeline, executor=executor, batched_guidance=batched_guidance
     )
+    LOG.info("loaded in %.2f s: %r", time.perf_counter() - started, engine)
+    return engine
 
 
 def _folder(

@@ -22,6 +22,7 @@ from ddit_rt.engine.inputs import (
     check_schedule,
     check_scheduler,
 )
+from ddit_rt.engine.observed import observed
 from ddit_rt.engine.styled import Styled
 from ddit_rt.engine.table_driven import Loop, StepCallback
 from ddit_rt.engine.watch import UNWATCHED, RunWatch
@@ -225,7 +226,7 @@ class Engine(Styled):
             RunCancelled: `cancel` was called, or the watch stopped the run.
         """
         checks.instance("watch", watch, RunWatch, "RunWatch(stopped=..., stepped=...)")
-        with self._lock, self._loop.watched(watch):
+        with self._lock, self._loop.watched(watch), observed("call", self._loop) as asked:
             self._check_state()
             given, request = self.read_call(
                 prompt,
@@ -234,6 +235,7 @@ class Engine(Styled):
                 step_cache=step_cache,
                 **arguments,
             )
+            asked(request)
             if request.num_inference_steps is not None:
                 given["num_inference_steps"] = request.num_inference_steps
             if request.sigmas is not None:
@@ -339,7 +341,7 @@ class Engine(Styled):
         given = {name: value for name, value in conditioning.items() if value is not None}
         steps, sigmas = check_schedule(num_inference_steps, sigmas)
         check_callback("callback", callback)
-        with self._lock:
+        with self._lock, observed("denoise", self._loop) as asked:
             self._check_state()
             scheduler = copy.deepcopy(check_scheduler(scheduler, self.pipeline))
             request = read_request(
@@ -351,6 +353,7 @@ class Engine(Styled):
                 guidance_interval=guidance_interval,
                 batched_guidance=self.batched_guidance,
             )
+            asked(request)
             height, width = latents.shape[-2:]
             grid = model.grid(height, width, frames=latent_frames(latents.shape))
             steps = request.num_inference_steps or steps

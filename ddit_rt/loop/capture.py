@@ -6,6 +6,7 @@ whose tensors stay; every later plan of that shape is copied into them.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from ddit_rt.loop.graphs import Graph, GraphDevice
 from ddit_rt.loop.protocol import CaptureReport, RunPlan
 from ddit_rt.policies import patch_name
 from ddit_rt.steps import Bucket, Signal
+
+LOG = logging.getLogger("ddit_rt.loop")
 
 
 class CapturedLoop:
@@ -141,16 +144,16 @@ class CapturedLoop:
             built = time.perf_counter()
             graph.upload(stream)
             self._masters[form] = graph
-            self._update_report(
-                instantiate_ms=(built - started) * 1e3,
-                upload_ms=(time.perf_counter() - built) * 1e3,
-            )
+            took = ((built - started) * 1e3, (time.perf_counter() - built) * 1e3)
+            self._update_report(instantiate_ms=took[0], upload_ms=took[1])
+            LOG.info("built the graph of form %s in %.1f ms, uploaded in %.1f ms", form, *took)
         return self._masters[form]
 
     def refuse(self, form: str, error: Exception) -> str:
         """Notes that a form cannot run this loop, drops its graph, and says why."""
         self._masters.pop(form, None)
         self.refused[form] = str(error).removeprefix("ddit_rt: ")
+        LOG.info("form %s cannot run this loop: %s", form, self.refused[form])
         return self.refused[form]
 
     def _capture(self, plan: RunPlan, indices: Sequence[int]) -> None:
@@ -178,11 +181,17 @@ class CapturedLoop:
             self._held_signal = signal
             nodes.update(self._count("signal", self._signal))
         self._masters.clear()  # they lack the new buckets
+        milliseconds = (time.perf_counter() - started) * 1e3
+        grown = self.graphs.memory_bytes() - before
         self._update_report(
             buckets=tuple(self._names[index] for index in sorted(self._captured)),
             nodes={**self.report.nodes, **nodes},
-            capture_ms=(time.perf_counter() - started) * 1e3,
-            memory_bytes=self.graphs.memory_bytes() - before,
+            capture_ms=milliseconds,
+            memory_bytes=grown,
+        )
+        LOG.info(
+            "captured %s for latents of %s in %.1f ms; %.1f MiB more",
+            *(", ".join(nodes), list(self.buffers.latents.shape), milliseconds, grown / 2**20),
         )
 
     def _count(self, name: str, graph: Graph) -> dict[str, int]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from ddit_rt import checks
+from ddit_rt.loop.perfetto import ENDING, trace_events
 from ddit_rt.ops import CacheReason, Reason
 from ddit_rt.policies import PolicyTable, patch_name
 
@@ -136,6 +141,15 @@ class RunTrace:
         """Patch size of every step, by name."""
         return [record.patch_size for record in self.steps]
 
+    def summary(self) -> str:
+        """The run in one line, for logs."""
+        counts = Counter(self.patch_sizes())
+        parts = [f"{len(self)} steps ({', '.join(f'{n} x {size}' for size, n in counts.items())})"]
+        parts += [f"{self.reused} reused"] * bool(self.reused)
+        parts += [f"batch {self.batch}", self.executor, f"{self.latency_ms:.1f} ms"]
+        parts += ["cancelled"] * self.cancelled + ["not finite"] * self.nonfinite
+        return ", ".join(parts)
+
     def why_all_fine(self) -> str:
         """Why a dynamic policy took no coarse step; empty where it took one, or had tau = 0."""
         if any(record.patch_size != "p" for record in self.steps):
@@ -162,6 +176,30 @@ class RunTrace:
         data["reused"] = self.reused
         data["latency_ms"] = self.latency_ms
         return _finite(data)  # type: ignore[no-any-return]
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the trace as JSON: what `to_dict` gives.
+
+        Args:
+            path: A file that ends in `.json`. One that ends in `.perfetto.json` is written in
+                Chrome's trace-event format instead, which ui.perfetto.dev and chrome://tracing
+                load: a slice per step, scores and thresholds as counters.
+
+        Returns:
+            The path.
+
+        Raises:
+            TypeError, ValueError: No path, or none that ends in `.json`.
+            OSError: It cannot be written.
+        """
+        path = checks.path("path", path)
+        if path.suffix != ".json":
+            raise ValueError(f"got the path {path}; a trace is JSON: let it end in .json")
+        perfetto = path.name.endswith(ENDING)
+        data = trace_events({"run": self}) if perfetto else self.to_dict()
+        text = json.dumps(data, indent=1, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
+        return path
 
     def __str__(self) -> str:
         lines = ["step  sigma  patch  tokens  latency_ms  reason"]

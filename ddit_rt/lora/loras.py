@@ -9,6 +9,8 @@ floating point would not give the same bits.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -20,6 +22,8 @@ from ddit_rt import checks
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.lora.file import check_arguments, read_lora
 from ddit_rt.lora.terms import Place, Term, adapter_layers, make_terms, parameter_at
+
+LOG = logging.getLogger("ddit_rt.lora")
 
 _SECOND = "load_into_transformer_2"
 """Argument of `load_lora_weights` by which a LoRA is for the second expert of a Wan pipeline."""
@@ -99,6 +103,7 @@ class Loras:
         except BaseException:
             del self._terms[name]
             raise
+        LOG.info("loaded %s, which changes %d parameters", name, len(self._terms[name]))
         return name
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
@@ -127,6 +132,7 @@ class Loras:
         self._act({name: w for name, w in self._weights.items() if name not in gone})
         for name in dict.fromkeys(gone):
             del self._terms[name]
+        LOG.info("unloaded %s", ", ".join(gone) or "none")
 
     def _act(self, weights: Mapping[str, float]) -> None:
         """Fuses what these weights say; on any error everything is as it was."""
@@ -135,6 +141,7 @@ class Loras:
         for model in dict.fromkeys(model for model, _ in places):
             self._check_owner(model)
             _check_not_merged(model)
+        started = time.perf_counter()
         copies = {one: parameter_at(one).clone() for one in places if one not in self._base}
         base = {**self._base, **copies}
         written = []
@@ -149,6 +156,11 @@ class Loras:
             raise
         self._weights, self._base = dict(weights), {place: base[place] for place in after}
         self._own({model for model, _ in before}, {model for model, _ in after})
+        acting = {name: weight for name, weight in weights.items() if weight}
+        LOG.info(
+            "acting: %s; %d parameters written in %.3f s",
+            *(acting or "none", len(places), time.perf_counter() - started),
+        )
 
     def _sums(self, weights: Mapping[str, float]) -> Sums:
         found: Sums = {}

@@ -21,6 +21,23 @@ from ddit_rt.errors import CaptureError, RunCancelled, StallError
 
 LOG = logging.getLogger("ddit_rt.serving")
 
+
+class _Unheard(logging.Handler):
+    """Lets stderr have the warnings and errors of a server for which nobody set up logging.
+
+    Python would do so itself, but for the `NullHandler` that keeps the library quiet.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        handlers = [*LOG.handlers, *logging.getLogger("ddit_rt").handlers, *logging.root.handlers]
+        heard = any(not isinstance(one, (_Unheard, logging.NullHandler)) for one in handlers)
+        if not heard and logging.lastResort is not None:
+            logging.lastResort.handle(record)
+
+
+LOG.addHandler(_Unheard(logging.WARNING))
+
 _PATH = re.compile(r"(?<![\w.:/])~?(?:/[\w.@+~=-]+){2,}/?")
 _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 _LONGEST = 600

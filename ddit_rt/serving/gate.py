@@ -5,16 +5,33 @@ from __future__ import annotations
 import hmac
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ddit_rt.serving.errors import ApiError
+from ddit_rt import telemetry
+from ddit_rt.serving.errors import LOG, ApiError
 from ddit_rt.serving.metrics import Metrics
 
 OPEN = ("/health", "/ready", "/metrics")
 """Paths that need no key: an orchestrator's."""
+
+
+def _span(scope: Scope) -> AbstractContextManager[telemetry.Span]:
+    """Of a request, in the trace that its `traceparent` names.
+
+    None for an orchestrator's, nor where FastAPI or an instrumentation of it has made one already.
+    """
+    if scope["path"] in OPEN or telemetry.inside():
+        return nullcontext(telemetry.Span())
+    return telemetry.span(
+        scope["method"],
+        {"http.request.method": scope["method"], "url.path": scope["path"]},
+        parent=telemetry.incoming(scope["headers"]),
+        server=True,
+    )
 
 
 class Gate:
@@ -41,6 +58,12 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        with _span(scope) as span:
+            await self._answer(scope, receive, send, span)
+
+    async def _answer(
+        self, scope: Scope, receive: Receive, send: Send, span: telemetry.Span
+    ) -> None:
         started, status = time.monotonic(), 500
 
         async def counted(message: Message) -> None:
@@ -56,10 +79,19 @@ class Gate:
             else:
                 await self._app(scope, self._limited(receive), counted)
         finally:
+            seconds = time.monotonic() - started
+            route = getattr(scope.get("route"), "path", None)
+            endpoint = route or "none"
+            LOG.debug("%s %s: %d after %.3f s", scope["method"], endpoint, status, seconds)
+            span.set({"http.response.status_code": status})
+            if route is not None:
+                span.rename(f"{scope['method']} {route}")
+                span.set({"http.route": route})
+            if status >= 500:
+                span.fail(f"answered with {status}")
             if self._metrics is not None:
-                endpoint = getattr(scope.get("route"), "path", "none")
                 self._metrics.requests.labels(endpoint, str(status)).inc()
-                self._metrics.request_seconds.labels(endpoint).observe(time.monotonic() - started)
+                self._metrics.request_seconds.labels(endpoint).observe(seconds)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from ddit_rt import telemetry
 from ddit_rt.engine.watch import StepView
 from ddit_rt.loop import RunTrace
 
@@ -74,6 +75,7 @@ class Job:
         done: Gives the images, in the order of the seeds, or what went wrong.
         samples: The images that it has in the queue.
         started: Whether one of them has left the queue.
+        context: What spans of its run belong to: where it was made.
     """
 
     def __init__(self, work: Work, deadline: float) -> None:
@@ -83,6 +85,7 @@ class Job:
         self.done.set_running_or_notify_cancel()  # so that nobody who waits for it can cancel it
         self.samples = [Sample(self, seed) for seed in work.seeds]
         self.started = False
+        self.context = telemetry.current()
         self._deadline = deadline
         self._dropped = False
         self._made: dict[int, Made] = {}

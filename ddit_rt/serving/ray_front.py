@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ddit_rt import telemetry
 from ddit_rt.serving import errors, videos
 from ddit_rt.serving.answer import disconnected
 from ddit_rt.serving.app import add_models
@@ -148,6 +149,7 @@ class _Collected(Collector):
 async def _call(request: Request) -> Call:
     """A request as it is sent to a replica, with a seed in case that it names none."""
     scope = {name: request.scope[name] for name in _TRAVELS if name in request.scope}
+    scope["headers"] = telemetry.outgoing(scope["headers"])
     return Call(scope=scope, body=await request.body(), seed=secrets.randbelow(2**31))
 
 

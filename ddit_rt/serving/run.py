@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from ddit_rt.engine import Engine
 from ddit_rt.serving.app import create_app
 from ddit_rt.serving.config import ServeConfig
+from ddit_rt.serving.errors import LOG
 from ddit_rt.serving.worker import Worker
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -92,6 +93,7 @@ def listen(app: FastAPI, *, host: str, port: int, stop_seconds: float) -> None:
     """
     settings = uvicorn.Config(app, host=host, port=port, lifespan="on", timeout_graceful_shutdown=5)
     listener = settings.bind_socket()
+    LOG.info("listening at http://%s:%d", *listener.getsockname()[:2])
     try:
         Server(settings, app.state.service.worker, stop_seconds).run([listener])
     finally:

@@ -12,11 +12,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from PIL import Image
 
+from ddit_rt import telemetry
 from ddit_rt.engine import Engine
 from ddit_rt.engine.watch import RunWatch, StepView
 from ddit_rt.errors import CaptureError, RunCancelled, StallError
@@ -116,6 +118,7 @@ class Worker:
         """Refuses what is new, and finishes what is there; what is left after a while fails."""
         with self._changed:
             self.stopping = True
+            LOG.info("stopping: %d images wait, %g s to make them", len(self._queue), seconds)
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join(seconds)
@@ -128,6 +131,7 @@ class Worker:
             sample.job.fail(stopping())
         if self._thread.ident is not None:
             self._thread.join(_LAST_STEP)
+        LOG.info("stopped; %d images were left", len(left))
 
     def _live(self) -> None:
         try:
@@ -150,7 +154,7 @@ class Worker:
 
     def _warm_up(self) -> None:
         """One run of the defaults: it captures graphs and allocates memory."""
-        steps = self._config.warmup_steps
+        steps, started = self._config.warmup_steps, time.monotonic()
         if steps != 0:
             given: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
             try:
@@ -159,6 +163,7 @@ class Worker:
             except RunCancelled:
                 return
         self.ready = True
+        LOG.info("%s is ready after %.1f s", self._config.model, time.monotonic() - started)
 
     def _try_out(self, stepped: Callable[[StepView], None] | None = None, **given: Any) -> Any:
         """A run that nobody has asked for."""
@@ -261,16 +266,18 @@ class Worker:
             if len(self._admitted) >= _REMEMBERED:
                 self._admitted.clear()
             self._admitted[batch[0].job.work.key] = half
+            LOG.info("%d images are too many for the memory: %s", len(batch), error)
         self._serve(batch[:half])
         self._serve(batch[half:])
 
     def _run(self, batch: list[Sample]) -> None:
         work = batch[0].job.work
-        if self._styles is not None:
-            self._styles.switch(work.style)
-        if work.on_step is not None and self.latent_to_rgb is None:
-            self._fit_previews()
-        output = self._engine(watch=self._watch(batch), **_arguments(batch))
+        with _batch_span(batch):
+            if self._styles is not None:
+                self._styles.switch(work.style)
+            if work.on_step is not None and self.latent_to_rgb is None:
+                self._fit_previews()
+            output = self._engine(watch=self._watch(batch), **_arguments(batch))
         trace = self._engine.last_trace
         assert trace is not None, "a run that returned has a trace"
         self.metrics.ran(trace)
@@ -293,6 +300,17 @@ class Worker:
             return self._abort or all(sample.job.over for sample in batch)
 
         return RunWatch(stopped=stopped, stepped=stepped if followed else None)
+
+
+def _batch_span(batch: list[Sample]) -> AbstractContextManager[telemetry.Span]:
+    """A span that belongs to the request that came first, and is linked to the others."""
+    first, *others = {id(sample.job): sample.job for sample in batch}.values()
+    return telemetry.span(
+        "ddit_rt.batch",
+        {"ddit_rt.batch": len(batch), "ddit_rt.requests": 1 + len(others)},
+        parent=first.context,
+        links=[job.context for job in others],
+    )
 
 
 def edits(engine: Engine) -> bool:

@@ -43,6 +43,19 @@ def test_several_prompts_are_numbered_and_traced(
     assert "trace" not in pictures[0]
 
 
+def test_a_trace_for_perfetto_has_a_process_for_each_picture(
+    generate: list[str], tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.perfetto.json"
+    out = ["-o", str(tmp_path / "a.png"), "--trace", str(trace)]
+    assert main([*generate, "a fox", "--seed", "5", "--policy", "2p:0.5,p", *out]) == 0
+    events = json.loads(trace.read_text())["traceEvents"]
+    names = [event["args"]["name"] for event in events if event["name"] == "process_name"]
+    assert [Path(name).name for name in names] == ["a-1.png, seed 5", "a-2.png, seed 6"]
+    steps = [event["name"] for event in events if event.get("cat") == "computed"]
+    assert steps == ["2p", "2p", "p", "p"] * 2
+
+
 def test_seed_repeats_a_picture(generate: list[str], tmp_path: Path) -> None:
     first, again = tmp_path / "first.png", tmp_path / "again.png"
     both = ["--num-images", "2", "--seed", "1"]

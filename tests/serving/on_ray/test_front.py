@@ -170,6 +170,17 @@ def test_a_request_without_a_seed_has_the_same_one_wherever_it_is_made(
     assert handle.calls[-1].seed != first.seed
 
 
+def test_a_trace_goes_on_at_the_replica(client: TestClient, handle: Handle, spans: Any) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+    assert client.post(PATH, json=ASKED, headers=headers).status_code == 200
+    (call,) = handle.calls
+    sent = dict(call.scope["headers"])[b"traceparent"].decode()
+    above = {one.context.span_id for one in spans.get_finished_spans()}
+    assert sent.startswith(f"00-{trace}-")
+    assert int(sent.split("-")[2], 16) in above, "a span of the front's"
+
+
 def test_a_stream_goes_on_after_its_last_event(client: TestClient, handle: Handle) -> None:
     asked = {**ASKED, "stream": True}
     whole = events(client.post(PATH, json=asked).text)
