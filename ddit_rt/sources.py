@@ -76,7 +76,8 @@ def load_pipeline(model: str, dtype: str | None = None, device: str = "cpu") -> 
             "as pipeline.save_pretrained writes it"
         )
     wanted = torch.float32 if dtype is None else getattr(torch, dtype)
-    pipeline = DiffusionPipeline.from_pretrained(source, dtype=wanted)
+    # A pickle may run code, so that none is read where there are no safetensors.
+    pipeline = DiffusionPipeline.from_pretrained(source, dtype=wanted, use_safetensors=True)
     if pipeline.dtype is not wanted:  # a release that knows the argument by its older name
         pipeline.to(wanted)
     return pipeline if device == "cpu" else pipeline.to(device)

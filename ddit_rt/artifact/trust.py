@@ -98,7 +98,7 @@ def require_trust(digest: str, name: str) -> None:
 
 def _read(path: Path) -> set[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return set()
     except OSError as error:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ddit_rt import checks
@@ -39,6 +40,12 @@ _READING: Mapping[str, Any] = {
 _LORA = re.compile(r"(.+)\.(lora_[AB]\.(?:weight|bias)|lora_magnitude_vector(?:\.weight)?)")
 _LOKR = re.compile(r"(.+)\.(lokr_w[12](?:_[ab])?)")
 """Entries of a layer. A file that has one of LoKr has no other kind: diffusers would skip it."""
+
+_ENDING = ".safetensors"
+_NO_PICKLE = (
+    "a LoRA is read as safetensors alone, since a pickle may run code: convert it with "
+    "safetensors.torch.save_file(torch.load(FILE, weights_only=True), ...)"
+)
 
 _SHOWN = 20
 _FUSED_QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -148,13 +155,18 @@ def _fetch(lora: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Tensor], 
             f"got a {type(lora).__name__} for a LoRA; expected a path, a Hub name or a state dict"
         )
     where = {**_READING, **arguments}
-    pickle = where["use_safetensors"] is None
-    found, metadata = _fetch_state_dict(
-        pretrained_model_name_or_path_or_dict=lora,
-        user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-        allow_pickle=pickle,
-        **{**where, "use_safetensors": pickle or where["use_safetensors"]},
-    )
+    name = where["weight_name"]
+    if where["use_safetensors"] is False or not str(name or _ENDING).endswith(_ENDING):
+        raise ValueError(f"got {lora} as a pickle, weight_name={checks.show(name)}; {_NO_PICKLE}")
+    try:
+        found, metadata = _fetch_state_dict(
+            pretrained_model_name_or_path_or_dict=lora,
+            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+            allow_pickle=False,
+            **{**where, "use_safetensors": True},
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{lora} is no {_ENDING} file ({error}); {_NO_PICKLE}") from error
     return found, metadata
 
 
