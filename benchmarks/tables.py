@@ -18,6 +18,7 @@ from typing import Any
 
 from made_tables.caches import caches
 from made_tables.cpu import cpu_demo, cpu_short, drivers_cpu, ops_cpu, overhead_cpu
+from made_tables.mixed import mixed
 from made_tables.quality import quality_demo, quality_demo_video
 from made_tables.real_size import blocks_cuda, lowered_cuda, ops_cuda, real_size
 from made_tables.serving import serving_cpu
@@ -31,6 +32,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "drivers_cpu": drivers_cpu,
     "flux_cuda": real_size,
     "lowered_cuda": lowered_cuda,
+    "mixed_cpu": mixed,
     "ops_cpu": ops_cpu,
     "ops_cuda": ops_cuda,
     "overhead_cpu": overhead_cpu,
