@@ -14,5 +14,7 @@ cd "$root"
 # fixtures compile; torch would take all cores for each, and a worker takes about a GB.
 workers=$(($(env -u OMP_NUM_THREADS nproc) + 1))  # nproc goes by that variable
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Modules are parsed once for all processes, and tests rewritten once for all workers.
+export PYTHONDONTWRITEBYTECODE=
 exec "${VENV:-.venv}/bin/python" -m pytest -n "$workers" --maxprocesses 8 --dist loadfile \
   --no-loadscope-reorder -m "not slow" "$@"
