@@ -6,7 +6,6 @@ import argparse
 import inspect
 import sys
 from dataclasses import asdict, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,7 +184,6 @@ def _fit(args: argparse.Namespace) -> Outcome:
 
     from ddit_rt.lab.calibrate import Prompt
     from ddit_rt.lab.calibrate.cache_fit import fit_cache
-    from ddit_rt.lab.calibrate.spectrum import fit_spectrum
     from ddit_rt.lab.measure.measures import measure_of
     from ddit_rt.models import family_named
 
@@ -199,11 +197,11 @@ def _fit(args: argparse.Namespace) -> Outcome:
         )
     prompts = [Prompt(text=text, seed=args.seed + place) for place, text in enumerate(texts)]
     engine, arguments = _engine(args, manifest), pipeline_arguments(args)
-    fitted = fit_spectrum if args.spectrum else partial(fit_cache, kind=args.cache)
     with tqdm(total=len(prompts), desc="calibrate", unit="run", leave=False) as bar:
-        fit = fitted(
+        fit = fit_cache(
             engine,
-            prompts=prompts,
+            "spectrum" if args.spectrum else args.cache,
+            prompts,
             arguments=arguments,
             conditions=_conditions(engine, arguments),
             advance=bar.update,

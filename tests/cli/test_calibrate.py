@@ -267,7 +267,7 @@ def test_a_measured_spectrum_is_stored_used_and_told(
     command = ["calibrate", str(path), *options, "--steps", "4", "--spectrum", "--json"]
     assert main(command) == 2
     assert "got power that rises with the frequency" in capsys.readouterr().err
-    monkeypatch.setattr("ddit_rt.lab.calibrate.spectrum.power_law", lambda _: (0.5, 1.2, 0.01))
+    monkeypatch.setattr("ddit_rt.lab.calibrate.cache_fit.power_law", lambda _: (0.5, 1.2, 0.01))
     assert main(command) == 0
     told = json.loads(capsys.readouterr().out)["fit"]
     (fit,) = read_manifest(path).cache_fits
@@ -275,7 +275,7 @@ def test_a_measured_spectrum_is_stored_used_and_told(
     extra = ["--steps", "4", "--policy", "spectral:0.3", "--trace", str(trace)]
     assert generate(path, model_folder, tmp_path, *extra) == 0
     run = json.loads(trace.read_text())["pictures"][0]["trace"]
-    assert any("spectrum measured on this model: 2 prompts" in note for note in run["notes"])
+    assert any("spectrum fitted on this model: 2 prompts" in note for note in run["notes"])
 
 
 @pytest.mark.slow

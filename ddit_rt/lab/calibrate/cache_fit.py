@@ -1,9 +1,10 @@
-"""Fits of step caches: what TeaCache and MagCache have to know of a model, measured on it.
+"""Fits: what TeaCache, MagCache and `SpectralPolicy` have to know of a model, measured on it.
 
 Every prompt runs once, every step computed at p. TeaCache's polynomial gives the relative L1
 change of the model's output from that of its input signal (arXiv 2411.19108, section 3.3), by
 least squares over all steps and prompts. MagCache's ratios are the mean over tokens of
-|r_k| / |r_{k-1}|, r being what the blocks add (arXiv 2506.09045), averaged over prompts.
+|r_k| / |r_{k-1}|, r being what the blocks add (arXiv 2506.09045), averaged over prompts. The
+spectrum is that of the final latents.
 """
 
 from __future__ import annotations
@@ -17,10 +18,20 @@ import torch
 from torch import Tensor
 
 from ddit_rt.engine import Engine
+from ddit_rt.lab.calibrate.spectrum import power_law
 from ddit_rt.lab.plans.points import Prompt
 from ddit_rt.loop import CpuExecutor, RunPlan
 from ddit_rt.planning.request import Request
-from ddit_rt.policies import CACHE_KINDS, CacheFit, FinePolicy, MagCache, StepCache, TeaCache
+from ddit_rt.policies import (
+    CACHE_KINDS,
+    CacheFit,
+    FinePolicy,
+    MagCache,
+    NoCache,
+    StepCache,
+    TeaCache,
+)
+from ddit_rt.policies.cache_fit import KINDS
 
 DEGREE = 4
 """Degree of the polynomials, as the published ones have it."""
@@ -50,30 +61,31 @@ def fit_cache(
     conditions: Mapping[str, Any],
     advance: Callable[[], object] = lambda: None,
 ) -> CacheFit:
-    """Measures a model and fits what a step cache of a kind needs.
+    """Measures a model and fits what a step cache of a kind or, by its spectrum, a policy needs.
 
     Args:
         engine: The engine, with its pipeline.
-        kind: One of `CACHE_KINDS`.
+        kind: One of `CACHE_KINDS`, or "spectrum".
         prompts: At least one.
         arguments: Further arguments of the engine's call, e.g. `num_inference_steps`.
         conditions: What the figures hold for: machine, versions; for the record.
         advance: It is called after every run.
 
     Raises:
-        ValueError: An unknown kind, one that does not suit the model, or too few steps.
+        ValueError: An unknown kind, one that does not suit the model, or too few steps; of a
+            spectrum, latents that are too small, or whose power does not fall.
     """
-    if kind not in CACHE_KINDS:
-        raise ValueError(f"got the cache {kind!r}; fitted can be {list(CACHE_KINDS)}")
-    runs = []
+    if kind not in KINDS:
+        raise ValueError(f"got the cache {kind!r}; fitted can be {list(KINDS)}")
+    runs: list[Any] = []
     for prompt in prompts:
         generator = torch.Generator().manual_seed(prompt.seed)
         call = {**arguments, "prompt": prompt.text, "generator": generator}
         plan, latents = measuring_plan(engine, kind, **call)
-        runs.append(watch(plan, latents))
+        runs.append(watch(plan, latents) if plan.cache else CpuExecutor().run(plan, latents)[0])
         advance()
-    steps = 1 + len(runs[0].inputs)
-    values, found = _ratios(runs) if kind == "magcache" else _polynomial(runs)
+    steps = len(plan.stages)
+    values, found = _FITS.get(kind, _polynomial)(runs)
     evidence = {
         "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
         "num_inference_steps": steps,
@@ -89,19 +101,21 @@ def measuring_plan(
 ) -> tuple[RunPlan, Tensor]:
     """A run of the pipeline with every step computed at p.
 
-    Its buckets keep their residuals, and for TeaCache its step cache holds the model's bare signal:
-    a `Signal`, or the relative changes of a time embedding as the increments.
+    For a step cache its buckets keep their residuals, and for TeaCache it holds the model's bare
+    signal: a `Signal`, or the relative changes of a time embedding as the increments.
 
     Args:
         engine: The engine, with its pipeline.
-        kind: One of `CACHE_KINDS`: what is to be fitted.
+        kind: As of `fit_cache`: what is to be fitted.
         arguments: Arguments of the pipeline's `__call__`.
 
     Returns:
         The plan and z_0; nothing has run.
     """
-    cache: StepCache = MagCache(mag_ratios=(1.0,))
-    if kind != "magcache":
+    cache: StepCache = NoCache()
+    if kind == "magcache":
+        cache = MagCache(mag_ratios=(1.0,))
+    elif kind in CACHE_KINDS:
         ret = kind == "teacache-ret"
         cache = TeaCache(0.0, coefficients=(1.0, 0.0), first=1, last=0, use_ret_steps=ret)
     request = Request(
@@ -184,3 +198,19 @@ def _polynomial(runs: Sequence[StepChanges]) -> tuple[tuple[float, ...], dict[st
         "points": len(inputs),
     }
     return tuple(values.tolist()), evidence
+
+
+def _spectrum(finals: Sequence[Tensor]) -> tuple[tuple[float, ...], dict[str, Any]]:
+    amplitude, decay, missed = power_law(finals)
+    if decay <= 0:
+        raise ValueError(
+            f"got power that rises with the frequency as w^{-decay:.2g}; latents without a falling "
+            "spectrum have nothing that SpectralPolicy could go by"
+        )
+    return (amplitude, decay), {"latents": list(finals[0].shape[1:]), "log_rms": missed}
+
+
+_FITS: dict[str, Callable[..., tuple[tuple[float, ...], dict[str, Any]]]] = {
+    "magcache": _ratios,
+    "spectrum": _spectrum,
+}

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddit_rt.engine import Engine
-from ddit_rt.lab.plans.points import Prompt
-from ddit_rt.loop import CpuExecutor
-from ddit_rt.planning.request import Request
-from ddit_rt.policies import CacheFit, FinePolicy
 from ddit_rt.steps.buckets import dct
 
 _FEWEST = 4
@@ -63,47 +57,3 @@ def power_law(latents: Sequence[Tensor]) -> tuple[float, float, float]:
     slope, intercept = np.polyfit(centres, means, 1)
     missed = means - (intercept + slope * centres)
     return math.exp(intercept), -float(slope), float(np.sqrt(np.mean(missed**2)))
-
-
-def fit_spectrum(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    *,
-    arguments: Mapping[str, Any],
-    conditions: Mapping[str, Any],
-    advance: Callable[[], object] = lambda: None,
-) -> CacheFit:
-    """Measures the spectrum of the latents that a model makes, every step at p.
-
-    Args:
-        engine: The engine, with its pipeline.
-        prompts: At least one.
-        arguments: Further arguments of the engine's call, e.g. `num_inference_steps`.
-        conditions: What the figures hold for: machine, versions; for the record.
-        advance: It is called after every run.
-
-    Raises:
-        ValueError: As `power_law`, or power that does not fall.
-    """
-    request = Request(policy=FinePolicy(), batched_guidance=engine.batched_guidance)
-    finals = []
-    for prompt in prompts:
-        generator = torch.Generator().manual_seed(prompt.seed)
-        call = {**arguments, "prompt": prompt.text, "generator": generator}
-        plan, latents = engine.plan_call(request, **call)
-        finals.append(CpuExecutor().run(plan, latents)[0])
-        advance()
-    amplitude, decay, missed = power_law(finals)
-    if decay <= 0:
-        raise ValueError(
-            f"got power that rises with the frequency as w^{-decay:.2g}; latents without a falling "
-            "spectrum have nothing that SpectralPolicy could go by"
-        )
-    evidence = {
-        "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
-        "latents": list(finals[0].shape[1:]),
-        "log_rms": missed,
-        **conditions,
-    }
-    source = f"measured on this model: {len(prompts)} prompts"
-    return CacheFit(kind="spectrum", values=(amplitude, decay), source=source, evidence=evidence)
