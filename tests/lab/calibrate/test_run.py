@@ -61,6 +61,21 @@ def run(bench: Bench, request: dict[str, float], **fields: Any) -> CalibrationRe
     return calibrate(bench, config(request, **fields), {})
 
 
+_SEARCHED: dict[str, tuple[SyntheticBench, CalibrationResult]] = {}
+
+
+def searched(
+    formula: dict[str, Any], request: dict[str, float], **fields: Any
+) -> tuple[SyntheticBench, CalibrationResult]:
+    """A bench and what a search on it found, made once for all tests that ask for the same."""
+    key = repr((formula, request, sorted(fields.items())))
+    if key not in _SEARCHED:
+        bench = SyntheticBench(**formula)
+        _SEARCHED[key] = bench, run(bench, request, **fields)
+    bench, result = _SEARCHED[key]
+    return replace(bench, evaluated=list(bench.evaluated)), result
+
+
 def best_loss(result: CalibrationResult, cost: float) -> float:
     """Least loss of the plans that were found, on the calibration prompts, at a cost."""
     return min(-math.log(point.ssim) for point in result.points if point.cost <= cost)
@@ -94,8 +109,7 @@ def test_best_plan_is_never_worse_than_the_best_of_a_family(
     formula: str, speedup: float, seed: int
 ) -> None:
     """Against all plans of each family, tried one by one: hundreds, where the search tries 60."""
-    bench = SyntheticBench(**FORMULAS[formula])
-    result = run(bench, {"speedup": speedup}, seed=seed)
+    bench, result = searched(FORMULAS[formula], {"speedup": speedup}, seed=seed)
     assert len(bench.evaluated) <= 200
     found = best_loss(result, WHOLE / speedup)
     for kind, loss in losses(bench, result, families(bench), WHOLE / speedup).items():
@@ -117,8 +131,7 @@ def test_planted_optimum_that_no_family_holds_is_found() -> None:
     """Always most of the way; all of it, to a third of its loss, from all seeds but one."""
     reached, cost = [], WHOLE / 2.5
     for seed in range(6):
-        bench = SyntheticBench(**PLANTED)
-        result = run(bench, {"speedup": 2.5}, seed=seed)
+        bench, result = searched(PLANTED, {"speedup": 2.5}, seed=seed)
         assert len(bench.evaluated) <= 200
         found = best_loss(result, cost)
         alone = min(losses(bench, result, families(bench), cost).values())
@@ -153,7 +166,7 @@ def test_stopped_search_goes_on_to_the_same_end_and_measures_nothing_twice(
     after: int, tmp_path: Path
 ) -> None:
     request = {"speedup": 2.5}
-    whole = run(SyntheticBench(**PLANTED), request).calibration
+    whole = searched(PLANTED, request, seed=0)[1].calibration
     stopped = SyntheticBench(**PLANTED, die_at=after)
     with pytest.raises(KeyboardInterrupt):
         run(RecordedBench(stopped, Journal(tmp_path, 24, {})), request)
@@ -205,7 +218,7 @@ def test_fewer_steps_win_where_trajectories_are_straight(request_: dict[str, flo
 
 
 def test_static_wins_where_scores_mislead() -> None:
-    result = run(SyntheticBench(**FORMULAS["blind"]), {"speedup": 1.6})
+    _, result = searched(FORMULAS["blind"], {"speedup": 1.6}, seed=0)
     assert result.confirmation.winner == "static"
     assert result.calibration.presets["balanced"].policy["policy"] == "StaticPolicy"
 
@@ -229,7 +242,7 @@ def test_step_cache_is_left_where_reuse_loses_much(request_: dict[str, float]) -
 @pytest.mark.parametrize("formula", FORMULAS)
 @pytest.mark.parametrize("request_", [{"speedup": 1.6}, {"min_ssim": 0.96}])
 def test_winner_stands_on_the_held_out_prompts(formula: str, request_: dict[str, float]) -> None:
-    decided = run(SyntheticBench(**FORMULAS[formula]), request_).confirmation
+    decided = searched(FORMULAS[formula], request_, seed=0)[1].confirmation
     winner = decided.candidates[decided.winner].result
     for plan in decided.candidates.values():
         no_worse = plan.result.cost <= winner.cost and plan.result.ssim >= winner.ssim
@@ -237,7 +250,7 @@ def test_winner_stands_on_the_held_out_prompts(formula: str, request_: dict[str,
 
 
 def test_front_and_presets_are_monotone() -> None:
-    calibration = run(SyntheticBench(), {"speedup": 1.6}).calibration
+    calibration = searched({}, {"speedup": 1.6}, seed=0)[1].calibration
     front = calibration.front
     assert front[0].kind == "fine"
     assert front[0].speedup == 1
@@ -254,7 +267,7 @@ def test_front_and_presets_are_monotone() -> None:
 
 
 def test_same_seed_gives_the_same_calibration() -> None:
-    first = run(SyntheticBench(), {"speedup": 1.6}).calibration
+    first = searched({}, {"speedup": 1.6}, seed=0)[1].calibration
     assert run(SyntheticBench(), {"speedup": 1.6}).calibration == first
     assert isinstance(first, Calibration)
     assert run(SyntheticBench(), {"speedup": 1.6}, seed=1).calibration != first
@@ -288,15 +301,15 @@ def test_too_few_pictures_are_refused_before_the_first() -> None:
 
 
 def test_held_out_prompts_are_never_searched_on() -> None:
-    bench = SyntheticBench()
-    evidence = run(bench, {"speedup": 1.6}).calibration.evidence
+    bench, result = searched({}, {"speedup": 1.6}, seed=0)
+    evidence = result.calibration.evidence
     held_out = {text for text, _ in evidence["held_out_prompts"]}
-    searched = {text for text, _ in evidence["prompts"]}
-    assert not held_out & searched
+    tried = {text for text, _ in evidence["prompts"]}
+    assert not held_out & tried
     # Held-out prompts come after all others.
     confirming = [text in held_out for _, text in bench.evaluated]
     assert confirming == sorted(confirming)
-    assert {text for _, text in bench.evaluated[: confirming.index(True)]} == searched
+    assert {text for _, text in bench.evaluated[: confirming.index(True)]} == tried
 
 
 @pytest.mark.parametrize(
