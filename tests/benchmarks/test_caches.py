@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from extras import need
+from strict_json import strict
 from wan_models import TEXT_TOKENS, wan_pipeline
 
 from ddit_rt.lab.plans.candidates import Candidate, kind_of
@@ -23,14 +23,6 @@ KINDS = (
     "ddit_teacache",
     "ddit_magcache",
 )
-
-
-def strict(path: Path) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    data: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse)
-    return data
 
 
 @pytest.fixture(scope="module")

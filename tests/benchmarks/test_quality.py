@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from extras import need
+from strict_json import strict
 
 from ddit_rt import ops
 from ddit_rt.adapters import AdapterConfig, AdapterSet, PatchAdapter, save_adapters
@@ -188,14 +188,6 @@ def check_paths(report: dict[str, Any]) -> None:
         free = rows[f"{plan}/training_free"]
         assert free["ssim"]["value"] > rows[f"{plan}/paper_untrained"]["ssim"]["value"]
         assert free["ssim"]["low"] <= free["ssim"]["value"] <= free["ssim"]["high"]
-
-
-def strict(path: Path) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    data: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse)
-    return data
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])

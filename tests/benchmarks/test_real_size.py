@@ -1,25 +1,17 @@
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from strict_json import strict
 
 from ddit_rt.lab.profile.events import Event
 
 # Seconds of compiling are left to one slow test; the records are the same without.
 TINY = ["--model", "flux", "--preset", "tiny", "--device", "cpu"]
 TINY += ["--backend", "eager", "--repeats", "2"]
-
-
-def strict(path: Path) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    data: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse)
-    return data
 
 
 def run(out: Path, *arguments: str) -> dict[str, Any]:
