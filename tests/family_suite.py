@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -142,26 +143,28 @@ class FamilySuite:
 
     case: ClassVar[FamilyCase]
 
+    @pytest.fixture
+    def engine(self) -> Engine:
+        """One for all runs that leave model and pipeline as they were: no state survives a run."""
+        return engine_of(type(self))
+
     @pytest.mark.parametrize("prompts", PROMPTS)
-    def test_all_fine_equals_diffusers(self, prompts: str) -> None:
-        pipeline = self.case.pipeline()
+    def test_all_fine_equals_diffusers(self, engine: Engine, prompts: str) -> None:
         # Sizes by turns: every one sees guidance, and several prompts.
         size = self.case.size(*self.case.sizes[list(PROMPTS).index(prompts) % 2])
         call = self.case.call(*PROMPTS[prompts], **size)
-        engine = eager(pipeline)
-        assert_equal(*runs(pipeline, engine, call), tolerance=TOLERANCE)
+        assert_equal(*runs(engine.pipeline, engine, call), tolerance=TOLERANCE)
         assert trace_of(engine).executor == self.case.executor
 
     @pytest.mark.parametrize("prompts", KINDS.values(), ids=KINDS)
-    def test_the_pipelines_own_loop_equals_diffusers(self, prompts: Any) -> None:
-        pipeline = self.case.pipeline()
-        engine = eager(pipeline)
-        call = self.case.call(*prompts)
-        assert_equal(*runs(pipeline, engine, call, callback_on_step_end=keep), tolerance=TOLERANCE)
+    def test_the_pipelines_own_loop_equals_diffusers(self, engine: Engine, prompts: Any) -> None:
+        ours, theirs = runs(
+            engine.pipeline, engine, self.case.call(*prompts), callback_on_step_end=keep
+        )
+        assert_equal(ours, theirs, tolerance=TOLERANCE)
         assert trace_of(engine).executor == "pipeline-cpu"
 
-    def test_both_ways_agree_in_coarse_steps(self) -> None:
-        engine = eager(self.case.pipeline())
+    def test_both_ways_agree_in_coarse_steps(self, engine: Engine) -> None:
         call = self.case.call((7,), (5,)) if self.case.guided else self.case.call()
         table = generated(engine, call, patch_policy=MIXED)
         driven = generated(engine, call, patch_policy=MIXED, callback_on_step_end=keep)
@@ -195,8 +198,9 @@ class FamilySuite:
         assert torch.equal(generated(engine, call, patch_policy=FINE), before)
 
     @pytest.mark.parametrize("negative", [(), (7,)], ids=["", "guided"])
-    def test_coarse_steps_run_and_stand_in_the_trace(self, negative: tuple[int, ...]) -> None:
-        engine = eager(self.case.pipeline())
+    def test_coarse_steps_run_and_stand_in_the_trace(
+        self, engine: Engine, negative: tuple[int, ...]
+    ) -> None:
         call = self.case.call((7,), negative)
         fine = generated(engine, call, patch_policy=FINE)
         mixed = generated(engine, call, patch_policy=MIXED)
@@ -210,11 +214,10 @@ class FamilySuite:
         generated(engine, call, patch_policy=DDiTPolicy(tau=1.0, fine_tail=1))
         assert "2p" in trace_of(engine).patch_sizes()
 
-    def test_what_follows_the_loop_is_the_pipelines_own(self) -> None:
-        pipeline = self.case.pipeline()
-        engine, call = eager(pipeline), self.case.call(output_type="np")
+    def test_what_follows_the_loop_is_the_pipelines_own(self, engine: Engine) -> None:
+        call = self.case.call(output_type="np")
         ours = engine(**call, generator=seeded(), patch_policy=FINE)
-        theirs = pipeline(**call, generator=seeded())
+        theirs = engine.pipeline(**call, generator=seeded())
         assert type(ours) is type(theirs)
         np.testing.assert_allclose(made(ours), made(theirs), atol=1e-4)
         as_tuple = engine(**call, generator=seeded(), patch_policy=FINE, return_dict=False)
@@ -234,13 +237,15 @@ class FamilySuite:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("prompts", KINDS.values(), ids=KINDS)
-    def test_captured_runs_equal_the_cpus_to_the_bit(self, graphs: Any, prompts: Any) -> None:
+    def test_captured_runs_equal_the_cpus_to_the_bit(
+        self, engine: Engine, graphs: Any, prompts: Any
+    ) -> None:
         call = self.case.call(*prompts)
         others = self.case.call(*prompts, seed=8)
-        cpu, device = eager(self.case.pipeline()), eager(self.case.pipeline())
+        device = eager(self.case.pipeline())
         device._loop.executor = CudaExecutor(graphs)
         expectations = [
-            (arguments, policy, generated(cpu, arguments, patch_policy=policy))
+            (arguments, policy, generated(engine, arguments, patch_policy=policy))
             for arguments, policy in ((call, MIXED), (others, OTHER))
         ]
         for arguments, policy, expected in (*expectations, expectations[0]):
@@ -249,43 +254,48 @@ class FamilySuite:
         assert tuple(sorted(graphs.captured)) == self.case.captured
 
     @pytest.mark.slow
-    def test_captured_runs_that_the_pipeline_drives_equal_the_cpus(self, graphs: Any) -> None:
+    def test_captured_runs_that_the_pipeline_drives_equal_the_cpus(
+        self, engine: Engine, graphs: Any
+    ) -> None:
         guided = self.case.guided is not None
         call = self.case.call((7,), (5,)) if guided else self.case.call()
-        cpu, device = eager(self.case.pipeline()), eager(self.case.pipeline())
+        device = eager(self.case.pipeline())
         device._loop.executor = CudaExecutor(graphs)
         more = {"patch_policy": MIXED, "callback_on_step_end": keep}
-        assert torch.equal(generated(device, call, **more), generated(cpu, call, **more))
+        assert torch.equal(generated(device, call, **more), generated(engine, call, **more))
         assert trace_of(device).executor == "pipeline-cuda"
 
     @pytest.mark.slow
-    def test_steps_outside_the_guidance_interval_run_the_prompt_alone(self, graphs: Any) -> None:
+    def test_steps_outside_the_guidance_interval_run_the_prompt_alone(
+        self, engine: Engine, graphs: Any
+    ) -> None:
         call = self.case.call((7,), (7,))
         more = {"patch_policy": MIXED, "guidance_interval": (0.34, 0.67)}
-        cpu, device = eager(self.case.pipeline()), eager(self.case.pipeline())
+        device = eager(self.case.pipeline())
         device._loop.executor = CudaExecutor(graphs)
-        ours = generated(cpu, call, **more)
+        ours = generated(engine, call, **more)
         assert torch.equal(generated(device, call, **more), ours)
-        whole = generated(cpu, call, patch_policy=MIXED)
+        whole = generated(engine, call, patch_policy=MIXED)
         assert float((whole - ours).abs().max()) > 1e-3
 
     @pytest.mark.slow
     @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
-    def test_a_step_cache_reuses_what_the_blocks_added(self, graphs: Any, cache: Any) -> None:
+    def test_a_step_cache_reuses_what_the_blocks_added(
+        self, engine: Engine, graphs: Any, cache: Any
+    ) -> None:
         call = self.case.call((7,), (7,)) if self.case.guided else self.case.call()
-        cpu, device = eager(self.case.pipeline()), eager(self.case.pipeline())
+        device = eager(self.case.pipeline())
         device._loop.executor = CudaExecutor(graphs)
         more = {"patch_policy": FINE, "step_cache": cache}
-        ours = generated(cpu, call, **more)
-        assert any("reused" in record.cache_reason for record in trace_of(cpu))
+        ours = generated(engine, call, **more)
+        assert any("reused" in record.cache_reason for record in trace_of(engine))
         assert torch.equal(generated(device, call, **more), ours)
-        fine = generated(cpu, call, patch_policy=FINE)
+        fine = generated(engine, call, patch_policy=FINE)
         assert 1e-6 < float((fine - ours).abs().max() / fine.abs().max()) < 1
 
     @pytest.mark.slow
-    def test_what_magcache_has_to_know_is_measured(self) -> None:
+    def test_what_magcache_has_to_know_is_measured(self, engine: Engine) -> None:
         """With and without guidance, also of passes that cannot be one batch."""
-        engine = eager(self.case.pipeline())
         if self.case.executor != "cpu":
             with pytest.raises(UnsupportedModelError, match="no plan can be made of this run"):
                 measuring_plan(engine, "magcache", **self.case.call(), generator=seeded())
@@ -299,9 +309,8 @@ class FamilySuite:
             assert all(0 < ratio < 100 for ratio in ratios)
 
     @pytest.mark.slow
-    def test_cost_and_memory_are_counted(self) -> None:
-        pipeline = self.case.pipeline()
-        engine = eager(pipeline)
+    def test_cost_and_memory_are_counted(self, engine: Engine) -> None:
+        pipeline = engine.pipeline
         model = StepModel(
             family=family_of(pipeline.transformer, pipeline),
             transformer=pipeline.transformer,
@@ -319,10 +328,9 @@ class FamilySuite:
         held = bool(family_of(pipeline.transformer, pipeline).held)
         assert all((bucket.positions_bytes > 0) is held for bucket in memory.buckets)
 
-    def test_what_a_compiled_block_would_ignore_is_refused_by_name(self) -> None:
-        pipeline = self.case.pipeline()
+    def test_what_a_compiled_block_would_ignore_is_refused_by_name(self, engine: Engine) -> None:
+        pipeline = engine.pipeline
         names = {"attention_kwargs", "joint_attention_kwargs"}
-        engine = eager(pipeline)
         for name in names & set(type(pipeline).__call__.__code__.co_varnames):
             with pytest.raises(UnsupportedModelError, match=f"`{name}`.*leave the argument out"):
                 engine(**self.case.call(), **{name: {"scale": 0.5}})
@@ -335,8 +343,8 @@ class FamilySuite:
             )
 
     @pytest.mark.slow
-    def test_compiled_blocks_equal_diffusers(self, packages: Packages) -> None:
-        pipeline = self.case.pipeline()
+    def test_compiled_blocks_equal_diffusers(self, engine: Engine, packages: Packages) -> None:
+        pipeline, uncompiled = engine.pipeline, engine
         with packages():
             engine = ddit_rt.compile(pipeline, patch_sizes="p,2p", ranges=RANGES, progress=False)
         for prompts in PROMPTS.values():
@@ -344,10 +352,16 @@ class FamilySuite:
                 continue
             ours, theirs = runs(pipeline, engine, self.case.call(*prompts))
             assert_equal(ours, theirs, tolerance=TOLERANCE)
-        uncompiled = generated(eager(pipeline), self.case.call(), patch_policy=MIXED)
-        assert_equal(
-            generated(engine, self.case.call(), patch_policy=MIXED), uncompiled, tolerance=1e-4
+        ours, expected = (
+            generated(one, self.case.call(), patch_policy=MIXED) for one in (engine, uncompiled)
         )
+        assert_equal(ours, expected, tolerance=1e-4)
+
+
+@lru_cache(maxsize=1)
+def engine_of(suite: type[FamilySuite]) -> Engine:
+    """Of a suite's tiny model; kept until another suite's turn."""
+    return eager(suite.case.pipeline())
 
 
 def attributes_of(pipeline: Any) -> dict[str, set[str]]:
