@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 from models import latents_of, noise, seeded, tiny_pipeline
-from text_encoders import clip_model, clip_words, t5_model, t5_words
+from text_encoders import add_text_encoders
 from torch import Tensor, nn
 
 import ddit_rt
@@ -25,18 +25,11 @@ CALL = {
 State = dict[str, Tensor]
 
 
-def speaking_pipeline() -> FluxPipeline:
+def speaking_pipeline() -> Any:
     """One that takes prompts; always of the same weights."""
     pipeline = tiny_pipeline()
     torch.manual_seed(0)
-    clip, t5 = clip_words(), t5_words()
-    pipeline.register_modules(
-        tokenizer=clip,
-        tokenizer_2=t5,
-        text_encoder=clip_model(clip),
-        text_encoder_2=t5_model(len(t5)),
-    )
-    return pipeline
+    return add_text_encoders(pipeline)
 
 
 def eager(pipeline: Any) -> ddit_rt.Engine:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lora_files import (
+    State,
     check_unchanged,
     eager,
     everything,
@@ -17,14 +18,11 @@ from lora_files import (
     style,
     words,
 )
-from torch import Tensor
 
 pytest.importorskip("hypothesis", reason="pip install 'ddit_rt[test]'")
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-
-State = dict[str, Tensor]
 
 NAMES = st.sampled_from(["ink", "oil", "chalk"])
 WEIGHTS = st.one_of(st.sampled_from([0, 1, -1]), st.floats(-2, 2, width=32))

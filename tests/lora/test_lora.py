@@ -13,6 +13,7 @@ import torch
 from diffusers import FluxPipeline
 from lora_files import (
     CALL,
+    State,
     check_unchanged,
     eager,
     everything,
@@ -30,13 +31,6 @@ from torch import Tensor
 
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.lora import terms
-
-State = dict[str, Tensor]
-
-
-@pytest.fixture
-def pipe() -> FluxPipeline:
-    return speaking_pipeline()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from lora_files import (
+    State,
     check_unchanged,
     eager,
     everything,
@@ -23,13 +24,6 @@ from models import noise
 from torch import Tensor
 
 from ddit_rt.errors import UnsupportedModelError
-
-State = dict[str, Tensor]
-
-
-@pytest.fixture
-def pipe() -> FluxPipeline:
-    return speaking_pipeline()
 
 
 def renamed(state: State, old: str, new: str) -> State:
@@ -152,19 +146,23 @@ REFUSED: dict[str, tuple[Callable[[FluxPipeline], Any], str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain() -> tuple[Any, dict[str, Any], Tensor]:
+    """An engine, everything of its pipeline, and what it makes: as no refusal may leave it."""
+    engine = eager(speaking_pipeline())
+    made = run(engine)
+    return engine, everything(engine.pipeline), made
+
+
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_has_no_place_is_refused_before_anything_changes(
-    pipe: FluxPipeline, kind: str
-) -> None:
+def test_what_has_no_place_is_refused_before_anything_changes(plain: Any, kind: str) -> None:
     make, message = REFUSED[kind]
-    engine = eager(pipe)
-    plain = run(engine)
-    before = everything(pipe)
+    engine, before, made = plain
     with pytest.raises((ValueError, TypeError), match=message):
-        engine.load_lora(make(pipe))
-    check_unchanged(pipe, before)
+        engine.load_lora(make(engine.pipeline))
+    check_unchanged(engine.pipeline, before)
     assert engine.loras == {}
-    assert torch.equal(run(engine), plain)
+    assert torch.equal(run(engine), made)
 
 
 def test_words_without_a_text_encoder_are_refused(pipe: FluxPipeline) -> None:
@@ -201,10 +199,9 @@ def test_words_for_a_quantised_text_encoder_are_refused(pipe: FluxPipeline) -> N
     ],
 )
 def test_bad_arguments_are_named(
-    pipe: FluxPipeline, arguments: dict[str, Any], error: type[Exception], message: str
+    plain: Any, arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    engine = eager(pipe)
-    before = everything(pipe)
+    engine, before, _ = plain
     with pytest.raises(error, match=message):
-        engine.load_lora(style(pipe), **arguments)
-    check_unchanged(pipe, before)
+        engine.load_lora(style(engine.pipeline), **arguments)
+    check_unchanged(engine.pipeline, before)

@@ -13,6 +13,7 @@ from diffusers import FluxPipeline
 from diffusers.utils import peft_utils
 from lora_files import (
     CALL,
+    State,
     check_unchanged,
     eager,
     everything,
@@ -29,13 +30,6 @@ from torch import Tensor
 
 import ddit_rt
 from ddit_rt.lora import terms
-
-State = dict[str, Tensor]
-
-
-@pytest.fixture
-def pipe() -> FluxPipeline:
-    return speaking_pipeline()
 
 
 def strokes(pipeline: FluxPipeline) -> State:
