@@ -6,20 +6,16 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     ChromaPipeline,
     ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
 )
-from torch import Tensor, nn
-
-TEXT_WIDTH = 24
-CHANNELS = 4
+from models import CHANNELS, TEXT_WIDTH, pipeline_of, random_model, tiny_vae
+from torch import Tensor
 
 
 def tiny_transformer(*, seed: int = 0, **config: Any) -> ChromaTransformer2DModel:
     """A Chroma transformer of four blocks, random but with every path alive."""
-    torch.manual_seed(seed)
     fields: dict[str, Any] = {
         "in_channels": 4 * CHANNELS,
         "num_layers": 2,
@@ -32,39 +28,17 @@ def tiny_transformer(*, seed: int = 0, **config: Any) -> ChromaTransformer2DMode
         "approximator_hidden_dim": 24,
         "approximator_layers": 1,
     }
-    model = ChromaTransformer2DModel(**{**fields, **config})
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.08)
-    return model.eval().requires_grad_(False)
-
-
-def tiny_vae(channels: int) -> AutoencoderKL:
-    """A VAE of 8 pixels to a latent pixel."""
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=channels,
-        norm_num_groups=2,
-        layers_per_block=1,
-        scaling_factor=0.5,
-        shift_factor=0.1,
-    )
-    return vae.eval().requires_grad_(False)
+    return random_model(ChromaTransformer2DModel, {**fields, **config}, seed)
 
 
 def tiny_pipeline(*, seed: int = 0, **config: Any) -> ChromaPipeline:
     """A Chroma pipeline without text encoder: call it with `tiny_embeds`."""
-    transformer = tiny_transformer(seed=seed, **config)
-    pipeline = ChromaPipeline(
+    return pipeline_of(
+        ChromaPipeline,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=tiny_vae(CHANNELS),
-        text_encoder=None,
-        tokenizer=None,
-        transformer=transformer,
+        vae=tiny_vae(),
+        transformer=tiny_transformer(seed=seed, **config),
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def tiny_embeds(

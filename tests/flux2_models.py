@@ -12,15 +12,12 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
-from torch import Tensor, nn
-
-TEXT_WIDTH = 24
-CHANNELS = 4
+from models import CHANNELS, TEXT_WIDTH, pipeline_of, random_model
+from torch import Tensor
 
 
 def tiny_transformer(*, seed: int = 0, **config: Any) -> Flux2Transformer2DModel:
     """Two double and two single blocks, random but with every path alive."""
-    torch.manual_seed(seed)
     fields: dict[str, Any] = {
         "in_channels": 4 * CHANNELS,
         "num_layers": 2,
@@ -32,10 +29,7 @@ def tiny_transformer(*, seed: int = 0, **config: Any) -> Flux2Transformer2DModel
         "axes_dims_rope": (4, 4, 4, 4),
         "guidance_embeds": False,
     }
-    model = Flux2Transformer2DModel(**{**fields, **config})
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.08)
-    return model.eval().requires_grad_(False)
+    return random_model(Flux2Transformer2DModel, {**fields, **config}, seed)
 
 
 def tiny_vae() -> AutoencoderKLFlux2:
@@ -56,28 +50,22 @@ def tiny_vae() -> AutoencoderKLFlux2:
 
 
 def parts(**config: Any) -> dict[str, Any]:
-    """Of either pipeline, without text encoder."""
+    """Of either pipeline."""
     return {
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         "vae": tiny_vae(),
-        "text_encoder": None,
-        "tokenizer": None,
         "transformer": tiny_transformer(**config),
     }
 
 
 def tiny_dev() -> Flux2Pipeline:
     """FLUX.2 dev, its guidance embedded: call it with `tiny_embeds`."""
-    pipeline = Flux2Pipeline(**parts(guidance_embeds=True))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline_of(Flux2Pipeline, **parts(guidance_embeds=True))
 
 
 def tiny_klein(*, is_distilled: bool = False, **config: Any) -> Flux2KleinPipeline:
     """FLUX.2 klein: call it with `tiny_embeds`."""
-    pipeline = Flux2KleinPipeline(**parts(**config), is_distilled=is_distilled)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline_of(Flux2KleinPipeline, **parts(**config), is_distilled=is_distilled)
 
 
 def tiny_embeds(

@@ -11,7 +11,7 @@ from diffusers import (
     FluxInpaintPipeline,
     FluxKontextPipeline,
 )
-from models import CHANNELS, POOLED_WIDTH, TEXT_WIDTH, noise, tiny_pipeline
+from models import CHANNELS, POOLED_WIDTH, TEXT_WIDTH, noise, pipeline_of, tiny_pipeline
 from torch import Tensor
 
 MASK_CHANNELS = 16
@@ -28,9 +28,7 @@ def edit_pipeline(kind: type, **config: Any) -> Any:
         }
     parts = tiny_pipeline(**{"guidance_embeds": True, **config}).components
     names = ("image_encoder", "feature_extractor")
-    pipeline = kind(**{name: part for name, part in parts.items() if name not in names})
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline_of(kind, **{name: one for name, one in parts.items() if name not in names})
 
 
 def img2img() -> Any:

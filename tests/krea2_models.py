@@ -6,22 +6,20 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Krea2Pipeline,
     Krea2Transformer2DModel,
 )
-from torch import Tensor, nn
+from models import CHANNELS, TEXT_WIDTH, pipeline_of, random_model
+from qwen_models import tiny_vae
+from torch import Tensor
 
-TEXT_WIDTH = 24
 TEXT_LAYERS = 3
 TEXT_TOKENS = 8
-CHANNELS = 4
 
 
 def tiny_transformer(*, seed: int = 0, **config: Any) -> Krea2Transformer2DModel:
     """A Krea 2 transformer of three blocks, random but with every path alive."""
-    torch.manual_seed(seed)
     fields: dict[str, Any] = {
         "in_channels": 4 * CHANNELS,
         "num_layers": 3,
@@ -39,36 +37,20 @@ def tiny_transformer(*, seed: int = 0, **config: Any) -> Krea2Transformer2DModel
         "num_refiner_text_blocks": 1,
         "axes_dims_rope": (4, 6, 6),
     }
-    model = Krea2Transformer2DModel(**{**fields, **config})
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.08)
-    return model.eval().requires_grad_(False)
+    return random_model(Krea2Transformer2DModel, {**fields, **config}, seed)
 
 
 def tiny_pipeline(*, seed: int = 0, is_distilled: bool = False, **config: Any) -> Krea2Pipeline:
     """A Krea 2 pipeline without text encoder: call it with `tiny_embeds`."""
-    transformer = tiny_transformer(seed=seed, **config)
-    vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=CHANNELS,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.1] * CHANNELS,
-        latents_std=[1.5] * CHANNELS,
-    )
-    pipeline = Krea2Pipeline(
+    return pipeline_of(
+        Krea2Pipeline,
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, max_image_seq_len=6400
         ),
-        vae=vae.eval().requires_grad_(False),
-        text_encoder=None,
-        tokenizer=None,
-        transformer=transformer,
+        vae=tiny_vae(),
+        transformer=tiny_transformer(seed=seed, **config),
         is_distilled=is_distilled,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def tiny_embeds(

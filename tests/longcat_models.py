@@ -6,26 +6,22 @@ import random
 import warnings
 from typing import Any
 
-import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LongCatAudioDiTPipeline,
     LongCatAudioDiTTransformer,
     LongCatAudioDiTVae,
 )
+from models import CHANNELS, TEXT_WIDTH, pipeline_of, random_model
 from text_encoders import t5_words
-from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-TEXT_WIDTH = 24
-CHANNELS = 4
 RATE = 800
 """Samples of a second; a latent frame has 8."""
 
 
 def tiny_transformer(*, seed: int = 0, **config: Any) -> LongCatAudioDiTTransformer:
     """A LongCat transformer of three blocks, random but with every path alive."""
-    torch.manual_seed(seed)
     fields: dict[str, Any] = {
         "dit_dim": 32,
         "dit_depth": 3,
@@ -33,10 +29,7 @@ def tiny_transformer(*, seed: int = 0, **config: Any) -> LongCatAudioDiTTransfor
         "dit_text_dim": TEXT_WIDTH,
         "latent_dim": CHANNELS,
     }
-    model = LongCatAudioDiTTransformer(**{**fields, **config})
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.08)
-    return model.eval().requires_grad_(False)
+    return random_model(LongCatAudioDiTTransformer, {**fields, **config}, seed)
 
 
 def tiny_pipeline(*, seed: int = 0, **config: Any) -> LongCatAudioDiTPipeline:
@@ -57,15 +50,14 @@ def tiny_pipeline(*, seed: int = 0, **config: Any) -> LongCatAudioDiTPipeline:
     text = UMT5Config(
         vocab_size=len(words), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2
     )
-    pipeline = LongCatAudioDiTPipeline(
+    return pipeline_of(
+        LongCatAudioDiTPipeline,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True),
         vae=vae.eval().requires_grad_(False),
         text_encoder=UMT5EncoderModel(text).eval().requires_grad_(False),
         tokenizer=words,
         transformer=transformer,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def tiny_prompts(lengths: tuple[int, ...] = (7,), seed: int = 1) -> dict[str, list[str]]:

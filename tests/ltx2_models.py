@@ -13,17 +13,15 @@ from diffusers import (
     LTX2VideoTransformer3DModel,
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
-from torch import Tensor, nn
+from models import CHANNELS, TEXT_WIDTH, pipeline_of, random_model
+from torch import Tensor
 
-TEXT_WIDTH = 24
 TEXT_LAYERS = 2
 TEXT_TOKENS = 8
-CHANNELS = 4
 
 
 def tiny_transformer(*, seed: int = 0, **config: Any) -> LTX2VideoTransformer3DModel:
     """An LTX-2 transformer of three blocks, random but with every path alive."""
-    torch.manual_seed(seed)
     fields: dict[str, Any] = {
         "in_channels": CHANNELS,
         "out_channels": CHANNELS,
@@ -39,10 +37,7 @@ def tiny_transformer(*, seed: int = 0, **config: Any) -> LTX2VideoTransformer3DM
         "caption_channels": TEXT_WIDTH,
         "vae_scale_factors": (2, 16, 16),
     }
-    model = LTX2VideoTransformer3DModel(**{**fields, **config})
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.08)
-    return model.eval().requires_grad_(False)
+    return random_model(LTX2VideoTransformer3DModel, {**fields, **config}, seed)
 
 
 def _vae() -> AutoencoderKLLTX2Video:
@@ -102,15 +97,12 @@ def tiny_pipeline(*, seed: int = 0, **config: Any) -> LTX2Pipeline:
         resnet_dilations=[[1, 3, 5]],
     )
     parts = {"vae": _vae(), "audio_vae": audio, "connectors": connectors, "vocoder": vocoder}
-    pipeline = LTX2Pipeline(
+    return pipeline_of(
+        LTX2Pipeline,
         **{name: part.eval().requires_grad_(False) for name, part in parts.items()},
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        text_encoder=None,
-        tokenizer=None,
         transformer=transformer,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def tiny_embeds(

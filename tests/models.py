@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,11 +24,19 @@ POOLED_WIDTH = 20
 CHANNELS = 4
 
 
+def random_model(kind: type, config: Mapping[str, Any], seed: int = 0, std: float = 0.08) -> Any:
+    """A model of a class with random weights: diffusers' defaults are near zero in places."""
+    torch.manual_seed(seed)
+    model = kind(**config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=std)
+    return model.eval().requires_grad_(False)
+
+
 def tiny_transformer(
     *, guidance_embeds: bool = False, seed: int = 0, **config: Any
 ) -> FluxTransformer2DModel:
     """A FLUX transformer of some 60k parameters, random but with every path alive."""
-    torch.manual_seed(seed)
     fields: dict[str, Any] = {
         "in_channels": 4 * CHANNELS,
         "num_layers": 1,
@@ -38,11 +48,31 @@ def tiny_transformer(
         "guidance_embeds": guidance_embeds,
         "axes_dims_rope": (4, 6, 6),
     }
-    model = FluxTransformer2DModel(**{**fields, **config})
-    for parameter in model.parameters():
-        # diffusers' defaults are near zero in places; a test must see every weight.
-        nn.init.normal_(parameter, std=0.08)
-    return model.eval().requires_grad_(False)
+    return random_model(FluxTransformer2DModel, {**fields, **config}, seed)
+
+
+def pipeline_of(kind: type, **parts: Any) -> Any:
+    """A pipeline of a class from its parts, without progress bar, and without text encoders."""
+    names = inspect.signature(kind).parameters
+    absent = {name: None for name in names if name.startswith(("text_encoder", "tokenizer"))}
+    pipeline = kind(**{**absent, **parts})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_vae(levels: int = 4) -> AutoencoderKL:
+    """A VAE of 8 pixels to a latent pixel, or with three levels of 4."""
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        latent_channels=CHANNELS,
+        norm_num_groups=2,
+        layers_per_block=1,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+    )
+    return vae.eval().requires_grad_(False)
 
 
 def tiny_pipeline(
@@ -50,27 +80,8 @@ def tiny_pipeline(
 ) -> FluxPipeline:
     """A FLUX pipeline without text encoders: call it with `tiny_embeds`."""
     transformer = tiny_transformer(guidance_embeds=guidance_embeds, seed=seed, **config)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=CHANNELS,
-        norm_num_groups=2,
-        layers_per_block=1,
-        scaling_factor=0.5,
-        shift_factor=0.1,
-    )
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shifting),
-        vae=vae.eval().requires_grad_(False),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shifting)
+    return pipeline_of(FluxPipeline, scheduler=scheduler, vae=tiny_vae(3), transformer=transformer)
 
 
 def tiny_embeds(batch: int = 1, text_tokens: int = 7, seed: int = 1) -> dict[str, Tensor]:

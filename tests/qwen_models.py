@@ -12,15 +12,12 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from torch import Tensor, nn
-
-TEXT_WIDTH = 24
-CHANNELS = 4
+from models import CHANNELS, TEXT_WIDTH, pipeline_of, random_model
+from torch import Tensor
 
 
 def tiny_transformer(*, seed: int = 0, **config: Any) -> QwenImageTransformer2DModel:
     """A Qwen-Image transformer of three blocks, random but with every path alive."""
-    torch.manual_seed(seed)
     fields: dict[str, Any] = {
         "in_channels": 4 * CHANNELS,
         "out_channels": CHANNELS,
@@ -30,10 +27,21 @@ def tiny_transformer(*, seed: int = 0, **config: Any) -> QwenImageTransformer2DM
         "joint_attention_dim": TEXT_WIDTH,
         "axes_dims_rope": (4, 6, 6),
     }
-    model = QwenImageTransformer2DModel(**{**fields, **config})
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.08)
-    return model.eval().requires_grad_(False)
+    return random_model(QwenImageTransformer2DModel, {**fields, **config}, seed)
+
+
+def tiny_vae(std: float = 1.5) -> AutoencoderKLQwenImage:
+    """A VAE of 8 pixels to a latent pixel."""
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=CHANNELS,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1] * CHANNELS,
+        latents_std=[std] * CHANNELS,
+    )
+    return vae.eval().requires_grad_(False)
 
 
 def tiny_pipeline(*, seed: int = 0, **config: Any) -> QwenImagePipeline:
@@ -49,27 +57,15 @@ def tiny_edit_pipeline(kind: type = QwenImageEditPipeline) -> Any:
 def _tiny(
     kind: type, transformer: QwenImageTransformer2DModel, *, std: float = 1.5, **parts: Any
 ) -> Any:
-    vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=CHANNELS,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.1] * CHANNELS,
-        latents_std=[std] * CHANNELS,
-    )
-    pipeline = kind(
+    return pipeline_of(
+        kind,
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, shift_terminal=0.02, max_shift=0.9, max_image_seq_len=8192
         ),
-        vae=vae.eval().requires_grad_(False),
-        text_encoder=None,
-        tokenizer=None,
+        vae=tiny_vae(std),
         transformer=transformer,
         **parts,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def tiny_embeds(

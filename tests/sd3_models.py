@@ -5,23 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from chroma_models import tiny_vae
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from torch import Tensor, nn
+from models import CHANNELS, POOLED_WIDTH, TEXT_WIDTH, pipeline_of, random_model, tiny_vae
+from torch import Tensor
 
-TEXT_WIDTH = 24
-POOLED_WIDTH = 20
 TOKENS = 7
-CHANNELS = 4
 
 
 def tiny_transformer(*, seed: int = 0, **config: Any) -> SD3Transformer2DModel:
     """A transformer of four blocks, two of them with dual attention; every path is alive."""
-    torch.manual_seed(seed)
     fields: dict[str, Any] = {
         "sample_size": 16,
         "in_channels": CHANNELS,
@@ -36,24 +32,17 @@ def tiny_transformer(*, seed: int = 0, **config: Any) -> SD3Transformer2DModel:
         "dual_attention_layers": (0, 1),
         "qk_norm": "rms_norm",
     }
-    model = SD3Transformer2DModel(**{**fields, **config})
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.08)
-    return model.eval().requires_grad_(False)
+    return random_model(SD3Transformer2DModel, {**fields, **config}, seed)
 
 
 def tiny_pipeline(*, seed: int = 0, **config: Any) -> StableDiffusion3Pipeline:
     """A pipeline without text encoders: call it with `tiny_embeds`."""
-    transformer = tiny_transformer(seed=seed, **config)
-    names = ("text_encoder", "tokenizer")
-    pipeline = StableDiffusion3Pipeline(
-        transformer=transformer,
+    return pipeline_of(
+        StableDiffusion3Pipeline,
+        transformer=tiny_transformer(seed=seed, **config),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=tiny_vae(CHANNELS),
-        **{f"{name}{number}": None for name in names for number in ("", "_2", "_3")},
+        vae=tiny_vae(),
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def tiny_embeds(

@@ -13,7 +13,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from models import TEXT_WIDTH, noise
+from models import TEXT_WIDTH, noise, pipeline_of, random_model
 from text_encoders import t5_words
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
@@ -28,7 +28,6 @@ def wan_transformer(
     seed: int = 0, kind: type[nn.Module] = WanTransformer3DModel, **config: Any
 ) -> Any:
     """A Wan transformer of a class, of some 40k parameters, random but with every path alive."""
-    torch.manual_seed(seed)
     fields: dict[str, Any] = {
         "num_attention_heads": 2,
         "attention_head_dim": 16,
@@ -39,10 +38,7 @@ def wan_transformer(
         "ffn_dim": 48,
         "num_layers": 2,
     }
-    model = kind(**{**fields, **config})
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    return model.eval().requires_grad_(False)
+    return random_model(kind, {**fields, **config}, seed, std=0.1)
 
 
 def wan_vae() -> AutoencoderKLWan:
@@ -110,7 +106,8 @@ def wan_pipeline(
             num_heads=2,
         )
     )
-    pipeline = WanPipeline(
+    return pipeline_of(
+        WanPipeline,
         tokenizer=tokenizer,
         text_encoder=encoder.eval().requires_grad_(False),
         vae=wan_vae(),
@@ -119,8 +116,6 @@ def wan_pipeline(
         transformer_2=None if boundary_ratio is None else wan_transformer(seed + 1, **config),
         boundary_ratio=boundary_ratio,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def in_half_precision(pipeline: Any) -> Any:
