@@ -28,6 +28,7 @@ from ddit_rt.models.plain import (
     check_process,
     process_state,
 )
+from ddit_rt.models.quantised import QUANTISED
 from ddit_rt.models.structure import (
     METHODS,
     Differences,
@@ -271,6 +272,8 @@ def _by_block(
 
 
 def _refuse_around(name: str, around: Mapping[str, str]) -> None:
+    # What is not compiled runs as the model has it.
+    around = {place: words for place, words in around.items() if not words.startswith(QUANTISED)}
     if around:
         place = min(around, key=lambda one: (one.count("."), one))
         raise UnsupportedModelError(

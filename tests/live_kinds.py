@@ -31,7 +31,8 @@ def dynamic(pipe: FluxPipeline) -> None:
 
 def torchao(pipe: FluxPipeline) -> None:
     quantization = pytest.importorskip("torchao.quantization")
-    quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
+    config = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4)
+    quantization.quantize_(pipe.transformer, config)
 
 
 def quanto(pipe: FluxPipeline) -> None:

@@ -3,7 +3,14 @@
 from ddit_rt.artifact.calibration import PRESETS, CalibratedPlan, Calibration, calibration_for
 from ddit_rt.artifact.environment import Environment
 from ddit_rt.artifact.fingerprint import config_hash, public_config, weight_fingerprint
-from ddit_rt.artifact.manifest import BucketEntry, FileEntry, Manifest, PackageEntry, mismatches
+from ddit_rt.artifact.manifest import (
+    BucketEntry,
+    FileEntry,
+    Manifest,
+    PackageEntry,
+    QuantizationEntry,
+    mismatches,
+)
 from ddit_rt.artifact.store import Artifact, open_artifact, read_manifest, require_savable
 from ddit_rt.artifact.trust import is_trusted, trust
 
@@ -17,6 +24,7 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "PackageEntry",
+    "QuantizationEntry",
     "calibration_for",
     "config_hash",
     "is_trusted",

@@ -22,10 +22,17 @@ from ddit_rt.artifact.schema import from_plain
 from ddit_rt.blocks.inputs import TokenRanges
 from ddit_rt.blocks.package import dtype_name
 from ddit_rt.errors import ArtifactError
+from ddit_rt.models.quantised import QUANTISED
 from ddit_rt.policies import CacheFit
 
-SCHEMA_VERSION = 6
-_ADDED = {"calibrations": 2, "step_cache": 3, "cache_fits": 3, "block_changes": 5}
+SCHEMA_VERSION = 7
+_ADDED = {
+    "calibrations": 2,
+    "step_cache": 3,
+    "cache_fits": 3,
+    "block_changes": 5,
+    "quantization": 7,
+}
 """The version that added an entry. A manifest stays what it was until it gets one, since its
 digest, which trust hangs on, is that of its text."""
 
@@ -84,6 +91,19 @@ class PackageEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizationEntry:
+    """How an artifact's model was quantised.
+
+    Attributes:
+        kind: One of `QUANTIZATIONS`.
+        weights: `weight_fingerprint` of the transformer before that.
+    """
+
+    kind: str
+    weights: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """Contents of `manifest.json`.
 
@@ -107,7 +127,9 @@ class Manifest:
         step_cache: The step cache of a call that names none; None: every step computes.
         cache_fits: What was fitted for step caches of this model, one entry per kind.
         block_changes: What the blocks had that the configuration does not say, such as an
-            attention processor: a description by class and place.
+            attention processor or quantised weights: a description by class and place.
+        quantization: How `compile` quantised the model, which `load` does again; None where the
+            model is as it was.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -129,6 +151,7 @@ class Manifest:
     step_cache: dict[str, Any] | None = None
     cache_fits: tuple[CacheFit, ...] = ()
     block_changes: dict[str, str] = field(default_factory=dict)
+    quantization: QuantizationEntry | None = None
 
     @classmethod
     def describe(
@@ -143,6 +166,7 @@ class Manifest:
         step_cache: Mapping[str, Any] | None = None,
         pipeline_defaults: Mapping[str, Any] | None = None,
         block_changes: Mapping[str, str] | None = None,
+        quantization: QuantizationEntry | None = None,
     ) -> Manifest:
         """A manifest of a transformer and this machine, as yet without files.
 
@@ -156,12 +180,17 @@ class Manifest:
             step_cache: As the attribute.
             pipeline_defaults: As the attribute.
             block_changes: As the attribute.
+            quantization: As the attribute.
         """
         parameter = next(transformer.parameters())
         config = public_config(transformer.config)  # type: ignore[arg-type]
         return cls(
             # As old as its entries allow, so that as many versions as can read it.
-            schema_version=_ADDED["block_changes"] if block_changes else _BASE_VERSION,
+            schema_version=max(
+                _BASE_VERSION,
+                _ADDED["block_changes"] if block_changes else 0,
+                _ADDED["quantization"] if quantization else 0,
+            ),
             project_version=project_version,
             family=family,
             transformer_class=type(transformer).__name__,
@@ -176,7 +205,18 @@ class Manifest:
             step_cache=dict(step_cache) if step_cache else None,
             pipeline_defaults=dict(pipeline_defaults or {}),
             block_changes=dict(block_changes or {}),
+            quantization=quantization,
         )
+
+    def before_quantization(self) -> Manifest:
+        """What it would say of the model that `compile` was given, before it quantised that."""
+        assert self.quantization is not None, "it was not"
+        plain = {
+            place: words
+            for place, words in self.block_changes.items()
+            if not words.startswith(QUANTISED)
+        }
+        return replace(self, weights=self.quantization.weights, block_changes=plain)
 
     def to_json(self) -> str:
         """Stable JSON: equal manifests give equal text."""

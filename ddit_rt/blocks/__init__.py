@@ -4,6 +4,7 @@ from ddit_rt.blocks.compile import Progress, check_identical, compile_block, com
 from ddit_rt.blocks.inputs import InputCheck, TokenRanges
 from ddit_rt.blocks.lora import block_lora
 from ddit_rt.blocks.package import PackageInfo, package_path, read_info
+from ddit_rt.blocks.quantise import quantise_blocks
 from ddit_rt.blocks.runner import CompiledRunner, EagerRunner, LoadedPackage, load_runner
 from ddit_rt.blocks.template import BlockTemplate, LoraSpec
 
@@ -23,5 +24,6 @@ __all__ = [
     "compile_blocks",
     "load_runner",
     "package_path",
+    "quantise_blocks",
     "read_info",
 ]

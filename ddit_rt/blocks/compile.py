@@ -29,6 +29,7 @@ from ddit_rt.blocks.inputs import SYMBOLS, TokenRanges
 from ddit_rt.blocks.machine import compiler_ready
 from ddit_rt.blocks.package import PackageInfo, package_path, record_attention
 from ddit_rt.blocks.package import input_dtypes as resolve_dtypes
+from ddit_rt.blocks.quantise import check_rows
 from ddit_rt.blocks.runner import constant_specs
 from ddit_rt.blocks.template import BlockTemplate, LoraSpec
 from ddit_rt.errors import CompileError, UnsupportedModelError
@@ -124,8 +125,10 @@ def compile_block(
         CompileError: The block cannot be exported or compiled.
         UnsupportedModelError: The block carries adapters or hooks.
     """
-    template = BlockTemplate(block_type, block, lora)
     weight = next(block.parameters())
+    if weight.device.type == "cuda":
+        check_rows(block_type, block)
+    template = BlockTemplate(block_type, block, lora)
     info = PackageInfo(
         block=block_type.name,
         inputs=block_type.inputs,

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ddit_rt.blocks.template import is_lora_name
 from ddit_rt.errors import ArtifactMismatchError
+from ddit_rt.models.quantised import is_quantised, plain_tensors
 from ddit_rt.models.structure import parts
 
 
@@ -25,25 +26,39 @@ class ConstantSpec:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a module keeps a tensor: it is read anew each time, so a replaced one is seen."""
+    """Where a module keeps a tensor: it is read anew each time, so a replaced one is seen.
+
+    Attributes:
+        registry: Parameters or buffers of a module.
+        key: Name of one.
+        part: Name of a tensor inside it, where its weight is quantised.
+    """
 
     registry: Mapping[str, Tensor | None]
     key: str
+    part: str = ""
 
     def read(self) -> Tensor | None:
         """The tensor that the module holds now."""
-        return self.registry.get(self.key)
+        whole = self.registry.get(self.key)
+        return getattr(whole, self.part, None) if self.part else whole
 
 
 def live_slots(block: nn.Module) -> dict[str, Slot]:
     """Parameters and buffers of a block by canonical name, without those of PEFT's layers."""
-    return {
-        f"{path}.{key}" if path else key: Slot(registry, key)
-        for path, module in parts(block)
-        for registry in (module._parameters, module._buffers)  # noqa: SLF001
-        for key, tensor in registry.items()
-        if tensor is not None
-    }
+    found = {}
+    for path, module in parts(block):
+        for registry in (module._parameters, module._buffers):  # noqa: SLF001
+            for key, tensor in registry.items():
+                name = f"{path}.{key}" if path else key
+                if tensor is None:
+                    continue
+                if is_quantised(tensor):
+                    for part in plain_tensors(tensor):
+                        found[f"{name}.{part}"] = Slot(registry, key, part)
+                else:
+                    found[name] = Slot(registry, key)
+    return found
 
 
 class Binding:

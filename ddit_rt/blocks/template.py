@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ddit_rt.models.base import BlockType
 from ddit_rt.models.plain import check_plain
+from ddit_rt.models.quantised import expose_weights
 from ddit_rt.models.structure import base_of
 from ddit_rt.models.words import read_by_words
 
@@ -89,6 +90,7 @@ class BlockTemplate(nn.Module):
         super().__init__()
         check_plain(block, block_type.name)
         self.block = copy_block(block)
+        expose_weights(self.block)
         read_by_words(self.block)
         self._forward_block = block_type.forward
         if lora is not None:

@@ -42,6 +42,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="dtype to load the model in")
     parser.add_argument(
+        "--quantization",
+        choices=("int8", "fp8"),
+        help="quantise the blocks, weights and inputs, with torchao; fp8 needs an H100 or its kin",
+    )
+    parser.add_argument(
         "--device",
         choices=("auto", *DEVICES),
         default="auto",
@@ -74,6 +79,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         width=size["width"] if args.width is None else args.width,
         num_frames=size["num_frames"] if args.num_frames is None else args.num_frames,
         patch_sizes=args.patch_sizes,
+        quantization=args.quantization,
         adapter=adapter,
         patch_policy=embedded_policy(args.model),
         step_cache=args.step_cache,

@@ -17,7 +17,15 @@ from tqdm.auto import tqdm
 
 from ddit_rt import checks
 from ddit_rt.adapters import AdapterSet, PatchAdapter, load_adapters, save_adapters
-from ddit_rt.artifact import Artifact, BucketEntry, Manifest, mismatches, open_artifact
+from ddit_rt.artifact import (
+    Artifact,
+    BucketEntry,
+    Manifest,
+    QuantizationEntry,
+    mismatches,
+    open_artifact,
+    weight_fingerprint,
+)
 from ddit_rt.blocks import (
     CompiledRunner,
     EagerRunner,
@@ -27,11 +35,13 @@ from ddit_rt.blocks import (
     TokenRanges,
     block_lora,
     compile_blocks,
+    quantise_blocks,
 )
 from ddit_rt.engine.engine import Engine
 from ddit_rt.engine.inputs import (
     check_adapters,
     check_executor,
+    check_quantization,
     check_size,
     default_sizes,
     find_adapters,
@@ -44,6 +54,7 @@ from ddit_rt.errors import ArtifactMismatchError
 from ddit_rt.live import LiveModel
 from ddit_rt.models import Family
 from ddit_rt.models.base import BlockType, TensorSpec
+from ddit_rt.models.quantised import has_quantised
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.policies import PatchPolicy, StepCache, patch_name
 from ddit_rt.steps import Runners, StepModel
@@ -70,6 +81,7 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
     patch_policy: PatchPolicy | str | None = None,
     step_cache: StepCache | str | None = None,
     ranges: TokenRanges | None = None,
+    quantization: str | None = None,
     backend: str = "aot",
     executor: str = "auto",
     batched_guidance: bool = True,
@@ -93,6 +105,9 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         step_cache: Step cache of calls that name none, by value or as text (`"teacache:0.4"`); by
             default every step computes.
         ranges: Batch sizes and token counts to compile for; by default the family's.
+        quantization: `"int8"` or `"fp8"` quantises the blocks with torchao (extra `quant`), in
+            place and for good: weights by rows, activations by tokens. `load` does the same. A
+            model that was loaded with torchao's int8 or float8 weights needs no word of it.
         backend: `"aot"`; or `"eager"`, which runs the model's own blocks uncompiled, for
             debugging. An eager engine cannot be saved.
         executor: How a CUDA run is driven; see `Engine.executor`.
@@ -103,8 +118,9 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         An engine that is ready to run, and to `save`.
 
     Raises:
-        UnsupportedModelError: A model, pipeline or scheduler that no family handles, or a model
-            with what compiled blocks cannot honour, such as hooks or quantised weights.
+        UnsupportedModelError: A model, pipeline or scheduler that no family handles, a model
+            with what compiled blocks cannot honour, such as hooks, or a quantisation that this
+            machine cannot run.
         ShapeError: `height`, `width` or `num_frames` cannot be run.
         ValueError, TypeError: A value that is none for its name.
         CompileError: A block cannot be compiled; the message says what is missing.
@@ -128,6 +144,11 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         check_size(sized, pipeline, defaults)
     adapters = find_adapters(adapter, family, transformer)
     check_adapters(adapters, multiples)
+    entry = None
+    if quantization is not None:
+        check_quantization(quantization, transformer, adapters)
+        entry = QuantizationEntry(kind=quantization, weights=weight_fingerprint(transformer))
+        live = _quantised(live, family, pipeline, entry)
     manifest = Manifest.describe(
         transformer,
         project_version=__version__,
@@ -138,6 +159,7 @@ def compile(  # noqa: A001 - the field's word for it; it is called as ddit_rt.co
         step_cache=cache.to_dict() if cache else None,
         pipeline_defaults=defaults,
         block_changes=live.block_changes,
+        quantization=entry,
     )
     if backend == "eager":
         artifact = Artifact.unsaved(None, manifest)
@@ -239,13 +261,13 @@ def load(
     check_executor(executor, transformer)
     found = _folder(path, trust_code=trust_code, revision=revision, token=token)
     artifact = open_artifact(found, trust_code=trust_code)
-    problems = mismatches(artifact.manifest, transformer, live.block_changes, family=family.name)
-    if not check_weights:
-        problems = [problem for problem in problems if not problem.startswith("weights:")]
-    if problems:
-        raise ArtifactMismatchError(
-            f"{path} does not fit:\n" + "\n".join(f"  - {problem}" for problem in problems)
-        )
+    manifest = artifact.manifest
+    entry = manifest.quantization
+    if entry is not None and not has_quantised(transformer):
+        _check_fits(path, manifest.before_quantization(), live, family, check_weights)
+        check_quantization(entry.kind, transformer)
+        live = _quantised(live, family, pipeline, entry)
+    _check_fits(path, manifest, live, family, check_weights)
     multiples = parse_multiples([entry.patch for entry in artifact.manifest.buckets])
     assert artifact.directory is not None, "an opened artifact has a folder"
     folder = artifact.directory / _ADAPTER_FOLDER
@@ -258,6 +280,29 @@ def load(
     )
     LOG.info("loaded in %.2f s: %r", time.perf_counter() - started, engine)
     return engine
+
+
+def _check_fits(
+    path: str | Path, manifest: Manifest, live: LiveModel, family: Family, check_weights: bool
+) -> None:
+    """Raises `ArtifactMismatchError` with all that does not fit."""
+    transformer, *_ = live.models
+    problems = mismatches(manifest, transformer, live.block_changes, family=family.name)
+    if not check_weights:
+        problems = [problem for problem in problems if not problem.startswith("weights:")]
+    if problems:
+        raise ArtifactMismatchError(
+            f"{path} does not fit:\n" + "\n".join(f"  - {problem}" for problem in problems)
+        )
+
+
+def _quantised(
+    live: LiveModel, family: Family, pipeline: Any, entry: QuantizationEntry
+) -> LiveModel:
+    """The models after their blocks were quantised in place."""
+    for model in live.models:
+        quantise_blocks(model, family.block_types(model), entry.kind)
+    return LiveModel(family, live.models[0], pipeline)
 
 
 def _folder(

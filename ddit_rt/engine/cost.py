@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddit_rt.errors import ShapeError
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType
 from ddit_rt.models.family import Family
+from ddit_rt.models.quantised import stored_bytes
 from ddit_rt.steps import StepModel
 from ddit_rt.steps.bound import without_data
 
@@ -142,7 +143,7 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in tree_leaves((args, kwargs)):
             if id(leaf) in self._owned:
-                self.sizes[id(leaf)] = leaf.numel() * leaf.bytes_each
+                self.sizes[id(leaf)] = leaf.stored_bytes
         return func(*args, **(kwargs or {}))
 
 
@@ -165,5 +166,5 @@ def _meta(tensor: Tensor) -> Tensor:
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
     twin = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    twin.bytes_each = tensor.element_size()  # type: ignore[attr-defined]
+    twin.stored_bytes = stored_bytes(tensor)  # type: ignore[attr-defined]
     return twin

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ddit_rt import checks
@@ -17,6 +18,7 @@ from ddit_rt.loop import FORMS
 from ddit_rt.models import Family, family_of
 from ddit_rt.models.arguments import check_arguments, check_sigmas, check_tensor
 from ddit_rt.models.plain import check_plain, check_unwrapped
+from ddit_rt.models.quantised import QUANTIZATIONS, check_machine, has_quantised
 from ddit_rt.planning.compiled import CompiledModel
 from ddit_rt.planning.request import check_policy, parse_choice
 from ddit_rt.policies import (
@@ -116,6 +118,37 @@ def check_adapters(adapters: AdapterSet, multiples: tuple[int, ...]) -> None:
             f"{[patch_name(multiple) for multiple in multiples]}; add the sizes, or leave the "
             "adapters out"
         )
+
+
+def check_quantization(
+    kind: str, transformer: nn.Module, adapters: AdapterSet | None = None
+) -> None:
+    """Refuses a quantisation that model, adapters or machine do not take.
+
+    Args:
+        kind: What `compile` got, or an artifact says.
+        transformer: The model, not quantised yet.
+        adapters: Those that it is compiled with.
+
+    Raises:
+        ValueError, TypeError: No such kind.
+        UnsupportedModelError: It cannot be done.
+    """
+    checks.choice("quantization", kind, QUANTIZATIONS)
+    if has_quantised(transformer):
+        raise UnsupportedModelError(
+            f"got quantization={kind!r} for a transformer that is quantised already; leave it out: "
+            "packages read the weights as they are"
+        )
+    if adapters is not None and any(one.lora for one in adapters.adapters.values()):
+        raise UnsupportedModelError(
+            f"got quantization={kind!r} with adapters that carry LoRA ({adapters.names}), which is "
+            "not added to quantised layers; leave one of the two out"
+        )
+    weight = next(transformer.parameters())
+    dtype = transformer.dtype
+    assert isinstance(dtype, torch.dtype)
+    check_machine(kind, weight.device, dtype)
 
 
 def stored_policy(policy: PatchPolicy | str | None, multiples: Sequence[int]) -> PatchPolicy | None:

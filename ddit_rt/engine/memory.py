@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ddit_rt.artifact import Artifact, BucketEntry
 from ddit_rt.models import family_of
 from ddit_rt.models.base import Grid
 from ddit_rt.models.layered import LayeredFamily
 from ddit_rt.models.probe import meta_twin
+from ddit_rt.models.quantised import stored_bytes
 from ddit_rt.policies import parse_patch
 from ddit_rt.solver import solver_of
 from ddit_rt.steps import StepModel, latent_frames
@@ -209,16 +210,12 @@ def _tables(run: _Run, grid: Grid, size: tuple[int, int]) -> tuple[int, int]:
     if isinstance(family, LayeredFamily):
         positions = family.positions(transformer, grid, run.text_tokens)
         width = math.prod(family.modulation_shape(transformer))
-        return sum(map(_tensor_bytes, positions)), run.steps * width * run.itemsize
+        return sum(map(stored_bytes, positions)), run.steps * width * run.itemsize
     shape = (*run.shape[:-2], *size)
     bound, _ = without_data(family, meta_twin(transformer), shape, run.text_tokens, run.steps)
     held, timed = bound.held_tensors(), bound.timed_tensors()
-    return sum(map(_tensor_bytes, held)), sum(map(_tensor_bytes, timed))
+    return sum(map(stored_bytes, held)), sum(map(stored_bytes, timed))
 
 
 def _module_bytes(module: nn.Module) -> int:
-    return sum(_tensor_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
-
-
-def _tensor_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return sum(map(stored_bytes, (*module.parameters(), *module.buffers())))

@@ -217,10 +217,11 @@ def _empty_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
     if not (folder / file).is_file():
         raise UnsupportedModelError(f"{folder / file} is missing, which describes the {name}")
     config = _read(folder / file)
-    if config.get("quantization_config"):
+    quantised = config.pop("quantization_config", None) or {}
+    if quantised.get("quant_method", "torchao") != "torchao":
         raise UnsupportedModelError(
-            f"the {name} has quantised weights (quantization_config), which compiled blocks do not "
-            "run; load it in bfloat16 or float32"
+            f"the {name} has weights quantised by {quantised['quant_method']}, which compiled "
+            "blocks do not run; load it in bfloat16 or float32"
         )
     try:
         with torch.device("meta" if issubclass(kind, nn.Module) else "cpu"):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.models.quantised import is_quantised
 from ddit_rt.models.structure import class_name, describe, function_name
 
 _QUANTISERS = {
@@ -128,13 +129,30 @@ def quantised_by(model: nn.Module) -> str | None:
 
 
 def _refuse_quantised(model: nn.Module, name: str) -> None:
-    how = quantised_by(model)
+    how = _strange_quantiser(model)
     if how is not None:
         raise UnsupportedModelError(
-            f"the {name} is quantised with {how}, and compiled blocks compute with plain tensors; "
-            "load it in bfloat16 or float32 without a quantization_config (text encoders may stay "
-            "quantised)"
+            f"the {name} is quantised with {how}, which compiled blocks do not run; they run "
+            "torchao's Int8Tensor and Float8Tensor in linear layers. Load it in bfloat16 or "
+            'float32 without a quantization_config, and pass quantization="int8" to compile '
+            "(text encoders may stay quantised)"
         )
+
+
+def _strange_quantiser(model: nn.Module) -> str | None:
+    """As `quantised_by`, but for weights that blocks may have."""
+    whole = _quantiser_of(model)
+    if whole is not None and whole != "torchao":
+        return whole
+    for path, module in model.named_modules():
+        held = [one for one in vars(module)["_parameters"].values() if one is not None]
+        taken = isinstance(module, nn.Linear)
+        kinds = [type(one) for one in held if not (taken and is_quantised(one))]
+        for kind in (type(module), *kinds):
+            how = _quantiser(kind)
+            if how is not None:
+                return f"{how}: {class_name(kind)} (first at {path})"
+    return None
 
 
 def _quantiser_of(model: nn.Module) -> str | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.models.quantised import is_quantised, quantisation_of
 
 MISSING = "missing"
 """In place of a description, of what a model lacks."""
@@ -32,6 +33,7 @@ _IGNORED = frozenset(vars(nn.Module())) | {
     "_hf_peft_config_loaded",
     "_internal_dict",
     "_prepare_lora_hotswap_kwargs",
+    "extra_repr",
     "forward",
     "gradient_checkpointing",
 }
@@ -93,7 +95,11 @@ def reference(model: nn.Module) -> nn.Module:
     """
     config: Any = model.config
     # diffusers sets some as attributes alone, and reads them there.
-    fields = {name: getattr(config, name, value) for name, value in config.items()}
+    fields = {
+        name: getattr(config, name, value)
+        for name, value in config.items()
+        if name != "quantization_config"  # of the weights, which it has none of
+    }
     try:
         with torch.device("meta"):
             built = type(model).from_config(fields)  # type: ignore[attr-defined]
@@ -238,7 +244,10 @@ def _part(module: nn.Module) -> Part:
     for registry in (module._parameters, module._buffers):
         for name, tensor in registry.items():
             if tensor is not None:
-                values[name] = words[name] = f"a tensor {list(tensor.shape)}"
+                shown = f"a tensor {list(tensor.shape)}"
+                values[name] = words[name] = (
+                    quantisation_of(tensor) if is_quantised(tensor) else shown
+                )
     hidden = set()
     for name, value in attributes_of(module).items():
         values[name], words[name] = _frozen(value), describe(value)

@@ -161,7 +161,7 @@ def test_what_cannot_be_run_is_told_by_name(
     config = json.loads((quantised / "transformer/config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes"}
     (quantised / "transformer/config.json").write_text(json.dumps(config))
-    assert "quantised weights" in reason(quantised)
+    assert "quantised by bitsandbytes" in reason(quantised)
 
 
 def test_a_folder_that_is_none_is_bad_input(

@@ -76,26 +76,6 @@ def test_a_loaded_engine_refuses_too(engine: ddit_rt.Engine) -> None:
     run(engine)
 
 
-def test_a_pipeline_loaded_quantised_is_refused(pipeline: FluxPipeline, tmp_path: Path) -> None:
-    """Through `PipelineQuantizationConfig`, as diffusers documents it."""
-    from diffusers import PipelineQuantizationConfig, TorchAoConfig
-
-    torchao_quantization = pytest.importorskip("torchao.quantization")
-    pipeline.save_pretrained(tmp_path)
-    config = TorchAoConfig(torchao_quantization.Int8WeightOnlyConfig())
-    quantised = FluxPipeline.from_pretrained(
-        tmp_path,
-        quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": config}),
-        text_encoder=None,
-        text_encoder_2=None,
-        tokenizer=None,
-        tokenizer_2=None,
-    )
-    for backend in ("eager", "aot"):
-        with pytest.raises(UnsupportedModelError, match="quantised with torchao"):
-            ddit_rt.compile(quantised, backend=backend, progress=False)
-
-
 def test_a_bare_transformer_is_looked_at_too() -> None:
     transformer = tiny_transformer()
     engine = eager(transformer)
