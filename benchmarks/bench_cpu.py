@@ -169,7 +169,7 @@ def spread(times: Sequence[Sequence[float]], images: int) -> dict[str, float]:
 
     Args:
         times: Per batch, seconds of every repeat.
-        images: Pixelss in all batches together.
+        images: Images in all batches together.
     """
     rounds = [sum(repeat) / images for repeat in zip(*times, strict=True)]
     return extremes(rounds)
