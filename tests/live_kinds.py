@@ -148,7 +148,7 @@ KINDS: dict[str, tuple[Callable[[FluxPipeline], Any], str]] = {
     ),
     "layer of bitsandbytes": (
         layer_from("bitsandbytes.nn.modules", "Linear4bit"),
-        r"bitsandbytes \(first at single_transformer_blocks\.1\.attn\.to_v\)",
+        r"bitsandbytes: \S+Linear4bit \(first at single_transformer_blocks\.1\.attn\.to_v\)",
     ),
     "layer of GGUF": (layer_from("diffusers.quantizers.gguf.utils", "GGUFLinear"), "with GGUF"),
     "IP-Adapter": (ip_adapter, r"IP-Adapter.*unload_ip_adapter\(\)"),

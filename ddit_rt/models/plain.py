@@ -151,7 +151,9 @@ def _strange_quantiser(model: nn.Module) -> str | None:
         for kind in (type(module), *kinds):
             how = _quantiser(kind)
             if how is not None:
-                return f"{how}: {class_name(kind)} (first at {path})"
+                named = class_name(kind)
+                what = how if how.endswith(named) else f"{how}: {named}"
+                return f"{what} (first at {path})"
     return None
 
 
