@@ -50,7 +50,16 @@ def said(name: str) -> str:
     kinds = [one for one in about.get_all("Classifier") or [] if one.startswith("License")]
     # Some put the whole text there, which mentions much.
     short = [one for one in (about.get("License") or "").splitlines() if len(one) < 80][:1]
-    return " ".join([about.get("License-Expression") or "", *short, *kinds]).lower()
+    declared = " ".join([about.get("License-Expression") or "", *short, *kinds]).lower()
+    return declared.strip() or of_text(name)
+
+
+def of_text(name: str) -> str:
+    """The licence of a package that declares none, by the words of its text."""
+    files = [one for one in metadata.files(name) or [] if one.stem == "LICENSE"]
+    texts = [one.read_text(encoding="utf-8").lower() for one in files]
+    is_bsd = any("redistribution and use in source and binary forms" in one for one in texts)
+    return "bsd" if is_bsd else ""
 
 
 def test_every_requirement_stands_on_the_page_with_its_extras_and_nothing_else() -> None:
