@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train one of the embedded demo models, stage by stage.
+"""Train one of the embedded demo models, or the study model of the benchmarks, stage by stage.
 
 Examples:
   python scripts/train_demo.py image all --workers 2           about 100 minutes on two cores
@@ -8,27 +8,36 @@ Examples:
   python scripts/train_demo.py image transformer --minutes 90  one stage, continued if interrupted
   python scripts/train_demo.py video evaluate                  what the shipped model draws
   python scripts/train_demo.py video all --quick               a smoke run of all stages
+  python scripts/train_demo.py scenes all                      benchmarks/study, from demo weights
 
 A stage keeps its checkpoints in the work folder and continues from them; delete a file there to
 start that stage afresh. `classifier` is of the image model; the measure of both is made with it.
+The study model adopts autoencoder and text encoders of the image model, and begins at its weights.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from demo_training.adopt import adopt_parts, export_weights
 from demo_training.classifier import train_classifier
 from demo_training.export import evaluate_pipeline, export_pipeline
 from demo_training.image import ImageKind
 from demo_training.kind import Kind
+from demo_training.scenes import SceneKind
 from demo_training.settings import Settings
 from demo_training.text import train_text
 from demo_training.transformer import train_transformer
 from demo_training.vae import train_vae
 from demo_training.video import VideoKind
 
-KINDS = {"image": ImageKind, "video": VideoKind}
-STAGES = ("vae", "text", "transformer", "classifier", "export", "evaluate")
+KINDS: dict[str, Callable[[], Kind]] = {
+    "image": ImageKind,
+    "video": VideoKind,
+    "scenes": SceneKind,
+}
+STAGES = ("adopt", "vae", "text", "transformer", "classifier", "export", "evaluate")
 _QUICK_MINUTES = 0.02
 
 
@@ -72,7 +81,9 @@ def run_stage(stage: str, kind: Kind, settings: Settings, args: argparse.Namespa
     """Run one stage."""
     default = _QUICK_MINUTES if args.quick else kind.minutes.get(stage, 0.0)
     minutes = default if args.minutes is None else args.minutes
-    if stage == "vae":
+    if stage == "adopt":
+        adopt_parts(kind, settings)
+    elif stage == "vae":
         train_vae(kind, settings, minutes)
     elif stage == "text":
         train_text(kind, settings)
@@ -81,7 +92,7 @@ def run_stage(stage: str, kind: Kind, settings: Settings, args: argparse.Namespa
     elif stage == "classifier":
         train_classifier(settings)
     elif stage == "export":
-        export_pipeline(kind, settings)
+        (export_weights if "adopt" in kind.stages else export_pipeline)(kind, settings)
     else:
         evaluate_pipeline(kind, settings, args.steps)
 
@@ -92,9 +103,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.minutes is not None and args.stage not in ("vae", "transformer"):
         parser.error(f"--minutes is of the stage vae or transformer, not of {args.stage}")
-    if args.stage == "classifier" and args.model != "image":
-        parser.error("the stage classifier is of the image model")
     kind = KINDS[args.model]()
+    if args.stage not in (*kind.stages, "all"):
+        parser.error(f"{args.model} has the stages {', '.join(kind.stages)}, not {args.stage}")
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,8 +122,7 @@ def main() -> None:
         compile=args.compile,
         quick=args.quick,
     )
-    stages = [stage for stage in STAGES if stage != "classifier" or args.model == "image"]
-    for stage in stages if args.stage == "all" else (args.stage,):
+    for stage in kind.stages if args.stage == "all" else (args.stage,):
         run_stage(stage, kind, settings, args)
 
 

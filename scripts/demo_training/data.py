@@ -1,6 +1,7 @@
 """Drawn samples, their latents and the embeddings of captions, made once and kept on disk."""
 
 import dataclasses
+import itertools
 import multiprocessing
 import pathlib
 from collections.abc import Callable
@@ -49,24 +50,37 @@ def encode_latents(kind: Kind, settings: Settings, size: Size) -> LatentSet:
     return LatentSet(**torch.load(path, weights_only=True))
 
 
-def embed_captions(kind: Kind, settings: Settings) -> dict[str, Tensor]:
-    """Embeddings ``[captions, phrasings, ...]`` by name; the last row is the empty prompt."""
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Captions:
+    """Embeddings of every prompt that training uses, each once.
+
+    Attributes:
+        table: By name ``[prompts, ...]``.
+        rows: ``[captions + 1, phrasings]`` int64, a prompt each; the last row is the empty one.
+    """
+
+    table: dict[str, Tensor]
+    rows: Tensor
+
+
+def embed_captions(kind: Kind, settings: Settings) -> Captions:
+    """Embed the captions in all their phrasings, or read what an earlier run has embedded."""
     path = settings.work / "captions.pt"
     if not path.exists():
         pipeline = build_pipeline(kind, settings, kind.build_transformer())
-        rows = [[kind.phrase(a, n) for n in range(kind.phrasings)] for a in kind.attributes]
-        rows.append([""] * kind.phrasings)
-        prompts = [prompt for row in rows for prompt in row]
+        phrased = [[kind.phrase(a, n) for n in range(kind.phrasings)] for a in kind.attributes]
+        phrased.append([""] * kind.phrasings)
+        prompts = list(dict.fromkeys(itertools.chain.from_iterable(phrased)))
         parts: dict[str, list[Tensor]] = {}
         with torch.no_grad():
             for start in range(0, len(prompts), 256):
                 for name, value in kind.embed(pipeline, prompts[start : start + 256]).items():
                     parts.setdefault(name, []).append(value.cpu())
-        shape = (len(rows), kind.phrasings)
-        table = {name: torch.cat(p).unflatten(0, shape).clone() for name, p in parts.items()}
-        torch.save(table, path)
-    embeddings: dict[str, Tensor] = torch.load(path, weights_only=True)
-    return embeddings
+        places = {prompt: place for place, prompt in enumerate(prompts)}
+        rows = torch.tensor([[places[prompt] for prompt in row] for row in phrased])
+        table = {name: torch.cat(part) for name, part in parts.items()}
+        torch.save({"table": table, "rows": rows}, path)
+    return Captions(**torch.load(path, weights_only=True))
 
 
 def build_pipeline(kind: Kind, settings: Settings, transformer: Any) -> Any:

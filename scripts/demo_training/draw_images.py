@@ -82,7 +82,7 @@ def draw_image(attributes: Attributes, config: ImageConfig, seed: int, index: in
         ``[height, width, 3]`` float32, RGB in [0, 1].
     """
     rng = np.random.default_rng([seed, index, 2])
-    x, y = _grid(config)
+    x, y = grid_of(config)
     angle = rng.uniform(-config.rotation, config.rotation)
     centre = rng.uniform(-config.jitter, config.jitter, size=2)
     radius = rng.uniform(*config.radius)
@@ -107,7 +107,7 @@ def draw_ground(
 
     `shade` ``[3]`` is added to its strong tint; `rng` draws period, phase and angle.
     """
-    x, y = _grid(config)
+    x, y = grid_of(config)
     weight = TEXTURES[background](x, y, rng, config)[..., None]
     tint = np.asarray(RGB[background_colour], dtype=np.float32)
     strong = tint + (1 - tint) * np.float32(_TINT_STRONG) + shade
@@ -131,7 +131,7 @@ def draw_series(
     return images, drawn
 
 
-def _grid(config: ImageConfig) -> tuple[Array, Array]:
+def grid_of(config: ImageConfig) -> tuple[Array, Array]:
     """Pixel centres of the supersampled image, origin in the middle, short side of length 1."""
     unit = min(config.height, config.width) * config.supersample
     rows, columns = config.height * config.supersample, config.width * config.supersample

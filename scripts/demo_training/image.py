@@ -65,6 +65,7 @@ class ImageKind:
 
     name = "image"
     folder = model_path()
+    stages = ("vae", "text", "transformer", "classifier", "export", "evaluate")
     minutes = {"vae": 15.0, "transformer": 66.0}
     text_steps, text_rate = 800, 2e-3
     attribute_sizes = captions.ATTRIBUTE_SIZES

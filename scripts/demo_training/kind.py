@@ -1,4 +1,4 @@
-"""What the image model and the video model have to say for the recipe that trains either."""
+"""What the models have to say for the recipe that trains any of them."""
 
 import dataclasses
 import pathlib
@@ -90,6 +90,7 @@ class TransformerRecipe:
         eager: Sizes that are too rare to be worth the minute that compiling for them takes.
         average: Decay of the averaged weights.
         empty: Share of the captions that are left out, which guidance needs.
+        reworded: Share of the captions that may be worded otherwise.
     """
 
     counts: Mapping[Size, int]
@@ -99,14 +100,16 @@ class TransformerRecipe:
     eager: frozenset[Size]
     average: float
     empty: float
+    reworded: float = 0.4
 
 
 class Kind(Protocol):
-    """One of the two models. Samples are ``[B, 3, H, W]``, of videos ``[B, 3, F, H, W]``.
+    """One of the models. Samples are ``[B, 3, H, W]``, of videos ``[B, 3, F, H, W]``.
 
     Attributes:
         name: As on the command line.
-        folder: Where the package keeps the model.
+        folder: Where the repository keeps the model.
+        stages: In their order.
         minutes: Of training, by stage.
         text_steps: Steps that the text encoders are trained for.
         text_rate: Their highest learning rate.
@@ -123,6 +126,7 @@ class Kind(Protocol):
 
     name: str
     folder: pathlib.Path
+    stages: tuple[str, ...]
     minutes: Mapping[str, float]
     text_steps: int
     text_rate: float

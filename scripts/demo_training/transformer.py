@@ -23,7 +23,7 @@ from demo_training.data import LatentSet, build_pipeline, embed_captions, encode
 from demo_training.kind import Kind, Phase, Size, TransformerRecipe
 from demo_training.settings import Settings, load_checkpoint, save_checkpoint, save_grid
 
-_UNIFORM_SHARE, _REWORDED_SHARE, _CLIP, _WARM_STEPS = 0.25, 0.4, 1.0, 100
+_UNIFORM_SHARE, _CLIP, _WARM_STEPS = 0.25, 1.0, 100
 _CHECKPOINT_SECONDS, _MOST_SECONDS = 240.0, 5.0
 
 
@@ -55,7 +55,7 @@ class Trainer:
         self.kind, self.recipe, self.settings = kind, kind.transformer, settings
         self.rank, self.seconds = rank, minutes * 60
         self.data = {size: encode_latents(kind, settings, size) for size in self.recipe.counts}
-        self.table = embed_captions(kind, settings)
+        self.prompts = embed_captions(kind, settings)
         torch.manual_seed(settings.seed)
         self.model = kind.build_transformer().to(settings.device)
         self.parameters = list(self.model.parameters())
@@ -134,10 +134,11 @@ class Trainer:
         """Embeddings of the captions, some reworded and some replaced by the empty prompt."""
         captions, count = data.captions[rows].clone(), len(rows)
         phrasings = torch.randint(self.kind.phrasings, (count,), generator=generator)
-        phrasings *= torch.rand(count, generator=generator) < _REWORDED_SHARE
+        phrasings *= torch.rand(count, generator=generator) < self.recipe.reworded
         captions[torch.rand(count, generator=generator) < self.recipe.empty] = -1
         device = self.settings.device
-        return {name: one[captions, phrasings].to(device) for name, one in self.table.items()}
+        rows = self.prompts.rows[captions, phrasings]
+        return {name: one[rows].to(device) for name, one in self.prompts.table.items()}
 
     def _average_gradients(self) -> None:
         if not dist.is_initialized():

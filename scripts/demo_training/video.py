@@ -47,6 +47,7 @@ class VideoKind:
 
     name = "video"
     folder = video_model_path()
+    stages = ("vae", "text", "transformer", "export", "evaluate")
     minutes = {"vae": 20.0, "transformer": 52.0}
     text_steps, text_rate = 600, 3e-3
     attribute_sizes = captions.VIDEO_ATTRIBUTE_SIZES

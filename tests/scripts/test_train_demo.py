@@ -15,10 +15,12 @@ from diffusers import DiffusionPipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"image": "ImageKind", "video": "VideoKind"}
+EVERY = [*PARTS, "scenes"]
 
 
 def kind_of(model: str) -> Any:
-    return getattr(import_module(f"demo_training.{model}"), PARTS[model])()
+    name = PARTS.get(model, "SceneKind")
+    return getattr(import_module(f"demo_training.{model}"), name)()
 
 
 @pytest.mark.slow
@@ -46,7 +48,7 @@ def test_smoke_run_trains_exports_and_evaluates(model: str, tmp_path: Path) -> N
     assert card.count("## ") == (kind.folder / "MODEL_CARD.md").read_text().count("## ")
 
 
-@pytest.mark.parametrize("model", PARTS)
+@pytest.mark.parametrize("model", EVERY)
 def test_every_size_of_a_phase_has_data_a_batch_and_a_shift(model: str) -> None:
     recipe = kind_of(model).transformer
     sizes = set(recipe.counts)

@@ -1,0 +1,250 @@
+"""Whether a small model behaves like large ones: half the steps against step caches, on a CPU.
+
+    OMP_NUM_THREADS=1 python benchmarks/bench_study.py [--curve NAME ...] [--order NAME ...]
+        [--quick]
+
+On FLUX.1-dev 25 of 50 steps are 16 to 18 dB away from the image of all 50, and MagCache at about
+the same cost is at 30 dB (the tables of SeaCache, arXiv 2602.18993). On the demo model fewer steps
+beat every cache. This measures where a model stands between the two, and what moves it: captions
+that leave things open, guidance, the shift of the noise levels, the size, and training for it
+(`scripts/train_demo.py scenes`, `benchmarks/study`). Every image is compared with that of 50 steps
+at full resolution from the same noise. **Costs are counted**, in image tokens that the blocks ran
+on; `study_plans.py` says how plans are chosen. Images are kept in `--cache`: a run that was cut off
+goes on from there, and settings that are not asked for stay in the record as they were.
+
+In `study_cpu.json`, beside `machine` and `versions` as in the other records, `sections`:
+
+- `curve`: settings, each with half the steps and MagCache at that cost, on fewer prompts;
+- `order`: settings, each with every kind of plan at every cost. Both by the setting's name, with
+  - `setting`: see `study_models.Setting`; `prompts`, `seeds`; `magcache`: the fit;
+  - `two_seeds`: how close images of two seeds of a prompt are, which is the scale;
+  - `levels`: by how many times cheaper than full resolution, rows of `kind`, `label`, `policy`,
+    `step_cache`, `steps`; `share`: cost over full resolution's; `steps_at`; `psnr` (of images that
+    differ) and `ssim`, each `value`, `low`, `high` (mean over the prompts, 95% interval), and the
+    values per prompt; `over_fewer`: how many dB closer than fewer steps at that cost, likewise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from demo_models import DemoModel
+from PIL import Image
+from quality_paths import TRAINING_FREE, CoarsePath, build_paths
+from quality_rows import fidelity_entry, steps_at
+from quality_runs import Plan, Runs, reference
+from records import RESULTS, Record, interval_entry, opened, publish, stamped
+from study_models import SETTINGS, Setting, model_of, pipeline_of
+from study_plans import FEWER, KINDS, MAG, Planner, token_costs
+
+from ddit_rt.lab.calibrate.cache_fit import fit_cache
+from ddit_rt.lab.measure.report import machine, versions
+from ddit_rt.lab.plans.points import Prompt
+
+RESULT = RESULTS / "study_cpu.json"
+CACHE = Path(__file__).resolve().parent.parent / "build" / "bench_study"
+CURVE, ORDER = "curve", "order"
+_LEVELS = {CURVE: (2.0,), ORDER: (2.0, 3.0, 1.5)}
+_KINDS = {CURVE: (FEWER, MAG), ORDER: KINDS}
+_SEARCH_SEED, _FIT_SEED = 50_000, 70_000
+_SHOWN = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark."""
+    args = parse(argv)
+    head = {
+        "schema_version": 1,
+        "machine": machine(),
+        "versions": versions(),
+        "model": {"pipeline": "FluxPipeline", "steps": args.steps},
+    }
+    report = opened(args.out, head)
+    for section in (CURVE, ORDER):
+        for name in getattr(args, section):
+            setting = next(setting for setting in SETTINGS if setting.name == name)
+            if args.quick:
+                setting = replace(setting, side=64)
+            for entry in measured(setting, section, args):
+                report["sections"].setdefault(section, {})[name] = stamped(entry, args)
+                publish(args.out, report)
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Settings; `--quick` is a smoke run whose figures mean nothing."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    names = [setting.name for setting in SETTINGS]
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--curve", nargs="*", choices=names, default=[], metavar="NAME")
+    parser.add_argument("--order", nargs="*", choices=names, default=[], metavar="NAME")
+    parser.add_argument("--steps", type=int, default=50, help="of the reference (default: 50)")
+    parser.add_argument("--prompts", type=int, default=24, help="of `order` (default: 24)")
+    parser.add_argument("--curve-prompts", type=int, default=12, help="of `curve` (default: 12)")
+    parser.add_argument("--seeds", type=int, default=2, help="images of each (default: 2)")
+    parser.add_argument("--search-prompts", type=int, default=4)
+    parser.add_argument("--fit-prompts", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=6, help="halvings of the range of tau")
+    parser.add_argument("--backend", choices=["aot", "eager"], default="aot")
+    parser.add_argument("--sheet", type=Path, help="PNG of images of the settings under --order")
+    parser.add_argument("--quick", action="store_true", help="2 prompts, 10 steps, 64 px, eager")
+    args = parser.parse_args(argv)
+    if not args.curve and not args.order:
+        parser.error(f"name settings under --curve or --order: {', '.join(map(repr, names))}")
+    if args.quick:
+        quick = {"steps": 10, "prompts": 2, "curve_prompts": 2, "search_prompts": 1}
+        vars(args).update(quick, fit_prompts=1, iterations=1, backend="eager")
+        if args.out == RESULT:
+            args.out = CACHE / "quick.json"
+    if min(args.prompts, args.curve_prompts, args.seeds) < 2:
+        parser.error("intervals need two prompts or more, and the scale two seeds")
+    args.repeats = 1  # nothing is timed
+    return args
+
+
+def measured(setting: Setting, section: str, args: argparse.Namespace) -> Iterator[Record]:
+    """The entry of a setting, again after each level."""
+    started = time.perf_counter()
+    runs, model = runs_of(setting, args)
+    searched = prompts_of(model.seen[args.fit_prompts :], args.search_prompts, _SEARCH_SEED)
+    fitted = prompts_of(model.seen, args.fit_prompts, _FIT_SEED)
+    call = {**model.arguments, "num_inference_steps": args.steps}
+    fit = fit_cache(
+        runs.paths[TRAINING_FREE].engine, "magcache", fitted, arguments=call, conditions={}
+    )
+    planner = Planner(
+        model=model,
+        runs=runs,
+        costs=token_costs(runs, searched[0]),
+        steps=args.steps,
+        prompts=searched,
+        fit=fit,
+        iterations=args.iterations,
+    )
+    captions = model.reported(args.prompts if section == ORDER else args.curve_prompts)
+    table = Table(planner, captions, args.seeds)
+    entry = {
+        "setting": asdict(setting),
+        "prompts": list(captions),
+        "search_prompts": [prompt.text for prompt in searched],
+        "seeds": args.seeds,
+        "magcache": asdict(fit),
+        "two_seeds": table.two_seeds(),
+        "levels": {},
+    }
+    for level in _LEVELS[section]:
+        entry["levels"][f"{level:g}"] = table.rows(level, _KINDS[section])
+        seconds = time.perf_counter() - started
+        print(
+            f"{setting.name}, {level:g}x: {seconds:.0f} s, {runs.generated} images", file=sys.stderr
+        )
+        yield entry
+    if args.sheet is not None and section == ORDER:
+        table.sheet(args.sheet)
+
+
+def runs_of(setting: Setting, args: argparse.Namespace) -> tuple[Runs, DemoModel]:
+    """Runs of a setting, on the engine of its model, and the model."""
+    paths = _paths(setting.model, setting.side, args.backend)
+    model = model_of(setting, paths[TRAINING_FREE].engine.pipeline)
+    # No key of an image holds the schedule: every one has a folder of its own.
+    folder = args.cache / f"shift_{setting.shift}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return Runs(paths=paths, arguments=model.arguments, folder=folder, batch=1), model
+
+
+@functools.cache
+def _paths(model: str, side: int, backend: str) -> dict[str, CoarsePath]:
+    pipeline = pipeline_of(model)
+    paths, _ = build_paths(pipeline, {}, untrained=False, backend=backend, height=side, width=side)
+    return paths
+
+
+def prompts_of(texts: Sequence[str], count: int, seed: int) -> tuple[Prompt, ...]:
+    """The first of some texts, each with a seed of its own."""
+    return tuple(Prompt(text=text, seed=seed + place) for place, text in enumerate(texts[:count]))
+
+
+class Table:
+    """Rows of plans on held-out prompts."""
+
+    def __init__(self, planner: Planner, captions: Sequence[str], seeds: int) -> None:
+        """Draws the reference.
+
+        Args:
+            planner: Finds the plans.
+            captions: Prompts, by none of which a plan was chosen.
+            seeds: Images of each.
+        """
+        self.planner, self.captions = planner, captions
+        self.prompts = [
+            Prompt(text=text, seed=seed * len(captions) + place)
+            for seed in range(seeds)
+            for place, text in enumerate(captions)
+        ]
+        self.plans: dict[str, Plan] = {"fine": reference(planner.steps)}
+        self.fine = planner.runs.run(self.plans["fine"], self.prompts).images
+
+    def two_seeds(self) -> Record:
+        """Closeness of the images of the first two seeds."""
+        count = len(self.captions)
+        compared = self.planner.model.compare(self.fine[:count], self.fine[count : 2 * count])
+        entry = fidelity_entry(compared, count)
+        return {name: entry[name] for name in ("psnr", "ssim")}
+
+    def rows(self, level: float, kinds: Sequence[str]) -> list[Record]:
+        """A row for the plan of each kind at a cost; of those that can be so cheap."""
+        found: list[Record] = []
+        for kind in kinds:
+            plan = self.planner.best(kind, level)
+            if plan is not None:
+                self.plans[f"{level:g} {kind}"] = plan
+                found.append(self._row(kind, plan))
+        fewer = found[0]["psnr_per_prompt"]
+        for row in found[1:]:
+            pairs = zip(row["psnr_per_prompt"], fewer, strict=True)
+            gains = [own - other for own, other in pairs if None not in (own, other)]
+            row["over_fewer"] = interval_entry(gains) if gains else None
+        return found
+
+    def _row(self, kind: str, plan: Plan) -> Record:
+        made = self.planner.runs.run(plan, self.prompts)
+        compared = self.planner.model.compare(made.images, self.fine)
+        return {
+            "kind": kind,
+            "label": plan.label,
+            "policy": plan.policy.to_dict(),
+            "step_cache": plan.cache.to_dict(),
+            "steps": plan.steps,
+            "share": self.planner.share(plan, self.prompts),
+            "steps_at": steps_at(made.branches),
+            **fidelity_entry(compared, len(self.captions)),
+        }
+
+    def sheet(self, path: Path) -> None:
+        """Writes a PNG: a column for each of some prompts, and a row for each plan.
+
+        Full resolution first, then its images of another seed, then the plans at 2x.
+        """
+        count = len(self.captions)
+        shown = min(count, _SHOWN)
+        rows: list[list[Any]] = [self.fine[:shown], self.fine[count : count + shown]]
+        for name, plan in self.plans.items():
+            if name.startswith("2 "):
+                rows.append(self.planner.runs.run(plan, self.prompts).images[:shown])
+        whole = np.concatenate([np.concatenate(row, axis=1) for row in rows])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(whole).save(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from extras import need
+
+from ddit_rt import ops
+from ddit_rt.lab.demo import model_path
+from ddit_rt.lab.demo.prompts import held_out_prompts
+from ddit_rt.policies import CacheModel, MagCache, SeaCache, StaticCache, StepCache
+
+_SHIFT = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+KINDS = ["fewer_steps", "magcache", "seacache", "static_cache", "static", "ddit"]
+
+
+def strict(path: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    data: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse)
+    return data
+
+
+def test_open_captions_of_the_demo_say_two_of_four_things() -> None:
+    models = import_module("study_models")
+    held_out, seen = models.captions_of(models.Setting(name="open"))
+    assert len(held_out) >= 24
+    for text, full in zip(held_out, held_out_prompts(), strict=True):
+        assert set(text.split()) <= {*full.split(), "a", "an", "on"}
+        assert text != full
+    assert len(seen) >= 8
+    assert models.captions_of(models.Setting(name="empty", captions="empty"))[0][0] == ""
+
+
+@pytest.mark.parametrize("tokens", [256, 1024])
+def test_a_setting_shifts_the_schedule_at_every_size(tokens: int) -> None:
+    models = import_module("study_models")
+    calculate = import_module("diffusers.pipelines.flux.pipeline_flux").calculate_shift
+    pipeline = FluxPipeline.from_pretrained(model_path())
+    for shift, half in ((0.5, 1 / 3), (2.0, 2 / 3), (1.0, 1 / 2)):
+        models.model_of(models.Setting(name="shifted", shift=shift), pipeline)
+        scheduler = pipeline.scheduler
+        config = [scheduler.config[name] for name in _SHIFT]
+        scheduler.set_timesteps(sigmas=[1.0, 0.5], mu=calculate(tokens, *config))
+        assert float(scheduler.sigmas[1]) == pytest.approx(half, abs=1e-6)
+    # And back to the model's own, which hangs on the size.
+    models.model_of(models.Setting(name="own"), pipeline)
+    assert pipeline.scheduler.config["max_shift"] == 1.15
+
+
+def test_a_study_model_that_is_not_there_names_what_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = import_module("study_models")
+    monkeypatch.setattr(models, "WEIGHTS", tmp_path / "none.safetensors")
+    with pytest.raises(FileNotFoundError, match="train_demo.py scenes all"):
+        models.pipeline_of("study")
+
+
+def test_settings_have_names_of_their_own() -> None:
+    settings = import_module("study_models").SETTINGS
+    assert len({setting.name for setting in settings}) == len(settings)
+    parse = import_module("bench_study").parse
+    with pytest.raises(SystemExit):
+        parse([])
+    with pytest.raises(SystemExit):
+        parse(["--order", "unknown"])
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        *(MagCache(threshold, mag_ratios=(1.0, 0.9, 1.1, 0.7)) for threshold in (0.0, 0.2, 0.6)),
+        MagCache(3.0, mag_ratios=(1.0, 0.98), max_skip_steps=5, retention_ratio=0.1),
+        *(SeaCache(threshold, max_consecutive_cached=3) for threshold in (0.1, 0.5, 9.0)),
+        StaticCache(2.5, first=4),
+    ],
+)
+def test_counted_steps_are_those_that_the_native_decision_computes(cache: StepCache) -> None:
+    steps = 30
+    table = cache.resolve(CacheModel(name="model", steps=steps, fits=(), time_changes=None))
+    assert table is not None
+    changes = torch.rand(steps, generator=torch.Generator().manual_seed(0)) * 0.3
+    counted = import_module("study_plans").computed_steps(table, changes.tolist())
+    increments, coefficients = table.tensors()
+    state, memory = torch.zeros(4, dtype=torch.int32), torch.zeros(ops.CACHE_HEADER + 1)
+    record = torch.zeros(steps, ops.CACHE_RECORD)
+    computed = 0
+    for step in range(steps):
+        state.copy_(torch.tensor([0, step + 1, 0, 0]))  # still at the base size
+        signal = changes[step : step + 1] if table.signalled(step) else torch.zeros(0)
+        ops.decide_reuse_(
+            signal,
+            increments,
+            coefficients,
+            state,
+            memory,
+            record,
+            step,
+            1,
+            table.threshold,
+            table.limit,
+            table.product,
+        )
+        computed += int(state[-1]) == 0
+    assert counted == computed
+    assert 1 <= counted <= steps
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_quick_run_sets_every_kind_of_plan_beside_fewer_steps_at_its_cost(tmp_path: Path) -> None:
+    need("torchmetrics")
+    out, name = tmp_path / "quick.json", "demo: guidance 3.5"
+    arguments = ["--quick", "--out", str(out), "--cache", str(tmp_path / "cache")]
+    bench = import_module("bench_study")
+    sheet = tmp_path / "sheet.png"
+    assert bench.main([*arguments, "--order", name, "--sheet", str(sheet)]) == 0
+    entry = strict(out)["sections"]["order"][name]
+    assert list(entry["levels"]) == ["2", "3", "1.5"]
+    for level, rows in entry["levels"].items():
+        check_level(float(level), rows)
+    assert sheet.stat().st_size > 10_000
+    # Another section, into the same file; what was drawn is found again.
+    assert bench.main([*arguments, "--curve", name]) == 0
+    sections = strict(out)["sections"]
+    assert sections["order"][name] == entry
+    (rows,) = sections["curve"][name]["levels"].values()
+    assert [row["kind"] for row in rows][:1] == ["fewer_steps"]
+    assert rows[0]["psnr"] == entry["levels"]["2"][0]["psnr"]
+    text = import_module("tables").TABLES["study_cpu"](strict(out))
+    assert f"**{name}**" in text
+    assert "Not measured" not in text
+
+
+def check_level(level: float, rows: list[dict[str, Any]]) -> None:
+    kinds = [row["kind"] for row in rows]
+    assert kinds == [kind for kind in KINDS if kind in kinds]
+    assert {"fewer_steps", "static"} <= set(kinds)
+    # Of 10 steps 4 compute whatever a static cache says: it cannot be three times as cheap.
+    assert ("static_cache" in kinds) == (level < 3)
+    fewer = rows[0]
+    assert fewer["steps"] == round(10 / level)
+    for row in rows:
+        assert row["share"] <= 1 / level + 0.06  # steps are whole, and tau is found to 3%
+        assert len(row["psnr_per_prompt"]) == 2
+        if row is not fewer:
+            gains = zip(row["psnr_per_prompt"], fewer["psnr_per_prompt"], strict=True)
+            mean = sum(own - other for own, other in gains) / 2
+            assert row["over_fewer"]["value"] == pytest.approx(mean)
+            assert row["steps"] == 10
+    by_kind = {row["kind"]: row for row in rows}
+    if "static_cache" in by_kind:
+        assert "p reused" in by_kind["static_cache"]["steps_at"]
+    assert set(by_kind["static"]["steps_at"]) - {"p"}
