@@ -51,7 +51,10 @@ def token_velocity(
     doubles, singles = transformer.transformer_blocks, transformer.single_transformer_blocks
     width, length = transformer.inner_dim, text.shape[1]
     chunks = [1, *[DOUBLE_CHUNKS] * len(doubles), *[SINGLE_CHUNKS] * len(singles)]
-    split = [part.rows.unsqueeze(1).split([width * n for n in chunks], dim=-1) for part in parts]
+    split = [
+        part.rows.unsqueeze(1).split_with_sizes([width * n for n in chunks], dim=-1)
+        for part in parts
+    ]
     times, *blocks = zip(*split, strict=True)
     counts = [part.count for part in parts]
     hidden = transformer.x_embedder(tokens)
@@ -61,7 +64,7 @@ def token_velocity(
     joint_counts = [length + counts[0], *counts[1:]]
     for block, rows in zip(singles, blocks[len(doubles) :], strict=True):
         joint = _single(block, joint, rows, joint_counts, rotary)
-    pieces = joint[:, length:].split(counts, dim=1)
+    pieces = joint[:, length:].split_with_sizes(counts, dim=1)
     normed = [
         transformer.norm_out(piece, time.squeeze(1))
         for piece, time in zip(pieces, times, strict=True)
@@ -111,12 +114,12 @@ def _single(
 def _modulated(
     tokens: Tensor, shifts: Sequence[Tensor], scales: Sequence[Tensor], counts: Sequence[int]
 ) -> Tensor:
-    pieces = zip(tokens.split(list(counts), dim=1), shifts, scales, strict=True)
+    pieces = zip(tokens.split_with_sizes(list(counts), dim=1), shifts, scales, strict=True)
     return _joined([piece * (1 + scale) + shift for piece, shift, scale in pieces])
 
 
 def _gated(tokens: Tensor, gates: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    pieces = zip(tokens.split(list(counts), dim=1), gates, strict=True)
+    pieces = zip(tokens.split_with_sizes(list(counts), dim=1), gates, strict=True)
     return _joined([gate * piece for piece, gate in pieces])
 
 

@@ -164,9 +164,10 @@ class Run:
             parts = [first, Part(count=len(coarse), rows=rows)]
             if how.value in _AT_LEVEL:
                 parts = [Part(count=len(tokens), rows=rows)]
-            positions = tuple(
-                torch.cat((own[places], centre[coarse]))
-                for own, centre in zip(self._subject.positions, regions.centres, strict=True)
+            (cos, sin), centres = self._subject.positions, regions.centres
+            positions = (
+                torch.cat((cos[places], centres[0][coarse])),
+                torch.cat((sin[places], centres[1][coarse])),
             )
         self.tokens += len(tokens)
         velocity = self._velocity(tokens, parts, positions)
@@ -256,7 +257,8 @@ class Run:
         tokens = pack(latents)[places]
         self.tokens += len(tokens)
         part = Part(count=len(tokens), rows=self._rows(1.0)[index])
-        positions = tuple(own[places] for own in self._subject.positions)
+        cos, sin = self._subject.positions
+        positions = (cos[places], sin[places])
         clean = tokens - level * self._velocity(tokens, [part], positions)
         before = pack(self._estimate)
         clean = before[places] + self._corrected(clean - before[places], level, how)
@@ -346,4 +348,5 @@ class Run:
         if prompt.scale is None:
             return found[0]
         with_prompt, without = found
-        return without + prompt.scale * (with_prompt - without)
+        guided: Tensor = without + prompt.scale * (with_prompt - without)
+        return guided

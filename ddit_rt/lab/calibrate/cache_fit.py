@@ -85,7 +85,8 @@ def fit_cache(
         runs.append(watch(plan, latents) if plan.cache else CpuExecutor().run(plan, latents)[0])
         advance()
     steps = len(plan.stages)
-    values, found = _FITS.get(kind, _polynomial)(runs)
+    fit: _Fit = _FITS.get(kind, _polynomial)
+    values, found = fit(runs)
     evidence = {
         "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
         "num_inference_steps": steps,
@@ -210,7 +211,9 @@ def _spectrum(finals: Sequence[Tensor]) -> tuple[tuple[float, ...], dict[str, An
     return (amplitude, decay), {"latents": list(finals[0].shape[1:]), "log_rms": missed}
 
 
-_FITS: dict[str, Callable[..., tuple[tuple[float, ...], dict[str, Any]]]] = {
+_Fit = Callable[..., tuple[tuple[float, ...], dict[str, Any]]]
+
+_FITS: dict[str, _Fit] = {
     "magcache": _ratios,
     "spectrum": _spectrum,
 }
