@@ -114,6 +114,7 @@ def test_layers_of_tokens_are_quantised_and_no_others() -> None:
     assert quantised_layers(pipeline.transformer) == expected
 
 
+@pytest.mark.slow
 def test_compiled_equals_diffusers_and_comes_back_from_disk(
     packages: Packages, tmp_path: Path
 ) -> None:
@@ -135,6 +136,7 @@ def test_compiled_equals_diffusers_and_comes_back_from_disk(
         ddit_rt.load(path, tiny_pipeline(seed=1), progress=False)
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_is_not_quantised(packages: Packages, tmp_path: Path) -> None:
     with packages():
         engine = ddit_rt.compile(tiny_pipeline(), quantization="int8", progress=False)
@@ -147,6 +149,7 @@ def test_a_model_that_does_not_fit_is_not_quantised(packages: Packages, tmp_path
     assert quantised_layers(other.transformer)
 
 
+@pytest.mark.slow
 def test_packages_read_the_models_own_tensors(packages: Packages) -> None:
     pipeline = tiny_pipeline()
     with packages():
@@ -161,22 +164,33 @@ def test_packages_read_the_models_own_tensors(packages: Packages) -> None:
     assert_near(after, diffusers(pipeline))
 
 
-@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
-def test_a_pipeline_that_diffusers_quantised(kind: str, packages: Packages, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("Int8WeightOnlyConfig", "eager"),
+        ("Int8DynamicActivationInt8WeightConfig", "eager"),
+        pytest.param("Int8WeightOnlyConfig", "aot", marks=pytest.mark.slow),
+    ],
+)
+def test_a_pipeline_that_diffusers_quantised(
+    kind: str, backend: str, packages: Packages, tmp_path: Path
+) -> None:
     """All of its linear layers, those around the blocks too."""
     config = getattr(importlib.import_module("torchao.quantization"), kind)()
     pipeline = loaded_quantised(tmp_path / "model", config)
     assert "x_embedder" in quantised_layers(pipeline.transformer)
     with packages():
-        engine = ddit_rt.compile(pipeline, progress=False)
+        engine = ddit_rt.compile(pipeline, backend=backend, progress=False)
     fine = run(engine)
     assert_near(fine, diffusers(pipeline))
     run(engine, MIXED)
+    if backend == "eager":
+        return
     engine.save(tmp_path / "one.ddit")
     again = loaded_quantised(tmp_path / "model", config)
     assert torch.equal(run(ddit_rt.load(tmp_path / "one.ddit", again, progress=False)), fine)
     with pytest.raises(ArtifactMismatchError, match=r"weight was a quantised tensor .*int8"):
-        ddit_rt.load(tmp_path / "one.ddit", tiny_pipeline(), progress=False)
+        ddit_rt.load(tmp_path / "one.ddit", tiny_pipeline().to(torch.bfloat16), progress=False)
 
 
 def test_other_kinds_of_torchao_are_refused_by_name(tmp_path: Path) -> None:
