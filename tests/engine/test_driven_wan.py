@@ -259,7 +259,9 @@ def test_schedulers_that_are_no_table_equal_diffusers(scheduler: Any) -> None:
         actual = engine(**CALL, **callback, generator=seeded(), patch_policy=FINE)
         torch.manual_seed(0)
         expected = pipeline(**CALL, **callback, generator=seeded())
-        assert_equal(latents_of(actual), latents_of(expected))
+        # Solvers of third order amplify rounding: 1.6e-6 on a processor of AMD, less than 1e-6 on
+        # one of Intel.
+        assert_equal(latents_of(actual), latents_of(expected), tolerance=4e-6)
 
 
 def test_prompts_of_unequal_length_are_run() -> None:
