@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-import ddit_rt
 from ddit_rt.engine import Engine
 from ddit_rt.lab.demo.plans import demo_plans
 from ddit_rt.lab.measure.fidelity import fidelity
@@ -147,7 +146,6 @@ def all_methods(
         _cached("first_block_cache", "default", pipeline, CACHE_DEFAULT, arguments),
         _cached("first_block_cache_best", "best", pipeline, threshold, arguments),
         *ours,
-        *quantised_methods(pipeline, arguments),
         engine_method(
             "fewer_steps",
             f"ddit_rt, {steps} steps at full resolution (time of dynamic)",
@@ -165,17 +163,6 @@ def openvino_methods(pipeline: Any, arguments: Mapping[str, Any]) -> list[Method
         return []
     label = "diffusers + OpenVINO (transformer)"
     return [pipeline_method("openvino", label, openvino_pipeline(pipeline), **arguments)]
-
-
-def quantised_methods(pipeline: Any, arguments: Mapping[str, Any]) -> list[Method]:
-    """At full resolution with weights and activations in int8; none where torchao is missing."""
-    if find_spec("torchao") is None:
-        print("no row of int8: pip install 'ddit_rt[quant]' brings torchao", file=sys.stderr)
-        return []
-    copied = with_own_transformer(pipeline)
-    engine = ddit_rt.compile(copied, quantization="int8", progress=False)
-    label = "ddit_rt, full resolution, int8"
-    return [engine_method("int8", label, engine, patch_policy=FinePolicy(), **arguments)]
 
 
 def _cached(
