@@ -1,21 +1,12 @@
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 from extras import need
-
-
-def strict(path: Path) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    data: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse)
-    return data
+from strict_json import strict
 
 
 def test_overhead_of_a_null_model_is_reported(tmp_path: Path) -> None:
