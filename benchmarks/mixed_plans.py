@@ -137,30 +137,20 @@ _STEP_SHARES = (0.84, 0.75, 0.67, 0.59, 0.5, 0.42, 0.34, 0.25)
 def _static(steps: int) -> list[Plan]:
     plans = []
     for multiple in (2, 4):
-        size = f"{multiple}p"
+        size, step = f"{multiple}p", Step(multiple=multiple)
+
+        def add(name: str, label: str, static: Static, step: Step = step) -> None:
+            how = pattern(steps, static, step)
+            plans.append(Plan(name=name, label=label, kind=STATIC, steps=steps, how=how))
+
         for refresh in (1, 3):
             static = refreshed(steps, [size], refresh)
-            plans.append(
-                Plan(
-                    name=f"static_{size}_{refresh}",
-                    label=f"static, {static}",
-                    kind=STATIC,
-                    steps=steps,
-                    how=pattern(steps, static, Step(multiple=multiple)),
-                )
-            )
+            add(f"static_{size}_{refresh}", f"static, {static}", static)
         for share in (0.25, 0.5):
             count = round(share * steps)
             static = Static(count=count, sizes=(size,), head=0, tail=0, refresh=None)
-            plans.append(
-                Plan(
-                    name=f"static_{size}_start_{share:g}",
-                    label=f"static, the first {count} at {size}",
-                    kind=STATIC,
-                    steps=steps,
-                    how=pattern(steps, static, Step(multiple=multiple)),
-                )
-            )
+            label = f"static, the first {count} at {size}"
+            add(f"static_{size}_start_{share:g}", label, static)
     return plans
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ddit_rt.blocks.package import input_dtypes
 from ddit_rt.blocks.template import BlockTemplate
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType
@@ -83,10 +84,10 @@ def _layers(block_type: BlockType, block: nn.Module) -> tuple[list[str], list[st
                 rows[path] = args[0].numel() // args[0].shape[-1]
 
             layer.register_forward_pre_hook(note)
-    dtype = block_type.dtype(block)
+    dtypes = input_dtypes(block_type.inputs, block_type.dtype(block))
     inputs = [
-        torch.empty(spec.shape(_SIZES), dtype=spec.dtype or dtype, device="meta")
-        for spec in block_type.inputs
+        torch.empty(spec.shape(_SIZES), dtype=dtype, device="meta")
+        for spec, dtype in zip(block_type.inputs, dtypes, strict=True)
     ]
     with torch.no_grad():
         template(*inputs)

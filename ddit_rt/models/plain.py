@@ -114,13 +114,20 @@ def check_unwrapped(model: nn.Module, name: str) -> None:
         )
 
 
-def quantised_by(model: nn.Module) -> str | None:
-    """With what, and where first, a model is quantised; None if it is not."""
+def quantised_by(model: nn.Module, *, honoured: bool = True) -> str | None:
+    """With what, and where first, a model is quantised; None if it is not.
+
+    Args:
+        model: The model.
+        honoured: Whether weights that blocks may have count as well.
+    """
     whole = _quantiser_of(model)
-    if whole is not None:
+    if whole is not None and (honoured or whole != "torchao"):
         return whole
     for path, module in model.named_modules():
-        held = (one for one in vars(module)["_parameters"].values() if one is not None)
+        held = [one for one in vars(module)["_parameters"].values() if one is not None]
+        if not honoured and isinstance(module, nn.Linear):
+            held = [one for one in held if not is_quantised(one)]
         for kind in (type(module), *map(type, held)):
             how = _quantiser(kind)
             if how is not None:
@@ -129,7 +136,7 @@ def quantised_by(model: nn.Module) -> str | None:
 
 
 def _refuse_quantised(model: nn.Module, name: str) -> None:
-    how = _strange_quantiser(model)
+    how = quantised_by(model, honoured=False)
     if how is not None:
         raise UnsupportedModelError(
             f"the {name} is quantised with {how}, which compiled blocks do not run; they run "
@@ -137,24 +144,6 @@ def _refuse_quantised(model: nn.Module, name: str) -> None:
             'float32 without a quantization_config, and pass quantization="int8" to compile '
             "(text encoders may stay quantised)"
         )
-
-
-def _strange_quantiser(model: nn.Module) -> str | None:
-    """As `quantised_by`, but for weights that blocks may have."""
-    whole = _quantiser_of(model)
-    if whole is not None and whole != "torchao":
-        return whole
-    for path, module in model.named_modules():
-        held = [one for one in vars(module)["_parameters"].values() if one is not None]
-        taken = isinstance(module, nn.Linear)
-        kinds = [type(one) for one in held if not (taken and is_quantised(one))]
-        for kind in (type(module), *kinds):
-            how = _quantiser(kind)
-            if how is not None:
-                named = class_name(kind)
-                what = how if how.endswith(named) else f"{how}: {named}"
-                return f"{what} (first at {path})"
-    return None
 
 
 def _quantiser_of(model: nn.Module) -> str | None:
@@ -171,7 +160,7 @@ def _quantiser_of(model: nn.Module) -> str | None:
 def _quantiser(kind: type) -> str | None:
     for package, label in _QUANTISERS.items():
         if f"{kind.__module__}.".startswith(f"{package}."):
-            return label
+            return f"{label}: {class_name(kind)}"
     if issubclass(kind, Tensor) and kind is not nn.Parameter:
         return f"weights of the class {class_name(kind)}"
     return None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,6 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 
 from ddit_rt.lab.demo import model_path
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -83,20 +79,13 @@ def test_series_draws_the_scenes_that_it_names(scenes: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_smoke_run_begins_at_the_demos_weights_and_goes_on(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "scripts" / "train_demo.py", "scenes", "all", "--quick"]
+def test_smoke_run_begins_at_the_demos_weights_and_goes_on(
+    train_demo: Callable[..., None], tmp_path: Path
+) -> None:
     steps = []
-    for minutes in (None, "0.04"):  # a second run goes on from what the first has left
-        if minutes is not None:
-            command = [*command[:3], "transformer", *command[4:], "--minutes", minutes]
-        done = subprocess.run(
-            [*command, "--work", tmp_path],
-            check=False,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
+    # The second run goes on from what the first has left.
+    for arguments in (["all"], ["transformer", "--minutes", "0.04"]):
+        train_demo("scenes", *arguments)
         steps.append(torch.load(tmp_path / "transformer.pt", weights_only=True)["step"])
     assert 0 < steps[0] < steps[1]
     made = load_file(tmp_path / "export" / "transformer.safetensors")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"image": "ImageKind", "video": "VideoKind"}
 EVERY = [*PARTS, "scenes"]
 
@@ -26,16 +23,10 @@ def kind_of(model: str) -> Any:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("model", PARTS)
-def test_smoke_run_trains_exports_and_evaluates(model: str, tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "scripts" / "train_demo.py", model, "all", "--quick"]
-    done = subprocess.run(
-        [*command, "--work", tmp_path],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+def test_smoke_run_trains_exports_and_evaluates(
+    model: str, train_demo: Callable[..., None], tmp_path: Path
+) -> None:
+    train_demo(model, "all")
     kind, export = kind_of(model), tmp_path / "export"
     pipeline = DiffusionPipeline.from_pretrained(export)
     shipped = DiffusionPipeline.from_pretrained(kind.folder)
