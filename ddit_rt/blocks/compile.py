@@ -24,6 +24,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from ddit_rt.blocks.constants import live_slots
+from ddit_rt.blocks.fused import fuse_layers
 from ddit_rt.blocks.inductor import compile_program, torch_as_tested
 from ddit_rt.blocks.inputs import SYMBOLS, TokenRanges
 from ddit_rt.blocks.machine import compiler_ready
@@ -129,6 +130,7 @@ def compile_block(
     if weight.device.type == "cuda":
         check_rows(block_type, block)
     template = BlockTemplate(block_type, block, lora)
+    fused = fuse_layers(template, block_type, block)
     info = PackageInfo(
         block=block_type.name,
         inputs=block_type.inputs,
@@ -136,6 +138,7 @@ def compile_block(
         device=weight.device.type,
         ranges=ranges,
         constants=constant_specs(template),
+        fused=fused,
     )
     started = time.perf_counter()
     try:

@@ -1,19 +1,31 @@
-"""The tensors that a package computes with: found in the user's module, never copied."""
+"""The tensors that a package computes with: found in the user's module, never copied.
+
+Where a package makes one product of several layers, their weights must lie one behind the other.
+They are put there once, those of the user's module itself: its parameters and the package's wide
+weight are the same memory, so what is written into one is in the other, and no second copy stays.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ddit_rt.blocks.template import is_lora_name
 from ddit_rt.errors import ArtifactMismatchError
 from ddit_rt.models.quantised import is_quantised, plain_tensors
 from ddit_rt.models.structure import parts
+
+FUSED = "fused"
+"""Where a template keeps the rows of several layers: `to_q.fused.weight`."""
+
+FusedLayers = tuple[tuple[str, ...], ...]
+"""Groups of layers by their paths in the block, in the order of their rows, all equally wide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +86,7 @@ class Binding:
         names: Mapping[str, ConstantSpec],
         block: nn.Module,
         lora: Mapping[str, Tensor] | None,
+        fused: FusedLayers = (),
     ) -> None:
         """Resolves every constant.
 
@@ -82,29 +95,45 @@ class Binding:
             names: The constants that the package asks for, by canonical name.
             block: The user's block.
             lora: Factors of the adapter, by canonical name.
+            fused: Layers whose weights are one constant each.
 
         Raises:
-            ArtifactMismatchError: A tensor is missing, superfluous or not as compiled.
+            ArtifactMismatchError: A tensor is missing, superfluous or not as compiled; the block
+                is as it was.
         """
         self._slots = live_slots(block)
         lora = dict(lora or {})
-        self.tensors: dict[str, Tensor] = {}
+        parts = _parts(fused)
+        found: dict[str, dict[str, Tensor]] = {}
         for name, spec in names.items():
-            tensor = lora.pop(name, None) if is_lora_name(name) else self._live(name)
-            if tensor is None:
-                raise ArtifactMismatchError(_missing(owner, name))
-            _check_constant(f"{owner}.{name}", tensor, spec)
-            self.tensors[name] = tensor.detach()
+            found[name] = {}
+            members = parts.get(name, (name,))
+            own = spec if name not in parts else _part_of(spec, len(members))
+            for member in members:
+                tensor = lora.pop(name, None) if is_lora_name(name) else self._live(member)
+                if tensor is None:
+                    raise ArtifactMismatchError(_missing(owner, member))
+                _check_constant(f"{owner}.{member}", tensor, own)
+                found[name][member] = tensor
         if lora:
             raise ArtifactMismatchError(
                 f"{owner}: the package has no place for {', '.join(sorted(lora))}: "
                 "load the variant that was compiled with LoRA, or leave the adapter out"
             )
-        self._watched = [
-            (self._slots[name], tensor.data_ptr())
-            for name, tensor in self.tensors.items()
-            if name in self._slots
-        ]
+        self.tensors: dict[str, Tensor] = {}
+        self._watched: list[tuple[Slot, int]] = []
+        self._wholes: list[Tensor] = []
+        for name, members in found.items():
+            whole, *others = members.values()
+            if others:
+                whole = joined([whole, *others])
+                self._wholes.append(whole)
+            self.tensors[name] = whole.detach()
+            address = whole.data_ptr()
+            for member, tensor in members.items():
+                if member in self._slots:
+                    self._watched.append((self._slots[member], address))
+                address += tensor.nbytes
         weakref.finalize(self, _let_go, list(self.tensors.values())).atexit = False
 
     def stale(self) -> bool:
@@ -118,6 +147,59 @@ class Binding:
     def _live(self, name: str) -> Tensor | None:
         slot = self._slots.get(name)
         return None if slot is None else slot.read()
+
+_JOINED: weakref.WeakValueDictionary[tuple[torch.device, int], Tensor] = (
+    weakref.WeakValueDictionary()
+)
+"""What bindings have joined and still hold, by where it lies."""
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One tensor over the rows of several, which are put one behind the other unless they are.
+
+    Every one of them still looks as if it had storage of its own: code that saves models leaves
+    out, or refuses, tensors that visibly share one.
+
+    Args:
+        tensors: A module's parameters, contiguous, of one data type, equal but for their rows. Where
+            they lie apart they are moved, by their `data`.
+    """
+    place = tensors[0].device, tensors[0].data_ptr()
+    known = _JOINED.get(place)
+    if known is not None and _is_made_of(known, tensors):
+        return known
+    with torch.inference_mode(tensors[0].is_inference()):
+        whole = torch.cat([tensor.detach() for tensor in tensors])
+        parts = whole.detach().split([len(tensor) for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.data = from_dlpack(to_dlpack(part))
+    if whole.is_cuda:
+        torch.cuda.empty_cache()  # where they lay before is too small for the next ones
+    _JOINED[whole.device, whole.data_ptr()] = whole
+    return whole
+
+
+def _is_made_of(whole: Tensor, tensors: Sequence[Tensor]) -> bool:
+    address = whole.data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != address:
+            return False
+        address += tensor.nbytes
+    return address == whole.data_ptr() + whole.nbytes
+
+
+def _parts(fused: FusedLayers) -> dict[str, tuple[str, ...]]:
+    """Names of the tensors that make up each constant of several."""
+    return {
+        f"{group[0]}.{FUSED}.{key}": tuple(f"{path}.{key}" for path in group)
+        for group in fused
+        for key in ("weight", "bias")
+    }
+
+
+def _part_of(spec: ConstantSpec, count: int) -> ConstantSpec:
+    rows, *others = spec.shape
+    return replace(spec, shape=(rows // count, *others))
 
 
 _LATE: list[Tensor] = []

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ddit_rt.blocks.constants import ConstantSpec
+from ddit_rt.blocks.constants import ConstantSpec, FusedLayers
 from ddit_rt.blocks.inputs import SYMBOLS, TokenRanges
 from ddit_rt.errors import ArtifactError
 from ddit_rt.models.base import BATCH, TensorSpec
@@ -63,6 +63,7 @@ class PackageInfo:
         constants: Shape and type of every constant, by canonical name.
         attention: The fused attention kernels that its code calls, such as `cudnn_attention` or
             `flash_attention_for_cpu`; `math` where there are none. Empty: not recorded.
+        fused: Layers of which it makes one product each.
     """
 
     block: str
@@ -72,6 +73,7 @@ class PackageInfo:
     ranges: TokenRanges
     constants: Mapping[str, ConstantSpec]
     attention: tuple[str, ...] = ()
+    fused: FusedLayers = ()
 
     def takes(self, inputs: Sequence[TensorSpec]) -> bool:
         """Whether a block type's inputs are these; data types count where it names them."""
@@ -100,6 +102,7 @@ class PackageInfo:
                 "ranges": ranges,
                 "constants": constants,
                 "attention": list(self.attention),
+                "fused": self.fused,
             }
         )
 
@@ -119,6 +122,7 @@ class PackageInfo:
                     for name, (shape, dtype) in dict(raw["constants"]).items()
                 },
                 attention=tuple(map(_text, raw.get("attention", ()))),
+                fused=tuple(tuple(map(_text, group)) for group in raw.get("fused", ()) if group),
             )
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ArtifactError(

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from ddit_rt.blocks.package import input_dtypes
-from ddit_rt.blocks.template import BlockTemplate
+from ddit_rt.blocks.linears import linear_calls
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType
-from ddit_rt.models.quantised import ExposedLinear, is_quantised, quantise, quantises_rows
-
-_SIZES = {BATCH: 2, IMAGE: 24, TEXT: 16, JOINT: 40, SOUND: 20}
-"""Of the run that tells the layers apart."""
+from ddit_rt.models.base import BlockType
+from ddit_rt.models.quantised import is_quantised, quantise, quantises_rows
 
 _STEP = 16
 """The widths of a product in 8 bits are multiples of this."""
@@ -73,23 +68,9 @@ def check_rows(block_type: BlockType, block: nn.Module) -> None:
 
 
 def _layers(block_type: BlockType, block: nn.Module) -> tuple[list[str], list[str]]:
-    """Paths of the linear layers that see tokens, and of the others, by a run without data."""
-    template = BlockTemplate(block_type, block).to("meta")
-    rows: dict[str, int] = {}
-    for path, layer in template.block.named_modules():
-        if isinstance(layer, (nn.Linear, ExposedLinear)):
-
-            def note(layer: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
-                del layer
-                rows[path] = args[0].numel() // args[0].shape[-1]
-
-            layer.register_forward_pre_hook(note)
-    dtypes = input_dtypes(block_type.inputs, block_type.dtype(block))
-    inputs = [
-        torch.empty(spec.shape(_SIZES), dtype=dtype, device="meta")
-        for spec, dtype in zip(block_type.inputs, dtypes, strict=True)
-    ]
-    with torch.no_grad():
-        template(*inputs)
-    of_tokens = [path for path, count in rows.items() if count > _SIZES[BATCH]]
-    return of_tokens, [path for path in rows if path not in of_tokens]
+    """Paths of the linear layers that see tokens, and of the others."""
+    of_tokens = {call.path: call.of_tokens for call in linear_calls(block_type, block)}
+    first, second = (
+        [path for path, one in of_tokens.items() if one is wanted] for wanted in (True, False)
+    )
+    return first, second

@@ -81,7 +81,7 @@ class LoadedPackage:
     def resolve(self, block: nn.Module, lora: Mapping[str, Tensor] | None) -> Binding:
         """A block's tensors, checked; arguments and errors as of `CompiledRunner.bind`."""
         specs = {name: self._spec(name) for name in self._fqns}
-        return Binding(self.info.block, specs, block, lora)
+        return Binding(self.info.block, specs, block, lora, self.info.fused)
 
     def run(self, binding: Binding, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Runs the code on checked inputs, with the tensors of a binding."""
