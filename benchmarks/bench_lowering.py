@@ -42,6 +42,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import ddit_rt.blocks.template as template
 from ddit_rt.blocks import TokenRanges, inductor
 from ddit_rt.blocks.compile import export_block
+from ddit_rt.blocks.fused import fuse_layers
 from ddit_rt.blocks.package import PackageInfo, input_dtypes
 from ddit_rt.blocks.runner import constant_specs
 from ddit_rt.lab.measure.report import versions
@@ -93,7 +94,9 @@ def exports(wanted: Sequence[str] | None) -> Iterator[tuple[Any, PackageInfo]]:
             for block_type in family.block_types(transformer):
                 if wanted and block_type.name not in wanted:
                     continue
-                block = template.BlockTemplate(block_type, block_type.blocks(transformer)[0])
+                own = block_type.blocks(transformer)[0]
+                block = template.BlockTemplate(block_type, own)
+                fused = fuse_layers(block, block_type, own)
                 dtypes = input_dtypes(block_type.inputs, torch.bfloat16, None)
                 info = PackageInfo(
                     block=block_type.name,
@@ -102,6 +105,7 @@ def exports(wanted: Sequence[str] | None) -> Iterator[tuple[Any, PackageInfo]]:
                     device="cuda",
                     ranges=ranges,
                     constants=constant_specs(block),
+                    fused=fused,
                 )
                 program = export_block(block, info, torch.device("cuda", 0))
                 _call_cudnn(program)

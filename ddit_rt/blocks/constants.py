@@ -148,6 +148,7 @@ class Binding:
         slot = self._slots.get(name)
         return None if slot is None else slot.read()
 
+
 _JOINED: weakref.WeakValueDictionary[tuple[torch.device, int], Tensor] = (
     weakref.WeakValueDictionary()
 )
@@ -161,8 +162,8 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     out, or refuses, tensors that visibly share one.
 
     Args:
-        tensors: A module's parameters, contiguous, of one data type, equal but for their rows. Where
-            they lie apart they are moved, by their `data`.
+        tensors: A module's parameters, contiguous, of one data type, equal but for their rows.
+            Where they lie apart they are moved, by their `data`.
     """
     place = tensors[0].device, tensors[0].data_ptr()
     known = _JOINED.get(place)

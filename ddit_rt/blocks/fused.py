@@ -72,19 +72,19 @@ class _Wide(nn.Module):
             self.register_parameter(name, whole)
         self._last = _Last()
 
-    def forward(self, values: Tensor) -> tuple[Tensor, ...]:
-        """The products of all layers: computed for the first that asks, views of one tensor."""
+    def forward(self, values: Tensor) -> Tensor:
+        """The products of all layers side by side, computed for the first that asks."""
         if self._last.values is not values:
-            whole = F.linear(values, self.weight, self.bias)
-            self._last.values, self._last.products = values, whole.chunk(self.count, dim=-1)
-        return self._last.products
+            product = F.linear(values, self.weight, self.bias)
+            self._last.values, self._last.product = values, product
+        return self._last.product
 
 
 class _Last:
     """What was computed last; not an attribute of the module, which tracing would object to."""
 
     values: Tensor | None = None
-    products: tuple[Tensor, ...] = ()
+    product: Tensor
 
 
 class _Member(nn.Module):
@@ -98,10 +98,16 @@ class _Member(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Its own part of the product."""
-        products: tuple[Tensor, ...] = self._wide[0](values)
-        return products[self._place]
+        return self._own(self._wide[0](values), dim=-1)
+
+    def words(self, values: Tensor) -> Tensor:
+        """The same as 32-bit words, of a product in 16 bits: see `models/words.py`."""
+        return self._own(self._wide[0](values).view(torch.int32), dim=-1)
+
+    def _own(self, whole: Tensor, dim: int) -> Tensor:
+        return whole.chunk(self._wide[0].count, dim)[self._place]
 
     @property
     def weight(self) -> Tensor:
         """Its own rows, for code that looks at them."""
-        return self._wide[0].weight.chunk(self._wide[0].count)[self._place]
+        return self._own(self._wide[0].weight, dim=0)

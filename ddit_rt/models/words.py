@@ -67,15 +67,21 @@ class FluxWords(_Words):
             return self._own(attn, hidden, text, attention_mask, image_rotary_emb)
         assert image_rotary_emb is not None
         cos, sin = (table[:, None] for table in image_rotary_emb)
-        layers, width = (attn.to_q, attn.to_k, attn.to_v), attn.head_dim
-        query, key, value = (_heads(layer(hidden), width) for layer in layers)
+        width = attn.head_dim
+        query, key = (
+            _heads(_words_of(layer, hidden), width // 2) for layer in (attn.to_q, attn.to_k)
+        )
+        value = _heads(attn.to_v(hidden), width)
         if text is None:
             query = norm_rotate(query, attn.norm_q, cos, sin)
             key = norm_rotate(key, attn.norm_k, cos, sin)
             return _attend(query, key, value)
         count = text.shape[1]
-        layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        text_query, text_key, text_value = (_heads(layer(text), width) for layer in layers)
+        text_query, text_key = (
+            _heads(_words_of(layer, text), width // 2)
+            for layer in (attn.add_q_proj, attn.add_k_proj)
+        )
+        text_value = _heads(attn.add_v_proj(text), width)
         query, key = (
             torch.cat(
                 (
@@ -125,10 +131,10 @@ class WanWords(_Words):
         assert rotary_emb is not None
         cos, sin = rotary_emb
         query, key = (
-            norm_rotate(layer(hidden), norm, cos, sin)
+            norm_rotate(_words_of(layer, hidden), norm, cos, sin)
             for layer, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
         )
-        out = _attend(query, key, _heads(attn.to_v(hidden), query.shape[-1]))
+        out = _attend(query, key, _heads(attn.to_v(hidden), cos.shape[-1]))
         for layer in attn.to_out:
             out = layer(out)
         return out
@@ -145,7 +151,7 @@ def norm_rotate(values: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         values: Tokens, `[B, n, heads, width]`, or `[B, n, heads * width]` where the norm is over
-            all heads; bfloat16, contiguous.
+            all heads; bfloat16, contiguous, or int32 and half as wide.
         norm: An RMS norm with a weight in bfloat16 and no bias.
         cos: float32, `[..., n, 1, width]`; the two channels of a pair have the same.
         sin: As `cos`.
@@ -165,11 +171,13 @@ def norm_rotate(values: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
-    """bfloat16 `[..., w]` to float32: channels 0, 2, ... and 1, 3, ..., each `[..., w / 2]`.
+    """bfloat16 `[..., w]`, or such words, to float32: channels 0, 2, ... and 1, 3, ...
+
+    Each is `[..., w / 2]`.
 
     A bfloat16 is the upper half of a float32, and the first of two lies in a word's lower half.
     """
-    words = values.view(torch.int32)
+    words = values if values.dtype is torch.int32 else values.view(torch.int32)
     return (words << 16).view(torch.float32), (words & -65536).view(torch.float32)
 
 
@@ -177,6 +185,16 @@ def _words(even: Tensor, odd: Tensor) -> Tensor:
     """The inverse of `_halves`, rounded to bfloat16."""
     lower, upper = (half.bfloat16().view(torch.int16).to(torch.int32) for half in (even, odd))
     return ((lower & 0xFFFF) | (upper << 16)).view(torch.bfloat16)
+
+
+def _words_of(layer: Any, tokens: Tensor) -> Tensor:
+    """What a linear layer makes of tokens in bfloat16, as words, `[B, n, w / 2]`.
+
+    One product of several layers is read so as a whole: generated code would copy a part first.
+    """
+    own = getattr(layer, "words", None)
+    words: Tensor = layer(tokens).view(torch.int32) if own is None else own(tokens)
+    return words
 
 
 def _heads(tokens: Tensor, width: int) -> Tensor:

@@ -180,7 +180,9 @@ def test_storage_goes_with_the_module_that_moved(transformer: FluxTransformer2DM
     assert users(storage) == 1
 
 
-def test_weights_that_no_binding_holds_are_joined_again(transformer: FluxTransformer2DModel) -> None:
+def test_weights_that_nobody_holds_are_joined_again(
+    transformer: FluxTransformer2DModel,
+) -> None:
     double = types_of(transformer)[0]
     (block,) = double.blocks(transformer)
     before = {name: one.clone() for name, one in block.named_parameters()}
@@ -300,4 +302,3 @@ def test_a_copy_is_independent(transformer: FluxTransformer2DModel) -> None:
         other.transformer_blocks[0].attn.to_k.weight.zero_()
     assert transformer.transformer_blocks[0].attn.to_k.weight.abs().min() > 0
     assert not any(binding.stale() for binding in bindings)
-
