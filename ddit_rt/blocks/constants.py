@@ -102,24 +102,7 @@ class Binding:
                 is as it was.
         """
         self._slots = live_slots(block)
-        lora = dict(lora or {})
-        parts = _parts(fused)
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, spec in names.items():
-            found[name] = {}
-            members = parts.get(name, (name,))
-            own = spec if name not in parts else _part_of(spec, len(members))
-            for member in members:
-                tensor = lora.pop(name, None) if is_lora_name(name) else self._live(member)
-                if tensor is None:
-                    raise ArtifactMismatchError(_missing(owner, member))
-                _check_constant(f"{owner}.{member}", tensor, own)
-                found[name][member] = tensor
-        if lora:
-            raise ArtifactMismatchError(
-                f"{owner}: the package has no place for {', '.join(sorted(lora))}: "
-                "load the variant that was compiled with LoRA, or leave the adapter out"
-            )
+        found = self._found(owner, names, dict(lora or {}), _parts(fused))
         self.tensors: dict[str, Tensor] = {}
         self._watched: list[tuple[Slot, int]] = []
         self._wholes: list[Tensor] = []
@@ -135,6 +118,32 @@ class Binding:
                     self._watched.append((self._slots[member], address))
                 address += tensor.nbytes
         weakref.finalize(self, _let_go, list(self.tensors.values())).atexit = False
+
+    def _found(
+        self,
+        owner: str,
+        names: Mapping[str, ConstantSpec],
+        lora: dict[str, Tensor],
+        parts: Mapping[str, tuple[str, ...]],
+    ) -> dict[str, dict[str, Tensor]]:
+        """The live tensors, checked, that each constant is made of, by their own names."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, spec in names.items():
+            members = parts.get(name, (name,))
+            own = _part_of(spec, len(members))
+            found[name] = {}
+            for member in members:
+                tensor = lora.pop(name, None) if is_lora_name(name) else self._live(member)
+                if tensor is None:
+                    raise ArtifactMismatchError(_missing(owner, member))
+                _check_constant(f"{owner}.{member}", tensor, own)
+                found[name][member] = tensor
+        if lora:
+            raise ArtifactMismatchError(
+                f"{owner}: the package has no place for {', '.join(sorted(lora))}: "
+                "load the variant that was compiled with LoRA, or leave the adapter out"
+            )
+        return found
 
     def stale(self) -> bool:
         """Whether the module has put one of the bound tensors into other storage."""
@@ -199,6 +208,8 @@ def _parts(fused: FusedLayers) -> dict[str, tuple[str, ...]]:
 
 
 def _part_of(spec: ConstantSpec, count: int) -> ConstantSpec:
+    if count == 1:
+        return spec
     rows, *others = spec.shape
     return replace(spec, shape=(rows // count, *others))
 
