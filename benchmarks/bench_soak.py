@@ -48,7 +48,7 @@ from typing import Any
 import numpy as np
 import torch
 from hardware import MemoryProbe
-from records import RESULTS, publish
+from records import RESULTS, publish, write
 from soak_runs import Run, perform, schedule, settle, spots, write_loras
 from timing import spread
 
@@ -125,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = ["--runs", str(args.runs), "--seed", str(args.seed)]
         options += ["--artifact", str(artifact), "--loras", str(folder)]
         for run in spots(runs, args.spots, args.seed):
+            write(args.record, {**report, "broken": broken(report)})  # as far as it has come
             same = again(run, options) == log.digests[run.index]
             entry = {"run": run.index, "kind": run.kind, "loras": run.loras, "equal": same}
             report["spots"].append(entry)
@@ -158,6 +159,7 @@ def soak(engine: Engine, runs: Iterable[Run], folder: Path, cadence: int, limit:
         settle(engine, run, folder)
         if run.index % cadence == 0:
             log.samples.append({"run": run.index, **sample()})
+            print(log.samples[-1], file=sys.stderr)
         wall, cpu = time.perf_counter(), time.process_time()
         log.digests.append(perform(engine, run, folder))
         log.seconds.append((time.perf_counter() - wall, time.process_time() - cpu))
