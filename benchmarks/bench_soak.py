@@ -8,8 +8,8 @@ policies, step caches, guidance, callbacks and LoRAs as a seed draws them, and o
 cancelled, fails or is refused (`soak_runs.py`). At a fixed cadence, after a garbage collection and
 without LoRAs, the process is looked at. Some runs are then made again, each in a fresh process.
 
-It ends with 1 where anything that is counted grew by more than 2% after the warm-up, or an image
-made again differs in a bit. Latency is only recorded. No run begins after `--minutes`.
+It ends with 1 where anything that is counted grew by more than 2% after the warm-up, an image made
+again differs in a bit, or a run ended otherwise than was drawn. Latency is only recorded. No run begins after `--minutes`.
 
 Schema, version 1: `machine`, `versions`, `notes`; `settings`: `runs` that were made of those that
 were `drawn` by `seed`, `cadence` (runs from one look to the next), `warm_up` (runs); `seconds` and
@@ -23,7 +23,8 @@ were `drawn` by `seed`, `cadence` (runs from one look to the next), `warm_up` (r
 - `latency`: spread over the kinds of runs of `ratio`, median seconds in the last quarter of the
   runs after the warm-up over those in the first, and of `cpu_ratio`, the same of CPU time.
 - `spots`: what was made again: `run`, `kind`, `loras`, `equal`; `outputs`: SHA-256 over all images.
-- `broken`: the bounds that do not hold; `samples`: the looks, with `heap_bytes` that glibc holds.
+- `surprises`: runs that did not end as was drawn; `broken`: these, and the bounds that do not hold;
+  `samples`: the looks, with `heap_bytes` that glibc holds.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ import numpy as np
 import torch
 from hardware import MemoryProbe
 from records import RESULTS, publish, write
-from soak_runs import Run, perform, schedule, settle, spots, write_loras
+from soak_runs import Run, UnexpectedEnd, perform, schedule, settle, spots, write_loras
 from timing import spread
 
 import ddit_rt
@@ -85,11 +86,13 @@ class Log:
         samples: The looks at the process.
         seconds: Wall and CPU time of every run.
         digests: Of the images of every run; None of those without.
+        surprises: Runs that did not end as was drawn.
     """
 
     samples: list[dict[str, int]] = field(default_factory=list)
     seconds: list[tuple[float, float]] = field(default_factory=list)
     digests: list[str | None] = field(default_factory=list)
+    surprises: list[str] = field(default_factory=list)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -161,7 +164,12 @@ def soak(engine: Engine, runs: Iterable[Run], folder: Path, cadence: int, limit:
             log.samples.append({"run": run.index, **sample()})
             print(log.samples[-1], file=sys.stderr)
         wall, cpu = time.perf_counter(), time.process_time()
-        log.digests.append(perform(engine, run, folder))
+        try:
+            log.digests.append(perform(engine, run, folder))
+        except UnexpectedEnd as error:
+            print(error, file=sys.stderr)
+            log.digests.append(None)
+            log.surprises.append(str(error))
         log.seconds.append((time.perf_counter() - wall, time.process_time() - cpu))
     return log
 
@@ -228,6 +236,7 @@ def summary(
         "latency": {"ratio": ratio, "cpu_ratio": cpu_ratio},
         "spots": [],
         "outputs": outputs.hexdigest(),
+        "surprises": log.surprises,
         "samples": log.samples,
     }
 
@@ -277,7 +286,7 @@ def broken(report: Mapping[str, Any]) -> list[str]:
         for way in ("by_windows", "by_trend")
         if entry[way] > LIMIT
     ]
-    return found + [
+    return [*report["surprises"], *found] + [
         f"run {spot['run']} is not the same to the bit in a fresh process"
         for spot in report["spots"]
         if not spot["equal"]

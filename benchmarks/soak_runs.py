@@ -19,7 +19,7 @@ from ddit_rt.engine.watch import UNWATCHED, RunWatch
 from ddit_rt.errors import RunCancelled
 from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
 
-SIZES = {(32, 64): 6, (64, 64): 5, (64, 96): 4}
+SIZES = {(64, 64): 6, (96, 64): 5, (96, 96): 4}
 """Steps by height and width."""
 POLICIES: dict[str, PatchPolicy | str] = {
     "full resolution": "fine",
@@ -47,12 +47,16 @@ REFUSED: tuple[dict[str, Any], ...] = (
     {"num_inference_steps": 0},
     {"guidance_interval": (0.9, 0.1)},
     {"height": 4096, "width": 4096},
-    {"latents": torch.full((1, 64, 16), torch.nan)},  # only the loop sees it
+    {},  # noise that is not finite, which only the loop sees
 )
 RANKS = {"thin": 4, "wide": 16}
 """LoRAs that fit, by their rank."""
 UNFIT = ("strange", "torn")
 """LoRAs that do not: for another model, and a file that was cut off."""
+
+
+class UnexpectedEnd(Exception):
+    """A run did not end as was drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,17 +175,17 @@ def perform(engine: Engine, run: Run, folder: Path) -> str | None:
         SHA-256 of the images' float32 values; None of a run without any.
 
     Raises:
-        RuntimeError: It ended in another way.
+        UnexpectedEnd: It ended in another way.
     """
     expected = ENDINGS[run.ending][1]
     try:
         digest = _attempt(engine, run, folder)
     except Exception as error:
         if expected is None or not isinstance(error, expected):
-            raise RuntimeError(f"{run} ended with {type(error).__name__}") from error
+            raise UnexpectedEnd(f"{run} ended with {error!r}") from error
         return None
     if expected is not None:
-        raise RuntimeError(f"{run} ended without {expected.__name__}")
+        raise UnexpectedEnd(f"{run} ended without {expected.__name__}")
     return digest
 
 
@@ -205,7 +209,9 @@ def _attempt(engine: Engine, run: Run, folder: Path) -> str:
         raising = run.at if run.ending == "callback raises" else -1
         call["callback_on_step_end"] = lambda _, step, *__: _raise_if(step == raising)
     if run.ending == "arguments refused":
-        call |= drawn.choice(REFUSED)
+        height, width = run.size
+        noise = torch.full((run.images, height // 8 * (width // 8), 16), torch.nan)
+        call |= drawn.choice(REFUSED) or {"latents": noise}
     if run.ending == "LoRA refused":
         engine.load_lora(str(folder / f"{drawn.choice(UNFIT)}.safetensors"))
     images = engine(**call, watch=_watch(engine, run)).images
