@@ -45,14 +45,13 @@ def test_growth_is_told_by_the_ends_and_by_the_trend() -> None:
     rising = soak.growth(looks(*range(100, 111)), "rss_bytes")
     assert rising["by_windows"] == pytest.approx(9 / 100.5)
     assert rising["by_trend"] == pytest.approx(10 / 100.5)
-    report = {"growth": {"steady": steady, "rising": rising}, "spots": [{"run": 7, "equal": False}]}
-    report["surprises"] = ["it was to fail"]
-    assert [line.partition(" ")[0] for line in soak.broken(report)] == [
-        "it",
-        "rising",
-        "rising",
-        "run",
-    ]
+    report = {
+        "growth": {**dict.fromkeys(soak.BOUNDED, steady), "threads": rising, "blocks": rising},
+        "surprises": ["it was to fail"],
+        "spots": [{"run": 7, "equal": False}],
+    }
+    first_words = [line.partition(" ")[0] for line in soak.broken(report)]
+    assert first_words == ["it", "threads", "threads", "run"]
 
 
 def test_latency_is_compared_kind_by_kind() -> None:
