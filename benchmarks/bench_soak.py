@@ -100,17 +100,7 @@ class Log:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the soak; 1 where a bound is broken."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=600.0, help="no run begins later")
-    parser.add_argument("--record", type=Path, default=RESULT)
-    parser.add_argument("--spots", type=int, default=10, help="runs to make again")
-    parser.add_argument("--notes", default="", help="what else the machine does meanwhile")
-    parser.add_argument("--artifact", type=Path, help="the demo's, if it is compiled already")
-    parser.add_argument("--again", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--loras", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = arguments(argv)
     warnings.filterwarnings("ignore", category=UserWarning)  # of plans that have little to choose
     cadence = max(4, args.runs // 100)
     runs = schedule(args.runs, args.seed, cadence)
@@ -140,6 +130,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in report["broken"]:
         print(line, file=sys.stderr)
     return 1 if report["broken"] else 0
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Of the command line; the last two are for the processes that make one run again."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--runs", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=600.0, help="no run begins later")
+    parser.add_argument("--record", type=Path, default=RESULT)
+    parser.add_argument("--spots", type=int, default=10, help="runs to make again")
+    parser.add_argument("--notes", default="", help="what else the machine does meanwhile")
+    parser.add_argument("--artifact", type=Path, help="the demo's, if it is compiled already")
+    parser.add_argument("--again", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--loras", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
 
 
 def compiled(path: Path) -> Path:
