@@ -211,7 +211,8 @@ def _attempt(engine: Engine, run: Run, folder: Path) -> str:
     if run.ending == "arguments refused":
         height, width = run.size
         noise = torch.full((run.images, height // 8 * (width // 8), 16), torch.nan)
-        call |= drawn.choice(REFUSED) or {"latents": noise}
+        wrong = drawn.choice(REFUSED)
+        call |= wrong or {"latents": noise}
     if run.ending == "LoRA refused":
         engine.load_lora(str(folder / f"{drawn.choice(UNFIT)}.safetensors"))
     images = engine(**call, watch=_watch(engine, run)).images
