@@ -22,6 +22,7 @@ from made_tables.mixed import mixed
 from made_tables.quality import quality_demo, quality_demo_video
 from made_tables.real_size import blocks_cuda, lowered_cuda, ops_cuda, real_size
 from made_tables.serving import serving_cpu
+from made_tables.soak import soak
 from made_tables.study import study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +43,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "serving_cpu": serving_cpu,
     "skip_demo": caches,
     "skip_demo_video": caches,
+    "soak_cpu": soak,
     "study_cpu": study,
     "wan_cpu": real_size,
 }

@@ -345,8 +345,11 @@ class FamilySuite:
     @pytest.mark.slow
     def test_compiled_blocks_equal_diffusers(self, engine: Engine, packages: Packages) -> None:
         pipeline, uncompiled = engine.pipeline, engine
+        # The family's own ranges, so that other tests of its commands find these packages.
+        asked = {**self.case.more, **self.case.size(*self.case.sizes[0])}
+        size = {name: asked[name] for name in ("height", "width", "num_frames") if name in asked}
         with packages():
-            engine = ddit_rt.compile(pipeline, patch_sizes="p,2p", ranges=RANGES, progress=False)
+            engine = ddit_rt.compile(pipeline, patch_sizes="p,2p", progress=False, **size)
         for prompts in PROMPTS.values():
             if prompts[1] and self.case.guided is None:
                 continue

@@ -15,6 +15,7 @@ import pytest
 from torch.export import ExportedProgram
 
 import ddit_rt.blocks.compile as block_compiler
+import ddit_rt.blocks.inductor as inductor
 from ddit_rt.blocks import PackageInfo, read_info
 
 Packages = Callable[[], AbstractContextManager[None]]
@@ -38,6 +39,17 @@ def made_once(path: Path, make: Callable[[Path], Any]) -> Path:
             make(temporary)
             temporary.rename(path)
     return path
+
+
+def compile_for_tests(patch: pytest.MonkeyPatch) -> None:
+    """Makes compiling as cheap as it can be where hundreds of packages are made and none is timed.
+
+    Headers are parsed once, and what calls a package's kernels is not optimised; the kernels are,
+    so that packages compute the same bits.
+    """
+    cheap = {"aot_inductor.precompile_headers": True}
+    cheap |= {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    patch.setattr(inductor, "_WHERE_KNOWN", {**inductor._WHERE_KNOWN, **cheap})
 
 
 @contextmanager

@@ -12,12 +12,26 @@ import emulated
 import pytest
 from block_models import CompiledBlocks
 from diffusers import FluxTransformer2DModel
-from made_once import Packages, made_once, packages_made_once, shared_folder
+from made_once import (
+    Packages,
+    compile_for_tests,
+    made_once,
+    packages_made_once,
+    shared_folder,
+)
 from models import random_adapters, tiny_pipeline, tiny_transformer
 
 import ddit_rt
 from ddit_rt.artifact import read_manifest, trust
 from ddit_rt.blocks import LoraSpec
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_compiles() -> Iterator[None]:
+    """For every compile in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        compile_for_tests(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ddit_rt import checks
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.base import Grid
 from ddit_rt.models.calls import PipelineCall, check_shape
@@ -66,8 +67,12 @@ class LongCatAudioFamily(Family):
             return 1, latents.shape[1] * unit
         if seconds is None and call.get("prompt") is not None:
             seconds = _guessed_seconds(call["prompt"])
-        samples = longest if seconds is None else int(seconds * pipeline.sample_rate)
-        return 1, max(1, min(samples, longest) // unit) * unit
+        if seconds is None:
+            samples = longest
+        else:
+            seconds = checks.number("audio_duration_s", seconds, 0)
+            samples = int(min(seconds * pipeline.sample_rate, longest))
+        return 1, max(1, samples // unit) * unit
 
     def latent_shape(
         self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None

@@ -81,7 +81,8 @@ class Edit(Picture):
 class Video(Asked):
     """Fields of `POST /v1/videos`."""
 
-    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    # A bound far beyond every limit, which keeps its frames a number.
+    seconds: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] | None = None
     num_frames: Annotated[int, Strict(), Field(ge=1)] | None = None
 
 

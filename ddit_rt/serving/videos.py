@@ -194,6 +194,8 @@ async def create(request: Request) -> Response:
         picture = await asyncio.to_thread(read_picture, files[_PICTURE], _PICTURE, pixels)
         given["image"] = picture.convert("RGB")
     if asked.num_frames is not None:
+        if asked.seconds is not None:
+            raise ApiError(400, "got num_frames and seconds; give one of them", param="seconds")
         given["num_frames"] = asked.num_frames
     elif asked.seconds is not None:  # a latent frame is four of the video, but for the first
         given["num_frames"] = 1 + 4 * round(asked.seconds * service.config.fps / 4)

@@ -252,3 +252,29 @@ def test_the_servers_own_count_is_of_images_alone(monkeypatch: pytest.MonkeyPatc
     )
     monkeypatch.setattr(serving.httpx, "get", lambda url: type("Page", (), {"text": page}))
     assert serving.counted("http://x") == {"200": 5, "429": 7}
+
+
+def test_the_table_of_the_soak_tells_growth_endings_and_what_was_made_again() -> None:
+    growth = {"start": 100 * 2**20, "end": 101 * 2**20, "by_windows": 0.01, "by_trend": -0.002}
+    counts = ("rss_bytes", "live_bytes", "objects", "blocks", "descriptors", "threads")
+    ratio = {"median": 1.01, "lower_quartile": 0.9, "upper_quartile": 1.1, "count": 40}
+    report = {
+        "machine": {"cpu": "Test CPU", "threads": 1},
+        "versions": VERSIONS,
+        "notes": "Beside tests.",
+        "settings": {"runs": 2000, "seed": 0, "cadence": 20, "warm_up": 300},
+        "endings": {"done": 1500, "callback raises": 500},
+        "drawn": {"with LoRAs": 700, "guided": 400, "pipeline-driven": 300},
+        "growth": dict.fromkeys(counts, growth),
+        "latency": {"ratio": ratio, "cpu_ratio": {**ratio, "median": 1.0}},
+        "spots": [{"equal": True, "loras": {"thin": 0.5}}, {"equal": False, "loras": {}}],
+    }
+    table = import_module("tables").TABLES["soak_cpu"](report)
+    assert "| resident memory, MiB | 100.0 | 101.0 | +1.00% | -0.20% |" in table
+    assert "500 callback raises; 1500 done" in table
+    assert "1 with LoRAs among them, 1 of 2 were the same to the bit" in table
+    assert "1.01x (quartiles 0.90 to 1.10) in wall time and 1.00x" in table
+    assert "over 40 kinds of runs" in table
+    assert table.rstrip().endswith("diffusers 0.42. Beside tests.")
+    report["latency"] = {"ratio": None, "cpu_ratio": None}
+    assert "kinds of runs" not in import_module("tables").TABLES["soak_cpu"](report)

@@ -168,8 +168,9 @@ def test_what_does_not_fit_is_refused_before_any_work() -> None:
     with pytest.raises(ValueError, match="height=64.*size is audio_duration_s"):
         ddit_rt.compile(pipeline, height=64, backend="eager", progress=False)
     engine, call = eager(pipeline), TestLongCatAudio.case.call()
-    with pytest.raises(ValueError, match="audio_duration_s=0"):
-        engine(**{**call, "audio_duration_s": 0})
+    for wrong in (0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"audio_duration_s={wrong}"):
+            engine(**{**call, "audio_duration_s": wrong})
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(UnsupportedModelError, match="without invert_sigmas=True"):
         engine(**call)

@@ -73,6 +73,9 @@ def test_one_can_be_cancelled_while_it_waits_or_runs(
     [
         ({"num_frames": 500}, "at most 241"),
         ({"seconds": -1}, "greater than 0"),
+        ({"seconds": 9e307}, "less than or equal to 86400"),
+        ({"seconds": 86_400, "num_frames": None}, "at most 241"),
+        ({"seconds": 1}, "give one of them"),
         ({"size": "big"}, "WIDTHxHEIGHT"),
         ({"n": 2}, "not permitted"),
     ],
