@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack
 
 from ddit_rt.blocks.template import is_lora_name
 from ddit_rt.errors import ArtifactMismatchError
@@ -180,9 +180,9 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
         return known
     with torch.inference_mode(tensors[0].is_inference()):
         whole = torch.cat([tensor.detach() for tensor in tensors])
-        parts = whole.detach().split([len(tensor) for tensor in tensors])
+        parts = torch.split(whole.detach(), [len(tensor) for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
-            tensor.data = from_dlpack(to_dlpack(part))
+            tensor.data = from_dlpack(part)
     if whole.is_cuda:
         torch.cuda.empty_cache()  # where they lay before is too small for the next ones
     _JOINED[whole.device, whole.data_ptr()] = whole

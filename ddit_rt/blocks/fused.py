@@ -53,7 +53,7 @@ def _groups(template: BlockTemplate, block_type: BlockType, block: nn.Module) ->
         layer = template.block.get_submodule(call.path)
         # Quantised layers and those with LoRA beside them are of other classes.
         if type(layer) is nn.Linear and call.of_tokens and times[call.path] == 1:
-            held = [one for one in (layer.weight, layer.bias) if one is not None]
+            held = list(layer.parameters())
             if not any(one.nbytes % _ALIGNMENT for one in held):
                 kind = tuple((one.shape, one.dtype) for one in held)
                 found.setdefault((id(call.values), kind), []).append(call.path)
@@ -62,6 +62,9 @@ def _groups(template: BlockTemplate, block_type: BlockType, block: nn.Module) ->
 
 class _Wide(nn.Module):
     """The rows of several layers as one weight."""
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
