@@ -14,6 +14,7 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # else a token is written to the user's home
     "RAY_DEDUP_LOGS": "0",
     "RAY_agent_register_timeout_ms": "100000",  # of a process that imports for long
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "100",  # so does its HTTP proxy
     "OMP_NUM_THREADS": "1",
 }
 MOST_SECONDS = 300.0
