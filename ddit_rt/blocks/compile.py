@@ -130,23 +130,25 @@ def compile_block(
     if weight.device.type == "cuda":
         check_rows(block_type, block)
     template = BlockTemplate(block_type, block, lora)
-    fused = fuse_layers(template, block_type, block)
-    info = PackageInfo(
-        block=block_type.name,
-        inputs=block_type.inputs,
-        input_dtypes=resolve_dtypes(block_type.inputs, block_type.dtype(block), input_dtypes),
-        device=weight.device.type,
-        ranges=ranges,
-        constants=constant_specs(template),
-        fused=fused,
-    )
     started = time.perf_counter()
     try:
         with (
             torch_as_tested(),
-            compiler_ready(info.device) as options,
+            compiler_ready(weight.device.type) as options,
             _replacing(package) as temporary,
         ):
+            fused = fuse_layers(template, block_type, block)
+            info = PackageInfo(
+                block=block_type.name,
+                inputs=block_type.inputs,
+                input_dtypes=resolve_dtypes(
+                    block_type.inputs, block_type.dtype(block), input_dtypes
+                ),
+                device=weight.device.type,
+                ranges=ranges,
+                constants=constant_specs(template),
+                fused=fused,
+            )
             program = export_block(template, info, weight.device)
             LOG.debug("%s: exported after %.2f s", block_type.name, time.perf_counter() - started)
             same = {} if known is None else known

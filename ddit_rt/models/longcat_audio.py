@@ -67,12 +67,10 @@ class LongCatAudioFamily(Family):
             return 1, latents.shape[1] * unit
         if seconds is None and call.get("prompt") is not None:
             seconds = _guessed_seconds(call["prompt"])
-        if seconds is None:
-            samples = longest
-        else:
-            seconds = checks.number("audio_duration_s", seconds, 0)
-            samples = int(min(seconds * pipeline.sample_rate, longest))
-        return 1, max(1, samples // unit) * unit
+        if seconds is not None:
+            samples = checks.number("audio_duration_s", seconds, 0) * pipeline.sample_rate
+            longest = min(int(samples), longest)
+        return 1, max(1, longest // unit) * unit
 
     def latent_shape(
         self, pipeline: Any, height: int, width: int, batch: int, num_frames: int | None = None
