@@ -36,7 +36,7 @@ import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from real_models import MODELS
 from records import RESULTS, write
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import ddit_rt.blocks.template as template
@@ -82,6 +82,8 @@ def exports(wanted: Sequence[str] | None) -> Iterator[tuple[Any, PackageInfo]]:
     for name, (preset, transformer_class) in PRESETS.items():
         full = MODELS[name].presets[preset].config
         config = {**full, **_one_of_each(full)}
+        with torch.device("meta"):
+            shapes = transformer_class(**config).to(torch.bfloat16).requires_grad_(False)
         with mode, _plain_enough(), torch.device("cuda"):
             torch.set_default_dtype(torch.bfloat16)
             try:
@@ -94,9 +96,9 @@ def exports(wanted: Sequence[str] | None) -> Iterator[tuple[Any, PackageInfo]]:
             for block_type in family.block_types(transformer):
                 if wanted and block_type.name not in wanted:
                     continue
-                own = block_type.blocks(transformer)[0]
-                block = template.BlockTemplate(block_type, own)
-                fused = fuse_layers(block, block_type, own)
+                block = template.BlockTemplate(block_type, block_type.blocks(transformer)[0])
+                with unset_fake_temporarily():  # what reads what is found by running a copy on meta
+                    fused = fuse_layers(block, block_type, block_type.blocks(shapes)[0])
                 dtypes = input_dtypes(block_type.inputs, torch.bfloat16, None)
                 info = PackageInfo(
                     block=block_type.name,

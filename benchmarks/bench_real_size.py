@@ -18,10 +18,13 @@ All methods make the same call of the same pipeline class, without text encoders
 always guided. Seconds are of that call: on CUDA between two events, with the wall time beside it;
 two calls warm up. On CUDA a step's time is by the device's clock.
 
+With `--quantization` the model is quantised in place, for all methods; floors stay those of its
+dtype.
+
 Schema, version 1. `spread` is `median`, `min`, `max`, `lower_quartile`, `upper_quartile`, `count`.
 
-- `schema_version`; `machine`, `versions`; `model` (`preset`, `config`, `parameters`, `dtype`,
-  `weight_bytes`, `text_tokens`); `notes`: what the figures do not mean.
+- `schema_version`; `machine`, `versions`; `model` (`preset`, `quantization`, `config`,
+  `parameters`, `dtype`, `weight_bytes`, `text_tokens`); `notes`: what the figures do not mean.
 - `sections`: by section, by case (`1024x1024/batch1`, for loops and compile `.../steps28`; of
   videos `480x832x81/batch1`), a record with `measured_at`, `repeats`, `warm_up_calls` and:
   - `buckets`: `rates` (matrix product and copy, measured in the same call); `rows` by `p`, `2p`,
@@ -121,6 +124,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=480.0, help="no new repeat after this")
     parser.add_argument("--warm-up-limit-s", type=float, default=300.0, help="of one method")
     parser.add_argument("--backend", choices=("aot", "eager"), default="aot")
+    parser.add_argument(
+        "--quantization", choices=("fp8", "int8"), help="of the blocks, see compile"
+    )
     parser.add_argument("--artifact", type=Path, help="loaded if it exists, else compiled to it")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--height", type=int, nargs="+", help="image heights in pixels")
@@ -193,6 +199,7 @@ def setup_of(args: argparse.Namespace, scratch: Path) -> Setup:
         dtype=getattr(torch, args.dtype),
         artifact=args.artifact or scratch / "model.ddit",
         backend=args.backend,
+        quantization=args.quantization,
         repeats=args.repeats,
         deadline=Deadline(args.budget_s),
         warm_up_limit=args.warm_up_limit_s,
@@ -209,6 +216,7 @@ def header(args: argparse.Namespace, setup: Setup) -> Record:
         "versions": versions(),
         "model": {
             "preset": args.preset,
+            "quantization": args.quantization,
             **model_entry(f"{setup.model.title}, random weights", transformer),
             "weight_bytes": sum(parameter.nbytes for parameter in transformer.parameters()),
             "text_tokens": setup.preset.text_tokens,

@@ -18,6 +18,7 @@ import ddit_rt
 from ddit_rt.engine import Engine
 from ddit_rt.engine.cost import StepCost, step_cost
 from ddit_rt.models import family_of
+from ddit_rt.models.quantised import has_quantised
 from ddit_rt.policies import PatchPolicy, StepCache, parse_patch
 from ddit_rt.steps import StepModel
 
@@ -35,6 +36,7 @@ class Setup:
         dtype: Of its weights.
         artifact: Folder that a compiled artifact is loaded from, or saved to if it is not there.
         backend: As for `ddit_rt.compile`.
+        quantization: As for `ddit_rt.compile`.
         repeats: Measured rounds of interleaved methods.
         deadline: When the run has to end.
         warm_up_limit: Seconds that one method may take to get ready.
@@ -48,6 +50,7 @@ class Setup:
     dtype: torch.dtype
     artifact: Path
     backend: str = "aot"
+    quantization: str | None = None
     repeats: int = 5
     deadline: Deadline = field(default_factory=lambda: Deadline(float("inf")))
     warm_up_limit: float = 300.0
@@ -68,7 +71,7 @@ class Setup:
         started = time.perf_counter()
         compiles = self.backend == "eager" or not self.artifact.exists()
         if compiles:
-            engine = ddit_rt.compile(pipeline, backend=self.backend, progress=False)
+            engine = self.compiled()
             if self.backend != "eager":
                 engine.save(self.artifact)
         else:
@@ -76,6 +79,15 @@ class Setup:
         name = "compile_seconds" if compiles else "load_seconds"
         self.engine_times[name] = time.perf_counter() - started
         return engine
+
+    def compiled(self) -> Engine:
+        """An engine, compiled anew."""
+        # What has been quantised is not quantised again.
+        quantised = has_quantised(self.pipeline.transformer)
+        kind = None if quantised else self.quantization
+        return ddit_rt.compile(
+            self.pipeline, backend=self.backend, quantization=kind, progress=False
+        )
 
     def engine_error(self) -> str | None:
         """Why there is no engine; None if there is one.

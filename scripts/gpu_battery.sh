@@ -7,8 +7,8 @@
 #                                        the checkout, and checks the size of both
 #   OUT=dir bash scripts/gpu_battery.sh  on the machine; a second call goes on where the first ended
 #
-# OUT gets log.txt, steps.jsonl (what ran, and how it ended), flux_CARD.json, wan_CARD.json, demo.json
-# and summary.md. FROM=dir goes on from the OUT of a call on another machine.
+# OUT gets log.txt, steps.jsonl (what ran, and how it ended), flux_CARD.json, flux-fp8_CARD.json,
+# wan_CARD.json, demo.json and summary.md. FROM=dir goes on from the OUT of a call on another machine.
 #
 # Environment: PYTHON (with PyTorch), DEVICE=cpu PRESET=tiny for a rehearsal, END (seconds after which
 # nothing goes on), WHEELS (.whl), SCRATCH (build/gpu_battery). For pack: MAX_MIB, and WHEEL, a wheel
@@ -29,7 +29,7 @@ if [[ "${1:-}" == pack ]]; then
   # What the machine lacks: diffusers, in the version that the tests ran with, and what it needs.
   diffusers="$("$PYTHON" -c 'import importlib.metadata as m; print(m.version("diffusers"))')"
   "$PYTHON" -m pip download -q --no-deps --only-binary=:all: -d "$WHEELS" \
-    "diffusers==$diffusers" importlib_metadata zipp
+    "diffusers==$diffusers" importlib_metadata zipp "torchao>=0.18"
   if [[ -n "${WHEEL:-}" ]]; then cp "$WHEEL" "$WHEELS"; else
     "$PYTHON" -m pip wheel -q --no-build-isolation --no-deps -w "$WHEELS" "$root"
   fi
@@ -82,11 +82,12 @@ budget() { # what a benchmark may take of its limit: it has to start, and to end
   echo $((left > 60 ? left - 20 : left / 2))
 }
 bench() { # bench NAME LIMIT MODEL ARGUMENT...: a benchmark that stops by itself and has a good row
-  local preset=$PRESET
-  [[ $3 == flux || $PRESET == tiny ]] || preset=wan-1.3b
-  step "$1" "$2" "${visit[@]}" bench "$out/${3}_$card.json" --model "$3" --device "$DEVICE" \
+  local preset=$PRESET model=${3%%-*} kind=()
+  [[ $model == flux || $PRESET == tiny ]] || preset=wan-1.3b
+  [[ $model == "$3" ]] || kind=(--quantization "${3#*-}")
+  step "$1" "$2" "${visit[@]}" bench "$out/${3}_$card.json" --model "$model" --device "$DEVICE" \
     --preset "$preset" --artifact "$work/$3.ddit" --repeats 3 --warm-up-limit-s 70 \
-    --budget-s $(budget "$2") "${@:4}"
+    --budget-s $(budget "$2") "${kind[@]}" "${@:4}"
 }
 tests() { # tests NAME LIMIT PYTEST-ARGUMENT...: those for a GPU; on a CPU all of them are skipped
   step "$1" "$2" "$PYTHON" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider \
@@ -100,19 +101,24 @@ fi
 "$PYTHON" -c 'import ddit_rt._runtime' || again=1 step build 150 "${install[@]}" --no-build-isolation \
   -C cmake.define.DDIT_RT_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES=90-real "$root"
 card="$("${visit[@]}" card)" || { note '"step": "import", "code": 1, "from": 0, "seconds": 0'; exit 1; }
-size=()
-if [[ $PRESET == flux-dev ]]; then size=(--height 1024 --batch 1); fi
+size=() video=() eight=fp8
+if [[ $PRESET == flux-dev ]]; then size=(--height 1024 --batch 1) video=(--videos 480x832x33); fi
+[[ $DEVICE == cuda ]] || eight=int8 # the product in 8 bits that a CPU has
 
 # The blocks compile on idle cores while the device's own rules are tried; those say what may run.
-compiling=""
-if [[ ! -d flux.ddit ]]; then
-  again=1 bench compile 150 flux --sections compile "${size[@]}" --steps 8 &
-  compiling=$!
-fi
+# Nothing is timed before all are done.
+compiling=()
+compile() { # compile NAME MODEL ARGUMENT...
+  [[ -d $2.ddit ]] || { again=1 bench "$1" 150 "$2" --sections compile "${@:3}" & compiling+=($!); }
+}
+compile compile flux "${size[@]}" --steps 8
+compile "compile-$eight" "flux-$eight" "${size[@]}" --steps 8
+compile compile-wan wan "${video[@]}" --steps 4
 tests rules 110 "$root/tests/runtime/test_step_gpu.py" -k "not emulator"
 form="$("${visit[@]}" form "$out/steps.jsonl" --junit "$work/rules.xml" --device "$DEVICE")"
 # There is no second time for a compile.
-[[ -z "$compiling" ]] || wait "$compiling" || [[ -d flux.ddit ]] || form=eager
+for job in ${compiling[@]+"${compiling[@]}"}; do wait "$job"; done
+[[ -d flux.ddit ]] || form=eager
 
 # The form that passed; where it refuses all the same, the host picks; at last, blocks as torch runs
 # them. What an earlier call found stays.
@@ -130,17 +136,18 @@ loops() { # loops NAME LIMIT MODEL ARGUMENT...: ours at their best setting besid
   bench "$1" "$2" "$3" --sections loops "${how[@]}" "${@:4}"
 }
 ours=("ddit_rt_*_fine" "ddit_rt_*_paper_2*" "ddit_rt_*_paper_3*" "ddit_rt_*_dynamic")
-few=() many=() wan=()
-if [[ $PRESET == tiny ]]; then few=(--steps 8) many=(--steps 10) wan=(--steps 4); else
-  few=(--steps 28) many=(--steps 50) wan=(--videos 480x832x33 --steps 30)
-fi
+few=(--steps 28) many=(--steps 50) wan=(--steps 30)
+[[ $PRESET != tiny ]] || few=(--steps 8) many=(--steps 10) wan=(--steps 4)
 loops loops 200 flux "${size[@]}" "${few[@]}" --methods "${ours[@]}" compile_regional
+[[ ! -d flux-$eight.ddit ]] ||
+  bench "buckets-$eight" 90 "flux-$eight" --sections buckets blocks "${size[@]}" "${how[@]}"
+bench wan-buckets 120 wan --sections buckets blocks "${video[@]}" "${wan[@]}" "${how[@]}"
 loops loops-50 150 flux "${size[@]}" "${many[@]}" --methods "${ours[@]}"
 if [[ $PRESET == flux-dev ]]; then
   bench buckets-512 90 flux --sections buckets --height 512 --batch 1 "${how[@]}"
   bench buckets-batch-4 120 flux --sections buckets --height 1024 --batch 4 "${how[@]}"
 fi
-bench wan-buckets 200 wan --sections buckets "${wan[@]}" "${how[@]}"
+loops wan-loops 150 wan "${video[@]}" "${wan[@]}" --methods "${ours[@]}" compile_regional
 tests ops 60 "$root/tests/ops/test_pack_kernels.py" "$root/tests/benchmarks/test_ops_cuda.py"
 # Its cache would hide what is out of bounds, and without it nothing can be captured: ops alone.
 if [[ $DEVICE == cuda ]] && command -v compute-sanitizer >/dev/null; then

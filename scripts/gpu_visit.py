@@ -157,7 +157,7 @@ def write_summary(out: Path) -> str:
         elif entry["step"] == "form":
             failed = ", ".join(entry["failed"]) or "none"
             lines.append(f"| rules: form {entry['form']}, failed: {failed} | | |")
-    for path in sorted([*out.glob("flux_*.json"), *out.glob("wan_*.json")]):
+    for path in sorted([*out.glob("flux*.json"), *out.glob("wan*.json")]):
         report = json.loads(path.read_text(encoding="utf-8"))
         lines += ["", f"## {path.stem}", "", tables.real_size(report)]
         lines += [f"- {name}: {value:.3g}, aim {aim}" for name, value, aim in targets(report)]
