@@ -30,6 +30,10 @@ class LatentSet:
     latents: Tensor
     captions: Tensor
 
+    def to(self, device: str) -> "LatentSet":
+        """The same on a device."""
+        return LatentSet(latents=self.latents.to(device), captions=self.captions.to(device))
+
 
 def encode_latents(kind: Kind, settings: Settings, size: Size) -> LatentSet:
     """Draw and encode the samples of one size, or read what an earlier run has encoded."""
@@ -61,6 +65,11 @@ class Captions:
 
     table: dict[str, Tensor]
     rows: Tensor
+
+    def to(self, device: str) -> "Captions":
+        """The same on a device."""
+        table = {name: one.to(device) for name, one in self.table.items()}
+        return Captions(table=table, rows=self.rows.to(device))
 
 
 def embed_captions(kind: Kind, settings: Settings) -> Captions:

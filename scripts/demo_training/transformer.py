@@ -8,6 +8,7 @@ continues as the uninterrupted run would have, its clock aside.
 """
 
 import copy
+import functools
 import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -41,9 +42,10 @@ def phase_at(recipe: TransformerRecipe, progress: float) -> tuple[Phase, float]:
 
 def sample_times(count: int, shift: float, generator: torch.Generator) -> Tensor:
     """Times ``[count]`` in (0, 1): logit-normal about `shift`, a quarter uniform."""
-    normal = torch.sigmoid(torch.randn(count, generator=generator) + shift)
-    uniform = torch.rand(count, generator=generator)
-    chosen = torch.rand(count, generator=generator) < _UNIFORM_SHARE
+    device = generator.device
+    normal = torch.sigmoid(torch.randn(count, generator=generator, device=device) + shift)
+    uniform = torch.rand(count, generator=generator, device=device)
+    chosen = torch.rand(count, generator=generator, device=device) < _UNIFORM_SHARE
     return torch.where(chosen, uniform, normal)
 
 
@@ -52,10 +54,15 @@ class Trainer:
 
     def __init__(self, kind: Kind, settings: Settings, minutes: float, rank: int) -> None:
         """Read the data, build or resume the model."""
+        if settings.device != "cpu":
+            torch.set_float32_matmul_precision("high")
         self.kind, self.recipe, self.settings = kind, kind.transformer, settings
         self.rank, self.seconds = rank, minutes * 60
-        self.data = {size: encode_latents(kind, settings, size) for size in self.recipe.counts}
-        self.prompts = embed_captions(kind, settings)
+        self.data = {
+            size: encode_latents(kind, settings, size).to(settings.device)
+            for size in self.recipe.counts
+        }
+        self.prompts = embed_captions(kind, settings).to(settings.device)
         torch.manual_seed(settings.seed)
         self.model = kind.build_transformer().to(settings.device)
         self.parameters = list(self.model.parameters())
@@ -66,7 +73,7 @@ class Trainer:
         self.spent, self.step = 0.0, 0
         self._resume()
         self.saved = self.spent
-        self.losses: dict[Size, list[float]] = {}
+        self.losses: dict[Size, list[Tensor]] = {}
         if settings.compile:
             self.model.compile_repeated_blocks(dynamic=False)
 
@@ -103,7 +110,7 @@ class Trainer:
         own = int(torch.randint(2**62, (self.rank + 1,), generator=shared)[self.rank])
         stance = "force_eager" if size in self.recipe.eager else "default"
         with torch.compiler.set_stance(stance):
-            loss = self._loss(size, torch.Generator().manual_seed(own))
+            loss = self._loss(size, torch.Generator(self.settings.device).manual_seed(own))
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         self._average_gradients()
@@ -113,32 +120,32 @@ class Trainer:
         decay = min(self.recipe.average, (self.step + 1) / (self.step + 20))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), self.parameters, 1 - decay)
-        self.losses.setdefault(size, []).append(loss.item())
+        self.losses.setdefault(size, []).append(loss.detach())
 
     def _loss(self, size: Size, generator: torch.Generator) -> Tensor:
-        data, device = self.data[size], self.settings.device
+        data, device = self.data[size], generator.device
         count = self.recipe.batches[size]
-        rows = torch.randint(len(data.latents), (count,), generator=generator)
+        rows = torch.randint(len(data.latents), (count,), generator=generator, device=device)
         clean = data.latents[rows].float()
-        noise = torch.randn(clean.shape, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator, device=device)
         t = sample_times(count, self.recipe.shifts[size], generator)
         blend = t.view(-1, *[1] * (clean.ndim - 1))
         text = self._captions(data, rows, generator)
-        noisy = ((1 - blend) * clean + blend * noise).to(device)
-        output = self.kind.velocity(self.model, noisy, t.to(device), text)
-        return F.mse_loss(output, self.kind.layout(noise - clean).to(device))
+        noisy = (1 - blend) * clean + blend * noise
+        output = self.kind.velocity(self.model, noisy, t, text)
+        return F.mse_loss(output, self.kind.layout(noise - clean))
 
     def _captions(
         self, data: LatentSet, rows: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Embeddings of the captions, some reworded and some replaced by the empty prompt."""
-        captions, count = data.captions[rows].clone(), len(rows)
-        phrasings = torch.randint(self.kind.phrasings, (count,), generator=generator)
-        phrasings *= torch.rand(count, generator=generator) < self.recipe.reworded
-        captions[torch.rand(count, generator=generator) < self.recipe.empty] = -1
-        device = self.settings.device
+        captions, count, device = data.captions[rows], len(rows), generator.device
+        phrasings = torch.randint(self.kind.phrasings, (count,), generator=generator, device=device)
+        uniform = functools.partial(torch.rand, count, generator=generator, device=device)
+        phrasings *= uniform() < self.recipe.reworded
+        captions = captions.masked_fill(uniform() < self.recipe.empty, -1)
         rows = self.prompts.rows[captions, phrasings]
-        return {name: one[rows].to(device) for name, one in self.prompts.table.items()}
+        return {name: one[rows] for name, one in self.prompts.table.items()}
 
     def _average_gradients(self) -> None:
         if not dist.is_initialized():
@@ -181,7 +188,9 @@ class Trainer:
         sample_grids(self.kind, self.settings, self.average, f"{self.step:06d}")
 
     def _loss_line(self) -> str:
-        parts = [f"{h}x{w} {sum(v) / len(v):.4f}" for (h, w), v in sorted(self.losses.items())]
+        parts = [
+            f"{h}x{w} {torch.stack(v).mean():.4f}" for (h, w), v in sorted(self.losses.items())
+        ]
         self.losses.clear()
         return " ".join(parts)
 
