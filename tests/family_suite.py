@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import FrameType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,6 +38,10 @@ CACHES = {
 }
 RANGES = TokenRanges(batch=(1, 4), image=(4, 49152))
 """Two prompts with guidance; tokens of the default size of every family."""
+TIME_EMBEDDERS = (
+    *("Timesteps", "TimestepEmbedder", "AudioDiTTimestepEmbedding", "Krea2TimestepEmbedding"),
+)
+"""Classes of diffusers that are given the time as a number."""
 TOLERANCE = 1e-5
 """Of the latents' scale, in float32: passes of guidance as one batch round differently."""
 
@@ -115,6 +122,51 @@ def trace_of(engine: Engine) -> Any:
     return engine.last_trace
 
 
+def in_half(pipeline: Any) -> Any:
+    """The same in bfloat16, but for what its models keep in float32 when they are loaded."""
+    pipeline.to(torch.bfloat16)
+    for model in pipeline.components.values():
+        kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+        for name, module in model.named_modules() if kept else ():
+            if any(part in kept for part in name.split(".")):
+                module.float()
+    return pipeline
+
+
+def assert_same_times(pipeline: Any, call: Mapping[str, Any]) -> None:
+    """Pipelines round the time to the latents' dtype, some before they divide it by 1000."""
+    in_half(pipeline)
+    engine, found = eager(pipeline), []
+    call = {
+        name: one.bfloat16() if isinstance(one, Tensor) and one.is_floating_point() else one
+        for name, one in {**call, "num_inference_steps": 12}.items()
+    }
+    for run in (pipeline, lambda **call: engine(**call, patch_policy=FINE)):
+        with embedded_times(pipeline.transformer) as seen:
+            run(**call, generator=seeded())
+        found.append(seen)
+    assert len(found[0]) >= 12
+    assert found[0] == found[1]
+
+
+@contextmanager
+def embedded_times(transformer: nn.Module) -> Iterator[set[float]]:
+    """What the time embedders of a model are given; seen by Python, as engines refuse hooks."""
+    seen: set[float] = set()
+    kinds = {type(module) for module in transformer.modules()}
+    codes = {kind.forward.__code__ for kind in kinds if kind.__name__ in TIME_EMBEDDERS}
+
+    def look(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code in codes:
+            seen.update(frame.f_locals[frame.f_code.co_varnames[1]].float().flatten().tolist())
+
+    sys.setprofile(look)
+    try:
+        yield seen
+    finally:
+        sys.setprofile(None)
+
+
 @pytest.fixture
 def graphs(emulated_runtime: Any) -> Iterator[EmulatedGraphs]:
     """A CUDA device that a mock runtime makes of the CPU."""
@@ -174,6 +226,10 @@ class FamilySuite:
         assert torch.isfinite(driven).all()
         if self.case.guided is None:
             assert_equal(driven, table, tolerance=TOLERANCE)
+
+    @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+    def test_in_half_precision_the_model_sees_the_pipelines_times(self) -> None:
+        assert_same_times(self.case.pipeline(), self.case.call())
 
     def test_the_models_own_scheduler_settings_are_kept(self) -> None:
         for make in self.case.schedulers.values():

@@ -101,11 +101,12 @@ class FluxFamily(LayeredFamily, FluxForwardFamily):
     def embed_time(
         self, transformer: Any, timesteps: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
-        """See `Family.embed_time`. Rounds t to the model's dtype as the model's forward does."""
+        """See `Family.embed_time`. Rounds t as the pipeline and the model's forward do."""
         weight = transformer.x_embedder.weight
         pooled = conditioning["pooled_projections"].to(weight.device, weight.dtype)
         steps, batch = timesteps.shape[0], pooled.shape[0]
-        levels = timesteps.to(weight.device, weight.dtype).repeat_interleave(batch) * 1000
+        rounded = self.time(timesteps.to(weight.device), weight.dtype)
+        levels = rounded.repeat_interleave(batch) * 1000
         arguments = [levels]
         if transformer.config.guidance_embeds:
             guidance = conditioning["guidance"].to(weight.device, weight.dtype)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from diffusers import FluxPipeline
-from models import noise, tiny_conditioning, tiny_transformer
+from family_suite import assert_same_times
+from models import noise, tiny_conditioning, tiny_embeds, tiny_pipeline, tiny_transformer
 
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models import family_named, family_of
@@ -131,3 +132,9 @@ def test_missing_guidance_is_named():
     conditioning = {**tiny_conditioning(transformer), "guidance": None}
     with pytest.raises(ValueError, match=r"`guidance` is missing.*\[1\]"):
         FLUX.check_conditioning(transformer, 1, conditioning)
+
+
+@pytest.mark.parametrize("guidance_embeds", [False, True])
+def test_in_half_precision_the_model_sees_the_pipelines_times(guidance_embeds):
+    call = {"height": 64, "width": 64, "output_type": "latent", **tiny_embeds()}
+    assert_same_times(tiny_pipeline(guidance_embeds=guidance_embeds), call)

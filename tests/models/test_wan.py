@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from family_suite import assert_same_times
 from models import noise
 from wan_models import (
     CHANNELS,
@@ -352,3 +353,10 @@ def test_given_noise_levels_are_shifted_and_taken(scheduler: Any) -> None:
 def test_scheduler_that_takes_no_noise_levels_is_named() -> None:
     with pytest.raises(ValueError, match="`sigmas`, which FlowMatchHeunDiscreteScheduler does not"):
         WAN.set_timesteps(heun(), 1, [1.0], Grid(height=4, width=4))
+
+
+@pytest.mark.parametrize("scheduler", [euler, unipc])
+def test_in_half_precision_the_model_sees_the_pipelines_times(scheduler: Any) -> None:
+    size = {"height": 64, "width": 64, "num_frames": 5, "output_type": "latent"}
+    call = {"prompt": "a cat", "negative_prompt": "", "guidance_scale": 4.0, **size}
+    assert_same_times(wan_pipeline(scheduler()), call)
