@@ -159,7 +159,7 @@ def lower(exported: Sequence[tuple[Any, PackageInfo]], folder: Path) -> list[Any
                     )
         path = folder / f"{info.block}.pt2"
         with torch.no_grad():
-            inductor.compile_program(program, info, path)
+            inductor.compile_program(program, info, path, {"cpp.vec_isa_ok": False})
         packages.append((path, info))
     return packages
 

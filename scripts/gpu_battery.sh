@@ -11,9 +11,10 @@
 # wan_CARD.json, demo.json and summary.md. FROM=dir goes on from the OUT of a call on another machine.
 #
 # Environment: PYTHON (with PyTorch), DEVICE=cpu PRESET=tiny for a rehearsal, END (seconds after which
-# nothing goes on), WHEELS (.whl), SCRATCH (build/gpu_battery). For pack: MAX_MIB, and WHEEL, a wheel
-# of this checkout that is built already; otherwise PYTHON builds one, which should be the machine's
-# version: a wheel that does not fit is built again there.
+# nothing goes on), ONLY (an expression that the names of steps match, for a part of them), WHEELS
+# (.whl), SCRATCH (build/gpu_battery). For pack: MAX_MIB, and WHEEL, a wheel of this checkout that is
+# built already; otherwise PYTHON builds one, which should be the machine's version: a wheel that
+# does not fit is built again there.
 set -uo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 : "${PYTHON:=python3}" "${DEVICE:=cuda}" "${PRESET:=flux-dev}" "${END:=520}" "${WHEELS:=$root/.whl}"
@@ -65,6 +66,7 @@ finished() { grep -qsF "\"step\": \"$1\", \"code\": 0," "$out/steps.jsonl"; }
 step() { # step NAME LIMIT COMMAND...: never past END, and not again what an earlier call finished
   local name=$1 limit=$(($2 * pace)) left=$((END - SECONDS)) code=0 from=$SECONDS
   shift 2
+  [[ $name =~ ^("wheel "|build$) || $name =~ ^(${ONLY:-.*})$ ]] || return 1
   if [[ -z "${again:-}" ]] && finished "$name"; then
     echo "=== $name: an earlier call has done it"
     return
@@ -106,19 +108,16 @@ if [[ $PRESET == flux-dev ]]; then size=(--height 1024 --batch 1) video=(--video
 [[ $DEVICE == cuda ]] || eight=int8 # the product in 8 bits that a CPU has
 
 # The blocks compile on idle cores while the device's own rules are tried; those say what may run.
-# Nothing is timed before all are done.
-compiling=()
-compile() { # compile NAME MODEL ARGUMENT...
-  [[ -d $2.ddit ]] || { again=1 bench "$1" 150 "$2" --sections compile "${@:3}" & compiling+=($!); }
-}
-compile compile flux "${size[@]}" --steps 8
-compile "compile-$eight" "flux-$eight" "${size[@]}" --steps 8
-compile compile-wan wan "${video[@]}" --steps 4
+# More compiles at once take so much longer that none ends in time.
+compiling=""
+if [[ ! -d flux.ddit ]]; then
+  again=1 bench compile 170 flux --sections compile "${size[@]}" --steps 8 &
+  compiling=$!
+fi
 tests rules 110 "$root/tests/runtime/test_step_gpu.py" -k "not emulator"
 form="$("${visit[@]}" form "$out/steps.jsonl" --junit "$work/rules.xml" --device "$DEVICE")"
 # There is no second time for a compile.
-for job in ${compiling[@]+"${compiling[@]}"}; do wait "$job"; done
-[[ -d flux.ddit ]] || form=eager
+[[ -z "$compiling" ]] || wait "$compiling" || [[ -d flux.ddit ]] || form=eager
 
 # The form that passed; where it refuses all the same, the host picks; at last, blocks as torch runs
 # them. What an earlier call found stays.
@@ -139,9 +138,8 @@ ours=("ddit_rt_*_fine" "ddit_rt_*_paper_2*" "ddit_rt_*_paper_3*" "ddit_rt_*_dyna
 few=(--steps 28) many=(--steps 50) wan=(--steps 30)
 [[ $PRESET != tiny ]] || few=(--steps 8) many=(--steps 10) wan=(--steps 4)
 loops loops 200 flux "${size[@]}" "${few[@]}" --methods "${ours[@]}" compile_regional
-[[ ! -d flux-$eight.ddit ]] ||
-  bench "buckets-$eight" 90 "flux-$eight" --sections buckets blocks "${size[@]}" "${how[@]}"
-bench wan-buckets 120 wan --sections buckets blocks "${video[@]}" "${wan[@]}" "${how[@]}"
+bench "buckets-$eight" 200 "flux-$eight" --sections buckets blocks "${size[@]}" "${how[@]}"
+bench wan-buckets 200 wan --sections buckets blocks "${video[@]}" "${wan[@]}" "${how[@]}"
 loops loops-50 150 flux "${size[@]}" "${many[@]}" --methods "${ours[@]}"
 if [[ $PRESET == flux-dev ]]; then
   bench buckets-512 90 flux --sections buckets --height 512 --batch 1 "${how[@]}"

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from torch._inductor import config, cpu_vec_isa
 
 from ddit_rt.blocks import machine
 from ddit_rt.blocks.machine import compiler_ready, unpack_folder
@@ -278,4 +279,27 @@ def test_compiler_that_cannot_link_the_cpp_library_of_the_process_is_refused(
 
 def test_compiler_of_this_machine_needs_no_options() -> None:
     with compiler_ready("cpu") as options:
-        assert options == {}
+        assert "cpp.cxx" not in options
+
+
+def test_what_is_not_tried_is_what_a_trial_finds() -> None:
+    with compiler_ready("cpu") as options:
+        tried = str(cpu_vec_isa.pick_vec_isa())
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        with config.patch(options):
+            assert str(cpu_vec_isa.pick_vec_isa()) == tried
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+
+
+def test_blocks_on_cuda_try_no_instruction_set_and_leave_a_cpus_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine, "_TOOLKIT", toolkit(tmp_path / "cuda"))
+    before = str(cpu_vec_isa.pick_vec_isa())
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    for kind in (cpu_vec_isa.VecAVX512, cpu_vec_isa.VecAVX512VNNI, cpu_vec_isa.VecAMX):
+        kind.__bool__.cache_clear()
+    with compiler_ready("cuda") as options, config.patch(options), monkeypatch.context() as patch:
+        patch.setattr(cpu_vec_isa.VecISA, "check_build", lambda *_: pytest.fail("tried"))
+        assert cpu_vec_isa.pick_vec_isa() is cpu_vec_isa.invalid_vec_isa
+    assert str(cpu_vec_isa.pick_vec_isa()) == before

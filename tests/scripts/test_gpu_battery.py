@@ -84,8 +84,8 @@ def test_what_matters_most_comes_first_and_in_the_form_that_passed(tmp_path: Pat
     assert done.returncode == 0, done.stdout
     order = [name for name in steps(tmp_path) if name != "compile"]
     assert order == [
-        *("rules", "buckets-loop", "loops", "loops-50", "buckets-512"),
-        *("buckets-batch-4", "wan-buckets", "ops", "demo"),
+        *("rules", "buckets-loop", "loops", "buckets-fp8", "wan-buckets", "loops-50"),
+        *("buckets-512", "buckets-batch-4", "wan-loops", "ops", "demo"),
     ]
     assert set(steps(tmp_path).values()) == {0}
     for line in calls(tmp_path, "gpu_visit.py bench", "--sections loops"):
@@ -144,7 +144,7 @@ def test_a_call_on_another_machine_goes_on_from_records_of_the_same_sources(tmp_
     record = tmp_path / "first" / "steps.jsonl"
     record.write_text(record.read_text().replace('"key": "', '"key": "other '))
     battery(tmp_path, out="third", FROM=str(tmp_path / "first"), SCRATCH=str(tmp_path / "third-s"))
-    assert len(calls(tmp_path, "gpu_visit.py bench", "--sections loops")) == 2
+    assert len(calls(tmp_path, "gpu_visit.py bench", "--sections loops")) == 3
 
 
 @pytest.mark.usefixtures("python")
