@@ -91,13 +91,19 @@ def test_what_matters_most_comes_first_and_in_the_form_that_passed(tmp_path: Pat
     for line in calls(tmp_path, "gpu_visit.py bench", "--sections loops"):
         assert "--executors loop" in line
     (compiled,) = calls(tmp_path, "--sections compile")
-    (buckets,) = calls(tmp_path, "--sections buckets", "--height 1024 --batch 1")
+    (buckets,) = calls(tmp_path, "--sections buckets blocks kernels")
     artifact = f"--artifact {tmp_path}/scratch/flux.ddit"
     assert artifact in compiled
     assert artifact in buckets
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *("demo.json", "flux_fake.json", "log.txt", "steps.jsonl"),
     ]
+
+
+@pytest.mark.usefixtures("python")
+def test_a_part_of_the_steps_can_be_asked_for(tmp_path: Path) -> None:
+    battery(tmp_path, ONLY="compile|rules|buckets-(loop|host)|loops")
+    assert sorted(steps(tmp_path)) == ["buckets-loop", "compile", "loops", "rules"]
 
 
 @pytest.mark.usefixtures("python")
