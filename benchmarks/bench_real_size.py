@@ -27,14 +27,15 @@ Schema, version 1. `spread` is `median`, `min`, `max`, `lower_quartile`, `upper_
   `parameters`, `dtype`, `weight_bytes`, `text_tokens`); `notes`: what the figures do not mean.
 - `sections`: by section, by case (`1024x1024/batch1`, for loops and compile `.../steps28`; of
   videos `480x832x81/batch1`), a record with `measured_at`, `repeats`, `warm_up_calls` and:
-  - `buckets`: `rates` (matrix product and copy, measured in the same call); `rows` by `p`, `2p`,
+  - `buckets`: `rates` (matrix product and copy, measured in the same call); `backend` (`eager`:
+    our engine with blocks as torch runs them); `rows` by `p`, `2p`,
     `4p` as far as the latent offers them, and of images `skip` (decision and update, no model):
     `seconds` (spread over steps, with guidance both passes as one batch), `flops`, `weight_bytes`
     or `moved_bytes`, `floor_seconds`, `bound`, `over_floor`, `ran_on`, `notes`,
     `first_call_seconds`, `provisional` (only the call that warmed it up was timed); `engine`: what
     compiling or loading took.
-  - `loops`: `flops_per_step`; `rows` by method: `label`, `schedule` (`fine`; `paper_...`, see
-    `real_plans.py`; `mixed` = 4p:0.2,2p:0.4,p; `dynamic` = DDiTPolicy(); `...+teacache`: with every
+  - `loops`: `backend`; `flops_per_step`; `rows` by method: `label`, `schedule` (`fine`;
+    `paper_...`, see `real_plans.py`; `mixed` = 4p:0.2,2p:0.4,p; `dynamic` = DDiTPolicy(); `...+teacache`: with every
     other step reusing, where its size is that of the step before), `executor`, `seconds`,
     `wall_seconds`, `first_call_seconds` (compilers' caches may be warm), `baseline_seconds`
     (diffusers eager in the same call), `speedup` (over it), `counted_speedup` (by operations; a

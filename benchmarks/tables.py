@@ -46,6 +46,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "soak_cpu": soak,
     "study_cpu": study,
     "wan_cpu": real_size,
+    "wan_cuda": real_size,
 }
 
 

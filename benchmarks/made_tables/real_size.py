@@ -11,6 +11,7 @@ _SHOWN_FORMS = (None, "loop", "auto")
 _ALL_FORMS = "mixed"
 _MEANS_SOMETHING = "fine"
 _MOST_KERNELS = 10
+_PRODUCTS = ("addmm_out", "mm_out", "bmm_out")
 
 
 def real_size(report: Report) -> str:
@@ -24,7 +25,19 @@ def real_size(report: Report) -> str:
         _buckets_table(_with_rows(sections.get("buckets", {}))),
         [_conditions(report)],
         _needs(sections),
+        _uncompiled(sections),
     )
+
+
+def _uncompiled(sections: Report) -> list[str]:
+    """Said of a record that tells nothing of compiled blocks."""
+    cases = [case for name in ("buckets", "loops") for case in sections.get(name, {}).values()]
+    if not cases or any(case.get("backend") != "eager" for case in cases):
+        return []
+    return [
+        "**ddit_rt's blocks were not compiled** here: they ran as torch runs them, in captured "
+        "graphs."
+    ]
 
 
 def _with_rows(cases: Report) -> dict[str, Mapping[str, Any]]:
@@ -37,13 +50,15 @@ def _loops_table(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not cases:
         return []
     (first, rows), *others = cases.items()
+    forms = {row["executor"] for row in rows.values()} - {None}
+    shown = {*_SHOWN_FORMS, *(forms if len(forms) == 1 else ())}
     skips = any("reused_share" in row for row in rows.values())
     columns = ["", f"{first}, s (min to max)", "speed-up", "by count"]
     columns += [*(["reused"] if skips else []), "error"]
     lines = header([*columns, *(key for key, _ in others)])
     # diffusers first, then ours; each in the order of the file.
     for name, row in sorted(rows.items(), key=lambda item: item[1]["executor"] is not None):
-        if row["executor"] in _SHOWN_FORMS or row["schedule"] == _ALL_FORMS:
+        if row["executor"] in shown or row["schedule"] == _ALL_FORMS:
             speedups = [times(other.get(name, {}).get("speedup")) for _, other in others]
             lines.append(line([_label(row), *_loop_cells(row, skips), *speedups]))
     return lines
@@ -173,16 +188,18 @@ def blocks_cuda(report: Report) -> str:
 
 def lowered_cuda(report: Report) -> str:
     """What a block becomes on CUDA, before (diffusers' forward) and now."""
-    columns = ["one block", "", "launches", "instructions", "16-bit loads", "GELU in a product"]
-    lines = header([*columns, "only copies"], "--")
+    columns = ["one block", "", "products", "of them with GELU", "launches", "instructions"]
+    lines = header([*columns, "16-bit loads", "only copies"], "--")
     for state, found in (("diffusers' forward", report["before"]), ("now", report["blocks"])):
         for name, counts in found.items():
             kernels = counts["kernels"].values()
+            calls = sum(counts["calls"].get(name, 0) for name in _PRODUCTS)
             numbers = [
+                calls + counts["gelu_in_product"],
+                counts["gelu_in_product"],
                 counts["launches"],
                 sum(kernel["instructions"] * kernel["launches"] for kernel in kernels),
                 sum(kernel["loads_16_bit"] * kernel["launches"] for kernel in kernels),
-                counts["gelu_in_product"],
                 len(counts["copies"]),
             ]
             lines.append(line([name, state, *(f"{number}" for number in numbers)]))

@@ -57,6 +57,12 @@ def test_passes_over_memory_are_as_few_as_they_were(blocks: dict[str, Any]) -> N
     wan = blocks["WanTransformerBlock"]
     assert wan["launches"] <= 7
     assert single["copies"] == wan["copies"] == []
-    for block in blocks.values():  # modulation is made ahead of the run: no product of single rows
+
+
+def test_layers_of_the_same_tokens_are_one_product_and_modulation_is_made_ahead(
+    blocks: dict[str, Any],
+) -> None:
+    most = {"FluxTransformerBlock": 8, "FluxSingleTransformerBlock": 4, "WanTransformerBlock": 7}
+    for name, block in blocks.items():
         products = sum(block["calls"].get(name, 0) for name in ("addmm_out", "mm_out", "bmm_out"))
-        assert products + block["gelu_in_product"] <= 12
+        assert products + block["gelu_in_product"] <= most[name]
