@@ -35,9 +35,9 @@ Schema, version 1. `spread` is `median`, `min`, `max`, `lower_quartile`, `upper_
     `first_call_seconds`, `provisional` (only the call that warmed it up was timed); `engine`: what
     compiling or loading took.
   - `loops`: `backend`; `flops_per_step`; `rows` by method: `label`, `schedule` (`fine`;
-    `paper_...`, see `real_plans.py`; `mixed` = 4p:0.2,2p:0.4,p; `dynamic` = DDiTPolicy(); `...+teacache`: with every
-    other step reusing, where its size is that of the step before), `executor`, `seconds`,
-    `wall_seconds`, `first_call_seconds` (compilers' caches may be warm), `baseline_seconds`
+    `paper_...`, see `real_plans.py`; `mixed` = 4p:0.2,2p:0.4,p; `dynamic` = DDiTPolicy();
+    `...+teacache`: with every other step reusing, where its size is that of the step before),
+    `executor`, `seconds`, `wall_seconds`, `first_call_seconds` (compilers' caches may be warm), `baseline_seconds`
     (diffusers eager in the same call), `speedup` (over it), `counted_speedup` (by operations; a
     step that reuses counts as none), `relative_error` (of the final latents), `finite`, and for
     ours `ran_on`, `patch_sizes` and `computed_sizes` (number of all steps, and of those that did

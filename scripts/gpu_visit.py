@@ -12,7 +12,9 @@ Commands:
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -24,6 +26,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 Record = dict[str, Any]
+
+_STACKS_S = 45
 
 # What a form rests on, by the tests of tests/runtime/test_step_gpu.py.
 ALONE = "test_kernels_have_the_bits_of_the_cpu_ops"
@@ -129,6 +133,10 @@ def _bench(args: argparse.Namespace, rest: list[str]) -> int:
     """Runs `bench_real_size.py`; fails unless its section has a good row."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     bench = import_module("bench_real_size")
+    # What a call was at when its time ended must be in the log: there is no second one.
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("ddit_rt").setLevel(logging.DEBUG)
+    faulthandler.dump_traceback_later(_STACKS_S, repeat=True)
     bench.main(["--model", args.model, *rest, "--out", str(args.out)])
     section = rest[rest.index("--sections") + 1]
     cases = json.loads(args.out.read_text(encoding="utf-8"))["sections"][section].values()

@@ -34,10 +34,8 @@ def _uncompiled(sections: Report) -> list[str]:
     cases = [case for name in ("buckets", "loops") for case in sections.get(name, {}).values()]
     if not cases or any(case.get("backend") != "eager" for case in cases):
         return []
-    return [
-        "**ddit_rt's blocks were not compiled** here: they ran as torch runs them, in captured "
-        "graphs."
-    ]
+    said = "**ddit_rt's blocks were not compiled** here: they ran as torch runs them"
+    return [f"{said}, in captured graphs."]
 
 
 def _with_rows(cases: Report) -> dict[str, Mapping[str, Any]]:
