@@ -41,8 +41,8 @@ Schema, version 1. `spread` is `median`, `min`, `max`, `lower_quartile`, `upper_
     `baseline_seconds` (diffusers eager in the same call), `speedup` (over it), `counted_speedup`
     (by operations; a step that reuses counts as none), `relative_error` (of the final latents),
     `finite`, and for ours `ran_on`, `patch_sizes` and `computed_sizes` (number of all steps, and of
-    those that did not reuse, by patch size), `reused_share` of the steps, `tokens`, `notes`, `late_captures`; for
-    a cache of diffusers `computed_steps` and `reused_share`.
+    those that did not reuse, by patch size), `reused_share` of the steps, `tokens`, `notes`,
+    `late_captures`; for a cache of diffusers `computed_steps` and `reused_share`.
   - `memory`: `weight_bytes`; `diffusers_eager` and `ddit_rt`: `peak_bytes` (of tensors; on a CPU of
     the resident set), `used_bytes` (of the device); `growth_by_load_bytes`, `growth_by_runs_bytes`,
     `captures`; `ratio_of_peak_bytes`, `ratio_of_used_bytes`; `state`: what the engine keeps beside
