@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from torch.export import ExportedProgram
 
-import ddit_rt.blocks.compile as block_compiler
 import ddit_rt.blocks.inductor as inductor
+import ddit_rt.blocks.side_by_side as side_by_side
 from ddit_rt.blocks import PackageInfo, read_info
 
 Packages = Callable[[], AbstractContextManager[None]]
@@ -45,8 +45,9 @@ def compile_for_tests(patch: pytest.MonkeyPatch) -> None:
     """Makes compiling as cheap as it can be where hundreds of packages are made and none is timed.
 
     Headers are parsed once, and what calls a package's kernels is not optimised; the kernels are,
-    so that packages compute the same bits.
+    so that packages compute the same bits. All in this process, where it is patched.
     """
+    patch.setattr(side_by_side, "spare_processes", lambda: 0)
     cheap = {"aot_inductor.precompile_headers": True}
     cheap |= {"aot_inductor.compile_wrapper_opt_level": "O0"}
     patch.setattr(inductor, "_WHERE_KNOWN", {**inductor._WHERE_KNOWN, **cheap})
@@ -59,7 +60,7 @@ def packages_made_once(folder: Path) -> Iterator[None]:
     Blocks are exported each time. A package holds no weights, so equal programs with equal metadata
     are equal packages.
     """
-    compile_program = block_compiler.compile_program
+    compile_program = side_by_side.compile_program
 
     def compile_or_copy(
         program: ExportedProgram, info: PackageInfo, target: Path, options: Mapping[str, Any]
@@ -76,5 +77,5 @@ def packages_made_once(folder: Path) -> Iterator[None]:
         return read_info(target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_compiler, "compile_program", compile_or_copy)
+        patch.setattr(side_by_side, "compile_program", compile_or_copy)
         yield

@@ -8,14 +8,10 @@ package with different constants.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +21,14 @@ from torch.export import Dim, ExportedProgram
 
 from ddit_rt.blocks.constants import live_slots
 from ddit_rt.blocks.fused import fuse_layers
-from ddit_rt.blocks.inductor import compile_program, torch_as_tested
+from ddit_rt.blocks.inductor import torch_as_tested
 from ddit_rt.blocks.inputs import SYMBOLS, TokenRanges
 from ddit_rt.blocks.machine import compiler_ready
-from ddit_rt.blocks.package import PackageInfo, package_path, record_attention
+from ddit_rt.blocks.package import PackageInfo, package_path
 from ddit_rt.blocks.package import input_dtypes as resolve_dtypes
 from ddit_rt.blocks.quantise import check_rows
 from ddit_rt.blocks.runner import constant_specs
+from ddit_rt.blocks.side_by_side import SideBySide, compile_package, failures_of
 from ddit_rt.blocks.template import BlockTemplate, LoraSpec
 from ddit_rt.errors import CompileError, UnsupportedModelError
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType, TensorSpec
@@ -79,26 +76,29 @@ def compile_blocks(
     """
     for block_type in block_types:
         check_identical(block_type, block_type.blocks(transformer))
-    jobs = [(block_type, variant) for variant in variants for block_type in block_types]
-    paths: list[str] = []
-    known: dict[str, Path] = {}
-    for block_type, variant in jobs:
-        path = package_path(block_type.name, variant)
+    jobs = {
+        package_path(block_type.name, variant): (block_type, lora)
+        for variant, lora in variants.items()
+        for block_type in block_types
+    }
+    left = dict.fromkeys(jobs)
+
+    def tell() -> None:
         if progress is not None:
-            progress(len(paths), len(jobs), path)
-        compile_block(
-            block_type,
-            block_type.blocks(transformer)[0],
-            package=directory / path,
-            ranges=ranges,
-            lora=variants[variant],
-            input_dtypes=input_dtypes,
-            known=known,
-        )
-        paths.append(path)
-    if progress is not None:
-        progress(len(paths), len(jobs), "done")
-    return paths
+            progress(len(jobs) - len(left), len(jobs), next(iter(left), "done"))
+
+    def done(package: Path) -> None:
+        left.pop(package.relative_to(directory).as_posix())
+        tell()
+
+    tell()
+    with SideBySide(len(jobs), done) as compiler:
+        for path, (block_type, lora) in jobs.items():
+            block = block_type.blocks(transformer)[0]
+            program, info = _traced(block_type, block, ranges, lora, input_dtypes)
+            compiler.add(program, info, directory / path)
+        compiler.finish()
+    return list(jobs)
 
 
 def compile_block(
@@ -109,7 +109,6 @@ def compile_block(
     ranges: TokenRanges,
     lora: LoraSpec | None = None,
     input_dtypes: Mapping[str, torch.dtype] | None = None,
-    known: dict[str, Path] | None = None,
 ) -> PackageInfo:
     """Compiles one block into a package, for the device and data type it has.
 
@@ -120,53 +119,43 @@ def compile_block(
         ranges: Sizes to compile for.
         lora: Branch that the variant carries in its feed-forward layers.
         input_dtypes: Data types of inputs, by name, that differ from `package.input_dtypes`.
-        known: Packages so far, by their programs; an equal one is copied, a new one is added.
 
     Raises:
         CompileError: The block cannot be exported or compiled.
         UnsupportedModelError: The block carries adapters or hooks.
     """
-    weight = next(block.parameters())
-    if weight.device.type == "cuda":
+    program, info = _traced(block_type, block, ranges, lora, input_dtypes)
+    return compile_package(program, info, package)
+
+
+def _traced(
+    block_type: BlockType,
+    block: nn.Module,
+    ranges: TokenRanges,
+    lora: LoraSpec | None,
+    input_dtypes: Mapping[str, torch.dtype] | None,
+) -> tuple[ExportedProgram, PackageInfo]:
+    """A block as a program, and what its package is to say of itself."""
+    device = next(block.parameters()).device
+    if device.type == "cuda":
         check_rows(block_type, block)
     template = BlockTemplate(block_type, block, lora)
     started = time.perf_counter()
-    try:
-        with (
-            torch_as_tested(),
-            compiler_ready(weight.device.type) as options,
-            _replacing(package) as temporary,
-        ):
-            fused = fuse_layers(template, block_type, block)
-            info = PackageInfo(
-                block=block_type.name,
-                inputs=block_type.inputs,
-                input_dtypes=resolve_dtypes(
-                    block_type.inputs, block_type.dtype(block), input_dtypes
-                ),
-                device=weight.device.type,
-                ranges=ranges,
-                constants=constant_specs(template),
-                fused=fused,
-            )
-            program = export_block(template, info, weight.device)
-            LOG.debug("%s: exported after %.2f s", block_type.name, time.perf_counter() - started)
-            same = {} if known is None else known
-            made = same.setdefault(_identity(program, info), package)
-            if made != package:
-                shutil.copyfile(made, temporary)
-                LOG.info("%s: the program of %s", package.parent.name, made.parent.name)
-                return record_attention(temporary, info)
-            info = compile_program(program, info, temporary, options)
-            LOG.info("%s: compiled in %.1f s", package.parent.name, time.perf_counter() - started)
-            return info
-    except CompileError:
-        raise
-    except Exception as error:
-        reason = str(error).strip() or type(error).__name__
-        raise CompileError(
-            f"{block_type.name} cannot be compiled ahead of time: {reason}"
-        ) from error
+    # What the machine lacks is said before the time that tracing takes.
+    with failures_of(block_type.name), torch_as_tested(), compiler_ready(device.type):
+        fused = fuse_layers(template, block_type, block)
+        info = PackageInfo(
+            block=block_type.name,
+            inputs=block_type.inputs,
+            input_dtypes=resolve_dtypes(block_type.inputs, block_type.dtype(block), input_dtypes),
+            device=device.type,
+            ranges=ranges,
+            constants=constant_specs(template),
+            fused=fused,
+        )
+        program = export_block(template, info, device)
+    LOG.debug("%s: traced in %.1f s", block_type.name, time.perf_counter() - started)
+    return program, info
 
 
 def check_identical(block_type: BlockType, blocks: Sequence[nn.Module]) -> None:
@@ -212,11 +201,6 @@ def export_block(
     return program
 
 
-def _identity(program: ExportedProgram, info: PackageInfo) -> str:
-    """All that a package hangs on but for its name: it holds no weights."""
-    return f"{program}\n{replace(info, block='').to_json()}"
-
-
 def _example_sizes(ranges: TokenRanges, preferred: Mapping[str, int]) -> dict[str, int]:
     """Sizes in range, none of them 1 and all different: the tracer takes equal sizes for one."""
     choices = []
@@ -253,15 +237,3 @@ def _open_dims(spec: TensorSpec, ranges: TokenRanges) -> dict[int, Any]:
 def _signature(block: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     tensors = {name: slot.read() for name, slot in live_slots(block).items()}
     return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items() if t is not None}
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `path` on success and vanishes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -57,7 +57,7 @@ def test_compile_blocks_reports_progress_and_compiles_equal_programs_once(
         compiled.append(info.block)
         return record_attention(archive(target, info), info)
 
-    monkeypatch.setattr("ddit_rt.blocks.compile.compile_program", compile_program)
+    monkeypatch.setattr("ddit_rt.blocks.side_by_side.compile_program", compile_program)
     double, single = family_of(transformer).block_types(transformer)
     again = replace(single, name="Another")
     progress: list[tuple[int, int, str]] = []

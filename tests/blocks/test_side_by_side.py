@@ -1,0 +1,176 @@
+"""Packages that other processes compile: the same ones, or an error that says of which block."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import noise, tiny_transformer
+from torch import Tensor
+from torch._inductor import config
+
+from ddit_rt.blocks import PackageInfo, TokenRanges, compile_blocks, load_runner, read_info
+from ddit_rt.blocks import side_by_side as module
+from ddit_rt.blocks.compile import _traced
+from ddit_rt.blocks.side_by_side import SideBySide, spare_processes
+from ddit_rt.errors import CompileError
+from ddit_rt.models import family_of
+from ddit_rt.models.base import BATCH, IMAGE, JOINT, TEXT
+
+SIZES = {BATCH: 2, IMAGE: 12, TEXT: 5, JOINT: 17}
+RANGES = TokenRanges()
+
+
+def compiled(folder: Path) -> list[str]:
+    """Packages of a tiny FLUX."""
+    transformer = tiny_transformer()
+    types = family_of(transformer).block_types(transformer)
+    return compile_blocks(transformer, types, folder, ranges=RANGES, variants={None: None})
+
+
+def outputs(folder: Path, path: str) -> list[Tensor]:
+    """What a package makes of random tokens."""
+    transformer = tiny_transformer()
+    info = read_info(folder / path)
+    types = family_of(transformer).block_types(transformer)
+    block_type = next(one for one in types if one.name == info.block)
+    runner = load_runner(folder / path, block_type.blocks(transformer)[0])
+    inputs = [noise(*spec.shape(SIZES), seed=seed) for seed, spec in enumerate(info.inputs)]
+    return [tensor.clone() for tensor in runner(*inputs)]
+
+
+@pytest.mark.slow
+def test_a_package_computes_the_bits_of_one_that_this_process_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "spare_processes", lambda: 1)
+    paths = compiled(tmp_path / "beside")
+    monkeypatch.setattr(module, "spare_processes", lambda: 0)
+    assert compiled(tmp_path / "alone") == paths
+    for path in paths:
+        assert read_info(tmp_path / "beside" / path) == read_info(tmp_path / "alone" / path)
+        pairs = zip(
+            outputs(tmp_path / "beside", path), outputs(tmp_path / "alone", path), strict=True
+        )
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
+    """Lets other code than `work` run in the processes; gives them, as they are started."""
+    processes: list[Any] = []
+    start = subprocess.Popen
+
+    def remembered(command: list[str], **more: Any) -> Any:
+        process = start(command, **more)
+        if command[0] == sys.executable:  # and no compiler
+            processes.append(process)
+        return process
+
+    def begin(code: str) -> list[Any]:
+        monkeypatch.setattr(module, "_COMMAND", code)
+        monkeypatch.setattr(module, "spare_processes", lambda: 1)
+        monkeypatch.setattr(subprocess, "Popen", remembered)
+        monkeypatch.setattr(module, "compile_program", written)
+        return processes
+
+    return begin
+
+
+def written(_: Any, info: PackageInfo, target: Path, __: Any) -> PackageInfo:
+    target.write_bytes(b"a package")
+    return info
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "ended with -9, perhaps for want of memory"),
+        ("raise ImportError('no such thing')", "it said: .*no such thing"),
+        ("pass", "ended with 0.*it said: nothing"),
+    ],
+)
+def test_a_process_that_dies_is_an_error_of_its_block(
+    tmp_path: Path, started: Callable[[str], list[Any]], code: str, said: str
+) -> None:
+    processes = started(code)
+    with pytest.raises(CompileError, match=f"(?s)FluxSingleTransformerBlock.*{said}"):
+        compiled(tmp_path)
+    (process,) = processes
+    assert process.poll() is not None
+
+
+def test_what_cannot_be_compiled_there_is_told_as_here(
+    tmp_path: Path, started: Callable[[str], list[Any]]
+) -> None:
+    started(
+        "import ddit_rt.blocks.side_by_side as module\n"
+        "def fail(*_): raise ValueError('not this one')\n"
+        "module.compile_program = fail\n"
+        "module.work()\n"
+    )
+    told = "^FluxSingleTransformerBlock cannot be compiled ahead of time: not this one$"
+    with pytest.raises(CompileError, match=told):
+        compiled(tmp_path)
+    assert not list(tmp_path.glob("FluxSingle*/*"))
+
+
+def test_an_error_here_ends_the_others(
+    tmp_path: Path, started: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = started("import time; time.sleep(600)")
+
+    def fail(*_: Any) -> PackageInfo:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "compile_program", fail)
+    with pytest.raises(KeyboardInterrupt):
+        compiled(tmp_path)
+    (process,) = processes
+    assert process.poll() is not None
+
+
+def test_processes_without_a_program_end_by_themselves() -> None:
+    code = "from ddit_rt.blocks.side_by_side import work; work()"
+    done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, check=False)
+    assert done.returncode == 0
+
+
+def test_settings_made_in_code_are_kept_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with config.patch({"max_fusion_size": 7}):
+        assert spare_processes() == 0
+
+
+def test_more_programs_than_processes_are_shared_among_all(
+    tmp_path: Path, started: Callable[[str], list[Any]]
+) -> None:
+    """A process that has ended makes room for another; equal programs are compiled once."""
+    processes = started(
+        "import json, sys, pathlib\n"
+        "told = json.loads(sys.stdin.read())\n"
+        "package = pathlib.Path(told['package'])\n"
+        "package.parent.mkdir(parents=True, exist_ok=True)\n"
+        "package.write_bytes(b'there')\n"
+    )
+    transformer = tiny_transformer()
+    double, single = family_of(transformer).block_types(transformer)
+    wide = replace(single, name="Wide")
+    done: list[Path] = []
+    with SideBySide(4, done.append) as compiler:
+        for block_type, batch in ((double, 4), (single, 4), (wide, 5)):
+            block = block_type.blocks(transformer)[0]
+            ranges = TokenRanges(batch=(1, batch))
+            program, info = _traced(block_type, block, ranges, None, None)
+            compiler.add(program, info, tmp_path / block_type.name / "package.pt2")
+        compiler.finish()
+    assert sorted(path.parent.name for path in done) == sorted([double.name, single.name, "Wide"])
+    written_here = [path for path in done if path.read_bytes() == b"a package"]
+    assert len(written_here) + len(processes) == 3
+    assert written_here
