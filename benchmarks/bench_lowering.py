@@ -1,6 +1,6 @@
 """Counts what FLUX's and Wan's blocks become on an H100, without one.
 
-    python benchmarks/bench_lowering.py [--out FILE] [--blocks NAME ...]
+    python benchmarks/bench_lowering.py [--out FILE] [--blocks NAME ...] [--fp8]
 
 Exports the blocks of FLUX.1-dev and Wan 2.1 1.3B on tensors without data, lowers them as
 `ddit_rt.compile` does, and reads the packages: which kernels a block launches, how many
@@ -10,12 +10,15 @@ stub does).
 
 Schema, version 1: `versions`; `blocks` by class: `launches` (of generated kernels), `kernels` by
 name (`instructions`, `loads_16_bit`, `launches`), `calls` (torch's own kernels, by name),
-`gelu_in_product` (products that end in GELU), `copies` (kernels that compute nothing).
+`gelu_in_product` (products that end in GELU), `copies` (kernels that compute nothing); with `--fp8`
+(torchao) `fp8`, the same of blocks with `quantization="fp8"`; `before`, made once: of diffusers'
+own forward. What is not made anew stays.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import operator
 import os
 import re
@@ -36,6 +39,7 @@ import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from real_models import MODELS
 from records import RESULTS, write
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -43,11 +47,14 @@ import ddit_rt.blocks.template as template
 from ddit_rt.blocks import TokenRanges, inductor
 from ddit_rt.blocks.compile import export_block
 from ddit_rt.blocks.fused import fuse_layers
+from ddit_rt.blocks.linears import linear_calls
 from ddit_rt.blocks.package import PackageInfo, input_dtypes
 from ddit_rt.blocks.runner import constant_specs
 from ddit_rt.lab.measure.report import versions
 from ddit_rt.models import family_of
+from ddit_rt.models.base import BlockType
 from ddit_rt.models.layered import LayeredFamily
+from ddit_rt.models.quantised import quantise
 
 PRESETS = {
     "flux": ("flux-dev", FluxTransformer2DModel),
@@ -64,19 +71,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS / "lowered_cuda.json")
     parser.add_argument("--blocks", nargs="+", help="classes; default: all")
+    parser.add_argument("--fp8", action="store_true", help="the blocks in fp8")
     args = parser.parse_args(argv)
     if torch.version.cuda is None:
         parser.error(f"torch {torch.__version__} generates no code for CUDA; install a CUDA build")
     with tempfile.TemporaryDirectory(prefix="ddit_rt-") as name:
-        exported = list(exports(args.blocks))
+        exported = list(exports(args.blocks, fp8=args.fp8))
         packages = lower(exported, Path(name))
         blocks = {info.block: counted(path) for path, info in packages}
-    write(args.out, {"schema_version": 1, "versions": versions(), "blocks": blocks})
+    before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    section = "fp8" if args.fp8 else "blocks"
+    report = {"schema_version": 1, **before, "versions": versions()}
+    write(args.out, {**report, section: {**before.get(section, {}), **blocks}})
     print(f"wrote {args.out}", file=sys.stderr)
     return 0
 
 
-def exports(wanted: Sequence[str] | None) -> Iterator[tuple[Any, PackageInfo]]:
+def exports(
+    wanted: Sequence[str] | None, *, fp8: bool = False
+) -> Iterator[tuple[Any, PackageInfo]]:
     """Exported blocks, one of each class, with what their packages say of themselves."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     for name, (preset, transformer_class) in PRESETS.items():
@@ -96,9 +109,12 @@ def exports(wanted: Sequence[str] | None) -> Iterator[tuple[Any, PackageInfo]]:
             for block_type in family.block_types(transformer):
                 if wanted and block_type.name not in wanted:
                     continue
-                block = template.BlockTemplate(block_type, block_type.blocks(transformer)[0])
+                own, like = (block_type.blocks(model)[0] for model in (transformer, shapes))
+                if fp8:
+                    _quantise(block_type, own, like)
+                block = template.BlockTemplate(block_type, own)
                 with unset_fake_temporarily():  # what reads what is found by running a copy on meta
-                    fused = fuse_layers(block, block_type, block_type.blocks(shapes)[0])
+                    fused = fuse_layers(block, block_type, like)
                 dtypes = input_dtypes(block_type.inputs, torch.bfloat16, None)
                 info = PackageInfo(
                     block=block_type.name,
@@ -112,6 +128,17 @@ def exports(wanted: Sequence[str] | None) -> Iterator[tuple[Any, PackageInfo]]:
                 program = export_block(block, info, torch.device("cuda", 0))
                 _call_cudnn(program)
                 yield program, info
+
+
+def _quantise(block_type: BlockType, own: nn.Module, like: nn.Module) -> None:
+    """What `quantise_blocks` does; torchao looks for a device, which is not there yet."""
+    from torchao.quantization import quant_api
+
+    with unset_fake_temporarily():
+        paths = [call.path for call in linear_calls(block_type, like) if call.of_tokens]
+    found = (own.get_submodule(path) for path in dict.fromkeys(paths))
+    with mock.patch.object(quant_api, "_check_hardware_support"):
+        quantise([layer for layer in found if isinstance(layer, nn.Linear)], "fp8")
 
 
 def _one_of_each(config: Any) -> dict[str, int]:

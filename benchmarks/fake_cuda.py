@@ -20,6 +20,7 @@ import torch._inductor.runtime.triton_helpers as triton_helpers
 import torch._inductor.runtime.triton_heuristics as heuristics
 import torch._inductor.utils as inductor_utils
 import torch._subclasses.fake_tensor as fake_tensor
+import torch.utils._triton
 import triton
 from torch._dynamo import device_interface
 from triton.backends.compiler import GPUTarget
@@ -115,6 +116,8 @@ def _set(names: str, value: Any, *holders: Any) -> None:
 
 def pretend() -> None:
     """Puts the device in place."""
+    for remembers in vars(torch.utils._triton).values():  # noqa: SLF001 - that there is no device
+        getattr(remembers, "cache_clear", int)()
     interface, nothing = device_interface.CudaInterface, lambda *_, **__: None
     first = lambda *_, **__: 0  # noqa: E731
     _set("is_available is_bf16_supported", lambda *_, **__: True, torch.cuda)

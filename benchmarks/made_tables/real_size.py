@@ -11,7 +11,7 @@ _SHOWN_FORMS = (None, "loop", "auto")
 _ALL_FORMS = "mixed"
 _MEANS_SOMETHING = "fine"
 _MOST_KERNELS = 10
-_PRODUCTS = ("addmm_out", "mm_out", "bmm_out")
+_PRODUCTS = ("addmm_out", "mm_out", "bmm_out", "_scaled_mm_out")
 
 
 def real_size(report: Report) -> str:
@@ -188,7 +188,8 @@ def lowered_cuda(report: Report) -> str:
     """What a block becomes on CUDA, before (diffusers' forward) and now."""
     columns = ["one block", "", "products", "of them with GELU", "launches", "instructions"]
     lines = header([*columns, "16-bit loads", "only copies"], "--")
-    for state, found in (("diffusers' forward", report["before"]), ("now", report["blocks"])):
+    states = {"diffusers' forward": "before", "now": "blocks", "now, in fp8": "fp8"}
+    for state, found in ((name, report.get(key, {})) for name, key in states.items()):
         for name, counts in found.items():
             kernels = counts["kernels"].values()
             calls = sum(counts["calls"].get(name, 0) for name in _PRODUCTS)
