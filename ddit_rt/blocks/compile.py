@@ -76,6 +76,9 @@ def compile_blocks(
     """
     for block_type in block_types:
         check_identical(block_type, block_type.blocks(transformer))
+    first = block_types[0].blocks(transformer)[0]
+    with compiler_ready(next(first.parameters()).device.type):
+        pass  # what the machine lacks is said before the time that tracing takes
     jobs = {
         package_path(block_type.name, variant): (block_type, lora)
         for variant, lora in variants.items()
@@ -141,8 +144,7 @@ def _traced(
         check_rows(block_type, block)
     template = BlockTemplate(block_type, block, lora)
     started = time.perf_counter()
-    # What the machine lacks is said before the time that tracing takes.
-    with failures_of(block_type.name), torch_as_tested(), compiler_ready(device.type):
+    with failures_of(block_type.name), torch_as_tested():
         fused = fuse_layers(template, block_type, block)
         info = PackageInfo(
             block=block_type.name,

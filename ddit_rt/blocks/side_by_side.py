@@ -39,6 +39,8 @@ LOG = logging.getLogger("ddit_rt.blocks")
 
 _PROGRAM, _INFO, _LAYOUTS = "program.pt2", "info.json", "layouts.json"
 _ERROR, _SAID = "error.txt", "output.txt"
+_MOST = 3
+"""Processes beside this one: each takes a gigabyte."""
 _SHOWN = 2000
 """Characters of what a process that was killed had printed."""
 _COMMAND = "from ddit_rt.blocks.side_by_side import work; work()"
@@ -69,15 +71,18 @@ def compile_package(program: ExportedProgram, info: PackageInfo, package: Path) 
 
 
 def spare_processes() -> int:
-    """How many processes may compile beside this one: one for each further CPU.
+    """How many processes may compile beside this one: one for each further CPU, up to three.
 
-    None where code has changed Inductor's settings, of which another process would not know.
+    None where code has changed Inductor's settings, of which another process would not know, or
+    where Python runs inside another program.
     """
     from torch._inductor import config
 
+    if "python" not in Path(sys.executable or "").name or config.codegen_config():
+        return 0
     known = hasattr(os, "sched_getaffinity")
     cpus = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-    return cpus - 1 if sys.executable and not config.codegen_config() else 0
+    return min(cpus - 1, _MOST)
 
 
 class SideBySide:
@@ -144,7 +149,9 @@ class SideBySide:
                 self._idle.append(_Process())
             process = self._idle.pop()
             self._busy.append(process)
-            process.give(*self._waiting.pop())
+            program, info, package = self._waiting.pop()
+            with failures_of(info.block):
+                process.give(program, info, package)
 
 
 class _Process:

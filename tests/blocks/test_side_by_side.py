@@ -121,6 +121,27 @@ def test_what_cannot_be_compiled_there_is_told_as_here(
     assert not list(tmp_path.glob("FluxSingle*/*"))
 
 
+def test_a_full_disk_is_an_error_of_the_block_that_was_handed_over(
+    tmp_path: Path, started: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    processes = started("import time; time.sleep(600)")
+    monkeypatch.setattr(torch.export, "save", full)
+    with pytest.raises(CompileError, match="^FluxSingleTransformerBlock.*No space left on device"):
+        compiled(tmp_path)
+    assert [process.poll() for process in processes] == [-9]
+
+
+@pytest.mark.parametrize("executable", ["", "/usr/bin/uwsgi", "/opt/app/blender"])
+def test_another_program_that_python_runs_in_is_not_started(
+    monkeypatch: pytest.MonkeyPatch, executable: str
+) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    assert spare_processes() == 0
+
+
 def test_an_error_here_ends_the_others(
     tmp_path: Path, started: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,8 +163,7 @@ def test_processes_without_a_program_end_by_themselves() -> None:
     assert done.returncode == 0
 
 
-def test_settings_made_in_code_are_kept_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+def test_settings_made_in_code_are_kept_in_this_process() -> None:
     with config.patch({"max_fusion_size": 7}):
         assert spare_processes() == 0
 
