@@ -8,8 +8,7 @@ Examples:
   python scripts/train_demo.py image transformer --minutes 90  one stage, continued if interrupted
   python scripts/train_demo.py video evaluate                  what the shipped model draws
   python scripts/train_demo.py video all --quick               a smoke run of all stages
-  python scripts/train_demo.py scenes all --device cuda --workers 16 --no-compile
-                                    benchmarks/study, from demo weights, in 5 minutes
+  python scripts/train_demo.py scenes all --workers 2          benchmarks/study, from demo weights
 
 A stage keeps its checkpoints in the work folder and continues from them; delete a file there to
 start that stage afresh. `classifier` is of the image model; the measure of both is made with it.

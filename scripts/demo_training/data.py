@@ -39,7 +39,8 @@ def encode_latents(kind: Kind, settings: Settings, size: Size) -> LatentSet:
     """Draw and encode the samples of one size, or read what an earlier run has encoded."""
     path = settings.work / f"latents_{size[0]}x{size[1]}.pt"
     if not path.exists():
-        count = settings.count(kind.transformer.counts[size])
+        more = 1 if settings.device == "cpu" else kind.transformer.on_gpu
+        count = settings.count(kind.transformer.counts[size] * more)
         seed = settings.seed + 1000 * size[0] + size[1]
         samples, labels = draw(kind, settings, size, count, seed)
         vae, parts = load_vae(kind, settings), []

@@ -91,6 +91,7 @@ class TransformerRecipe:
         average: Decay of the averaged weights.
         empty: Share of the captions that are left out, which guidance needs.
         reworded: Share of the captions that may be worded otherwise.
+        on_gpu: How many times more samples there are on a GPU, in all and a step.
     """
 
     counts: Mapping[Size, int]
@@ -101,6 +102,7 @@ class TransformerRecipe:
     average: float
     empty: float
     reworded: float = 0.4
+    on_gpu: int = 1
 
 
 class Kind(Protocol):

@@ -124,7 +124,7 @@ class Trainer:
 
     def _loss(self, size: Size, generator: torch.Generator) -> Tensor:
         data, device = self.data[size], generator.device
-        count = self.recipe.batches[size]
+        count = self.recipe.batches[size] * (1 if device.type == "cpu" else self.recipe.on_gpu)
         rows = torch.randint(len(data.latents), (count,), generator=generator, device=device)
         clean = data.latents[rows].float()
         noise = torch.randn(clean.shape, generator=generator, device=device)
