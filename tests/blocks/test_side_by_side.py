@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import noise, tiny_transformer
-from torch import Tensor
+from block_models import CompiledBlocks, block_inputs
+from models import tiny_transformer
 from torch._inductor import config
 
 from ddit_rt.blocks import PackageInfo, TokenRanges, compile_blocks, load_runner, read_info
@@ -21,44 +21,44 @@ from ddit_rt.blocks.compile import _traced
 from ddit_rt.blocks.side_by_side import SideBySide, spare_processes
 from ddit_rt.errors import CompileError
 from ddit_rt.models import family_of
-from ddit_rt.models.base import BATCH, IMAGE, JOINT, TEXT
 
-SIZES = {BATCH: 2, IMAGE: 12, TEXT: 5, JOINT: 17}
-RANGES = TokenRanges()
+BLOCK = "FluxSingleTransformerBlock"
+"""The one that is handed over, of the two of FLUX."""
 
 
 def compiled(folder: Path) -> list[str]:
-    """Packages of a tiny FLUX."""
+    """Packages of a tiny FLUX, as `tiny_pipeline` has it."""
     transformer = tiny_transformer()
-    types = family_of(transformer).block_types(transformer)
-    return compile_blocks(transformer, types, folder, ranges=RANGES, variants={None: None})
+    family = family_of(transformer)
+    ranges = TokenRanges(**family.default_ranges)
+    types = family.block_types(transformer)
+    return compile_blocks(transformer, types, folder, ranges=ranges, variants={None: None})
 
 
-def outputs(folder: Path, path: str) -> list[Tensor]:
-    """What a package makes of random tokens."""
-    transformer = tiny_transformer()
-    info = read_info(folder / path)
-    types = family_of(transformer).block_types(transformer)
-    block_type = next(one for one in types if one.name == info.block)
-    runner = load_runner(folder / path, block_type.blocks(transformer)[0])
-    inputs = [noise(*spec.shape(SIZES), seed=seed) for seed, spec in enumerate(info.inputs)]
-    return [tensor.clone() for tensor in runner(*inputs)]
+def written(_: Any, info: PackageInfo, target: Path, __: Any) -> PackageInfo:
+    """In the place of `compile_program`, in this process."""
+    target.write_bytes(b"a package")
+    return info
 
 
 @pytest.mark.slow
 def test_a_package_computes_the_bits_of_one_that_this_process_compiled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, compiled_blocks: CompiledBlocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "spare_processes", lambda: 1)
-    paths = compiled(tmp_path / "beside")
-    monkeypatch.setattr(module, "spare_processes", lambda: 0)
-    assert compiled(tmp_path / "alone") == paths
-    for path in paths:
-        assert read_info(tmp_path / "beside" / path) == read_info(tmp_path / "alone" / path)
-        pairs = zip(
-            outputs(tmp_path / "beside", path), outputs(tmp_path / "alone", path), strict=True
-        )
-        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    monkeypatch.setattr(module, "compile_program", written)
+    compiled(tmp_path)
+    packages = [tmp_path / BLOCK / "package.pt2", compiled_blocks.package(BLOCK)]
+    beside, alone = (read_info(package) for package in packages)
+    assert beside == alone
+    transformer = tiny_transformer()
+    (single,) = (t for t in family_of(transformer).block_types(transformer) if t.name == BLOCK)
+    inputs = block_inputs(single, 2, 12, 5)
+    ours, theirs = (
+        [tensor.clone() for tensor in load_runner(package, single.blocks(transformer)[0])(*inputs)]
+        for package in packages
+    )
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 @pytest.fixture
@@ -81,11 +81,6 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
         return processes
 
     return begin
-
-
-def written(_: Any, info: PackageInfo, target: Path, __: Any) -> PackageInfo:
-    target.write_bytes(b"a package")
-    return info
 
 
 @pytest.mark.parametrize(
