@@ -45,6 +45,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "skip_demo_video": caches,
     "soak_cpu": soak,
     "study_cpu": study,
+    "study_order_cpu": study,
     "wan_cpu": real_size,
     "wan_cuda": real_size,
 }
