@@ -1,12 +1,12 @@
 """Counts what FLUX's and Wan's blocks become on an H100, without one.
 
-    python benchmarks/bench_lowering.py [--out FILE] [--blocks NAME ...] [--fp8]
+    python benchmarks/bench_lowering.py [--out FILE] [--blocks NAME ...] [--fp8] [--keep FOLDER]
 
 Exports the blocks of FLUX.1-dev and Wan 2.1 1.3B on tensors without data, lowers them as
 `ddit_rt.compile` does, and reads the packages: which kernels a block launches, how many
 instructions each has, how wide it loads, and which matrix products and attention it calls. Needs a
 CUDA build of torch, `CUDA_HOME`, and a `libcuda.so` in `LIBRARY_PATH` to link with (the toolkit's
-stub does).
+stub does). Packages that are kept run on such a GPU, untuned: `bench_real_size.py --lowered`.
 
 Schema, version 1: `versions`; `blocks` by class: `launches` (of generated kernels), `kernels` by
 name (`instructions`, `loads_16_bit`, `launches`), `calls` (torch's own kernels, by name),
@@ -22,6 +22,7 @@ import json
 import operator
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,7 @@ from ddit_rt.blocks import TokenRanges, inductor
 from ddit_rt.blocks.compile import export_block
 from ddit_rt.blocks.fused import fuse_layers
 from ddit_rt.blocks.linears import linear_calls
-from ddit_rt.blocks.package import PackageInfo, input_dtypes
+from ddit_rt.blocks.package import PackageInfo, input_dtypes, package_path
 from ddit_rt.blocks.runner import constant_specs
 from ddit_rt.lab.measure.report import versions
 from ddit_rt.models import family_of
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS / "lowered_cuda.json")
     parser.add_argument("--blocks", nargs="+", help="classes; default: all")
+    parser.add_argument("--keep", type=Path, help="a folder for the packages")
     parser.add_argument("--fp8", action="store_true", help="the blocks in fp8")
     args = parser.parse_args(argv)
     if torch.version.cuda is None:
@@ -79,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         exported = list(exports(args.blocks, fp8=args.fp8))
         packages = lower(exported, Path(name))
         blocks = {info.block: counted(path) for path, info in packages}
+        for path, info in packages if args.keep else ():
+            kept = args.keep / package_path(info.block, None)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, kept)
     before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     section = "fp8" if args.fp8 else "blocks"
     report = {"schema_version": 1, **before, "versions": versions()}

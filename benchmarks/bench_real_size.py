@@ -28,12 +28,12 @@ Schema, version 1. `spread` is `median`, `min`, `max`, `lower_quartile`, `upper_
 - `sections`: by section, by case (`1024x1024/batch1`, for loops and compile `.../steps28`; of
   videos `480x832x81/batch1`), a record with `measured_at`, `repeats`, `warm_up_calls` and:
   - `buckets`: `rates` (matrix product and copy, measured in the same call); `backend` (`eager`:
-    our engine with blocks as torch runs them); `rows` by `p`, `2p`,
-    `4p` as far as the latent offers them, and of images `skip` (decision and update, no model):
-    `seconds` (spread over steps, with guidance both passes as one batch), `flops`, `weight_bytes`
-    or `moved_bytes`, `floor_seconds`, `bound`, `over_floor`, `ran_on`, `notes`,
-    `first_call_seconds`, `provisional` (only the call that warmed it up was timed); `engine`: what
-    compiling or loading took.
+    our engine with blocks as torch runs them; `lowered`: with packages made where there was no
+    GPU); `rows` by `p`, `2p`, `4p` as far as the latent offers them, and of images `skip`
+    (decision and update, no model): `seconds` (spread over steps, with guidance both passes as one
+    batch), `flops`, `weight_bytes` or `moved_bytes`, `floor_seconds`, `bound`, `over_floor`,
+    `ran_on`, `notes`, `first_call_seconds`, `provisional` (only the call that warmed it up was
+    timed); `engine`: what compiling or loading took.
   - `loops`: `backend`; `flops_per_step`; `rows` by method: `label`, `schedule` (`fine`;
     `paper_...`, see `real_plans.py`; `mixed` = 4p:0.2,2p:0.4,p; `dynamic` = DDiTPolicy();
     `...+teacache`: with every other step reusing, where its size is that of the step before),
@@ -128,6 +128,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quantization", choices=("fp8", "int8"), help="of the blocks, see compile"
     )
+    parser.add_argument("--lowered", type=Path, help="packages that bench_lowering.py --keep kept")
     parser.add_argument("--artifact", type=Path, help="loaded if it exists, else compiled to it")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--height", type=int, nargs="+", help="image heights in pixels")
@@ -201,6 +202,7 @@ def setup_of(args: argparse.Namespace, scratch: Path) -> Setup:
         artifact=args.artifact or scratch / "model.ddit",
         backend=args.backend,
         quantization=args.quantization,
+        lowered=args.lowered,
         repeats=args.repeats,
         deadline=Deadline(args.budget_s),
         warm_up_limit=args.warm_up_limit_s,

@@ -41,7 +41,7 @@ def loops(
             name: row_of(method, measured[name], measured[BASELINE], flops)
             for name, method in methods.items()
         }
-        return {"backend": setup.backend, "flops_per_step": flops, "rows": rows}
+        return {"backend": setup.blocks, "flops_per_step": flops, "rows": rows}
 
     return record(
         take_turns(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from hardware import rates
@@ -15,9 +18,12 @@ from timing import Deadline, attempt, release, time_limit
 from torch import Tensor
 
 import ddit_rt
+from ddit_rt.blocks import compile_blocks
+from ddit_rt.blocks.package import package_path
 from ddit_rt.engine import Engine
 from ddit_rt.engine.cost import StepCost, step_cost
 from ddit_rt.models import family_of
+from ddit_rt.models.base import BlockType
 from ddit_rt.models.quantised import has_quantised
 from ddit_rt.policies import PatchPolicy, StepCache, parse_patch
 from ddit_rt.steps import StepModel
@@ -37,6 +43,7 @@ class Setup:
         artifact: Folder that a compiled artifact is loaded from, or saved to if it is not there.
         backend: As for `ddit_rt.compile`.
         quantization: As for `ddit_rt.compile`.
+        lowered: Folder of packages that `bench_lowering.py` kept, taken for compiled ones.
         repeats: Measured rounds of interleaved methods.
         deadline: When the run has to end.
         warm_up_limit: Seconds that one method may take to get ready.
@@ -51,6 +58,7 @@ class Setup:
     artifact: Path
     backend: str = "aot"
     quantization: str | None = None
+    lowered: Path | None = None
     repeats: int = 5
     deadline: Deadline = field(default_factory=lambda: Deadline(float("inf")))
     warm_up_limit: float = 300.0
@@ -85,9 +93,33 @@ class Setup:
         # What has been quantised is not quantised again.
         quantised = has_quantised(self.pipeline.transformer)
         kind = None if quantised else self.quantization
-        return ddit_rt.compile(
-            self.pipeline, backend=self.backend, quantization=kind, progress=False
-        )
+        with mock.patch("ddit_rt.engine.build.compile_blocks", self._lowered or compile_blocks):
+            return ddit_rt.compile(
+                self.pipeline, backend=self.backend, quantization=kind, progress=False
+            )
+
+    @property
+    def blocks(self) -> str:
+        """What our engine's blocks are: `aot`, `eager`, or `lowered` where there was no GPU."""
+        return "lowered" if self.lowered and self.backend == "aot" else self.backend
+
+    @property
+    def _lowered(self) -> Callable[..., list[str]] | None:
+        """In the place of `compile_blocks`: packages that are there."""
+        folder = self.lowered
+        if folder is None:
+            return None
+
+        def copied(
+            _: Any, block_types: Sequence[BlockType], directory: Path, **__: Any
+        ) -> list[str]:
+            paths = [package_path(block_type.name, None) for block_type in block_types]
+            for path in paths:
+                (directory / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / path, directory / path)
+            return paths
+
+        return copied
 
     def engine_error(self) -> str | None:
         """Why there is no engine; None if there is one.

@@ -41,7 +41,7 @@ def buckets(setup: Setup, case: Case, save: Save = unsaved) -> dict[str, Any]:
 
     def record(measured: Mapping[str, Measured]) -> dict[str, Any]:
         rows = {name: _row(own, floors[name]) for name, own in measured.items()}
-        engine = {"backend": setup.backend, "engine": setup.engine_times}
+        engine = {"backend": setup.blocks, "engine": setup.engine_times}
         return {"rates": limits, **engine, "rows": rows}
 
     return record(

@@ -34,6 +34,12 @@ if [[ "${1:-}" == pack ]]; then
   if [[ -n "${WHEEL:-}" ]]; then cp "$WHEEL" "$WHEELS"; else
     "$PYTHON" -m pip wheel -q --no-build-isolation --no-deps -w "$WHEELS" "$root"
   fi
+  # FLUX's blocks, lowered here: what is timed there if no compile ends. Needs a CUDA build of torch.
+  mkdir -p "$work/lib" && g++ -shared -xc++ /dev/null -Wl,-soname,libcuda.so.1 -o "$work/lib/libcuda.so"
+  "${install[@]}" "$WHEELS"/ddit_rt-*.whl
+  LIBRARY_PATH="$work/lib" CUDA_HOME="${CUDA_HOME:-/usr/local/cuda}" PYTHONPATH="$work/site" "$PYTHON" \
+    "$root/benchmarks/bench_lowering.py" --out "$work/lowered.json" --keep "$WHEELS/lowered" \
+    --blocks FluxTransformerBlock FluxSingleTransformerBlock || echo "no lowered blocks travel"
   exec "${visit[@]}" size "$WHEELS" --limit-mib "${MAX_MIB:-64}"
 elif (($#)); then
   sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
@@ -117,7 +123,10 @@ fi
 tests rules 110 "$root/tests/runtime/test_step_gpu.py" -k "not emulator"
 form="$("${visit[@]}" form "$out/steps.jsonl" --junit "$work/rules.xml" --device "$DEVICE")"
 # There is no second time for a compile.
-[[ -z "$compiling" ]] || wait "$compiling" || [[ -d flux.ddit ]] || form=eager
+lowered=()
+if [[ -n "$compiling" ]] && ! wait "$compiling" && [[ ! -d flux.ddit ]]; then
+  if [[ -d $WHEELS/lowered ]]; then lowered=(--lowered "$WHEELS/lowered"); else form=eager; fi
+fi
 
 # The form that passed; where it refuses all the same, the host picks; at last, blocks as torch runs
 # them. What an earlier call found stays.
@@ -125,7 +134,7 @@ for try in $form host eager; do finished "buckets-$try" && form=$try; done
 for try in $form host eager; do
   case "$try" in
     eager) how=(--executors host --backend eager) ;;
-    *) how=(--executors "$try") ;;
+    *) how=(--executors "$try" ${lowered[@]+"${lowered[@]}"}) ;;
   esac
   [[ $DEVICE == cuda ]] || how=(--executors auto)
   bench "buckets-$try" 130 flux --sections buckets blocks kernels "${size[@]}" "${how[@]}" && break

@@ -30,12 +30,15 @@ def real_size(report: Report) -> str:
 
 
 def _uncompiled(sections: Report) -> list[str]:
-    """Said of a record that tells nothing of compiled blocks."""
+    """Said of a record of other blocks than `compile` makes."""
     cases = [case for name in ("buckets", "loops") for case in sections.get(name, {}).values()]
-    if not cases or any(case.get("backend") != "eager" for case in cases):
-        return []
-    said = "**ddit_rt's blocks were not compiled** here: they ran as torch runs them"
-    return [f"{said}, in captured graphs."]
+    kinds = {case.get("backend", "aot") for case in cases}
+    said = {
+        "eager": "**ddit_rt's blocks were not compiled** here: they ran as torch runs them, in "
+        "captured graphs.",
+        "lowered": "ddit_rt's packages were made where there was no GPU, their kernels untuned.",
+    }
+    return [said[kind] for kind in sorted(kinds & said.keys())]
 
 
 def _with_rows(cases: Report) -> dict[str, Mapping[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from importlib import import_module
 from pathlib import Path
@@ -47,6 +48,7 @@ def battery(
         "SCRATCH": str(folder / "scratch"),
         "PYTHON": str(folder / "python"),
         "CALLS": str(folder / "calls"),
+        "WHEELS": str(folder / "no wheels"),
         "REFUSES": "",
     }
     return subprocess.run(
@@ -98,6 +100,21 @@ def test_what_matters_most_comes_first_and_in_the_form_that_passed(tmp_path: Pat
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *("demo.json", "flux_fake.json", "log.txt", "steps.jsonl"),
     ]
+
+
+@pytest.mark.usefixtures("python")
+def test_blocks_that_travel_take_the_place_of_a_compile_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "wheels" / "lowered").mkdir(parents=True)
+    battery(tmp_path, REFUSES="sections compile", WHEELS=str(tmp_path / "wheels"))
+    lowered = f"--executors loop --lowered {tmp_path}/wheels/lowered"
+    (buckets,) = calls(tmp_path, "--sections buckets blocks kernels")
+    assert lowered in buckets
+    assert steps(tmp_path)["compile"] == 1
+    shutil.rmtree(tmp_path / "wheels")
+    (tmp_path / "calls").unlink()
+    battery(tmp_path, out="bare", SCRATCH=str(tmp_path / "other"), REFUSES="sections compile")
+    (buckets,) = calls(tmp_path, "--sections buckets blocks kernels")
+    assert "--backend eager" in buckets
 
 
 @pytest.mark.usefixtures("python")
