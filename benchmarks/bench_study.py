@@ -44,6 +44,7 @@ from quality_runs import Plan, Runs, reference
 from records import RESULTS, Record, interval_entry, opened, publish, stamped
 from study_models import SETTINGS, Setting, model_of, pipeline_of
 from study_plans import FEWER, KINDS, MAG, Planner, token_costs
+from study_plot import draw_order
 
 from ddit_rt.lab.calibrate.cache_fit import fit_cache
 from ddit_rt.lab.measure.report import machine, versions
@@ -95,6 +96,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fit-prompts", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=6, help="halvings of the range of tau")
     parser.add_argument("--backend", choices=["aot", "eager"], default="aot")
+    parser.add_argument("--plot", type=Path, help="PNG of closeness by cost, under --order")
     parser.add_argument("--sheet", type=Path, help="PNG of images of the settings under --order")
     parser.add_argument("--quick", action="store_true", help="2 prompts, 10 steps, 64 px, eager")
     args = parser.parse_args(argv)
@@ -148,8 +150,11 @@ def measured(setting: Setting, section: str, args: argparse.Namespace) -> Iterat
             f"{setting.name}, {level:g}x: {seconds:.0f} s, {runs.generated} images", file=sys.stderr
         )
         yield entry
-    if args.sheet is not None and section == ORDER:
-        table.sheet(args.sheet)
+    if section == ORDER:
+        if args.sheet is not None:
+            table.sheet(args.sheet)
+        if args.plot is not None:
+            draw_order(setting.name, entry, args.plot)
 
 
 def runs_of(setting: Setting, args: argparse.Namespace) -> tuple[Runs, DemoModel]:

@@ -120,13 +120,15 @@ def test_quick_run_sets_every_kind_of_plan_beside_fewer_steps_at_its_cost(tmp_pa
     out, name = tmp_path / "quick.json", "demo: guidance 3.5"
     arguments = ["--quick", "--out", str(out), "--cache", str(tmp_path / "cache")]
     bench = import_module("bench_study")
-    sheet = tmp_path / "sheet.png"
-    assert bench.main([*arguments, "--order", name, "--sheet", str(sheet)]) == 0
+    sheet, plot = tmp_path / "sheet.png", tmp_path / "plot.png"
+    drawn = ["--sheet", str(sheet), "--plot", str(plot)]
+    assert bench.main([*arguments, "--order", name, *drawn]) == 0
     entry = strict(out)["sections"]["order"][name]
     assert list(entry["levels"]) == ["2", "3", "1.5"]
     for level, rows in entry["levels"].items():
         check_level(float(level), rows)
     assert sheet.stat().st_size > 10_000
+    assert plot.stat().st_size > 10_000
     # Another section, into the same file; what was drawn is found again.
     assert bench.main([*arguments, "--curve", name]) == 0
     sections = strict(out)["sections"]
