@@ -31,6 +31,7 @@ from ddit_rt.blocks.inductor import compile_program, torch_as_tested
 from ddit_rt.blocks.machine import compiler_ready
 from ddit_rt.blocks.package import PackageInfo, record_attention
 from ddit_rt.errors import CompileError
+from ddit_rt.notices import warn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,11 +39,11 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("ddit_rt.blocks")
 
 _PROGRAM, _INFO, _LAYOUTS = "program.pt2", "info.json", "layouts.json"
-_ERROR, _SAID = "error.txt", "output.txt"
+_SAID = "output.txt"
 _MOST = 3
 """Processes beside this one: each takes a gigabyte."""
 _SHOWN = 2000
-"""Characters of what a process that was killed had printed."""
+"""Characters of what a process that failed had printed."""
 _COMMAND = "from ddit_rt.blocks.side_by_side import work; work()"
 
 Program = tuple[ExportedProgram, PackageInfo, Path]
@@ -131,7 +132,7 @@ class SideBySide:
             compile_package(program, info, package)
             self._done(package)
         for process in self._busy:
-            process.wait()
+            process.finish()
             self._done(process.package)
         for made, info, package in self._equal:
             with _replacing(package) as temporary:
@@ -178,27 +179,33 @@ class _Process:
         _save(program, info, self._path)
         order = json.dumps({"folder": str(self._path), "package": str(package)})
         assert self._process.stdin is not None, "it is a pipe"
-        with suppress(BrokenPipeError), self._process.stdin as pipe:  # `wait` says why it ended
+        with suppress(BrokenPipeError), self._process.stdin as pipe:  # `finish` says why it ended
             pipe.write(order.encode())
 
     def is_running(self) -> bool:
         """Whether it uses a CPU."""
         return self._process.poll() is None
 
-    def wait(self) -> None:
-        """Returns when the package is there; raises `CompileError` if it cannot be made."""
-        code = self._process.wait()
+    def finish(self) -> None:
+        """Waits for the package. If the process fails, it is compiled here: there is more room now.
+
+        Raises:
+            CompileError: It cannot be compiled here either.
+        """
+        code, name = self._process.wait(), self.package.parent.name
         if code == 0 and self.package.exists():
-            seconds, name = time.perf_counter() - self._since, self.package.parent.name
-            LOG.info("%s: compiled in %.1f s, beside others", name, seconds)
-        elif (self._path / _ERROR).exists():
-            raise CompileError((self._path / _ERROR).read_text(encoding="utf-8"))
-        else:
-            said = (self._path / _SAID).read_text(encoding="utf-8", errors="replace").strip()
-            raise CompileError(
-                f"{self._block} cannot be compiled ahead of time: the process that did it ended "
-                f"with {code}, perhaps for want of memory; it said: {said[-_SHOWN:] or 'nothing'}"
+            LOG.info(
+                "%s: compiled in %.1f s, beside others", name, time.perf_counter() - self._since
             )
+            return
+        said = (self._path / _SAID).read_text(encoding="utf-8", errors="replace").strip()
+        warn(
+            f"the process that was to compile {name} ended with {code}, and it is compiled anew in "
+            f"this one, which takes longer; it said: {said[-_SHOWN:] or 'nothing'}"
+        )
+        with failures_of(self._block), torch_as_tested():
+            program, info = _load(self._path)
+        compile_package(program, info, self.package)
 
     def close(self) -> None:
         """Ends the process, if it still runs, and removes what was handed over."""
@@ -216,14 +223,9 @@ def work() -> None:
     if not order:
         return
     told = json.loads(order)
-    path = Path(told["folder"])
-    try:
-        with torch_as_tested():
-            program, info = _load(path)
-        compile_package(program, info, Path(told["package"]))
-    except CompileError as error:
-        (path / _ERROR).write_text(str(error), encoding="utf-8")
-        sys.exit(1)
+    with torch_as_tested():
+        program, info = _load(Path(told["folder"]))
+    compile_package(program, info, Path(told["package"]))
 
 
 def _save(program: ExportedProgram, info: PackageInfo, folder: Path) -> None:
