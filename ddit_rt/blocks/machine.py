@@ -14,8 +14,8 @@ A compiler that has the C++ library for static linking only would make packages 
 inside, which crash beside torch's as soon as they are loaded. There the library that this process
 runs with is put before it.
 
-Torch tries what the compiler makes of every instruction set that the processor has, ten programs in
-20 seconds where its cache is empty. Blocks on CUDA leave no loop to the host, and need none of it;
+Torch tries what the compiler makes of every instruction set that the processor has, program by
+program where its cache is empty. Blocks on CUDA leave no loop to the host, and need none of it;
 for those on a CPU the longer half is left out where torch itself runs with these instructions.
 """
 

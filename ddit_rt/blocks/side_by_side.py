@@ -1,9 +1,9 @@
 """Packages compiled side by side: one in this process, others in processes of their own.
 
-A block is traced in this process, from the user's model. What is left, lowering and compiling, is
-most of a minute for a block of FLUX.1-dev, and torch does it for one program at a time in a
-process. So further programs are handed over in folders, without the weights, which no package
-holds, to processes that have imported torch meanwhile.
+A block is traced in this process, from the user's model. What is left, lowering and compiling,
+takes far longer, and torch does it for one program at a time in a process. So further programs are
+handed over in folders, without the weights, which no package holds, to processes that have imported
+torch meanwhile.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LOG = logging.getLogger("ddit_rt.blocks")
 _PROGRAM, _INFO, _LAYOUTS = "program.pt2", "info.json", "layouts.json"
 _SAID = "output.txt"
 _MOST = 3
-"""Processes beside this one: each takes a gigabyte."""
+"""Processes beside this one: each holds torch and a program."""
 _SHOWN = 2000
 """Characters of what a process that failed had printed."""
 _COMMAND = "from ddit_rt.blocks.side_by_side import work; work()"
