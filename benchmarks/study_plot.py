@@ -53,7 +53,7 @@ def draw_order(name: str, entry: Mapping[str, Any], path: Path) -> None:
             capsize=3,
         )
     panel.axhline(entry["two_seeds"]["psnr"]["value"], color="#bbbbbb", linestyle=":")
-    panel.set_xlabel("computed image tokens, % of 50 steps at full resolution")
+    panel.set_xlabel("computed image tokens, % of all steps at full resolution")
     panel.set_ylabel("PSNR to that image, dB (dotted: two seeds)")
     panel.set_title(
         f"{name}: {len(entry['prompts'])} prompts x {entry['seeds']} seeds", fontsize=11

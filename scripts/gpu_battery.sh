@@ -93,9 +93,10 @@ bench() { # bench NAME LIMIT MODEL ARGUMENT...: a benchmark that stops by itself
   local preset=$PRESET model=${3%%-*} kind=()
   [[ $model == flux || $PRESET == tiny ]] || preset=wan-1.3b
   [[ $model == "$3" ]] || kind=(--quantization "${3#*-}")
+  [[ $3 != flux ]] || kind=(${lowered[@]+"${lowered[@]}"}) # what travels is of plain FLUX alone
   step "$1" "$2" "${visit[@]}" bench "$out/${3}_$card.json" --model "$model" --device "$DEVICE" \
     --preset "$preset" --artifact "$work/$3.ddit" --repeats 3 --warm-up-limit-s 70 \
-    --budget-s $(budget "$2") "${kind[@]}" "${@:4}"
+    --budget-s $(budget "$2") ${kind[@]+"${kind[@]}"} "${@:4}"
 }
 tests() { # tests NAME LIMIT PYTEST-ARGUMENT...: those for a GPU; on a CPU all of them are skipped
   step "$1" "$2" "$PYTHON" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider \
@@ -109,7 +110,7 @@ fi
 "$PYTHON" -c 'import ddit_rt._runtime' || again=1 step build 150 "${install[@]}" --no-build-isolation \
   -C cmake.define.DDIT_RT_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES=90-real "$root"
 card="$("${visit[@]}" card)" || { note '"step": "import", "code": 1, "from": 0, "seconds": 0'; exit 1; }
-size=() video=() eight=fp8
+size=() video=() lowered=() eight=fp8
 if [[ $PRESET == flux-dev ]]; then size=(--height 1024 --batch 1) video=(--videos 480x832x33); fi
 [[ $DEVICE == cuda ]] || eight=int8 # the product in 8 bits that a CPU has
 
@@ -123,7 +124,6 @@ fi
 tests rules 110 "$root/tests/runtime/test_step_gpu.py" -k "not emulator"
 form="$("${visit[@]}" form "$out/steps.jsonl" --junit "$work/rules.xml" --device "$DEVICE")"
 # There is no second time for a compile.
-lowered=()
 if [[ -n "$compiling" ]] && ! wait "$compiling" && [[ ! -d flux.ddit ]]; then
   if [[ -d $WHEELS/lowered ]]; then lowered=(--lowered "$WHEELS/lowered"); else form=eager; fi
 fi
@@ -134,7 +134,7 @@ for try in $form host eager; do finished "buckets-$try" && form=$try; done
 for try in $form host eager; do
   case "$try" in
     eager) how=(--executors host --backend eager) ;;
-    *) how=(--executors "$try" ${lowered[@]+"${lowered[@]}"}) ;;
+    *) how=(--executors "$try") ;;
   esac
   [[ $DEVICE == cuda ]] || how=(--executors auto)
   bench "buckets-$try" 130 flux --sections buckets blocks kernels "${size[@]}" "${how[@]}" && break

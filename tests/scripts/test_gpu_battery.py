@@ -106,9 +106,13 @@ def test_what_matters_most_comes_first_and_in_the_form_that_passed(tmp_path: Pat
 def test_blocks_that_travel_take_the_place_of_a_compile_that_fails(tmp_path: Path) -> None:
     (tmp_path / "wheels" / "lowered").mkdir(parents=True)
     battery(tmp_path, REFUSES="sections compile", WHEELS=str(tmp_path / "wheels"))
-    lowered = f"--executors loop --lowered {tmp_path}/wheels/lowered"
+    lowered = f"--lowered {tmp_path}/wheels/lowered"
     (buckets,) = calls(tmp_path, "--sections buckets blocks kernels")
     assert lowered in buckets
+    assert "--executors loop" in buckets
+    others = [*calls(tmp_path, "--model wan"), *calls(tmp_path, "--quantization")]
+    assert others
+    assert not [line for line in others if "--lowered" in line]
     assert steps(tmp_path)["compile"] == 1
     shutil.rmtree(tmp_path / "wheels")
     (tmp_path / "calls").unlink()
