@@ -1,12 +1,14 @@
 """Compares ddit_rt with diffusers on the embedded demo model, on a CPU, in one run.
 
     python benchmarks/bench_cpu.py [--quick] [--out benchmarks/results/cpu_demo.json]
+    python benchmarks/bench_cpu.py --quantization int8        -> cpu_demo_int8.json
 
 All methods generate the same prompts with the same seeds, threads, dtype and step count, at
 batch 1 and 4, taking turns image by image so that machine drift hits all alike; a warm-up of
 each is left out. `ddit_rt.lab.measure.timing` says what the denoising loop and the whole call
 include. Fidelity is against our full-resolution images at the full step count. Writes the JSON, and
-the table of docs/benchmarks.md from it.
+the table of docs/benchmarks.md from it. With `--quantization` the plans of a quantised model stand
+beside those of the plain one, and the peers are left out.
 
 Schema, version 1: `machine`, `versions`, `model`, `settings`, `compile` as in the demo's report;
 `batches`: by batch size a list of entries `name`, `label`, `seconds_denoise` and `seconds` (per
@@ -24,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from demo_methods import all_images, all_methods
+from demo_methods import all_images, all_methods, quantised_methods, with_own_transformer
 from diffusers import FluxPipeline
 from records import RESULTS, publish
 from timing import extremes
@@ -47,23 +49,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = DemoConfig(out=args.out.parent, steps=args.steps, repeats=args.repeats)
     pipeline = FluxPipeline.from_pretrained(model_path())
     pipeline.set_progress_bar_config(disable=True)
+    size = {"height": config.height, "width": config.width}
     with tempfile.TemporaryDirectory(prefix="ddit_rt-") as folder:
-        engine, compiling = prepare_engine(
-            pipeline,
-            Path(folder) / "demo.ddit",
-            height=config.height,
-            width=config.width,
-            patch_policy=DEMO_POLICY,
-        )
+        path = Path(folder) / "demo.ddit"
+        engine, compiling = prepare_engine(pipeline, path, **size, patch_policy=DEMO_POLICY)
+        quantised = None
+        if args.quantization is not None:
+            path = path.with_name("quantised.ddit")
+            own = with_own_transformer(pipeline)
+            quantised, entry = prepare_engine(
+                own, path, **size, patch_policy=DEMO_POLICY, quantization=args.quantization
+            )
+            compiling |= {f"quantised_{name}": value for name, value in entry.items()}
         results = {
-            str(size): run_batch_size(engine, size, args.prompts, config) for size in args.batches
+            str(size): run_batch_size(engine, quantised, size, args.prompts, config)
+            for size in args.batches
         }
     report = {
         "schema_version": 1,
         "machine": machine(),
         "versions": versions(),
         "model": model_entry("demo", pipeline.transformer),
-        "settings": settings(config, args.prompts),
+        "settings": {**settings(config, args.prompts), "quantization": args.quantization},
         "compile": compiling,
         "batches": results,
     }
@@ -74,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Settings; `--quick` is a smoke run whose figures mean nothing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quantization", choices=("int8", "fp8"), help="of the blocks")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=len(DEMO_PROMPTS))
@@ -83,8 +91,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         args.steps, args.repeats, args.prompts, args.batches = 4, 1, 2, [1, 2]
-        if args.out == RESULT:
-            args.out = RESULT.with_name("cpu_demo_quick.json")
+    if args.out is None:
+        parts = [RESULT.stem, *[args.quantization] * bool(args.quantization)]
+        args.out = RESULT.with_name("_".join([*parts, *["quick"] * args.quick]) + ".json")
     return args
 
 
@@ -114,9 +123,9 @@ def batches_of(size: int, prompts: int, seed: int) -> list[Batch]:
 
 
 def run_batch_size(
-    engine: Any, size: int, prompts: int, config: DemoConfig
+    engine: Any, quantised: Any, size: int, prompts: int, config: DemoConfig
 ) -> list[dict[str, Any]]:
-    """Measures every method at one batch size."""
+    """Measures every method at one batch size; `quantised` is the other engine, or None."""
     batches = batches_of(size, prompts, config.seed)
     arguments = {
         "num_inference_steps": config.steps,
@@ -124,7 +133,11 @@ def run_batch_size(
         "width": config.width,
         "max_sequence_length": MAX_SEQUENCE_LENGTH,
     }
-    methods = all_methods(engine, batches, arguments)
+    methods = (
+        all_methods(engine, batches, arguments)
+        if quantised is None
+        else quantised_methods(engine, quantised, arguments)
+    )
     total = len(methods) * (1 + config.repeats * len(batches))
     with tqdm(total=total, desc=f"batch {size}", leave=False) as bar:
         samples = measure(methods, batches, repeats=config.repeats, advance=bar.update)

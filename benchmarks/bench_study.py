@@ -8,20 +8,23 @@ the same cost is at 30 dB (the tables of SeaCache, arXiv 2602.18993). On the dem
 beat every cache. This measures where a model stands between the two, and what moves it: captions
 that leave things open, guidance, the shift of the noise levels, the size, and training for it
 (`scripts/train_demo.py scenes`, `benchmarks/study`). Every image is compared with that of 50 steps
-at full resolution from the same noise. **Costs are counted**, in image tokens that the blocks ran
-on; `study_plans.py` says how plans are chosen. Images are kept in `--cache`: a run that was cut off
+at full resolution from the same noise. Costs are counted, in image tokens that the blocks ran on,
+or with `--unit ms` summed from a table of step times that the run measures first;
+`study_plans.py` says how plans are chosen. Images are kept in `--cache`: a run that was cut off
 goes on from there, and settings that are not asked for stay in the record as they were.
 
 In `study_cpu.json`, beside `machine` and `versions` as in the other records, `sections`:
 
 - `curve`: settings, each with half the steps and MagCache at that cost, on fewer prompts;
 - `order`: settings, each with every kind of plan at every cost. Both by the setting's name, with
-  - `setting`: see `study_models.Setting`; `prompts`, `seeds`; `magcache`: the fit;
+  - `setting`: see `study_models.Setting`; `prompts`, `seeds`; `magcache`, `spectrum`: the fits;
+  - `unit` of the costs, `costs` of a step by path or class of step cache;
   - `two_seeds`: how close images of two seeds of a prompt are, which is the scale;
   - `levels`: by how many times cheaper than full resolution, rows of `kind`, `label`, `policy`,
-    `step_cache`, `steps`; `share`: cost over full resolution's; `steps_at`; `psnr` (of images that
-    differ) and `ssim`, each `value`, `low`, `high` (mean over the prompts, 95% interval), and the
-    values per prompt; `over_fewer`: how many dB closer than fewer steps at that cost, likewise.
+    `step_cache`, `steps`, `sigmas`; `share`: cost over full resolution's; `steps_at`; `psnr` (of
+    images that differ) and `ssim`, each `value`, `low`, `high` (mean over the prompts, 95%
+    interval), and the values per prompt; `over_fewer`: how many dB closer than fewer steps at that
+    cost, likewise.
 """
 
 from __future__ import annotations
@@ -43,18 +46,17 @@ from quality_rows import fidelity_entry, steps_at
 from quality_runs import Plan, Runs, reference
 from records import RESULTS, Record, interval_entry, opened, publish, stamped
 from study_models import SETTINGS, Setting, model_of, pipeline_of
-from study_plans import FEWER, KINDS, MAG, Planner, token_costs
+from study_plans import CACHES, FEWER, KINDS, MAG, Planner, token_costs
 from study_plot import draw_order
 
 from ddit_rt.lab.calibrate.cache_fit import fit_cache
 from ddit_rt.lab.measure.report import machine, versions
+from ddit_rt.lab.plans.bench import UNITS
 from ddit_rt.lab.plans.points import Prompt
 
 RESULT = RESULTS / "study_cpu.json"
 CACHE = Path(__file__).resolve().parent.parent / "build" / "bench_study"
 CURVE, ORDER = "curve", "order"
-_LEVELS = {CURVE: (2.0,), ORDER: (2.0, 3.0, 1.5)}
-_KINDS = {CURVE: (FEWER, MAG), ORDER: KINDS}
 _SEARCH_SEED, _FIT_SEED = 50_000, 70_000
 _SHOWN = 8
 
@@ -89,6 +91,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--curve", nargs="*", choices=names, default=[], metavar="NAME")
     parser.add_argument("--order", nargs="*", choices=names, default=[], metavar="NAME")
     parser.add_argument("--steps", type=int, default=50, help="of the reference (default: 50)")
+    parser.add_argument(
+        "--levels",
+        type=float,
+        nargs=3,
+        default=[2.0, 1.5, 3.0],
+        help="of `order`: how many times cheaper, the main one first (default: 2 1.5 3)",
+    )
+    parser.add_argument("--unit", choices=UNITS, default="tokens", help="of costs")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="of `order`")
+    parser.add_argument("--repeats", type=int, default=5, help="measured runs for the step times")
+    parser.add_argument("--pictures", type=int, default=200, help="of the planner's search")
     parser.add_argument("--prompts", type=int, default=24, help="of `order` (default: 24)")
     parser.add_argument("--curve-prompts", type=int, default=12, help="of `curve` (default: 12)")
     parser.add_argument("--seeds", type=int, default=2, help="images of each (default: 2)")
@@ -104,12 +117,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"name settings under --curve or --order: {', '.join(map(repr, names))}")
     if args.quick:
         quick = {"steps": 10, "prompts": 2, "curve_prompts": 2, "search_prompts": 1}
+        quick["repeats"] = 1
         vars(args).update(quick, fit_prompts=1, iterations=1, backend="eager")
         if args.out == RESULT:
             args.out = CACHE / "quick.json"
     if min(args.prompts, args.curve_prompts, args.seeds) < 2:
         parser.error("intervals need two prompts or more, and the scale two seeds")
-    args.repeats = 1  # nothing is timed
+    if FEWER not in args.kinds or min(args.levels) <= 1:
+        parser.error(f"plans are compared with {FEWER}, at levels above 1")
     return args
 
 
@@ -120,17 +135,30 @@ def measured(setting: Setting, section: str, args: argparse.Namespace) -> Iterat
     searched = prompts_of(model.seen[args.fit_prompts :], args.search_prompts, _SEARCH_SEED)
     fitted = prompts_of(model.seen, args.fit_prompts, _FIT_SEED)
     call = {**model.arguments, "num_inference_steps": args.steps}
-    fit = fit_cache(
-        runs.paths[TRAINING_FREE].engine, "magcache", fitted, arguments=call, conditions={}
+    fits = {
+        kind: fit_cache(
+            runs.paths[TRAINING_FREE].engine, kind, fitted, arguments=call, conditions={}
+        )
+        for kind in (MAG, "spectrum")
+    }
+    costs = (
+        token_costs(runs, searched[0])
+        if args.unit == "tokens"
+        else runs.costs(args.steps, searched[0], args.repeats, CACHES)
     )
+    amplitude, decay = fits["spectrum"].values
+    levels = tuple(args.levels) if section == ORDER else (2.0,)
     planner = Planner(
         model=model,
         runs=runs,
-        costs=token_costs(runs, searched[0]),
+        costs=costs,
         steps=args.steps,
         prompts=searched,
-        fit=fit,
+        fit=fits[MAG],
+        spectrum=(amplitude, decay),
+        levels=levels,
         iterations=args.iterations,
+        pictures=args.pictures,
     )
     captions = model.reported(args.prompts if section == ORDER else args.curve_prompts)
     table = Table(planner, captions, args.seeds)
@@ -139,12 +167,15 @@ def measured(setting: Setting, section: str, args: argparse.Namespace) -> Iterat
         "prompts": list(captions),
         "search_prompts": [prompt.text for prompt in searched],
         "seeds": args.seeds,
-        "magcache": asdict(fit),
+        **{kind: asdict(fit) for kind, fit in fits.items()},
+        "unit": args.unit,
+        "costs": costs.milliseconds,
         "two_seeds": table.two_seeds(),
         "levels": {},
     }
-    for level in _LEVELS[section]:
-        entry["levels"][f"{level:g}"] = table.rows(level, _KINDS[section])
+    for level in levels:
+        kinds = (FEWER, MAG) if section == CURVE else args.kinds
+        entry["levels"][f"{level:g}"] = table.rows(level, kinds)
         seconds = time.perf_counter() - started
         print(
             f"{setting.name}, {level:g}x: {seconds:.0f} s, {runs.generated} images", file=sys.stderr
@@ -230,6 +261,7 @@ class Table:
             "policy": plan.policy.to_dict(),
             "step_cache": plan.cache.to_dict(),
             "steps": plan.steps,
+            "sigmas": plan.sigmas,
             "share": self.planner.share(plan, self.prompts),
             "steps_at": steps_at(made.branches),
             **fidelity_entry(compared, len(self.captions)),

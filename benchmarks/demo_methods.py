@@ -125,12 +125,7 @@ def all_methods(
         arguments: Arguments of the pipeline's call.
     """
     pipeline, probe = engine.pipeline, batches[:PROBE_BATCHES]
-    ours = [
-        engine_method(
-            plan.name, f"ddit_rt, {plan.label}", engine, patch_policy=plan.policy, **arguments
-        )
-        for plan in demo_plans(arguments["num_inference_steps"])
-    ]
+    ours = engine_methods(engine, arguments)
     probed = measure(ours, probe, repeats=2)
     threshold = best_threshold(pipeline, probe, arguments, probed)
     steps = equal_time_steps(probed, arguments["num_inference_steps"])
@@ -153,6 +148,37 @@ def all_methods(
             patch_policy=FinePolicy(),
             **{**arguments, "num_inference_steps": steps},
         ),
+    ]
+
+
+def engine_methods(engine: Engine, arguments: Mapping[str, Any], word: str = "") -> list[Method]:
+    """The plans of the demo; `word` is put before their names and labels."""
+    return [
+        engine_method(
+            f"{word}{plan.name}",
+            f"ddit_rt, {word}{plan.label}",
+            engine,
+            patch_policy=plan.policy,
+            **arguments,
+        )
+        for plan in demo_plans(arguments["num_inference_steps"])
+    ]
+
+
+def quantised_methods(
+    engine: Engine, quantised: Engine, arguments: Mapping[str, Any]
+) -> list[Method]:
+    """The plans of the plain and of the quantised model, and diffusers with each."""
+    entry = quantised.artifact.manifest.quantization
+    assert entry is not None, "it was compiled so"
+    kind = entry.kind
+    return [
+        pipeline_method("diffusers", "diffusers, eager", engine.pipeline, **arguments),
+        pipeline_method(
+            f"{kind} diffusers", f"diffusers, eager, {kind}", quantised.pipeline, **arguments
+        ),
+        *engine_methods(engine, arguments),
+        *engine_methods(quantised, arguments, f"{kind} "),
     ]
 
 

@@ -46,6 +46,7 @@ class Plan:
         cache: Which steps reuse.
         statistic: How a dynamic policy reduces the patches' deviations: the paper says why by a
             quantile, as the native scores do, and not by their mean.
+        sigmas: Noise levels of the steps, as the pipeline's call takes them; None for its own.
         kind: What a table calls plans of its shape.
         label: The plan in a few words.
     """
@@ -55,6 +56,7 @@ class Plan:
     path: str = TRAINING_FREE
     cache: StepCache = NoCache()  # noqa: RUF009 - frozen
     statistic: str = QUANTILE
+    sigmas: tuple[float, ...] | None = None
     kind: str = ""
     label: str = ""
 
@@ -68,7 +70,8 @@ class Plan:
     @property
     def key(self) -> str:
         """Equal for plans that do the same."""
-        return json.dumps([self.to_dict(), self.cache.to_dict()])
+        placed = () if self.sigmas is None else (self.sigmas,)
+        return json.dumps([self.to_dict(), self.cache.to_dict(), *placed])
 
 
 def reference(steps: int) -> Plan:
@@ -147,6 +150,7 @@ class Runs:
 
     def method(self, plan: Plan) -> Method:
         """A plan, to be timed beside others."""
+        placed = {} if plan.sigmas is None else {"sigmas": list(plan.sigmas)}
         return engine_method(
             plan.key,
             plan.label,
@@ -154,6 +158,7 @@ class Runs:
             patch_policy=plan.policy,
             num_inference_steps=plan.steps,
             step_cache=plan.cache,
+            **placed,
             **self.arguments,
         )
 

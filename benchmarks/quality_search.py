@@ -193,6 +193,7 @@ class FidelitySearch:
             policy=candidate.policy,
             steps=candidate.num_inference_steps,
             cache=candidate.step_cache,
+            sigmas=candidate.sigmas,
             kind=table_kind(candidate),
             label=candidate.label,
         )

@@ -1,14 +1,16 @@
 """Plans of every kind at a cost, for `bench_study.py`.
 
-Cost is counted, not timed: image tokens that the blocks ran on, of all steps and passes, none for a
-step that reuses. Each kind has some candidates at the cost; the one that comes closest on a few
-prompts of their own stands for it.
+A cost is the time of a loop, by a table of measured step times, or the image tokens that its blocks
+ran on, none for a step that reuses. Each kind has some candidates at the cost; the one that comes
+closest on a few prompts of their own stands for it. The planner's plans are those of one search, as
+`ddit-rt calibrate` makes it, over steps, their noise levels, patch sizes and reuse.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,12 +19,15 @@ from demo_models import DemoModel
 from quality_paths import TRAINING_FREE
 from quality_rows import Judge
 from quality_runs import Plan, Runs, StepCosts, reference
-from quality_search import STATIC_SHAPES, Matcher
+from quality_search import STATIC_SHAPES, FidelitySearch, Matcher
 
-from ddit_rt.lab.plans.dial import on_log_scale
+from ddit_rt.lab.calibrate.moves import Space
+from ddit_rt.lab.calibrate.search import Search
+from ddit_rt.lab.plans.dial import TAU_PROBES, on_log_scale, tau_range
 from ddit_rt.lab.plans.genome import Static, within
-from ddit_rt.lab.plans.points import Prompt
-from ddit_rt.lab.plans.step_caches import LEVELS
+from ddit_rt.lab.plans.points import Prompt, best_for
+from ddit_rt.lab.plans.step_caches import LEVELS, STEP_CACHES, CacheDial, threshold_range
+from ddit_rt.lab.plans.target import Target
 from ddit_rt.policies import (
     CacheFit,
     CacheModel,
@@ -30,20 +35,24 @@ from ddit_rt.policies import (
     DDiTPolicy,
     FinePolicy,
     MagCache,
+    PatchPolicy,
     SeaCache,
+    SpectralPolicy,
     StaticCache,
     StepCache,
 )
 
-FEWER, STATIC, DDIT = "fewer_steps", "static", "ddit"
-MAG, SEA, FIXED = "magcache", "seacache", "static_cache"
-KINDS = (FEWER, MAG, SEA, FIXED, STATIC, DDIT)
+FEWER, STATIC, DDIT, SPECTRAL = "fewer_steps", "static", "ddit", "spectral"
+MAG, SEA, FIXED, PLANNED = "magcache", "seacache", "static_cache", "planner"
+KINDS = (FEWER, MAG, SEA, FIXED, STATIC, SPECTRAL, DDIT, PLANNED)
 """In the order of the tables."""
 
-_CACHES = ("MagCache", "SeaCache", "StaticCache")
-_RETAINED = ((0.2, 3), (0.1, 3), (0.1, 5))
+CACHES: tuple[StepCache, ...] = (MagCache(0.0), SeaCache(0.0), StaticCache(2.0))
+"""One of each class that plans take."""
+
+_RETAINED = ((0.2, 3), (0.1, 3), (0.1, 5), (0.06, 8))
 _HEADS = (3, 10)
-_CONSECUTIVE = (2, 4)
+_CONSECUTIVE = (2, 4, 8)
 _LATE = (
     Static(count=1, sizes=("2p",), head=10),
     Static(count=1, sizes=("4p",), head=10),
@@ -51,7 +60,8 @@ _LATE = (
 )
 """Beside those of the other tables: with a fifth of the steps fine first, as MagCache has them."""
 _EQUAL_SHARE = 0.03
-_SPANS = [1 + place / 100 for place in range(701)]
+_SPANS = [1 + place / 100 for place in range(1501)]
+_MOST_DELTA = 0.999
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +71,14 @@ class Planner:
     Attributes:
         model: What draws.
         runs: Runs plans.
-        costs: `token_costs` of it.
+        costs: Of a step, by path and by class of step cache.
         steps: Of the reference.
         prompts: To choose on.
         fit: MagCache's.
+        spectrum: Amplitude and decay of the latents' power.
+        levels: How many times cheaper than full resolution plans must be, the main one first.
         iterations: Halvings of the range of tau.
+        pictures: What the search behind the planner's plans may generate.
     """
 
     model: DemoModel
@@ -74,7 +87,21 @@ class Planner:
     steps: int
     prompts: tuple[Prompt, ...]
     fit: CacheFit
+    spectrum: tuple[float, float]
+    levels: tuple[float, ...]
     iterations: int = 6
+    pictures: int = 200
+
+    @property
+    def whole(self) -> float:
+        """Cost of full resolution."""
+        return self._of_step["p"] * self.steps
+
+    @property
+    def _of_step(self) -> Mapping[str, float]:
+        """Cost of a step at each patch size."""
+        costs = self.costs.milliseconds[TRAINING_FREE]
+        return {name: cost for name, cost in costs.items() if not name.endswith(" reused")}
 
     def best(self, kind: str, level: float) -> Plan | None:
         """The candidate of a kind that comes closest to full resolution on the prompts.
@@ -91,22 +118,23 @@ class Planner:
     def share(self, plan: Plan, prompts: Sequence[Prompt]) -> float:
         """Cost of a plan over that of full resolution."""
         made = self.runs.run(plan, prompts)
-        tokens = statistics.fmean(self.costs.loop_tokens(one) for one in made.branches)
-        return tokens / (self.costs.tokens["p"] * self.steps)
+        return statistics.fmean(self.costs.loop_ms(plan, one) for one in made.branches) / self.whole
 
     def _closeness(self, plan: Plan) -> float:
-        whole = self.runs.run(reference(self.steps), self.prompts).images
-        found = self.model.compare(self.runs.run(plan, self.prompts).images, whole).psnr
+        fine = self.runs.run(reference(self.steps), self.prompts).images
+        found = self.model.compare(self.runs.run(plan, self.prompts).images, fine).psnr
         return statistics.fmean(math.inf if value is None else value for value in found)
 
     def _candidates(self, kind: str, level: float) -> Iterator[Plan]:
         made: Mapping[str, Callable[[float], Iterator[Plan]]] = {
             FEWER: self._fewer,
             STATIC: self._static,
+            SPECTRAL: self._spectral,
             DDIT: self._dynamic,
             MAG: self._magcache,
             SEA: self._seacache,
             FIXED: self._fixed,
+            PLANNED: self._planned,
         }
         return (replace(plan, kind=kind) for plan in made[kind](level))
 
@@ -114,15 +142,37 @@ class Planner:
         yield reference(round(self.steps / level))
 
     def _static(self, level: float) -> Iterator[Plan]:
-        tokens = self.costs.tokens
         for shape in (*STATIC_SHAPES, *_LATE):
-            genome = within([shape], self.steps, tokens["p"] * self.steps / level, tokens)
+            genome = within([shape], self.steps, self.whole / level, self._of_step)
             if genome is not None:
                 candidate = genome.candidate()
                 yield Plan(policy=candidate.policy, steps=self.steps, label=candidate.label)
 
+    def _spectral(self, level: float) -> Iterator[Plan]:
+        amplitude, decay = self.spectrum
+        for coarsest in ("2p", "4p"):
+
+            def rule(delta: float, coarsest: str = coarsest) -> SpectralPolicy:
+                delta = min(delta, _MOST_DELTA)
+                return SpectralPolicy(delta, amplitude=amplitude, decay=decay, coarsest=coarsest)
+
+            yield from self._matched(level, rule, f"SPEED's rule, {coarsest} at the most, delta")
+
     def _dynamic(self, level: float) -> Iterator[Plan]:
-        judge = Judge(model=self.model, runs=self.runs, costs=self.costs, captions=(), seeds=1)
+        for head in (head for head in _HEADS if head < self.steps):
+
+            def rule(tau: float, head: int = head) -> DDiTPolicy:
+                return DDiTPolicy(tau, warmup_steps=head)
+
+            yield from self._matched(level, rule, f"DDiT, {head} steps at p first, tau")
+
+    def _matched(
+        self, level: float, rule: Callable[[float], PatchPolicy], label: str
+    ) -> Iterator[Plan]:
+        """The rule at the number at which it costs what it should, if it can."""
+        # What the search spends is a cost here, which tokens are one kind of.
+        costs = replace(self.costs, tokens=dict(self._of_step))
+        judge = Judge(model=self.model, runs=self.runs, costs=costs, captions=(), seeds=1)
         matcher = Matcher(
             judge=judge,
             search_prompts=self.prompts[:2],
@@ -131,15 +181,9 @@ class Planner:
             iterations=self.iterations,
             share=1 / level,
         )
-        for head in (head for head in _HEADS if head < self.steps):
-
-            def rule(tau: float, head: int = head) -> DDiTPolicy:
-                return DDiTPolicy(tau, warmup_steps=head)
-
-            tau, share = matcher.search_tau(rule)
-            if abs(share - 1 / level) <= _EQUAL_SHARE:
-                label = f"DDiT, tau {tau:.2g}, {head} steps at p first"
-                yield Plan(policy=rule(tau), steps=self.steps, label=label)
+        value, share = matcher.search_tau(rule)
+        if abs(share - 1 / level) <= _EQUAL_SHARE:
+            yield Plan(policy=rule(value), steps=self.steps, label=f"{label} {value:.2g}")
 
     def _magcache(self, level: float) -> Iterator[Plan]:
         for retained, skipped in _RETAINED:
@@ -170,10 +214,9 @@ class Planner:
     def _fixed(self, level: float) -> Iterator[Plan]:
         known = CacheModel(name="model", steps=self.steps, fits=(), time_changes=None)
         for head in _HEADS:
-            caches = (StaticCache(span, first=head) for span in _SPANS)
-            for cache in caches:
+            for cache in (StaticCache(span, first=head) for span in _SPANS):
                 computed = sum(map(math.isnan, cache.resolve(known).increments))
-                if computed <= round(self.steps / level):
+                if self._cached_cost(cache, computed) <= self.whole / level:
                     label = f"every {cache.plan:.3g}th step after {head}, extrapolating"
                     yield self._cached(cache, f"StaticCache, {label}")
                     break
@@ -204,17 +247,88 @@ class Planner:
         usable = [change for change in changes[0] if change > 0]
         ends = min(usable), sum(usable)
         known = CacheModel(name="model", steps=self.steps, fits=(), time_changes=None)
+        limit = self.whole / level + self._of_step["p"] / 2
         for turned in range(LEVELS + 1):
             cache = make(on_log_scale(ends, turned, LEVELS))
             table = cache.resolve(known)
             assert table is not None, "a cache that caches"
-            counts = [computed_steps(table, one) for one in changes]
-            if statistics.fmean(counts) <= round(self.steps / level) + 0.5:
+            computed = statistics.fmean(computed_steps(table, one) for one in changes)
+            if self._cached_cost(cache, computed) <= limit:
                 yield self._cached(cache, f"{type(cache).__name__}, {label}")
                 return
 
+    def _cached_cost(self, cache: StepCache, computed: float) -> float:
+        of_step = self.costs.milliseconds[type(cache).__name__]
+        return computed * of_step["p"] + (self.steps - computed) * of_step["p reused"]
+
     def _cached(self, cache: StepCache, label: str) -> Plan:
         return Plan(policy=FinePolicy(), steps=self.steps, cache=cache, label=label)
+
+    def _planned(self, level: float) -> Iterator[Plan]:
+        plan = self._searched.get(level)
+        if plan is not None:
+            yield plan
+
+    @cached_property
+    def _searched(self) -> dict[float, Plan]:
+        """By level, the best plan that one search found for it."""
+        evaluator = FidelitySearch(
+            model=self.model,
+            runs=self.runs,
+            prompts=self.prompts,
+            steps=self.steps,
+            costs=self.costs,
+        )
+        targets = [Target(max_cost=self.whole / level) for level in self.levels]
+        probes = [Plan(policy=policy, steps=self.steps) for policy in TAU_PROBES]
+        space = Space(
+            steps=self.steps,
+            costs=self._of_step,
+            taus=tau_range(self.runs.trace(plan, self.prompts[0]) for plan in probes),
+            dials=self._dials(),
+            places=True,
+        )
+        search = Search(
+            space=space,
+            evaluator=evaluator,
+            prompts=self.prompts,
+            targets=targets,
+            # References and probes count, too.
+            pictures=self.pictures - len(self.prompts) - len(probes) - len(CACHES),
+        )
+        points = search.run()
+        print(f"planner: {len(search.tried)} plans, {search.spent} pictures", file=sys.stderr)
+        found = {}
+        for level, target in zip(self.levels, targets, strict=True):
+            point = best_for(target, points)
+            if point is not None:
+                one = point.candidate
+                found[level] = Plan(
+                    policy=one.policy,
+                    steps=one.num_inference_steps,
+                    cache=one.step_cache,
+                    sigmas=one.sigmas,
+                    label=f"planner: {one.label}",
+                )
+        return found
+
+    def _dials(self) -> list[CacheDial]:
+        """The step caches that plans take, and how far they can be turned."""
+        found = []
+        for dial in STEP_CACHES:
+            own = dial
+            if dial.fit == self.fit.kind:
+                fitted = replace(MagCache(0.0), mag_ratios=self.fit.values)
+                own = replace(dial, cache=fitted)
+            elif dial.fit is not None:
+                continue
+            ends = own.ends or self._range(own.cache)
+            if ends is not None:
+                found.append(replace(own, ends=ends))
+        return found
+
+    def _range(self, cache: StepCache) -> tuple[float, float] | None:
+        return threshold_range(self.runs.trace(self._cached(cache, ""), self.prompts[0]))
 
 
 def computed_steps(table: CacheTable, changes: Sequence[float]) -> int:
@@ -243,4 +357,5 @@ def token_costs(runs: Runs, prompt: Prompt) -> StepCosts:
     multiples = {name: int(name[:-1] or 1) for name in runs.sizes()}
     tokens = {name: whole / multiple**2 for name, multiple in multiples.items()}
     table = {**tokens, **{f"{name} reused": 0.0 for name in tokens}}
-    return StepCosts(milliseconds=dict.fromkeys((TRAINING_FREE, *_CACHES), table), tokens=tokens)
+    names = (TRAINING_FREE, *(type(cache).__name__ for cache in CACHES))
+    return StepCosts(milliseconds=dict.fromkeys(names, table), tokens=tokens)

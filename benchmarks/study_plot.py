@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from study_plans import DDIT, FEWER, FIXED, MAG, SEA, STATIC
+from study_plans import DDIT, FEWER, FIXED, MAG, PLANNED, SEA, SPECTRAL, STATIC
 
 from ddit_rt.lab.measure.figures import new_figure
 
@@ -14,10 +14,12 @@ from ddit_rt.lab.measure.figures import new_figure
 _STYLES = {
     FEWER: ("fewer steps", "#000000", "x"),
     STATIC: ("static coarse steps", "#E69F00", "s"),
+    SPECTRAL: ("SPEED's rule", "#56B4E9", "P"),
     DDIT: ("DDiT", "#0072B2", "o"),
     MAG: ("MagCache", "#CC79A7", "^"),
     FIXED: ("StaticCache, extrapolating", "#999999", "v"),
     SEA: ("SeaCache, extrapolating", "#009E73", "D"),
+    PLANNED: ("planner", "#D55E00", "*"),
 }
 
 
@@ -53,7 +55,8 @@ def draw_order(name: str, entry: Mapping[str, Any], path: Path) -> None:
             capsize=3,
         )
     panel.axhline(entry["two_seeds"]["psnr"]["value"], color="#bbbbbb", linestyle=":")
-    panel.set_xlabel("computed image tokens, % of all steps at full resolution")
+    unit = "computed image tokens" if entry["unit"] == "tokens" else "time of the loop"
+    panel.set_xlabel(f"{unit}, % of all steps at full resolution")
     panel.set_ylabel("PSNR to that image, dB (dotted: two seeds)")
     panel.set_title(
         f"{name}: {len(entry['prompts'])} prompts x {entry['seeds']} seeds", fontsize=11

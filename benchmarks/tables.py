@@ -31,6 +31,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "blocks_cuda": blocks_cuda,
     "cpu_demo:short": cpu_short,
     "cpu_demo": cpu_demo,
+    "cpu_demo_int8": cpu_demo,
     "drivers_cpu": drivers_cpu,
     "flux_cuda": real_size,
     "lowered_cuda": lowered_cuda,

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
-from made_tables.markdown import Report, block, header, interval, label, line
+from made_tables.markdown import (
+    Report,
+    block,
+    cpu,
+    header,
+    interval,
+    label,
+    line,
+    released,
+)
+
+NAMES = {
+    "fewer_steps": "fewer steps",
+    "magcache": "MagCache",
+    "seacache": "SeaCache",
+    "static_cache": "StaticCache",
+    "static": "a static plan",
+    "spectral": "SPEED's rule",
+    "ddit": "DDiT",
+}
 
 
 def study(report: Report) -> str:
@@ -55,7 +75,56 @@ def _order(name: str, entry: Mapping[str, Any]) -> list[str]:
     said = (
         f"Two seeds of one prompt: {_value(scale['psnr'])} dB, SSIM {scale['ssim']['value']:.3f}."
     )
-    return [*lines, "", said]
+    return [*lines, "", said, *_planner(entry), *_prompt_by_prompt(entry)]
+
+
+def _planner(entry: Mapping[str, Any]) -> list[str]:
+    """How much faster the planner's plans are than any single technique at their closeness."""
+    found = []
+    for level in sorted(entry["levels"], key=float):
+        rows = {row["kind"]: row for row in entry["levels"][level]}
+        if "planner" not in rows:
+            continue
+        own = rows["planner"]
+        reached = {
+            kind: share
+            for kind in rows
+            if kind != "planner" and (share := _share_at(entry, kind, own["psnr"]["value"]))
+        }
+        if reached:
+            kind = min(reached, key=lambda kind: reached[kind])
+            ratio = reached[kind] / own["share"]
+            found.append(f"{ratio:.2f}x at {level}x ({NAMES[kind]})")
+    if not found:
+        return []
+    return ["", f"The planner over the best single technique at equal PSNR: {', '.join(found)}."]
+
+
+def _share_at(entry: Mapping[str, Any], kind: str, psnr: float) -> float | None:
+    """The cost at which a kind of plan reaches a PSNR, between its measured ones; else None."""
+    points = sorted(
+        (row["psnr"]["value"], row["share"])
+        for rows in entry["levels"].values()
+        for row in rows
+        if row["kind"] == kind
+    )
+    for (low, cheap), (high, dear) in pairwise(points):
+        if low <= psnr <= high:
+            return float(cheap * (dear / cheap) ** ((psnr - low) / (high - low)))
+    return None
+
+
+def _prompt_by_prompt(entry: Mapping[str, Any]) -> list[str]:
+    """On how many prompts DDiT is closer than the static plan at its cost."""
+    found = []
+    for level in sorted(entry["levels"], key=float):
+        rows = {row["kind"]: row["psnr_per_prompt"] for row in entry["levels"][level]}
+        if {"ddit", "static"} <= rows.keys():
+            closer = [a > b for a, b in zip(rows["ddit"], rows["static"], strict=True)]
+            found.append(f"{sum(closer) / len(closer):.0%} at {level}x")
+    if not found:
+        return []
+    return ["", f"DDiT is closer than the static plan on {', '.join(found)} of the prompts."]
 
 
 def _row(cost: str, row: Report) -> str:
@@ -71,16 +140,20 @@ def _value(entry: Mapping[str, float]) -> str:
 def _conditions(report: Report) -> str:
     sections, steps = report["sections"], report["model"]["steps"]
     counts = [_count(entries) for entries in sections.values() if entries]
-    share = (
-        "`share` is the image tokens that the blocks ran on, over full resolution's. "
-        if sections.get("order")
-        else ""
-    )
+    units = {
+        entry.get("unit", "tokens") for entries in sections.values() for entry in entries.values()
+    }
+    costs = "Costs are counted in computed image tokens, nothing is timed"
+    share = "`share` is the image tokens that the blocks ran on, over full resolution's. "
+    if units == {"ms"}:
+        costs = f"Costs are sums of median step times ({cpu(report)}, {released(report, 'torch')})"
+        share = "`share` is the time of the loop over full resolution's. "
+    share *= bool(sections.get("order"))
     return (
         f"128 x 128 where not said otherwise; {'; then '.join(counts)}. Where nothing else is "
         "said, captions leave open half or more of what an image shows. Compared with "
-        f"{steps} steps at full resolution from the same noise. Costs are counted in computed "
-        f"image tokens, nothing is timed; plans were chosen at their cost on other prompts. {share}"
+        f"{steps} steps at full resolution from the same noise. {costs}; plans were chosen at "
+        f"their cost on other prompts. {share}"
         "Values are means over the prompts, intervals are over them."
     )
 

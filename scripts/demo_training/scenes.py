@@ -27,7 +27,7 @@ class SceneKind(ImageKind):
     name = "scenes"
     folder = study_path()
     stages = ("adopt", "transformer", "export")
-    minutes = {"transformer": 30.0}
+    minutes = {"transformer": 45.0}
     attribute_sizes = SCENE_SIZES
     attributes = all_scenes()
     phrasings = PHRASINGS

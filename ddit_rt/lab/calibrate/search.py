@@ -101,6 +101,11 @@ class Search:
         speeds = zip(self.targets, (2, 1.5, 3), strict=True)
         limits = [target.max_cost or base / speed for target, speed in speeds]
         self._families = self.space.families()
+        self._rows = {
+            id(one): features(one, self.space.steps, self.space.dials)
+            for own in self._families
+            for one in own
+        }
         # Of the others the plan that just meets the target is among the first.
         settled = self.targets[0].max_cost is not None
         self._dialled = [own for own in self._families if not (settled and own[0].sizes())]
@@ -212,19 +217,17 @@ class Search:
         shares = [math.log(tried.cost / (whole * tried.genome.steps)) for tried in found]
         losses = [math.log(max(1 - tried.ssim, _LEAST_LOSS)) for tried in found]
         predicted = []
-        for genome, share, loss in zip(
-            pool,
-            Surrogate(known, shares).predict(places),
-            Surrogate(known, losses).predict(places),
-            strict=True,
-        ):
+        both = Surrogate(known).predict(places, shares, losses)
+        for genome, share, loss in zip(pool, *both, strict=True):
             cost = genome.cost(costs)
             of_cost = (share[0] + math.log(whole * genome.steps), share[1])
             predicted.append((of_cost if cost is None else (math.log(cost), 0.0), loss))
         return predicted
 
     def _features(self, genome: Genome) -> list[float]:
-        return features(genome, self.space.steps, self.space.dials)
+        # Families live as long as the search, so that no other genome gets the id of one of theirs.
+        known = self._rows.get(id(genome))
+        return known or features(genome, self.space.steps, self.space.dials)
 
     def _pool(self, target: Target, found: Sequence[Tried]) -> list[Genome]:
         """The families, and changes of the plans that serve a target best."""

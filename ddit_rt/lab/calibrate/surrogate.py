@@ -1,7 +1,7 @@
-"""What a plan should cost and lose, learnt from those that were measured: a Gaussian process.
+"""What a plan should cost and lose, learnt from those that were measured: Gaussian processes.
 
-Its prior is a plane and smooth bumps over the parts of a genome, on the logarithms of the loss and
-of the cost, so that it says what parts do together too.
+Their prior is a plane and smooth bumps over the parts of a genome, on the logarithms of the loss
+and of the cost, so that they say what parts do together too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ddit_rt.lab.plans.genome import TAU_LEVELS, Genome, Rule, Static
 from ddit_rt.lab.plans.step_caches import LEVELS, CacheDial
 from ddit_rt.policies import parse_patch
 
-Array = npt.NDArray[np.float64]
+Array = npt.NDArray[np.floating[Any]]
 Normal = tuple[float, float]
 """Mean and standard deviation."""
 
@@ -29,45 +29,68 @@ _NOISES = (1e-3, 1e-2, 1e-1)
 
 
 class Surrogate:
-    """A Gaussian process over genomes; of its hyperparameters the likeliest are taken."""
+    """Gaussian processes over the same genomes; of each one's hyperparameters the likeliest.
 
-    def __init__(self, features: Array, values: Sequence[float]) -> None:
-        """Fits it.
+    Args:
+        features: Of the measured plans, `[n, d]`.
+    """
 
-        Args:
-            features: Of the measured plans, `[n, d]`.
-            values: What was measured, `[n]`.
-        """
-        y = np.asarray(values, dtype=np.float64)
-        self._x, self._mean = features, float(y.mean())
-        self._scale = float(y.std()) or 1.0
-        y = (y - self._mean) / self._scale
-        best = -math.inf
-        for length, noise in itertools.product(_LENGTHS, _NOISES):
-            kernel = _kernel(features, features, length) + noise * np.eye(len(y))
-            root = np.linalg.cholesky(kernel)
-            solved = np.linalg.solve(root, y)
-            likelihood = -0.5 * float(solved @ solved) - float(np.log(np.diag(root)).sum())
-            if likelihood > best:
-                best, self._root, self._solved, self._length = likelihood, root, solved, length
+    def __init__(self, features: Array) -> None:
+        self._x = features
+        distance = _distances(features, features)
+        plane, noises = _plane(features, features), np.eye(len(features))
+        self._roots = {
+            (length, noise): np.linalg.cholesky(_bumps(distance, length) + plane + noise * noises)
+            for length, noise in itertools.product(_LENGTHS, _NOISES)
+        }
 
-    def predict(self, features: Array) -> list[Normal]:
+    def predict(self, places: Array, *measured: Sequence[float]) -> list[list[Normal]]:
         """What the values of other plans should be.
 
         Args:
-            features: `[m, d]`.
+            places: Features of these plans, `[m, d]`.
+            measured: One or more values of the measured plans, `[n]` each.
+
+        Returns:
+            A list for each of `measured`.
         """
-        cross = np.linalg.solve(self._root, _kernel(self._x, features, self._length))
-        mean = cross.T @ self._solved * self._scale + self._mean
-        left = 2.0 + (features**2).sum(axis=1) - (cross**2).sum(axis=0)
-        deviation = np.sqrt(np.maximum(left, 1e-12)) * self._scale
-        return list(zip(mean.tolist(), deviation.tolist(), strict=True))
+        distance, plane = _distances(self._x, places), _plane(self._x, places)
+        prior = 2.0 + (places**2).sum(axis=1)
+        found = []
+        for values in measured:
+            y = np.asarray(values, dtype=np.float64)
+            mean, scale = float(y.mean()), float(y.std()) or 1.0
+            length, root, solved = self._likeliest((y - mean) / scale)
+            cross = np.linalg.solve(root, _bumps(distance, length) + plane)
+            left = np.maximum(prior - (cross**2).sum(axis=0), 1e-12)
+            means, deviations = cross.T @ solved * scale + mean, np.sqrt(left) * scale
+            found.append(list(zip(means.tolist(), deviations.tolist(), strict=True)))
+        return found
+
+    def _likeliest(self, y: Array) -> tuple[float, Array, Array]:
+        """Length of the bumps, root of the kernel, and what that makes of `y`."""
+        best = -math.inf
+        for (length, _), root in self._roots.items():
+            solved = np.linalg.solve(root, y)
+            likelihood = -0.5 * float(solved @ solved) - float(np.log(np.diag(root)).sum())
+            if likelihood > best:
+                best, chosen = likelihood, (length, root, solved)
+        return chosen
 
 
-def _kernel(one: Array, other: Array, length: float) -> Array:
-    distance = ((one[:, None] - other[None]) ** 2).sum(axis=-1)
+def _distances(one: Array, other: Array) -> Array:
+    squares: Array = ((one[:, None] - other[None]) ** 2).sum(axis=-1)
+    return squares
+
+
+def _bumps(distance: Array, length: float) -> Array:
     bumps: Array = np.exp(-distance / (2 * length**2))
-    return bumps + one @ other.T + 1.0
+    return bumps
+
+
+def _plane(one: Array, other: Array) -> Array:
+    plane: Array = one @ other.T + 1.0
+    return plane
 
 
 def features(genome: Genome, steps: int, dials: Sequence[CacheDial]) -> list[float]:
