@@ -234,6 +234,7 @@ class FamilySuite:
         if self.case.guided is None:
             assert_equal(driven, table, tolerance=TOLERANCE)
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
     def test_in_half_precision_the_model_sees_the_pipelines_times(self) -> None:
         assert_same_times(self.case.pipeline(), self.case.call())

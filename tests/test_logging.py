@@ -37,6 +37,7 @@ def test_it_says_nothing_by_itself() -> None:
     assert (ran.stdout, ran.stderr) == ("", "")
 
 
+@pytest.mark.slow
 def test_a_servers_errors_are_heard_without_any_set_up_and_once_with_it() -> None:
     pytest.importorskip("fastapi")
     code = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanVACEPipeline, WanVACETransformer3DModel
 from driving import assert_equal, keep, runs
@@ -19,6 +20,7 @@ from wan_models import CHANNELS, in_half_precision, wan_pipeline, wan_transforme
 class WanSuite(FamilySuite):
     """What holds of Wan's families besides: some of their weights stay in float32."""
 
+    @pytest.mark.slow
     def test_half_precision_keeps_what_diffusers_keeps_in_float32(self) -> None:
         pipeline = in_half_precision(self.case.pipeline())
         engine, call = eager(pipeline), self.case.call((7,), (5,))

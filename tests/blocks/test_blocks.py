@@ -47,6 +47,7 @@ def test_compile_blocks_layout(compiled_blocks: CompiledBlocks) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_compile_blocks_reports_progress_and_compiles_equal_programs_once(
     transformer: FluxTransformer2DModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

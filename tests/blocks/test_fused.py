@@ -50,6 +50,7 @@ def fused(block_type: BlockType, block: nn.Module) -> tuple[BlockTemplate, Any]:
     return template, fuse_layers(template, block_type, block)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [*GROUPS])
 def test_groups_and_their_product(block: str, transformer: FluxTransformer2DModel) -> None:
     model = wan_transformer() if block.startswith("Wan") else transformer

@@ -150,6 +150,7 @@ def state() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_state_of_torch_does_not_reach_a_compile(
     observed: Callable[[Callable[[], Any]], Any],
 ) -> None:

@@ -83,6 +83,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
     return begin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "said"),
     [
@@ -102,6 +103,7 @@ def test_what_a_process_fails_at_is_compiled_here_and_told(
     assert process.poll() is not None
 
 
+@pytest.mark.slow
 def test_what_can_be_compiled_nowhere_is_an_error_of_its_block(
     tmp_path: Path, started: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +122,7 @@ def test_what_can_be_compiled_nowhere_is_an_error_of_its_block(
     assert not list(tmp_path.glob(f"{BLOCK}/*"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_of_the_block_that_was_handed_over(
     tmp_path: Path, started: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +144,7 @@ def test_another_program_that_python_runs_in_is_not_started(
     assert spare_processes() == 0
 
 
+@pytest.mark.slow
 def test_an_error_here_ends_the_others(
     tmp_path: Path, started: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +171,7 @@ def test_settings_made_in_code_are_kept_in_this_process() -> None:
         assert spare_processes() == 0
 
 
+@pytest.mark.slow
 def test_more_programs_than_processes_are_shared_among_all(
     tmp_path: Path, started: Callable[[str], list[Any]]
 ) -> None:

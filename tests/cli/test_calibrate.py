@@ -43,6 +43,7 @@ def calibrated(
     return path
 
 
+@pytest.mark.slow
 def test_artifact_holds_plans_and_evidence(calibrated: Path, artifact: Path) -> None:
     manifest = read_manifest(calibrated)
     (calibration,) = manifest.calibrations
@@ -175,6 +176,7 @@ def test_second_step_count_joins_the_first(
     assert [c.num_inference_steps for c in read_manifest(path).calibrations] == [5, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

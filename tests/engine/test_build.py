@@ -128,6 +128,7 @@ def test_adapter_step_equals_peft_on_the_whole_model(
     torch.testing.assert_close(actual, latents - velocity, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_loading_in_another_process_gives_the_same_picture(
     engine: ddit_rt.Engine, artifact_path: Path, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def test_either_expert_may_have_all_steps(boundary: float, first: bool) -> None:
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.slow
 def test_packages_serve_both_experts(tmp_path: Path, packages: Packages) -> None:
     """They hold no weights, so one per block class is enough; a fused change acts at once."""
     pipeline = wan_pipeline(boundary_ratio=BOUNDARY)

@@ -61,6 +61,7 @@ def bench(engine: Engine) -> EngineBench:
     )
 
 
+@pytest.mark.slow
 def test_plans_are_calibrated_by_how_alike_their_spectrograms_are(
     engine: Engine, tmp_path: Path
 ) -> None:

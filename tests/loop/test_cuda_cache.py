@@ -216,6 +216,7 @@ def test_two_passes_keep_a_residual_each(graphs: EmulatedGraphs) -> None:
     assert "r" in assert_same_run(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "cache", "batched"),
     [  # all pairs

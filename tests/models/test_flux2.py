@@ -160,6 +160,7 @@ def test_edits_are_the_same_on_both_executors(graphs: Any) -> None:
         assert torch.equal(ours, generated(cpu, call, patch_policy=MIXED))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 96), (70, 100), (1400, 1000)])
 def test_an_edit_without_a_size_has_that_of_its_first_image(size: tuple[int, int]) -> None:
     pipeline = tiny_klein(is_distilled=True)

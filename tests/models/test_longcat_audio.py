@@ -77,6 +77,7 @@ def test_blocks_know_frames_and_text_and_a_mask_of_the_text() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
 @pytest.mark.parametrize("prompts", [((7,), ()), ((7, 4), (5, 6))], ids=["one", "two guided"])
 def test_a_length_that_no_patch_divides_runs_at_every_patch(prompts: Any, more: Any) -> None:

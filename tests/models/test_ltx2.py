@@ -147,7 +147,16 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+QUICK = ("two guided, rescaled", "in every way")
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, id=name, marks=[pytest.mark.slow] * (name not in QUICK))
+        for name, way in WAYS.items()
+    ],
+)
 def test_video_and_sound_equal_diffusers_in_every_way_to_guide(engine: Engine, way: Any) -> None:
     lengths, negative, more = way
     call = TestLTX2.case.call(lengths, negative, **more)
@@ -201,6 +210,7 @@ def test_other_lengths_of_sound_run_on_the_same_blocks(
     assert_both_equal(engine, engine.pipeline, TestLTX2.case.call((7,), (5,), **seconds))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [((7,), ()), ((7, 4), (5, 6))], ids=["one", "two guided"])
 def test_a_size_that_no_patch_divides_runs_at_every_patch(engine: Engine, prompts: Any) -> None:
     """Latents of 6 x 10 are 3 x 5 at 2p and 2 x 3 at 4p."""

@@ -355,6 +355,7 @@ def test_scheduler_that_takes_no_noise_levels_is_named() -> None:
         WAN.set_timesteps(heun(), 1, [1.0], Grid(height=4, width=4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", [euler, unipc])
 def test_in_half_precision_the_model_sees_the_pipelines_times(scheduler: Any) -> None:
     size = {"height": 64, "width": 64, "num_frames": 5, "output_type": "latent"}

@@ -87,6 +87,7 @@ class TestWanExperts(WanSuite):
             measuring_plan(eager(experts_pipeline()), "magcache", **self.case.call())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batched", [True, False], ids=["one batch", "two passes"])
 @pytest.mark.parametrize("driven", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
 @pytest.mark.parametrize(

@@ -43,8 +43,12 @@ ALONE = {"video": None, "mask": None, "reference_images": None, "conditioning_sc
 @pytest.mark.parametrize("driven", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
 @pytest.mark.parametrize(
     "given",
-    [ALONE, {"mask": None}, {"reference_images": None}, {"video": None, "mask": None}],
-    ids=["text", "video", "video and mask", "reference"],
+    [
+        pytest.param(ALONE, id="text"),
+        pytest.param({"mask": None}, id="video", marks=pytest.mark.slow),
+        pytest.param({"reference_images": None}, id="video and mask"),
+        pytest.param({"video": None, "mask": None}, id="reference", marks=pytest.mark.slow),
+    ],
 )
 def test_whatever_is_given_equals_diffusers(given: Any, driven: Any) -> None:
     pipeline = vace_pipeline()
@@ -52,6 +56,7 @@ def test_whatever_is_given_equals_diffusers(given: Any, driven: Any) -> None:
     assert_equal(*runs(pipeline, eager(pipeline), call, **driven), tolerance=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driven", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
 def test_two_experts_equal_diffusers_where_no_patch_divides(driven: Any) -> None:
     pipeline = vace_pipeline(boundary_ratio=BOUNDARY)

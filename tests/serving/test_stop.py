@@ -83,6 +83,7 @@ def test_what_does_not_end_in_time_fails_within_a_step(
     assert not worker._thread.is_alive()
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_process_with_zero(tmp_path: Path) -> None:
     here = Path(__file__).resolve().parents[1]
     process = subprocess.Popen(

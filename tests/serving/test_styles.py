@@ -50,6 +50,7 @@ def made(client: TestClient, lora: Any) -> str:
     return str(answer.json()["data"][0]["b64_json"])
 
 
+@pytest.mark.slow
 def test_after_any_sequence_the_base_is_what_it_was(engine: Engine, client: TestClient) -> None:
     before = everything(engine.pipeline)
     plain = made(client, None)

@@ -115,6 +115,7 @@ def config(**fields: Any) -> CalibrationConfig:
     return CalibrationConfig(**{**given, **fields})
 
 
+@pytest.mark.slow
 def test_small_calibration_ends_with_presets_that_run(tmp_path: Path) -> None:
     need("matplotlib", "torchmetrics")
     engine = eager(TEACACHE)
@@ -140,6 +141,7 @@ def test_small_calibration_ends_with_presets_that_run(tmp_path: Path) -> None:
         assert any(plan.label in note for note in trace.notes)
 
 
+@pytest.mark.slow
 def test_stopped_calibration_goes_on_with_what_was_measured(tmp_path: Path) -> None:
     need("matplotlib", "torchmetrics")
     engine = eager(TEACACHE)

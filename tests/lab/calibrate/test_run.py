@@ -53,6 +53,10 @@ FORMULAS: dict[str, dict[str, Any]] = {
 }
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def config(request: dict[str, float], **fields: Any) -> CalibrationConfig:
     return CalibrationConfig(request=request, prompts=PROMPTS, **{"cost_unit": "tokens", **fields})
 
@@ -103,7 +107,7 @@ def families(bench: SyntheticBench) -> Iterator[Genome]:
     return (genome for family in space.families() for genome in family)
 
 
-@pytest.mark.parametrize(("speedup", "seed"), [(1.6, 0), (2.5, 1), (2.0, 2)])
+@pytest.mark.parametrize(("speedup", "seed"), [slow(1.6, 0), (2.5, 1), slow(2.0, 2)])
 @pytest.mark.parametrize("formula", FORMULAS)
 def test_best_plan_is_never_worse_than_the_best_of_a_family(
     formula: str, speedup: float, seed: int
@@ -127,6 +131,7 @@ def halves(bench: SyntheticBench) -> Iterator[Genome]:
         yield Genome(steps=bench.steps, patches=patches, reuse=Reuse(dial=dial, level=level))
 
 
+@pytest.mark.slow
 def test_planted_optimum_that_no_family_holds_is_found() -> None:
     """Always most of the way; all of it, to a third of its loss, from all seeds but one."""
     reached, cost = [], WHOLE / 2.5
@@ -161,6 +166,7 @@ def test_levels_are_placed_where_the_loss_is_least(seed: int) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 40, 110, 170])
 def test_stopped_search_goes_on_to_the_same_end_and_measures_nothing_twice(
     after: int, tmp_path: Path
@@ -240,7 +246,7 @@ def test_step_cache_is_left_where_reuse_loses_much(request_: dict[str, float]) -
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
-@pytest.mark.parametrize("request_", [{"speedup": 1.6}, {"min_ssim": 0.96}])
+@pytest.mark.parametrize("request_", [slow({"speedup": 1.6}), {"min_ssim": 0.96}])
 def test_winner_stands_on_the_held_out_prompts(formula: str, request_: dict[str, float]) -> None:
     decided = searched(FORMULAS[formula], request_, seed=0)[1].confirmation
     winner = decided.candidates[decided.winner].result
@@ -266,6 +272,7 @@ def test_front_and_presets_are_monotone() -> None:
     assert calibration.plan(1.0) == front[-1]
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_calibration() -> None:
     first = searched({}, {"speedup": 1.6}, seed=0)[1].calibration
     assert run(SyntheticBench(), {"speedup": 1.6}).calibration == first
@@ -283,7 +290,7 @@ def test_without_a_fit_the_search_says_so_and_goes_on() -> None:
 
 
 @pytest.mark.parametrize("reuse_loss", [None, 0.05])
-@pytest.mark.parametrize("pictures", [130, 200, 300])
+@pytest.mark.parametrize("pictures", [130, slow(200), slow(300)])
 def test_pictures_are_counted_and_bounded(reuse_loss: float | None, pictures: int) -> None:
     bench = SyntheticBench(reuse_loss=reuse_loss)
     told = run(bench, {"speedup": 1.6}, pictures=pictures).calibration.evidence["pictures"]

@@ -98,6 +98,7 @@ def test_clip_is_as_similar_as_its_frames_are_on_average() -> None:
     assert abs(means(fine.flip(0))[0] - ssim) > 1e-3
 
 
+@pytest.mark.slow
 def test_steps_cost_the_tokens_of_all_frames_and_some_time() -> None:
     engine = eager(MAGCACHE)
     # Two latent frames of 8 x 8, patches of 2 and 4.
