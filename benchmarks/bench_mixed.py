@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,13 +31,13 @@ from demo_models import DemoModel, image_model
 from mixed_model import Prompted, Subject, deviations
 from mixed_steps import FINE, SIGNALS, VALUES, Run, Step
 from quality_rows import tensor
-from records import RESULTS, interval_entry, publish
+from records import RESULTS, head, interval_entry, parser_of, publish
 from torch import Tensor
 
 from ddit_rt.lab.demo.classifier import load_classifier
 from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH
 from ddit_rt.lab.measure.fidelity import fidelity
-from ddit_rt.lab.measure.report import machine, model_entry, versions
+from ddit_rt.lab.measure.report import model_entry
 from ddit_rt.lab.measure.timing import Pixels
 from ddit_rt.lab.plans.genome import Static
 from ddit_rt.policies import DDiTPolicy
@@ -75,25 +74,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps, count = (8, 2) if args.quick else (STEPS, PROMPTS)
     prompts = list(enumerate(model.reported(count)))
     of_values = [prompts[place] for place in OF_VALUES] if not args.quick else prompts
-    report = {
-        "schema_version": 1,
-        "machine": machine(),
-        "versions": versions(),
-        "model": model_entry("demo", model.pipeline.transformer),
-        "settings": {"seed": 0, "equal_cost": EQUAL_COST},
-        "sections": {
+    report = head(
+        model=model_entry("demo", model.pipeline.transformer),
+        settings={"seed": 0, "equal_cost": EQUAL_COST},
+        sections={
             f"captions_{steps}": section(model, plans_beside_others(steps), prompts),
             f"captions_{steps}_values": section(model, plans_of_values(steps), of_values),
         },
-    }
+    )
     publish(args.out, report)
     return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Settings; `--quick` is a smoke run whose figures mean nothing."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser = parser_of(__doc__, RESULT)
     parser.add_argument("--quick", action="store_true", help="2 prompts, 8 steps")
     args = parser.parse_args(argv)
     if args.quick and args.out == RESULT:

@@ -55,41 +55,7 @@ def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-class MemoryProbe:
-    """Memory of this process on a device: on CUDA the device's, on a CPU the resident set.
-
-    On CUDA `used` and what grows from it count everything on the device, graphs and other
-    processes included; the allocator's peaks count tensors alone.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def reset(self) -> None:
-        """Forgets the peak so far."""
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self._device)
-        else:
-            # proc(5): 5 resets the peak resident set.
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-    def used(self) -> int:
-        """Bytes in use now."""
-        if self._device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self._device)
-            return total - free
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-    def read(self) -> dict[str, int]:
-        """`used_bytes` now and `peak_bytes` since `reset`; on CUDA `peak_reserved_bytes` too."""
-        if self._device.type == "cuda":
-            return {
-                "used_bytes": self.used(),
-                "peak_bytes": torch.cuda.max_memory_allocated(self._device),
-                "peak_reserved_bytes": torch.cuda.max_memory_reserved(self._device),
-            }
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-        return {"used_bytes": self.used(), "peak_bytes": int(line.split()[1]) * 1024}
+def resident_bytes() -> int:
+    """The resident set of this process."""
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -16,6 +16,7 @@ from hardware import device_name
 from tables import TABLES, update_tables
 from timing import Deadline, attempt
 
+from ddit_rt.lab.measure.report import machine, versions
 from ddit_rt.lab.measure.statistics import mean_interval
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -28,27 +29,39 @@ NO_TIME = "no time was left; call this section alone, or give a larger budget"
 """The error of a record that was not begun."""
 
 
+def parser_of(document: str | None, out: Path | None = None) -> argparse.ArgumentParser:
+    """A parser described by the first line of a script's docstring, with `--out`."""
+    parser = argparse.ArgumentParser(description=(document or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=out)
+    return parser
+
+
+def head(**entries: Any) -> Record:
+    """What every record begins with, and further entries."""
+    return {"schema_version": 1, "machine": machine(), "versions": versions(), **entries}
+
+
 def unsaved(_: Record) -> None:
     """Of a caller who wants the complete record alone."""
 
 
-def opened(path: Path, head: Record) -> Record:
+def opened(path: Path, new: Record) -> Record:
     """The report to add to: the one in the file, if there is one.
 
     Raises:
         ValueError: It is of another machine, model or version.
     """
     if not path.exists():
-        return {**head, "sections": {}}
+        return {**new, "sections": {}}
     report: Record = json.loads(path.read_text(encoding="utf-8"))
     stored = identity(report)
-    for name, ours in identity(head).items():
+    for name, ours in identity(new).items():
         if stored.get(name) != ours:
             raise ValueError(
                 f"{path} holds results with {name} {stored.get(name)}, and this run has {ours}; "
                 "they do not belong in one file: give another --out, or remove it"
             )
-    return {**report, **head}
+    return {**report, **new}
 
 
 def identity(report: Record) -> Record:
