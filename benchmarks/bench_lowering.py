@@ -35,7 +35,7 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # what pretends must be in th
 import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from real_models import MODELS
-from records import RESULTS, parser_of, write
+from records import RESULTS, parser_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -47,7 +47,7 @@ from ddit_rt.blocks.fused import fuse_layers
 from ddit_rt.blocks.linears import linear_calls
 from ddit_rt.blocks.package import PackageInfo, input_dtypes, package_path
 from ddit_rt.blocks.runner import constant_specs
-from ddit_rt.lab.measure.report import versions
+from ddit_rt.lab.measure.report import versions, write_json
 from ddit_rt.models import family_of
 from ddit_rt.models.base import BlockType
 from ddit_rt.models.layered import LayeredFamily
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     section = "fp8" if args.fp8 else "blocks"
     report = {"schema_version": 1, **before, "versions": versions()}
-    write(args.out, {**report, section: {**before.get(section, {}), **blocks}})
+    write_json(args.out, {**report, section: {**before.get(section, {}), **blocks}})
     print(f"wrote {args.out}", file=sys.stderr)
     return 0
 

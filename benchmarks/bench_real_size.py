@@ -44,12 +44,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from hardware import machine_entry
 from real_loops import loops
 from real_models import MODELS, Case
 from real_sections import blocks, buckets, compiling, kernels
 from real_setup import Setup
-from records import RESULTS, Record, Save, fill, head, opened, parser_of, publish
+from records import RESULTS, Record, Save, fill, head, machine_entry, opened, parser_of, publish
 from timing import Deadline
 
 from ddit_rt.lab.measure.report import model_entry

@@ -38,13 +38,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from hardware import resident_bytes
-from records import RESULTS, head, publish, write
+from records import RESULTS, head, publish, resident_bytes
 from soak_runs import Run, UnexpectedEnd, perform, schedule, settle, spots, write_loras
 from timing import spread
 
 import ddit_rt
 from ddit_rt import Engine
+from ddit_rt.lab.measure.report import write_json
 from ddit_rt.sources import load_pipeline
 
 RESULT = RESULTS / "soak_cpu.json"
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = ["--runs", str(args.runs), "--seed", str(args.seed)]
         options += ["--artifact", str(artifact), "--loras", str(folder)]
         for run in spots(runs, args.spots, args.seed):
-            write(args.record, {**report, "broken": broken(report)})  # as far as it has come
+            write_json(args.record, {**report, "broken": broken(report)})  # as far as it has come
             same = again(run, options) == log.digests[run.index]
             entry = {"run": run.index, "kind": run.kind, "loras": run.loras, "equal": same}
             report["spots"].append(entry)

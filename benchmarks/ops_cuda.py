@@ -22,8 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from hardware import machine_entry
-from records import RESULTS, head, publish
+from records import RESULTS, head, machine_entry, publish
 from timing import Call, attempt, release, spread
 from torch import Tensor
 

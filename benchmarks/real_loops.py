@@ -23,12 +23,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from real_models import Case, DiffusersCache
+from diffusers import MagCacheConfig
+from real_models import Case
 from real_setup import Setup, captures_of
 from records import Save, unsaved
 from timing import Call, Measured, attempt, spread, take_turns
 from torch import Tensor
 
+from ddit_rt.loop import RunTrace
 from ddit_rt.policies import (
     DDiTPolicy,
     FinePolicy,
@@ -41,6 +43,8 @@ from ddit_rt.policies import (
 
 BASELINE = "diffusers_eager"
 _TOLERANCE = 0.02
+_COMPUTES = "blocks.0.attn1.to_q"
+"""A layer of Wan that runs only where a step computes."""
 _SKIP = "+teacache"
 
 # At its threshold of 0.08 TeaCache makes Wan 2.1 1.3B twice as fast (88 s of 175 s, by its
@@ -160,17 +164,10 @@ def all_methods(setup: Setup, case: Case) -> dict[str, Method]:
     }
     for form in setup.executors:
         for schedule in setup.model.schedules:
-            ours = EngineCall(setup, case, schedule, form)
-            methods[f"ddit_rt_{form}_{schedule}"] = Method(
-                label=f"ddit_rt, {schedule}",
-                build=ours.build,
-                schedule=schedule,
-                executor=form,
-                details=ours.details,
-            )
+            name = f"ddit_rt_{form}_{schedule}"
+            methods[name] = engine_method(setup, case, schedule, form)
     if (cache := setup.model.cache(case.steps)) is not None:
-        cached = CachedCall(setup, case, cache)
-        methods[cache.name] = Method(label=cache.label, build=cached.build, details=cached.details)
+        methods["mag_cache"] = cached_method(setup, case, cache)
     # Block by block, as diffusers recommends, and whole.
     for scope in ("regional", "full"):
         methods[f"compile_{scope}"] = Method(
@@ -194,73 +191,53 @@ def _compiled(setup: Setup, case: Case, scope: str) -> Call:
     return _call(setup, case, pipeline)
 
 
-@dataclass
-class CachedCall:
-    """A cache of diffusers, whose hooks decide in Python, so that it runs uncompiled.
+def cached_method(setup: Setup, case: Case, config: MagCacheConfig) -> Method:
+    """MagCache of diffusers, whose hooks decide in Python, so that it runs uncompiled."""
+    ran: list[int] = []
 
-    Attributes:
-        setup: The run of the script.
-        case: The request.
-        cache: The cache.
-    """
-
-    setup: Setup
-    case: Case
-    cache: DiffusersCache
-    _ran: int = 0
-
-    def build(self) -> Call:
-        """The call, after one that was counted."""
-        pipeline = self.setup.model.with_shared_weights(self.setup.pipeline)
-        transformer = pipeline.transformer
-        transformer.enable_cache(self.cache.config)
-        call = _call(self.setup, self.case, pipeline)
-        self._ran = 0
-        layer = transformer.get_submodule(self.cache.layer)
-        hook = layer.register_forward_pre_hook(self._count)
+    def build() -> Call:
+        pipeline = setup.model.with_shared_weights(setup.pipeline)
+        pipeline.transformer.enable_cache(config)
+        call = _call(setup, case, pipeline)
+        ran.clear()
+        layer = pipeline.transformer.get_submodule(_COMPUTES)
+        hook = layer.register_forward_pre_hook(lambda *_: ran.append(1))
         call()
         hook.remove()
         return call
 
-    def details(self) -> dict[str, Any]:
+    def details() -> dict[str, Any]:
         """How many steps of the counted call ran all blocks, and the share that did not."""
-        computed = self._ran // self.setup.model.passes
-        return {"computed_steps": computed, "reused_share": 1 - computed / self.case.steps}
+        computed = len(ran) // setup.model.passes
+        return {"computed_steps": computed, "reused_share": 1 - computed / case.steps}
 
-    def _count(self, _module: Any, _inputs: Any) -> None:
-        self._ran += 1
+    label = "diffusers + MagCache (every other step)"
+    return Method(label=label, build=build, details=details)
 
 
-class EngineCall:
-    """One schedule in one form of our executor; keeps what it did."""
+def engine_method(setup: Setup, case: Case, schedule: str, form: str) -> Method:
+    """One schedule in one form of our executor."""
+    traces: list[RunTrace] = []
+    captured: list[bool] = []
 
-    def __init__(self, setup: Setup, case: Case, schedule: str, form: str) -> None:
-        self._setup, self._case = setup, case
-        self._schedule, self._form = schedule, form
-        self._calls = self._late_captures = 0
-        self._trace: Any = None
-
-    def build(self) -> Call:
-        """The call."""
-        setup = self._setup
+    def build() -> Call:
         setup.need_engine()
-        request = setup.request(self._case)
-        policy = policy_of(self._schedule, setup.flops(self._case), self._case.steps)
-        cache = cache_of(self._schedule)
+        request = setup.request(case)
+        policy = policy_of(schedule, setup.flops(case), case.steps)
 
         def call() -> Tensor:
             before = captures_of(setup.engine)
-            latents = setup.generate(request, policy, self._form, cache)
-            self._calls += 1
-            self._late_captures += self._calls > 1 and captures_of(setup.engine) != before
-            self._trace = setup.engine.last_trace
+            latents = setup.generate(request, policy, form, cache_of(schedule))
+            captured.append(captures_of(setup.engine) != before)
+            assert setup.engine.last_trace is not None, "a run leaves a trace"
+            traces[:] = [setup.engine.last_trace]
             return latents
 
         return call
 
-    def details(self) -> dict[str, Any]:
+    def details() -> dict[str, Any]:
         """Patch sizes, reuse, tokens and notes of the latest run, and how it was executed."""
-        trace = self._trace
+        (trace,) = traces
         return {
             "ran_on": trace.executor,
             "patch_sizes": _counts(trace.patch_sizes()),
@@ -269,8 +246,11 @@ class EngineCall:
             "tokens": trace.tokens,
             "notes": list(trace.notes),
             # Other than 0: graphs were captured again while others were timed.
-            "late_captures": self._late_captures,
+            "late_captures": sum(captured[1:]),
         }
+
+    label = f"ddit_rt, {schedule}"
+    return Method(label=label, build=build, schedule=schedule, executor=form, details=details)
 
 
 def _counts(sizes: Sequence[str]) -> dict[str, int]:

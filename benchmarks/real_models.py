@@ -155,23 +155,6 @@ class Case:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class DiffusersCache:
-    """A feature cache of diffusers, for comparison.
-
-    Attributes:
-        name: Of its method.
-        label: For people.
-        config: Its settings.
-        layer: Name of a layer of the transformer that runs only where a step computes.
-    """
-
-    name: str
-    label: str
-    config: Any
-    layer: str
-
-
 class RealModel(ABC):
     """A model family.
 
@@ -218,7 +201,7 @@ class RealModel(ABC):
         for a sample in any batch.
         """
 
-    def cache(self, steps: int) -> DiffusersCache | None:  # noqa: ARG002 - of those that have one
+    def cache(self, steps: int) -> MagCacheConfig | None:  # noqa: ARG002 - of those that have one
         """What diffusers offers to skip steps, where that says anything with random weights."""
         return None
 
@@ -392,22 +375,17 @@ class Wan(RealModel):
         tensors = {name: tensor.to(transformer.device) for name, tensor in drawn.items()}
         return {**tensors, **case.arguments, "guidance_scale": 5.0}
 
-    def cache(self, steps: int) -> DiffusersCache:
+    def cache(self, steps: int) -> MagCacheConfig:
         """MagCache, so set that the steps reuse that do in `fine+teacache`.
 
         diffusers has no TeaCache. With ratios of 1 and at most one reuse in a row, every other step
         reuses, whatever the weights are; the hits of its FirstBlockCache would be arbitrary.
         """
-        return DiffusersCache(
-            name="mag_cache",
-            label="diffusers + MagCache (every other step)",
-            config=MagCacheConfig(
-                max_skip_steps=1,
-                retention_ratio=1 / steps,
-                num_inference_steps=steps,
-                mag_ratios=[1.0] * steps,
-            ),
-            layer="blocks.0.attn1.to_q",
+        return MagCacheConfig(
+            max_skip_steps=1,
+            retention_ratio=1 / steps,
+            num_inference_steps=steps,
+            mag_ratios=[1.0] * steps,
         )
 
 

@@ -12,7 +12,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from hardware import rates
 from real_models import Case, Preset, RealModel
 from timing import Deadline, attempt, release, time_limit
 from torch import Tensor
@@ -22,6 +21,7 @@ from ddit_rt.blocks import compile_blocks
 from ddit_rt.blocks.package import package_path
 from ddit_rt.engine import Engine
 from ddit_rt.engine.cost import StepCost, step_cost
+from ddit_rt.lab.profile.ceilings import copy_rate, matrix_rate
 from ddit_rt.models import family_of
 from ddit_rt.models.base import BlockType
 from ddit_rt.models.quantised import has_quantised
@@ -155,7 +155,10 @@ class Setup:
     @cached_property
     def rates(self) -> dict[str, float]:
         """What the machine can do at best, measured in this run."""
-        return rates(self.device, self.dtype)
+        return {
+            "matrix_flops_per_second": matrix_rate(self.device, self.dtype),
+            "copy_bytes_per_second": copy_rate(self.device),
+        }
 
     def request(self, case: Case) -> dict[str, Any]:
         """Arguments of a call."""
