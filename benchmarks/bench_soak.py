@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settle(engine, run, args.loras)
         print(perform(engine, run, args.loras))
         return 0
+    args.record.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ddit_rt-") as name:
         folder = Path(name)
         artifact = args.artifact or compiled(folder / "demo.ddit")

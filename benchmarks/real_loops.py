@@ -27,7 +27,7 @@ from diffusers import MagCacheConfig
 from real_models import Case
 from real_setup import Setup, captures_of
 from records import Save, unsaved
-from timing import Call, Measured, attempt, spread, take_turns
+from timing import Call, Measured, attempt, spread
 from torch import Tensor
 
 from ddit_rt.loop import RunTrace
@@ -82,16 +82,8 @@ def loops(
         }
         return {"backend": setup.blocks, "flops_per_step": flops, "rows": rows}
 
-    return record(
-        take_turns(
-            {name: method.build for name, method in methods.items()},
-            repeats=setup.repeats,
-            device=setup.device,
-            deadline=setup.deadline,
-            warm_up_limit=setup.warm_up_limit,
-            on_news=lambda measured: save(record(measured)),
-        )
-    )
+    builders = {name: method.build for name, method in methods.items()}
+    return setup.in_turns(builders, record, save)
 
 
 def row_of(

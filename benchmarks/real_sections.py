@@ -21,7 +21,7 @@ from ops_cuda import capture, microseconds
 from real_models import Case
 from real_setup import PATCHES, Setup, captures_of, use_executor
 from records import Save, unsaved
-from timing import Call, Measured, attempt, release, spread, synchronize, take_turns, timed
+from timing import Call, Measured, attempt, release, spread, synchronize, timed
 from torch import Tensor
 
 import ddit_rt
@@ -71,16 +71,7 @@ def buckets(setup: Setup, case: Case, save: Save = unsaved) -> dict[str, Any]:
         engine = {"backend": setup.blocks, "engine": setup.engine_times}
         return {"rates": limits, **engine, "rows": rows}
 
-    return record(
-        take_turns(
-            builders,
-            repeats=setup.repeats,
-            device=setup.device,
-            deadline=setup.deadline,
-            warm_up_limit=setup.warm_up_limit,
-            on_news=lambda measured: save(record(measured)),
-        )
-    )
+    return setup.in_turns(builders, record, save)
 
 
 def _bucket_row(own: Measured, floor: dict[str, Any]) -> dict[str, Any]:
@@ -172,9 +163,7 @@ def blocks(setup: Setup, case: Case, save: Save = unsaved) -> dict[str, Any]:
     What a step costs is about the sum over its blocks, so this tells in seconds where time goes,
     with as few as one block of each class in the model.
     """
-    problem = setup.engine_error()
-    if problem is not None:
-        return {"error": f"no engine: {problem}"}
+    setup.need_engine()
     model = setup.engine._compiled.steps  # noqa: SLF001 - no user needs it
     assert isinstance(model.family, LayeredFamily), "the presets have one"
     rows: dict[str, Any] = {}
@@ -199,17 +188,15 @@ def _block_row(setup: Setup, case: Case, block_type: BlockType, patch: str) -> d
         (one.float() - other.float()).norm() / other.float().norm()
         for one, other in zip(found, expected, strict=True)
     ]
-    return {
+    row: dict[str, Any] = {
         "seconds": ours,
         "torch_seconds": torchs,
         "speedup": torchs / ours,
         "relative_error": max(float(error) for error in errors),
-        **(
-            {"kernels": _graph_kernels(lambda: runner(*inputs))}
-            if setup.device.type == "cuda"
-            else {}
-        ),
     }
+    if setup.device.type == "cuda":
+        row["kernels"] = _graph_kernels(lambda: runner(*inputs))
+    return row
 
 
 def _inputs(setup: Setup, case: Case, block_type: BlockType, patch: str) -> list[Tensor]:
@@ -263,9 +250,7 @@ def _graph_kernels(call: Callable[[], Any]) -> list[dict[str, Any]]:
 
 def kernels(setup: Setup, case: Case) -> dict[str, Any]:
     """Runs of a few steps at p, and at 4p, under torch's profiler."""
-    problem = setup.engine_error()
-    if problem is not None:
-        return {"error": f"no engine: {problem}"}
+    setup.need_engine()
     rows = {}
     for patch in _PROFILED:
         if patch in setup.costs(case):

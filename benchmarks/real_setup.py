@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,8 @@ from unittest import mock
 
 import torch
 from real_models import Case, Preset, RealModel
-from timing import Deadline, attempt, release, time_limit
+from records import Record, Save
+from timing import Call, Deadline, Measured, attempt, release, take_turns, time_limit
 from torch import Tensor
 
 import ddit_rt
@@ -159,6 +160,23 @@ class Setup:
             "matrix_flops_per_second": matrix_rate(self.device, self.dtype),
             "copy_bytes_per_second": copy_rate(self.device),
         }
+
+    def in_turns(
+        self,
+        builders: Mapping[str, Callable[[], Call]],
+        record: Callable[[Mapping[str, Measured]], Record],
+        save: Save,
+    ) -> Record:
+        """The record of methods that took turns; saved whenever there is more of it."""
+        measured = take_turns(
+            builders,
+            repeats=self.repeats,
+            device=self.device,
+            deadline=self.deadline,
+            warm_up_limit=self.warm_up_limit,
+            on_news=lambda measured: save(record(measured)),
+        )
+        return record(measured)
 
     def request(self, case: Case) -> dict[str, Any]:
         """Arguments of a call."""

@@ -121,8 +121,8 @@ def test_what_was_measured_is_written_before_the_command_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill loses what is under way, not what has been measured."""
-    loops = import_module("real_loops")
-    turns = loops.take_turns
+    setup = import_module("real_setup")
+    turns = setup.take_turns
 
     def killed(*arguments: Any, on_news: Any, **settings: Any) -> None:
         def note(measured: Any) -> None:
@@ -132,7 +132,7 @@ def test_what_was_measured_is_written_before_the_command_ends(
 
         turns(*arguments, on_news=note, **settings)
 
-    monkeypatch.setattr(loops, "take_turns", killed)
+    monkeypatch.setattr(setup, "take_turns", killed)
     out = tmp_path / "flux.json"
     with pytest.raises(KeyboardInterrupt):
         run(out, "--sections", "loops", "--methods", "ddit_rt_auto_fine")
