@@ -217,10 +217,6 @@ def summary(
         "cpu_seconds": sum(cpu for _, cpu in log.seconds),
         "endings": Counter(run.ending for run in runs),
         "drawn": {
-            "sizes": Counter(f"{run.size[0]} x {run.size[1]}" for run in done),
-            "policies": Counter(run.policy for run in done),
-            "caches": Counter(run.cache for run in done),
-            "several images": sum(run.images > 1 for run in done),
             "guided": sum(run.guided for run in done),
             "pipeline-driven": sum(run.called_back for run in done),
             "with LoRAs": sum(any(run.loras.values()) for run in done),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from quality_paths import (
@@ -25,7 +26,6 @@ from quality_search import MakePolicy, Matcher
 
 from ddit_rt.lab.demo.plans import VIDEO_POLICY, demo_plans
 from ddit_rt.lab.measure.statistics import mean_interval
-from ddit_rt.lab.plans.candidates import Candidate
 from ddit_rt.lab.plans.genome import Genome, Static
 from ddit_rt.policies import DDiTPolicy, PatchPolicy, StaticPolicy
 
@@ -101,13 +101,10 @@ def make_table(name: str, matcher: Matcher, grid: Grid) -> list[Row]:
 
 def _order(matcher: Matcher, _grid: Grid) -> list[Row]:
     rows = [
-        matcher.matched(f"order_{order}", f"order {order}", _of_order(order)) for order in (1, 2, 3)
+        matcher.matched(f"order_{order}", f"order {order}", partial(paper_rule, order=order))
+        for order in (1, 2, 3)
     ]
     return [*rows, *matcher.static_of(rows[-1])]
-
-
-def _of_order(order: int) -> MakePolicy:
-    return lambda tau: paper_rule(tau, order=order)
 
 
 def _tau(matcher: Matcher, grid: Grid) -> list[Row]:
@@ -119,12 +116,11 @@ def _tau(matcher: Matcher, grid: Grid) -> list[Row]:
 
 
 def _rho(matcher: Matcher, grid: Grid) -> list[Row]:
-    rows = {rho: matcher.matched(f"rho_{rho:g}", f"rho {rho:g}", _of_rho(rho)) for rho in grid.rhos}
+    rows = {
+        rho: matcher.matched(f"rho_{rho:g}", f"rho {rho:g}", partial(paper_rule, rho=rho))
+        for rho in grid.rhos
+    }
     return [*rows.values(), *matcher.static_of(rows[PAPER_RHO])]
-
-
-def _of_rho(rho: float) -> MakePolicy:
-    return lambda tau: paper_rule(tau, rho=rho)
 
 
 def _statistic(matcher: Matcher, _grid: Grid) -> list[Row]:
@@ -227,45 +223,28 @@ def video_rows(judge: Judge, steps: int, grid: VideoGrid) -> list[Row]:
 def _video_plans(steps: int, grid: VideoGrid) -> list[tuple[str, str, str, PatchPolicy]]:
     """Name, label, kind and policy: the demo's plans, shares of coarse steps, rules by tau."""
     _, static, dynamic = demo_plans(steps, VIDEO_POLICY)
-    statics = [
-        (f"{size}_{share:g}", Static(count=round(share * steps), sizes=(size,)))
-        for size in COARSE
-        for share in grid.shares
-    ]
-    block, most = f"{grid.block:g}_block", round(grid.block * steps)
-    statics += [
-        (f"{size}_{block}", Static(count=most, sizes=(size,), head=0, tail=0, refresh=None))
-        for size in COARSE
-    ]
-    chosen = [(name, _static(patches, steps)) for name, patches in statics]
-    return [
+    plans: list[tuple[str, str, str, PatchPolicy]] = [
         ("demo_static", "static, as in the demo", "static", static.policy),
         ("demo_dynamic", "dynamic, as in the demo", "dynamic", dynamic.policy),
-        *((name, candidate.label, "static", candidate.policy) for name, candidate in chosen),
-        *(
-            (
-                f"tau_{tau:g}",
-                f"dynamic, tau {tau:g}",
-                "dynamic",
-                replace(VIDEO_POLICY, tau={"2p": tau, "4p": tau / 2}),
-            )
-            for tau in grid.taus
-        ),
-        *(
-            (
-                f"paper_{tau:g}",
-                f"dynamic, the paper's rule, tau {tau:g}",
-                "dynamic",
-                paper_rule(tau),
-            )
-            for tau in grid.paper_taus
-        ),
     ]
-
-
-def _static(patches: Static, steps: int) -> Candidate:
-    count = max(1, min(len(patches.free(steps)), patches.count))
-    return Genome(steps=steps, patches=replace(patches, count=count)).candidate()
+    shapes = {
+        f"{size}_{share:g}": Static(count=round(share * steps), sizes=(size,))
+        for size in COARSE
+        for share in grid.shares
+    }
+    block = Static(count=round(grid.block * steps), sizes=(), head=0, tail=0, refresh=None)
+    shapes |= {f"{size}_{grid.block:g}_block": replace(block, sizes=(size,)) for size in COARSE}
+    for name, shape in shapes.items():
+        count = max(1, min(len(shape.free(steps)), shape.count))
+        candidate = Genome(steps=steps, patches=replace(shape, count=count)).candidate()
+        plans.append((name, candidate.label, "static", candidate.policy))
+    for tau in grid.taus:
+        rule = replace(VIDEO_POLICY, tau={"2p": tau, "4p": tau / 2})
+        plans.append((f"tau_{tau:g}", f"dynamic, tau {tau:g}", "dynamic", rule))
+    for tau in grid.paper_taus:
+        label = f"dynamic, the paper's rule, tau {tau:g}"
+        plans.append((f"paper_{tau:g}", label, "dynamic", paper_rule(tau)))
+    return plans
 
 
 def claims(tables: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:

@@ -265,19 +265,11 @@ class Flux(RealModel):
         assert not list(model.buffers()), "a buffer would be left without values"
         return _drawn(model, device, seed)
 
-    def pipeline(self, transformer: Any) -> FluxPipeline:
+    def pipeline(self, transformer: Any) -> Any:
         """See `RealModel.pipeline`."""
-        pipeline = FluxPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(**_FLUX_SCHEDULER),
-            vae=None,
-            text_encoder=None,
-            tokenizer=None,
-            text_encoder_2=None,
-            tokenizer_2=None,
-            transformer=transformer,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        scheduler = FlowMatchEulerDiscreteScheduler(**_FLUX_SCHEDULER)
+        seconds = dict.fromkeys(("text_encoder_2", "tokenizer_2"))
+        return _bare(FluxPipeline, scheduler, transformer, **seconds)
 
     def request(self, pipeline: Any, preset: Preset, case: Case, seed: int = 0) -> dict[str, Any]:
         """See `RealModel.request`."""
@@ -350,17 +342,9 @@ class Wan(RealModel):
                 parameter.data = parameter.data.to(dtype)
         return model
 
-    def pipeline(self, transformer: Any) -> WanPipeline:
+    def pipeline(self, transformer: Any) -> Any:
         """See `RealModel.pipeline`."""
-        pipeline = WanPipeline(
-            tokenizer=None,
-            text_encoder=None,
-            vae=None,
-            scheduler=UniPCMultistepScheduler(**_WAN_SCHEDULER),
-            transformer=transformer,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return _bare(WanPipeline, UniPCMultistepScheduler(**_WAN_SCHEDULER), transformer)
 
     def request(self, pipeline: Any, preset: Preset, case: Case, seed: int = 0) -> dict[str, Any]:
         """See `RealModel.request`."""
@@ -390,6 +374,17 @@ class Wan(RealModel):
 
 
 MODELS: Mapping[str, RealModel] = {"flux": Flux(), "wan": Wan()}
+
+
+def _bare(kind: Any, scheduler: Any, transformer: Any, **others: None) -> Any:
+    pipeline = kind(
+        scheduler=scheduler,
+        transformer=transformer,
+        **dict.fromkeys(("vae", "text_encoder", "tokenizer")),
+        **others,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _drawn(model: Any, device: torch.device, seed: int) -> Any:
