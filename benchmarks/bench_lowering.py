@@ -116,11 +116,10 @@ def exports(
                 block = template.BlockTemplate(block_type, own)
                 with unset_fake_temporarily():  # what reads what is found by running a copy on meta
                     fused = fuse_layers(block, block_type, like)
-                dtypes = input_dtypes(block_type.inputs, torch.bfloat16, None)
                 info = PackageInfo(
                     block=block_type.name,
                     inputs=block_type.inputs,
-                    input_dtypes=dtypes,
+                    input_dtypes=input_dtypes(block_type.inputs, torch.bfloat16, None),
                     device="cuda",
                     ranges=ranges,
                     constants=constant_specs(block),

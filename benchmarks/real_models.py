@@ -268,8 +268,8 @@ class Flux(RealModel):
     def pipeline(self, transformer: Any) -> Any:
         """See `RealModel.pipeline`."""
         scheduler = FlowMatchEulerDiscreteScheduler(**_FLUX_SCHEDULER)
-        seconds = dict.fromkeys(("text_encoder_2", "tokenizer_2"))
-        return _bare(FluxPipeline, scheduler, transformer, **seconds)
+        second = dict.fromkeys(("text_encoder_2", "tokenizer_2"))
+        return _bare(FluxPipeline, scheduler, transformer, **second)
 
     def request(self, pipeline: Any, preset: Preset, case: Case, seed: int = 0) -> dict[str, Any]:
         """See `RealModel.request`."""

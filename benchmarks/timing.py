@@ -198,11 +198,10 @@ def take_turns(
         builders: By name, what makes a method's call; runs under the warm-up's limit too.
         repeats: Rounds; fewer where the deadline comes first.
         device: Device that the calls work on.
-        deadline: Methods get ready as long as it leaves time for a round of those that are
-            ready; no further round starts that would end after it.
+        deadline: Methods get ready while it leaves time for a round of those that are ready; no
+            further round starts that would end after it.
         warm_up_limit: Seconds that building and warming up one method may take.
-        on_news: Told what is known whenever that is more, so that it can be written down: the
-            command may be killed at any moment.
+        on_news: Told whenever more is known, to write it down: the command may be killed.
     """
     measured = {name: Measured() for name in builders}
     tell = on_news or (lambda _: None)
