@@ -38,7 +38,7 @@ from typing import Any
 
 import httpx
 import torch
-from records import RESULTS, head, parser_of, publish
+from records import RESULTS, head, parser_of, publish, resident_bytes
 from safetensors.torch import save_file
 
 import ddit_rt
@@ -65,13 +65,6 @@ class Served:
     url: str
     began: float
     process: subprocess.Popen[str]
-
-    def rss_mib(self) -> float:
-        """Resident memory of the process."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found is not None
-        return int(found[1]) / 1024
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,7 +219,7 @@ def load(artifact: Path, steps: int, seconds: float, options: Sequence[str]) -> 
         reached = probe["answers"]["200"]["count"] / probe["seconds"]
         users(served.url, steps, seconds=max(6.0, seconds / 5), rate=2 * reached)  # warms up
         before = counted(served.url)
-        with sampled(served.rss_mib, seconds / 10) as rss:
+        with sampled(lambda: resident_bytes(served.process.pid) / 2**20, seconds / 10) as rss:
             asked = users(served.url, steps, seconds=seconds, rate=2 * reached)
         now = counted(served.url)
     return {

@@ -77,9 +77,9 @@ def _driver_entry(device: torch.device) -> dict[str, str]:
     return dict(zip((name.replace(".", "_") for name in fields), values, strict=False))
 
 
-def resident_bytes() -> int:
-    """The resident set of this process."""
-    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+def resident_bytes(process: int | str = "self") -> int:
+    """The resident set of a process."""
+    pages = Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
