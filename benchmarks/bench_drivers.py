@@ -6,36 +6,23 @@ The same call, noise and plan with and without a callback that changes nothing, 
 images (FLUX) without guidance, and videos (Wan), guided, so with two passes a step. There the
 table-driven loop runs the passes as one batch, its default, and one after the other, as the
 pipeline's loop always does. Diffusers' own pipeline stands beside them. Whole calls without VAE,
-text encoders included, in all alike. Methods take turns; medians over the rounds.
-`--quick` runs uncompiled and once, to see that the script works.
-
-Schema, version 1: `machine`, `versions`, `backend`; `runs`: one entry per model and plan:
-
-- `model`, `plan`, `steps`, `guided`.
-- `microseconds`: per step, `median`, `min` and `max` of `table`, `table_apart` (guided runs only),
-  `pipeline` and, at the plan `fine`, `diffusers`.
-- `added`: what `pipeline` takes more than the table-driven run of equal passes, per step.
-- `ratio`: `pipeline` over `table`.
-- `relative_error`: largest difference of the final latents of the two, in units of the largest.
+text encoders included, in all alike. Methods take turns; times are microseconds a step.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from demo_models import MODELS, DemoModel
-from records import RESULTS, publish
+from records import RESULTS, head, parser_of, publish
 from timing import rounds_of
 from torch import Tensor
 
 import ddit_rt
 from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH, VIDEO_PROMPTS
-from ddit_rt.lab.measure.report import machine, versions
 
 RESULT = RESULTS / "drivers_cpu.json"
 PLANS: dict[str, ddit_rt.PatchPolicy] = {
@@ -47,25 +34,13 @@ PLANS: dict[str, ddit_rt.PatchPolicy] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the measurements."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=24)
+    parser = parser_of(__doc__, RESULT)
     parser.add_argument("--quick", action="store_true", help="uncompiled, one round of six steps")
     args = parser.parse_args(argv)
-    rounds, steps, backend = args.rounds, args.steps, "aot"
-    if args.quick:
-        rounds, steps, backend = 1, 6, "eager"
-    report: dict[str, Any] = {
-        "schema_version": 1,
-        "machine": machine(),
-        "versions": versions(),
-        "backend": backend,
-        "runs": [
-            run for make in MODELS.values() for run in runs_of(make(), steps, rounds, backend)
-        ],
-    }
-    publish(args.out, report)
+    rounds, steps, backend = (1, 6, "eager") if args.quick else (15, 24, "aot")
+    models = [make() for make in MODELS.values()]
+    runs = [run for model in models for run in runs_of(model, steps, rounds, backend)]
+    publish(args.out, head(backend=backend, runs=runs))
     return 0
 
 

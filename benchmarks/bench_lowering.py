@@ -8,16 +8,12 @@ instructions each has, how wide it loads, and which matrix products and attentio
 CUDA build of torch, `CUDA_HOME`, and a `libcuda.so` in `LIBRARY_PATH` to link with (the toolkit's
 stub does). Packages that are kept run on such a GPU, untuned: `bench_real_size.py --lowered`.
 
-Schema, version 1: `versions`; `blocks` by class: `launches` (of generated kernels), `kernels` by
-name (`instructions`, `loads_16_bit`, `launches`), `calls` (torch's own kernels, by name),
-`gelu_in_product` (products that end in GELU), `copies` (kernels that compute nothing); with `--fp8`
-(torchao) `fp8`, the same of blocks with `quantization="fp8"`; `before`, made once: of diffusers'
-own forward. What is not made anew stays.
+The record has `blocks`, with `--fp8` (torchao) instead `fp8`, and `before`, made once: of
+diffusers' own forward. What is not made anew stays.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import operator
 import os
@@ -39,7 +35,7 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # what pretends must be in th
 import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from real_models import MODELS
-from records import RESULTS, write
+from records import RESULTS, parser_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -51,7 +47,7 @@ from ddit_rt.blocks.fused import fuse_layers
 from ddit_rt.blocks.linears import linear_calls
 from ddit_rt.blocks.package import PackageInfo, input_dtypes, package_path
 from ddit_rt.blocks.runner import constant_specs
-from ddit_rt.lab.measure.report import versions
+from ddit_rt.lab.measure.report import versions, write_json
 from ddit_rt.models import family_of
 from ddit_rt.models.base import BlockType
 from ddit_rt.models.layered import LayeredFamily
@@ -69,8 +65,7 @@ _COMPUTES = re.compile(r"_(add|mul|sub|mean|pow|rsqrt|silu|gelu|layer_norm|div|t
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Lowers the blocks and writes the record."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "lowered_cuda.json")
+    parser = parser_of(__doc__, RESULTS / "lowered_cuda.json")
     parser.add_argument("--blocks", nargs="+", help="classes; default: all")
     parser.add_argument("--keep", type=Path, help="a folder for the packages")
     parser.add_argument("--fp8", action="store_true", help="the blocks in fp8")
@@ -88,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     section = "fp8" if args.fp8 else "blocks"
     report = {"schema_version": 1, **before, "versions": versions()}
-    write(args.out, {**report, section: {**before.get(section, {}), **blocks}})
+    write_json(args.out, {**report, section: {**before.get(section, {}), **blocks}})
     print(f"wrote {args.out}", file=sys.stderr)
     return 0
 
@@ -121,11 +116,10 @@ def exports(
                 block = template.BlockTemplate(block_type, own)
                 with unset_fake_temporarily():  # what reads what is found by running a copy on meta
                     fused = fuse_layers(block, block_type, like)
-                dtypes = input_dtypes(block_type.inputs, torch.bfloat16, None)
                 info = PackageInfo(
                     block=block_type.name,
                     inputs=block_type.inputs,
-                    input_dtypes=dtypes,
+                    input_dtypes=input_dtypes(block_type.inputs, torch.bfloat16, None),
                     device="cuda",
                     ranges=ranges,
                     constants=constant_specs(block),

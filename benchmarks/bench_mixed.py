@@ -1,228 +1,376 @@
 """Patches of two sizes within a step, against everything else that costs less than full resolution.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_mixed.py [--conditions captions open large]
-        [--steps 24 50] [--prompts 24] [--plans NAMES] [--quick]
+    OMP_NUM_THREADS=1 python benchmarks/bench_mixed.py [--quick --out FILE]
 
-Draws the same prompts and noise by every plan of `mixed_plans.py` on the image demo's real
-`FluxTransformer2DModel`, in eager PyTorch, every plan by the same code (`mixed_steps.py`), taking
-turns prompt by prompt. Every picture is compared with that of full resolution at as many steps.
-That mixed steps are corrected (`mixed_steps.py`) was decided on two of these prompts, in their
-favour; nothing else was. Pictures are kept in `--cache`: a run that was cut off goes on from there,
-and several processes may draw for one record (`--share`).
+Draws the same prompts and noise by every plan on the image demo's real `FluxTransformer2DModel`, in
+eager PyTorch, every plan by the same code (`mixed_steps.py`), taking turns prompt by prompt. Every
+image is compared with that of full resolution at as many steps. That mixed steps are corrected was
+decided on two of these prompts, in their favour; nothing else was.
 
-A condition is a size, captions and guidance: `captions` says all that is in a picture, 128 x 128;
-`open` leaves things open and is guided, 128 x 128; `large` is 256 x 256, which the model was not
-trained on. A section, one for each condition and number of steps, is written when it is complete
-and displaces the one before; others stay as they were.
-
-Record: `machine`, `versions`, `model` as in the demo's report; `settings`; `sections` by name:
-
-- `condition`, `steps`, `side`, `scale` (of guidance, or null), `prompts`, `image_tokens` a step.
-- `rows`: `name`, `label`, `kind` (`fine`, `fewer_steps`, `static`, `dynamic`, `mixed`; `control`
-  picks regions by nothing, `oracle` by what no plan can know), `policy`, `signal`, `value`,
-  `corrected`, `tokens` a picture; `loop_ms`, processor time of the denoising loop, and `speedup`
-  over full resolution, each `value`, `low`, `high` (means over the prompts, 95% interval); `psnr`
-  in dB, `ssim`, and `features`, the mean squared distance of the demo classifier's last maps, each
-  pixel's of length one (as LPIPS, with another network): likewise, null for full resolution;
-  `..._prompts` the values of each prompt.
-- `verdicts`: of every mixed, control and oracle row, against the closest row (mean PSNR) of `any`
-  other kind, or of the `coarse` ones (static or dynamic), that takes no more `_time` or `_tokens`
-  (2% more at most), and of mixed rows by a signal the `control`, the same with regions by chance:
-  `rival`, `speed` (ratio of times), and `psnr`, the mean over the prompts of the difference, with
-  its interval. `holds` is `yes` where that is above 0, `no` where below, else `undecided`; null
-  where nothing is as cheap.
+The record has two sections: `captions_24` sets mixed plans beside the others, and
+`captions_24_values` tells, on two of the prompts, what else can become of the coarse regions and by
+what else they can be picked. In a row `control` plans pick regions by nothing, and `oracle` by what
+no plan can know; `features` is the mean squared distance of the demo classifier's last maps, each
+pixel's of length one. `verdicts` sets every mixed row against the one of the highest mean PSNR of
+`any` others, or of the `coarse` ones, that takes no more time or tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from demo_models import image_model
-from mixed_drawing import Condition, Drawing, Made
-from mixed_plans import FINE_PLAN, Plan, all_plans
-from mixed_verdicts import EQUAL_COST, Row, verdicts
+from demo_models import DemoModel, image_model
+from mixed_model import Prompted, Subject, deviations
+from mixed_steps import FINE, SIGNALS, VALUES, Run, Step
 from quality_rows import tensor
-from records import RESULTS, interval_entry, publish
+from records import RESULTS, head, interval_entry, parser_of, publish
+from torch import Tensor
 
 from ddit_rt.lab.demo.classifier import load_classifier
+from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH
 from ddit_rt.lab.measure.fidelity import fidelity
-from ddit_rt.lab.measure.report import machine, model_entry, versions
+from ddit_rt.lab.measure.report import model_entry
 from ddit_rt.lab.measure.timing import Pixels
+from ddit_rt.lab.plans.genome import Static
+from ddit_rt.policies import DDiTPolicy
+from ddit_rt.policies.patch import Schedule
 
 RESULT = RESULTS / "mixed_cpu.json"
-CACHE = Path(__file__).resolve().parent.parent / "build" / "bench_mixed"
-
-CONDITIONS = {
-    one.name: one
-    for one in (
-        Condition(name="captions"),
-        Condition(name="open", scale=3.0, open=True),
-        Condition(name="large", side=256),
-    )
+EQUAL_COST = 1.02
+"""A rival may cost 2% more."""
+SIDE, STEPS, PROMPTS = 128, 24, 24
+OF_VALUES = (0, 6)
+"""Which of the prompts the section of the values draws."""
+FEWER, STATIC, DYNAMIC = "fewer_steps", "static", "dynamic"
+MIXED, CONTROL, ORACLE = "mixed", "control", "oracle"
+_TAU = 1e-3
+_KINDS = {"random": CONTROL, "rotating": CONTROL, "oracle": ORACLE}
+_SIGNAL_LABELS = {
+    "third_difference": "third difference",
+    "energy": "detail of x0",
+    "change": "change of x0",
+    "rotating": "turns",
+    "random": "chance",
+    "oracle": "oracle",
 }
+_EQUAL = 60.0
+"""PSNR in dB that stands for images without a difference."""
+
+Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark."""
     args = parse(argv)
     model = image_model()
-    for name in args.conditions:
-        for steps in args.steps:
-            started = time.perf_counter()
-            section = Bench(model.pipeline, CONDITIONS[name], args).section(steps, model.held_out)
-            if args.share[1] > 1:
-                continue  # another call makes the record, of what all have drawn
-            report = opened(args.out, model.pipeline, args)
-            report["sections"]["_".join([name, str(steps), *args.part])] = section
-            publish(args.out, report)
-            print(f"{name}, {steps} steps: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    steps, count = (8, 2) if args.quick else (STEPS, PROMPTS)
+    prompts = list(enumerate(model.reported(count)))
+    of_values = [prompts[place] for place in OF_VALUES] if not args.quick else prompts
+    report = head(
+        model=model_entry("demo", model.pipeline.transformer),
+        settings={"seed": 0, "equal_cost": EQUAL_COST},
+        sections={
+            f"captions_{steps}": section(model, plans_beside_others(steps), prompts),
+            f"captions_{steps}_values": section(model, plans_of_values(steps), of_values),
+        },
+    )
+    publish(args.out, report)
     return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Settings; `--quick` is a smoke run whose figures mean nothing."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--conditions", nargs="+", choices=list(CONDITIONS), default=["captions"])
-    parser.add_argument("--steps", nargs="+", type=int, default=[24, 50])
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--plans", nargs="+", help="names, or beginnings of names; default: all")
-    parser.add_argument("--part", nargs="*", default=[], help="of a section with plans of its own")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder that keeps pictures")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="of a section's drawing")
-    parser.add_argument(
-        "--share", nargs=2, type=int, default=[0, 1], help="I N: draw every N-th prompt, no record"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the first prompt's noise")
-    parser.add_argument("--quick", action="store_true", help="2 prompts, 8 steps, a few plans")
+    parser = parser_of(__doc__, RESULT)
+    parser.add_argument("--quick", action="store_true", help="2 prompts, 8 steps")
     args = parser.parse_args(argv)
-    if args.quick:
-        vars(args).update(steps=[8], prompts=2)
-        if args.out == RESULT:
-            parser.error("--quick needs an --out of its own: its figures mean nothing")
-    args.cache.mkdir(parents=True, exist_ok=True)
-    if args.prompts < 2:
-        parser.error("an interval over the prompts needs two of them or more")
+    if args.quick and args.out == RESULT:
+        parser.error("--quick needs an --out of its own: its figures mean nothing")
     if torch.get_num_threads() > 1:
         parser.error("processor time adds the threads up; set OMP_NUM_THREADS=1")
     return args
 
 
-def opened(path: Path, pipeline: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """The record to add sections to."""
-    sections = {}
-    if path.exists():
-        sections = json.loads(path.read_text(encoding="utf-8"))["sections"]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One way to make images.
+
+    Attributes:
+        name: Identifier within a section.
+        label: Name for people.
+        kind: `fine`, or one of the constants above.
+        how: How each step is taken; for a dynamic plan only their number counts.
+        policy: Of a dynamic plan.
+    """
+
+    name: str
+    label: str
+    kind: str
+    how: tuple[Step, ...]
+    policy: DDiTPolicy | None = None
+
+    def to_dict(self) -> Row:
+        """What it does, JSON-ready."""
+        mixed = next((step for step in self.how if step.share), None)
+        return {
+            "name": self.name,
+            "label": self.label,
+            "kind": self.kind,
+            "steps": len(self.how),
+            "policy": None if self.policy is None else self.policy.to_dict(),
+            "signal": None if mixed is None else mixed.signal,
+            "value": None if mixed is None else mixed.value,
+            "corrected": None if mixed is None else mixed.corrected,
+        }
+
+
+def plans_beside_others(steps: int) -> list[Plan]:
+    """Mixed plans beside plans of every other kind, full resolution first."""
+    policy = DDiTPolicy(tau={"2p": _TAU, "4p": _TAU / 2}, criterion="raw")
+    ddit = (FINE,) * steps
+    return [
+        _fine("fine", "full resolution", "fine", steps),
+        *(
+            _fine(f"fewer_{count}", f"{count} steps at full resolution", FEWER, count)
+            for count in (2 * steps // 3, steps // 2)
+        ),
+        _static_plan(steps),
+        Plan(
+            name=f"ddit_{_TAU:g}",
+            label=f"DDiT, tau {_TAU:g}",
+            kind=DYNAMIC,
+            how=ddit,
+            policy=policy,
+        ),
+        _by_signal(steps, 0.5, "third_difference"),
+        _by_signal(steps, 0.5, "random"),
+        _by_signal(steps, 0.25, "third_difference"),
+    ]
+
+
+def plans_of_values(steps: int) -> list[Plan]:
+    """Half the regions at p by every signal, and everything that can become of the others."""
+    plans = [_fine("fine", "full resolution", "fine", steps), _static_plan(steps)]
+    plans += [_by_signal(steps, 0.5, signal) for signal in SIGNALS]
+    ways = [("matched", False), *((value, True) for value in VALUES[1:]), ("anchor", False)]
+    for value, corrected in ways:
+        name = f"{'value' if corrected else 'as_is'}_50_{value}"
+        label = f"mixed 50%, {value}{'' if corrected else ', not corrected'}"
+        step = Step(multiple=2, share=0.5, value=value, corrected=corrected)
+        plans.append(_coarse(name, label, MIXED, steps, step))
+    half, anchor = Step(multiple=2, share=0.5), Step(multiple=2, value="anchor")
+    every = "mixed 50% at every step from the 4th"
+    return [
+        *plans,
+        _coarse("every_50", every, MIXED, steps, half, refresh=None),
+        _coarse("anchors", "one token in four, anchor", MIXED, steps, anchor),
+    ]
+
+
+def _fine(name: str, label: str, kind: str, steps: int) -> Plan:
+    return Plan(name=name, label=label, kind=kind, how=(FINE,) * steps)
+
+
+def _static_plan(steps: int) -> Plan:
+    label = f"static, {_refreshed(steps, 3)}"
+    return _coarse("static_2p_3", label, STATIC, steps, Step(multiple=2))
+
+
+def _by_signal(steps: int, share: float, signal: str) -> Plan:
+    name = f"mixed_{100 * share:.0f}_{signal}"
+    label = f"mixed {share:.0%}, regions by {_SIGNAL_LABELS[signal]}"
+    step = Step(multiple=2, share=share, signal=signal)
+    return _coarse(name, label, _KINDS.get(signal, MIXED), steps, step)
+
+
+def _coarse(
+    name: str, label: str, kind: str, steps: int, step: Step, refresh: int | None = 3
+) -> Plan:
+    """As many steps of one kind as fit, where a static plan would run coarse ones."""
+    patches = _refreshed(steps, refresh).plan(steps)
+    how = tuple(FINE if patch == "p" else step for patch in patches)
+    return Plan(name=name, label=label, kind=kind, how=how)
+
+
+def _refreshed(steps: int, refresh: int | None) -> Static:
+    static = Static(count=1, sizes=("2p",), refresh=refresh)
+    return replace(static, count=len(static.free(steps)))
+
+
+class Choice:
+    """Which step a dynamic plan takes next, by the rule of its policy.
+
+    The coarsest size is taken of which the rho-quantile of its patches' deviations is below tau.
+    """
+
+    def __init__(self, policy: DDiTPolicy, subject: Subject, sigmas: Tensor) -> None:
+        schedule = Schedule(sigmas=tuple(sigmas.tolist()), offered=(1, 2, 4), size=subject.size)
+        self._table, self._subject = policy.resolve(schedule), subject
+
+    def __call__(self, run: Run, index: int) -> Step:
+        """How step `index` is taken."""
+        if not self._table.scored(index):
+            return Step(multiple=2) if self._table.forced[index] else FINE
+        for multiple, tau in zip((4, 2), reversed(self._table.thresholds[index]), strict=True):
+            spread = deviations(self._subject.regions(multiple), run.latents)
+            if float(spread.quantile(self._table.quantile)) < tau:
+                return Step(multiple=multiple)
+        return FINE
+
+
+def noise_levels(scheduler: Any, steps: int, tokens: int) -> Tensor:
+    """As `FluxPipeline`'s call sets them for an image of as many tokens, `[steps + 1]`."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu = calculate_shift(tokens, *(scheduler.config[name] for name in names))
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    levels: Tensor = scheduler.sigmas
+    return levels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """An image, the image tokens that ran for it, and the processor seconds of its loop."""
+
+    image: Pixels
+    tokens: int
+    seconds: float
+
+
+@torch.inference_mode()
+def draw(pipeline: Any, subject: Subject, plan: Plan, prompt: str, seed: int) -> Made:
+    """Draws one image with a `FluxPipeline`."""
+    channels = pipeline.transformer.config.in_channels // 4
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(1, channels, *subject.size, generator=generator)
+    sigmas = noise_levels(pipeline.scheduler, len(plan.how), subject.positions[0].shape[0])
+    text, pooled, _ = pipeline.encode_prompt(
+        prompt=[prompt], prompt_2=None, max_sequence_length=MAX_SEQUENCE_LENGTH
+    )
+    prompted = Prompted(text=pipeline.transformer.context_embedder(text), pooled=pooled)
+    started = time.process_time()
+    run = Run(subject, prompted, noise, sigmas, seed)
+    choose = None if plan.policy is None else Choice(plan.policy, subject, sigmas)
+    for index, step in enumerate(plan.how):
+        run.step(index, step if choose is None else choose(run, index))
+    seconds = time.process_time() - started - run.aside
+    vae = pipeline.vae
+    image = vae.decode(run.latents[0] / vae.config.scaling_factor + vae.config.shift_factor)[0]
+    pixels = (image[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
+    shown: Pixels = (pixels * 255).round().to(torch.uint8).numpy()
+    return Made(image=shown, tokens=run.tokens, seconds=seconds)
+
+
+def section(model: DemoModel, plans: Sequence[Plan], prompts: Sequence[tuple[int, str]]) -> Row:
+    """All plans on some prompts, each with its seed; the plan that comes first changes."""
+    pipeline, edge = model.pipeline, SIDE // model.pipeline.vae_scale_factor
+    subject = Subject(transformer=pipeline.transformer, size=(edge, edge))
+    made: dict[str, list[Made]] = {plan.name: [] for plan in plans}
+    draw(pipeline, subject, plans[0], "", 0)  # warms up
+    for place, (seed, prompt) in enumerate(prompts):
+        turn = place * len(plans) // len(prompts)
+        for plan in (*plans[turn:], *plans[:turn]):
+            made[plan.name].append(draw(pipeline, subject, plan, prompt, seed))
+    rows = [_row(plan, made[plan.name], made["fine"]) for plan in plans]
     return {
-        "schema_version": 1,
-        "machine": machine(),
-        "versions": versions(),
-        "model": model_entry("demo", pipeline.transformer),
-        "settings": {"seed": args.seed, "equal_cost": EQUAL_COST},
-        "sections": sections,
+        "condition": "captions",
+        "steps": len(plans[0].how),
+        "side": SIDE,
+        "scale": None,
+        "prompts": [prompt for _, prompt in prompts],
+        "image_tokens": subject.positions[0].shape[0],
+        "rows": rows,
+        "verdicts": verdicts(rows),
     }
 
 
-class Bench:
-    """One condition."""
-
-    def __init__(self, pipeline: Any, condition: Condition, args: argparse.Namespace) -> None:
-        """On a `FluxPipeline`."""
-        self._condition, self._args = condition, args
-        self._drawing = Drawing(pipeline, condition, args.cache, args.part)
-        self._classifier = load_classifier()
-
-    def section(self, steps: int, captions: Sequence[str]) -> Row:
-        """All plans on some captions, spread evenly over those that were held out."""
-        args, condition = self._args, self._condition
-        prompts = chosen(captions, args.prompts, condition)
-        plans = [plan for plan in all_plans(steps, args.quick) if wanted(plan, args.plans)]
-        made: dict[str, list[Made]] = {plan.name: [] for plan in plans}
-        shown: list[str] = []
-        began = time.perf_counter()
-        for place, prompt in enumerate(prompts):
-            tasks = [(plan, prompt, args.seed + place) for plan in plans]
-            late = time.perf_counter() - began > args.seconds
-            if place % args.share[1] != args.share[0] or (
-                late and not all(self._drawing.file(*task).exists() for task in tasks)
-            ):
-                continue
-            turn = place * len(plans) // len(prompts)
-            for task in (*tasks[turn:], *tasks[:turn]):
-                made[task[0].name].append(self._drawing.kept(*task))
-            shown.append(prompt)
-        if len(shown) < 2:
-            raise RuntimeError(
-                f"got {len(shown)} prompts in {args.seconds:g} seconds; two at least"
-            )
-        rows = [self._row(plan, made[plan.name], made[FINE_PLAN]) for plan in plans]
-        return {
-            "condition": condition.name,
-            "steps": steps,
-            "side": condition.side,
-            "scale": condition.scale,
-            "prompts": shown,
-            "image_tokens": self._drawing.tokens,
-            "rows": rows,
-            "verdicts": verdicts(rows),
-        }
-
-    def _row(self, plan: Plan, made: Sequence[Made], whole: Sequence[Made]) -> Row:
-        seconds = [one.seconds for one in made]
-        ratios = [first.seconds / own for first, own in zip(whole, seconds, strict=True)]
-        row = {
-            **plan.to_dict(),
-            "tokens": statistics.fmean(one.tokens for one in made),
-            "loop_ms": interval_entry([1e3 * value for value in seconds]),
-            "speedup": interval_entry(ratios),
-        }
-        if plan.name == FINE_PLAN:
-            return {**row, "psnr": None, "ssim": None, "features": None}
-        images, references = [one.image for one in made], [one.image for one in whole]
-        found = fidelity(images, references)
-        values = {
-            # Equal to the byte: as far as a byte's rounding lets one see.
-            "psnr": [_EQUAL if value is None else value for value in found.psnr],
-            "ssim": list(found.ssim),
-            "features": self._feature_distances(images, references),
-        }
-        for name, own in values.items():
-            row |= {name: interval_entry(own), f"{name}_prompts": own}
-        return row
-
-    def _feature_distances(
-        self, images: Sequence[Pixels], references: Sequence[Pixels]
-    ) -> list[float]:
-        ours, theirs = (
-            torch.nn.functional.normalize(self._classifier.feature_maps(tensor(one)), dim=1)
-            for one in (images, references)
-        )
-        distances: list[float] = (ours - theirs).square().sum(1).mean((1, 2)).tolist()
-        return distances
+def _row(plan: Plan, made: Sequence[Made], whole: Sequence[Made]) -> Row:
+    ratios = [first.seconds / own.seconds for first, own in zip(whole, made, strict=True)]
+    row = {
+        **plan.to_dict(),
+        "tokens": statistics.fmean(one.tokens for one in made),
+        "loop_ms": interval_entry([1e3 * one.seconds for one in made]),
+        "speedup": interval_entry(ratios),
+    }
+    if plan.kind == "fine":
+        return {**row, "psnr": None, "ssim": None, "features": None}
+    images, references = [one.image for one in made], [one.image for one in whole]
+    found = fidelity(images, references)
+    values = {
+        "psnr": [_EQUAL if value is None else value for value in found.psnr],
+        "ssim": list(found.ssim),
+        "features": _feature_distances(images, references),
+    }
+    for name, own in values.items():
+        row |= {name: interval_entry(own), f"{name}_prompts": own}
+    return row
 
 
-_EQUAL = 60.0
-"""PSNR in dB that stands for pictures without a difference."""
+def _feature_distances(images: Sequence[Pixels], references: Sequence[Pixels]) -> list[float]:
+    classifier = load_classifier()
+    ours, theirs = (
+        torch.nn.functional.normalize(classifier.feature_maps(tensor(one)), dim=1)
+        for one in (images, references)
+    )
+    distances: list[float] = (ours - theirs).square().sum(1).mean((1, 2)).tolist()
+    return distances
 
 
-def wanted(plan: Plan, names: Sequence[str] | None) -> bool:
-    """Whether a plan was asked for; full resolution always is."""
-    return names is None or plan.name == FINE_PLAN or plan.name.startswith(tuple(names))
+def verdicts(rows: Sequence[Row]) -> list[Row]:
+    """Every mixed plan against the closest others that cost no more."""
+    by_name = {row["name"]: row for row in rows}
+    kinds = (MIXED, CONTROL, ORACLE)
+    others = [row for row in rows if row["kind"] not in (*kinds, "fine")]
+    coarse = [row for row in others if row["kind"] in (STATIC, DYNAMIC)]
+    found = []
+    for row in rows:
+        if row["kind"] not in kinds:
+            continue
+        entry: Row = {"name": row["name"]}
+        for key, rivals in (("any", others), ("coarse", coarse)):
+            for unit, cost in COSTS.items():
+                entry[f"{key}_{unit}"] = best_against(row, rivals, cost)
+        control = None
+        if row["kind"] == MIXED and row["signal"] is not None:
+            control = by_name.get(row["name"].replace(row["signal"], "random"))
+        entry["control"] = None if control in (None, row) else against(row, control)
+        found.append(entry)
+    return found
 
 
-def chosen(captions: Sequence[str], count: int, condition: Condition) -> tuple[str, ...]:
-    """Captions spread evenly; open ones say nothing of shape and colour."""
-    texts = [captions[place * len(captions) // count] for place in range(count)]
-    return tuple(text.partition(" on ")[2] if condition.open else text for text in texts)
+COSTS: dict[str, Callable[[Row], float]] = {
+    "time": lambda row: float(row["loop_ms"]["value"]),
+    "tokens": lambda row: float(row["tokens"]),
+}
+
+
+def best_against(row: Row, rivals: Sequence[Row], cost: Callable[[Row], float]) -> Row | None:
+    """Against the closest that costs no more; None where there is none."""
+    most = cost(row) * EQUAL_COST
+    cheap = [one for one in rivals if cost(one) <= most]
+    best = max(cheap, key=lambda one: one["psnr"]["value"], default=None)
+    return None if best is None else against(row, best)
+
+
+def against(row: Row, rival: Mapping[str, Any]) -> Row:
+    """The difference to a rival, prompt by prompt."""
+    pairs = zip(row["psnr_prompts"], rival["psnr_prompts"], strict=True)
+    difference = interval_entry([ours - theirs for ours, theirs in pairs])
+    low, high = (float(difference[name] or 0) for name in ("low", "high"))
+    return {
+        "rival": rival["name"],
+        "speed": rival["loop_ms"]["value"] / row["loop_ms"]["value"],
+        "psnr": difference,
+        "holds": "yes" if low > 0 else "no" if high < 0 else "undecided",
+    }
 
 
 if __name__ == "__main__":

@@ -168,11 +168,6 @@ def cases(batch: int) -> list[Case]:
     ]
 
 
-def clock_of(threads: int) -> Callable[[], float]:
-    """Seconds of CPU time for one thread, wall seconds for more."""
-    return time.thread_time if threads == 1 else time.perf_counter
-
-
 def time_calls(call: Call, seconds: float, clock: Callable[[], float]) -> list[float]:
     """Times of single calls, in microseconds, for about this long and at least once."""
     times: list[float] = []
@@ -205,12 +200,6 @@ def summarise(times: list[float]) -> dict[str, float]:
 
 def report(case: Case, threads: int, timings: dict[str, dict[str, float]]) -> dict[str, Any]:
     """One entry of the results, printed too."""
-    native = timings["native"]
-    ratios = {
-        f"{other}_over_native": round(timing["best_us"] / native["best_us"], 2)
-        for other, timing in timings.items()
-        if other != "native"
-    }
     best = ", ".join(f"{name} {timing['best_us']:.1f}" for name, timing in timings.items())
     print(f"{case.name}, batch {case.batch}, {threads} threads: best us {best}", flush=True)
     return {
@@ -219,7 +208,6 @@ def report(case: Case, threads: int, timings: dict[str, dict[str, float]]) -> di
         "threads": threads,
         "copy_bytes": case.copy_bytes,
         "timings": timings,
-        "ratios_of_best": ratios,
     }
 
 
@@ -259,9 +247,9 @@ def run(arguments: argparse.Namespace) -> None:
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         torch.compiler.reset()  # compiled code is specialised to the number of threads
-        all_cases = [*cases(1), *cases(4), overhead_case()]
-        for case in all_cases:
-            timings = measure(case, arguments.rounds, clock_of(threads))
+        clock = time.thread_time if threads == 1 else time.perf_counter
+        for case in (*cases(1), *cases(4), overhead_case()):
+            timings = measure(case, arguments.rounds, clock)
             entries.append(report(case, threads, timings))
     results["results"] = entries
     publish(arguments.out or RESULTS / "ops_cpu.json", results)

@@ -3,20 +3,14 @@
     python benchmarks/bench_overhead.py [--out benchmarks/results/overhead_cpu.json]
 
 The step loop runs with buckets that return a constant velocity, so decision, scores, solver and
-Python are all that is left; diffusers' scheduler in a plain loop stands beside it. Methods take
-turns; medians over the rounds. Memory is counted on the demo model: bytes of tensors, and growth
-of the process's resident set (RSS), which includes what the allocator keeps.
-
-Schema, version 1: `machine`, `versions`; `steps`: per latent shape, microseconds per step
-(`median`, `min`, `max`) of `dynamic` (scores at every step), `fine` (no scores), `diffusers`, and
-of the ops alone (`scores`, `decide`, `solver`); `loop`: what `dynamic` adds to its ops;
-`look`: `milliseconds` (spread) of the look at the live model before each run, on tiny blocks in
-FLUX's number, `blocks`, with `modules`; `artifact`: `load_seconds`; `memory`: bytes.
+Python are all that is left; diffusers' scheduler in a plain loop stands beside it, and the ops
+alone. `loop` is what `dynamic` (scores at every step) adds to its ops. Methods take turns. `look`
+is the look at the live model before each run, on tiny blocks in FLUX's number. The artifact and the
+bytes of its tensors are those of the demo model.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import tempfile
@@ -28,9 +22,8 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from hardware import MemoryProbe
 from real_models import Flux
-from records import RESULTS, publish
+from records import RESULTS, head, parser_of, publish
 from timing import rounds_of, spread
 from torch import Tensor
 
@@ -38,13 +31,10 @@ import ddit_rt
 from ddit_rt import ops
 from ddit_rt.engine.memory import memory_of
 from ddit_rt.lab.demo import model_path
-from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
-from ddit_rt.lab.measure.report import machine, versions
-from ddit_rt.lab.measure.timing import Batch, engine_method
 from ddit_rt.live import LiveModel
 from ddit_rt.loop import CpuExecutor, RunPlan
 from ddit_rt.models import family_of
-from ddit_rt.policies import DDiTPolicy, FinePolicy, PatchPolicy, Schedule, StaticPolicy
+from ddit_rt.policies import DDiTPolicy, FinePolicy, PatchPolicy, Schedule
 from ddit_rt.solver import probe_scheduler
 from ddit_rt.steps import StepInputs
 
@@ -94,22 +84,14 @@ class ConstantBucket:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the measurements."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser = parser_of(__doc__, RESULT)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--no-model", action="store_true", help="skip artifact and memory")
     args = parser.parse_args(argv)
-    report: dict[str, Any] = {
-        "schema_version": 1,
-        "machine": machine(),
-        "versions": versions(),
-        "steps": [step_times(shape, args.steps, args.rounds) for shape in SHAPES],
-        "look": look_times(20 * args.rounds),
-    }
-    if not args.no_model:
-        report |= model_figures()
-    publish(args.out, report)
+    steps = [step_times(shape, args.steps, args.rounds) for shape in SHAPES]
+    figures = {} if args.no_model else model_figures()
+    publish(args.out, head(steps=steps, look=look_times(20 * args.rounds), **figures))
     return 0
 
 
@@ -215,39 +197,24 @@ def look_times(calls: int) -> dict[str, Any]:
 
 
 def model_figures() -> dict[str, Any]:
-    """Load time of the artifact, and the memory of three patch sizes beside the model's own."""
+    """Load time of the artifact, and the state of three patch sizes beside the model's weights."""
     pipeline = FluxPipeline.from_pretrained(model_path())
     pipeline.set_progress_bar_config(disable=True)
+    weights = sum(parameter.nbytes for parameter in pipeline.transformer.parameters())
     with tempfile.TemporaryDirectory(prefix="ddit_rt-") as folder:
         path = Path(folder) / "demo.ddit"
         ddit_rt.compile(pipeline, height=128, width=128, progress=False).save(path)
-        own = copy.deepcopy(pipeline.transformer)
-        probe = MemoryProbe(torch.device("cpu"))
-        before = probe.used()
         started = time.perf_counter()
         engine = ddit_rt.load(path, pipeline, progress=False)
         seconds = time.perf_counter() - started
-        loaded = probe.used()
-        for policy in (FinePolicy(), StaticPolicy("4p:0.3,2p:0.3,p")):
-            generate(engine, policy)
         counts = memory_of(engine.artifact, pipeline)
-        packages = sum(entry.bytes for entry in engine.artifact.manifest.packages.values())
     return {
-        "artifact": {"load_seconds": seconds, "package_bytes": packages},
+        "artifact": {"load_seconds": seconds},
         "memory": {
-            "weights_bytes": sum(p.numel() * p.element_size() for p in own.parameters()),
+            "weights_bytes": weights,
             "bucket_state_bytes": {entry.patch: entry.bytes for entry in counts.buckets},
-            "rss_growth_of_load_bytes": loaded - before,
-            "rss_growth_of_runs_bytes": probe.used() - loaded,
         },
     }
-
-
-def generate(engine: Any, policy: PatchPolicy) -> None:
-    """One image."""
-    arguments = {"num_inference_steps": 10, "max_sequence_length": MAX_SEQUENCE_LENGTH}
-    batch = Batch(prompts=DEMO_PROMPTS[:1], seeds=(0,))
-    engine_method("", "", engine, patch_policy=policy, **arguments).generate(batch)
 
 
 if __name__ == "__main__":

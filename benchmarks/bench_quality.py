@@ -10,57 +10,22 @@ compared with that of full resolution of the same prompt, seed and number of ste
 for each of four kinds of tables, and the tables of docs/quality.md from them. Run it on idle cores:
 the measured cost of a step decides which baselines a plan gets.
 
-**Ablations** (`quality_demo.json`, and the plot `docs/quality_demo.png`): the tables of the paper
-done again (order of the difference, tau, rho, quantile against mean), ways to take a coarse step,
-static against dynamic plans, and step counts, with fewer steps at equal cost in each. A table that
-is not asked for stays in the file as it was, if it was made with the same settings.
-
-- `machine`, `versions`, `model` as in the demo's report; `settings`; `missing`: paths without
-  adapters, with the reason.
-- `costs`: `milliseconds` of one step by path and patch size, medians over the steps of static runs;
-  `tokens` by patch size.
-- `references`: what distances to expect of images that are as good: `frechet_renders` of full
-  resolution, `frechet_halves` between its images of the first seed and the others, `correct` of
-  them, and `correct_renders` of the drawn ones.
-- `tables`: by name a list of rows: `name`, `label`, `kind` (`fine`, `dynamic`, `static`,
-  `fewer_steps`), `policy`, `steps`, `path`, `reference_steps`; `tokens` and `tokens_share` of full
-  resolution (means over the images), `loop_ms` (mean over the images of the sum of `costs`),
-  `loop_ms_measured` (median wall time of the loop, runs not interleaved; null if run in batches),
-  `steps_at` (steps per image by patch size), `switches`; `psnr` in dB (images that differ from the
-  reference; `identical` is the number of the others) and `ssim`, each `value`, `low`, `high` (mean
-  over the prompts, 95% interval, null for one prompt), `ssim_per_prompt`; `frechet` to the
-  reference and `frechet_renders` to drawn images of the same captions (on the demo classifier's
-  features, not FID); `correct`: share of images that show what was asked. Matched rows have `tau`,
-  `target_share` and `searched_share`. `fewer_steps` and `static` name a row's baselines.
-- `claims`: see `quality_claims.py`.
-
-**`video`** (`quality_demo_video.json`): plans on the video demo's model, with guidance as there,
-compared frame by frame. The demo's tau was found on six of the held-out captions with other noise.
-The same but for: no `missing` and `references`; a row `fine` of full resolution; `psnr` and `ssim`
-are means over the frames; instead of `frechet` and `frechet_renders` `flicker`, the mean absolute
-error of the change from frame to frame, of 1, and `frames`, means over the videos of every frame's
-`ssim` and `psnr` (null where nothing differs).
-
-**`caches`, `caches_video`** (`skip_demo.json`, `skip_demo_video.json`): DDiT and step caches, alone
-and together, at equal fidelity. Fits TeaCache and MagCache on prompts of their own; then looks, for
-every SSIM asked for, for the cheapest plan of each kind on a few search prompts, by the planner of
-`ddit-rt calibrate` (`--pictures` for each cache and SSIM); the plans found then draw the held-out
-prompts, taking turns prompt by prompt. `ddit_rt.lab.measure.timing` says what the denoising loop
-includes. Where no core is idle, run it with `--clock cpu`.
-
-- `fits`: by cache the fitted values with their evidence; `costs`: milliseconds of a step by path or
-  step cache, and by what it did (`2p`, `2p reused`); `search`: `plans` that were run, `seconds`.
-- `fine`: the row of full resolution; `targets`: per SSIM asked for in the search, `ssim`, and
-  - `rows`: one per kind, `fewer_steps`, `static`, `ddit`, `teacache`, `magcache`, `ddit_teacache`,
-    `ddit_magcache`; a kind of which no plan was close enough is missing, and a combined plan runs
-    coarse steps and reuses. Each has `kind`, `label`, `policy`, `step_cache`, `steps`; `search`:
-    `ssim` and `cost_ms` on the search prompts; `tokens` (per image), `reused_share` and
-    `coarse_share` of the steps, `steps_at`; `loop_seconds` and `speedup` over full resolution, each
-    `value`, `low`, `high` (mean over the prompts of the median over the rounds), `speedup_rounds`
-    (least and most of the rounds); and fidelity as above, with the values `..._per_prompt`.
-  - `verdicts`: per combined kind `either_alone`, whether it is faster than DDiT alone and than its
-    cache alone at an equal SSIM (`yes`, `no`, `undecided`, `not comparable`), and `against` each
-    other kind `speed` (ratio of times), `ssim` (difference) and `faster`.
+- **Ablations** (`quality_demo.json`, and the plot `docs/quality_demo.png`): the tables of the paper
+  done again (order of the difference, tau, rho, quantile against mean), ways to take a coarse step,
+  static against dynamic plans, and step counts, with fewer steps at equal cost in each, and the
+  `claims` that they bear out. A table that is not asked for stays in the file as it was, if it was
+  made with the same settings. `loop_ms` is a sum of `costs`, median times of single steps;
+  `frechet` is on the demo classifier's features, not FID; `references` tell what to expect of
+  images that are as good.
+- **`video`** (`quality_demo_video.json`): plans on the video demo's model, with guidance as there,
+  compared frame by frame. The demo's tau was found on six of the held-out captions with other
+  noise. `flicker` is the mean absolute error of the change from frame to frame, of 1.
+- **`caches`, `caches_video`** (`skip_demo.json`, `skip_demo_video.json`): DDiT and step caches,
+  alone and together, at equal fidelity. Fits TeaCache and MagCache on prompts of their own; then
+  looks, for every SSIM asked for, for the cheapest plan of each kind on a few search prompts, by
+  the planner of `ddit-rt calibrate`; the plans found then draw the held-out prompts, taking turns
+  prompt by prompt. A kind of which no plan was close enough is missing, and a combined plan runs
+  coarse steps and reuses. Where no core is idle, run it with `--clock cpu`.
 """
 
 from __future__ import annotations
@@ -69,17 +34,22 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from demo_models import DemoModel, image_model, video_model
 from quality_caches import CLOCKS, measure_caches
-from quality_claims import claims
-from quality_paths import PAPER_TRAINED, SNR_TRAINED, TRAINING_FREE, CoarsePath, build_paths
-from quality_plot import draw_quality
-from quality_rows import Judge, features
+from quality_paths import (
+    LABELS,
+    PAPER_TRAINED,
+    SNR_TRAINED,
+    TRAINING_FREE,
+    CoarsePath,
+    build_paths,
+)
+from quality_rows import Judge, Row, features
 from quality_runs import Runs, reference
 from quality_search import Matcher
 from quality_tables import (
@@ -88,15 +58,20 @@ from quality_tables import (
     TABLES,
     Grid,
     VideoGrid,
+    claims,
     make_table,
     video_rows,
 )
-from records import RESULTS, publish
+from records import RESULTS, head, parser_of, publish
 
 from ddit_rt.lab.demo.prompts import held_out_prompts
-from ddit_rt.lab.measure.report import machine, model_entry, versions
+from ddit_rt.lab.measure.figures import new_figure
+from ddit_rt.lab.measure.report import model_entry
 from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
 from ddit_rt.lab.plans.points import Prompt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = RESULTS / "quality_demo.json"
@@ -107,13 +82,51 @@ OTHERS = {VIDEO: "quality_demo_video", CACHES: "skip_demo", CACHES_VIDEO: "skip_
 """Tables with a record of their own."""
 
 _SEARCH_SEED = 50_000
-_DEFAULTS: dict[str, dict[str, int]] = {
-    "": {"steps": 28, "prompts": 64, "seeds": 2, "search_prompts": 6, "repeats": 5},
-    VIDEO: {"steps": 24, "prompts": 24, "seeds": 1, "search_prompts": 1, "repeats": 5},
-    CACHES: {"steps": 24, "prompts": 24, "seeds": 1, "search_prompts": 4, "repeats": 3},
-    CACHES_VIDEO: {"steps": 24, "prompts": 24, "seeds": 1, "search_prompts": 4, "repeats": 3},
+_ALL: dict[str, Any] = {
+    "path": TRAINING_FREE,
+    "size": 128,
+    "backend": "aot",
+    "iterations": 9,  # halvings of the range of tau
+    "fit_prompts": 6,
+    "pictures": 200,  # of each search of `caches`
+    "targets": [0.97, 0.95, 0.9],
+    "patch_sizes": ["p", "2p", "4p"],
 }
-_QUICK = {"steps": 7, "prompts": 2, "seeds": 2, "search_prompts": 1, "repeats": 1}
+_OWN: dict[str, dict[str, int]] = {
+    "": {"steps": 28, "prompts": 64, "seeds": 2, "search_prompts": 6, "repeats": 5},
+    VIDEO: {"steps": 24, "prompts": 24, "seeds": 1, "repeats": 5},
+    CACHES: {"steps": 24, "prompts": 24, "search_prompts": 4, "repeats": 3},
+    CACHES_VIDEO: {"steps": 24, "prompts": 24, "search_prompts": 4, "repeats": 2},
+}
+_QUICK: dict[str, Any] = {
+    "steps": 7,
+    "prompts": 2,
+    "seeds": 2,
+    "search_prompts": 1,
+    "repeats": 1,
+    "size": 64,
+    "backend": "eager",
+    "iterations": 2,
+    "fit_prompts": 1,
+    "pictures": 40,
+    "targets": [0.97, 0.5],
+    "patch_sizes": ["p", "2p"],
+}
+
+# Okabe and Ito's palette, told apart by colour-blind readers; markers differ too.
+_STYLES: dict[str, tuple[str, str]] = {
+    "fewer steps": ("#000000", "-"),
+    "static": ("#E69F00", "s"),
+    "dynamic, the paper's rule": ("#D55E00", "v"),
+    "dynamic, default rule": ("#0072B2", "o"),
+}
+_PATH_STYLES = {
+    "paper_untrained": ("#999999", "x"),
+    TRAINING_FREE: ("#E69F00", "s"),
+    "paper_trained": ("#CC79A7", "^"),
+    "snr_trained": ("#009E73", "D"),
+}
+Series = dict[str, tuple[str, str, list[Row]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,38 +146,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Settings; `--quick` is a smoke run whose figures mean nothing."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--plot", type=Path, help=f"default: {PLOT.name} in docs")
+    parser = parser_of(__doc__, RESULT)
     parser.add_argument("--cache", type=Path, default=CACHE)
     tables = [*TABLES, *OTHERS]
     parser.add_argument("--tables", nargs="+", choices=tables, default=[*TABLES, VIDEO])
     parser.add_argument("--adapters-snr", type=Path, help="adapters of the variant snr")
     parser.add_argument("--adapters-paper", type=Path, help="adapters of the variant paper")
-    parser.add_argument("--path", default=TRAINING_FREE, help="coarse step of the other tables")
-    for name, value in _DEFAULTS[""].items():
-        others = {own[name] for own in _DEFAULTS.values()} - {value}
-        words = f"default: {value}" + (f"; of other tables {min(others)} up" if others else "")
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=words)
-    parser.add_argument("--size", type=int, default=128, help="side of the images, in pixels")
-    parser.add_argument("--iterations", type=int, default=9, help="halvings of the range of tau")
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.97, 0.95, 0.9])
-    parser.add_argument("--fit-prompts", type=int, default=6, help="that caches are fitted on")
-    parser.add_argument("--pictures", type=int, default=200, help="of each search of `caches`")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="of the caches")
-    parser.add_argument("--patch-sizes", nargs="+", default=["p", "2p", "4p"], help="of the caches")
-    parser.add_argument("--backend", choices=["aot", "eager"], default="aot")
     parser.add_argument("--quick", action="store_true", help="2 prompts, 7 steps, 64 px, eager")
     args = parser.parse_args(argv)
-    if args.quick:
-        vars(args).update(
-            _QUICK, backend="eager", size=64, iterations=2, fit_prompts=1, pictures=40
-        )
-        vars(args).update(targets=[0.97, 0.5], patch_sizes=["p", "2p"])
-        if args.out == RESULT:
-            args.out = CACHE / "quick.json"
-    if args.prompts is not None and args.prompts < 2:
-        parser.error("an interval over the prompts needs two of them or more")
+    if args.quick and args.out == RESULT:
+        args.out = CACHE / "quick.json"
     if args.clock == "cpu" and torch.get_num_threads() > 1:
         parser.error("--clock cpu adds the threads up; set OMP_NUM_THREADS=1")
     return args
@@ -172,34 +164,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def of_table(args: argparse.Namespace, name: str) -> argparse.Namespace:
     """The settings of a table, and where its record goes."""
-    given = vars(args)
-    own = {key: value for key, value in _DEFAULTS[name].items() if given[key] is None}
+    own = {**_ALL, **_OWN[name], **(_QUICK if args.quick else {})}
     if name:
         stem = OTHERS[name] if args.out == RESULT else f"{args.out.stem}_{name}"
         own["out"] = args.out.with_stem(stem)
-    return argparse.Namespace(**{**given, **own})
+    return argparse.Namespace(**{**vars(args), **own})
 
 
 def _head(model: DemoModel) -> dict[str, Any]:
-    return {
-        "schema_version": 1,
-        "machine": machine(),
-        "versions": versions(),
-        "model": model_entry(model.name, model.pipeline.transformer),
-    }
+    return head(model=model_entry(model.name, model.pipeline.transformer))
 
 
 def run_ablations(args: argparse.Namespace) -> None:
-    """The ablations on the image demo.
-
-    Raises:
-        ValueError: The adapters of `--path` were not given.
-    """
+    """The ablations on the image demo."""
     model = image_model(side=args.size)
     folders = {SNR_TRAINED: args.adapters_snr, PAPER_TRAINED: args.adapters_paper}
     paths, missing = build_paths(model.pipeline, folders, backend=args.backend, **model.size)
-    if args.path not in paths:
-        raise ValueError(f"--path {args.path} needs its adapters: {missing[args.path]}")
     captions, search = captions_of(model, args.prompts, args.search_prompts)
     runs = Runs(paths=paths, arguments=model.arguments, folder=args.cache)
     costs = runs.costs(args.steps, search[0], args.repeats)
@@ -224,7 +204,7 @@ def run_ablations(args: argparse.Namespace) -> None:
     }
     report["claims"] = claims(report["tables"])
     publish(args.out, report)
-    plot = args.plot or (PLOT if args.out == RESULT else args.out.with_suffix(".png"))
+    plot = PLOT if args.out == RESULT else args.out.with_suffix(".png")
     draw_quality(report, plot)
 
 
@@ -332,11 +312,104 @@ def references(judge: Judge, steps: int) -> dict[str, Any]:
     halves = [gaussian(features(part)) for part in (images[:count], images[count:]) if part]
     row = judge.row("fine", reference(steps).label, "fine", reference(steps), steps)
     return {
-        "frechet_renders": row["frechet_renders"],
         "frechet_halves": frechet_distance(*halves[0], *halves[1]) if len(halves) == 2 else None,
         "correct": row["correct"],
-        "correct_renders": judge.correct(judge.renders),
     }
+
+
+def draw_quality(report: Mapping[str, Any], path: Path) -> None:
+    """Four panels: policies (left) and coarse steps (right), SSIM above Fréchet distance.
+
+    Args:
+        report: The results; tables that are missing leave their panels empty.
+        path: PNG to write.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; the message names the extra.
+    """
+    steps = report["settings"]["steps"]
+    figure = new_figure((11.0, 7.4))
+    panels = figure.subplots(2, 2, sharex=True, sharey="row")
+    policies, paths = _policy_series(report), _path_series(report)
+    titles = (f"static and dynamic plans, {steps} steps", "coarse steps, the same static plans")
+    for column, (series, title) in enumerate(zip((policies, paths), titles, strict=True)):
+        panels[0][column].set_title(title, fontsize=11)
+        _draw(panels[0][column], series, "ssim")
+        _draw(panels[1][column], series, "frechet")
+        panels[1][column].set_xlabel("time of the denoising loop, ms")
+        panels[0][column].legend(fontsize=8, loc="best")
+    panels[0][0].set_ylabel("SSIM to full resolution")
+    panels[1][0].set_ylabel("Fréchet distance, classifier's features")
+    panels[1][0].set_yscale("symlog", linthresh=1e-3)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _policy_series(report: Mapping[str, Any]) -> Series:
+    rows = report["tables"].get("static_dynamic", [])
+    named = {
+        "fewer steps": _fewer(report),
+        "static": [row for row in rows if row["kind"] == "static"],
+        "dynamic, the paper's rule": [
+            row
+            for row in (*rows, *report["tables"].get("tau", []))
+            if row["name"].startswith(("paper_", "tau_"))
+        ],
+        "dynamic, default rule": [row for row in rows if row["name"].startswith("default_")],
+    }
+    return {name: (*_STYLES[name], found) for name, found in named.items() if found}
+
+
+def _path_series(report: Mapping[str, Any]) -> Series:
+    rows = report["tables"].get("adapters", [])
+    series: Series = {}
+    fewer = _fewer(report)
+    if fewer:
+        series["fewer steps"] = (*_STYLES["fewer steps"], fewer)
+    for name, style in _PATH_STYLES.items():
+        found = [row for row in rows if row["name"].endswith(f"/{name}")]
+        if found:
+            series[LABELS[name]] = (*style, found)
+    return series
+
+
+def _fewer(report: Mapping[str, Any]) -> list[Row]:
+    """Fewer steps of the main step count, from all tables, each once."""
+    steps = report["settings"]["steps"]
+    rows = {
+        row["name"]: row
+        for table in report["tables"].values()
+        for row in table
+        if row["kind"] == "fewer_steps" and row["reference_steps"] == steps
+    }
+    return list(rows.values())
+
+
+def _draw(axes: Axes, series: Series, value: str) -> None:
+    for label, (colour, marker, rows) in series.items():
+        points = sorted(_points(rows, value))
+        x = [point[0] for point in points]
+        y = [point[1] for point in points]
+        if marker == "-":
+            axes.plot(x, y, color=colour, marker=".", lw=1.2, label=label)
+            continue
+        axes.plot(x, y, color=colour, marker=marker, lw=0, label=label)
+        if value == "ssim":
+            spread = [(y - low, high - y) for _, y, low, high in points]
+            errors = list(zip(*spread, strict=True))
+            axes.errorbar(x, y, yerr=errors, color=colour, fmt="none", lw=1)
+    axes.grid(visible=True, alpha=0.3)
+
+
+def _points(rows: list[Row], value: str) -> Iterator[tuple[float, float, float, float]]:
+    """Time, value, and the interval's ends."""
+    for row in rows:
+        if value == "ssim":
+            ssim = row["ssim"]
+            yield row["loop_ms"], ssim["value"], ssim["low"], ssim["high"]
+        else:
+            yield row["loop_ms"], row[value], row[value], row[value]
 
 
 if __name__ == "__main__":

@@ -2,36 +2,24 @@
 
     pip install 'ddit_rt[bench]'
     python benchmarks/bench_serving.py [--out benchmarks/results/serving_cpu.json] [--minutes 10]
-    python benchmarks/bench_serving.py --calls                    # all but the load once more
     python benchmarks/bench_serving.py --quick --out quick.json   # seconds of each; no figures
 
 All on the demo model, whose artifact is compiled first, and on `ddit-rt serve` as a user starts it:
 
 - `start`: from the command to the first image, beside the time that importing the libraries takes.
 - `overhead`: an image of four steps by HTTP beside the same call of an engine in this process,
-  and beside that with its image encoded as the server does, one after the other. What HTTP adds
-  does not hang on the number of steps, and the time of few varies less.
+  and beside that with its image encoded as the server does, one after the other; milliseconds. What
+  HTTP adds does not depend on the number of steps, and the time of few varies less.
 - `lora`: an image with a LoRA of all linear layers that is fused for the first time, of this
   process and at all, and again after an image without it.
 - `load`: Locust's users ask for images at twice the rate that the server reached when each asked
   again at once, for `--minutes`, at a batch of 1 and batched; the queue holds eight, so that it
-  fills. The same load for a fifth of that time warms the server up.
-
-Schema, version 2: `machine`, `versions`, `steps`, and
-
-- `start`: `seconds`, `import_seconds`, `own_seconds`.
-- `overhead`: for each of `alone` and `batched`, milliseconds, `p50` and `p95`: `engine`, `encoded`
-  (the engine's call and its image's encoding), `http`; and of the differences in each round
-  `added`, to `engine`, and `added_to_encoded`.
-- `lora`: `layers`, and milliseconds by HTTP: `plain`, `first_of_process`, `first`, `next`.
-- `load`: for each of the same, `seconds`, `offered_per_second`, `images_per_second`, `answers` by
-  status with `count`, `p50` and `p95` (milliseconds), `failures`, `counted` (what the server's own
-  metrics counted, by status), `rss_mib` (after the warm-up, each tenth of the time, at the end).
+  fills. The same load for a fifth of that time warms the server up. `counted` is what the server's
+  own metrics say, and `rss_mib` its memory, at every tenth of the time.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -50,15 +38,13 @@ from typing import Any
 
 import httpx
 import torch
-from records import RESULTS, publish
+from records import RESULTS, head, parser_of, publish, resident_bytes
 from safetensors.torch import save_file
 
 import ddit_rt
-from ddit_rt.lab.measure.report import machine, versions
 from ddit_rt.serving.answer import encode
 from ddit_rt.sources import embedded_defaults, embedded_policy, load_pipeline
 
-RESULT = RESULTS / "serving_cpu.json"
 USERS = Path(__file__).with_name("serving_users.py")
 PATH = "/v1/images/generations"
 PROMPT = "a red circle"
@@ -80,27 +66,14 @@ class Served:
     began: float
     process: subprocess.Popen[str]
 
-    def rss_mib(self) -> float:
-        """Resident memory of the process."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found is not None
-        return int(found[1]) / 1024
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the measurements."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser = parser_of(__doc__, RESULTS / "serving_cpu.json")
     parser.add_argument("--minutes", type=float, default=10.0, help="of load, for each way")
-    parser.add_argument("--rounds", type=int, default=200, help="of the overhead")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--calls", action="store_true", help="keep the load that --out has")
     parser.add_argument("--quick", action="store_true", help="whether all of it works")
     args = parser.parse_args(argv)
-    if args.quick:
-        args.minutes, args.rounds, args.steps = 0.1, 3, 4
-    kept = stored_load(args.out) if args.calls else None
+    rounds, steps, minutes = (3, 4, 0.1) if args.quick else (200, 24, args.minutes)
     pipeline = load_pipeline("demo")
     pipeline.set_progress_bar_config(disable=True)
     side = embedded_defaults("demo")["height"]
@@ -110,34 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         artifact = Path(folder) / "demo.ddit"
         engine.save(artifact)
-        report: dict[str, Any] = {
-            "schema_version": 2,
-            "machine": machine(),
-            "versions": versions(),
-            "steps": args.steps,
-            "start": start(artifact, args.steps),
-            "overhead": {
-                way: overhead(artifact, engine, args.rounds, options)
-                for way, options in WAYS.items()
-            },
-        }
-        report["lora"] = lora(artifact, engine, args.steps)
-        report["load"] = kept or {
-            way: load(artifact, args.steps, args.minutes * 60, options)
-            for way, options in WAYS.items()
-        }
+        report = head(
+            schema_version=2,
+            steps=steps,
+            start=start(artifact, steps),
+            overhead={way: overhead(artifact, engine, rounds, own) for way, own in WAYS.items()},
+            lora=lora(artifact, engine, steps),
+            load={way: load(artifact, steps, minutes * 60, own) for way, own in WAYS.items()},
+        )
     publish(args.out, report)
     return 0
-
-
-def stored_load(path: Path) -> dict[str, Any]:
-    """The load of a record of this machine and these versions."""
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    for name, own in (("machine", machine()), ("versions", versions())):
-        if stored[name] != own:
-            raise ValueError(f"{path} has {name} {stored[name]}, and this is {own}: run all of it")
-    load: dict[str, Any] = stored["load"]
-    return load
 
 
 @contextmanager
@@ -264,7 +219,7 @@ def load(artifact: Path, steps: int, seconds: float, options: Sequence[str]) -> 
         reached = probe["answers"]["200"]["count"] / probe["seconds"]
         users(served.url, steps, seconds=max(6.0, seconds / 5), rate=2 * reached)  # warms up
         before = counted(served.url)
-        with sampled(served.rss_mib, seconds / 10) as rss:
+        with sampled(lambda: resident_bytes(served.process.pid) / 2**20, seconds / 10) as rss:
             asked = users(served.url, steps, seconds=seconds, rate=2 * reached)
         now = counted(served.url)
     return {

@@ -12,20 +12,9 @@ It ends with 1 where memory, objects, descriptors or threads grew by more than 2
 an image made again differs in a bit, or a run ended otherwise than was drawn. Latency, and the
 number of Python's blocks, are only recorded. No run begins after `--minutes`.
 
-Schema, version 1: `machine`, `versions`, `notes`; `settings`: `runs` that were made of those that
-were `drawn` by `seed`, `cadence` (runs from one look to the next), `warm_up` (runs); `seconds` and
-`cpu_seconds` of all runs;
-
-- `endings`: runs by how they ended; `drawn`: those that ended well by what was drawn.
-- `growth`: after the warm-up, of `rss_bytes`, `live_bytes` (allocated from glibc), `objects` (of
-  Python's collector), `blocks` (of Python's allocator), `descriptors` and `threads`: `start` and
-  `end` (medians of the first and the last fifth of the looks), `by_windows` (end over start, less
-  1), `by_trend` (rise of the least-squares line over the looks, over start).
-- `latency`: spread over the kinds of runs of `ratio`, median seconds in the last quarter of the
-  runs after the warm-up over those in the first, and of `cpu_ratio`, the same of CPU time.
-- `spots`: what was made again: `run`, `kind`, `loras`, `equal`; `outputs`: SHA-256 over all images.
-- `surprises`: runs that did not end as was drawn; `broken`: these, and the bounds that do not hold;
-  `samples`: the looks, with `heap_bytes` that glibc holds.
+In the record, growth is told `by_windows`, from the median of the first to that of the last fifth
+of the looks, and `by_trend`, the rise of the least-squares line; latency is the median of a kind of
+runs in the last quarter over that in the first, spread over the kinds.
 """
 
 from __future__ import annotations
@@ -49,14 +38,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from hardware import MemoryProbe
-from records import RESULTS, publish, write
+from records import RESULTS, head, publish, resident_bytes
 from soak_runs import Run, UnexpectedEnd, perform, schedule, settle, spots, write_loras
 from timing import spread
 
 import ddit_rt
 from ddit_rt import Engine
-from ddit_rt.lab.measure.report import machine, versions
+from ddit_rt.lab.measure.report import write_json
 from ddit_rt.sources import load_pipeline
 
 RESULT = RESULTS / "soak_cpu.json"
@@ -109,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settle(engine, run, args.loras)
         print(perform(engine, run, args.loras))
         return 0
+    args.record.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ddit_rt-") as name:
         folder = Path(name)
         artifact = args.artifact or compiled(folder / "demo.ddit")
@@ -121,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = ["--runs", str(args.runs), "--seed", str(args.seed)]
         options += ["--artifact", str(artifact), "--loras", str(folder)]
         for run in spots(runs, args.spots, args.seed):
-            write(args.record, {**report, "broken": broken(report)})  # as far as it has come
+            write_json(args.record, {**report, "broken": broken(report)})  # as far as it has come
             same = again(run, options) == log.digests[run.index]
             entry = {"run": run.index, "kind": run.kind, "loras": run.loras, "equal": same}
             report["spots"].append(entry)
@@ -189,9 +178,8 @@ def sample() -> dict[str, int]:
     read.restype = _Mallinfo2
     found = read()
     return {
-        "rss_bytes": MemoryProbe(torch.device("cpu")).used(),
+        "rss_bytes": resident_bytes(),
         "live_bytes": found.uordblks + found.hblkhd,
-        "heap_bytes": found.arena + found.hblkhd,
         "objects": len(gc.get_objects()),
         "blocks": sys.getallocatedblocks(),
         "descriptors": len(list(Path("/proc/self/fd").iterdir())),
@@ -217,10 +205,7 @@ def summary(
     ratio, cpu_ratio = latency(runs[warm:], log.seconds[warm:])
     outputs = hashlib.sha256("".join(one for one in log.digests if one).encode())
     return {
-        "schema_version": 1,
-        "machine": machine(),
-        "versions": versions(),
-        "notes": args.notes,
+        **head(notes=args.notes),
         "settings": {
             "runs": len(runs),
             "drawn": args.runs,
@@ -232,10 +217,6 @@ def summary(
         "cpu_seconds": sum(cpu for _, cpu in log.seconds),
         "endings": Counter(run.ending for run in runs),
         "drawn": {
-            "sizes": Counter(f"{run.size[0]} x {run.size[1]}" for run in done),
-            "policies": Counter(run.policy for run in done),
-            "caches": Counter(run.cache for run in done),
-            "several images": sum(run.images > 1 for run in done),
             "guided": sum(run.guided for run in done),
             "pipeline-driven": sum(run.called_back for run in done),
             "with LoRAs": sum(any(run.loras.values()) for run in done),

@@ -77,7 +77,7 @@ class DemoModel:
         """
         total = len(self.held_out)
         if count > total:
-            raise ValueError(f"got --prompts {count}; {self.name} has {total} held-out captions")
+            raise ValueError(f"got {count} prompts; {self.name} has {total} held-out captions")
         return tuple(self.held_out[place * total // count] for place in range(count))
 
     def compare(self, made: Sequence[Pixels], references: Sequence[Pixels]) -> Compared:

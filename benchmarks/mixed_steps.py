@@ -29,17 +29,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from mixed_model import Part, Rotary, token_velocity
-from mixed_regions import (
+from mixed_model import (
     FAMILY,
     PATCH,
+    Part,
     Prompted,
     Regions,
+    Rotary,
     Subject,
     detail_energy,
     deviations,
     estimate_change,
     pack,
+    token_velocity,
 )
 from torch import Tensor
 
@@ -338,15 +340,7 @@ class Run:
         return self._tables[deviation]
 
     def _velocity(self, tokens: Tensor, parts: Sequence[Part], positions: Rotary) -> Tensor:
-        """Guided velocity of tokens, `[n, C p p]`."""
-        prompt = self._prompt
-        rotary = tuple(torch.cat(pair) for pair in zip(self._text, positions, strict=True))
-        repeated = tokens.expand(len(prompt.text), *tokens.shape)
-        found = token_velocity(
-            self._subject.transformer, repeated, prompt.text, parts, (rotary[0], rotary[1])
-        )
-        if prompt.scale is None:
-            return found[0]
-        with_prompt, without = found
-        guided: Tensor = without + prompt.scale * (with_prompt - without)
-        return guided
+        """Velocity of tokens, `[n, C p p]`."""
+        cos, sin = (torch.cat(pair) for pair in zip(self._text, positions, strict=True))
+        transformer, text = self._subject.transformer, self._prompt.text
+        return token_velocity(transformer, tokens[None], text, parts, (cos, sin))[0]

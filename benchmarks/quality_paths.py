@@ -34,12 +34,10 @@ class CoarsePath:
     Attributes:
         engine: An engine that takes it.
         fingerprint: Of its adapters' weights; empty without any.
-        folder: Where they came from, for the record.
     """
 
     engine: Any
     fingerprint: str = ""
-    folder: str | None = None
 
 
 def build_paths(
@@ -65,25 +63,24 @@ def build_paths(
     Raises:
         ValueError: Adapters of another variant, or without one of the sizes.
     """
-    sets: dict[str, tuple[AdapterSet | None, Path | None]] = {TRAINING_FREE: (None, None)}
+    sets: dict[str, AdapterSet | None] = {TRAINING_FREE: None}
     missing: dict[str, str] = {}
     if untrained:
-        sets[PAPER_UNTRAINED] = (untrained_paper(pipeline), None)
+        sets[PAPER_UNTRAINED] = untrained_paper(pipeline)
     for name, variant in ((PAPER_TRAINED, "paper"), (SNR_TRAINED, "snr")):
         folder = folders.get(name)
         if folder is None:
             missing[name] = "no folder of adapters was given"
         else:
-            sets[name] = (trained(pipeline, folder, variant), folder)
+            sets[name] = trained(pipeline, folder, variant)
     paths = {
         name: CoarsePath(
             engine=ddit_rt.compile(
                 pipeline, patch_sizes=sizes, adapter=adapters, progress=False, **compile_arguments
             ),
             fingerprint="" if adapters is None else adapter_fingerprint(adapters),
-            folder=None if folder is None else folder.name,
         )
-        for name, (adapters, folder) in sets.items()
+        for name, adapters in sets.items()
     }
     return paths, missing
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib import import_module
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +31,6 @@ from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
 from ddit_rt.lab.measure.timing import Pixels
 from ddit_rt.lab.plans.points import Prompt
 
-_RENDER_SEED = 90_000
 Array = npt.NDArray[np.float64]
 Row = dict[str, Any]
 
@@ -91,29 +86,23 @@ class Judge:
         }
 
     def cost(self, made: Made, plan: Plan, reference_steps: int) -> Row:
-        """Means over the images, and the median of the loops' wall times."""
+        """Means over the images."""
         tokens = statistics.fmean(self.costs.loop_tokens(one) for one in made.branches)
         return {
             "tokens": tokens,
             "tokens_share": tokens / (self.costs.tokens["p"] * reference_steps),
             "loop_ms": statistics.fmean(self.costs.loop_ms(plan, one) for one in made.branches),
-            "loop_ms_measured": statistics.median(made.loop_ms) if made.loop_ms else None,
             "steps_at": steps_at(made.branches),
-            "switches": statistics.fmean(
-                sum(a != b for a, b in pairwise(one)) for one in made.branches
-            ),
         }
 
     def quality(self, made: Made, baseline: Made) -> Row:
         """Fidelity to the reference, distance of the features, and what the images show."""
         compared = self.model.compare(made.images, baseline.images)
-        identical = sum(value is None for value in compared.psnr)
-        row = {**fidelity_entry(compared, len(self.captions)), "identical": identical}
+        row = fidelity_entry(compared, len(self.captions))
         row.pop("psnr_per_prompt")
         if not self.model.video:
             own = gaussian(features(made.images))
             row["frechet"] = frechet_distance(*own, *gaussian(features(baseline.images)))
-            row["frechet_renders"] = frechet_distance(*own, *self._of_renders)
         return {**row, "correct": self.correct(made.images)}
 
     def correct(self, images: Sequence[Pixels]) -> Row:
@@ -128,23 +117,6 @@ class Judge:
         every = torch.stack(list(hits.values())).all(0).double().tolist()
         shares = {name: float(hit.double().mean()) for name, hit in hits.items()}
         return {"all": interval_entry(_present(per_prompt(every, len(self.captions)))), **shares}
-
-    @cached_property
-    def renders(self) -> list[Pixels]:
-        """Drawn images of the same captions, as many as a plan makes."""
-        # Last, because `profile.py` there would hide the standard library's.
-        sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
-        drawing = import_module("demo_training.draw_images")
-        config = drawing.ImageConfig(**self.model.size)
-        drawn = (
-            drawing.draw_image(parse_caption(prompt.text), config, _RENDER_SEED, prompt.seed)
-            for prompt in self.prompts
-        )
-        return [np.rint(image * 255).astype(np.uint8) for image in drawn]
-
-    @cached_property
-    def _of_renders(self) -> tuple[Array, Array]:
-        return gaussian(features(self.renders))
 
     def with_fewer_steps(self, rows: Sequence[Row]) -> list[Row]:
         """The rows, each followed by its baselines of fewer steps that are not there yet.

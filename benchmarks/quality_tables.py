@@ -1,21 +1,41 @@
-"""The ablations: which plans stand in which table of `quality_demo.json`."""
+"""The ablations: which plans stand in which table of `quality_demo.json`, and what they say.
+
+A claim compares two rows prompt by prompt: by the mean difference in SSIM with its 95% bootstrap
+interval. It holds where the whole interval is above zero, does not where it is below, and is
+undecided in between. Where two rules were to spend equal tokens and do not, nothing is said.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
 
-from quality_paths import COARSE, LABELS, TRAINING_FREE
+from quality_paths import (
+    COARSE,
+    LABELS,
+    PAPER_TRAINED,
+    PAPER_UNTRAINED,
+    SNR_TRAINED,
+    TRAINING_FREE,
+)
 from quality_rows import Judge, Row
 from quality_runs import MEAN, Plan, reference
 from quality_search import MakePolicy, Matcher
 
 from ddit_rt.lab.demo.plans import VIDEO_POLICY, demo_plans
-from ddit_rt.lab.plans.candidates import Candidate
+from ddit_rt.lab.measure.statistics import mean_interval
 from ddit_rt.lab.plans.genome import Genome, Static
 from ddit_rt.policies import DDiTPolicy, PatchPolicy, StaticPolicy
 
 PAPER_TAU, PAPER_RHO = 1e-3, 0.4
+YES, NO, UNDECIDED, UNEQUAL = "yes", "no", "undecided", "unequal cost"
+_EQUAL_SHARE = 0.03
+
+Rows = Mapping[str, Row]
+Comparison = tuple[str, str, str]
+"""Claim, and the names of the row that should be better and of the other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,13 +101,10 @@ def make_table(name: str, matcher: Matcher, grid: Grid) -> list[Row]:
 
 def _order(matcher: Matcher, _grid: Grid) -> list[Row]:
     rows = [
-        matcher.matched(f"order_{order}", f"order {order}", _of_order(order)) for order in (1, 2, 3)
+        matcher.matched(f"order_{order}", f"order {order}", partial(paper_rule, order=order))
+        for order in (1, 2, 3)
     ]
     return [*rows, *matcher.static_of(rows[-1])]
-
-
-def _of_order(order: int) -> MakePolicy:
-    return lambda tau: paper_rule(tau, order=order)
 
 
 def _tau(matcher: Matcher, grid: Grid) -> list[Row]:
@@ -99,12 +116,11 @@ def _tau(matcher: Matcher, grid: Grid) -> list[Row]:
 
 
 def _rho(matcher: Matcher, grid: Grid) -> list[Row]:
-    rows = {rho: matcher.matched(f"rho_{rho:g}", f"rho {rho:g}", _of_rho(rho)) for rho in grid.rhos}
+    rows = {
+        rho: matcher.matched(f"rho_{rho:g}", f"rho {rho:g}", partial(paper_rule, rho=rho))
+        for rho in grid.rhos
+    }
     return [*rows.values(), *matcher.static_of(rows[PAPER_RHO])]
-
-
-def _of_rho(rho: float) -> MakePolicy:
-    return lambda tau: paper_rule(tau, rho=rho)
 
 
 def _statistic(matcher: Matcher, _grid: Grid) -> list[Row]:
@@ -207,42 +223,124 @@ def video_rows(judge: Judge, steps: int, grid: VideoGrid) -> list[Row]:
 def _video_plans(steps: int, grid: VideoGrid) -> list[tuple[str, str, str, PatchPolicy]]:
     """Name, label, kind and policy: the demo's plans, shares of coarse steps, rules by tau."""
     _, static, dynamic = demo_plans(steps, VIDEO_POLICY)
-    statics = [
-        (f"{size}_{share:g}", Static(count=round(share * steps), sizes=(size,)))
-        for size in COARSE
-        for share in grid.shares
-    ]
-    block, most = f"{grid.block:g}_block", round(grid.block * steps)
-    statics += [
-        (f"{size}_{block}", Static(count=most, sizes=(size,), head=0, tail=0, refresh=None))
-        for size in COARSE
-    ]
-    chosen = [(name, _static(patches, steps)) for name, patches in statics]
-    return [
+    plans: list[tuple[str, str, str, PatchPolicy]] = [
         ("demo_static", "static, as in the demo", "static", static.policy),
         ("demo_dynamic", "dynamic, as in the demo", "dynamic", dynamic.policy),
-        *((name, candidate.label, "static", candidate.policy) for name, candidate in chosen),
-        *(
-            (
-                f"tau_{tau:g}",
-                f"dynamic, tau {tau:g}",
-                "dynamic",
-                replace(VIDEO_POLICY, tau={"2p": tau, "4p": tau / 2}),
-            )
-            for tau in grid.taus
-        ),
-        *(
-            (
-                f"paper_{tau:g}",
-                f"dynamic, the paper's rule, tau {tau:g}",
-                "dynamic",
-                paper_rule(tau),
-            )
-            for tau in grid.paper_taus
-        ),
     ]
+    shapes = {
+        f"{size}_{share:g}": Static(count=round(share * steps), sizes=(size,))
+        for size in COARSE
+        for share in grid.shares
+    }
+    block = Static(count=round(grid.block * steps), sizes=(), head=0, tail=0, refresh=None)
+    shapes |= {f"{size}_{grid.block:g}_block": replace(block, sizes=(size,)) for size in COARSE}
+    for name, shape in shapes.items():
+        count = max(1, min(len(shape.free(steps)), shape.count))
+        candidate = Genome(steps=steps, patches=replace(shape, count=count)).candidate()
+        plans.append((name, candidate.label, "static", candidate.policy))
+    for tau in grid.taus:
+        rule = replace(VIDEO_POLICY, tau={"2p": tau, "4p": tau / 2})
+        plans.append((f"tau_{tau:g}", f"dynamic, tau {tau:g}", "dynamic", rule))
+    for tau in grid.paper_taus:
+        label = f"dynamic, the paper's rule, tau {tau:g}"
+        plans.append((f"paper_{tau:g}", label, "dynamic", paper_rule(tau)))
+    return plans
 
 
-def _static(patches: Static, steps: int) -> Candidate:
-    count = max(1, min(len(patches.free(steps)), patches.count))
-    return Genome(steps=steps, patches=replace(patches, count=count)).candidate()
+def claims(tables: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
+    """One entry per comparison: `claim`, `table`, `better`, `worse`, `difference`, `holds`."""
+    found: list[dict[str, Any]] = []
+    for name, rows in tables.items():
+        by_name = {row["name"]: row for row in rows}
+        found += [
+            _claim(claim, name, by_name[better], by_name[worse])
+            for claim, better, worse in _COMPARISONS[name](by_name)
+            if better in by_name and worse in by_name
+        ]
+    return found
+
+
+def _claim(claim: str, table: str, better: Row, worse: Row) -> dict[str, Any]:
+    """Whether the first row's images have a higher fidelity than the second's."""
+    pairs = zip(better["ssim_per_prompt"], worse["ssim_per_prompt"], strict=True)
+    difference = mean_interval([own - other for own, other in pairs])
+    holds = YES if difference.low > 0 else NO if difference.high < 0 else UNDECIDED
+    matched = "target_share" in better and "target_share" in worse
+    if matched and abs(better["tokens_share"] - worse["tokens_share"]) > _EQUAL_SHARE:
+        holds = UNEQUAL
+    return {
+        "claim": claim,
+        "table": table,
+        "better": better["name"],
+        "worse": worse["name"],
+        "difference": asdict(difference),
+        "holds": holds,
+    }
+
+
+def _order_claims(rows: Rows) -> Iterator[Comparison]:
+    for other in (2, 1):
+        yield f"order 3 is better than order {other} at equal tokens", "order_3", f"order_{other}"
+    yield from _baselines(rows)
+
+
+def _rho_claims(rows: Rows) -> Iterator[Comparison]:
+    for name in rows:
+        if name.startswith("rho_") and name != "rho_0.4":
+            other = name.removeprefix("rho_")
+            yield f"rho 0.4 is better than rho {other} at equal tokens", "rho_0.4", name
+
+
+def _statistic_claims(_rows: Rows) -> Iterator[Comparison]:
+    yield "a quantile is better than the mean at equal tokens", "quantile", "mean"
+
+
+def _adapter_claims(rows: Rows) -> Iterator[Comparison]:
+    for plan in dict.fromkeys(name.partition("/")[0] for name in rows if "/" in name):
+        for claim, better, worse in _PATHS:
+            yield claim, f"{plan}/{better}", f"{plan}/{worse}"
+    yield from _baselines(rows)
+
+
+_PATHS = (
+    (
+        "SNR-matched is better than the paper's initialisation, both untrained",
+        TRAINING_FREE,
+        PAPER_UNTRAINED,
+    ),
+    ("training makes the paper's adapters better", PAPER_TRAINED, PAPER_UNTRAINED),
+    ("training makes the SNR-matched step better", SNR_TRAINED, TRAINING_FREE),
+    (
+        "the paper's trained adapters are better than the SNR-matched step without training",
+        PAPER_TRAINED,
+        TRAINING_FREE,
+    ),
+    (
+        "SNR-matched is better than the paper's adapters, both trained",
+        SNR_TRAINED,
+        PAPER_TRAINED,
+    ),
+)
+
+
+def _baselines(rows: Rows) -> Iterator[Comparison]:
+    """Every plan against fewer steps, and every dynamic one against its static baseline."""
+    for name, row in rows.items():
+        kind = row["kind"]
+        if "static" in row:
+            yield f"a {kind} plan is better than a static one at equal time", name, row["static"]
+        for cost, baseline in row.get("fewer_steps", {}).items():
+            words = cost.replace("_", " ")
+            yield f"a {kind} plan is better than fewer steps at {words}", name, baseline
+
+
+_COMPARISONS: dict[str, Callable[[Rows], Iterator[Comparison]]] = {
+    "order": _order_claims,
+    "tau": _baselines,
+    "rho": _rho_claims,
+    "statistic": _statistic_claims,
+    "adapters": _adapter_claims,
+    "static_dynamic": _baselines,
+    "steps": _baselines,
+    "video": _baselines,
+}

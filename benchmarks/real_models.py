@@ -23,12 +23,10 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from diffusers.hooks import FirstBlockCacheConfig
 from torch import Tensor, nn
 
 VAE_SCALE = 8
 _FRAMES_PER_LATENT = 4
-PAPER_SPEEDUPS = (2.18, 3.52)
 
 # The configurations of black-forest-labs/FLUX.1-dev and Wan-AI/Wan2.1-T2V-1.3B-Diffusers.
 _FLUX_SCHEDULER: Mapping[str, Any] = {
@@ -45,13 +43,45 @@ _WAN_SCHEDULER: Mapping[str, Any] = {
     "use_flow_sigmas": True,
     "flow_shift": 3.0,
 }
-_WAN_SHARED: Mapping[str, Any] = {
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "in_channels": 16,
-    "out_channels": 16,
-    "freq_dim": 256,
-}
+
+
+def _flux_config(
+    layers: tuple[int, int],
+    heads: tuple[int, int],
+    text: tuple[int, int],
+    axes: tuple[int, int, int],
+    channels: int = 16,
+) -> dict[str, Any]:
+    """FLUX of so many double and single blocks, heads and their width, widths of both texts."""
+    return {
+        "in_channels": 4 * channels,
+        "num_layers": layers[0],
+        "num_single_layers": layers[1],
+        "num_attention_heads": heads[0],
+        "attention_head_dim": heads[1],
+        "joint_attention_dim": text[0],
+        "pooled_projection_dim": text[1],
+        "guidance_embeds": True,
+        "axes_dims_rope": axes,
+    }
+
+
+def _wan_config(
+    layers: int, heads: tuple[int, int], text: int, inner: int, frequencies: int = 256
+) -> dict[str, Any]:
+    """Wan of so many blocks, heads and their width, widths of the text and the MLP."""
+    return {
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "in_channels": 16,
+        "out_channels": 16,
+        "freq_dim": frequencies,
+        "num_attention_heads": heads[0],
+        "attention_head_dim": heads[1],
+        "text_dim": text,
+        "ffn_dim": inner,
+        "num_layers": layers,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +92,15 @@ class Preset:
         config: Configuration of the transformer.
         text_tokens: Text tokens of a prompt.
         sizes: Height, width and, of videos, frames, in pixels.
-        batches: Batch sizes.
         steps: Numbers of denoising steps.
+        batches: Batch sizes.
     """
 
     config: Mapping[str, Any]
     text_tokens: int
     sizes: tuple[tuple[int, int, int], ...]
-    batches: tuple[int, ...]
     steps: tuple[int, ...]
+    batches: tuple[int, ...] = (1,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,23 +155,6 @@ class Case:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class DiffusersCache:
-    """A feature cache of diffusers, for comparison.
-
-    Attributes:
-        name: Of its method.
-        label: For people.
-        config: Its settings.
-        layer: Name of a layer of the transformer that runs only where a step computes.
-    """
-
-    name: str
-    label: str
-    config: Any
-    layer: str
-
-
 class RealModel(ABC):
     """A model family.
 
@@ -150,7 +163,7 @@ class RealModel(ABC):
         title: For people.
         full: The preset at its real size.
         presets: By name.
-        schedules: Of our methods, see `real_plans.py`.
+        schedules: Of our methods, see `real_loops.py`.
         passes: Samples that the model sees for each one of the batch: two with guidance.
         notes: What the figures do not mean.
     """
@@ -188,9 +201,9 @@ class RealModel(ABC):
         for a sample in any batch.
         """
 
-    @abstractmethod
-    def cache(self, steps: int) -> DiffusersCache:
-        """What diffusers offers to skip steps."""
+    def cache(self, steps: int) -> MagCacheConfig | None:  # noqa: ARG002 - of those that have one
+        """What diffusers offers to skip steps, where that says anything with random weights."""
+        return None
 
     def latents(self, output: Any) -> Tensor:
         """Final latents of a call, as the pipeline lays them out."""
@@ -212,62 +225,30 @@ class Flux(RealModel):
     """FLUX.1-dev."""
 
     name, title, full = "flux", "FLUX", "flux-dev"
-    schedules = ("fine", *(f"paper_{ratio:.2f}x" for ratio in PAPER_SPEEDUPS), "mixed", "dynamic")
+    schedules = ("fine", "paper_2.18x", "paper_3.52x", "dynamic")
     notes = (
         *RealModel.notes,
-        "the choices of schedule 'dynamic' and the hits of first_block_cache are arbitrary",
+        "the choices of schedule 'dynamic' are arbitrary",
     )
     presets: ClassVar[Mapping[str, Preset]] = {
         "flux-dev": Preset(
-            config={
-                "in_channels": 64,
-                "num_layers": 19,
-                "num_single_layers": 38,
-                "attention_head_dim": 128,
-                "num_attention_heads": 24,
-                "joint_attention_dim": 4096,
-                "pooled_projection_dim": 768,
-                "guidance_embeds": True,
-                "axes_dims_rope": (16, 56, 56),
-            },
+            config=_flux_config((19, 38), (24, 128), (4096, 768), (16, 56, 56)),
             text_tokens=512,
             sizes=((1024, 1024, 0), (512, 512, 0)),
             batches=(1, 4),
             steps=(28, 50),
         ),
         "small": Preset(
-            config={
-                "in_channels": 64,
-                "num_layers": 2,
-                "num_single_layers": 4,
-                "attention_head_dim": 64,
-                "num_attention_heads": 4,
-                "joint_attention_dim": 256,
-                "pooled_projection_dim": 128,
-                "guidance_embeds": True,
-                "axes_dims_rope": (8, 28, 28),
-            },
+            config=_flux_config((2, 4), (4, 64), (256, 128), (8, 28, 28)),
             text_tokens=32,
             sizes=((256, 256, 0),),
-            batches=(1,),
             steps=(28,),
         ),
         # For smoke tests: its figures mean nothing.
         "tiny": Preset(
-            config={
-                "in_channels": 16,
-                "num_layers": 1,
-                "num_single_layers": 2,
-                "attention_head_dim": 16,
-                "num_attention_heads": 2,
-                "joint_attention_dim": 24,
-                "pooled_projection_dim": 20,
-                "guidance_embeds": True,
-                "axes_dims_rope": (4, 6, 6),
-            },
+            config=_flux_config((1, 2), (2, 16), (24, 20), (4, 6, 6), channels=4),
             text_tokens=7,
             sizes=((128, 128, 0),),
-            batches=(1,),
             steps=(8,),
         ),
     }
@@ -284,19 +265,11 @@ class Flux(RealModel):
         assert not list(model.buffers()), "a buffer would be left without values"
         return _drawn(model, device, seed)
 
-    def pipeline(self, transformer: Any) -> FluxPipeline:
+    def pipeline(self, transformer: Any) -> Any:
         """See `RealModel.pipeline`."""
-        pipeline = FluxPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(**_FLUX_SCHEDULER),
-            vae=None,
-            text_encoder=None,
-            tokenizer=None,
-            text_encoder_2=None,
-            tokenizer_2=None,
-            transformer=transformer,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        scheduler = FlowMatchEulerDiscreteScheduler(**_FLUX_SCHEDULER)
+        second = dict.fromkeys(("text_encoder_2", "tokenizer_2"))
+        return _bare(FluxPipeline, scheduler, transformer, **second)
 
     def request(self, pipeline: Any, preset: Preset, case: Case, seed: int = 0) -> dict[str, Any]:
         """See `RealModel.request`."""
@@ -310,21 +283,6 @@ class Flux(RealModel):
         drawn = _draw(shapes, case.batch, seed)
         tensors = {n: t.to(transformer.device, transformer.dtype) for n, t in drawn.items()}
         return {**tensors, **case.arguments, "guidance_scale": 3.5}
-
-    def cache(self, steps: int) -> DiffusersCache:
-        """FirstBlockCache at its default threshold.
-
-        With random weights the number of steps that it computes means nothing, and the time that
-        follows from it no more.
-        """
-        del steps
-        config = FirstBlockCacheConfig()
-        return DiffusersCache(
-            name="first_block_cache",
-            label=f"diffusers + FirstBlockCache (default, {config.threshold:g})",
-            config=config,
-            layer="single_transformer_blocks.0.attn.to_q",
-        )
 
 
 class Wan(RealModel):
@@ -348,47 +306,22 @@ class Wan(RealModel):
     )
     presets: ClassVar[Mapping[str, Preset]] = {
         "wan-1.3b": Preset(
-            config={
-                **_WAN_SHARED,
-                "num_attention_heads": 12,
-                "attention_head_dim": 128,
-                "text_dim": 4096,
-                "ffn_dim": 8960,
-                "num_layers": 30,
-            },
+            config=_wan_config(30, (12, 128), 4096, 8960),
             text_tokens=512,
             sizes=((480, 832, 81),),
-            batches=(1,),
             steps=(50,),
         ),
         "small": Preset(
-            config={
-                **_WAN_SHARED,
-                "num_attention_heads": 4,
-                "attention_head_dim": 64,
-                "text_dim": 256,
-                "ffn_dim": 1024,
-                "num_layers": 4,
-            },
+            config=_wan_config(4, (4, 64), 256, 1024),
             text_tokens=32,
             sizes=((256, 384, 9),),
-            batches=(1,),
             steps=(50,),
         ),
         # For smoke tests: its figures mean nothing.
         "tiny": Preset(
-            config={
-                **_WAN_SHARED,
-                "num_attention_heads": 2,
-                "attention_head_dim": 16,
-                "text_dim": 24,
-                "freq_dim": 32,
-                "ffn_dim": 48,
-                "num_layers": 2,
-            },
+            config=_wan_config(2, (2, 16), 24, 48, frequencies=32),
             text_tokens=7,
             sizes=((128, 128, 5),),
-            batches=(1,),
             steps=(16,),
         ),
     }
@@ -409,17 +342,9 @@ class Wan(RealModel):
                 parameter.data = parameter.data.to(dtype)
         return model
 
-    def pipeline(self, transformer: Any) -> WanPipeline:
+    def pipeline(self, transformer: Any) -> Any:
         """See `RealModel.pipeline`."""
-        pipeline = WanPipeline(
-            tokenizer=None,
-            text_encoder=None,
-            vae=None,
-            scheduler=UniPCMultistepScheduler(**_WAN_SCHEDULER),
-            transformer=transformer,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return _bare(WanPipeline, UniPCMultistepScheduler(**_WAN_SCHEDULER), transformer)
 
     def request(self, pipeline: Any, preset: Preset, case: Case, seed: int = 0) -> dict[str, Any]:
         """See `RealModel.request`."""
@@ -434,26 +359,32 @@ class Wan(RealModel):
         tensors = {name: tensor.to(transformer.device) for name, tensor in drawn.items()}
         return {**tensors, **case.arguments, "guidance_scale": 5.0}
 
-    def cache(self, steps: int) -> DiffusersCache:
+    def cache(self, steps: int) -> MagCacheConfig:
         """MagCache, so set that the steps reuse that do in `fine+teacache`.
 
         diffusers has no TeaCache. With ratios of 1 and at most one reuse in a row, every other step
         reuses, whatever the weights are; the hits of its FirstBlockCache would be arbitrary.
         """
-        return DiffusersCache(
-            name="mag_cache",
-            label="diffusers + MagCache (every other step)",
-            config=MagCacheConfig(
-                max_skip_steps=1,
-                retention_ratio=1 / steps,
-                num_inference_steps=steps,
-                mag_ratios=[1.0] * steps,
-            ),
-            layer="blocks.0.attn1.to_q",
+        return MagCacheConfig(
+            max_skip_steps=1,
+            retention_ratio=1 / steps,
+            num_inference_steps=steps,
+            mag_ratios=[1.0] * steps,
         )
 
 
 MODELS: Mapping[str, RealModel] = {"flux": Flux(), "wan": Wan()}
+
+
+def _bare(kind: Any, scheduler: Any, transformer: Any, **others: None) -> Any:
+    pipeline = kind(
+        scheduler=scheduler,
+        transformer=transformer,
+        **dict.fromkeys(("vae", "text_encoder", "tokenizer")),
+        **others,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _drawn(model: Any, device: torch.device, seed: int) -> Any:

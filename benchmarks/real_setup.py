@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from hardware import rates
 from real_models import Case, Preset, RealModel
-from timing import Deadline, attempt, release, time_limit
+from records import Record, Save
+from timing import Call, Deadline, Measured, attempt, release, take_turns, time_limit
 from torch import Tensor
 
 import ddit_rt
@@ -22,6 +22,7 @@ from ddit_rt.blocks import compile_blocks
 from ddit_rt.blocks.package import package_path
 from ddit_rt.engine import Engine
 from ddit_rt.engine.cost import StepCost, step_cost
+from ddit_rt.lab.profile.ceilings import copy_rate, matrix_rate
 from ddit_rt.models import family_of
 from ddit_rt.models.base import BlockType
 from ddit_rt.models.quantised import has_quantised
@@ -155,7 +156,27 @@ class Setup:
     @cached_property
     def rates(self) -> dict[str, float]:
         """What the machine can do at best, measured in this run."""
-        return rates(self.device, self.dtype)
+        return {
+            "matrix_flops_per_second": matrix_rate(self.device, self.dtype),
+            "copy_bytes_per_second": copy_rate(self.device),
+        }
+
+    def in_turns(
+        self,
+        builders: Mapping[str, Callable[[], Call]],
+        record: Callable[[Mapping[str, Measured]], Record],
+        save: Save,
+    ) -> Record:
+        """The record of methods that took turns; saved whenever there is more of it."""
+        measured = take_turns(
+            builders,
+            repeats=self.repeats,
+            device=self.device,
+            deadline=self.deadline,
+            warm_up_limit=self.warm_up_limit,
+            on_news=lambda measured: save(record(measured)),
+        )
+        return record(measured)
 
     def request(self, case: Case) -> dict[str, Any]:
         """Arguments of a call."""

@@ -16,13 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from made_tables.caches import caches
-from made_tables.cpu import cpu_demo, cpu_short, drivers_cpu, ops_cpu, overhead_cpu
-from made_tables.mixed import mixed
-from made_tables.quality import quality_demo, quality_demo_video
+from made_tables.cpu import (
+    cpu_demo,
+    cpu_short,
+    drivers_cpu,
+    ops_cpu,
+    overhead_cpu,
+    serving_cpu,
+    soak,
+)
+from made_tables.quality import caches, mixed, quality_demo, quality_demo_video
 from made_tables.real_size import blocks_cuda, lowered_cuda, ops_cuda, real_size
-from made_tables.serving import serving_cpu
-from made_tables.soak import soak
 from made_tables.study import study
 
 ROOT = Path(__file__).resolve().parent.parent

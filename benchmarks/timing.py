@@ -24,6 +24,8 @@ from ddit_rt.lab.profile.ceilings import cuda_events
 
 Call = Callable[[], Any]
 
+WARM_UP_CALLS = 2
+"""Calls before the first measured one."""
 _ERROR_CHARACTERS = 600
 
 
@@ -187,7 +189,6 @@ def take_turns(
     repeats: int,
     device: torch.device,
     deadline: Deadline,
-    warm_up_calls: int = 2,
     warm_up_limit: float = 300.0,
     on_news: Callable[[Mapping[str, Measured]], None] | None = None,
 ) -> dict[str, Measured]:
@@ -197,12 +198,10 @@ def take_turns(
         builders: By name, what makes a method's call; runs under the warm-up's limit too.
         repeats: Rounds; fewer where the deadline comes first.
         device: Device that the calls work on.
-        deadline: Methods get ready as long as it leaves time for a round of those that are
-            ready; no further round starts that would end after it.
-        warm_up_calls: Calls before the first measured one.
+        deadline: Methods get ready while it leaves time for a round of those that are ready; no
+            further round starts that would end after it.
         warm_up_limit: Seconds that building and warming up one method may take.
-        on_news: Told what is known whenever that is more, so that it can be written down: the
-            command may be killed at any moment.
+        on_news: Told whenever more is known, to write it down: the command may be killed.
     """
     measured = {name: Measured() for name in builders}
     tell = on_news or (lambda _: None)
@@ -210,7 +209,7 @@ def take_turns(
     for name, build in builders.items():
         round_seconds = sum(measured[ready].warm_seconds for ready in calls)
         limit = min(warm_up_limit, deadline.left - round_seconds)
-        warm_up = partial(_warm_up, build, measured[name], device, warm_up_calls, limit)
+        warm_up = partial(_warm_up, build, measured[name], device, limit)
         call, measured[name].error = attempt(warm_up)
         if measured[name].error is None:
             calls[name] = call
@@ -237,18 +236,14 @@ def _turn(call: Call, measured: Measured, device: torch.device, deadline: Deadli
 
 
 def _warm_up(
-    build: Callable[[], Call],
-    measured: Measured,
-    device: torch.device,
-    calls: int,
-    limit: float,
+    build: Callable[[], Call], measured: Measured, device: torch.device, limit: float
 ) -> Call:
     if limit <= 0:
         raise TimeoutError("no time was left to build it; run it alone, or give a larger budget")
     started = time.perf_counter()
     with time_limit(limit):
         call = build()
-        for index in range(max(calls, 1)):
+        for index in range(WARM_UP_CALLS):
             outcome = timed(call, device)
             measured.warm_seconds = outcome[1]
             if index == 0:

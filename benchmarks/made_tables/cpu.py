@@ -18,6 +18,16 @@ _SHORT = ("diffusers", "torch_compile", "first_block_cache_best", "fine", "dynam
 """Rows of README.md."""
 
 _MODELS = {"demo": "image", "demo-video": "video, guided"}
+_MEBI = 2**20
+_GROWTH = {
+    "rss_bytes": "resident memory, MiB",
+    "live_bytes": "allocated from glibc, MiB",
+    "objects": "objects that Python's collector knows",
+    "blocks": "blocks of Python's allocator",
+    "descriptors": "open file descriptors",
+    "threads": "threads",
+}
+_WAYS = {"alone": "a run for each", "batched": "batched"}
 
 
 def cpu_short(report: Report) -> str:
@@ -152,3 +162,109 @@ def overhead_cpu(report: Report) -> str:
             f"({look['modules']} modules, one thread)."
         )
     return block([*header(columns), *rows], [note])
+
+
+def soak(report: Report) -> str:
+    """What grew, how runs ended, and whether they can be made again."""
+    rows = [_soak_row(name, report["growth"][name]) for name in _GROWTH]
+    columns = ("", "after the warm-up", "at the end", "end over start", "trend")
+    settings, drawn = report["settings"], report["drawn"]
+    endings = "; ".join(f"{count} {how}" for how, count in sorted(report["endings"].items()))
+    spots = report["spots"]
+    equal = sum(spot["equal"] for spot in spots)
+    styled = sum(any(spot["loras"].values()) for spot in spots)
+    runs = (
+        f"{settings['runs']} runs of seed {settings['seed']}, the first {settings['warm_up']} of "
+        f"them to warm up: {endings}. Of those that are done {drawn['with LoRAs']} had LoRAs that "
+        f"act, {drawn['guided']} were guided, and the pipeline's own loop drove "
+        f"{drawn['pipeline-driven']}. Made again in fresh processes, {styled} with LoRAs among "
+        f"them, {equal} of {len(spots)} were the same to the bit."
+    )
+    looks = (
+        f"Medians of the first and the last fifth of the looks, one every {settings['cadence']} "
+        "runs; `trend`: rise of the least-squares line from the first look to the last."
+        f"{_latency(report)} {cpu(report)}; {released(report, 'torch', 'diffusers')}."
+        f"{' ' * bool(report['notes'])}{report['notes']}"
+    )
+    return block([*header(columns), *rows], [runs], [looks])
+
+
+def _soak_row(name: str, entry: Report) -> str:
+    scale, digits = (_MEBI, 1) if name.endswith("_bytes") else (1, 0)
+    counts = (f"{entry[end] / scale:.{digits}f}" for end in ("start", "end"))
+    shares = (f"{entry[way]:+.2%}" for way in ("by_windows", "by_trend"))
+    return line((_GROWTH[name], *counts, *shares))
+
+
+def _latency(report: Report) -> str:
+    """The last quarter over the first, where runs of a kind were in both."""
+    ratio, cpu_ratio = report["latency"]["ratio"], report["latency"]["cpu_ratio"]
+    if ratio is None:
+        return ""
+    both = " and ".join(
+        f"{one['median']:.2f}x (quartiles {one['lower_quartile']:.2f} to "
+        f"{one['upper_quartile']:.2f}) in {what}"
+        for one, what in ((ratio, "wall time"), (cpu_ratio, "CPU time"))
+    )
+    return (
+        f" Runs of the last quarter after the warm-up took, over those of the first, {both}: "
+        f"median over {ratio['count']} kinds of runs."
+    )
+
+
+def serving_cpu(report: Report) -> str:
+    """What a request costs beside the engine's own call, and twice the load that can be borne."""
+    rows = [_serving_row(way, report) for way in report["load"]]
+    columns = (
+        "",
+        "engine",
+        "encoded",
+        "by HTTP",
+        "offered, a second",
+        "made",
+        "refused",
+        "of images",
+        "RSS",
+    )
+    first = report["load"]["alone"]
+    started, lora = report["start"], report["lora"]
+    note = (
+        "Milliseconds, p50 / p95: of calls one after the other (`engine`, the same and its "
+        "image encoded, `by HTTP`), and of "
+        f"answers with an image under load (`of images`). Load: {first['seconds'] / 60:.0f} min at "
+        "twice the rate that the server reaches, a queue of eight; `refused` by 429 or 503. RSS: "
+        "MiB after a warm-up by the same load, at most, and at the end. From the command to the "
+        "first image: "
+        f"{started['seconds']:.1f} s, of which importing the libraries alone takes "
+        f"{started['import_seconds']:.1f} s. An image with a LoRA of {lora['layers']} layers: "
+        f"{lora['first']:.0f} ms the first time ({lora['first_of_process']:.0f} ms where it is the "
+        f"first LoRA of the process), {lora['next']:.0f} ms the next. "
+        f"Demo model, {report['steps']} steps (4 of the calls one after the other), its dynamic "
+        "policy; "
+        f"{cpu(report)}; {released(report, 'torch', 'diffusers')}."
+    )
+    return block([*header(columns), *rows], [note])
+
+
+def _serving_row(way: str, report: Report) -> str:
+    overhead, load = report["overhead"][way], report["load"][way]
+    answers = load["answers"]
+    refused = sum(answers[status]["count"] for status in ("429", "503") if status in answers)
+    rss = load["rss_mib"]
+    return line(
+        (
+            _WAYS[way],
+            _both(overhead["engine"]),
+            _both(overhead["encoded"]),
+            _both(overhead["http"]),
+            f"{load['offered_per_second']:.1f}",
+            f"{load['images_per_second']:.1f}",
+            f"{refused / load['seconds']:.1f}",
+            _both(answers["200"]),
+            f"{rss[0]:.0f} / {max(rss):.0f} / {rss[-1]:.0f}",
+        )
+    )
+
+
+def _both(found: Report) -> str:
+    return f"{found['p50']:.0f} / {found['p95']:.0f}"

@@ -1,8 +1,9 @@
-"""The tables of docs/quality.md from the ablations of `bench_quality.py`."""
+"""The tables of docs/quality.md from records of `bench_quality.py` and `bench_mixed.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from made_tables.markdown import (
@@ -33,6 +34,25 @@ _VERDICTS = {
     "undecided": "undecided",
     "no": "does not hold",
     "unequal cost": "not comparable, as the costs differ",
+}
+_CACHE_KINDS = {
+    "fewer_steps": "fewer steps",
+    "static": "static plan",
+    "ddit": "DDiT alone",
+    "teacache": "TeaCache alone",
+    "magcache": "MagCache alone",
+    "ddit_teacache": "DDiT + TeaCache",
+    "ddit_magcache": "DDiT + MagCache",
+}
+_CLOCKS = {"wall": "", "cpu": " in processor time, since the machine had other work"}
+_OTHERS = ("ddit", "teacache", "magcache", "fewer_steps", "static")
+_MIXED_KINDS = ("fine", "fewer_steps", "static", "dynamic", "mixed", "control", "oracle")
+_QUESTIONS = {
+    "any_time": "closer than every other plan in no more time",
+    "any_tokens": "closer than every other plan on no more tokens",
+    "coarse_time": "closer than static and dynamic plans in no more time",
+    "coarse_tokens": "closer than static and dynamic plans on no more tokens",
+    "control": "closer than the same with regions by chance",
 }
 
 
@@ -217,4 +237,138 @@ def _loop(report: Report) -> str:
     return (
         "`loop` is the sum of the median times of its steps, measured in interleaved rounds "
         f"({cpu(report)}, {released(report, 'torch')})."
+    )
+
+
+def caches(report: Report) -> str:
+    """One block of rows per SSIM asked for, what they say, and how they were measured."""
+    video = "flicker" in report["fine"]
+    columns = ["SSIM asked", "plan", "loop, ms", "speed-up (95%)", "coarse", "reused"]
+    columns += ["SSIM (95%)", "PSNR, dB", *(["flicker"] if video else [])]
+    lines = [*header(columns, ":-"), _cache_row("", "full resolution", report["fine"])]
+    for target in report["targets"]:
+        for place, row in enumerate(target["rows"]):
+            lines.append(_cache_row("" if place else f"{target['ssim']:g}", label(row), row))
+    said = [_cache_answers(target) for target in report["targets"]]
+    return block(lines, said, [_cache_conditions(report, video)])
+
+
+def _cache_row(target: str, name: str, row: Report) -> str:
+    cells = [
+        target,
+        name,
+        f"{row['loop_seconds']['value'] * 1e3:.0f}",
+        interval(row["speedup"], 2, "x"),
+        f"{row['coarse_share']:.0%}",
+        f"{row['reused_share']:.0%}",
+        interval(row["ssim"], 3),
+        psnr(row["psnr"]),
+    ]
+    return line([*cells, f"{row['flicker']['value']:.4f}"] if "flicker" in row else cells)
+
+
+def _cache_answers(target: Mapping[str, Any]) -> str:
+    """One line per target: is the combination faster than either alone, and than the others?"""
+    parts = [
+        f"{_CACHE_KINDS[verdict['kind']]} {_answer(verdict)}{_against(verdict['against'])}"
+        for verdict in target["verdicts"]
+    ]
+    return f"- At {target['ssim']:g}, faster than either alone: {'; '.join(parts)}."
+
+
+def _answer(verdict: Mapping[str, Any]) -> str:
+    reason = f", as {verdict['reason']}" if "reason" in verdict else ""
+    return f"**{verdict['either_alone']}**{reason}"
+
+
+def _against(against: Mapping[str, Any]) -> str:
+    """Time and SSIM against every other kind."""
+    parts = [
+        f"{against[kind]['speed']['value']:.2f}x of {_CACHE_KINDS[kind].removesuffix(' alone')}, "
+        f"{against[kind]['ssim']['value']:+.3f}"
+        for kind in _OTHERS
+        if kind in against
+    ]
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _cache_conditions(report: Report, video: bool) -> str:
+    settings, arguments = report["settings"], report["settings"]["arguments"]
+    sides = [str(arguments[n]) for n in ("height", "width", "num_frames") if n in arguments]
+    frames = " SSIM and PSNR are means over the frames; `flicker` is the mean absolute error of "
+    frames += "the change from frame to frame, of 1."
+    return (
+        f"{' x '.join(sides)}, {settings['steps']} steps; {len(settings['prompts'])} held-out "
+        f"prompts, {settings['repeats']} interleaved rounds after a warm-up; {cpu(report)}, "
+        f"{released(report, 'torch', 'diffusers')}. Plans were chosen on "
+        f"{len(settings['search_prompts'])} other prompts as the cheapest of their kind with the "
+        f"SSIM asked for. `loop` is the denoising loop of one call{_CLOCKS[settings['clock']]}, "
+        "`speed-up` is over full resolution, `coarse` and `reused` are shares of the steps; "
+        "intervals are over the prompts. In brackets behind an answer: how many times as fast, and "
+        "the difference in SSIM."
+        f"{frames if video else ''}"
+    )
+
+
+def mixed(report: Report) -> str:
+    """Of each section its rows and the verdicts; details where every row is of one question."""
+    parts: list[Iterable[str]] = []
+    for section in report["sections"].values():
+        title = f"{section['steps']} steps, {len(section['prompts'])} prompts"
+        parts += [[f"**Captions that say all: {title}**"], _mixed_rows(section)]
+        parts.append(_mixed_claims(section))
+    return block(*parts, [_mixed_conditions(report)])
+
+
+def _mixed_rows(section: Report) -> list[str]:
+    columns = ["plan", "tokens", "loop, ms", "speed-up (95%)", "PSNR, dB (95%)", "SSIM", "features"]
+    rows = sorted(section["rows"], key=lambda row: _MIXED_KINDS.index(row["kind"]))
+    return [*header(columns), *(_mixed_row(section, row) for row in rows)]
+
+
+def _mixed_row(section: Report, row: Report) -> str:
+    whole = section["image_tokens"] * section["steps"]
+    measured = ["same", "", ""]
+    if row["psnr"] is not None:
+        measured = [interval(row["psnr"], 1), f"{row['ssim']['value']:.3f}"]
+        measured += [f"{row['features']['value']:.4f}"]
+    return line(
+        [
+            label(row),
+            f"{row['tokens'] / whole:.0%}",
+            f"{row['loop_ms']['value']:.0f}",
+            interval(row["speedup"], 2, "x"),
+            *measured,
+        ]
+    )
+
+
+def _mixed_claims(section: Report) -> list[str]:
+    kinds = {row["name"]: row["kind"] for row in section["rows"]}
+    mixed = [entry for entry in section["verdicts"] if kinds[entry["name"]] == "mixed"]
+    return [
+        f"- Mixed, {words}: {_counted([entry[key] for entry in mixed if entry[key]])}."
+        for key, words in _QUESTIONS.items()
+    ]
+
+
+def _counted(verdicts: Sequence[Report]) -> str:
+    if not verdicts:
+        return "nothing to compare with"
+    counts = Counter(verdict["holds"] for verdict in verdicts)
+    words = {"yes": "holds", "undecided": "undecided", "no": "does not hold"}
+    found = ", ".join(f"{words[key]} in {counts[key]}" for key in words if counts[key])
+    differences = [verdict["psnr"]["value"] for verdict in verdicts]
+    extent = f"{min(differences):+.1f} to {max(differences):+.1f} dB"
+    return f"{found} of {len(verdicts)} ({extent})"
+
+
+def _mixed_conditions(report: Report) -> str:
+    return (
+        "Held-out prompts; eager PyTorch, all plans by the same code, taking turns prompt by "
+        f"prompt; {cpu(report)}, {released(report, 'torch')}. "
+        "`loop` is processor time of the denoising loop, `features` the mean squared distance of "
+        "the demo classifier's normalised maps. Differences are in dB of PSNR, prompt by prompt; a "
+        "claim holds where their 95% interval is above 0. `control` plans pick regions by nothing, "
+        "and `oracle` knows what a whole step at p would change."
     )

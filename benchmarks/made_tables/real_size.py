@@ -8,7 +8,6 @@ from typing import Any
 from made_tables.markdown import Report, block, cpu, header, line, ranged, released, times
 
 _SHOWN_FORMS = (None, "loop", "auto")
-_ALL_FORMS = "mixed"
 _MEANS_SOMETHING = "fine"
 _MOST_KERNELS = 10
 _PRODUCTS = ("addmm_out", "mm_out", "bmm_out", "_scaled_mm_out")
@@ -59,7 +58,7 @@ def _loops_table(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = header([*columns, *(key for key, _ in others)])
     # diffusers first, then ours; each in the order of the file.
     for name, row in sorted(rows.items(), key=lambda item: item[1]["executor"] is not None):
-        if row["executor"] in shown or row["schedule"] == _ALL_FORMS:
+        if row["executor"] in shown:
             speedups = [times(other.get(name, {}).get("speedup")) for _, other in others]
             lines.append(line([_label(row), *_loop_cells(row, skips), *speedups]))
     return lines
@@ -129,13 +128,8 @@ def _hits(report: Report) -> str:
 
 
 def _needs(sections: Report) -> list[str]:
-    """One line on memory and on getting ready, as far as both were measured."""
+    """One line on getting ready, where that was measured."""
     facts = [
-        f"memory at {key}: {record['ratio_of_used_bytes']:.2f}x diffusers eager"
-        for key, record in sections.get("memory", {}).items()
-        if "ratio_of_used_bytes" in record
-    ]
-    facts += [
         f"compiled in {record['compile_seconds']:.0f} s, loaded in {record['load_seconds']:.1f} s, "
         f"first image {record['load_to_first_image_seconds']:.1f} s after the start of loading"
         for record in sections.get("compile", {}).values()

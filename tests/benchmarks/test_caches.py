@@ -120,10 +120,9 @@ def test_table_has_a_line_per_plan_and_an_answer_per_target(report: dict[str, An
 
 
 def test_more_prompts_than_there_are_held_out_are_refused() -> None:
-    bench, model = import_module("bench_quality"), import_module("demo_models").image_model()
-    args = bench.of_table(bench.parse(["--prompts", "50"]), "caches")
-    with pytest.raises(ValueError, match="--prompts 50; demo has 49"):
-        import_module("quality_caches").prompts_of(model, args)
+    model = import_module("demo_models").image_model()
+    with pytest.raises(ValueError, match="got 50 prompts; demo has 49"):
+        model.reported(50)
 
 
 def tried(kind: str, ssim: float, cost: float, **shares: float) -> Any:

@@ -32,23 +32,21 @@ def noise(seed: int = 3) -> Tensor:
     return torch.randn(1, CHANNELS, *SIZE, generator=torch.Generator().manual_seed(seed))
 
 
-def made(transformer: Any, plan: list[Any], scale: float | None = None) -> Tensor:
-    run = begun(transformer, SIGMAS, scale)
+def made(transformer: Any, plan: list[Any]) -> Tensor:
+    run = begun(transformer, SIGMAS)
     for index, how in enumerate(plan):
         run.step(index, how)
     latents: Tensor = run.latents[0]
     return latents
 
 
-def begun(transformer: Any, sigmas: Tensor, scale: float | None = None) -> Any:
-    regions = import_module("mixed_regions")
-    embeds = tiny_embeds(1 if scale is None else 2)
-    prompt = regions.Prompted(
+def begun(transformer: Any, sigmas: Tensor) -> Any:
+    model, embeds = import_module("mixed_model"), tiny_embeds(1)
+    prompt = model.Prompted(
         text=transformer.context_embedder(embeds["prompt_embeds"]),
         pooled=embeds["pooled_prompt_embeds"],
-        scale=scale,
     )
-    subject = regions.Subject(transformer=transformer, size=SIZE)
+    subject = model.Subject(transformer=transformer, size=SIZE)
     return import_module("mixed_steps").Run(subject, prompt, noise(), sigmas)
 
 
@@ -99,22 +97,16 @@ def test_a_part_at_another_level_hears_of_it(transformer: Any) -> None:
     assert (alike - apart).abs().amax((0, 2)).min() > 1e-4
 
 
-@pytest.mark.parametrize("scale", [None, 2.5])
-def test_coarse_steps_are_those_of_the_runtime(scale: float | None) -> None:
+def test_coarse_steps_are_those_of_the_runtime() -> None:
     steps, pipeline = import_module("mixed_steps"), tiny_pipeline()
     names = ["4p", "p", "2p", "2p", "4p", "p"]
     latents = noise()
     packed = ops.pack(latents, 2)
-    embeds = tiny_embeds(1)
-    if scale is not None:
-        embeds = {name: value[:1] for name, value in tiny_embeds(2).items()}
-        embeds |= {f"negative_{name}": value[1:] for name, value in tiny_embeds(2).items()}
-        embeds["true_cfg_scale"] = scale
     engine = ddit_rt.compile(
         pipeline, height=4 * SIZE[0], width=4 * SIZE[1], backend="eager", progress=False
     )
     expected = engine(
-        **embeds,
+        **tiny_embeds(1),
         latents=packed,
         height=4 * SIZE[0],
         width=4 * SIZE[1],
@@ -122,8 +114,8 @@ def test_coarse_steps_are_those_of_the_runtime(scale: float | None) -> None:
         num_inference_steps=len(names),
         output_type="latent",
     )[0]
-    levels = import_module("mixed_drawing").noise_levels(pipeline.scheduler, len(names), 64)
-    run = begun(pipeline.transformer, levels, scale)
+    levels = import_module("bench_mixed").noise_levels(pipeline.scheduler, len(names), 64)
+    run = begun(pipeline.transformer, levels)
     for index, name in enumerate(names):
         run.step(index, steps.Step(multiple=int(name[:-1] or 1)))
     found = ops.pack(run.latents[0], 2)
@@ -132,11 +124,11 @@ def test_coarse_steps_are_those_of_the_runtime(scale: float | None) -> None:
 
 def test_all_regions_at_p_are_a_step_at_p(transformer: Any) -> None:
     steps = import_module("mixed_steps")
-    expected = made(transformer, [steps.FINE] * 6, scale=2.0)
+    expected = made(transformer, [steps.FINE] * 6)
     for value in steps.VALUES:
         # Corrected, the first step after one at p would keep that step's clean estimate.
         whole = steps.Step(multiple=2, share=1.0, value=value, corrected=False)
-        found = made(transformer, [steps.FINE, whole, whole, steps.FINE, whole, whole], scale=2.0)
+        found = made(transformer, [steps.FINE, whole, whole, steps.FINE, whole, whole])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=value)
 
 
@@ -180,7 +172,7 @@ def test_tokens_are_counted(transformer: Any, value: str) -> None:
 
 
 def test_regions_with_the_largest_score_stay_at_p(transformer: Any) -> None:
-    mixed = import_module("mixed_regions")
+    mixed = import_module("mixed_model")
     regions = mixed.Regions(transformer, SIZE, 2)
     torch.testing.assert_close(
         regions.tokens[:3], torch.tensor([[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12, 13]])
@@ -200,7 +192,7 @@ def test_regions_with_the_largest_score_stay_at_p(transformer: Any) -> None:
 
 
 def test_a_linear_change_is_drawn_out_exactly(transformer: Any) -> None:
-    mixed = import_module("mixed_regions")
+    mixed = import_module("mixed_model")
     regions = mixed.Regions(transformer, SIZE, 2)
     places = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))
     ramp = (3 * places[:, 0] - 2 * places[:, 1])[:, None]
@@ -218,33 +210,46 @@ def test_quick_run_compares_what_it_says(tmp_path: Path, monkeypatch: pytest.Mon
     need("torchmetrics")
     bench, out = import_module("bench_mixed"), tmp_path / "mixed.json"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    arguments = ["--quick", "--out", str(out), "--cache", str(tmp_path / "cache")]
-    arguments += ["--conditions", "captions", "open"]
-    assert bench.main(arguments) == 0
+    assert bench.main(["--quick", "--out", str(out)]) == 0
     report = json.loads(out.read_text(), parse_constant=pytest.fail)
-    assert list(report["sections"]) == ["captions_8", "open_8"]
+    assert list(report["sections"]) == ["captions_8", "captions_8_values"]
+    others, values = (
+        {row["name"]: row for row in section["rows"]} for section in report["sections"].values()
+    )
+    assert others["fine"]["tokens"] == values["fine"]["tokens"] == 8 * 256
+    assert others["fewer_4"]["tokens"] == 4 * 256
+    # Three steps at p before, two behind; of 64 regions 32 stay at p.
+    assert values["every_50"]["tokens"] == 5 * 256 + 3 * (32 * 4 + 32)
     for section in report["sections"].values():
         rows = {row["name"]: row for row in section["rows"]}
-        assert rows["fine"]["tokens"] == 8 * 256
-        assert rows["fewer_4"]["tokens"] == 4 * 256
-        # Three steps at p before, two behind; of 64 regions 32 stay at p.
-        assert rows["every_50"]["tokens"] == 5 * 256 + 3 * (32 * 4 + 32)
         assert all(row["loop_ms"]["value"] > 0 for row in rows.values())
-        names = {name for name in rows if name.startswith(("mixed", "as_is", "every"))}
+        kinds = ("mixed", "control", "oracle")
+        names = {name for name, row in rows.items() if row["kind"] in kinds}
         assert {entry["name"] for entry in section["verdicts"]} == names
-    # What was drawn is found again, without a single run.
-    drawing = import_module("mixed_drawing").Drawing
-    monkeypatch.setattr(drawing, "_draw", lambda *_: pytest.fail("drawn again"))
-    assert bench.main(arguments) == 0
-    assert json.loads(out.read_text()) == report
     text = import_module("tables").TABLES["mixed_cpu"](report)
     assert "full resolution" in text
     with pytest.raises(SystemExit):
         bench.main(["--quick"])
 
 
+def test_plans_are_those_of_the_record() -> None:
+    bench = import_module("bench_mixed")
+    sections = json.loads(bench.RESULT.read_text(encoding="utf-8"))["sections"]
+    plans = {
+        "captions_24": bench.plans_beside_others(24),
+        "captions_24_values": bench.plans_of_values(24),
+    }
+    assert plans.keys() == sections.keys()
+    for name, own in plans.items():
+        rows = {row["name"]: row for row in sections[name]["rows"]}
+        assert {plan.name for plan in own} == rows.keys()
+        for plan in own:
+            made = plan.to_dict()
+            assert made == {key: rows[plan.name][key] for key in made}
+
+
 def test_verdicts_are_against_the_closest_plan_that_is_no_slower() -> None:
-    verdicts = import_module("mixed_verdicts").verdicts
+    verdicts = import_module("bench_mixed").verdicts
 
     def row(name: str, kind: str, ms: float, tokens: int, psnr: list[float]) -> dict[str, Any]:
         entry = {"value": sum(psnr) / len(psnr), "low": 0.0, "high": 0.0}

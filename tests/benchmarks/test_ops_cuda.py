@@ -60,7 +60,7 @@ def test_buffers_of_a_graph_are_larger_than_the_cache() -> None:
 
 
 def test_step_kernels_have_a_case_for_every_size() -> None:
-    kernels = import_module("step_kernels")
+    kernels = import_module("ops_cuda")
     cases = {(case.name, case.size): case for case in kernels.step_cases(CPU)}
     names = ("update, euler, order 3", "decide, 2 coarse sizes")
     sizes = ("FLUX 1024", "Wan 480p", "Wan 720p")
@@ -79,7 +79,7 @@ def test_step_kernels_have_a_case_for_every_size() -> None:
 @pytest.mark.parametrize("index", [0, 1])
 def test_step_kernels_are_timed(index: int) -> None:
     bench = import_module("ops_cuda")
-    case = import_module("step_kernels").step_cases(torch.device("cuda", 0))[index]
+    case = bench.step_cases(torch.device("cuda", 0))[index]
     row = bench.entry(case, 2, 50 << 20, 1e12)
     assert "error" not in row
     assert row["microseconds"]["native"]["median"] > 0

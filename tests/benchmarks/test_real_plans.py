@@ -13,7 +13,7 @@ FLOPS = {"p": 74_400, "2p": 21_500, "4p": 10_300}
 @pytest.mark.parametrize("speedup", [2.18, 3.52])
 @pytest.mark.parametrize("steps", [28, 50])
 def test_plan_takes_the_wanted_share_of_the_operations(speedup: float, steps: int) -> None:
-    plans = import_module("real_plans")
+    plans = import_module("real_loops")
     plan = plans.plan_for_speedup(speedup, FLOPS, steps)
     assert len(plan) == steps
     assert plans.counted_speedup(plan, FLOPS) == pytest.approx(speedup, rel=0.02)
@@ -31,7 +31,7 @@ def test_plan_takes_the_wanted_share_of_the_operations(speedup: float, steps: in
 
 
 def test_plan_that_no_shares_reach_is_refused_with_the_limit() -> None:
-    plans = import_module("real_plans")
+    plans = import_module("real_loops")
     # At 512 x 512 the 512 text tokens outweigh the image.
     flops = {"p": 21_500, "2p": 10_300, "4p": 7_700}
     with pytest.raises(ValueError, match=r"3.52x .* all steps at 4p give 2.79x"):
@@ -39,12 +39,12 @@ def test_plan_that_no_shares_reach_is_refused_with_the_limit() -> None:
 
 
 def test_every_schedule_is_a_policy_for_its_steps() -> None:
-    plans = import_module("real_plans")
+    plans = import_module("real_loops")
     sigmas = tuple(1 - step / 28 for step in range(29))
     models = import_module("real_models").MODELS
     for schedule in {name for model in models.values() for name in model.schedules}:
         policy = plans.policy_of(schedule, FLOPS, 28)
         table = policy.resolve(Schedule(sigmas=sigmas, offered=(1, 2, 4)))
         assert table.steps == 28
-    schedules = ("fine", "paper_2.18x", "paper_3.52x", "mixed", "dynamic")
+    schedules = ("fine", "paper_2.18x", "paper_3.52x", "dynamic")
     assert models["flux"].schedules == schedules

@@ -45,13 +45,12 @@ def test_steps_stand_beside_their_floors(tmp_path: Path) -> None:
 
 def test_loops_compare_methods_with_the_baseline(tmp_path: Path) -> None:
     out = tmp_path / "flux.json"
-    report = run(out, "--sections", "loops", "--methods", "ddit_rt_*", "first_block_cache")
+    report = run(out, "--sections", "loops", "--methods", "ddit_rt_*")
     record = report["sections"]["loops"]["128x128/batch1/steps8"]
     rows = record["rows"]
-    schedules = ("fine", "paper_2.18x", "paper_3.52x", "mixed", "dynamic")
+    schedules = ("fine", "paper_2.18x", "paper_3.52x", "dynamic")
     assert set(rows) == {
         "diffusers_eager",
-        "first_block_cache",
         *(f"ddit_rt_auto_{schedule}" for schedule in schedules),
     }
     baseline = rows["diffusers_eager"]
@@ -62,9 +61,6 @@ def test_loops_compare_methods_with_the_baseline(tmp_path: Path) -> None:
         assert row["seconds"]["count"] == 2
         assert row["baseline_seconds"] == baseline["seconds"]
         assert row["speedup"] == baseline["seconds"]["median"] / row["seconds"]["median"]
-    cached = rows["first_block_cache"]
-    assert 1 <= cached["computed_steps"] <= 8
-    assert cached["reused_share"] == 1 - cached["computed_steps"] / 8
     fine = rows["ddit_rt_auto_fine"]
     # The unmodified model: rounding of float32 over 8 steps apart, the same latents.
     assert fine["relative_error"] < 1e-5
@@ -74,7 +70,6 @@ def test_loops_compare_methods_with_the_baseline(tmp_path: Path) -> None:
         wanted = float(schedule[6:10])
         counted = rows[f"ddit_rt_auto_{schedule}"]["counted_speedup"]
         assert counted == pytest.approx(wanted, rel=0.02)
-    assert rows["ddit_rt_auto_mixed"]["patch_sizes"] == {"4p": 2, "2p": 3, "p": 3}
     assert sum(rows["ddit_rt_auto_dynamic"]["patch_sizes"].values()) == 8
 
 
@@ -92,19 +87,15 @@ def test_method_without_a_plan_leaves_its_error_beside_the_others(tmp_path: Path
 def test_later_call_adds_to_the_file_and_keeps_other_rows(tmp_path: Path) -> None:
     out = tmp_path / "flux.json"
     fine = ["--sections", "loops", "--steps", "4", "--methods", "ddit_rt_auto_fine"]
-    mixed = ["--sections", "loops", "memory", "--steps", "4", "--methods", "*_mixed"]
+    other = ["--sections", "loops", "kernels", "--steps", "4", "--methods", "*_dynamic"]
     before = run(out, *fine)["sections"]["loops"]["128x128/batch1/steps4"]["rows"]
-    sections = run(out, *mixed)["sections"]
+    sections = run(out, *other)["sections"]
     rows = sections["loops"]["128x128/batch1/steps4"]["rows"]
-    assert set(rows) == {"diffusers_eager", "ddit_rt_auto_fine", "ddit_rt_auto_mixed"}
+    assert set(rows) == {"diffusers_eager", "ddit_rt_auto_fine", "ddit_rt_auto_dynamic"}
     # A ratio stays one of the call in which it was taken.
     assert rows["ddit_rt_auto_fine"] == before["ddit_rt_auto_fine"]
-    assert rows["ddit_rt_auto_mixed"]["baseline_seconds"] == rows["diffusers_eager"]["seconds"]
-    memory = sections["memory"]["128x128/batch1"]
-    assert memory["weight_bytes"] > 0
-    assert memory["ddit_rt"]["captures"] == []
-    peaks = [memory[name]["peak_bytes"] for name in ("ddit_rt", "diffusers_eager")]
-    assert memory["ratio_of_peak_bytes"] == peaks[0] / peaks[1]
+    assert rows["ddit_rt_auto_dynamic"]["baseline_seconds"] == rows["diffusers_eager"]["seconds"]
+    assert sections["kernels"]["128x128/batch1"]["rows"]
 
 
 def test_section_that_fails_keeps_what_an_earlier_call_measured(
@@ -117,21 +108,21 @@ def test_section_that_fails_keeps_what_an_earlier_call_measured(
         raise MemoryError("no room")
 
     monkeypatch.setattr(import_module("bench_real_size"), "buckets", no_room)
-    monkeypatch.setattr(import_module("bench_real_size"), "memory", no_room)
-    sections = run(out, "--sections", "buckets", "memory")["sections"]
+    monkeypatch.setattr(import_module("bench_real_size"), "blocks", no_room)
+    sections = run(out, "--sections", "buckets", "blocks")["sections"]
     assert sections["buckets"]["128x128/batch1"] == {
         **before,
         "latest_error": "MemoryError: no room",
     }
-    assert sections["memory"]["128x128/batch1"]["error"] == "MemoryError: no room"
+    assert sections["blocks"]["128x128/batch1"]["error"] == "MemoryError: no room"
 
 
 def test_what_was_measured_is_written_before_the_command_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill loses what is under way, not what has been measured."""
-    loops = import_module("real_loops")
-    turns = loops.take_turns
+    setup = import_module("real_setup")
+    turns = setup.take_turns
 
     def killed(*arguments: Any, on_news: Any, **settings: Any) -> None:
         def note(measured: Any) -> None:
@@ -141,7 +132,7 @@ def test_what_was_measured_is_written_before_the_command_ends(
 
         turns(*arguments, on_news=note, **settings)
 
-    monkeypatch.setattr(loops, "take_turns", killed)
+    monkeypatch.setattr(setup, "take_turns", killed)
     out = tmp_path / "flux.json"
     with pytest.raises(KeyboardInterrupt):
         run(out, "--sections", "loops", "--methods", "ddit_rt_auto_fine")
@@ -168,7 +159,7 @@ def test_kernels_of_a_step_are_listed_with_their_share(tmp_path: Path) -> None:
 
 def test_kernels_count_where_their_step_ran() -> None:
     """Not those of another patch size; shares are of a mean step."""
-    table, event = import_module("real_kernels").kernel_table, Event
+    table, event = import_module("real_sections").kernel_table, Event
     events = [
         event("user_annotation", "ddit_rt/model/p", 0, 5),
         event("cuda_runtime", "cudaGraphLaunch", 1, 2, 7),
@@ -209,14 +200,6 @@ def test_an_engine_that_cannot_be_made_leaves_its_error(
 def test_section_without_time_left_is_not_started(tmp_path: Path) -> None:
     sections = run(tmp_path / "flux.json", "--sections", "buckets", "--budget-s", "0")["sections"]
     assert "no time was left" in sections["buckets"]["128x128/batch1"]["error"]
-
-
-def test_sizes_that_do_not_pair_up_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        import_module("bench_real_size").parse(
-            ["--model", "flux", "--height", "512", "1024", "--width", "512"]
-        )
-    assert "2 heights and 1 widths" in capsys.readouterr().err
 
 
 @pytest.mark.slow

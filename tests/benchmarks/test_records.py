@@ -31,7 +31,7 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
         "model": {"preset": "flux-dev"},
     }
     assert records.opened(out, head) == {**head, "sections": {}}
-    records.write(out, {**head, "sections": {"buckets": {"a": {}}}})
+    records.write_json(out, {**head, "sections": {"buckets": {"a": {}}}})
     assert records.opened(out, head)["sections"] == {"buckets": {"a": {}}}
     with pytest.raises(ValueError, match=r"device H100, and this run has H200.*another --out"):
         records.opened(out, {**head, "machine": {"cpu": "x", "gpu": {"name": "H200"}}})

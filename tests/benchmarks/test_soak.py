@@ -92,7 +92,7 @@ def test_a_short_soak_makes_its_runs_and_sees_a_leak_and_other_images(
     assert report["surprises"] == []
     assert [spot["equal"] for spot in report["spots"]] == [True, True]
     assert any(report["spots"][0]["loras"].values())
-    assert "seed 0" in import_module("made_tables.soak").soak(report)
+    assert "seed 0" in import_module("made_tables.cpu").soak(report)
 
     kept: list[bytes] = []
     perform = soak.perform

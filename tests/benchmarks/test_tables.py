@@ -106,8 +106,7 @@ def flux() -> dict[str, Any]:
             "executor": None,
             "error": "TimeoutError: not ready",
         },
-        "loop_mixed": loop_row("mixed", "loop", 2.0, counted_speedup=2.5),
-        "host_mixed": loop_row("mixed", "host", 2.4, counted_speedup=2.5),
+        "loop_paper": loop_row("paper_2.50x", "loop", 2.0, counted_speedup=2.5),
         "host_fine": loop_row("fine", "host", 5.0, counted_speedup=1.0),
     }
     step = {
@@ -123,11 +122,10 @@ def flux() -> dict[str, Any]:
         "sections": {
             "loops": {
                 "1024x1024/batch1/steps28": {"rows": rows},
-                "512x512/batch1/steps28": {"rows": {"loop_mixed": {"speedup": 1.5}}},
+                "512x512/batch1/steps28": {"rows": {"loop_paper": {"speedup": 1.5}}},
                 "1024x1024/batch4/steps28": {"error": "no room"},
             },
             "buckets": {"1024x1024/batch1": {"rows": {"p": step, "4p": {"error": "no room"}}}},
-            "memory": {"1024x1024/batch1": {"ratio_of_used_bytes": 1.0625}},
         },
     }
 
@@ -140,13 +138,11 @@ def test_flux_table_shows_times_floors_and_failures(flux: dict[str, Any]) -> Non
     # The hits of a cache, and coarse steps, say nothing about quality with random weights.
     assert "| way, fine | 4.00 (3.60 to 4.40) | 1.50x |  |  |  |" in lines
     assert "| full | failed |  |  |  |  |" in lines
-    assert "| way, mixed | 2.00 (1.80 to 2.20) | 3.00x | 2.50x |  | 1.50x |" in lines
-    assert "| way, mixed (host) | 2.40 (2.16 to 2.64) | 2.50x | 2.50x |  |  |" in lines
+    assert "| way, paper_2.50x | 2.00 (1.80 to 2.20) | 3.00x | 2.50x |  | 1.50x |" in lines
     assert "way, fine (host)" not in table
     assert "| 1024x1024/batch1, p | 100.000 | 80.000 | 1.25x | operations |" in lines
     assert "| 1024x1024/batch1, 4p | failed |  |  |  |" in lines
     assert table.count("Test GPU") == 1
-    assert "What it takes: memory at 1024x1024/batch1: 1.06x diffusers eager." in lines
     widths = {line.count("|") for line in lines if line.startswith("|")}
     assert widths == {7, 6}
 

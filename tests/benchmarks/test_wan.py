@@ -8,21 +8,19 @@ from typing import Any
 
 import pytest
 
+TINY = ["--model", "wan", "--preset", "tiny", "--device", "cpu"]
+TINY += ["--backend", "eager", "--repeats", "1"]
+
 
 def run(out: Path, *arguments: str) -> dict[str, Any]:
-    assert (
-        import_module("bench_real_size").main(
-            ["--model", "wan", "--quick", "--out", str(out), *arguments]
-        )
-        == 0
-    )
+    assert import_module("bench_real_size").main([*TINY, "--out", str(out), *arguments]) == 0
     data: dict[str, Any] = json.loads(out.read_text())
     return data
 
 
 @pytest.mark.slow
 def test_quick_run_has_a_row_of_everything(tmp_path: Path) -> None:
-    chosen = ["--sections", "buckets", "loops", "memory", "--methods", "ddit_rt_*", "mag_cache"]
+    chosen = ["--sections", "buckets", "loops", "--methods", "ddit_rt_*", "mag_cache"]
     report = run(tmp_path / "wan.json", *chosen)
     sections, key = report["sections"], "128x128x5/batch1"
     rows = sections["buckets"][key]["rows"]
@@ -50,9 +48,6 @@ def test_quick_run_has_a_row_of_everything(tmp_path: Path) -> None:
         r"\| diffusers \+ MagCache \(every other step\) \| .* \|  \| 50% \|  \|", table
     )
     assert "every other step reuses" in table
-    memory = sections["memory"][key]["state"]
-    assert memory["latent_bytes"] == 4 * 16 * 2 * 16 * 16
-    assert memory["history_bytes"] == 4 * memory["latent_bytes"]
 
 
 def check_skipped(loops: dict[str, Any]) -> None:
