@@ -178,12 +178,17 @@ def torch_as_tested() -> Iterator[None]:
 def _preferred_attention(device_type: str) -> Iterator[None]:
     """Which attention torch is to take, where it has a choice: the first that can run.
 
-    Left alone it goes by the state of the process and by the GPU that it compiles on.
+    Left alone it goes by the state of the process and by the GPU that it compiles on. The order of
+    the process is put back by itself: torch, within a choice of the user's, forgets the rest of it.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     if device_type == "cuda":
         order.insert(0, SDPBackend.CUDNN_ATTENTION)
-    with sdpa_kernel(order, set_priority=True):
-        yield
+    before = torch._C._get_sdp_priority_order()  # noqa: SLF001
+    try:
+        with sdpa_kernel(order, set_priority=True):
+            yield
+    finally:
+        torch._C._set_sdp_priority_order(before)  # noqa: SLF001
