@@ -34,7 +34,7 @@ def draw_order(name: str, entry: Mapping[str, Any], path: Path) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message names the extra.
     """
-    figure = new_figure((7.4, 4.4))
+    figure = new_figure((9.2, 4.4))
     panel = figure.subplots()
     rows = [row for level in entry["levels"].values() for row in level]
     for kind, (label, colour, marker) in _STYLES.items():
@@ -61,7 +61,7 @@ def draw_order(name: str, entry: Mapping[str, Any], path: Path) -> None:
     panel.set_title(
         f"{name}: {len(entry['prompts'])} prompts x {entry['seeds']} seeds", fontsize=11
     )
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

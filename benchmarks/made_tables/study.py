@@ -93,25 +93,35 @@ def _planner(entry: Mapping[str, Any]) -> list[str]:
         }
         if reached:
             kind = min(reached, key=lambda kind: reached[kind])
-            ratio = reached[kind] / own["share"]
-            found.append(f"{ratio:.2f}x at {level}x ({NAMES[kind]})")
+            least, most = reached[kind]
+            found.append(
+                f"{'at most ' * most}{least / own['share']:.2f}x at {level}x ({NAMES[kind]})"
+            )
     if not found:
         return []
     return ["", f"The planner over the best single technique at equal PSNR: {', '.join(found)}."]
 
 
-def _share_at(entry: Mapping[str, Any], kind: str, psnr: float) -> float | None:
-    """The cost at which a kind of plan reaches a PSNR, between its measured ones; else None."""
+def _share_at(entry: Mapping[str, Any], kind: str, psnr: float) -> tuple[float, bool] | None:
+    """The cost at which a kind of plan reaches a PSNR, by those that were measured; else None.
+
+    Returns:
+        The cost, and whether that is the least: of the cheapest plan, which is closer already.
+    """
     points = sorted(
         (row["psnr"]["value"], row["share"])
         for rows in entry["levels"].values()
         for row in rows
         if row["kind"] == kind
     )
-    for (low, cheap), (high, dear) in pairwise(points):
-        if low <= psnr <= high:
-            return float(cheap * (dear / cheap) ** ((psnr - low) / (high - low)))
-    return None
+    if not points or points[-1][0] < psnr:
+        return None
+    if psnr <= points[0][0]:
+        return points[0][1], True
+    (low, cheap), (high, dear) = next(
+        pair for pair in pairwise(points) if pair[0][0] <= psnr <= pair[1][0]
+    )
+    return float(cheap * (dear / cheap) ** ((psnr - low) / (high - low))), False
 
 
 def _prompt_by_prompt(entry: Mapping[str, Any]) -> list[str]:
