@@ -53,22 +53,23 @@ def cpu_short(report: Report) -> str:
 def cpu_demo(report: Report) -> str:
     """The table of `bench_cpu.py`: batch 1, and the speed-up at the largest batch beside it."""
     first, *others = report["batches"]
-    last = others[-1] if others else first
-    large = {row["name"]: row for row in report["batches"][last]}
+    large = {row["name"]: row for last in others[-1:] for row in report["batches"][last]}
     columns = ["", "tokens", "loop, ms (min to max)", "speed-up", "whole call"]
-    columns += [f"loop, batch {last}", "PSNR, dB", "SSIM"]
-    rows = [_demo_row(row, large[row["name"]]) for row in report["batches"][first]]
+    columns += [*(f"loop, batch {last}" for last in others[-1:]), "PSNR, dB", "SSIM"]
+    rows = [_demo_row(row, large.get(row["name"])) for row in report["batches"][first]]
     settings = report["settings"]
+    ratios = "of the denoising loop, and of the whole call"
+    if others:
+        ratios = "of the denoising loop, of the whole call, and of the loop at the larger batch"
     note = (
         f"{cpu(report)}; {released(report, 'torch', 'diffusers')}; {len(settings['prompts'])} "
         f"prompts, {settings['repeats']} interleaved repeats; medians per image. Speed-ups are "
-        "over the first row: of the denoising loop, of the whole call, and of the loop at the "
-        "larger batch."
+        f"over the first row: {ratios}."
     )
     return block([*header(columns), *rows], [note])
 
 
-def _demo_row(row: Report, large: Report) -> str:
+def _demo_row(row: Report, large: Report | None) -> str:
     return line(
         (
             label(row),
@@ -76,7 +77,7 @@ def _demo_row(row: Report, large: Report) -> str:
             ranged(row["seconds_denoise"], 1e3),
             times(row["speedup_denoise"]),
             times(row["speedup_end_to_end"]),
-            times(large["speedup_denoise"]),
+            *(() if large is None else (times(large["speedup_denoise"]),)),
             "same" if row["psnr"] is None else f"{row['psnr']:.1f}",
             f"{row['ssim']:.3f}",
         )

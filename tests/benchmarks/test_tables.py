@@ -274,3 +274,13 @@ def test_the_table_of_the_soak_tells_growth_endings_and_what_was_made_again() ->
     assert table.rstrip().endswith("diffusers 0.42. Beside tests.")
     report["latency"] = {"ratio": None, "cpu_ratio": None}
     assert "kinds of runs" not in import_module("tables").TABLES["soak_cpu"](report)
+
+
+def test_a_record_of_one_batch_size_has_no_column_for_a_larger_one(report: dict[str, Any]) -> None:
+    tables = import_module("tables")
+    both = tables.cpu_demo(report)
+    report["batches"] = dict([*report["batches"].items()][:1])
+    alone = tables.cpu_demo(report)
+    assert "larger batch" in both
+    assert "larger batch" not in alone
+    assert alone.splitlines()[0].count("|") == both.splitlines()[0].count("|") - 1
