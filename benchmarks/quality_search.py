@@ -189,14 +189,7 @@ class FidelitySearch:
 
     def evaluate(self, candidate: Candidate, prompts: Sequence[Prompt]) -> Measurement:
         """See `Evaluator.evaluate`."""
-        plan = Plan(
-            policy=candidate.policy,
-            steps=candidate.num_inference_steps,
-            cache=candidate.step_cache,
-            sigmas=candidate.sigmas,
-            kind=table_kind(candidate),
-            label=candidate.label,
-        )
+        plan = plan_of(candidate)
         own = [self.run(plan, prompt) for prompt in prompts]
         return Measurement.of([(tried.cost_ms, tried.ssim, None) for tried in own])
 
@@ -247,6 +240,18 @@ def mean_of(tried: Sequence[Tried]) -> Tried:
         cost_ms=statistics.fmean(one.cost_ms for one in tried),
         coarse=statistics.fmean(one.coarse for one in tried),
         reused=statistics.fmean(one.reused for one in tried),
+    )
+
+
+def plan_of(candidate: Candidate) -> Plan:
+    """What the planner found, as `Runs` takes it."""
+    return Plan(
+        policy=candidate.policy,
+        steps=candidate.num_inference_steps,
+        cache=candidate.step_cache,
+        sigmas=candidate.sigmas,
+        kind=table_kind(candidate),
+        label=candidate.label,
     )
 
 

@@ -19,7 +19,7 @@ from demo_models import DemoModel
 from quality_paths import TRAINING_FREE
 from quality_rows import Judge
 from quality_runs import Plan, Runs, StepCosts, reference
-from quality_search import STATIC_SHAPES, FidelitySearch, Matcher
+from quality_search import STATIC_SHAPES, FidelitySearch, Matcher, plan_of
 
 from ddit_rt.lab.calibrate.moves import Space
 from ddit_rt.lab.calibrate.search import Search
@@ -302,14 +302,8 @@ class Planner:
         for level, target in zip(self.levels, targets, strict=True):
             point = best_for(target, points)
             if point is not None:
-                one = point.candidate
-                found[level] = Plan(
-                    policy=one.policy,
-                    steps=one.num_inference_steps,
-                    cache=one.step_cache,
-                    sigmas=one.sigmas,
-                    label=f"planner: {one.label}",
-                )
+                plan = plan_of(point.candidate)
+                found[level] = replace(plan, label=f"planner: {plan.label}")
         return found
 
     def _dials(self) -> list[CacheDial]:
