@@ -16,8 +16,12 @@ import faulthandler
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
+import traceback
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
@@ -136,7 +140,9 @@ def _bench(args: argparse.Namespace, rest: list[str]) -> int:
     # What a call was at when its time ended must be in the log: there is no second one.
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("ddit_rt").setLevel(logging.DEBUG)
-    faulthandler.dump_traceback_later(_STACKS_S, repeat=True)
+    # `timeout` ends what hangs in C with the GIL held, where the thread below cannot look.
+    faulthandler.register(signal.SIGTERM, all_threads=False, chain=True)
+    threading.Thread(target=_tell_stacks, daemon=True).start()
     bench.main(["--model", args.model, *rest, "--out", str(args.out)])
     section = rest[rest.index("--sections") + 1]
     cases = json.loads(args.out.read_text(encoding="utf-8"))["sections"][section].values()
@@ -145,6 +151,20 @@ def _bench(args: argparse.Namespace, rest: list[str]) -> int:
     if not good:
         sys.stderr.write(f"no good row: {[row.get('error', row) for row in rows]}\n")
     return 0 if good else 1
+
+
+def _tell_stacks() -> None:
+    """Writes what every other thread is at, again and again.
+
+    With the GIL held: `faulthandler.dump_traceback_later` reads frames while they change, and can
+    end the process that it watches.
+    """
+    while True:
+        time.sleep(_STACKS_S)
+        for thread, frame in sys._current_frames().items():  # noqa: SLF001
+            if thread != threading.get_ident():
+                stack = "".join(traceback.format_stack(frame))
+                sys.stderr.write(f"thread {thread} is at, latest call last:\n{stack}")
 
 
 def steps_of(path: Path) -> list[Record]:
