@@ -1,27 +1,30 @@
 """Patches of two sizes within a step, against everything else that costs less than full resolution.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_mixed.py [--quick --out FILE]
+    OMP_NUM_THREADS=1 python benchmarks/bench_mixed.py [--model demo | study] [--quick --out FILE]
 
-Draws the same prompts and noise by every plan on the image demo's real `FluxTransformer2DModel`, in
-eager PyTorch, every plan by the same code (`mixed_steps.py`), taking turns prompt by prompt. Every
-image is compared with that of full resolution at as many steps. That mixed steps are corrected was
-decided on two of these prompts, in their favour; nothing else was.
+Draws the same prompts and noise by every plan on the real `FluxTransformer2DModel` of the image
+demo, or on the study model with guidance (`bench_study.py`), in eager PyTorch, every plan by the
+same code (`mixed_steps.py`), taking turns prompt by prompt. Every image is compared with that of
+full resolution at as many steps. That mixed steps are corrected was decided on two of the demo's
+prompts, in their favour; nothing else was.
 
-The record has two sections: `captions_24` sets mixed plans beside the others, and
+The demo's record has two sections: `captions_24` sets mixed plans beside the others, and
 `captions_24_values` tells, on two of the prompts, what else can become of the coarse regions and by
-what else they can be picked. In a row `control` plans pick regions by nothing, and `oracle` by what
-no plan can know; `features` is the mean squared distance of the demo classifier's last maps, each
-pixel's of length one. `verdicts` sets every mixed row against the one of the highest mean PSNR of
-`any` others, or of the `coarse` ones, that takes no more time or tokens.
+what else they can be picked. The study model's has one, `study_50`. In a row `control` plans pick
+regions by nothing, and `oracle` by what no plan can know; `features` is the mean squared distance
+of the demo classifier's last maps, each pixel's of length one. `verdicts` sets every mixed row
+against the one of the highest mean PSNR of `any` others, or of the `coarse` ones, that takes no
+more time or tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +35,7 @@ from mixed_model import Prompted, Subject, deviations
 from mixed_steps import FINE, SIGNALS, VALUES, Run, Step
 from quality_rows import tensor
 from records import RESULTS, head, interval_entry, parser_of, publish
+from study_models import SETTINGS, STUDY, model_of, pipeline_of
 from torch import Tensor
 
 from ddit_rt.lab.demo.classifier import load_classifier
@@ -43,15 +47,20 @@ from ddit_rt.lab.plans.genome import Static
 from ddit_rt.policies import DDiTPolicy
 from ddit_rt.policies.patch import Schedule
 
-RESULT = RESULTS / "mixed_cpu.json"
+DEMO = "demo"
+RECORDS = {DEMO: RESULTS / "mixed_cpu.json", STUDY: RESULTS / "mixed_study_cpu.json"}
 EQUAL_COST = 1.02
 """A rival may cost 2% more."""
-SIDE, STEPS, PROMPTS = 128, 24, 24
+SIDE, STEPS, STUDY_STEPS, PROMPTS = 128, 24, 50, 24
+STUDIED = "study: guidance 3.5, shift 0.5"
+"""The setting of the study model in which half the steps lose as much as on large models."""
 OF_VALUES = (0, 6)
 """Which of the prompts the section of the values draws."""
 FEWER, STATIC, DYNAMIC = "fewer_steps", "static", "dynamic"
 MIXED, CONTROL, ORACLE = "mixed", "control", "oracle"
 _TAU = 1e-3
+_STUDY_TAUS = (1e-3, 3e-3)
+_EVERY_FOURTH = Static(count=1, sizes=("2p",), refresh=3)
 _KINDS = {"random": CONTROL, "rotating": CONTROL, "oracle": ORACLE}
 _SIGNAL_LABELS = {
     "third_difference": "third difference",
@@ -70,28 +79,38 @@ Row = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark."""
     args = parse(argv)
-    model = image_model()
-    steps, count = (8, 2) if args.quick else (STEPS, PROMPTS)
-    prompts = list(enumerate(model.reported(count)))
-    of_values = [prompts[place] for place in OF_VALUES] if not args.quick else prompts
-    report = head(
-        model=model_entry("demo", model.pipeline.transformer),
-        settings={"seed": 0, "equal_cost": EQUAL_COST},
-        sections={
+    if args.model == STUDY:
+        setting = next(setting for setting in SETTINGS if setting.name == STUDIED)
+        model = model_of(setting, pipeline_of(STUDY))
+        steps, count = (8, 2) if args.quick else (STUDY_STEPS, PROMPTS)
+        prompts = list(enumerate(model.reported(count)))
+        plans = list(plans_of_study(steps))
+        sections = {f"study_{steps}": section(model, plans, prompts, setting.guidance)}
+    else:
+        model = image_model()
+        steps, count = (8, 2) if args.quick else (STEPS, PROMPTS)
+        prompts = list(enumerate(model.reported(count)))
+        of_values = [prompts[place] for place in OF_VALUES] if not args.quick else prompts
+        sections = {
             f"captions_{steps}": section(model, plans_beside_others(steps), prompts),
             f"captions_{steps}_values": section(model, plans_of_values(steps), of_values),
-        },
+        }
+    report = head(
+        model=model_entry(args.model, model.pipeline.transformer),
+        settings={"seed": 0, "equal_cost": EQUAL_COST},
+        sections=sections,
     )
-    publish(args.out, report)
+    publish(args.out or RECORDS[args.model], report)
     return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Settings; `--quick` is a smoke run whose figures mean nothing."""
-    parser = parser_of(__doc__, RESULT)
+    parser = parser_of(__doc__)
+    parser.add_argument("--model", choices=[DEMO, STUDY], default=DEMO)
     parser.add_argument("--quick", action="store_true", help="2 prompts, 8 steps")
     args = parser.parse_args(argv)
-    if args.quick and args.out == RESULT:
+    if args.quick and args.out is None:
         parser.error("--quick needs an --out of its own: its figures mean nothing")
     if torch.get_num_threads() > 1:
         parser.error("processor time adds the threads up; set OMP_NUM_THREADS=1")
@@ -164,14 +183,38 @@ def plans_of_values(steps: int) -> list[Plan]:
         name = f"{'value' if corrected else 'as_is'}_50_{value}"
         label = f"mixed 50%, {value}{'' if corrected else ', not corrected'}"
         step = Step(multiple=2, share=0.5, value=value, corrected=corrected)
-        plans.append(_coarse(name, label, MIXED, steps, step))
+        plans.append(_coarse(name, label, MIXED, steps, step, _EVERY_FOURTH))
     half, anchor = Step(multiple=2, share=0.5), Step(multiple=2, value="anchor")
     every = "mixed 50% at every step from the 4th"
     return [
         *plans,
-        _coarse("every_50", every, MIXED, steps, half, refresh=None),
-        _coarse("anchors", "one token in four, anchor", MIXED, steps, anchor),
+        _coarse("every_50", every, MIXED, steps, half, replace(_EVERY_FOURTH, refresh=None)),
+        _coarse("anchors", "one token in four, anchor", MIXED, steps, anchor, _EVERY_FOURTH),
     ]
+
+
+def plans_of_study(steps: int) -> Iterator[Plan]:
+    """As `plans_beside_others`, after a fifth of the steps at p, down to a quarter of the time."""
+    yield _fine("fine", "full resolution", "fine", steps)
+    for count in sorted({steps // 2, steps // 3, steps // 4}, reverse=True):
+        yield _fine(f"fewer_{count}", f"{count} steps at full resolution", FEWER, count)
+    first = max(3, steps // 5)
+    for tau in _STUDY_TAUS:
+        policy = DDiTPolicy(tau, criterion="raw", warmup_steps=first)
+        label, every = f"DDiT after {first} at p, tau {tau:g}", (FINE,) * steps
+        yield Plan(name=f"ddit_{tau:g}", label=label, kind=DYNAMIC, how=every, policy=policy)
+    refreshed = Static(count=1, sizes=("2p",), head=first, refresh=3)
+    block = replace(refreshed, refresh=None)
+    for multiple, shape in itertools.product((2, 4), (refreshed, block)):
+        size, ending = f"{multiple}p", "block" if shape.refresh is None else "3"
+        words = f"after {first} at p" + ("" if shape.refresh is None else ", one at p after 3")
+        step = Step(multiple=multiple)
+        yield _coarse(f"static_{size}_{ending}", f"{size} {words}", STATIC, steps, step, shape)
+        for share, signal in itertools.product((0.5, 0.25), ("third_difference", "random")):
+            name = f"mixed_{size}_{100 * share:.0f}_{ending}_{signal}"
+            label = f"{share:.0%} at p by {_SIGNAL_LABELS[signal]}, others at {size} {words}"
+            step = Step(multiple=multiple, share=share, signal=signal)
+            yield _coarse(name, label, _KINDS.get(signal, MIXED), steps, step, shape)
 
 
 def _fine(name: str, label: str, kind: str, steps: int) -> Plan:
@@ -179,29 +222,26 @@ def _fine(name: str, label: str, kind: str, steps: int) -> Plan:
 
 
 def _static_plan(steps: int) -> Plan:
-    label = f"static, {_refreshed(steps, 3)}"
-    return _coarse("static_2p_3", label, STATIC, steps, Step(multiple=2))
+    label = f"static, {_filled(_EVERY_FOURTH, steps)}"
+    return _coarse("static_2p_3", label, STATIC, steps, Step(multiple=2), _EVERY_FOURTH)
 
 
 def _by_signal(steps: int, share: float, signal: str) -> Plan:
     name = f"mixed_{100 * share:.0f}_{signal}"
     label = f"mixed {share:.0%}, regions by {_SIGNAL_LABELS[signal]}"
     step = Step(multiple=2, share=share, signal=signal)
-    return _coarse(name, label, _KINDS.get(signal, MIXED), steps, step)
+    return _coarse(name, label, _KINDS.get(signal, MIXED), steps, step, _EVERY_FOURTH)
 
 
-def _coarse(
-    name: str, label: str, kind: str, steps: int, step: Step, refresh: int | None = 3
-) -> Plan:
-    """As many steps of one kind as fit, where a static plan would run coarse ones."""
-    patches = _refreshed(steps, refresh).plan(steps)
+def _coarse(name: str, label: str, kind: str, steps: int, step: Step, shape: Static) -> Plan:
+    """As many steps of one kind as fit, where a static plan of the shape would run coarse ones."""
+    patches = _filled(shape, steps).plan(steps)
     how = tuple(FINE if patch == "p" else step for patch in patches)
     return Plan(name=name, label=label, kind=kind, how=how)
 
 
-def _refreshed(steps: int, refresh: int | None) -> Static:
-    static = Static(count=1, sizes=("2p",), refresh=refresh)
-    return replace(static, count=len(static.free(steps)))
+def _filled(shape: Static, steps: int) -> Static:
+    return replace(shape, count=len(shape.free(steps)))
 
 
 class Choice:
@@ -246,16 +286,21 @@ class Made:
 
 
 @torch.inference_mode()
-def draw(pipeline: Any, subject: Subject, plan: Plan, prompt: str, seed: int) -> Made:
-    """Draws one image with a `FluxPipeline`."""
+def draw(
+    pipeline: Any, subject: Subject, plan: Plan, prompt: str, seed: int, guidance: float = 1.0
+) -> Made:
+    """Draws one image with a `FluxPipeline`; with guidance above 1 against the empty prompt."""
     channels = pipeline.transformer.config.in_channels // 4
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, channels, *subject.size, generator=generator)
     sigmas = noise_levels(pipeline.scheduler, len(plan.how), subject.positions[0].shape[0])
     text, pooled, _ = pipeline.encode_prompt(
-        prompt=[prompt], prompt_2=None, max_sequence_length=MAX_SEQUENCE_LENGTH
+        prompt=[prompt, ""] if guidance > 1 else [prompt],
+        prompt_2=None,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
     )
-    prompted = Prompted(text=pipeline.transformer.context_embedder(text), pooled=pooled)
+    text = pipeline.transformer.context_embedder(text)
+    prompted = Prompted(text=text, pooled=pooled, guidance=guidance)
     started = time.process_time()
     run = Run(subject, prompted, noise, sigmas, seed)
     choose = None if plan.policy is None else Choice(plan.policy, subject, sigmas)
@@ -269,22 +314,27 @@ def draw(pipeline: Any, subject: Subject, plan: Plan, prompt: str, seed: int) ->
     return Made(image=shown, tokens=run.tokens, seconds=seconds)
 
 
-def section(model: DemoModel, plans: Sequence[Plan], prompts: Sequence[tuple[int, str]]) -> Row:
+def section(
+    model: DemoModel,
+    plans: Sequence[Plan],
+    prompts: Sequence[tuple[int, str]],
+    guidance: float = 1.0,
+) -> Row:
     """All plans on some prompts, each with its seed; the plan that comes first changes."""
     pipeline, edge = model.pipeline, SIDE // model.pipeline.vae_scale_factor
     subject = Subject(transformer=pipeline.transformer, size=(edge, edge))
     made: dict[str, list[Made]] = {plan.name: [] for plan in plans}
-    draw(pipeline, subject, plans[0], "", 0)  # warms up
+    draw(pipeline, subject, plans[0], "", 0, guidance)  # warms up
     for place, (seed, prompt) in enumerate(prompts):
         turn = place * len(plans) // len(prompts)
         for plan in (*plans[turn:], *plans[:turn]):
-            made[plan.name].append(draw(pipeline, subject, plan, prompt, seed))
+            made[plan.name].append(draw(pipeline, subject, plan, prompt, seed, guidance))
     rows = [_row(plan, made[plan.name], made["fine"]) for plan in plans]
     return {
-        "condition": "captions",
+        "condition": "captions" if guidance == 1 else "open",
         "steps": len(plans[0].how),
         "side": SIDE,
-        "scale": None,
+        "scale": None if guidance == 1 else guidance,
         "prompts": [prompt for _, prompt in prompts],
         "image_tokens": subject.positions[0].shape[0],
         "rows": rows,

@@ -24,13 +24,18 @@ In `study_cpu.json`, beside `machine` and `versions` as in the other records, `s
     `step_cache`, `steps`, `sigmas`; `share`: cost over full resolution's; `steps_at`; `psnr` (of
     images that differ) and `ssim`, each `value`, `low`, `high` (mean over the prompts, 95%
     interval), and the values per prompt; `over_fewer`: how many dB closer than fewer steps at that
-    cost, likewise.
+    cost, likewise; under `order`, `frechet` distance to full resolution's images and the share that
+    shows what it is asked for: `as_asked`, null where no classifier knows the captions;
+  - `full_resolution`: its `as_asked`, and `frechet` of the images of two seeds.
+
+Features of the Fréchet distance are those of the demo's classifier, which never saw a scene.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -42,15 +47,17 @@ import numpy as np
 from demo_models import DemoModel
 from PIL import Image
 from quality_paths import TRAINING_FREE, CoarsePath, build_paths
-from quality_rows import fidelity_entry, steps_at
+from quality_rows import features, fidelity_entry, steps_at
 from quality_runs import Plan, Runs, reference
 from records import RESULTS, Record, interval_entry, opened, publish, stamped
-from study_models import SETTINGS, Setting, model_of, pipeline_of
+from study_models import EMPTY, SETTINGS, STUDY, Setting, model_of, pipeline_of, shown_as_asked
 from study_plans import CACHES, FEWER, KINDS, MAG, Planner, token_costs
 from study_plot import draw_order
 
 from ddit_rt.lab.calibrate.cache_fit import fit_cache
 from ddit_rt.lab.measure.report import machine, versions
+from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
+from ddit_rt.lab.measure.timing import Pixels
 from ddit_rt.lab.plans.bench import UNITS
 from ddit_rt.lab.plans.points import Prompt
 
@@ -161,7 +168,8 @@ def measured(setting: Setting, section: str, args: argparse.Namespace) -> Iterat
         pictures=args.pictures,
     )
     captions = model.reported(args.prompts if section == ORDER else args.curve_prompts)
-    table = Table(planner, captions, args.seeds)
+    scenes = setting.model == STUDY and setting.captions != EMPTY
+    table = Table(planner, captions, args.seeds, scenes=scenes)
     entry = {
         "setting": asdict(setting),
         "prompts": list(captions),
@@ -171,11 +179,14 @@ def measured(setting: Setting, section: str, args: argparse.Namespace) -> Iterat
         "unit": args.unit,
         "costs": costs.milliseconds,
         "two_seeds": table.two_seeds(),
+        **({"full_resolution": table.full_resolution()} if section == ORDER else {}),
         "levels": {},
     }
     for level in levels:
         kinds = (FEWER, MAG) if section == CURVE else args.kinds
-        entry["levels"][f"{level:g}"] = table.rows(level, kinds)
+        entry["levels"][f"{level:g}"] = rows = table.rows(level, kinds)
+        if section == ORDER:
+            table.judge(level, rows)
         seconds = time.perf_counter() - started
         print(
             f"{setting.name}, {level:g}x: {seconds:.0f} s, {runs.generated} images", file=sys.stderr
@@ -213,15 +224,18 @@ def prompts_of(texts: Sequence[str], count: int, seed: int) -> tuple[Prompt, ...
 class Table:
     """Rows of plans on held-out prompts."""
 
-    def __init__(self, planner: Planner, captions: Sequence[str], seeds: int) -> None:
+    def __init__(
+        self, planner: Planner, captions: Sequence[str], seeds: int, *, scenes: bool
+    ) -> None:
         """Draws the reference.
 
         Args:
             planner: Finds the plans.
             captions: Prompts, by none of which a plan was chosen.
             seeds: Images of each.
+            scenes: Whether they are of the study model.
         """
-        self.planner, self.captions = planner, captions
+        self.planner, self.captions, self.scenes = planner, captions, scenes
         self.prompts = [
             Prompt(text=text, seed=seed * len(captions) + place)
             for seed in range(seeds)
@@ -236,6 +250,24 @@ class Table:
         compared = self.planner.model.compare(self.fine[:count], self.fine[count : 2 * count])
         entry = fidelity_entry(compared, count)
         return {name: entry[name] for name in ("psnr", "ssim")}
+
+    def full_resolution(self) -> Record:
+        """What to expect of a plan: hits, and how far the images of two seeds are apart."""
+        count = len(self.captions)
+        seeds = (self.fine[:count], self.fine[count : 2 * count])
+        return {"as_asked": self._as_asked(self.fine), "frechet": _frechet(*seeds)}
+
+    def judge(self, level: float, rows: Sequence[Record]) -> None:
+        """Adds to the rows of a level what does not ask for full resolution's own images."""
+        for row in rows:
+            made = self.planner.runs.run(self.plans[f"{level:g} {row['kind']}"], self.prompts)
+            row["frechet"] = _frechet(made.images, self.fine)
+            row["as_asked"] = self._as_asked(made.images)
+
+    def _as_asked(self, images: Sequence[Pixels]) -> float | None:
+        if not self.scenes:
+            return None
+        return statistics.fmean(shown_as_asked(images, [prompt.text for prompt in self.prompts]))
 
     def rows(self, level: float, kinds: Sequence[str]) -> list[Record]:
         """A row for the plan of each kind at a cost; of those that can be so cheap."""
@@ -281,6 +313,10 @@ class Table:
         whole = np.concatenate([np.concatenate(row, axis=1) for row in rows])
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(whole).save(path)
+
+
+def _frechet(images: Sequence[Pixels], others: Sequence[Pixels]) -> float:
+    return frechet_distance(*gaussian(features(images)), *gaussian(features(others)))
 
 
 if __name__ == "__main__":

@@ -232,12 +232,14 @@ class Prompted:
     """A prompt, ready for the model.
 
     Attributes:
-        text: Embedded text, `[1, T, d]`.
-        pooled: `[1, e]`.
+        text: Embedded text, `[P, T, d]`; of P = 2 passes that of guidance comes second.
+        pooled: `[P, e]`.
+        guidance: Scale by which the two passes are joined.
     """
 
     text: Tensor
     pooled: Tensor
+    guidance: float = 1.0
 
 
 @dataclass(kw_only=True)

@@ -343,4 +343,9 @@ class Run:
         """Velocity of tokens, `[n, C p p]`."""
         cos, sin = (torch.cat(pair) for pair in zip(self._text, positions, strict=True))
         transformer, text = self._subject.transformer, self._prompt.text
-        return token_velocity(transformer, tokens[None], text, parts, (cos, sin))[0]
+        passes = tokens.expand(len(text), *tokens.shape)
+        found = token_velocity(transformer, passes, text, parts, (cos, sin))
+        if len(found) == 1:
+            return found[0]
+        joined: Tensor = found[1] + self._prompt.guidance * (found[0] - found[1])
+        return joined

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from demo_models import DemoModel
+from quality_rows import tensor
 from safetensors.torch import load_file
 
 from ddit_rt.lab.demo import model_path
+from ddit_rt.lab.demo.classifier import load_classifier
 from ddit_rt.lab.demo.images import Attributes, all_attributes, is_held_out
 from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH
+from ddit_rt.lab.measure.timing import Pixels
 from ddit_rt.sources import EMBEDDED, load_pipeline
 
 FOLDER = Path(__file__).resolve().parent
-WEIGHTS = FOLDER / "study" / "transformer.safetensors"
+WEIGHTS, CLASSIFIER = (
+    FOLDER / "study" / f"{part}.safetensors" for part in ("transformer", "classifier")
+)
 DEMO, STUDY = "demo", "study"
 FULL, OPEN, EMPTY = "full", "open", "empty"
 
@@ -109,6 +116,22 @@ def captions_of(setting: Setting) -> tuple[tuple[str, ...], tuple[str, ...]]:
         tuple(write(attributes, place) for place, attributes in enumerate(held_out)),
         tuple(write(attributes, place) for place, attributes in enumerate(seen[::13])),
     )
+
+
+def shown_as_asked(images: Sequence[Pixels], captions: Sequence[str]) -> list[bool]:
+    """Whether images of the study model show all that their captions say.
+
+    By a classifier that was trained on drawn scenes (`scripts/train_demo.py scenes classifier`).
+    """
+    scenes = _scenes()
+    classifier = load_classifier(CLASSIFIER, scenes.SCENE_SIZES)
+    with torch.no_grad():
+        parts = classifier(tensor(images)).split(list(classifier.sizes.values()), dim=1)
+    seen = dict(zip(classifier.sizes, (part.argmax(1).tolist() for part in parts), strict=True))
+    return [
+        all(seen[name][place] == label for name, label in scenes.said(caption).items())
+        for place, caption in enumerate(captions)
+    ]
 
 
 def _open(attributes: Attributes, place: int) -> str:

@@ -11,8 +11,9 @@ Examples:
   python scripts/train_demo.py scenes all --workers 2          benchmarks/study, from demo weights
 
 A stage keeps its checkpoints in the work folder and continues from them; delete a file there to
-start that stage afresh. `classifier` is of the image model; the measure of both is made with it.
-The study model adopts autoencoder and text encoders of the image model, and begins at its weights.
+start that stage afresh. `classifier` is of the image model, whose measure and the video model's are
+made with it, and of the study model. That one adopts autoencoder and text encoders of the image
+model, and begins at its weights.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def run_stage(stage: str, kind: Kind, settings: Settings, args: argparse.Namespa
     elif stage == "transformer":
         train_transformer(kind, settings, minutes)
     elif stage == "classifier":
-        train_classifier(settings)
+        train_classifier(kind, settings)
     elif stage == "export":
         (export_weights if "adopt" in kind.stages else export_pipeline)(kind, settings)
     else:

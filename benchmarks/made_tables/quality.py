@@ -314,8 +314,11 @@ def mixed(report: Report) -> str:
     """Of each section its rows and the verdicts; details where every row is of one question."""
     parts: list[Iterable[str]] = []
     for section in report["sections"].values():
-        title = f"{section['steps']} steps, {len(section['prompts'])} prompts"
-        parts += [[f"**Captions that say all: {title}**"], _mixed_rows(section)]
+        about = "Captions that say all"
+        if section["scale"] is not None:
+            about = f"The study model, guidance {section['scale']:g}, captions that say little"
+        title = f"{about}: {section['steps']} steps, {len(section['prompts'])} prompts"
+        parts += [[f"**{title}**"], _mixed_rows(section)]
         parts.append(_mixed_claims(section))
     return block(*parts, [_mixed_conditions(report)])
 

@@ -66,15 +66,19 @@ def _order(name: str, entry: Mapping[str, Any]) -> list[str]:
         "PSNR, dB (95%)",
         "SSIM (95%)",
         "over fewer steps, dB (95%)",
+        "Fréchet",
+        "as asked",
     ]
     lines = [f"**{name}**", "", *header(columns, "--")]
     for level in sorted(entry["levels"], key=float):
         for place, row in enumerate(entry["levels"][level]):
             lines.append(_row("" if place else f"{level}x", row))
     scale = entry["two_seeds"]
-    said = (
-        f"Two seeds of one prompt: {_value(scale['psnr'])} dB, SSIM {scale['ssim']['value']:.3f}."
-    )
+    said = f"Two seeds of one prompt: {_value(scale['psnr'])} dB, SSIM {scale['ssim']['value']:.3f}"
+    whole = entry["full_resolution"]
+    said += f", Fréchet distance {whole['frechet']:.3f}."
+    if whole["as_asked"] is not None:
+        said += f" Full resolution shows what it is asked for in {whole['as_asked']:.0%}."
     return [*lines, "", said, *_planner(entry), *_prompt_by_prompt(entry)]
 
 
@@ -140,7 +144,9 @@ def _prompt_by_prompt(entry: Mapping[str, Any]) -> list[str]:
 def _row(cost: str, row: Report) -> str:
     over = row.get("over_fewer")
     cells = [cost, label(row), f"{row['share']:.0%}", interval(row["psnr"], 1)]
-    return line([*cells, interval(row["ssim"], 3), "" if over is None else interval(over, 1)])
+    cells += [interval(row["ssim"], 3), "" if over is None else interval(over, 1)]
+    asked = row["as_asked"]
+    return line([*cells, f"{row['frechet']:.3f}", "" if asked is None else f"{asked:.0%}"])
 
 
 def _value(entry: Mapping[str, float]) -> str:

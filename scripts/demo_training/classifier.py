@@ -6,23 +6,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ddit_rt.lab.demo.classifier import AttributeClassifier, attribute_hits, weights_path
+from ddit_rt.lab.demo.classifier import AttributeClassifier
 from demo_training.data import draw
-from demo_training.image import ImageKind
+from demo_training.kind import Kind
 from demo_training.settings import Settings
 from demo_training.text import attribute_loss
 
 _TRAIN, _TEST, _BATCH, _STEPS = 4096, 512, 48, 700
 
 
-def train_classifier(settings: Settings) -> None:
-    """Train, write the weights beside the module, print the accuracy on undegraded images."""
-    kind, steps = ImageKind(), settings.count(_STEPS)
+def train_classifier(kind: Kind, settings: Settings) -> None:
+    """Train, write the weights, print the accuracy on undegraded images."""
+    steps = settings.count(_STEPS)
     torch.manual_seed(settings.seed)
     train, test = settings.count(_TRAIN), settings.count(_TEST)
     cache = settings.work / "classifier_images.pt"
     images, labels = draw(kind, settings, (128, 128), train + test, settings.seed + 7, cache)
-    classifier = AttributeClassifier().to(settings.device)
+    classifier = AttributeClassifier(kind.attribute_sizes).to(settings.device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for step in tqdm(range(steps), desc="classifier", mininterval=5):
@@ -35,13 +35,15 @@ def train_classifier(settings: Settings) -> None:
         schedule.step()
         if step % 100 == 0:
             tqdm.write(f"classifier: step {step} loss {loss.item():.4f}")
-    path = settings.work / "classifier.safetensors" if settings.quick else weights_path()
-    save_file({name: one.half().cpu() for name, one in classifier.state_dict().items()}, path)
-    order = {attributes.labels: attributes for attributes in kind.attributes}
-    expected = [order[tuple(row)] for row in labels[train:].tolist()]
-    shown = images[train:].to(settings.device).float().div(255)
-    for name, hit in attribute_hits(classifier.eval(), shown, expected).items():
-        tqdm.write(f"classifier: {name} {hit.float().mean():.1%} of {len(hit)} drawn images")
+    folder = settings.work if settings.quick else kind.classifier.parent
+    weights = {name: one.half().cpu() for name, one in classifier.state_dict().items()}
+    save_file(weights, folder / kind.classifier.name)
+    with torch.no_grad():
+        scores = classifier.eval()(images[train:].to(settings.device).float().div(255)).cpu()
+    parts = scores.split(list(kind.attribute_sizes.values()), dim=1)
+    for place, (name, part) in enumerate(zip(kind.attribute_sizes, parts, strict=True)):
+        right = part.argmax(1) == labels[train:, place]
+        tqdm.write(f"classifier: {name} {right.float().mean():.1%} of {len(right)} drawn images")
 
 
 def _degrade(x: Tensor) -> Tensor:

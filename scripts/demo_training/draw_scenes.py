@@ -122,6 +122,22 @@ def is_held_out(caption: str) -> bool:
     return long and zlib.crc32(caption.encode()) % _HELD_OUT_ONE_IN == 0
 
 
+def said(caption: str) -> dict[str, int]:
+    """What a caption says: class indices as in `Scene.labels`, of the attributes that it names."""
+    found = {}
+    for word in caption.split():
+        noun = word.removesuffix("s")
+        if word in NUMBERS:
+            found["count"] = NUMBERS.index(word)
+        elif noun in SHAPES:
+            found["shape"] = SHAPES.index(noun)
+        elif word in COLOURS:
+            found["colour"] = COLOURS.index(word)
+        elif word in BACKGROUNDS:
+            found["background"] = BACKGROUNDS.index(word)
+    return found
+
+
 @functools.cache
 def captions_of(*, held_out: bool) -> tuple[str, ...]:
     """Captions of three and four words that training never shows, or does; in a mixed order."""

@@ -24,7 +24,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ddit_rt.lab.demo import images as captions
 from ddit_rt.lab.demo import model_path
-from ddit_rt.lab.demo.classifier import attribute_hits, load_classifier
+from ddit_rt.lab.demo.classifier import attribute_hits, load_classifier, weights_path
 from ddit_rt.lab.demo.images import all_attributes
 from ddit_rt.lab.demo.prompts import held_out_prompts
 from demo_training.draw_images import ImageConfig, draw_image, draw_series, random_attributes
@@ -69,6 +69,7 @@ class ImageKind:
     minutes = {"vae": 15.0, "transformer": 66.0}
     text_steps, text_rate = 800, 2e-3
     attribute_sizes = captions.ATTRIBUTE_SIZES
+    classifier = weights_path()
     attributes = all_attributes()
     phrasings = 4
     half = ("transformer", "vae")

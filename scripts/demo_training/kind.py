@@ -117,6 +117,7 @@ class Kind(Protocol):
         text_rate: Their highest learning rate.
         attribute_sizes: Number of classes of every attribute.
         attributes: Every combination.
+        classifier: Weights of the network that tells them from a sample.
         phrasings: Ways to word the same attributes.
         vae: See `VaeRecipe`.
         transformer: See `TransformerRecipe`.
@@ -134,6 +135,7 @@ class Kind(Protocol):
     text_rate: float
     attribute_sizes: Mapping[str, int]
     attributes: Sequence[Any]
+    classifier: pathlib.Path
     phrasings: int
     vae: VaeRecipe
     transformer: TransformerRecipe

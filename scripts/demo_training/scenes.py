@@ -26,10 +26,11 @@ class SceneKind(ImageKind):
 
     name = "scenes"
     folder = study_path()
-    stages = ("adopt", "transformer", "export")
+    stages = ("adopt", "transformer", "classifier", "export")
     minutes = {"transformer": 45.0}
     attribute_sizes = SCENE_SIZES
     attributes = all_scenes()
+    classifier = study_path() / "classifier.safetensors"
     phrasings = PHRASINGS
     half = ("transformer",)
     shown = (64, 128)

@@ -16,6 +16,7 @@ from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 from ddit_rt.lab.demo import video_model_path
 from ddit_rt.lab.demo import videos as captions
+from ddit_rt.lab.demo.classifier import weights_path
 from ddit_rt.lab.demo.video_hits import video_hits
 from ddit_rt.lab.demo.videos import all_video_attributes, is_held_out_video
 from demo_training.draw_videos import VideoConfig, draw_video, draw_videos
@@ -52,6 +53,7 @@ class VideoKind:
     text_steps, text_rate = 600, 3e-3
     attribute_sizes = captions.VIDEO_ATTRIBUTE_SIZES
     attributes = all_video_attributes()
+    classifier = weights_path()
     phrasings = 1
     half = ("transformer", "vae", "text_encoder")
     shown, evaluated, batch = (32, 64), (64,), 8

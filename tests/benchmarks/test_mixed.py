@@ -122,6 +122,25 @@ def test_coarse_steps_are_those_of_the_runtime() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_guidance_joins_two_passes(transformer: Any) -> None:
+    model, embeds = import_module("mixed_model"), tiny_embeds(2)
+    text = transformer.context_embedder(embeds["prompt_embeds"])
+    pooled = embeds["pooled_prompt_embeds"]
+    subject = model.Subject(transformer=transformer, size=SIZE)
+
+    def moved(rows: slice, guidance: float = 1.0) -> Tensor:
+        prompt = model.Prompted(text=text[rows], pooled=pooled[rows], guidance=guidance)
+        run = import_module("mixed_steps").Run(subject, prompt, noise(), SIGMAS)
+        run.step(0, import_module("mixed_steps").FINE)
+        change: Tensor = run.latents[0] - noise()
+        return change
+
+    first, second = moved(slice(0, 1)), moved(slice(1, 2))
+    assert (first - second).abs().max() > 1e-3
+    expected = second + 3 * (first - second)
+    torch.testing.assert_close(moved(slice(0, 2), 3.0), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_all_regions_at_p_are_a_step_at_p(transformer: Any) -> None:
     steps = import_module("mixed_steps")
     expected = made(transformer, [steps.FINE] * 6)
@@ -206,6 +225,26 @@ def test_a_linear_change_is_drawn_out_exactly(transformer: Any) -> None:
 
 
 @pytest.mark.slow
+def test_quick_run_of_the_study_model_is_guided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("torchmetrics")
+    bench, out = import_module("bench_mixed"), tmp_path / "mixed.json"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert bench.main(["--model", "study", "--quick", "--out", str(out)]) == 0
+    report = json.loads(out.read_text(), parse_constant=pytest.fail)
+    (section,) = report["sections"].values()
+    assert section["scale"] == 3.5
+    rows = {row["name"]: row for row in section["rows"]}
+    # Three steps at p before, two behind; of 16 regions of 4 x 4 tokens four stay at p.
+    assert rows["mixed_4p_25_block_random"]["tokens"] == 5 * 256 + 3 * (4 * 16 + 12)
+    assert {"fine", "fewer_steps", "static", "dynamic", "mixed", "control"} == {
+        row["kind"] for row in rows.values()
+    }
+    assert "guidance 3.5" in import_module("tables").TABLES["mixed_study_cpu"](report)
+
+
+@pytest.mark.slow
 def test_quick_run_compares_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need("torchmetrics")
     bench, out = import_module("bench_mixed"), tmp_path / "mixed.json"
@@ -234,10 +273,15 @@ def test_quick_run_compares_what_it_says(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_plans_are_those_of_the_record() -> None:
     bench = import_module("bench_mixed")
-    sections = json.loads(bench.RESULT.read_text(encoding="utf-8"))["sections"]
+    sections = {
+        name: section
+        for path in bench.RECORDS.values()
+        for name, section in json.loads(path.read_text(encoding="utf-8"))["sections"].items()
+    }
     plans = {
         "captions_24": bench.plans_beside_others(24),
         "captions_24_values": bench.plans_of_values(24),
+        "study_50": list(bench.plans_of_study(50)),
     }
     assert plans.keys() == sections.keys()
     for name, own in plans.items():

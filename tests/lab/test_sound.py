@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
-from extras import need
+from extras import need, need_in_diffusers
 from models import seeded
 
 import ddit_rt
@@ -27,8 +26,7 @@ from ddit_rt.lab.profile.report import report_of, text_of
 from ddit_rt.lab.profile.run import profile_run
 from ddit_rt.lab.profile.subject import subject_of
 
-if not hasattr(diffusers, "LongCatAudioDiTPipeline"):
-    pytest.skip("this version of diffusers has no LongCat-AudioDiT", allow_module_level=True)
+need_in_diffusers("LongCatAudioDiTPipeline")
 
 from longcat_models import tiny_pipeline
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from driving import assert_equal, keep, runs
+from extras import need_in_diffusers
 from family_suite import TOLERANCE, FamilyCase, FamilySuite, eager, graphs
 from models import noise
 
@@ -16,8 +16,7 @@ import ddit_rt
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models import family_of
 
-if not hasattr(diffusers, "Krea2Pipeline"):
-    pytest.skip("this version of diffusers has no Krea 2", allow_module_level=True)
+need_in_diffusers("Krea2Pipeline")
 
 from diffusers.pipelines.krea2.pipeline_krea2 import calculate_shift
 from krea2_models import tiny_embeds, tiny_pipeline, tiny_transformer

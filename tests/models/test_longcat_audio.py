@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from driving import assert_equal, keep, relative_error, runs
+from extras import need_in_diffusers
 from family_suite import (
     TOLERANCE,
     FamilyCase,
@@ -31,8 +31,7 @@ from ddit_rt.loop import CudaExecutor
 from ddit_rt.models import family_of
 from ddit_rt.steps import Resampling, matched_level
 
-if not hasattr(diffusers, "LongCatAudioDiTPipeline"):
-    pytest.skip("this version of diffusers has no LongCat-AudioDiT", allow_module_level=True)
+need_in_diffusers("LongCatAudioDiTPipeline")
 
 from longcat_models import CHANNELS, RATE, TEXT_WIDTH, tiny_pipeline, tiny_prompts, tiny_transformer
 

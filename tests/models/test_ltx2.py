@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from driving import FINE, assert_equal
+from extras import need_in_diffusers
 from family_suite import (
     KINDS,
     MIXED,
@@ -38,8 +38,7 @@ from ddit_rt.loop import CudaExecutor
 from ddit_rt.models import family_of
 from ddit_rt.steps import StepModel
 
-if not hasattr(diffusers, "LTX2Pipeline"):
-    pytest.skip("this version of diffusers has no LTX-2", allow_module_level=True)
+need_in_diffusers("LTX2Pipeline")
 
 from ltx2_models import CHANNELS, tiny_embeds, tiny_pipeline, tiny_transformer
 

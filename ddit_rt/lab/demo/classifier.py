@@ -1,10 +1,12 @@
 """A small convolutional network that reads the caption's attributes off a 128 px image.
 
-It scores samples in tests and quality studies; its weights lie beside this file.
+It scores samples in tests and quality studies; its weights lie beside this file. Benchmarks have
+another of its kind, for other captions.
 """
 
 import itertools
 import pathlib
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +21,14 @@ _SIDE = 128
 class AttributeClassifier(nn.Module):
     """Strided convolutions, averages over a 4 x 4 grid, one linear layer (95 thousand weights)."""
 
-    def __init__(self) -> None:
-        """Build with random weights; see `load_classifier` for the trained ones."""
+    def __init__(self, sizes: Mapping[str, int] = ATTRIBUTE_SIZES) -> None:
+        """Build with random weights; see `load_classifier` for the trained ones.
+
+        Args:
+            sizes: Number of classes of each attribute; by default the demo captions'.
+        """
         super().__init__()
+        self.sizes = dict(sizes)
         widths = (3, 16, 24, 40, 64)
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
@@ -31,7 +38,7 @@ class AttributeClassifier(nn.Module):
                 nn.SiLU(),
             ]
         self.features = nn.Sequential(*layers, nn.Conv2d(64, 64, 3, padding=1), nn.SiLU())
-        self.head = nn.Linear(64 * 16, sum(ATTRIBUTE_SIZES.values()))
+        self.head = nn.Linear(64 * 16, sum(self.sizes.values()))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Score images.
@@ -40,7 +47,7 @@ class AttributeClassifier(nn.Module):
             images: ``[B, 3, H, W]`` RGB in [0, 1]; sizes other than 128 px are resized.
 
         Returns:
-            ``[B, 22]`` scores: shape, colour, background, background colour, one after another.
+            ``[B, sum of sizes]`` scores, attribute by attribute.
         """
         features = self.feature_maps(images)
         return torch.as_tensor(self.head(F.adaptive_avg_pool2d(features, 4).flatten(1)))
@@ -57,10 +64,12 @@ def weights_path() -> pathlib.Path:
     return pathlib.Path(__file__).parent / "classifier.safetensors"
 
 
-def load_classifier() -> AttributeClassifier:
-    """The trained classifier, in evaluation mode."""
-    classifier = AttributeClassifier()
-    classifier.load_state_dict(load_file(weights_path()))
+def load_classifier(
+    path: pathlib.Path | None = None, sizes: Mapping[str, int] = ATTRIBUTE_SIZES
+) -> AttributeClassifier:
+    """A trained classifier, in evaluation mode; without arguments that of the demo's captions."""
+    classifier = AttributeClassifier(sizes)
+    classifier.load_state_dict(load_file(path or weights_path()))
     return classifier.eval()
 
 
