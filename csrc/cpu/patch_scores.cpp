@@ -30,6 +30,7 @@ namespace {
 
 constexpr int64_t kGrain = 32 * 1024;  // values of one latent worth a thread of their own
 constexpr int64_t kColumns = 256;      // accumulators kept at a time: 2 KiB
+constexpr int64_t kLines = 4;          // added at a time
 
 // Means and sums of squared deviations of one sample's patches, [frames, rows, columns].
 struct Grid {
@@ -50,26 +51,49 @@ struct Grid {
   }
 };
 
-// One more value for every column; `reciprocal` is 1 / (number of values with this one).
-template <int kOrder>
-DDIT_RT_HD void add_line(const float* __restrict__ z0, const float* __restrict__ z1,
-                         const float* __restrict__ z2, const float* __restrict__ z3,
-                         float reciprocal, float* __restrict__ mean, float* __restrict__ m2,
-                         int64_t columns) {
+// kLines more values for every column, a line of each of the newest latents after the other.
+// `first` is the number of values before them.
+template <int kOrder, int kLines>
+DDIT_RT_HD void add_lines(const float* const (&newest)[4], const int64_t* line_at, int64_t first,
+                          float* __restrict__ mean, float* __restrict__ m2, int64_t columns) {
+  const float* __restrict__ z[kLines][4];
+  float reciprocal[kLines];
+  for (int i = 0; i < kLines; ++i) {
+    for (int age = 0; age < 4; ++age) z[i][age] = newest[age] + line_at[i];
+    reciprocal[i] = 1.0f / static_cast<float>(first + i + 1);
+  }
   for (int64_t x = 0; x < columns; ++x) {
-    const float value =
-        difference<kOrder>(z0[x], z1[x], kOrder >= 2 ? z2[x] : 0.0f, kOrder >= 3 ? z3[x] : 0.0f);
-    const float delta = value - mean[x];
-    mean[x] += delta * reciprocal;
-    m2[x] += delta * (value - mean[x]);
+    float mean_x = mean[x];
+    float m2_x = m2[x];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLines; ++i) {
+      const float value = difference<kOrder>(
+          z[i][0][x], z[i][1][x], kOrder >= 2 ? z[i][2][x] : 0.0f, kOrder >= 3 ? z[i][3][x] : 0.0f);
+      const float delta = value - mean_x;
+      mean_x += delta * reciprocal[i];
+      m2_x += delta * (value - mean_x);
+    }
+    mean[x] = mean_x;
+    m2[x] = m2_x;
   }
 }
 
-DDIT_RT_CPU_CLONES void add_line(int order, const float* const z[4], float reciprocal, float* mean,
-                                 float* m2, int64_t columns) {
-  if (order == 1) add_line<1>(z[0], z[1], z[2], z[3], reciprocal, mean, m2, columns);
-  if (order == 2) add_line<2>(z[0], z[1], z[2], z[3], reciprocal, mean, m2, columns);
-  if (order == 3) add_line<3>(z[0], z[1], z[2], z[3], reciprocal, mean, m2, columns);
+// All lines of a row of patches, several at a time: their moments stay in registers meanwhile.
+template <int kOrder>
+DDIT_RT_HD void add_all(const float* const (&newest)[4], const int64_t* line_at, int64_t lines,
+                        float* mean, float* m2, int64_t columns) {
+  int64_t line = 0;
+  for (; line + kLines <= lines; line += kLines)
+    add_lines<kOrder, kLines>(newest, line_at + line, line, mean, m2, columns);
+  for (; line < lines; ++line)
+    add_lines<kOrder, 1>(newest, line_at + line, line, mean, m2, columns);
+}
+
+DDIT_RT_CPU_CLONES void add_all(int order, const float* const (&newest)[4], const int64_t* line_at,
+                                int64_t lines, float* mean, float* m2, int64_t columns) {
+  if (order == 1) add_all<1>(newest, line_at, lines, mean, m2, columns);
+  if (order == 2) add_all<2>(newest, line_at, lines, mean, m2, columns);
+  if (order == 3) add_all<3>(newest, line_at, lines, mean, m2, columns);
 }
 
 // Merges `stride`-spaced moments of `step_count` values each into running ones of `count` values:
@@ -103,17 +127,17 @@ void reduce_row(const ScoreArgs& args, int64_t b, int64_t f, int64_t row, float*
   float* const m2 = mean + tile;
   const int64_t height = shape.row_height(row);
   const int64_t lines = shape.channels * height;
+  std::vector<int64_t> line_at;
+  for (int64_t channel = 0; channel < shape.channels; ++channel) {
+    for (int64_t dy = 0; dy < height; ++dy)
+      line_at.push_back(shape.latent_offset(b, f, row, channel * shape.patch + dy));
+  }
   for (int64_t x = 0; x < shape.width; x += tile) {
     const int64_t columns = std::min(tile, shape.width - x);
     std::fill(buffer.begin(), buffer.end(), 0.0f);
-    for (int64_t line = 0; line < lines; ++line) {
-      const int64_t channel = line / height;
-      const int64_t dy = line - channel * height;
-      const int64_t at = shape.latent_offset(b, f, row, channel * shape.patch + dy) + x;
-      const float* const z[4] = {args.newest[0] + at, args.newest[1] + at, args.newest[2] + at,
-                                 args.newest[3] + at};
-      add_line(args.order, z, 1.0f / static_cast<float>(line + 1), mean, m2, columns);
-    }
+    const float* const newest[4] = {args.newest[0] + x, args.newest[1] + x, args.newest[2] + x,
+                                    args.newest[3] + x};
+    add_all(args.order, newest, line_at.data(), lines, mean, m2, columns);
     const auto count = static_cast<float>(lines);
     float* const out_mean = grid_mean + x / shape.patch;
     float* const out_m2 = grid_m2 + x / shape.patch;

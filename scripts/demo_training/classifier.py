@@ -12,14 +12,15 @@ from demo_training.kind import Kind
 from demo_training.settings import Settings
 from demo_training.text import attribute_loss
 
-_TRAIN, _TEST, _BATCH, _STEPS = 4096, 512, 48, 700
+_TEST, _BATCH = 512, 48
+_SAMPLES_A_STEP = 6
 
 
 def train_classifier(kind: Kind, settings: Settings) -> None:
     """Train, write the weights, print the accuracy on undegraded images."""
-    steps = settings.count(_STEPS)
+    steps = settings.count(kind.classifier_steps)
     torch.manual_seed(settings.seed)
-    train, test = settings.count(_TRAIN), settings.count(_TEST)
+    train, test = settings.count(_SAMPLES_A_STEP * kind.classifier_steps), settings.count(_TEST)
     cache = settings.work / "classifier_images.pt"
     images, labels = draw(kind, settings, (128, 128), train + test, settings.seed + 7, cache)
     classifier = AttributeClassifier(kind.attribute_sizes).to(settings.device)

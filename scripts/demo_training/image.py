@@ -69,7 +69,7 @@ class ImageKind:
     minutes = {"vae": 15.0, "transformer": 66.0}
     text_steps, text_rate = 800, 2e-3
     attribute_sizes = captions.ATTRIBUTE_SIZES
-    classifier = weights_path()
+    classifier, classifier_steps = weights_path(), 700
     attributes = all_attributes()
     phrasings = 4
     half = ("transformer", "vae")

@@ -118,6 +118,7 @@ class Kind(Protocol):
         attribute_sizes: Number of classes of every attribute.
         attributes: Every combination.
         classifier: Weights of the network that tells them from a sample.
+        classifier_steps: Steps that it is trained for.
         phrasings: Ways to word the same attributes.
         vae: See `VaeRecipe`.
         transformer: See `TransformerRecipe`.
@@ -136,6 +137,7 @@ class Kind(Protocol):
     attribute_sizes: Mapping[str, int]
     attributes: Sequence[Any]
     classifier: pathlib.Path
+    classifier_steps: int
     phrasings: int
     vae: VaeRecipe
     transformer: TransformerRecipe

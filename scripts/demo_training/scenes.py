@@ -30,7 +30,7 @@ class SceneKind(ImageKind):
     minutes = {"transformer": 45.0}
     attribute_sizes = SCENE_SIZES
     attributes = all_scenes()
-    classifier = study_path() / "classifier.safetensors"
+    classifier, classifier_steps = study_path() / "classifier.safetensors", 2400
     phrasings = PHRASINGS
     half = ("transformer",)
     shown = (64, 128)

@@ -53,7 +53,7 @@ class VideoKind:
     text_steps, text_rate = 600, 3e-3
     attribute_sizes = captions.VIDEO_ATTRIBUTE_SIZES
     attributes = all_video_attributes()
-    classifier = weights_path()
+    classifier, classifier_steps = weights_path(), 0  # it is the image model's
     phrasings = 1
     half = ("transformer", "vae", "text_encoder")
     shown, evaluated, batch = (32, 64), (64,), 8
