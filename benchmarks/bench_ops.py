@@ -145,6 +145,20 @@ def solver_case(batch: int, solver: str, dtype: torch.dtype) -> Case:
     return Case(name, batch, methods, moved // 2)
 
 
+def product_case(rows: int) -> Case:
+    """A block's widest product in float32, as compiled blocks and as torch compute it.
+
+    Of the demo model, whose 256 image tokens and 16 of text come as one batch.
+    """
+    values, weight, bias = torch.randn(rows, 128), torch.randn(512, 128), torch.randn(512)
+    onednn = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
+    methods: dict[str, Call] = {
+        "native": lambda: onednn(values, weight, bias, "none", [], ""),
+        "eager": lambda: torch.nn.functional.linear(values, weight, bias),
+    }
+    return Case(f"product {rows} x 128 x 512 float32", 1, methods, 0)
+
+
 def overhead_case() -> Case:
     """`decide_` works on a few numbers: its time is what calling an op costs."""
     scores, limits = torch.rand(1, 2), torch.rand(8, 2)
@@ -248,7 +262,8 @@ def run(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(threads)
         torch.compiler.reset()  # compiled code is specialised to the number of threads
         clock = time.thread_time if threads == 1 else time.perf_counter
-        for case in (*cases(1), *cases(4), overhead_case()):
+        others = (product_case(272), product_case(32), overhead_case())
+        for case in (*cases(1), *cases(4), *others):
             timings = measure(case, arguments.rounds, clock)
             entries.append(report(case, threads, timings))
     results["results"] = entries

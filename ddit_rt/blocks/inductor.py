@@ -16,6 +16,7 @@ user's. Measured on FluxTransformerBlock (d = 128, fp32, one thread, 256 + 16 to
 
 from __future__ import annotations
 
+import platform
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -40,6 +41,8 @@ _NEEDED: Mapping[str, Any] = {
     "max_autotune": False,
     "max_autotune_gemm": False,
 }
+
+_X86 = ("x86_64", "AMD64")
 
 # Left out where this torch does not know them.
 _WHERE_KNOWN: Mapping[str, Any] = {
@@ -106,6 +109,8 @@ def compile_program(
 
     if info.device == "cuda":
         end_products_in_gelu(program)
+    elif platform.machine() in _X86 and torch._C._has_mkldnn:  # noqa: SLF001
+        take_products_to_onednn(program)
     known = config.get_config_copy()
     optional = {name: value for name, value in _WHERE_KNOWN.items() if name in known}
     metadata = {"aot_inductor.metadata": {METADATA_KEY: info.to_json()}}
@@ -150,6 +155,32 @@ def end_products_in_gelu(program: ExportedProgram) -> None:
         gelu.replace_all_uses_with(whole)
         graph.erase_node(gelu)
         graph.erase_node(linear)
+    program.graph_module.recompile()
+
+
+def take_products_to_onednn(program: ExportedProgram) -> None:
+    """Has oneDNN compute the float32 products of an x86 CPU, with the GELU that follows one.
+
+    It takes weights as they are. MKL, which torch would call, leaves AVX-512 unused on processors
+    that are not Intel's: half the speed there, and 5 to 10 % less with AVX2.
+    """
+    aten, onednn = torch.ops.aten, torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001
+    graph = program.graph_module.graph
+    for linear in graph.find_nodes(op="call_function", target=aten.linear.default):
+        values, weight, *bias = linear.args
+        if linear.meta["val"].dtype != torch.float32 or weight.op != "placeholder":
+            continue
+        last, ending, (user, *more) = linear, ("none", ""), linear.users
+        if user.target is aten.gelu.default and not more:
+            last, ending = user, ("gelu", user.kwargs.get("approximate", "none"))
+        name, algorithm = ending
+        given: list[Any] = [values, weight, bias[0] if bias else None, name, [], algorithm]
+        with graph.inserting_before(last):
+            product = graph.call_function(onednn, tuple(given))
+        product.meta = dict(last.meta)
+        last.replace_all_uses_with(product)
+        for node in dict.fromkeys((last, linear)):
+            graph.erase_node(node)
     program.graph_module.recompile()
 
 

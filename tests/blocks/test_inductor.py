@@ -24,7 +24,12 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kerne
 
 from ddit_rt.blocks import PackageInfo, TokenRanges, compile_block, load_runner, read_info
 from ddit_rt.blocks.compile import _EXAMPLES, _example_sizes
-from ddit_rt.blocks.inductor import _NEEDED, _preferred_attention, end_products_in_gelu
+from ddit_rt.blocks.inductor import (
+    _NEEDED,
+    _preferred_attention,
+    end_products_in_gelu,
+    take_products_to_onednn,
+)
 from ddit_rt.blocks.package import record_attention
 from ddit_rt.models import family_of
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType
@@ -271,6 +276,26 @@ def test_gelu_by_tanh_ends_the_product_before_it() -> None:
     # On a CPU the operation has the exact form.
     assert torch.allclose(found[0], module.back(nn.functional.gelu(module.wide(tokens))), atol=1e-6)
     assert all(map(torch.equal, found[1:], expected[1:]))
+
+
+@pytest.mark.skipif(not torch._C._has_mkldnn, reason="this torch has no oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_in_float32_are_onednns(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = Products().requires_grad_(False).to(dtype)
+    shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
+    example = torch.randn(2, 5, 8, dtype=dtype)
+    program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+    take_products_to_onednn(program)
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    ours = dtype == torch.float32
+    assert calls.count(torch.ops.mkldnn._linear_pointwise.default) == 7 * ours
+    assert calls.count(torch.ops.aten.linear.default) == 7 * (not ours)
+    # One is read twice.
+    assert calls.count(torch.ops.aten.gelu.default) == (1 if ours else 4)
+    tokens = torch.randn(3, 7, 8, dtype=dtype)
+    found, expected = program.module()(tokens), module(tokens)
+    assert all(map(torch.allclose, found, expected, [1e-5] * 4, [1e-6] * 4))
 
 
 @pytest.mark.slow
