@@ -109,7 +109,7 @@ def compile_program(
 
     if info.device == "cuda":
         end_products_in_gelu(program)
-    elif platform.machine() in _X86 and torch._C._has_mkldnn:  # noqa: SLF001
+    elif has_onednn_products():
         take_products_to_onednn(program)
     known = config.get_config_copy()
     optional = {name: value for name, value in _WHERE_KNOWN.items() if name in known}
@@ -156,6 +156,11 @@ def end_products_in_gelu(program: ExportedProgram) -> None:
         graph.erase_node(gelu)
         graph.erase_node(linear)
     program.graph_module.recompile()
+
+
+def has_onednn_products() -> bool:
+    """Whether blocks on this machine's CPU call oneDNN for their float32 products."""
+    return platform.machine() in _X86 and bool(torch._C._has_mkldnn)  # noqa: SLF001
 
 
 def take_products_to_onednn(program: ExportedProgram) -> None:
