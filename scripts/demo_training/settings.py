@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-_QUICK_SAMPLES = 40
+_QUICK_SAMPLES = 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,7 +35,7 @@ def test_smoke_run_trains_exports_and_evaluates(
         own, other = (getattr(one, name).state_dict() for one in (pipeline, shipped))
         assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in other.items()}
     card = (export / "MODEL_CARD.md").read_text(encoding="utf-8")
-    assert f"| {kind.evaluated[0]} px | 40 held out |" in card
+    assert f"| {kind.evaluated[0]} px | 12 held out |" in card
     assert card.count("## ") == (kind.folder / "MODEL_CARD.md").read_text().count("## ")
 
 
