@@ -10,11 +10,11 @@ prompts, in their favour; nothing else was.
 
 The demo's record has two sections: `captions_24` sets mixed plans beside the others, and
 `captions_24_values` tells, on two of the prompts, what else can become of the coarse regions and by
-what else they can be picked. The study model's has one, `study_50`. In a row `control` plans pick
-regions by nothing, and `oracle` by what no plan can know; `features` is the mean squared distance
-of the demo classifier's last maps, each pixel's of length one. `verdicts` sets every mixed row
-against the one of the highest mean PSNR of `any` others, or of the `coarse` ones, that takes no
-more time or tokens.
+what else they can be picked. The study model's has `study_50`, and `study_50_noise`, of whole
+coarse steps, on every second prompt. In a row `control` plans pick regions by nothing, and `oracle`
+by what no plan can know; `features` is the mean squared distance of the demo classifier's last
+maps, each pixel's of length one. `verdicts` sets every mixed row against the one of the highest
+mean PSNR of `any` others, or of the `coarse` ones, that takes no more time or tokens.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ OF_VALUES = (0, 6)
 FEWER, STATIC, DYNAMIC = "fewer_steps", "static", "dynamic"
 MIXED, CONTROL, ORACLE = "mixed", "control", "oracle"
 _TAU = 1e-3
+NOISES = ("matched", "noised", "plain", "nearest", "anchor")
+"""What whole coarse steps are tried with, of `mixed_steps.VALUES`; the runtime's is the first."""
 _STUDY_TAUS = (1e-3, 3e-3)
 _EVERY_FOURTH = Static(count=1, sizes=("2p",), refresh=3)
 _KINDS = {"random": CONTROL, "rotating": CONTROL, "oracle": ORACLE}
@@ -84,8 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = model_of(setting, pipeline_of(STUDY))
         steps, count = (8, 2) if args.quick else (STUDY_STEPS, PROMPTS)
         prompts = list(enumerate(model.reported(count)))
-        plans = list(plans_of_study(steps))
-        sections = {f"study_{steps}": section(model, plans, prompts, setting.guidance)}
+        every_other, guidance = prompts[:: 1 if args.quick else 2], setting.guidance
+        sections = {
+            f"study_{steps}": section(model, list(plans_of_study(steps)), prompts, guidance),
+            f"study_{steps}_noise": section(
+                model, list(plans_of_noise(steps)), every_other, guidance
+            ),
+        }
     else:
         model = image_model()
         steps, count = (8, 2) if args.quick else (STEPS, PROMPTS)
@@ -215,6 +222,22 @@ def plans_of_study(steps: int) -> Iterator[Plan]:
             label = f"{share:.0%} at p by {_SIGNAL_LABELS[signal]}, others at {size} {words}"
             step = Step(multiple=multiple, share=share, signal=signal)
             yield _coarse(name, label, _KINDS.get(signal, MIXED), steps, step, shape)
+
+
+def plans_of_noise(steps: int) -> Iterator[Plan]:
+    """Whole coarse steps by what noise the small image has, and how it becomes the large one."""
+    yield _fine("fine", "full resolution", "fine", steps)
+    late = Static(count=1, sizes=("2p",), head=max(3, steps // 5), refresh=3)
+    early = Static(count=1, sizes=("2p",), head=0, tail=steps - 2 * steps // 5, refresh=None)
+    for multiple, (shape, words) in itertools.product(
+        (2, 4), ((late, f"after {late.head} at p, one at p after 3"), (early, "first of all"))
+    ):
+        count = len(shape.free(steps))
+        for value in NOISES:
+            step = Step(multiple=multiple, value=value)
+            name = f"{value}_{multiple}p_{shape.head}"
+            label = f"{count} of {steps} at {multiple}p {words}: {value}"
+            yield _coarse(name, label, STATIC, steps, step, shape)
 
 
 def _fine(name: str, label: str, kind: str, steps: int) -> Plan:

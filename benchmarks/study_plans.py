@@ -142,8 +142,10 @@ class Planner:
         yield reference(round(self.steps / level))
 
     def _static(self, level: float) -> Iterator[Plan]:
+        # As far beyond the cost as rules may be, which cannot be turned more finely.
+        most = self.whole * (1 / level + _EQUAL_SHARE)
         for shape in (*STATIC_SHAPES, *_LATE):
-            genome = within([shape], self.steps, self.whole / level, self._of_step)
+            genome = within([shape], self.steps, most, self._of_step)
             if genome is not None:
                 candidate = genome.candidate()
                 yield Plan(policy=candidate.policy, steps=self.steps, label=candidate.label)

@@ -4,9 +4,9 @@
 #
 #   scripts/matrix.sh [COMBINATION ...]        3.12+2.11.0 and default by default
 #
-# A COMBINATION is PYTHON+TORCH, e.g. 3.12+2.11.0, with an environment of its own in build/matrix that
-# is made where it is missing (6 GB with CUDA libraries, which PyPI's PyTorch for Linux brings); or
-# `default`, the environment that scripts/setup.sh makes.
+# A COMBINATION is PYTHON+TORCH or PYTHON+TORCH+DIFFUSERS, e.g. 3.12+2.11.0 or 3.11+2.13.0+0.41.0, with
+# an environment of its own in build/matrix that is made where it is missing (6 GB with CUDA libraries,
+# which PyPI's PyTorch for Linux brings); or `default`, the environment that scripts/setup.sh makes.
 #
 # Environment:
 #   PYTHON312, PYTHON313, ...   the Python of that version (default: PYTHON if it is one, python3.12,
@@ -24,8 +24,12 @@ say() { printf '[matrix] %s\n' "$*"; }
 bad_usage() { printf '[matrix] ERROR: %s\n' "$*" >&2; exit 2; }
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 
+split() { IFS=+ read -r python_version torch_version diffusers_version <<<"$1"; }
+
 environment_of() {
-  if [[ "$1" == default ]]; then echo "$root/.venv"; else echo "$folder/py${1%+*}-torch${1#*+}"; fi
+  split "$1"
+  if [[ "$1" == default ]]; then echo "$root/.venv"; return; fi
+  echo "$folder/py$python_version-torch$torch_version${diffusers_version:+-diffusers$diffusers_version}"
 }
 
 is_python() {
@@ -47,17 +51,20 @@ find_python() {
 }
 
 check_combination() {
-  local floor
+  local name floor given
   if [[ "$1" == default ]]; then return; fi
-  if [[ ! "$1" =~ ^3\.1[0-9]\+[0-9]+\.[0-9]+\.[0-9]+$ ]]; then
+  if [[ ! "$1" =~ ^3\.1[0-9](\+[0-9]+\.[0-9]+\.[0-9]+){1,2}$ ]]; then
     bad_usage "no combination '$1': give 'default', or PYTHON+TORCH with Python 3.10 or newer," \
-      "such as 3.12+2.11.0."
+      "such as 3.12+2.11.0, with +DIFFUSERS behind it or without."
   fi
-  floor="$(sed -n 's/^ *"torch>=\([0-9.]*\)",$/\1/p' "$root/pyproject.toml")"
-  if [[ "$(printf '%s\n' "$floor" "${1#*+}" | sort -V | head -n 1)" != "$floor" ]]; then
-    bad_usage "no combination '$1': ddit_rt needs PyTorch $floor or newer."
-  fi
-  [[ -e "$(environment_of "$1")" ]] || find_python "${1%+*}" >/dev/null
+  split "$1"
+  for name in torch diffusers; do
+    floor="$(sed -n "s/^ *\"$name>=\([0-9.]*\)\",\$/\1/p" "$root/pyproject.toml")"
+    given="${name}_version"
+    if [[ -n "${!given}" && "$(printf '%s\n' "$floor" "${!given}" | sort -V | head -n 1)" != "$floor" ]]
+    then bad_usage "no combination '$1': ddit_rt needs $name $floor or newer."; fi
+  done
+  [[ -e "$(environment_of "$1")" ]] || find_python "$python_version" >/dev/null
 }
 
 # Made here, not by setup.sh, which would take over a PyTorch of the system's Python.
@@ -65,16 +72,21 @@ make_environment() {
   local python venv
   venv="$(environment_of "$1")"
   if [[ "$1" == default || -e "$venv" ]]; then return; fi
-  python="$(find_python "${1%+*}")"
+  python="$(find_python "$python_version")"
   say "making $venv with $python"
   mkdir -p "$folder"
   "$python" -m venv "$venv" || { rm -rf "$venv"; return 1; }
+  # First torch, for the reason that scripts/setup.sh gives; what is there already stays.
+  if [[ -n "$diffusers_version" ]]; then
+    "$venv/bin/python" -m pip install -q "torch==$torch_version" || return 1
+    "$venv/bin/python" -m pip install -q "diffusers==$diffusers_version" || return 1
+  fi
 }
 
 test_one() {
   local venv report="$folder/$1.xml" code=0 torch=()
   venv="$(environment_of "$1")"
-  if [[ "$1" != default ]]; then torch=("DDIT_RT_TORCH=torch==${1#*+}"); fi
+  if [[ "$1" != default ]]; then torch=("DDIT_RT_TORCH=torch==$torch_version"); fi
   make_environment "$1" || return 1
   mkdir -p "$folder"
   rm -f "$report"

@@ -1,10 +1,9 @@
-"""What tests do where an extra of the package, or a newer diffusers, is not installed."""
+"""What tests do where an extra of the package is not installed."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-import diffusers
 import pytest
 
 
@@ -13,12 +12,4 @@ def need(*modules: str) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         reason = f"not installed: {', '.join(missing)} (pip install 'ddit_rt[test,ray,browser]')"
-        pytest.skip(reason, allow_module_level=True)
-
-
-def need_in_diffusers(*names: str) -> None:
-    """Skips the test, or the module, that calls this, unless this diffusers has all of these."""
-    missing = [name for name in names if not hasattr(diffusers, name)]
-    if missing:
-        reason = f"diffusers {diffusers.__version__} has no {', '.join(missing)}"
         pytest.skip(reason, allow_module_level=True)

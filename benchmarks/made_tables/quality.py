@@ -319,7 +319,8 @@ def mixed(report: Report) -> str:
             about = f"The study model, guidance {section['scale']:g}, captions that say little"
         title = f"{about}: {section['steps']} steps, {len(section['prompts'])} prompts"
         parts += [[f"**{title}**"], _mixed_rows(section)]
-        parts.append(_mixed_claims(section))
+        if section["verdicts"]:
+            parts.append(_mixed_claims(section))
     return block(*parts, [_mixed_conditions(report)])
 
 

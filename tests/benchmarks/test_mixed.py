@@ -233,8 +233,10 @@ def test_quick_run_of_the_study_model_is_guided(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert bench.main(["--model", "study", "--quick", "--out", str(out)]) == 0
     report = json.loads(out.read_text(), parse_constant=pytest.fail)
-    (section,) = report["sections"].values()
-    assert section["scale"] == 3.5
+    section, noise = report["sections"].values()
+    assert section["scale"] == noise["scale"] == 3.5
+    assert len({row["psnr"]["value"] for row in noise["rows"][1:]}) > 10
+    assert not noise["verdicts"]
     rows = {row["name"]: row for row in section["rows"]}
     # Three steps at p before, two behind; of 16 regions of 4 x 4 tokens four stay at p.
     assert rows["mixed_4p_25_block_random"]["tokens"] == 5 * 256 + 3 * (4 * 16 + 12)
@@ -282,6 +284,7 @@ def test_plans_are_those_of_the_record() -> None:
         "captions_24": bench.plans_beside_others(24),
         "captions_24_values": bench.plans_of_values(24),
         "study_50": list(bench.plans_of_study(50)),
+        "study_50_noise": list(bench.plans_of_noise(50)),
     }
     assert plans.keys() == sections.keys()
     for name, own in plans.items():

@@ -165,7 +165,7 @@ def test_the_planner_is_compared_with_the_cheapest_way_to_its_closeness() -> Non
     assert "at equal PSNR: 1.15x at 2x (a static plan), at most 1.07x at 3x (MagCache)." in text
     assert "DDiT is closer than the static plan on 50% at 1.5x of the prompts." in text
     assert "Fréchet distance 0.125. Full resolution shows what it is asked for in 75%." in text
-    assert text.count("| 0.250 | 50% |") == 7
+    assert text.count("| 0.250 | 50% |") == 9
     assert text.count("| 0.250 |  |") == 2
 
 

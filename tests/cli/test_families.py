@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import wave
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import longcat_models
 import pytest
 from chroma_models import tiny_pipeline
-from extras import need_in_diffusers
 from flux_edit_models import img2img
 from made_once import Packages
 from PIL import Image
@@ -93,8 +92,6 @@ def test_generate_hands_a_picture_to_a_pipeline_that_starts_from_one(
 def test_sound_is_written_as_long_as_it_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packages: Packages, capsys: Any
 ) -> None:
-    need_in_diffusers("LongCatAudioDiTPipeline")
-    longcat_models = import_module("longcat_models")
     monkeypatch.chdir(tmp_path)
     longcat_models.tiny_pipeline().save_pretrained("model")
     with packages():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import pytest
 import qwen_models
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from extras import need_in_diffusers
+from diffusers import FlowMatchEulerDiscreteScheduler, SeaCacheConfig
+from diffusers.hooks import sea_cache
 from models import noise, seeded, tiny_conditioning
 from models import tiny_pipeline as flux_pipeline
 from wan_models import unipc, wan_pipeline
@@ -57,8 +56,6 @@ def test_sea_cache_equals_diffusers_own(
     monkeypatch: pytest.MonkeyPatch, order: int, scale: float, batched: bool
 ) -> None:
     """Its hook keeps a state for each pass of guidance; the latents are those of both."""
-    need_in_diffusers("SeaCacheConfig")
-    sea_cache = import_module("diffusers.hooks.sea_cache")
     fields = {"threshold": 0.3, "residual_order": order, "retention_steps": 2}
     decisions: list[bool] = []
     own = sea_cache.SeaCacheSharedState.resolve_gate
@@ -69,7 +66,7 @@ def test_sea_cache_equals_diffusers_own(
 
     monkeypatch.setattr(sea_cache.SeaCacheSharedState, "resolve_gate", resolve_gate)
     pipeline = wan_pipeline(even())
-    pipeline.transformer.enable_cache(sea_cache.SeaCacheConfig(**fields))
+    pipeline.transformer.enable_cache(SeaCacheConfig(**fields))
     call = {**CALL, "guidance_scale": scale}
     expected = pipeline(**call, generator=seeded()).frames
     engine = eager(wan_pipeline(even()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ need("torchao")
 QUANTUM = 1 / 127
 """Compiled code may round a value in the middle to the other neighbour of the two."""
 
-BFLOAT16 = {"dtype" if version("diffusers") >= "0.40" else "torch_dtype": torch.bfloat16}
+BFLOAT16 = {"dtype": torch.bfloat16}
 """diffusers takes no other for whole numbers."""
 
 MIXED = StaticPolicy(["2p", "2p", "p", "p"])

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from extras import need, need_in_diffusers
+from extras import need
+from longcat_models import tiny_pipeline
 from models import seeded
 
 import ddit_rt
@@ -25,10 +26,6 @@ from ddit_rt.lab.profile.ceilings import measure_ceilings
 from ddit_rt.lab.profile.report import report_of, text_of
 from ddit_rt.lab.profile.run import profile_run
 from ddit_rt.lab.profile.subject import subject_of
-
-need_in_diffusers("LongCatAudioDiTPipeline")
-
-from longcat_models import tiny_pipeline
 
 STEPS = 8
 TEXTS = ("aabb", "ccdd", "eeff", "ghgh")

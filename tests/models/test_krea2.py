@@ -7,19 +7,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.pipelines.krea2.pipeline_krea2 import calculate_shift
 from driving import assert_equal, keep, runs
-from extras import need_in_diffusers
 from family_suite import TOLERANCE, FamilyCase, FamilySuite, eager, graphs
+from krea2_models import tiny_embeds, tiny_pipeline, tiny_transformer
 from models import noise
 
 import ddit_rt
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models import family_of
-
-need_in_diffusers("Krea2Pipeline")
-
-from diffusers.pipelines.krea2.pipeline_krea2 import calculate_shift
-from krea2_models import tiny_embeds, tiny_pipeline, tiny_transformer
 
 __all__ = ["graphs"]
 

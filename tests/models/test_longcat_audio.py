@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from driving import assert_equal, keep, relative_error, runs
-from extras import need_in_diffusers
 from family_suite import (
     TOLERANCE,
     FamilyCase,
@@ -20,6 +19,7 @@ from family_suite import (
     graphs,
     trace_of,
 )
+from longcat_models import CHANNELS, RATE, TEXT_WIDTH, tiny_pipeline, tiny_prompts, tiny_transformer
 from models import noise
 
 import ddit_rt
@@ -30,10 +30,6 @@ from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.loop import CudaExecutor
 from ddit_rt.models import family_of
 from ddit_rt.steps import Resampling, matched_level
-
-need_in_diffusers("LongCatAudioDiTPipeline")
-
-from longcat_models import CHANNELS, RATE, TEXT_WIDTH, tiny_pipeline, tiny_prompts, tiny_transformer
 
 __all__ = ["graphs"]
 

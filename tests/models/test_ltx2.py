@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from driving import FINE, assert_equal
-from extras import need_in_diffusers
 from family_suite import (
     KINDS,
     MIXED,
@@ -25,6 +24,7 @@ from family_suite import (
     lora_of,
     trace_of,
 )
+from ltx2_models import CHANNELS, tiny_embeds, tiny_pipeline, tiny_transformer
 from models import noise, seeded
 from torch import Tensor
 
@@ -37,10 +37,6 @@ from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.loop import CudaExecutor
 from ddit_rt.models import family_of
 from ddit_rt.steps import StepModel
-
-need_in_diffusers("LTX2Pipeline")
-
-from ltx2_models import CHANNELS, tiny_embeds, tiny_pipeline, tiny_transformer
 
 __all__ = ["graphs"]
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
-from extras import need_in_diffusers
+from longcat_models import tiny_pipeline as sounding_pipeline
 from models import tiny_transformer
 from served import config
 
@@ -21,8 +19,6 @@ def test_a_bare_transformer_answers_no_prompts() -> None:
 
 
 def test_sound_would_be_left_out() -> None:
-    need_in_diffusers("LongCatAudioDiTPipeline")
-    pipeline = import_module("longcat_models").tiny_pipeline()
-    engine = ddit_rt.compile(pipeline, backend="eager", progress=False)
+    engine = ddit_rt.compile(sounding_pipeline(), backend="eager", progress=False)
     with pytest.raises(UnsupportedModelError, match="makes sound"):
         create_app(engine, config())

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from extras import need_in_diffusers
+from diffusers.hooks.sea_cache import _apply_sea_filter
 from models import noise
 from torch import Tensor
 
 from ddit_rt.steps import LatentSignal
-
-need_in_diffusers("SeaCacheConfig")
-
-from diffusers.hooks.sea_cache import _apply_sea_filter
 
 SIGMAS = torch.tensor([1.0, 0.83, 0.4, 0.02])
 

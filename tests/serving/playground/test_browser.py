@@ -26,7 +26,7 @@ from ddit_rt.lab.demo.plans import demo_calibration
 
 need("playwright")
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, expect  # noqa: E402 - after what skips without it
 
 pytestmark = pytest.mark.slow
 expect.set_options(timeout=60_000)
