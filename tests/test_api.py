@@ -69,4 +69,7 @@ def test_the_typed_call_has_the_arguments_of_every_pipeline_and_no_others() -> N
     names = {name for family in FAMILIES for name in family.pipeline_classes}
     calls = [getattr(diffusers, name).__call__ for name in names]
     taken = {name for call in calls for name in inspect.signature(call).parameters}
-    assert set(get_type_hints(CallArguments)) == taken - {"self", "prompt"}
+    arguments = set(get_type_hints(CallArguments))
+    assert taken - {"self", "prompt"} <= arguments
+    if diffusers.__version__ >= "0.42":  # older pipelines take fewer
+        assert arguments == taken - {"self", "prompt"}
