@@ -51,14 +51,14 @@ struct Grid {
   }
 };
 
-// kLines more values for every column, a line of each of the newest latents after the other.
+// kCount more values for every column, a line of each of the newest latents after the other.
 // `first` is the number of values before them.
-template <int kOrder, int kLines>
+template <int kOrder, int kCount>
 DDIT_RT_HD void add_lines(const float* const (&newest)[4], const int64_t* line_at, int64_t first,
                           float* __restrict__ mean, float* __restrict__ m2, int64_t columns) {
-  const float* __restrict__ z[kLines][4];
-  float reciprocal[kLines];
-  for (int i = 0; i < kLines; ++i) {
+  const float* __restrict__ z[kCount][4];
+  float reciprocal[kCount];
+  for (int i = 0; i < kCount; ++i) {
     for (int age = 0; age < 4; ++age) z[i][age] = newest[age] + line_at[i];
     reciprocal[i] = 1.0f / static_cast<float>(first + i + 1);
   }
@@ -66,7 +66,7 @@ DDIT_RT_HD void add_lines(const float* const (&newest)[4], const int64_t* line_a
     float mean_x = mean[x];
     float m2_x = m2[x];
 #pragma GCC unroll 8
-    for (int i = 0; i < kLines; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       const float value = difference<kOrder>(
           z[i][0][x], z[i][1][x], kOrder >= 2 ? z[i][2][x] : 0.0f, kOrder >= 3 ? z[i][3][x] : 0.0f);
       const float delta = value - mean_x;
