@@ -7,6 +7,7 @@
 #include <limits>
 #include <numeric>
 #include <sstream>
+#include <utility>
 
 #include "ddit_rt/difference.h"
 #include "ddit_rt/solver.h"
@@ -59,6 +60,14 @@ void check_patch(const PatchShape& shape, int64_t patch, const char* op) {
 template <typename T>
 T* offset(const Tensor& tensor, int64_t index) {
   return static_cast<T*>(tensor.data_ptr()) + index;
+}
+
+HeadsView heads_view(const Tensor& tensor, const char* op, const char* name) {
+  check_dtype(tensor, ScalarType::Float, op, name);
+  STD_TORCH_CHECK(tensor.dim() == 4, "ddit_rt::", op, ": ", name, " has shape ",
+                  shape_text(shape_of(tensor)), ", expected [B, n, heads, width]");
+  return {offset<const float>(tensor, 0), tensor.stride(0), tensor.stride(1), tensor.stride(2),
+          tensor.stride(3)};
 }
 
 void check_step(int64_t step, int64_t steps, const char* op) {
@@ -168,6 +177,57 @@ ScoreArgs score_args(const Tensor& history, std::vector<int64_t> patch_sizes, do
   for (int64_t i = 0; i < kHistoryLength; ++i) {
     args.newest[i] = offset<const float>(history, (head + i) % kHistoryLength * count);
   }
+  return args;
+}
+
+AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tensor& value,
+                             double scale) {
+  constexpr const char* kOp = "attention";
+  AttentionArgs args{};
+  args.query = heads_view(query, kOp, "query");
+  args.key = heads_view(key, kOp, "key");
+  args.value = heads_view(value, kOp, "value");
+  args.batch = query.size(0);
+  args.queries = query.size(1);
+  args.heads = query.size(2);
+  args.width = query.size(3);
+  args.keys = key.size(1);
+  args.scale = scale;
+  STD_TORCH_CHECK(args.keys >= 1, "ddit_rt::attention: key has shape ", shape_text(key),
+                  ", expected at least one token");
+  for (const auto& [tensor, name] : {std::pair{&key, "key"}, std::pair{&value, "value"}}) {
+    check_shape(*tensor, {args.batch, args.keys, args.heads, args.width}, kOp, name);
+    check_same_device(*tensor, query, kOp, name);
+  }
+  return args;
+}
+
+NormRotateArgs norm_rotate_args(const Tensor& values, const Tensor& weight, const Tensor& cos,
+                                const Tensor& sin, double eps) {
+  constexpr const char* kOp = "norm_rotate";
+  NormRotateArgs args{};
+  args.values = heads_view(values, kOp, "values");
+  args.batch = values.size(0);
+  args.tokens = values.size(1);
+  args.heads = values.size(2);
+  args.width = values.size(3);
+  STD_TORCH_CHECK(args.width % 2 == 0 && (args.width <= 1 || args.values.channel == 1),
+                  "ddit_rt::norm_rotate: values have shape ", shape_text(values), " and stride ",
+                  args.values.channel, " between channels, expected an even number side by side");
+  args.over_all = weight.numel() != args.width;
+  check_shape(weight, {args.over_all ? args.heads * args.width : args.width}, kOp, "weight");
+  check_shape(cos, {args.tokens, args.width}, kOp, "cos");
+  check_shape(sin, {args.tokens, args.width}, kOp, "sin");
+  for (const auto& [tensor, name] :
+       {std::pair{&weight, "weight"}, std::pair{&cos, "cos"}, std::pair{&sin, "sin"}}) {
+    check_dtype(*tensor, ScalarType::Float, kOp, name);
+    check_contiguous(*tensor, kOp, name);
+    check_same_device(*tensor, values, kOp, name);
+  }
+  args.weight = offset<const float>(weight, 0);
+  args.cos = offset<const float>(cos, 0);
+  args.sin = offset<const float>(sin, 0);
+  args.eps = static_cast<float>(eps);
   return args;
 }
 

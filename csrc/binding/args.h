@@ -53,6 +53,56 @@ struct ScoreArgs {
 ScoreArgs score_args(const Tensor& history, std::vector<int64_t> patch_sizes, double quantile,
                      int64_t order, int64_t head);
 
+// float32 [B, n, heads, width] of any strides, which are counted in values.
+struct HeadsView {
+  const float* data;
+  int64_t sample;
+  int64_t token;
+  int64_t head;
+  int64_t channel;
+
+  const float* at(int64_t b, int64_t n, int64_t h) const {
+    return data + b * sample + n * token + h * head;
+  }
+};
+
+struct AttentionArgs {
+  int64_t batch;
+  int64_t heads;
+  int64_t queries;
+  int64_t keys;
+  int64_t width;
+  double scale;
+  HeadsView query;
+  HeadsView key;
+  HeadsView value;
+  float* out;  // [B, queries, heads, width], contiguous; not set yet
+
+  float* out_at(int64_t b, int64_t n, int64_t h) const {
+    return out + ((b * queries + n) * heads + h) * width;
+  }
+};
+
+AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tensor& value,
+                             double scale);
+
+struct NormRotateArgs {
+  int64_t batch;
+  int64_t tokens;
+  int64_t heads;
+  int64_t width;  // even
+  bool over_all;  // heads together, else each
+  HeadsView values;
+  const float* weight;  // [heads * width], or [width]
+  const float* cos;     // [tokens, width]
+  const float* sin;
+  float eps;
+  float* out;  // [B, tokens, heads, width], contiguous; not set yet
+};
+
+NormRotateArgs norm_rotate_args(const Tensor& values, const Tensor& weight, const Tensor& cos,
+                                const Tensor& sin, double eps);
+
 struct SolverArgs {
   int64_t count;             // values of one latent
   int64_t past_velocities;   // D: how many velocities before v[k] are kept

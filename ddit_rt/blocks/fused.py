@@ -27,7 +27,7 @@ def fuse_layers(template: BlockTemplate, block_type: BlockType, block: nn.Module
     """Makes one product of those of a template's layers that read the same tokens.
 
     Layers of other widths stay apart: on CUDA what a block's feed-forward reads ends in GELU, and
-    that is part of its product (`inductor.end_products_in_gelu`).
+    that is part of its product (`rewrites.end_products_in_gelu`).
 
     Args:
         template: A template of the block; changed.
@@ -104,7 +104,7 @@ class _Member(nn.Module):
         return self._own(self._wide[0](values), dim=-1)
 
     def words(self, values: Tensor) -> Tensor:
-        """The same as 32-bit words, of a product in 16 bits: see `models/words.py`."""
+        """The same as 32-bit words, of a product in 16 bits: see `models/processors.py`."""
         return self._own(self._wide[0](values).view(torch.int32), dim=-1)
 
     def _own(self, whole: Tensor, dim: int) -> Tensor:

@@ -16,7 +16,6 @@ user's. Measured on FluxTransformerBlock (d = 128, fp32, one thread, 256 + 16 to
 
 from __future__ import annotations
 
-import platform
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,10 +24,9 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Node
-from torch.utils._pytree import tree_map_only
 
 from ddit_rt.blocks.package import METADATA_KEY, PackageInfo, record_attention
+from ddit_rt.blocks.rewrites import rewrite_for
 from ddit_rt.torch_state import plain_defaults, shielded
 
 _NEEDED: Mapping[str, Any] = {
@@ -41,8 +39,6 @@ _NEEDED: Mapping[str, Any] = {
     "max_autotune": False,
     "max_autotune_gemm": False,
 }
-
-_X86 = ("x86_64", "AMD64")
 
 # Left out where this torch does not know them.
 _WHERE_KNOWN: Mapping[str, Any] = {
@@ -107,10 +103,7 @@ def compile_program(
     # Imported here: it takes a second.
     from torch._inductor import aoti_compile_and_package, config
 
-    if info.device == "cuda":
-        end_products_in_gelu(program)
-    elif has_onednn_products():
-        take_products_to_onednn(program)
+    rewrite_for(info.device, program)
     known = config.get_config_copy()
     optional = {name: value for name, value in _WHERE_KNOWN.items() if name in known}
     metadata = {"aot_inductor.metadata": {METADATA_KEY: info.to_json()}}
@@ -118,75 +111,6 @@ def compile_program(
     with _preferred_attention(info.device):
         aoti_compile_and_package(program, package_path=str(target), inductor_configs=settings)
     return record_attention(target, info)
-
-
-def end_products_in_gelu(program: ExportedProgram) -> None:
-    """Makes GELU, approximated by tanh, the last part of the matrix product before it.
-
-    On CUDA that is what the product of `_addmm_activation` ends in, and a pass over the widest
-    activations of a block less. On a CPU that operation has GELU's exact form.
-    """
-    aten = torch.ops.aten
-    graph = program.graph_module.graph
-
-    def call(target: Any, *args: Any, **kwargs: Any) -> Any:
-        node = graph.call_function(target, args, kwargs)
-        given, named = tree_map_only(Node, lambda one: one.meta["val"], (args, kwargs))
-        node.meta["val"] = target(*given, **named)
-        return node
-
-    for gelu in graph.find_nodes(op="call_function", target=aten.gelu.default):
-        linear = gelu.args[0]
-        is_product = linear.target is aten.linear.default and len(linear.args) == 3
-        is_inside = len(linear.users) == 1 and all(user.op != "output" for user in gelu.users)
-        if not (is_product and is_inside and gelu.kwargs == {"approximate": "tanh"}):
-            continue
-        values, weight, bias = linear.args
-        *rows, width = values.meta["val"].shape
-        with graph.inserting_before(gelu):
-            sizes = [
-                size if isinstance(size, int) else call(aten.sym_size.int, values, axis)
-                for axis, size in enumerate(rows)
-            ]
-            flat = call(aten.reshape.default, values, [-1, width])
-            turned = call(aten.t.default, weight)
-            out = call(aten._addmm_activation.default, bias, flat, turned, use_gelu=True)  # noqa: SLF001
-            whole = call(aten.reshape.default, out, [*sizes, linear.meta["val"].shape[-1]])
-        gelu.replace_all_uses_with(whole)
-        graph.erase_node(gelu)
-        graph.erase_node(linear)
-    program.graph_module.recompile()
-
-
-def has_onednn_products() -> bool:
-    """Whether blocks on this machine's CPU call oneDNN for their float32 products."""
-    return platform.machine() in _X86 and bool(torch._C._has_mkldnn)  # noqa: SLF001
-
-
-def take_products_to_onednn(program: ExportedProgram) -> None:
-    """Has oneDNN compute the float32 products of an x86 CPU, with the GELU that follows one.
-
-    It takes weights as they are. MKL, which torch would call, leaves AVX-512 unused on processors
-    that are not Intel's: half the speed there, and 5 to 10 % less with AVX2.
-    """
-    aten, onednn = torch.ops.aten, torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001
-    graph = program.graph_module.graph
-    for linear in graph.find_nodes(op="call_function", target=aten.linear.default):
-        values, weight, *bias = linear.args
-        if linear.meta["val"].dtype != torch.float32 or weight.op != "placeholder":
-            continue
-        last, ending, (user, *more) = linear, ("none", ""), linear.users
-        if user.target is aten.gelu.default and not more:
-            last, ending = user, ("gelu", user.kwargs.get("approximate", "none"))
-        name, algorithm = ending
-        given: list[Any] = [values, weight, bias[0] if bias else None, name, [], algorithm]
-        with graph.inserting_before(last):
-            product = graph.call_function(onednn, tuple(given))
-        product.meta = dict(last.meta)
-        last.replace_all_uses_with(product)
-        for node in dict.fromkeys((last, linear)):
-            graph.erase_node(node)
-    program.graph_module.recompile()
 
 
 @contextmanager

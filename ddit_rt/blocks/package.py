@@ -37,6 +37,7 @@ _METADATA_SUFFIX = "_metadata.json"
 _SOURCE_SUFFIXES = (".cpp", ".json")
 _ATTENTION = re.compile(
     rb"(?:aoti_torch_[a-z]+_|aten::|aten\.)_scaled_dot_product_(\w+?)(?:\.default)?[(\"]"
+    rb"|(ddit_rt)::attention\""
 )
 
 
@@ -62,7 +63,8 @@ class PackageInfo:
         ranges: Sizes that it was compiled for.
         constants: Shape and type of every constant, by canonical name.
         attention: The fused attention kernels that its code calls, such as `cudnn_attention` or
-            `flash_attention_for_cpu`; `math` where there are none. Empty: not recorded.
+            `flash_attention_for_cpu` of torch, or `ddit_rt`, this project's; `math` where there are
+            none. Empty: not recorded.
         fused: Layers of which it makes one product each.
     """
 
@@ -180,7 +182,8 @@ def record_attention(package: Path, info: PackageInfo) -> PackageInfo:
     with zipfile.ZipFile(package) as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}
     sources = [text for name, text in contents.items() if name.endswith(_SOURCE_SUFFIXES)]
-    found = {kind.decode() for text in sources for kind in _ATTENTION.findall(text)}
+    matches = (match for text in sources for match in _ATTENTION.finditer(text))
+    found = {match[match.lastindex or 0].decode() for match in matches}
     info = replace(info, attention=tuple(sorted(found)) or ("math",))
     with zipfile.ZipFile(package, "w") as archive:
         for name, content in contents.items():

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from ddit_rt.models.base import BlockType
 from ddit_rt.models.plain import check_plain
+from ddit_rt.models.processors import set_processors
 from ddit_rt.models.quantised import expose_weights
 from ddit_rt.models.structure import base_of
-from ddit_rt.models.words import read_by_words
 
 _PREFIX = "block."
 _LORA = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")
@@ -91,7 +91,7 @@ class BlockTemplate(nn.Module):
         check_plain(block, block_type.name)
         self.block = copy_block(block)
         expose_weights(self.block)
-        read_by_words(self.block)
+        set_processors(self.block)
         self._forward_block = block_type.forward
         if lora is not None:
             _inject(self.block, block_type, lora)

@@ -9,8 +9,8 @@ Three differences from diffusers' own `forward`, none of them in what is compute
 - On CUDA a product with each half of `proj_out` spares their concatenation; run eagerly that would
   be slower, so it is only for code that is generated from a trace.
 
-What else is done for CUDA is every model's: `words.py`, and GELU in `blocks/inductor.py`. Measured
-on an H200, kernel by kernel: `docs/gpu.md`.
+What else is done for CUDA is every model's: `processors.py`, and GELU in `blocks/rewrites.py`.
+Measured on an H200, kernel by kernel: `docs/gpu.md`.
 """
 
 from __future__ import annotations

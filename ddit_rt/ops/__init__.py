@@ -1,4 +1,4 @@
-"""Native ops of the engine: token packing, patch scores, the solver update, decisions.
+"""Native ops of the engine: token packing, patch scores, the solver update, decisions, attention.
 
 Each is a torch op in the namespace `ddit_rt` with a fake, so it works in eager mode, under
 `torch.compile` and in `torch.export`. Packing has CUDA kernels too. The others run on the CPU: on
@@ -18,8 +18,10 @@ from ddit_rt.ops.functions import (  # noqa: E402
     CACHE_RECORD,
     CacheReason,
     Reason,
+    attention,
     decide_,
     decide_reuse_,
+    norm_rotate,
     pack,
     patch_scores,
     solver_step_,
@@ -31,8 +33,10 @@ __all__ = [
     "CACHE_RECORD",
     "CacheReason",
     "Reason",
+    "attention",
     "decide_",
     "decide_reuse_",
+    "norm_rotate",
     "pack",
     "patch_scores",
     "solver_step_",

@@ -44,6 +44,16 @@ def _patch_scores(
     return history.new_empty((history.shape[1], len(patch_sizes)))
 
 
+def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    del key, value, scale
+    return query.new_empty(query.shape)
+
+
+def _norm_rotate(values: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    del weight, cos, sin, eps
+    return values.new_empty(values.shape)
+
+
 def _solver_step(
     history: Tensor, velocities: Tensor, velocity: Tensor, coefficients: Tensor, step: int
 ) -> None:
@@ -109,6 +119,8 @@ def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_fake("ddit_rt::pack", _pack)
 torch.library.register_fake("ddit_rt::unpack", _unpack)
 torch.library.register_fake("ddit_rt::patch_scores", _patch_scores)
+torch.library.register_fake("ddit_rt::attention", _attention)
+torch.library.register_fake("ddit_rt::norm_rotate", _norm_rotate)
 torch.library.register_fake("ddit_rt::solver_step_", _solver_step)
 torch.library.register_fake("ddit_rt::decide_", _decide)
 torch.library.register_fake("ddit_rt::decide_reuse_", _decide_reuse)

@@ -104,6 +104,52 @@ def patch_scores(
     return scores
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """Attention without a mask, on a CPU: `softmax(scale * query key^T) value` for each head.
+
+    Compiled blocks call it in the place of `torch.nn.functional.scaled_dot_product_attention`. A
+    query's result depends neither on the number of threads nor on the other queries.
+
+    Args:
+        query: `[B, n, heads, width]`, float32, of any strides.
+        key: `[B, m, heads, width]`, float32, of any strides; at least one token.
+        value: As `key`.
+        scale: Of the scores; `width ** -0.5` if it is None.
+
+    Returns:
+        `[B, n, heads, width]`, float32, contiguous.
+
+    Raises:
+        RuntimeError: Shapes that do not fit, or another dtype.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    attended: Tensor = torch.ops.ddit_rt.attention(query, key, value, scale)
+    return attended
+
+
+def norm_rotate(heads: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """RMS norm of queries or keys, then their rotary embedding, on a CPU.
+
+    Channels 2 i and 2 i + 1 are a pair, as diffusers' FLUX and Wan rotate them. The result is the
+    same for any number of threads.
+
+    Args:
+        heads: `[B, n, heads, width]`, float32; an even width, its channels side by side.
+        weight: `[width]` of a norm of each head, or `[heads * width]` of one of all heads.
+        cos: `[n, width]`, float32.
+        sin: As `cos`.
+        eps: Added to the mean of squares.
+
+    Returns:
+        `[B, n, heads, width]`, float32, contiguous.
+
+    Raises:
+        RuntimeError: Shapes that do not fit, or another dtype or layout.
+    """
+    rotated: Tensor = torch.ops.ddit_rt.norm_rotate(heads, weight, cos, sin, eps)
+    return rotated
+
+
 class Reason(IntEnum):
     """Why a step got its bucket: the C++ enum `Reason` of `policy.h`, kept equal by a test."""
 

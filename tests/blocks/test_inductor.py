@@ -18,19 +18,13 @@ import torch
 import torch._inductor.config as inductor
 from block_models import CompiledBlocks, archive, block_inputs
 from diffusers import FluxTransformer2DModel
-from torch import Tensor, nn
-from torch.export import Dim
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 
 from ddit_rt.blocks import PackageInfo, TokenRanges, compile_block, load_runner, read_info
 from ddit_rt.blocks.compile import _EXAMPLES, _example_sizes
-from ddit_rt.blocks.inductor import (
-    _NEEDED,
-    _preferred_attention,
-    end_products_in_gelu,
-    take_products_to_onednn,
-)
+from ddit_rt.blocks.inductor import _NEEDED, _preferred_attention
 from ddit_rt.blocks.package import record_attention
+from ddit_rt.blocks.rewrites import has_native_attention
 from ddit_rt.models import family_of
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType
 
@@ -202,6 +196,7 @@ def test_attention_is_chosen_in_a_fixed_order() -> None:
             void cpp_fused__scaled_dot_product_flash_attention_for_cpu_0(""",
             ("math",),
         ),
+        ('"target": "ddit_rt::attention",', ("ddit_rt",)),
         ("aoti_torch_cpu_bmm_out(buf1, a, b)", ("math",)),
     ],
 )
@@ -220,7 +215,8 @@ def test_packages_name_the_attention_that_they_call(compiled_blocks: CompiledBlo
         for lora in (False, True):
             info = read_info(compiled_blocks.package(block, lora=lora))
             assert info.block == block
-            assert info.attention == ("flash_attention_for_cpu",)
+            native = ("ddit_rt",) if has_native_attention() else ("flash_attention_for_cpu",)
+            assert info.attention == native
 
 
 def test_package_older_than_the_record_can_be_read() -> None:
@@ -241,61 +237,6 @@ def test_example_on_cuda_is_a_real_picture() -> None:
     sizes = _example_sizes(small, _EXAMPLES["cuda"])
     assert (sizes[IMAGE], sizes[TEXT]) == (1024, 77)
     assert _example_sizes(TokenRanges(), _EXAMPLES["cpu"])[IMAGE] == 22
-
-
-class Products(nn.Module):
-    """GELU behind a product that nothing else reads, and three that have to stay."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide, self.other = nn.Linear(8, 16), nn.Linear(8, 16)
-        self.back = nn.Linear(16, 8, bias=False)
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        gelu = nn.functional.gelu
-        read_twice = self.other(tokens)
-        return (
-            self.back(gelu(self.wide(tokens), approximate="tanh")),
-            self.back(gelu(self.wide(tokens))),
-            self.back(gelu(read_twice, approximate="tanh")) + read_twice.mean(),
-            gelu(self.back(read_twice), approximate="tanh") * 2,
-        )
-
-
-def test_gelu_by_tanh_ends_the_product_before_it() -> None:
-    torch.manual_seed(0)
-    module = Products().requires_grad_(False)
-    shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
-    program = torch.export.export(module, (torch.randn(2, 5, 8),), dynamic_shapes=shapes)
-    end_products_in_gelu(program)
-    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    assert calls.count(torch.ops.aten._addmm_activation.default) == 1
-    assert calls.count(torch.ops.aten.gelu.default) == 3
-    tokens = torch.randn(3, 7, 8)
-    found, expected = program.module()(tokens), module(tokens)
-    # On a CPU the operation has the exact form.
-    assert torch.allclose(found[0], module.back(nn.functional.gelu(module.wide(tokens))), atol=1e-6)
-    assert all(map(torch.equal, found[1:], expected[1:]))
-
-
-@pytest.mark.skipif(not torch._C._has_mkldnn, reason="this torch has no oneDNN")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_in_float32_are_onednns(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    module = Products().requires_grad_(False).to(dtype)
-    shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
-    example = torch.randn(2, 5, 8, dtype=dtype)
-    program = torch.export.export(module, (example,), dynamic_shapes=shapes)
-    take_products_to_onednn(program)
-    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    ours = dtype == torch.float32
-    assert calls.count(torch.ops.mkldnn._linear_pointwise.default) == 7 * ours
-    assert calls.count(torch.ops.aten.linear.default) == 7 * (not ours)
-    # One is read twice.
-    assert calls.count(torch.ops.aten.gelu.default) == (1 if ours else 4)
-    tokens = torch.randn(3, 7, 8, dtype=dtype)
-    found, expected = program.module()(tokens), module(tokens)
-    assert all(map(torch.allclose, found, expected, [1e-5] * 4, [1e-6] * 4))
 
 
 @pytest.mark.slow

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
+from ddit_rt.blocks.rewrites import has_native_attention
 from ddit_rt.cli import main
+
+ATTENTION = "ddit_rt" if has_native_attention() else "flash_attention_for_cpu"
 
 
 def info(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
@@ -31,7 +34,7 @@ def test_json_tells_what_the_artifact_holds(
     on_disk = sum(path.stat().st_size for path in artifact.rglob("*.pt2"))
     assert data["memory"]["packages_bytes"] == on_disk
     assert sum(entry["bytes"] for entry in packages.values()) == on_disk
-    assert data["attention"] == {name: ["flash_attention_for_cpu"] for name in packages}
+    assert data["attention"] == {name: [ATTENTION] for name in packages}
 
 
 def test_model_adds_memory_counts(
@@ -74,7 +77,7 @@ def test_nothing_of_the_artifact_is_executed(
     text = capsys.readouterr().out
     assert "--trust-code" in text
     assert "FluxTransformerBlock" in text
-    assert text.count("attention: flash_attention_for_cpu") == 2
+    assert text.count(f"attention: {ATTENTION}") == 2
 
 
 def test_altered_package_is_exit_3(

@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from ddit_rt.models import flux_blocks, words
+from ddit_rt.models import flux_blocks, processors
 
 WIDTH, HEADS, TEXT, IMAGE = 64, 2, 5, 12
 
@@ -78,9 +78,9 @@ def test_as_generated_for_cuda_they_differ_by_rounding(
     reference = expected(exact, path, tuple(tensor.float() for tensor in tensors))
     as_diffusers = expected(model, path, tensors)
     monkeypatch.setattr(flux_blocks, "_for_cuda", lambda _: True)
-    monkeypatch.setattr(words, "_by_words", words._are_words)
+    monkeypatch.setattr(processors, "_is_known", processors._is_plain)
     template = copy.deepcopy(model)
-    words.read_by_words(template)
+    processors.set_processors(template)
     fast = found(template, path, tensors)
     # Not much further from the exact result than diffusers' own order of operations.
     assert distance(fast, reference) <= 1.25 * distance(as_diffusers, reference) + 1e-6

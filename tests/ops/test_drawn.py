@@ -16,7 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddit_rt.ops import decide_, decide_reuse_, pack, patch_scores, solver_step_, unpack
+from ddit_rt.ops import (
+    attention,
+    decide_,
+    decide_reuse_,
+    norm_rotate,
+    pack,
+    patch_scores,
+    solver_step_,
+    unpack,
+)
 from ddit_rt.ops.functions import solver_step_in_torch
 
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -67,6 +76,40 @@ def test_pack_and_unpack(data: Any, p: int, dtype: torch.dtype, channels_last: b
     turned = tokens.transpose(0, 1).contiguous().transpose(0, 1)
     if channels:
         assert torch.equal(unpack(turned, p, *size, channels_last=channels_last), latents)
+
+
+@drawn(60)
+@given(data=st.data(), heads=st.integers(1, 3), width=st.integers(1, 40))
+def test_attention(data: Any, heads: int, width: int) -> None:
+    batch, queries, keys = data.draw(SMALL), data.draw(st.integers(0, 120)), data.draw(SMALL) + 1
+    sizes = (queries, keys, keys)
+    tensors = [data.draw(laid_out((batch, n, heads, width), torch.float32)) for n in sizes]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(tensor.double().transpose(1, 2) for tensor in tensors)
+    )
+    found = attention(*tensors)
+    assert torch.allclose(found, expected.transpose(1, 2).float(), atol=1e-5)
+
+
+@drawn(60)
+@given(data=st.data(), pairs=st.integers(1, 40), over_all=st.booleans())
+def test_norm_and_rotation(data: Any, pairs: int, over_all: bool) -> None:
+    batch, tokens, heads = data.draw(SMALL), data.draw(SMALL), data.draw(st.integers(1, 3))
+    width = 2 * pairs
+    values = data.draw(laid_out((batch, tokens, heads, width), torch.float32))
+    wide = heads * width if over_all else width
+    weight, cos, sin = torch.rand(wide), torch.rand(tokens, width), torch.rand(tokens, width)
+    if values.stride(-1) != 1:
+        with pytest.raises(RuntimeError, match="side by side"):
+            norm_rotate(values, weight, cos, sin, 1e-6)
+        return
+    grouped = values.reshape(batch, tokens, 1 if over_all else heads, wide).double()
+    normed = torch.nn.functional.rms_norm(grouped, (wide,), weight.double(), 1e-6)
+    even, odd = normed.reshape(batch, tokens, heads, pairs, 2).unbind(-1)
+    turned = torch.stack((-odd, even), dim=-1).reshape(batch, tokens, heads, width)
+    expected = normed.reshape(turned.shape) * cos[:, None] + turned * sin[:, None]
+    found = norm_rotate(values, weight, cos, sin, 1e-6)
+    assert torch.allclose(found, expected.float(), atol=1e-5)
 
 
 @drawn(60)

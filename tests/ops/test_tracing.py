@@ -32,6 +32,8 @@ def op_calls() -> list[tuple[str, tuple[Any, ...]]]:
         ("unpack", (torch.randn(2, 96, 12, requires_grad=True), 2, 8, 12, 4, True)),
         ("patch_scores", (history, [2, 4], 0.4)),
         ("patch_scores", (history, [4], 0.4, 2, 3)),
+        ("attention", (*torch.randn(3, 2, 5, 3, 8), 0.5)),
+        ("norm_rotate", (some(2, 5, 3, 8), some(8), some(5, 8), some(5, 8), 1e-6)),
         ("solver_step_", (history, ring, latents, table, 3)),
         ("decide_", decide),
         ("decide_reuse_", reuse),

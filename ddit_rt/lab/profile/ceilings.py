@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddit_rt.blocks.inductor import has_onednn_products
+from ddit_rt.blocks.rewrites import has_onednn_products
 
 MATRIX_EDGE = {"cuda": 8192, "cpu": 1024}
 """Rows and columns of the matrices whose product is timed, by kind of device."""

@@ -1,4 +1,4 @@
-"""Norm and rotary embedding by 32-bit words, against diffusers' own."""
+"""Norm and rotary embedding in one pass, against diffusers' own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor, nn
 
-from ddit_rt.models import words
-from ddit_rt.models.words import norm_rotate, read_by_words
+from ddit_rt.models import processors
+from ddit_rt.models.processors import norm_rotate, set_processors
 
 TOKENS, HEADS, WIDTH = 12, 2, 32
 
@@ -23,22 +23,26 @@ def tables() -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("over", [1, HEADS], ids=["each head", "all heads"])
-def test_it_is_what_diffusers_computes(over: int) -> None:
+def test_it_is_what_diffusers_computes(over: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    values = torch.randn(2, TOKENS, HEADS, WIDTH, dtype=torch.bfloat16)
-    if over > 1:
-        values = values.flatten(2)
-    norm = nn.RMSNorm(over * WIDTH, eps=1e-6, dtype=torch.bfloat16).requires_grad_(False)
+    values = torch.randn(2, TOKENS, HEADS, WIDTH, dtype=dtype)
+    norm = nn.RMSNorm(over * WIDTH, eps=1e-6, dtype=dtype).requires_grad_(False)
     norm.weight.uniform_(0.5, 1.5)
     cos, sin = tables()
     exact = nn.functional.rms_norm(
-        values.double(), (over * WIDTH,), norm.weight.double(), norm.eps
+        values.view(2, TOKENS, -1, over * WIDTH).double(),
+        (over * WIDTH,),
+        norm.weight.double(),
+        norm.eps,
     ).view(2, TOKENS, HEADS, WIDTH)
     exact = apply_rotary_emb(exact.float(), (cos, sin), sequence_dim=1)
-    found = norm_rotate(values, norm, cos[:, None], sin[:, None])
-    assert found.dtype is torch.bfloat16
-    assert torch.allclose(found.float(), exact, rtol=2**-8, atol=1e-6)  # one rounding
+    given = values if dtype is torch.float32 else values.view(torch.int32)
+    found = norm_rotate(given, norm, cos[:, None], sin[:, None])
+    assert found.dtype is dtype
+    rounding = 2**-8 if dtype is torch.bfloat16 else 1e-6
+    assert torch.allclose(found.float(), exact, rtol=rounding, atol=1e-6)
 
 
 def test_self_attention_of_wan_differs_by_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,8 +52,8 @@ def test_self_attention_of_wan_differs_by_rounding(monkeypatch: pytest.MonkeyPat
     rotary = tuple(table[None, :, None] for table in tables())
     exact = copy.deepcopy(attn).float()(hidden.float(), rotary_emb=rotary)
     own = attn(hidden, rotary_emb=rotary)
-    monkeypatch.setattr(words, "_by_words", words._are_words)
-    read_by_words(attn)
+    monkeypatch.setattr(processors, "_is_known", processors._is_plain)
+    set_processors(attn)
     fast = attn(hidden, rotary_emb=rotary)
     assert not torch.equal(fast, own)
     assert distance(fast, exact) <= 1.1 * distance(own, exact)
@@ -57,31 +61,31 @@ def test_self_attention_of_wan_differs_by_rounding(monkeypatch: pytest.MonkeyPat
 
 def test_what_is_not_known_is_diffusers_own(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(words, "_by_words", words._are_words)
+    monkeypatch.setattr(processors, "_is_known", processors._is_plain)
     attn = wan_attention()
     hidden, text = (torch.randn(2, n, HEADS * WIDTH, dtype=torch.bfloat16) for n in (TOKENS, 5))
     expected = attn(hidden, text)
-    read_by_words(attn)
+    set_processors(attn)
     assert torch.equal(attn(hidden, text), expected)
 
     class Mine(WanAttnProcessor):  # type: ignore[misc]
         pass
 
     attn.processor = mine = Mine()
-    read_by_words(attn)
+    set_processors(attn)
     assert attn.processor is mine
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 def test_norms_in_float32_are_diffusers_own(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(words, "_by_words", words._are_words)
+    monkeypatch.setattr(processors, "_is_known", processors._is_plain)
     attn = wan_attention()
     attn.norm_q.float()
     hidden = torch.randn(2, TOKENS, HEADS * WIDTH, dtype=torch.bfloat16)
     rotary = tuple(table[None, :, None] for table in tables())
     expected = attn(hidden, rotary_emb=rotary)
-    read_by_words(attn)
+    set_processors(attn)
     assert torch.equal(attn(hidden, rotary_emb=rotary), expected)
 
 

@@ -1,9 +1,10 @@
-"""Attention whose norm and rotary embedding read and write two bfloat16 channels as one word.
+"""Attention whose norm and rotary embedding touch queries and keys once.
 
-Taken apart as diffusers does, by strides of two, each channel of a rotated pair is a load of 16
-bits. These processors compute the same from 32-bit words, where code for CUDA is generated from a
-trace; elsewhere, and for what they do not know, they call diffusers' own. Measured on an H200,
-kernel by kernel: `docs/gpu.md`.
+Taken apart as diffusers does, by strides of two, each channel of a rotated pair is a load of its
+own. In bfloat16 these processors compute the same from 32-bit words of two channels, for code on
+CUDA (measured on an H200, kernel by kernel: `docs/gpu.md`); in float32 they call the op
+`ddit_rt::norm_rotate`, for code on a CPU. So they do where code is generated from a trace;
+elsewhere, and for what they do not know, they call diffusers' own.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddit_rt import ops
+
 Rotary = tuple[Tensor, Tensor]
 
 
-def read_by_words(block: nn.Module) -> None:
+def set_processors(block: nn.Module) -> None:
     """Gives the attention layers of a block that is to be compiled processors of this file.
 
     Args:
@@ -30,7 +33,7 @@ def read_by_words(block: nn.Module) -> None:
             module.processor = made(own)
 
 
-class _Words:
+class _Processor:
     """In the place of a processor of diffusers, which it calls for what it does not know.
 
     Args:
@@ -41,7 +44,7 @@ class _Words:
         self._own = own
 
 
-class FluxWords(_Words):
+class FluxProcessor(_Processor):
     """In the place of a `FluxAttnProcessor`; RMS norm is over each head."""
 
     def __call__(
@@ -63,14 +66,12 @@ class FluxWords(_Words):
         """
         hidden, text = hidden_states, encoder_hidden_states
         known = attention_mask is None and image_rotary_emb is not None
-        if not (known and _by_words(attn, hidden)):
+        if not (known and _is_known(attn, hidden)):
             return self._own(attn, hidden, text, attention_mask, image_rotary_emb)
         assert image_rotary_emb is not None
         cos, sin = (table[:, None] for table in image_rotary_emb)
         width = attn.head_dim
-        query, key = (
-            _heads(_words_of(layer, hidden), width // 2) for layer in (attn.to_q, attn.to_k)
-        )
+        query, key = (_projected(layer, hidden, width) for layer in (attn.to_q, attn.to_k))
         value = _heads(attn.to_v(hidden), width)
         if text is None:
             query = norm_rotate(query, attn.norm_q, cos, sin)
@@ -78,8 +79,7 @@ class FluxWords(_Words):
             return _attend(query, key, value)
         count = text.shape[1]
         text_query, text_key = (
-            _heads(_words_of(layer, text), width // 2)
-            for layer in (attn.add_q_proj, attn.add_k_proj)
+            _projected(layer, text, width) for layer in (attn.add_q_proj, attn.add_k_proj)
         )
         text_value = _heads(attn.add_v_proj(text), width)
         query, key = (
@@ -102,7 +102,7 @@ class FluxWords(_Words):
         return out, attn.to_add_out(attended[:, :count])
 
 
-class WanWords(_Words):
+class WanProcessor(_Processor):
     """In the place of a `WanAttnProcessor`; RMS norm is over all heads together."""
 
     def __call__(
@@ -124,48 +124,53 @@ class WanWords(_Words):
         """
         hidden = hidden_states
         known = encoder_hidden_states is None and attention_mask is None and rotary_emb is not None
-        if not (known and _by_words(attn, hidden)):
+        if not (known and _is_known(attn, hidden)):
             given = (attn, hidden, encoder_hidden_states, attention_mask, rotary_emb)
             result: Tensor = self._own(*given)
             return result
         assert rotary_emb is not None
         cos, sin = rotary_emb
+        width = cos.shape[-1]
         query, key = (
-            norm_rotate(_words_of(layer, hidden), norm, cos, sin)
+            norm_rotate(_projected(layer, hidden, width), norm, cos, sin)
             for layer, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
         )
-        out = _attend(query, key, _heads(attn.to_v(hidden), cos.shape[-1]))
+        out = _attend(query, key, _heads(attn.to_v(hidden), width))
         for layer in attn.to_out:
             out = layer(out)
         return out
 
 
 _PROCESSORS: Mapping[str, Callable[[Any], Any]] = {
-    "FluxAttnProcessor": FluxWords,
-    "WanAttnProcessor": WanWords,
+    "FluxAttnProcessor": FluxProcessor,
+    "WanAttnProcessor": WanProcessor,
 }
 
 
-def norm_rotate(values: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:
-    """RMS norm over the last dimension, then the rotary embedding, by 32-bit words.
+def norm_rotate(heads: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:
+    """RMS norm over each head or all heads, as the weight is wide, then the rotary embedding.
 
     Args:
-        values: Tokens, `[B, n, heads, width]`, or `[B, n, heads * width]` where the norm is over
-            all heads; bfloat16, contiguous, or int32 and half as wide.
-        norm: An RMS norm with a weight in bfloat16 and no bias.
+        heads: `[B, n, heads, width]` in float32, or bfloat16 as int32 words and half as wide.
+        norm: An RMS norm with a weight of the same dtype and no bias.
         cos: float32, `[..., n, 1, width]`; the two channels of a pair have the same.
         sin: As `cos`.
 
     Returns:
-        `[B, n, heads, width]`.
+        `[B, n, heads, width]`, of the norm's dtype.
     """
+    if heads.dtype is torch.float32:
+        cos, sin = (table.flatten(0, -2) for table in (cos, sin))
+        return ops.norm_rotate(heads, norm.weight, cos, sin, norm.eps)
+    values = heads if norm.weight.shape[-1] == cos.shape[-1] else heads.flatten(2)
     even, odd = _halves(values)
     mean = (even.square() + odd.square()).mean(-1, keepdim=True) / 2
     scale = torch.rsqrt(mean + norm.eps)
     even_weight, odd_weight = _halves(norm.weight)
-    even, odd = even * scale * even_weight, odd * scale * odd_weight
-    if values.dim() == 3:
-        even, odd = (_heads(half, cos.shape[-1] // 2) for half in (even, odd))
+    even, odd = (
+        (half * scale * weight).view(heads.shape)
+        for half, weight in ((even, even_weight), (odd, odd_weight))
+    )
     cos, sin = cos[..., ::2], sin[..., ::2]
     return _words(even * cos - odd * sin, odd * cos + even * sin)
 
@@ -187,14 +192,15 @@ def _words(even: Tensor, odd: Tensor) -> Tensor:
     return ((lower & 0xFFFF) | (upper << 16)).view(torch.bfloat16)
 
 
-def _words_of(layer: Any, tokens: Tensor) -> Tensor:
-    """What a linear layer makes of tokens in bfloat16, as words, `[B, n, w / 2]`.
+def _projected(layer: Any, tokens: Tensor, width: int) -> Tensor:
+    """What a linear layer makes of tokens, by heads: `[B, n, heads, width]`, or words of that.
 
     One product of several layers is read so as a whole: generated code would copy a part first.
     """
+    if tokens.dtype is torch.float32:
+        return _heads(layer(tokens), width)
     own = getattr(layer, "words", None)
-    words: Tensor = layer(tokens).view(torch.int32) if own is None else own(tokens)
-    return words
+    return _heads(layer(tokens).view(torch.int32) if own is None else own(tokens), width // 2)
 
 
 def _heads(tokens: Tensor, width: int) -> Tensor:
@@ -207,15 +213,16 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
-def _by_words(attn: Any, tensor: Tensor) -> bool:
-    """Whether code for CUDA is being generated, of layers apart and all in bfloat16."""
-    is_generated = tensor.is_cuda and torch.compiler.is_exporting()
-    return is_generated and not attn.fused_projections and _are_words(attn, tensor)
+def _is_known(attn: Any, tensor: Tensor) -> bool:
+    """Whether code is being generated, of layers apart and all in the dtype for the device."""
+    dtype = torch.bfloat16 if tensor.is_cuda else torch.float32
+    is_generated = tensor.dtype is dtype and torch.compiler.is_exporting()
+    return is_generated and not attn.fused_projections and _is_plain(attn, tensor)
 
 
-def _are_words(attn: Any, tensor: Tensor) -> bool:
-    """Norms may be kept in float32, whose channels are words already."""
+def _is_plain(attn: Any, tensor: Tensor) -> bool:
+    """Norms may have no weight, or be kept in float32, whose channels are words already."""
     names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
     norms = [norm for name in names if (norm := getattr(attn, name, None)) is not None]
-    dtypes = {tensor.dtype, *(norm.weight.dtype for norm in norms)}
-    return dtypes == {torch.bfloat16}
+    weights = [getattr(norm, "weight", None) for norm in norms]
+    return all(weight is not None and weight.dtype is tensor.dtype for weight in weights)
