@@ -39,4 +39,4 @@ export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktra
 export LD_PRELOAD="$(library libasan.so) $(library libubsan.so) $(library libstdc++.so)"
 (cd "$build" && python -c "import ddit_rt.ops._library as o; d = o._directory(); assert str(d) == '$site/ddit_rt', d")
 timeout --signal=INT "${SECONDS_MOST:-600}" pytest -q -p no:cacheprovider \
-  tests/ops/test_{attention,pack,scores,solver,decide,reuse,drawn}.py "$@"
+  tests/ops/test_{products,pack,scores,solver,decide,reuse,drawn}.py "$@"

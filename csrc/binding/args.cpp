@@ -202,6 +202,40 @@ AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tenso
   return args;
 }
 
+LinearArgs linear_args(const Tensor& values, const Tensor& weight,
+                       const std::optional<Tensor>& bias, bool gelu) {
+  constexpr const char* kOp = "linear";
+  STD_TORCH_CHECK(values.dim() == 3 && weight.dim() == 2, "ddit_rt::linear: values have shape ",
+                  shape_text(values), ", weight ", shape_text(weight),
+                  ", expected [B, n, channels] and [features, channels]");
+  LinearArgs args{};
+  args.batch = values.size(0);
+  args.tokens = values.size(1);
+  args.channels = values.size(2);
+  args.features = weight.size(0);
+  check_shape(weight, {args.features, args.channels}, kOp, "weight");
+  check_dtype(values, ScalarType::Float, kOp, "values");
+  check_dtype(weight, ScalarType::Float, kOp, "weight");
+  check_same_device(weight, values, kOp, "weight");
+  STD_TORCH_CHECK(args.channels <= 1 || weight.stride(1) == 1, "ddit_rt::linear: weight of shape ",
+                  shape_text(weight), " does not have its channels side by side");
+  if (bias.has_value()) {
+    check_dtype(*bias, ScalarType::Float, kOp, "bias");
+    check_shape(*bias, {args.features}, kOp, "bias");
+    check_contiguous(*bias, kOp, "bias");
+    check_same_device(*bias, values, kOp, "bias");
+    args.bias = offset<const float>(*bias, 0);
+  }
+  args.values = offset<const float>(values, 0);
+  args.sample_step = values.stride(0);
+  args.token_step = values.stride(1);
+  args.channel_step = values.stride(2);
+  args.weight = offset<const float>(weight, 0);
+  args.weight_step = weight.stride(0);
+  args.gelu = gelu;
+  return args;
+}
+
 NormRotateArgs norm_rotate_args(const Tensor& values, const Tensor& weight, const Tensor& cos,
                                 const Tensor& sin, double eps) {
   constexpr const char* kOp = "norm_rotate";

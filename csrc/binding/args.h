@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -85,6 +86,25 @@ struct AttentionArgs {
 
 AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tensor& value,
                              double scale);
+
+struct LinearArgs {
+  int64_t batch;
+  int64_t tokens;
+  int64_t channels;
+  int64_t features;
+  const float* values;  // [B, tokens, channels]
+  int64_t sample_step;
+  int64_t token_step;
+  int64_t channel_step;
+  const float* weight;  // [features, channels]
+  int64_t weight_step;
+  const float* bias;  // [features], or null
+  bool gelu;
+  float* out;  // [B, tokens, features], contiguous; not set yet
+};
+
+LinearArgs linear_args(const Tensor& values, const Tensor& weight,
+                       const std::optional<Tensor>& bias, bool gelu);
 
 struct NormRotateArgs {
   int64_t batch;

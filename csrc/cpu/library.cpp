@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY(ddit_rt, m) {
       "patch_scores(Tensor history, int[] patch_sizes, float quantile, int order=3, int head=0) "
       "-> Tensor");
   m.def("attention(Tensor query, Tensor key, Tensor value, float scale) -> Tensor");
+  m.def("linear(Tensor values, Tensor weight, Tensor? bias=None, bool gelu=False) -> Tensor");
   m.def("norm_rotate(Tensor values, Tensor weight, Tensor cos, Tensor sin, float eps) -> Tensor");
   m.def(
       "solver_step_(Tensor(a!) history, Tensor(b!) velocities, Tensor velocity, "

@@ -8,42 +8,31 @@
 
 #include "binding/args.h"
 #include "cpu/vectors.h"
-#include "ddit_rt/macros.h"
 
 namespace ddit_rt {
 namespace {
 
 constexpr int64_t kGrain = 32 * 1024;  // values worth a thread of their own
-constexpr int kLanes = 16;             // partial sums, in every instruction set
-using Lanes = Floats<kLanes>;
-
-// Lane i takes lane i ^ kDistance.
-template <int kDistance>
-constexpr Ints<kLanes> kSwap = {0 ^ kDistance,  1 ^ kDistance,  2 ^ kDistance,  3 ^ kDistance,
-                                4 ^ kDistance,  5 ^ kDistance,  6 ^ kDistance,  7 ^ kDistance,
-                                8 ^ kDistance,  9 ^ kDistance,  10 ^ kDistance, 11 ^ kDistance,
-                                12 ^ kDistance, 13 ^ kDistance, 14 ^ kDistance, 15 ^ kDistance};
-
 DDIT_RT_HD float sum_of_squares(const float* values, int64_t count) {
-  Lanes parts = {};
+  Floats parts = {};
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) parts += at<kLanes>(values + i) * at<kLanes>(values + i);
+  for (; i + kLanes <= count; i += kLanes) parts += at(values + i) * at(values + i);
   for (int lane = 0; i < count; ++i, ++lane) parts[lane] += values[i] * values[i];
-  parts += __builtin_shuffle(parts, kSwap<8>);
-  parts += __builtin_shuffle(parts, kSwap<4>);
-  parts += __builtin_shuffle(parts, kSwap<2>);
+  parts += swapped<8>(parts, LaneIndices{});
+  parts += swapped<4>(parts, LaneIndices{});
+  parts += swapped<2>(parts, LaneIndices{});
   return parts[0] + parts[1];
 }
 
 // Pairs of channels are (2 i, 2 i + 1); `sin` counts as negative where the channel is even.
 DDIT_RT_HD void rotate(const float* values, const float* weight, float scale, const float* cos,
                        const float* sin, float* out, int64_t width) {
-  constexpr Lanes kSigns = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+  constexpr Floats kSigns = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
   int64_t i = 0;
   for (; i + kLanes <= width; i += kLanes) {
-    const Lanes normed = at<kLanes>(values + i) * scale * at<kLanes>(weight + i);
-    const Lanes other = __builtin_shuffle(normed, kSwap<1>) * kSigns;
-    at<kLanes>(out + i) = normed * at<kLanes>(cos + i) + other * at<kLanes>(sin + i);
+    const Floats normed = at(values + i) * scale * at(weight + i);
+    const Floats other = swapped<1>(normed, LaneIndices{}) * kSigns;
+    at(out + i) = normed * at(cos + i) + other * at(sin + i);
   }
   for (; i < width; i += 2) {
     const float even = values[i] * scale * weight[i];

@@ -7,6 +7,7 @@ Inductor sees it. Figures: `docs/design.md`, from `benchmarks/bench_ops.py`.
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch.utils._pytree import tree_map_only
 from ddit_rt import ops as _ops  # noqa: F401 - registers the ops that graphs get
 
 _X86 = ("x86_64", "AMD64")
+_SMALL_WEIGHTS = 2**20
+"""Values of a weight that a core's cache keeps from one block of tokens to the next: 4 MiB."""
 
 
 def rewrite_for(device: str, program: ExportedProgram) -> None:
@@ -31,10 +34,11 @@ def rewrite_for(device: str, program: ExportedProgram) -> None:
     if device == "cuda":
         end_products_in_gelu(program)
         return
+    if has_native_products():
+        take_products_to_native(program)
+        take_attention_to_native(program)
     if has_onednn_products():
         take_products_to_onednn(program)
-    if has_native_attention():
-        take_attention_to_native(program)
 
 
 def end_products_in_gelu(program: ExportedProgram) -> None:
@@ -68,6 +72,55 @@ def end_products_in_gelu(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
+def has_native_products() -> bool:
+    """Whether blocks on this machine's CPU call `ddit_rt::linear` and `ddit_rt::attention`.
+
+    Their code for AVX-512 is as fast as libraries' where tokens are many and weights small, and up
+    to twice as fast where tokens are few; that for other instruction sets is not.
+    """
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def take_products_to_native(program: ExportedProgram) -> None:
+    """Has `ddit_rt::linear` compute the float32 products of tokens by small weights.
+
+    It reads the weights once for every 48 tokens, which larger ones would be too slow for. GELU by
+    tanh behind a product becomes part of it.
+    """
+    native = torch.ops.ddit_rt.linear.default
+    graph = program.graph_module.graph
+    for linear, gelu in _linears(graph):
+        values, weight, *bias = linear.args
+        size = weight.meta["val"].numel()
+        if values.meta["val"].dim() != 3 or size > _SMALL_WEIGHTS:
+            continue
+        is_tanh = gelu is not None and gelu.kwargs == {"approximate": "tanh"}
+        last = gelu if is_tanh else linear
+        with graph.inserting_before(last):
+            given = (values, weight, bias[0] if bias else None, is_tanh)
+            product = graph.call_function(native, given)
+        _replace(graph, product, linear, last)
+    program.graph_module.recompile()
+
+
+def _linears(graph: torch.fx.Graph) -> Iterator[tuple[Any, Any]]:
+    """Products of a float32 weight, and the GELU behind each that nothing else reads."""
+    aten = torch.ops.aten
+    for linear in graph.find_nodes(op="call_function", target=aten.linear.default):
+        if linear.meta["val"].dtype == torch.float32 and linear.args[1].op == "placeholder":
+            (user, *more) = linear.users
+            is_gelu = user.target is aten.gelu.default and not more
+            yield linear, user if is_gelu else None
+
+
+def _replace(graph: torch.fx.Graph, product: Node, linear: Node, last: Node) -> None:
+    """Puts a product in the place of a linear layer, and of the GELU if that is the last."""
+    product.meta = dict(last.meta)
+    last.replace_all_uses_with(product)
+    for node in dict.fromkeys((last, linear)):
+        graph.erase_node(node)
+
+
 def has_onednn_products() -> bool:
     """Whether blocks on this machine's CPU call oneDNN for their float32 products.
 
@@ -78,7 +131,7 @@ def has_onednn_products() -> bool:
     return (
         platform.machine() in _X86
         and bool(torch._C._has_mkldnn)  # noqa: SLF001
-        and not (_is_intel() and torch.backends.mkl.is_available())
+        and not (_is_intel() and torch._C.has_mkl)  # noqa: SLF001
     )
 
 
@@ -92,33 +145,19 @@ def take_products_to_onednn(program: ExportedProgram) -> None:
 
     It takes weights as they are.
     """
-    aten, onednn = torch.ops.aten, torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001
+    onednn = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001
     graph = program.graph_module.graph
-    for linear in graph.find_nodes(op="call_function", target=aten.linear.default):
+    for linear, gelu in _linears(graph):
         values, weight, *bias = linear.args
-        if linear.meta["val"].dtype != torch.float32 or weight.op != "placeholder":
-            continue
-        last, ending, (user, *more) = linear, ("none", ""), linear.users
-        if user.target is aten.gelu.default and not more:
-            last, ending = user, ("gelu", user.kwargs.get("approximate", "none"))
-        name, algorithm = ending
-        given: list[Any] = [values, weight, bias[0] if bias else None, name, [], algorithm]
+        ending: tuple[Any, ...] = ("none", [], "")
+        if gelu is not None:
+            ending = ("gelu", [], gelu.kwargs.get("approximate", "none"))
+        last = gelu or linear
         with graph.inserting_before(last):
-            product = graph.call_function(onednn, tuple(given))
-        product.meta = dict(last.meta)
-        last.replace_all_uses_with(product)
-        for node in dict.fromkeys((last, linear)):
-            graph.erase_node(node)
+            given = (values, weight, bias[0] if bias else None, *ending)
+            product = graph.call_function(onednn, given)
+        _replace(graph, product, linear, last)
     program.graph_module.recompile()
-
-
-def has_native_attention() -> bool:
-    """Whether blocks on this machine's CPU call `ddit_rt::attention` in float32.
-
-    Its code for AVX-512 is faster than torch's attention, which multiplies by MKL; that for other
-    instruction sets is not.
-    """
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def take_attention_to_native(program: ExportedProgram) -> None:

@@ -1,4 +1,4 @@
-"""Native ops of the engine: token packing, patch scores, the solver update, decisions, attention.
+"""Native ops: token packing, patch scores, the solver update, decisions, and blocks' products.
 
 Each is a torch op in the namespace `ddit_rt` with a fake, so it works in eager mode, under
 `torch.compile` and in `torch.export`. Packing has CUDA kernels too. The others run on the CPU: on
@@ -21,6 +21,7 @@ from ddit_rt.ops.functions import (  # noqa: E402
     attention,
     decide_,
     decide_reuse_,
+    linear,
     norm_rotate,
     pack,
     patch_scores,
@@ -36,6 +37,7 @@ __all__ = [
     "attention",
     "decide_",
     "decide_reuse_",
+    "linear",
     "norm_rotate",
     "pack",
     "patch_scores",

@@ -49,6 +49,13 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
     return query.new_empty(query.shape)
 
 
+def _linear(
+    values: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False
+) -> Tensor:
+    del bias, gelu
+    return values.new_empty((*values.shape[:2], weight.shape[0]))
+
+
 def _norm_rotate(values: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     del weight, cos, sin, eps
     return values.new_empty(values.shape)
@@ -120,6 +127,7 @@ torch.library.register_fake("ddit_rt::pack", _pack)
 torch.library.register_fake("ddit_rt::unpack", _unpack)
 torch.library.register_fake("ddit_rt::patch_scores", _patch_scores)
 torch.library.register_fake("ddit_rt::attention", _attention)
+torch.library.register_fake("ddit_rt::linear", _linear)
 torch.library.register_fake("ddit_rt::norm_rotate", _norm_rotate)
 torch.library.register_fake("ddit_rt::solver_step_", _solver_step)
 torch.library.register_fake("ddit_rt::decide_", _decide)

@@ -127,6 +127,30 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
     return attended
 
 
+def linear(
+    values: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False
+) -> Tensor:
+    """A linear layer on a CPU, whose weight is read as it lies.
+
+    Compiled blocks call it in the place of `torch.nn.functional.linear` where weights are small. A
+    token's result depends neither on the number of threads nor on the other tokens.
+
+    Args:
+        values: `[B, n, channels]`, float32, of any strides.
+        weight: `[features, channels]`, float32, its channels side by side.
+        bias: `[features]`, float32, contiguous.
+        gelu: Whether GELU, approximated by tanh, follows.
+
+    Returns:
+        `[B, n, features]`, float32, contiguous.
+
+    Raises:
+        RuntimeError: Shapes that do not fit, or another dtype or layout.
+    """
+    out: Tensor = torch.ops.ddit_rt.linear(values, weight, bias, gelu)
+    return out
+
+
 def norm_rotate(heads: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """RMS norm of queries or keys, then their rotary embedding, on a CPU.
 

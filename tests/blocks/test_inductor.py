@@ -24,7 +24,7 @@ from ddit_rt.blocks import PackageInfo, TokenRanges, compile_block, load_runner,
 from ddit_rt.blocks.compile import _EXAMPLES, _example_sizes
 from ddit_rt.blocks.inductor import _NEEDED, _preferred_attention
 from ddit_rt.blocks.package import record_attention
-from ddit_rt.blocks.rewrites import has_native_attention
+from ddit_rt.blocks.rewrites import has_native_products
 from ddit_rt.models import family_of
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType
 
@@ -215,7 +215,7 @@ def test_packages_name_the_attention_that_they_call(compiled_blocks: CompiledBlo
         for lora in (False, True):
             info = read_info(compiled_blocks.package(block, lora=lora))
             assert info.block == block
-            native = ("ddit_rt",) if has_native_attention() else ("flash_attention_for_cpu",)
+            native = ("ddit_rt",) if has_native_products() else ("flash_attention_for_cpu",)
             assert info.attention == native
 
 

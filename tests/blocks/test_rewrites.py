@@ -15,6 +15,7 @@ from ddit_rt.blocks.rewrites import (
     end_products_in_gelu,
     has_onednn_products,
     take_attention_to_native,
+    take_products_to_native,
     take_products_to_onednn,
 )
 
@@ -74,6 +75,29 @@ def test_products_in_float32_are_onednns(dtype: torch.dtype) -> None:
     tokens = torch.randn(3, 7, 8, dtype=dtype)
     found, expected = program.module()(tokens), module(tokens)
     assert all(map(torch.allclose, found, expected, [1e-5] * 4, [1e-6] * 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_small_weights_are_native(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    module = Products().requires_grad_(False).to(dtype)
+    shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
+    example = torch.randn(2, 5, 8, dtype=dtype)
+    program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+    take_products_to_native(program)
+    ours = dtype == torch.float32
+    assert calls(program).count(torch.ops.ddit_rt.linear.default) == 7 * ours
+    # GELU's exact form stays, and that of a product that is read twice.
+    assert calls(program).count(torch.ops.aten.gelu.default) == (2 if ours else 4)
+    tokens = torch.randn(3, 7, 8, dtype=dtype)
+    found, expected = program.module()(tokens), module(tokens)
+    assert all(map(torch.allclose, found, expected, [1e-5] * 4, [1e-6] * 4))
+    monkeypatch.setattr(rewrites, "_SMALL_WEIGHTS", 8 * 16 - 1)
+    program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+    take_products_to_native(program)
+    assert torch.ops.ddit_rt.linear.default not in calls(program)
 
 
 def test_only_other_processors_than_intels_have_their_products_from_onednn(

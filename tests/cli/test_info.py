@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from ddit_rt.blocks.rewrites import has_native_attention
+from ddit_rt.blocks.rewrites import has_native_products
 from ddit_rt.cli import main
 
-ATTENTION = "ddit_rt" if has_native_attention() else "flash_attention_for_cpu"
+ATTENTION = "ddit_rt" if has_native_products() else "flash_attention_for_cpu"
 
 
 def info(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:

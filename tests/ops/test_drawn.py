@@ -20,6 +20,7 @@ from ddit_rt.ops import (
     attention,
     decide_,
     decide_reuse_,
+    linear,
     norm_rotate,
     pack,
     patch_scores,
@@ -89,6 +90,16 @@ def test_attention(data: Any, heads: int, width: int) -> None:
     )
     found = attention(*tensors)
     assert torch.allclose(found, expected.transpose(1, 2).float(), atol=1e-5)
+
+
+@drawn(60)
+@given(data=st.data(), channels=st.integers(0, 40), features=st.integers(0, 70))
+def test_linear(data: Any, channels: int, features: int) -> None:
+    batch, tokens = data.draw(SMALL), data.draw(st.integers(0, 110))
+    values = data.draw(laid_out((batch, tokens, channels), torch.float32))
+    weight, bias = torch.randn(features, channels), torch.randn(features)
+    expected = torch.nn.functional.linear(values.double(), weight.double(), bias.double())
+    assert torch.allclose(linear(values, weight, bias), expected.float(), atol=1e-4)
 
 
 @drawn(60)

@@ -33,6 +33,8 @@ def op_calls() -> list[tuple[str, tuple[Any, ...]]]:
         ("patch_scores", (history, [2, 4], 0.4)),
         ("patch_scores", (history, [4], 0.4, 2, 3)),
         ("attention", (*torch.randn(3, 2, 5, 3, 8), 0.5)),
+        ("linear", (some(2, 5, 8), some(4, 8), some(4), True)),
+        ("linear", (some(2, 5, 8).transpose(0, 1), some(4, 8))),
         ("norm_rotate", (some(2, 5, 3, 8), some(8), some(5, 8), some(5, 8), 1e-6)),
         ("solver_step_", (history, ring, latents, table, 3)),
         ("decide_", decide),

@@ -1,4 +1,4 @@
-"""Attention of the CPU, and the norm and rotary embedding before it, against torch in float64."""
+"""The products of compiled blocks on a CPU, and what lies between, against torch in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
-from ddit_rt.ops import attention, norm_rotate
+from ddit_rt.ops import attention, linear, norm_rotate
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
@@ -98,6 +98,61 @@ def test_what_does_not_fit_is_refused(change: dict[str, Tensor], message: str) -
     tensors = {name: torch.randn(2, 3, 4, 8) for name in ("query", "key", "value")}
     with pytest.raises(RuntimeError, match=message):
         attention(**{**tensors, **change})
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 40, 48, 100])
+@pytest.mark.parametrize(("channels", "features"), [(1, 1), (8, 8), (13, 50), (600, 33), (1030, 8)])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_linear_layers_of_any_size(tokens: int, channels: int, features: int, gelu: bool) -> None:
+    torch.manual_seed(0)
+    values, weight = torch.randn(2, tokens, channels), torch.randn(features, channels + 3)[:, 2:-1]
+    bias = torch.randn(features) if features != 50 else None
+    expected = F.linear(values.double(), weight.double(), bias if bias is None else bias.double())
+    if gelu:
+        expected = F.gelu(expected, approximate="tanh")
+    found = linear(values, weight, bias, gelu=gelu)
+    assert found.is_contiguous()
+    assert torch.allclose(found, expected.float(), rtol=1e-5, atol=1e-5 * channels**0.5)
+
+
+def test_gelu_of_any_size_is_torchs() -> None:
+    values = torch.cat((torch.linspace(-12, 12, 999), torch.tensor([-1e30, 1e30])))
+    values = values[None, :, None]
+    found = linear(values, torch.ones(1, 1), gelu=True)
+    expected = F.gelu(values.double(), approximate="tanh").float()
+    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
+    assert linear(torch.full((1, 1, 1), math.nan), torch.ones(1, 1), gelu=True).isnan().all()
+
+
+def test_linear_layers_hang_neither_on_threads_nor_on_other_tokens_nor_on_the_layout() -> None:
+    torch.manual_seed(0)
+    values, weight, bias = torch.randn(3, 200, 136), torch.randn(300, 136), torch.randn(300)
+    whole = linear(values, weight, bias, gelu=True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 3)
+        assert torch.equal(linear(values, weight, bias, gelu=True), whole)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(linear(values[1:2, 60:65], weight, bias, gelu=True), whole[1:2, 60:65])
+    turned = values.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert torch.equal(linear(turned, weight, bias, gelu=True), whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"values": torch.randn(5, 8)}, "values have shape .*expected .B, n, channels."),
+        ({"values": torch.randn(1, 5, 8).double()}, "values is Double, expected Float"),
+        ({"weight": torch.randn(4, 9)}, "weight has shape"),
+        ({"weight": torch.randn(8, 4).T}, "does not have its channels side by side"),
+        ({"bias": torch.randn(5)}, "bias has shape"),
+    ],
+)
+def test_linear_layers_refuse_what_does_not_fit(change: dict[str, Tensor], message: str) -> None:
+    given = {"values": torch.randn(1, 5, 8), "weight": torch.randn(4, 8), "bias": torch.randn(4)}
+    with pytest.raises(RuntimeError, match=message):
+        linear(**{**given, **change})
 
 
 @pytest.mark.parametrize("width", [2, 8, 30, 32, 50, 128])
