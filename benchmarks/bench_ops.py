@@ -1,4 +1,4 @@
-"""Times the native ops on the CPU against torch eager, torch.compile and a copy of the same bytes.
+"""Times the native ops on the CPU against torch eager, torch.compile, oneDNN and their floor.
 
     python benchmarks/bench_ops.py [--out FILE] [--rounds 8] [--threads 1 2]
     python benchmarks/bench_ops.py --device cuda [--out FILE] [--rounds 8]      see ops_cuda.py
@@ -7,9 +7,10 @@ Sizes are those of FLUX at 1024 x 1024: latents 16 x 128 x 128, batch 1 and 4. M
 within a round, so that a change of the machine's speed meets all of them; every one uses the same
 number of threads. With one thread the clock is that thread's CPU time, which other processes do
 not inflate; with more it is wall time, which needs an idle machine. `best_us` is the least time of
-a call, the figure to compare; `median_us` and the quartiles show the spread. The copy moves as many
-bytes as the op must read and write at least: `Tensor.clone` for pack, whose result is new memory
-too, else `Tensor.copy_`.
+a call, the figure to compare; `median_us` and the quartiles show the spread. The floor of an op is
+a copy that moves as many bytes as the op must read and write at least (`Tensor.clone` for pack,
+whose result is new memory too, else `Tensor.copy_`); of a product, its operations at the rate that
+a large product reaches. Products are those of the demo model's blocks, at p and at 4p.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
 from ops_cuda import run as run_cuda
 from records import RESULTS, publish
 from torch import Tensor
 
 from ddit_rt import _runtime, ops
 from ddit_rt.lab.measure.report import machine
+from ddit_rt.lab.profile.ceilings import matrix_rate
 
 LATENTS = (16, 128, 128)
 WARM_UP_CALLS = 5
@@ -49,14 +53,16 @@ class Case:
     Attributes:
         name: Op and variant.
         batch: Samples.
-        methods: What to time, by name: native, eager, compile, copy.
-        copy_bytes: Bytes that the copy reads, and writes.
+        methods: What to time, by name: native, eager, compile, copy, and libraries.
+        copy_bytes: Bytes that the copy reads, and writes; 0 where there is none.
+        operations: Of a product; a multiply-add is two.
     """
 
     name: str
     batch: int
     methods: dict[str, Call]
     copy_bytes: int
+    operations: int = 0
 
 
 def eager_pack(latents: Tensor, p: int) -> Tensor:
@@ -145,18 +151,58 @@ def solver_case(batch: int, solver: str, dtype: torch.dtype) -> Case:
     return Case(name, batch, methods, moved // 2)
 
 
-def product_case(rows: int) -> Case:
-    """A block's widest product in float32, as compiled blocks and as torch compute it.
-
-    Of the demo model, whose 256 image tokens and 16 of text come as one batch.
-    """
-    values, weight, bias = torch.randn(rows, 128), torch.randn(512, 128), torch.randn(512)
+def linear_case(tokens: int) -> Case:
+    """The widest linear layer of a block of the demo model, with its GELU."""
+    values, weight, bias = torch.randn(1, tokens, 128), torch.randn(512, 128), torch.randn(512)
     onednn = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
     methods: dict[str, Call] = {
-        "native": lambda: onednn(values, weight, bias, "none", [], ""),
-        "eager": lambda: torch.nn.functional.linear(values, weight, bias),
+        "native": lambda: ops.linear(values, weight, bias, gelu=True),
+        "eager": lambda: F.gelu(F.linear(values, weight, bias), approximate="tanh"),
+        "onednn": lambda: onednn(values, weight, bias, "gelu", [], "tanh"),
     }
-    return Case(f"product {rows} x 128 x 512 float32", 1, methods, 0)
+    return Case(f"linear {tokens} x 128 x 512, GELU", 1, methods, 0, 2 * tokens * 128 * 512)
+
+
+def attention_case(tokens: int, heads: int, width: int) -> Case:
+    """Self-attention of one sample."""
+    parts = [torch.randn(1, tokens, heads, width) for _ in range(3)]
+    turned = [part.transpose(1, 2) for part in parts]
+    methods: dict[str, Call] = {
+        "native": lambda: ops.attention(*parts),
+        "eager": lambda: F.scaled_dot_product_attention(*turned),
+    }
+    operations = 4 * heads * tokens * tokens * width
+    return Case(f"attention {tokens} x {heads} x {width}", 1, methods, 0, operations)
+
+
+def norm_case(tokens: int) -> Case:
+    """Norm and rotary embedding of the demo model's queries, 4 heads of 32."""
+    values, weight = torch.randn(1, tokens, 4, 32), torch.randn(32)
+    cos, sin = torch.rand(2, tokens, 32)
+
+    def eager(values: Tensor) -> Tensor:
+        normed = F.rms_norm(values, (32,), weight, 1e-6)
+        rotated: Tensor = apply_rotary_emb(normed, (cos, sin), sequence_dim=1)
+        return rotated
+
+    compiled, target = torch.compile(eager), torch.empty_like(values)
+    methods: dict[str, Call] = {
+        "native": lambda: ops.norm_rotate(values, weight, cos, sin, 1e-6),
+        "eager": lambda: eager(values),
+        "compile": lambda: compiled(values),
+        "copy": lambda: target.copy_(values),
+    }
+    return Case(f"norm_rotate {tokens} x 4 x 32", 1, methods, values.nbytes)
+
+
+def block_cases() -> list[Case]:
+    """What the blocks of a model call on a CPU."""
+    return [
+        *(linear_case(tokens) for tokens in (272, 32)),
+        *(attention_case(tokens, 4, 32) for tokens in (272, 32)),
+        attention_case(1040, 12, 128),
+        *(norm_case(tokens) for tokens in (272, 4352)),
+    ]
 
 
 def overhead_case() -> Case:
@@ -212,7 +258,9 @@ def summarise(times: list[float]) -> dict[str, float]:
     return {**{n: round(v, 2) for n, v in zip(names, values, strict=True)}, "calls": len(times)}
 
 
-def report(case: Case, threads: int, timings: dict[str, dict[str, float]]) -> dict[str, Any]:
+def report(
+    case: Case, threads: int, timings: dict[str, dict[str, float]], rate: float
+) -> dict[str, Any]:
     """One entry of the results, printed too."""
     best = ", ".join(f"{name} {timing['best_us']:.1f}" for name, timing in timings.items())
     print(f"{case.name}, batch {case.batch}, {threads} threads: best us {best}", flush=True)
@@ -221,6 +269,8 @@ def report(case: Case, threads: int, timings: dict[str, dict[str, float]]) -> di
         "batch": case.batch,
         "threads": threads,
         "copy_bytes": case.copy_bytes,
+        "operations": case.operations,
+        "floor_us": case.operations / rate * 1e6 or timings.get("copy", {}).get("best_us"),
         "timings": timings,
     }
 
@@ -262,10 +312,10 @@ def run(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(threads)
         torch.compiler.reset()  # compiled code is specialised to the number of threads
         clock = time.thread_time if threads == 1 else time.perf_counter
-        others = (product_case(272), product_case(32), overhead_case())
-        for case in (*cases(1), *cases(4), *others):
+        rate = matrix_rate(torch.device("cpu"), torch.float32)
+        for case in (*cases(1), *cases(4), *block_cases(), overhead_case()):
             timings = measure(case, arguments.rounds, clock)
-            entries.append(report(case, threads, timings))
+            entries.append(report(case, threads, timings, rate))
     results["results"] = entries
     publish(arguments.out or RESULTS / "ops_cpu.json", results)
 

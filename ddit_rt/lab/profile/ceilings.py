@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from ddit_rt.blocks.rewrites import has_onednn_products
-
 MATRIX_EDGE = {"cuda": 8192, "cpu": 1024}
 """Rows and columns of the matrices whose product is timed, by kind of device."""
 
@@ -61,14 +59,14 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a large product of random matrices; a multiply-add is two.
 
     The matrices are random, since a GPU draws less power, and so runs faster, on zeros. The median
-    of several windows that follow on each other is what a GPU sustains. On a CPU the faster of the
-    libraries that blocks may call for it.
+    of several windows that follow on each other is what a GPU sustains. On a CPU the faster of
+    torch's libraries for it.
     """
     edge = MATRIX_EDGE[device.type]
     left, right = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
     result = torch.empty_like(left)
     calls: list[Callable[[], Any]] = [lambda: torch.mm(left, right, out=result)]
-    if (device.type, dtype) == ("cpu", torch.float32) and has_onednn_products():
+    if (device.type, dtype) == ("cpu", torch.float32) and torch._C._has_mkldnn:  # noqa: SLF001
         onednn = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
         calls.append(lambda: onednn(left, right, None, "none", [], ""))
     return 2 * edge**3 / min(_seconds_of(call, device) for call in calls)
