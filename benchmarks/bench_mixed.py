@@ -35,7 +35,7 @@ from mixed_model import Prompted, Subject, deviations
 from mixed_steps import FINE, SIGNALS, VALUES, Run, Step
 from quality_rows import tensor
 from records import RESULTS, head, interval_entry, parser_of, publish
-from study_models import SETTINGS, STUDY, model_of, pipeline_of
+from study_models import STUDY, studied
 from torch import Tensor
 
 from ddit_rt.lab.demo.classifier import load_classifier
@@ -52,8 +52,6 @@ RECORDS = {DEMO: RESULTS / "mixed_cpu.json", STUDY: RESULTS / "mixed_study_cpu.j
 EQUAL_COST = 1.02
 """A rival may cost 2% more."""
 SIDE, STEPS, STUDY_STEPS, PROMPTS = 128, 24, 50, 24
-STUDIED = "study: guidance 3.5, shift 0.5"
-"""The setting of the study model in which half the steps lose as much as on large models."""
 OF_VALUES = (0, 6)
 """Which of the prompts the section of the values draws."""
 FEWER, STATIC, DYNAMIC = "fewer_steps", "static", "dynamic"
@@ -82,11 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark."""
     args = parse(argv)
     if args.model == STUDY:
-        setting = next(setting for setting in SETTINGS if setting.name == STUDIED)
-        model = model_of(setting, pipeline_of(STUDY))
+        model = studied()
         steps, count = (8, 2) if args.quick else (STUDY_STEPS, PROMPTS)
         prompts = list(enumerate(model.reported(count)))
-        every_other, guidance = prompts[:: 1 if args.quick else 2], setting.guidance
+        every_other = prompts[:: 1 if args.quick else 2]
+        guidance = model.others["true_cfg_scale"]
         sections = {
             f"study_{steps}": section(model, list(plans_of_study(steps)), prompts, guidance),
             f"study_{steps}_noise": section(

@@ -165,11 +165,11 @@ def linear_case(tokens: int) -> Case:
 
 def attention_case(tokens: int, heads: int, width: int) -> Case:
     """Self-attention of one sample."""
-    parts = [torch.randn(1, tokens, heads, width) for _ in range(3)]
-    turned = [part.transpose(1, 2) for part in parts]
+    query, key, value = torch.randn(3, 1, tokens, heads, width)
+    turned = [part.transpose(1, 2) for part in (query, key, value)]
     methods: dict[str, Call] = {
-        "native": lambda: ops.attention(*parts),
-        "eager": lambda: F.scaled_dot_product_attention(*turned),
+        "native": lambda: ops.attention(query, key, value),
+        "eager": lambda: F.scaled_dot_product_attention(turned[0], turned[1], turned[2]),
     }
     operations = 4 * heads * tokens * tokens * width
     return Case(f"attention {tokens} x {heads} x {width}", 1, methods, 0, operations)

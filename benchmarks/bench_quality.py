@@ -1,13 +1,13 @@
 """Quality of plans at equal cost, and cost at equal fidelity, on the demo models, on a CPU.
 
     python benchmarks/bench_quality.py [--adapters-snr DIR] [--adapters-paper DIR]
-        [--tables order tau rho statistic adapters static_dynamic steps video] [--quick]
-    OMP_NUM_THREADS=1 python benchmarks/bench_quality.py --tables caches caches_video
+        [--tables order tau rho statistic adapters static_dynamic steps video study] [--quick]
+    OMP_NUM_THREADS=1 python benchmarks/bench_quality.py --tables caches caches_video caches_study
 
 Images are kept in `--cache`: a run that was cut off, or asked for other tables, goes on from there;
 those of another model, adapter or state of the package are never used again. Every image is
 compared with that of full resolution of the same prompt, seed and number of steps. Writes a record
-for each of four kinds of tables, and the tables of docs/quality.md from them. Run it on idle cores:
+for each kind of tables, and the tables of docs/quality.md from them. Run it on idle cores:
 the measured cost of a step decides which baselines a plan gets.
 
 - **Ablations** (`quality_demo.json`, and the plot `docs/quality_demo.png`): the tables of the paper
@@ -17,11 +17,13 @@ the measured cost of a step decides which baselines a plan gets.
   made with the same settings. `loop_ms` is a sum of `costs`, median times of single steps;
   `frechet` is on the demo classifier's features, not FID; `references` tell what to expect of
   images that are as good.
+- **`study`** (`quality_study.json`): the ablations but for the adapters on the study model of
+  `bench_study.py`, whose captions leave most open, with guidance.
 - **`video`** (`quality_demo_video.json`): plans on the video demo's model, with guidance as there,
   compared frame by frame. The demo's tau was found on six of the held-out captions with other
   noise. `flicker` is the mean absolute error of the change from frame to frame, of 1.
-- **`caches`, `caches_video`** (`skip_demo.json`, `skip_demo_video.json`): DDiT and step caches,
-  alone and together, at equal fidelity. Fits TeaCache and MagCache on prompts of their own; then
+- **`caches`, `caches_video`, `caches_study`** (`skip_*.json`): DDiT and step caches, alone and
+  together, at equal fidelity. Fits TeaCache and MagCache on prompts of their own; then
   looks, for every SSIM asked for, for the cheapest plan of each kind on a few search prompts, by
   the planner of `ddit-rt calibrate`; the plans found then draw the held-out prompts, taking turns
   prompt by prompt. A kind of which no plan was close enough is missing, and a combined plan runs
@@ -63,8 +65,8 @@ from quality_tables import (
     video_rows,
 )
 from records import RESULTS, head, parser_of, publish
+from study_models import studied
 
-from ddit_rt.lab.demo.prompts import held_out_prompts
 from ddit_rt.lab.measure.figures import new_figure
 from ddit_rt.lab.measure.report import model_entry
 from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
@@ -77,10 +79,19 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = RESULTS / "quality_demo.json"
 PLOT = ROOT / "docs" / "quality_demo.png"
 CACHE = ROOT / "build" / "bench_quality"
-VIDEO, CACHES, CACHES_VIDEO = "video", "caches", "caches_video"
-OTHERS = {VIDEO: "quality_demo_video", CACHES: "skip_demo", CACHES_VIDEO: "skip_demo_video"}
+VIDEO, STUDY = "video", "study"
+CACHES, CACHES_VIDEO, CACHES_STUDY = "caches", "caches_video", "caches_study"
+OTHERS = {
+    VIDEO: "quality_demo_video",
+    STUDY: "quality_study",
+    CACHES: "skip_demo",
+    CACHES_VIDEO: "skip_demo_video",
+    CACHES_STUDY: "skip_study",
+}
 """Tables with a record of their own."""
 
+_PATHS = "adapters"
+"""The table of ways to take a coarse step."""
 _SEARCH_SEED = 50_000
 _ALL: dict[str, Any] = {
     "path": TRAINING_FREE,
@@ -95,8 +106,10 @@ _ALL: dict[str, Any] = {
 _OWN: dict[str, dict[str, int]] = {
     "": {"steps": 28, "prompts": 64, "seeds": 2, "search_prompts": 6, "repeats": 5},
     VIDEO: {"steps": 24, "prompts": 24, "seeds": 1, "repeats": 5},
+    STUDY: {"steps": 50, "prompts": 16, "seeds": 1, "search_prompts": 3, "repeats": 3},
     CACHES: {"steps": 24, "prompts": 24, "search_prompts": 4, "repeats": 3},
     CACHES_VIDEO: {"steps": 24, "prompts": 24, "search_prompts": 4, "repeats": 2},
+    CACHES_STUDY: {"steps": 50, "prompts": 16, "search_prompts": 3, "repeats": 1},
 }
 _QUICK: dict[str, Any] = {
     "steps": 7,
@@ -134,9 +147,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.cache is not None:
         args.cache.mkdir(parents=True, exist_ok=True)
-    if set(args.tables) - set(OTHERS):
-        run_ablations(of_table(args, ""))
-    for name in OTHERS:
+    if wanted := [name for name in TABLES if name in args.tables]:
+        own = of_table(args, "")
+        run_ablations(own, image_model(side=own.size), wanted)
+    if STUDY in args.tables:
+        run_ablations(of_table(args, STUDY), studied(), [name for name in TABLES if name != _PATHS])
+    for name in (VIDEO, CACHES, CACHES_VIDEO, CACHES_STUDY):
         if name in args.tables:
             own = of_table(args, name)
             report = run_video(own) if name == VIDEO else run_caches(own, name)
@@ -175,13 +191,21 @@ def _head(model: DemoModel) -> dict[str, Any]:
     return head(model=model_entry(model.name, model.pipeline.transformer))
 
 
-def run_ablations(args: argparse.Namespace) -> None:
-    """The ablations on the image demo."""
-    model = image_model(side=args.size)
+def run_ablations(args: argparse.Namespace, model: DemoModel, wanted: Sequence[str]) -> None:
+    """The ablations on a model of images."""
     folders = {SNR_TRAINED: args.adapters_snr, PAPER_TRAINED: args.adapters_paper}
-    paths, missing = build_paths(model.pipeline, folders, backend=args.backend, **model.size)
+    compares_paths = _PATHS in wanted
+    paths, missing = build_paths(
+        model.pipeline,
+        folders if compares_paths else {},
+        untrained=compares_paths,
+        backend=args.backend,
+        **model.size,
+    )
     captions, search = captions_of(model, args.prompts, args.search_prompts)
-    runs = Runs(paths=paths, arguments=model.arguments, folder=args.cache)
+    # Both passes of guidance fill the batch that an engine is compiled for.
+    batch = 1 if "true_cfg_scale" in model.others else 4
+    runs = Runs(paths=paths, arguments=model.arguments, folder=args.cache, batch=batch)
     costs = runs.costs(args.steps, search[0], args.repeats)
     judge = Judge(model=model, runs=runs, costs=costs, captions=tuple(captions), seeds=args.seeds)
     grid = QUICK_GRID if args.quick else Grid()
@@ -193,19 +217,20 @@ def run_ablations(args: argparse.Namespace) -> None:
         iterations=args.iterations,
         share=sorted(grid.shares)[len(grid.shares) // 2],
     )
-    settings = settings_entry(args, captions, search, paths)
+    settings = settings_entry(args, model, captions, search, paths)
     report = {
         **_head(model),
         "settings": settings,
-        "missing": dict(missing),
+        "missing": dict(missing) if compares_paths else {},
         "costs": {"milliseconds": costs.milliseconds, "tokens": costs.tokens},
         "references": references(judge, args.steps),
-        "tables": make_tables(matcher, grid, args.tables, kept_tables(args.out, settings)),
+        "tables": make_tables(matcher, grid, wanted, kept_tables(args.out, settings)),
     }
     report["claims"] = claims(report["tables"])
     publish(args.out, report)
-    plot = PLOT if args.out == RESULT else args.out.with_suffix(".png")
-    draw_quality(report, plot)
+    is_record = args.out.parent == RESULTS and not args.quick
+    folder = PLOT.parent if is_record else args.out.parent
+    draw_quality(report, folder / f"{args.out.stem}.png")
 
 
 def run_video(args: argparse.Namespace) -> dict[str, Any]:
@@ -235,7 +260,10 @@ def run_video(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_caches(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """The report of the table `caches` or `caches_video`."""
-    model = (video_model if name == CACHES_VIDEO else image_model)(quick=args.quick)
+    if name == CACHES_STUDY:
+        model = studied()
+    else:
+        model = (video_model if name == CACHES_VIDEO else image_model)(quick=args.quick)
     return {**_head(model), **measure_caches(model, caches_runs(model, args), args)}
 
 
@@ -281,9 +309,9 @@ def kept_tables(out: Path, settings: Mapping[str, Any]) -> dict[str, list[dict[s
 def captions_of(model: DemoModel, count: int, search: int) -> tuple[list[str], list[Prompt]]:
     """Captions to report on, and prompts to search with: none of the former.
 
-    There are 49 held-out captions; more than that are made up with ones that the model has seen.
+    More than there are held-out captions are made up with ones that the model has seen.
     """
-    held_out = held_out_prompts(min(count, len(model.held_out)))
+    held_out = list(model.reported(min(count, len(model.held_out))))
     searched = [
         Prompt(text=text, seed=_SEARCH_SEED + i) for i, text in enumerate(model.seen[:search])
     ]
@@ -291,10 +319,14 @@ def captions_of(model: DemoModel, count: int, search: int) -> tuple[list[str], l
 
 
 def settings_entry(
-    args: Any, captions: Sequence[str], search: Sequence[Prompt], paths: Mapping[str, CoarsePath]
+    args: Any,
+    model: DemoModel,
+    captions: Sequence[str],
+    search: Sequence[Prompt],
+    paths: Mapping[str, CoarsePath],
 ) -> dict[str, Any]:
     """The entry `settings`."""
-    known = set(held_out_prompts())
+    known = set(model.held_out)
     names = ("steps", "size", "path", "backend", "seeds", "iterations", "repeats")
     return {
         **{name: getattr(args, name) for name in names},

@@ -54,6 +54,8 @@ class DemoModel:
         held_out: Captions to report on.
         seen: Captions for fits and for searches, none of those.
         video: Whether it makes videos.
+        shows: Of images and captions, whether each shows all that is asked; None for the
+            attributes of the demo's captions.
     """
 
     name: str
@@ -63,6 +65,7 @@ class DemoModel:
     held_out: tuple[str, ...]
     seen: tuple[str, ...]
     video: bool = False
+    shows: Callable[[Sequence[Pixels], Sequence[str]], Sequence[bool]] | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:

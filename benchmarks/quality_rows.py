@@ -108,6 +108,9 @@ class Judge:
     def correct(self, images: Sequence[Pixels]) -> Row:
         """Share of images that show what was asked: all of it, and each attribute."""
         texts = [prompt.text for prompt in self.prompts]
+        if self.model.shows is not None:
+            shown = [float(one) for one in self.model.shows(images, texts)]
+            return {"all": interval_entry(_present(per_prompt(shown, len(self.captions))))}
         if self.model.video:
             videos = torch.stack([tensor(list(video)) for video in images])
             hits = video_hits(videos, [parse_video_caption(text) for text in texts])

@@ -28,6 +28,7 @@ WEIGHTS, CLASSIFIER = (
 )
 DEMO, STUDY = "demo", "study"
 FULL, OPEN, EMPTY = "full", "open", "empty"
+STUDIED = "study: guidance 3.5, shift 0.5"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +98,14 @@ def model_of(setting: Setting, pipeline: Any) -> DemoModel:
         others=setting.arguments,
         held_out=held_out,
         seen=seen,
+        shows=shown_as_asked if setting.model == STUDY else None,
     )
+
+
+def studied() -> DemoModel:
+    """The study model in the setting in which half the steps lose as much as on large models."""
+    setting = next(setting for setting in SETTINGS if setting.name == STUDIED)
+    return model_of(setting, pipeline_of(STUDY))
 
 
 def captions_of(setting: Setting) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -70,7 +70,8 @@ def quality_demo(report: Report) -> str:
         ("The paper's rule, tau as it is", _plans(tables.get("tau", []))),
         ("The paper's rule, tau found for equal tokens", _plans(rules)),
     ]
-    parts = [["![SSIM and feature distance against time, plan by plan](quality_demo.png)"]]
+    plot = "quality_demo.png" if _is_demo(report) else "quality_study.png"
+    parts = [[f"![SSIM and feature distance against time, plan by plan]({plot})"]]
     parts += [[f"**{title}**", "", *part] for title, part in shown if part]
     parts += [_folded(title, part) for title, part in folded if part]
     return block(*parts, [_conditions(report)])
@@ -200,6 +201,11 @@ def _verdict(group: Sequence[Mapping[str, Any]]) -> str:
     return f"{', '.join(kept)} of {len(group)} ({min(values):+.4f} to {max(values):+.4f} SSIM)"
 
 
+def _is_demo(report: Report) -> bool:
+    name: str = report["model"]["name"]
+    return name == "demo"
+
+
 def _conditions(report: Report) -> str:
     settings, references = report["settings"], report["references"]
     halves = references["frechet_halves"]
@@ -210,8 +216,8 @@ def _conditions(report: Report) -> str:
         "steps where not said otherwise; compared with full-resolution images of the same noise "
         f"and step count. {_loop(report)} Three numbers in a cell are PSNR in dB / SSIM / Fréchet. "
         "`Fréchet` is the Fréchet distance on the features of the demo's classifier, not FID"
-        f"{scale}; `as asked` the share of images that show all four things that the caption "
-        f"names ({references['correct']['all']['value']:.0%} of the full-resolution ones). "
+        f"{scale}; `as asked` the share of images that show all that the caption says "
+        f"({references['correct']['all']['value']:.0%} of the full-resolution ones). "
         "Intervals are over prompts; a claim holds where that of the paired difference is above "
         f"0.{missing}"
     )

@@ -64,7 +64,7 @@ DDIT_RT_HD void transpose(Floats (&rows)[kTile]) {
 }
 
 // 2^x for x between -126 and 126, beyond which it stays; NaN stays NaN. 2^f, f in [-1/2, 1/2], is
-// its minimax polynomial of degree 6: relative error 1e-7.
+// a polynomial of degree 6, that of Cephes: relative error 1e-7.
 DDIT_RT_HD void exp2_(Floats& x) {
   x = x < -126.0f ? Floats{} - 126.0f : x;
   x = x > 126.0f ? Floats{} + 126.0f : x;
