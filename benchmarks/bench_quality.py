@@ -350,26 +350,30 @@ def references(judge: Judge, steps: int) -> dict[str, Any]:
 
 
 def draw_quality(report: Mapping[str, Any], path: Path) -> None:
-    """Four panels: policies (left) and coarse steps (right), SSIM above Fréchet distance.
+    """Policies, and beside them ways of a coarse step: SSIM above Fréchet distance.
 
     Args:
-        report: The results; tables that are missing leave their panels empty.
+        report: The results; a table that is missing leaves its panels out.
         path: PNG to write.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message names the extra.
     """
     steps = report["settings"]["steps"]
-    figure = new_figure((11.0, 7.4))
-    panels = figure.subplots(2, 2, sharex=True, sharey="row")
-    policies, paths = _policy_series(report), _path_series(report)
-    titles = (f"static and dynamic plans, {steps} steps", "coarse steps, the same static plans")
-    for column, (series, title) in enumerate(zip((policies, paths), titles, strict=True)):
+    titled = {
+        f"static and dynamic plans, {steps} steps": _policy_series(report),
+        "coarse steps, the same static plans": _path_series(report),
+    }
+    shown = {title: series for title, series in titled.items() if series.keys() - {"fewer steps"}}
+    shown = shown or titled
+    figure = new_figure((1.6 + 4.7 * len(shown), 7.4))
+    panels = figure.subplots(2, len(shown), sharex=True, sharey="row", squeeze=False)
+    for column, (title, series) in enumerate(shown.items()):
         panels[0][column].set_title(title, fontsize=11)
         _draw(panels[0][column], series, "ssim")
         _draw(panels[1][column], series, "frechet")
         panels[1][column].set_xlabel("time of the denoising loop, ms")
-        panels[0][column].legend(fontsize=8, loc="best")
+        panels[0][column].legend(fontsize=8, loc="lower right")
     panels[0][0].set_ylabel("SSIM to full resolution")
     panels[1][0].set_ylabel("Fréchet distance, classifier's features")
     panels[1][0].set_yscale("symlog", linthresh=1e-3)

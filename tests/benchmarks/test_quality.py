@@ -106,6 +106,26 @@ def test_quick_videos_are_compared_frame_by_frame_and_kept(
     assert not rows
 
 
+@pytest.mark.slow
+def test_quick_ablations_of_the_study_model_are_judged_by_its_own_captions(
+    tmp_path: Path,
+) -> None:
+    need("matplotlib", "torchmetrics")
+    out, cache = tmp_path / "quick.json", tmp_path / "cache"
+    arguments = ["--quick", "--out", str(out), "--cache", str(cache), "--tables", "study"]
+    bench = import_module("bench_quality")
+    assert bench.main(arguments) == 0
+    assert not out.exists()
+    report = strict(tmp_path / "quick_study.json")
+    check_baselines(report)
+    assert report["model"]["name"].startswith("study")
+    assert report["settings"]["held_out"] == 2
+    assert "adapters" not in report["tables"]
+    rows = [row for table in report["tables"].values() for row in table]
+    assert all(set(row["correct"]) == {"all"} for row in rows)
+    assert "quality_study.png" in import_module("tables").TABLES["quality_study"](report)
+
+
 def check_videos(rows: dict[str, Any], frames: int) -> None:
     fine = rows["fine"]
     assert fine["psnr"] is None

@@ -58,9 +58,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a large product of random matrices; a multiply-add is two.
 
-    The matrices are random, since a GPU draws less power, and so runs faster, on zeros. The median
-    of several windows that follow on each other is what a GPU sustains. On a CPU the faster of
-    torch's libraries for it.
+    The matrices are random, since a GPU draws less power, and so runs faster, on zeros. On a CPU
+    the faster of torch's libraries for it.
     """
     edge = MATRIX_EDGE[device.type]
     left, right = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
@@ -85,13 +84,18 @@ def cuda_events() -> tuple[Any, Any]:
 
 
 def _seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Median over windows of the mean time of a call."""
+    """Mean time of a call: the median over windows, on a CPU the least.
+
+    A GPU is to be measured at the clock that it sustains; on a CPU other windows are those in which
+    it had other work.
+    """
     for _ in range(_WARM_UP_CALLS):
         call()
     count = 1
     while _window(call, count, device) < _WINDOW_SECONDS:
         count *= 2
-    return statistics.median(_window(call, count, device) / count for _ in range(_WINDOWS))
+    of_windows = min if device.type == "cpu" else statistics.median
+    return of_windows([_window(call, count, device) / count for _ in range(_WINDOWS)])
 
 
 def _window(call: Callable[[], Any], count: int, device: torch.device) -> float:
