@@ -19,6 +19,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,17 @@ def compile_program(
     """
     # Imported here: it takes a second.
     from torch._inductor import aoti_compile_and_package, config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from torch.utils._filelock import FileLock
 
     rewrite_for(info.device, program)
     known = config.get_config_copy()
     optional = {name: value for name, value in _WHERE_KNOWN.items() if name in known}
     metadata = {"aot_inductor.metadata": {METADATA_KEY: info.to_json()}}
     settings = {**_NEEDED, **optional, **(options or {}), **metadata}
-    with _preferred_attention(info.device):
+    # Torch packs files of its cache that another process, compiling the same, writes anew.
+    alike = Path(cache_dir()) / f"ddit_rt-{sha256(info.to_json().encode()).hexdigest()[:32]}.lock"
+    with FileLock(alike), _preferred_attention(info.device):
         aoti_compile_and_package(program, package_path=str(target), inductor_configs=settings)
     return record_attention(target, info)
 

@@ -278,3 +278,35 @@ with unusual_state(), inductor.patch(known):
     for batch, image, text in ((1, 16, 7), (2, 64, 16), (8, 4, 2)):
         inputs = block_inputs(single, batch, image, text)
         assert all(map(torch.equal, unusual(*inputs), usual(*inputs)))
+
+
+@pytest.mark.slow
+def test_processes_that_compile_the_same_do_not_spoil_each_others_packages(tmp_path: Path) -> None:
+    """Torch packs files that it writes anew for each, under the same names."""
+    tests = str(Path(__file__).parents[1])
+    code = f"""
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from models import tiny_transformer
+from ddit_rt.blocks import TokenRanges, compile_block, load_runner
+from ddit_rt.models import family_of
+model = tiny_transformer()
+block_type = family_of(model).block_types(model)[1]
+block, package = block_type.blocks(model)[0], Path(sys.argv[1])
+for _ in range(2):
+    compile_block(block_type, block, package=package, ranges=TokenRanges())
+    load_runner(package, block)
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / f"{place}.pt2")],
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for place in range(2)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=600)
+        assert process.returncode == 0, said
