@@ -77,7 +77,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = RESULTS / "quality_demo.json"
-PLOT = ROOT / "docs" / "quality_demo.png"
+PLOTS = ROOT / "docs"
 CACHE = ROOT / "build" / "bench_quality"
 VIDEO, STUDY = "video", "study"
 CACHES, CACHES_VIDEO, CACHES_STUDY = "caches", "caches_video", "caches_study"
@@ -90,8 +90,7 @@ OTHERS = {
 }
 """Tables with a record of their own."""
 
-_PATHS = "adapters"
-"""The table of ways to take a coarse step."""
+_ADAPTERS = "adapters"
 _SEARCH_SEED = 50_000
 _ALL: dict[str, Any] = {
     "path": TRAINING_FREE,
@@ -151,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         own = of_table(args, "")
         run_ablations(own, image_model(side=own.size), wanted)
     if STUDY in args.tables:
-        run_ablations(of_table(args, STUDY), studied(), [name for name in TABLES if name != _PATHS])
+        run_ablations(
+            of_table(args, STUDY), studied(), [name for name in TABLES if name != _ADAPTERS]
+        )
     for name in (VIDEO, CACHES, CACHES_VIDEO, CACHES_STUDY):
         if name in args.tables:
             own = of_table(args, name)
@@ -194,7 +195,7 @@ def _head(model: DemoModel) -> dict[str, Any]:
 def run_ablations(args: argparse.Namespace, model: DemoModel, wanted: Sequence[str]) -> None:
     """The ablations on a model of images."""
     folders = {SNR_TRAINED: args.adapters_snr, PAPER_TRAINED: args.adapters_paper}
-    compares_paths = _PATHS in wanted
+    compares_paths = _ADAPTERS in wanted
     paths, missing = build_paths(
         model.pipeline,
         folders if compares_paths else {},
@@ -229,7 +230,7 @@ def run_ablations(args: argparse.Namespace, model: DemoModel, wanted: Sequence[s
     report["claims"] = claims(report["tables"])
     publish(args.out, report)
     is_record = args.out.parent == RESULTS and not args.quick
-    folder = PLOT.parent if is_record else args.out.parent
+    folder = PLOTS if is_record else args.out.parent
     draw_quality(report, folder / f"{args.out.stem}.png")
 
 
@@ -259,7 +260,7 @@ def run_video(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_caches(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """The report of the table `caches` or `caches_video`."""
+    """The report of one of the tables of step caches."""
     if name == CACHES_STUDY:
         model = studied()
     else:

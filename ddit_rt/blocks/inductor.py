@@ -111,9 +111,10 @@ def compile_program(
     optional = {name: value for name, value in _WHERE_KNOWN.items() if name in known}
     metadata = {"aot_inductor.metadata": {METADATA_KEY: info.to_json()}}
     settings = {**_NEEDED, **optional, **(options or {}), **metadata}
-    # Torch packs files of its cache that another process, compiling the same, writes anew.
-    alike = Path(cache_dir()) / f"ddit_rt-{sha256(info.to_json().encode()).hexdigest()[:32]}.lock"
-    with FileLock(alike), _preferred_attention(info.device):
+    # Torch packs files of its cache that another process, generating the same code, writes anew.
+    same = sha256(f"{program.graph_module.code}{info.constants}".encode()).hexdigest()[:32]
+    lock = FileLock(Path(cache_dir()) / f"ddit_rt-{same}.lock")
+    with lock, _preferred_attention(info.device):
         aoti_compile_and_package(program, package_path=str(target), inductor_configs=settings)
     return record_attention(target, info)
 

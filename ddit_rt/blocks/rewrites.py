@@ -77,8 +77,8 @@ def has_native_products() -> bool:
     """Whether blocks on this machine's CPU call `ddit_rt::linear` and `ddit_rt::attention`.
 
     Their code for AVX-512, which GCC alone makes beside that of the baseline, is as fast as
-    libraries' where tokens are many and weights small, and up to twice as fast where tokens are
-    few. That for other instruction sets is not.
+    libraries' where tokens are many and weights small, and faster where tokens are few. That for
+    other instruction sets is not.
     """
     has_code = _runtime.build_info()["compiler"].startswith("GNU")
     return has_code and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -129,7 +129,7 @@ def has_onednn_products() -> bool:
 
     MKL, which torch would call, leaves AVX-512 unused on x86 processors that are not Intel's: half
     the speed there, and 5 to 10 % less with AVX2. On Intel's it is as fast where there are many
-    rows, and up to twice as fast where there are few.
+    rows, and faster where there are few.
     """
     return (
         platform.machine() in _X86

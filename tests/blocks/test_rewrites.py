@@ -43,11 +43,16 @@ class Products(nn.Module):
         )
 
 
-def test_gelu_by_tanh_ends_the_product_before_it() -> None:
+def products(dtype: torch.dtype) -> tuple[Products, ExportedProgram]:
     torch.manual_seed(0)
-    module = Products().requires_grad_(False)
+    module = Products().requires_grad_(False).to(dtype)
     shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
-    program = torch.export.export(module, (torch.randn(2, 5, 8),), dynamic_shapes=shapes)
+    example = torch.randn(2, 5, 8, dtype=dtype)
+    return module, torch.export.export(module, (example,), dynamic_shapes=shapes)
+
+
+def test_gelu_by_tanh_ends_the_product_before_it() -> None:
+    module, program = products(torch.float32)
     end_products_in_gelu(program)
     assert calls(program).count(torch.ops.aten._addmm_activation.default) == 1
     assert calls(program).count(torch.ops.aten.gelu.default) == 3
@@ -61,11 +66,7 @@ def test_gelu_by_tanh_ends_the_product_before_it() -> None:
 @pytest.mark.skipif(not torch._C._has_mkldnn, reason="this torch has no oneDNN")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_in_float32_are_onednns(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    module = Products().requires_grad_(False).to(dtype)
-    shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
-    example = torch.randn(2, 5, 8, dtype=dtype)
-    program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+    module, program = products(dtype)
     take_products_to_onednn(program)
     ours = dtype == torch.float32
     assert calls(program).count(torch.ops.mkldnn._linear_pointwise.default) == 7 * ours
@@ -81,11 +82,7 @@ def test_products_in_float32_are_onednns(dtype: torch.dtype) -> None:
 def test_products_of_small_weights_are_native(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
-    module = Products().requires_grad_(False).to(dtype)
-    shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
-    example = torch.randn(2, 5, 8, dtype=dtype)
-    program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+    module, program = products(dtype)
     take_products_to_native(program)
     ours = dtype == torch.float32
     assert calls(program).count(torch.ops.ddit_rt.linear.default) == 7 * ours
@@ -95,7 +92,7 @@ def test_products_of_small_weights_are_native(
     found, expected = program.module()(tokens), module(tokens)
     assert all(map(torch.allclose, found, expected, [1e-5] * 4, [1e-6] * 4))
     monkeypatch.setattr(rewrites, "_SMALL_WEIGHTS", 8 * 16 - 1)
-    program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+    _, program = products(dtype)
     take_products_to_native(program)
     assert torch.ops.ddit_rt.linear.default not in calls(program)
 
