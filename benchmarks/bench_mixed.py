@@ -1,75 +1,61 @@
-"""Patches of two sizes within a step, against everything else that costs less than full resolution.
+"""Mixed steps, and what noise coarse ones have, against all else that is faster than p alone.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_mixed.py [--model demo | study] [--quick --out FILE]
+    OMP_NUM_THREADS=1 python benchmarks/bench_mixed.py [--quick --out FILE]
 
-Draws the same prompts and noise by every plan on the real `FluxTransformer2DModel` of the image
-demo, or on the study model with guidance (`bench_study.py`), in eager PyTorch, every plan by the
-same code (`mixed_steps.py`), taking turns prompt by prompt. Every image is compared with that of
-full resolution at as many steps. That mixed steps are corrected was decided on two of the demo's
-prompts, in their favour; nothing else was.
+Draws the same prompts and noise by every plan with the compiled study model, with guidance
+(`bench_study.py`), plans taking turns prompt by prompt. Every image is compared with that of full
+resolution at as many steps.
 
-The demo's record has two sections: `captions_24` sets mixed plans beside the others, and
-`captions_24_values` tells, on two of the prompts, what else can become of the coarse regions and by
-what else they can be picked. The study model's has `study_50`, and `study_50_noise`, of whole
-coarse steps, on every second prompt. In a row `control` plans pick regions by nothing, and `oracle`
-by what no plan can know; `features` is the mean squared distance of the demo classifier's last
-maps, each pixel's of length one. `verdicts` sets every mixed row against the one of the highest
-mean PSNR of `any` others, or of the `coarse` ones, that takes no more time or tokens.
+The record has two sections: `study_50` sets mixed plans (`ddit_rt/steps/mixed.py`) beside the
+others, and `study_50_noise`, on every second prompt, whole coarse steps by what noise the small
+image has and how it becomes the large one. In a row `control` plans pick regions by nothing;
+`features` is the mean squared distance of the demo classifier's last maps, each pixel's of length
+one. `verdicts` sets every mixed row against the one of the highest mean PSNR of `any` others, or of
+the `coarse` ones, that takes no more time or tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from demo_models import DemoModel, image_model
-from mixed_model import Prompted, Subject, deviations
-from mixed_steps import FINE, SIGNALS, VALUES, Run, Step
+from demo_models import DemoModel
 from quality_rows import tensor
 from records import RESULTS, head, interval_entry, parser_of, publish
 from study_models import STUDY, studied
 from torch import Tensor
 
+import ddit_rt
 from ddit_rt.lab.demo.classifier import load_classifier
-from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH
 from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.measure.report import model_entry
-from ddit_rt.lab.measure.timing import Pixels
+from ddit_rt.lab.measure.timing import Pixels, loop_clock
 from ddit_rt.lab.plans.genome import Static
-from ddit_rt.policies import DDiTPolicy
-from ddit_rt.policies.patch import Schedule
+from ddit_rt.policies import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
+from ddit_rt.steps import SnrBucket, at_step, buckets, mixed
 
-DEMO = "demo"
-RECORDS = {DEMO: RESULTS / "mixed_cpu.json", STUDY: RESULTS / "mixed_study_cpu.json"}
+RESULT = RESULTS / "mixed_cpu.json"
 EQUAL_COST = 1.02
 """A rival may cost 2% more."""
-SIDE, STEPS, STUDY_STEPS, PROMPTS = 128, 24, 50, 24
-OF_VALUES = (0, 6)
-"""Which of the prompts the section of the values draws."""
-FEWER, STATIC, DYNAMIC = "fewer_steps", "static", "dynamic"
-MIXED, CONTROL, ORACLE = "mixed", "control", "oracle"
-_TAU = 1e-3
+SIDE, STEPS, PROMPTS = 128, 50, 24
+FEWER, STATIC, DYNAMIC, MIXED, CONTROL = "fewer_steps", "static", "dynamic", "mixed", "control"
 NOISES = ("matched", "noised", "plain", "nearest", "anchor")
-"""What whole coarse steps are tried with, of `mixed_steps.VALUES`; the runtime's is the first."""
-_STUDY_TAUS = (1e-3, 3e-3)
+"""What whole coarse steps are tried with; the first is the runtime's."""
+_TAUS = (1e-3, 3e-3)
+_SHARES = (0.5, 0.25)
+_ANCHORS = 1e-6
+"""A share so small that one region alone stays at p."""
 _EVERY_FOURTH = Static(count=1, sizes=("2p",), refresh=3)
-_KINDS = {"random": CONTROL, "rotating": CONTROL, "oracle": ORACLE}
-_SIGNAL_LABELS = {
-    "third_difference": "third difference",
-    "energy": "detail of x0",
-    "change": "change of x0",
-    "rotating": "turns",
-    "random": "chance",
-    "oracle": "oracle",
-}
 _EQUAL = 60.0
 """PSNR in dB that stands for images without a difference."""
 
@@ -79,46 +65,37 @@ Row = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark."""
     args = parse(argv)
-    if args.model == STUDY:
-        model = studied()
-        steps, count = (8, 2) if args.quick else (STUDY_STEPS, PROMPTS)
-        prompts = list(enumerate(model.reported(count)))
-        every_other = prompts[:: 1 if args.quick else 2]
-        guidance = model.others["true_cfg_scale"]
-        sections = {
-            f"study_{steps}": section(model, list(plans_of_study(steps)), prompts, guidance),
-            f"study_{steps}_noise": section(
-                model, list(plans_of_noise(steps)), every_other, guidance
-            ),
-        }
-    else:
-        model = image_model()
-        steps, count = (8, 2) if args.quick else (STEPS, PROMPTS)
-        prompts = list(enumerate(model.reported(count)))
-        of_values = [prompts[place] for place in OF_VALUES] if not args.quick else prompts
-        sections = {
-            f"captions_{steps}": section(model, plans_beside_others(steps), prompts),
-            f"captions_{steps}_values": section(model, plans_of_values(steps), of_values),
-        }
+    model = studied()
+    steps, count = (8, 2) if args.quick else (STEPS, PROMPTS)
+    engine = ddit_rt.compile(
+        model.pipeline,
+        height=SIDE,
+        width=SIDE,
+        backend="eager" if args.quick else "aot",
+        progress=False,
+    )
+    prompts = list(enumerate(model.reported(count)))
+    every_other = prompts[:: 1 if args.quick else 2]
+    sections = {
+        f"study_{steps}": section(model, engine, list(plans_beside_others(steps)), prompts),
+        f"study_{steps}_noise": section(model, engine, list(plans_of_noise(steps)), every_other),
+    }
     report = head(
-        model=model_entry(args.model, model.pipeline.transformer),
-        settings={"seed": 0, "equal_cost": EQUAL_COST},
+        model=model_entry(STUDY, model.pipeline.transformer),
+        settings={"equal_cost": EQUAL_COST},
         sections=sections,
     )
-    publish(args.out or RECORDS[args.model], report)
+    publish(args.out or RESULT, report)
     return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Settings; `--quick` is a smoke run whose figures mean nothing."""
     parser = parser_of(__doc__)
-    parser.add_argument("--model", choices=[DEMO, STUDY], default=DEMO)
-    parser.add_argument("--quick", action="store_true", help="2 prompts, 8 steps")
+    parser.add_argument("--quick", action="store_true", help="2 prompts, 8 steps, eager")
     args = parser.parse_args(argv)
     if args.quick and args.out is None:
         parser.error("--quick needs an --out of its own: its figures mean nothing")
-    if torch.get_num_threads() > 1:
-        parser.error("processor time adds the threads up; set OMP_NUM_THREADS=1")
     return args
 
 
@@ -130,171 +107,137 @@ class Plan:
         name: Identifier within a section.
         label: Name for people.
         kind: `fine`, or one of the constants above.
-        how: How each step is taken; for a dynamic plan only their number counts.
-        policy: Of a dynamic plan.
+        policy: Which patch sizes it takes.
+        steps: How many.
+        noise: One of `NOISES`, of its coarse steps.
     """
 
     name: str
     label: str
     kind: str
-    how: tuple[Step, ...]
-    policy: DDiTPolicy | None = None
+    policy: PatchPolicy
+    steps: int
+    noise: str = NOISES[0]
 
     def to_dict(self) -> Row:
         """What it does, JSON-ready."""
-        mixed = next((step for step in self.how if step.share), None)
-        return {
-            "name": self.name,
-            "label": self.label,
-            "kind": self.kind,
-            "steps": len(self.how),
-            "policy": None if self.policy is None else self.policy.to_dict(),
-            "signal": None if mixed is None else mixed.signal,
-            "value": None if mixed is None else mixed.value,
-            "corrected": None if mixed is None else mixed.corrected,
-        }
+        own = {name: getattr(self, name) for name in ("name", "label", "kind", "steps", "noise")}
+        return {**own, "policy": self.policy.to_dict()}
 
 
-def plans_beside_others(steps: int) -> list[Plan]:
-    """Mixed plans beside plans of every other kind, full resolution first."""
-    policy = DDiTPolicy(tau={"2p": _TAU, "4p": _TAU / 2}, criterion="raw")
-    ddit = (FINE,) * steps
-    return [
-        _fine("fine", "full resolution", "fine", steps),
-        *(
-            _fine(f"fewer_{count}", f"{count} steps at full resolution", FEWER, count)
-            for count in (2 * steps // 3, steps // 2)
-        ),
-        _static_plan(steps),
-        Plan(
-            name=f"ddit_{_TAU:g}",
-            label=f"DDiT, tau {_TAU:g}",
-            kind=DYNAMIC,
-            how=ddit,
-            policy=policy,
-        ),
-        _by_signal(steps, 0.5, "third_difference"),
-        _by_signal(steps, 0.5, "random"),
-        _by_signal(steps, 0.25, "third_difference"),
-    ]
-
-
-def plans_of_values(steps: int) -> list[Plan]:
-    """Half the regions at p by every signal, and everything that can become of the others."""
-    plans = [_fine("fine", "full resolution", "fine", steps), _static_plan(steps)]
-    plans += [_by_signal(steps, 0.5, signal) for signal in SIGNALS]
-    ways = [("matched", False), *((value, True) for value in VALUES[1:]), ("anchor", False)]
-    for value, corrected in ways:
-        name = f"{'value' if corrected else 'as_is'}_50_{value}"
-        label = f"mixed 50%, {value}{'' if corrected else ', not corrected'}"
-        step = Step(multiple=2, share=0.5, value=value, corrected=corrected)
-        plans.append(_coarse(name, label, MIXED, steps, step, _EVERY_FOURTH))
-    half, anchor = Step(multiple=2, share=0.5), Step(multiple=2, value="anchor")
-    every = "mixed 50% at every step from the 4th"
-    return [
-        *plans,
-        _coarse("every_50", every, MIXED, steps, half, replace(_EVERY_FOURTH, refresh=None)),
-        _coarse("anchors", "one token in four, anchor", MIXED, steps, anchor, _EVERY_FOURTH),
-    ]
-
-
-def plans_of_study(steps: int) -> Iterator[Plan]:
-    """As `plans_beside_others`, after a fifth of the steps at p, down to a quarter of the time."""
+def plans_beside_others(steps: int) -> Iterator[Plan]:
+    """Mixed plans beside all others, after a fifth of the steps at p."""
     yield _fine("fine", "full resolution", "fine", steps)
     for count in sorted({steps // 2, steps // 3, steps // 4}, reverse=True):
         yield _fine(f"fewer_{count}", f"{count} steps at full resolution", FEWER, count)
     first = max(3, steps // 5)
-    for tau in _STUDY_TAUS:
-        policy = DDiTPolicy(tau, criterion="raw", warmup_steps=first)
-        label, every = f"DDiT after {first} at p, tau {tau:g}", (FINE,) * steps
-        yield Plan(name=f"ddit_{tau:g}", label=label, kind=DYNAMIC, how=every, policy=policy)
-    refreshed = Static(count=1, sizes=("2p",), head=first, refresh=3)
+    for tau, share in itertools.product(_TAUS, (0, *_SHARES)):
+        policy = DDiTPolicy(tau, criterion="raw", warmup_steps=first, fine_share=share)
+        name, label = f"ddit_{tau:g}", f"DDiT after {first} at p, tau {tau:g}"
+        if share:
+            name, label = f"{name}_mixed_{100 * share:.0f}", f"{label}, {share:.0%} at p"
+        kind = MIXED if share else DYNAMIC
+        yield Plan(name=name, label=label, kind=kind, policy=policy, steps=steps)
+    refreshed = replace(_EVERY_FOURTH, head=first)
     block = replace(refreshed, refresh=None)
-    for multiple, shape in itertools.product((2, 4), (refreshed, block)):
-        size, ending = f"{multiple}p", "block" if shape.refresh is None else "3"
-        words = f"after {first} at p" + ("" if shape.refresh is None else ", one at p after 3")
-        step = Step(multiple=multiple)
-        yield _coarse(f"static_{size}_{ending}", f"{size} {words}", STATIC, steps, step, shape)
-        for share, signal in itertools.product((0.5, 0.25), ("third_difference", "random")):
-            name = f"mixed_{size}_{100 * share:.0f}_{ending}_{signal}"
-            label = f"{share:.0%} at p by {_SIGNAL_LABELS[signal]}, others at {size} {words}"
-            step = Step(multiple=multiple, share=share, signal=signal)
-            yield _coarse(name, label, _KINDS.get(signal, MIXED), steps, step, shape)
+    for size, shape in itertools.product(("2p", "4p"), (refreshed, block)):
+        ending = "block" if shape.refresh is None else "3"
+        words = f"{size} after {first} at p" + (", one at p after 3" if shape.refresh else "")
+        yield _coarse(f"static_{size}_{ending}", words, STATIC, shape, size, steps)
+        for share, kind in itertools.product(_SHARES, (MIXED, CONTROL)):
+            picked = "" if kind == MIXED else " by chance"
+            name = f"{kind}_{size}_{100 * share:.0f}_{ending}"
+            label = f"{share:.0%} at p{picked}, others at {words}"
+            yield _coarse(name, label, kind, shape, size, steps, fine_share=share)
 
 
 def plans_of_noise(steps: int) -> Iterator[Plan]:
     """Whole coarse steps by what noise the small image has, and how it becomes the large one."""
     yield _fine("fine", "full resolution", "fine", steps)
-    late = Static(count=1, sizes=("2p",), head=max(3, steps // 5), refresh=3)
-    early = Static(count=1, sizes=("2p",), head=0, tail=steps - 2 * steps // 5, refresh=None)
-    for multiple, (shape, words) in itertools.product(
-        (2, 4), ((late, f"after {late.head} at p, one at p after 3"), (early, "first of all"))
+    late = replace(_EVERY_FOURTH, head=max(3, steps // 5))
+    early = replace(_EVERY_FOURTH, head=0, tail=steps - 2 * steps // 5, refresh=None)
+    for size, (shape, words) in itertools.product(
+        ("2p", "4p"),
+        ((late, f"after {late.head} at p, one at p after 3"), (early, "first of all")),
     ):
         count = len(shape.free(steps))
-        for value in NOISES:
-            step = Step(multiple=multiple, value=value)
-            name = f"{value}_{multiple}p_{shape.head}"
-            label = f"{count} of {steps} at {multiple}p {words}: {value}"
-            yield _coarse(name, label, STATIC, steps, step, shape)
+        for noise in NOISES:
+            name = f"{noise}_{size}_{shape.head}"
+            label = f"{count} of {steps} at {size} {words}: {noise}"
+            share = _ANCHORS if noise == "anchor" else 0.0
+            plan = _coarse(name, label, STATIC, shape, size, steps, fine_share=share)
+            yield replace(plan, noise=noise)
 
 
 def _fine(name: str, label: str, kind: str, steps: int) -> Plan:
-    return Plan(name=name, label=label, kind=kind, how=(FINE,) * steps)
+    return Plan(name=name, label=label, kind=kind, policy=FinePolicy(), steps=steps)
 
 
-def _static_plan(steps: int) -> Plan:
-    label = f"static, {_filled(_EVERY_FOURTH, steps)}"
-    return _coarse("static_2p_3", label, STATIC, steps, Step(multiple=2), _EVERY_FOURTH)
+def _coarse(
+    name: str, label: str, kind: str, shape: Static, size: str, steps: int, fine_share: float = 0.0
+) -> Plan:
+    """As many coarse steps as fit, where a static plan of the shape would run them."""
+    filled = replace(shape, count=len(shape.free(steps)), sizes=(size,))
+    policy = StaticPolicy(filled.plan(steps), fine_share=fine_share)
+    return Plan(name=name, label=label, kind=kind, policy=policy, steps=steps)
 
 
-def _by_signal(steps: int, share: float, signal: str) -> Plan:
-    name = f"mixed_{100 * share:.0f}_{signal}"
-    label = f"mixed {share:.0%}, regions by {_SIGNAL_LABELS[signal]}"
-    step = Step(multiple=2, share=share, signal=signal)
-    return _coarse(name, label, _KINDS.get(signal, MIXED), steps, step, _EVERY_FOURTH)
+@contextmanager
+def coarse_with(noise: str) -> Iterator[None]:
+    """Lets coarse steps take one of `NOISES`, in runs that begin while this lasts."""
+    places: list[tuple[Any, str, Any]] = []
+    if noise in ("plain", "noised"):
+        places.append((buckets, "matched_level", _at_level))
+    if noise == "noised":
+        places.append((SnrBucket, _REDUCE, _noised))
+    if noise == "nearest":
+        places.append((buckets, "bicubic", _repeated))
+    own = [getattr(place, name) for place, name, _ in places]
+    try:
+        for place, name, other in places:
+            setattr(place, name, other)
+        yield
+    finally:
+        for (place, name, _), before in zip(places, own, strict=True):
+            setattr(place, name, before)
 
 
-def _coarse(name: str, label: str, kind: str, steps: int, step: Step, shape: Static) -> Plan:
-    """As many steps of one kind as fit, where a static plan of the shape would run coarse ones."""
-    patches = _filled(shape, steps).plan(steps)
-    how = tuple(FINE if patch == "p" else step for patch in patches)
-    return Plan(name=name, label=label, kind=kind, how=how)
+def _repeated(small: int, size: int) -> Tensor:
+    return torch.eye(small).repeat_interleave(size // small, 0)
 
 
-def _filled(shape: Static, steps: int) -> Static:
-    return replace(shape, count=len(shape.free(steps)))
+def _at_level(sigmas: Tensor, deviation: float) -> tuple[Tensor, Tensor]:
+    del deviation
+    return torch.ones_like(sigmas), sigmas.clone()
 
 
-class Choice:
-    """Which step a dynamic plan takes next, by the rule of its policy.
-
-    The coarsest size is taken of which the rho-quantile of its patches' deviations is below tau.
-    """
-
-    def __init__(self, policy: DDiTPolicy, subject: Subject, sigmas: Tensor) -> None:
-        schedule = Schedule(sigmas=tuple(sigmas.tolist()), offered=(1, 2, 4), size=subject.size)
-        self._table, self._subject = policy.resolve(schedule), subject
-
-    def __call__(self, run: Run, index: int) -> Step:
-        """How step `index` is taken."""
-        if not self._table.scored(index):
-            return Step(multiple=2) if self._table.forced[index] else FINE
-        for multiple, tau in zip((4, 2), reversed(self._table.thresholds[index]), strict=True):
-            spread = deviations(self._subject.regions(multiple), run.latents)
-            if float(spread.quantile(self._table.quantile)) < tau:
-                return Step(multiple=multiple)
-        return FINE
+_REDUCE = "_reduce"
+_reduced: Callable[..., Tensor] = getattr(SnrBucket, _REDUCE)
 
 
-def noise_levels(scheduler: Any, steps: int, tokens: int) -> Tensor:
-    """As `FluxPipeline`'s call sets them for an image of as many tokens, `[steps + 1]`."""
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+def _noised(bucket: Any, latents: Tensor, step: Tensor) -> Tensor:
+    """The small image with noise of its own scale, one draw a run, so that it is at level t."""
+    small = _reduced(bucket, latents, step)
+    share = math.sqrt(1 - small[0, 0].numel() / latents[0, 0].numel())
+    generator = torch.Generator().manual_seed(bucket.multiple)
+    # Nothing is matched: the model is told the level of the large image.
+    level = at_step(vars(bucket)["_level"], step)
+    return small + level * share * torch.randn(small.shape, generator=generator)
 
-    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    mu = calculate_shift(tokens, *(scheduler.config[name] for name in names))
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    levels: Tensor = scheduler.sigmas
-    return levels
+
+@contextmanager
+def chosen_by_chance(seed: int) -> Iterator[None]:
+    """Lets mixed steps pick their regions by nothing, while this lasts."""
+    own, generator = mixed.movement, torch.Generator().manual_seed(seed)
+
+    def drawn(moved: Tensor, edge: int) -> Tensor:
+        return torch.rand(own(moved, edge).shape, generator=generator)
+
+    mixed.movement = drawn
+    try:
+        yield
+    finally:
+        mixed.movement = own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -306,58 +249,46 @@ class Made:
     seconds: float
 
 
-@torch.inference_mode()
-def draw(
-    pipeline: Any, subject: Subject, plan: Plan, prompt: str, seed: int, guidance: float = 1.0
-) -> Made:
-    """Draws one image with a `FluxPipeline`; with guidance above 1 against the empty prompt."""
-    channels = pipeline.transformer.config.in_channels // 4
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(1, channels, *subject.size, generator=generator)
-    sigmas = noise_levels(pipeline.scheduler, len(plan.how), subject.positions[0].shape[0])
-    text, pooled, _ = pipeline.encode_prompt(
-        prompt=[prompt, ""] if guidance > 1 else [prompt],
-        prompt_2=None,
-        max_sequence_length=MAX_SEQUENCE_LENGTH,
+def draw(model: DemoModel, engine: ddit_rt.Engine, plan: Plan, prompt: str, seed: int) -> Made:
+    """Draws one image."""
+    chosen = chosen_by_chance(seed) if plan.kind == CONTROL else nullcontext()
+    with coarse_with(plan.noise), chosen, loop_clock(engine.pipeline, time.process_time) as loop:
+        made = engine(
+            prompt,
+            generator=torch.Generator().manual_seed(seed),
+            patch_policy=plan.policy,
+            num_inference_steps=plan.steps,
+            output_type="np",
+            **model.arguments,
+        )
+    assert engine.last_trace is not None, "a run has a trace"
+    return Made(
+        image=(made.images[0] * 255).round().astype(np.uint8),
+        tokens=sum(step.tokens for step in engine.last_trace),
+        seconds=loop.seconds,
     )
-    text = pipeline.transformer.context_embedder(text)
-    prompted = Prompted(text=text, pooled=pooled, guidance=guidance)
-    started = time.process_time()
-    run = Run(subject, prompted, noise, sigmas, seed)
-    choose = None if plan.policy is None else Choice(plan.policy, subject, sigmas)
-    for index, step in enumerate(plan.how):
-        run.step(index, step if choose is None else choose(run, index))
-    seconds = time.process_time() - started - run.aside
-    vae = pipeline.vae
-    image = vae.decode(run.latents[0] / vae.config.scaling_factor + vae.config.shift_factor)[0]
-    pixels = (image[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
-    shown: Pixels = (pixels * 255).round().to(torch.uint8).numpy()
-    return Made(image=shown, tokens=run.tokens, seconds=seconds)
 
 
 def section(
     model: DemoModel,
+    engine: ddit_rt.Engine,
     plans: Sequence[Plan],
     prompts: Sequence[tuple[int, str]],
-    guidance: float = 1.0,
 ) -> Row:
     """All plans on some prompts, each with its seed; the plan that comes first changes."""
-    pipeline, edge = model.pipeline, SIDE // model.pipeline.vae_scale_factor
-    subject = Subject(transformer=pipeline.transformer, size=(edge, edge))
     made: dict[str, list[Made]] = {plan.name: [] for plan in plans}
-    draw(pipeline, subject, plans[0], "", 0, guidance)  # warms up
+    draw(model, engine, plans[0], "", 0)  # warms up
     for place, (seed, prompt) in enumerate(prompts):
         turn = place * len(plans) // len(prompts)
         for plan in (*plans[turn:], *plans[:turn]):
-            made[plan.name].append(draw(pipeline, subject, plan, prompt, seed, guidance))
+            made[plan.name].append(draw(model, engine, plan, prompt, seed))
     rows = [_row(plan, made[plan.name], made["fine"]) for plan in plans]
     return {
-        "condition": "captions" if guidance == 1 else "open",
-        "steps": len(plans[0].how),
+        "steps": plans[0].steps,
         "side": SIDE,
-        "scale": None if guidance == 1 else guidance,
+        "scale": model.others["true_cfg_scale"],
         "prompts": [prompt for _, prompt in prompts],
-        "image_tokens": subject.positions[0].shape[0],
+        "image_tokens": made["fine"][0].tokens // plans[0].steps,
         "rows": rows,
         "verdicts": verdicts(rows),
     }
@@ -398,7 +329,7 @@ def _feature_distances(images: Sequence[Pixels], references: Sequence[Pixels]) -
 def verdicts(rows: Sequence[Row]) -> list[Row]:
     """Every mixed plan against the closest others that cost no more."""
     by_name = {row["name"]: row for row in rows}
-    kinds = (MIXED, CONTROL, ORACLE)
+    kinds = (MIXED, CONTROL)
     others = [row for row in rows if row["kind"] not in (*kinds, "fine")]
     coarse = [row for row in others if row["kind"] in (STATIC, DYNAMIC)]
     found = []
@@ -409,10 +340,8 @@ def verdicts(rows: Sequence[Row]) -> list[Row]:
         for key, rivals in (("any", others), ("coarse", coarse)):
             for unit, cost in COSTS.items():
                 entry[f"{key}_{unit}"] = best_against(row, rivals, cost)
-        control = None
-        if row["kind"] == MIXED and row["signal"] is not None:
-            control = by_name.get(row["name"].replace(row["signal"], "random"))
-        entry["control"] = None if control in (None, row) else against(row, control)
+        control = by_name.get(row["name"].replace(MIXED, CONTROL)) if row["kind"] == MIXED else None
+        entry["control"] = None if control is None else against(row, control)
         found.append(entry)
     return found
 

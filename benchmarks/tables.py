@@ -40,7 +40,6 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "flux_cuda": real_size,
     "lowered_cuda": lowered_cuda,
     "mixed_cpu": mixed,
-    "mixed_study_cpu": mixed,
     "ops_cpu": ops_cpu,
     "ops_cuda": ops_cuda,
     "overhead_cpu": overhead_cpu,

@@ -46,7 +46,7 @@ _CACHE_KINDS = {
 }
 _CLOCKS = {"wall": "", "cpu": " in processor time, since the machine had other work"}
 _OTHERS = ("ddit", "teacache", "magcache", "fewer_steps", "static")
-_MIXED_KINDS = ("fine", "fewer_steps", "static", "dynamic", "mixed", "control", "oracle")
+_MIXED_KINDS = ("fine", "fewer_steps", "static", "dynamic", "mixed", "control")
 _QUESTIONS = {
     "any_time": "closer than every other plan in no more time",
     "any_tokens": "closer than every other plan on no more tokens",
@@ -320,10 +320,10 @@ def mixed(report: Report) -> str:
     """Of each section its rows and the verdicts; details where every row is of one question."""
     parts: list[Iterable[str]] = []
     for section in report["sections"].values():
-        about = "Captions that say all"
-        if section["scale"] is not None:
-            about = f"The study model, guidance {section['scale']:g}, captions that say little"
-        title = f"{about}: {section['steps']} steps, {len(section['prompts'])} prompts"
+        title = (
+            f"The study model, guidance {section['scale']:g}, captions that say little: "
+            f"{section['steps']} steps, {len(section['prompts'])} prompts"
+        )
         parts += [[f"**{title}**"], _mixed_rows(section)]
         if section["verdicts"]:
             parts.append(_mixed_claims(section))
@@ -375,10 +375,9 @@ def _counted(verdicts: Sequence[Report]) -> str:
 
 def _mixed_conditions(report: Report) -> str:
     return (
-        "Held-out prompts; eager PyTorch, all plans by the same code, taking turns prompt by "
-        f"prompt; {cpu(report)}, {released(report, 'torch')}. "
+        "Held-out prompts; the compiled model, plans taking turns prompt by prompt; "
+        f"{cpu(report)}, {released(report, 'torch')}. "
         "`loop` is processor time of the denoising loop, `features` the mean squared distance of "
         "the demo classifier's normalised maps. Differences are in dB of PSNR, prompt by prompt; a "
-        "claim holds where their 95% interval is above 0. `control` plans pick regions by nothing, "
-        "and `oracle` knows what a whole step at p would change."
+        "claim holds where their 95% interval is above 0."
     )

@@ -24,8 +24,9 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="POLICY",
         help="fine (the unmodified model), static (the plan "
         "2p:0.4,p), dynamic (a score per step and prompt), spectral or spectral:DELTA (2p until "
-        "the noise lets through what it lacks), or a plan of your own as "
-        'shares of the steps, "4p:0.2,2p:0.4,p"; default: the policy of the artifact',
+        "the noise lets through what it lacks), mixed:SHARE (dynamic, with that share of the "
+        "regions at p in coarse steps; mixed:SHARE:PLAN for another plan), or a plan of your own "
+        'as shares of the steps, "4p:0.2,2p:0.4,p"; default: the policy of the artifact',
     )
     group.add_argument(
         "--tau",

@@ -196,11 +196,12 @@ class Engine(Styled):
         Args:
             prompt: Prompt or prompts.
             patch_policy: Which patch size each step takes: a policy, by value or as text (`"fine"`,
-                `"static"`, `"dynamic"`, `"spectral:0.05"`, `"4p:0.2,2p:0.4,p"`); or, from the
-                artifact's calibration for this number of steps, a preset (`"quality"`,
-                `"balanced"`, `"fast"`) or a speed between 0 and 1, which may run fewer steps.
-                Without any calibration `"fast"` is what is published for the model's family, where
-                something is, and the trace says so. By default the artifact's policy.
+                `"static"`, `"dynamic"`, `"spectral:0.05"`, `"mixed:0.25"`, `"4p:0.2,2p:0.4,p"`);
+                or, from the artifact's calibration for this number of steps, a preset
+                (`"quality"`, `"balanced"`, `"fast"`) or a speed between 0 and 1, which may run
+                fewer steps. Without any calibration `"fast"` is what is published for the model's
+                family, where something is, and the trace says so. By default the artifact's
+                policy.
             guidance_interval: `start` and `stop` of diffusers' guiders: classifier-free guidance
                 acts in this part of the steps; elsewhere the pass with the prompt is all that runs.
             step_cache: Which steps reuse instead of compute, `SeaCache(0.25)` or `"seacache:0.25"`,

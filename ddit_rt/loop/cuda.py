@@ -112,6 +112,7 @@ class CudaExecutor:
         key = (
             shape,
             plan.offered,
+            plan.policy.fine_share,
             plan.capacity,
             plan.solver.velocity_depth,
             plan.stage_names,

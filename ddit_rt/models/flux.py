@@ -112,12 +112,12 @@ class FluxFamily(LayeredFamily, FluxForwardFamily):
             guidance = conditioning["guidance"].to(weight.device, weight.dtype)
             arguments.append(guidance.repeat(steps) * 1000)
         temb: Tensor = transformer.time_text_embed(*arguments, pooled.repeat(steps, 1))
-        rows = torch.cat((temb, flux_blocks.modulations(transformer, temb)), dim=-1)
-        return rows.reshape(steps, batch, -1)
+        return flux_blocks.modulations(transformer, temb).reshape(steps, batch, -1)
 
     def modulation_shape(self, transformer: Any) -> tuple[int, ...]:
-        """The embedded time, then the modulation of every block."""
-        chunks = 1 + flux_blocks.DOUBLE_CHUNKS * len(transformer.transformer_blocks)
+        """The embedded time, then the modulation of the output norm and of every block."""
+        chunks = flux_blocks.TIME_CHUNKS
+        chunks += flux_blocks.DOUBLE_CHUNKS * len(transformer.transformer_blocks)
         chunks += flux_blocks.SINGLE_CHUNKS * len(transformer.single_transformer_blocks)
         return (chunks * self.hidden_size(transformer),)
 
@@ -137,6 +137,15 @@ class FluxFamily(LayeredFamily, FluxForwardFamily):
         cos, sin = transformer.pos_embed(ids)
         return cos, sin
 
+    def positions_at(
+        self, positions: tuple[Tensor, ...], places: Tensor, text_tokens: int
+    ) -> tuple[Tensor, ...]:
+        """See `Family.positions_at`."""
+        return tuple(
+            torch.cat((table[:text_tokens], table[text_tokens:].index_select(0, places)))
+            for table in positions
+        )
+
     def run_blocks(
         self,
         runners: Mapping[str, Sequence[Runner]],
@@ -148,11 +157,12 @@ class FluxFamily(LayeredFamily, FluxForwardFamily):
         """See `Family.run_blocks`."""
         double = runners.get("transformer_blocks", ())
         single = runners.get("single_transformer_blocks", ())
-        width = hidden.shape[-1]
-        chunks = [flux_blocks.DOUBLE_CHUNKS] * len(double) + [flux_blocks.SINGLE_CHUNKS] * len(
-            single
-        )
-        _, *rows = torch.split(temb, [width, *(count * width for count in chunks)], dim=-1)
+        chunks = [
+            flux_blocks.TIME_CHUNKS,
+            *[flux_blocks.DOUBLE_CHUNKS] * len(double),
+            *[flux_blocks.SINGLE_CHUNKS] * len(single),
+        ]
+        _, *rows = torch.split(temb, [count * hidden.shape[-1] for count in chunks], dim=-1)
         for block, row in zip(double, rows, strict=False):
             text, hidden = block(hidden, text, row.contiguous(), *positions)
         if not single:
@@ -175,7 +185,9 @@ class FluxFamily(LayeredFamily, FluxForwardFamily):
 
     def modulate_output(self, transformer: Any, hidden: Tensor, temb: Tensor) -> Tensor:
         """See `Family.modulate_output`."""
-        normed: Tensor = transformer.norm_out(hidden, temb[:, : hidden.shape[-1]])
+        width = hidden.shape[-1]
+        scale, shift = temb[:, None, width : 3 * width].chunk(2, dim=-1)
+        normed: Tensor = transformer.norm_out.norm(hidden) * (1 + scale) + shift
         return normed
 
     def embedding_layers(self, transformer: Any) -> tuple[nn.Linear, nn.Linear]:

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+TIME_CHUNKS = 3
+"""What comes before the blocks' modulation, in widths d: the time, and the output norm's two."""
 DOUBLE_CHUNKS = 12
 """Modulation of a double-stream block, in widths d: of image and text, twice shift, scale, gate."""
 SINGLE_CHUNKS = 3
-
 
 PASSED_BY = {
     "FluxTransformerBlock": ("", "norm1", "norm1_context"),
@@ -34,23 +35,21 @@ PASSED_BY = {
 
 
 def modulations(transformer: Any, temb: Tensor) -> Tensor:
-    """Modulation of all blocks, in the order in which they run.
+    """All that hangs on the time: itself, and the modulation of the output norm and of all blocks.
 
     Args:
         transformer: A `FluxTransformer2DModel`.
         temb: Embedded time, guidance and pooled prompt, `[N, d]`.
 
     Returns:
-        `[N, m]`; m is 12 d for each double-stream block and 3 d for each single-stream one.
+        `[N, m]`: the time; scale and shift of the output norm; of the blocks in the order in which
+        they run, 12 d for each double-stream block and 3 d for each single-stream one.
     """
-    norms = [
-        norm
-        for block in transformer.transformer_blocks
-        for norm in (block.norm1, block.norm1_context)
-    ]
+    norms = [transformer.norm_out]
+    for block in transformer.transformer_blocks:
+        norms += [block.norm1, block.norm1_context]
     norms += [block.norm for block in transformer.single_transformer_blocks]
-    rows = [norm.linear(norm.silu(temb)) for norm in norms]
-    return torch.cat(rows, dim=-1) if rows else temb[:, :0]
+    return torch.cat([temb, *(norm.linear(norm.silu(temb)) for norm in norms)], dim=-1)
 
 
 def double(

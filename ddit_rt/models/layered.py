@@ -68,6 +68,18 @@ class LayeredFamily(Family):
                 s x s base tokens of one frame, placed at the centres of what they cover.
         """
 
+    @abstractmethod
+    def positions_at(
+        self, positions: tuple[Tensor, ...], places: Tensor, text_tokens: int
+    ) -> tuple[Tensor, ...]:
+        """Position encodings of the text and of some of the image tokens.
+
+        Args:
+            positions: As `positions` returned them.
+            places: Which image tokens, `[n]`, int64.
+            text_tokens: Length of the text sequence.
+        """
+
     def embed_tokens(self, transformer: nn.Module, tokens: Tensor) -> Tensor:
         """The model's own patch embedding: `[B, n, C*p*p]` to `[B, n, d]`."""
         hidden: Tensor = self.embedding_layers(transformer)[0](tokens)

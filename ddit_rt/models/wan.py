@@ -121,6 +121,12 @@ class WanFamily(LayeredFamily, WanForwardFamily):
         """Rotary cos and sin, each `[1, n, 1, head width]`, float32; text has no positions."""
         return rotary_tables(transformer.rope, grid, stretch)
 
+    def positions_at(
+        self, positions: tuple[Tensor, ...], places: Tensor, text_tokens: int
+    ) -> tuple[Tensor, ...]:
+        """See `Family.positions_at`."""
+        return tuple(table.index_select(1, places) for table in positions)
+
     def embed_tokens(self, transformer: Any, tokens: Tensor) -> Tensor:
         """See `Family.embed_tokens`. The convolution's windows are the tokens."""
         convolution = transformer.patch_embedding

@@ -26,6 +26,7 @@ from ddit_rt.policies import (
     SpectralPolicy,
     StaticPolicy,
     StepCache,
+    patch_name,
     published_fits,
     published_spectrum,
 )
@@ -139,6 +140,8 @@ def outline_run(
     """
     experts = tuple(experts) or (0,) * len(timesteps)
     offered, missing = compiled.offered(shape[-2], shape[-1], latent_frames(shape))
+    if request.policy.fine_share:
+        offered, missing = _mixed(compiled, shape, offered, missing)
     compiled.check_batch(shape[0])
     table = request.policy.resolve(
         Schedule(
@@ -174,11 +177,46 @@ def outline_run(
             *request.notes,
             *request.warnings,
             *([table.note] if table.note else ()),
+            *([_mixed_note(table)] if table.fine_share else ()),
             *stage_notes(stages, stage_of),
             *cached,
         ),
         warnings=(*request.warnings, *aloud),
     )
+
+
+def _mixed(
+    compiled: CompiledModel,
+    shape: Sequence[int],
+    offered: tuple[int, ...],
+    missing: tuple[str, ...],
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Patch sizes of mixed steps, and why others are not offered.
+
+    Raises:
+        UnsupportedModelError: Of a model whose family does not tell its layers.
+        ValueError: With an adapter.
+    """
+    model = compiled.steps
+    layered(model.family, "mixed steps (fine_share) are not there")
+    if adapted := [patch_name(one) for one in offered if one in compiled.adapters.adapters]:
+        raise ValueError(
+            f"fine_share needs no training, and {', '.join(adapted)} would run by an adapter; "
+            "leave fine_share out, or compile without the adapter"
+        )
+    edges = {multiple: model.patch_size * multiple for multiple in offered}
+    divided = [one for one, edge in edges.items() if not (shape[-2] % edge or shape[-1] % edge)]
+    notes = [
+        f"{patch_name(one)} is not offered to mixed steps at this size: patches of {edge} latent "
+        f"pixels do not divide {shape[-2]} x {shape[-1]}"
+        for one, edge in edges.items()
+        if one not in divided
+    ]
+    return tuple(divided), (*missing, *notes)
+
+
+def _mixed_note(table: PolicyTable) -> str:
+    return f"{table.fine_share:.0%} of the regions stay at p in coarse steps"
 
 
 def _refuse_scores_of_repeated_levels(

@@ -23,6 +23,7 @@ from ddit_rt.steps import (
     FineBucket,
     InputSignal,
     LatentSignal,
+    MixedBucket,
     Pass,
     RunContext,
     Signal,
@@ -123,8 +124,9 @@ def _contexts(
 ) -> Contexts:
     model, shape = compiled.steps, outline.shape
     device, capacity = model.device, _capacity(outline, model)
+    mixed = outline.policy.fine_share > 0
     keeps_detail = _keeps_detail(compiled, outline.offered) and (
-        device.type == "cuda" or outline.policy.coarse_after_fine()
+        device.type == "cuda" or mixed or outline.policy.coarse_after_fine()
     )
     context = RunContext(
         passes=(),
@@ -139,7 +141,7 @@ def _contexts(
         steps=outline.steps,
         unguided=scales is not None and not all(outline.guided),
     )
-    details = [Detail(shape, device) if keeps_detail else None for _ in groups]
+    details = [Detail(shape, device, mixed=mixed) if keeps_detail else None for _ in groups]
     contexts = [
         (
             one,
@@ -188,9 +190,9 @@ def _buckets(
     compiled: CompiledModel, outline: Outline, model: StepModel, context: RunContext
 ) -> list[Bucket | None]:
     """Those that the policy can reach."""
-    reachable = outline.policy.reachable()
+    reachable, fine_share = outline.policy.reachable(), outline.policy.fine_share
     return [
-        _bucket(compiled, model, context, multiple) if index in reachable else None
+        _bucket(compiled, model, context, multiple, fine_share) if index in reachable else None
         for index, multiple in enumerate(outline.offered)
     ]
 
@@ -235,10 +237,16 @@ def _unwatched_weights(models: Sequence[StepModel]) -> tuple[int, ...]:
 
 
 def _bucket(
-    compiled: CompiledModel, model: StepModel, context: RunContext, multiple: int
+    compiled: CompiledModel,
+    model: StepModel,
+    context: RunContext,
+    multiple: int,
+    fine_share: float,
 ) -> Bucket:
     if multiple == 1:
         return FineBucket(model, context)
+    if fine_share:
+        return MixedBucket(model, context, multiple, fine_share)
     adapter = compiled.adapters.adapters.get(multiple)
     if adapter is None:
         return SnrBucket(model, context, multiple)

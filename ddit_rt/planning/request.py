@@ -29,8 +29,9 @@ PolicyChoice = PatchPolicy | str | float
 """A policy, by value or as text; the name of a calibrated preset; or a speed between 0 and 1."""
 
 _FORMS = (
-    "pass a policy such as DDiTPolicy(), as text fine, static, dynamic, spectral:0.05 or a plan "
-    f"such as 4p:0.2,2p:0.4,p, or of a calibration {', '.join(PRESETS)} or a speed from 0 to 1"
+    "pass a policy such as DDiTPolicy(), as text fine, static, dynamic, spectral:0.05, mixed:0.25 "
+    "or a plan such as 4p:0.2,2p:0.4,p, or of a calibration "
+    f"{', '.join(PRESETS)} or a speed from 0 to 1"
 )
 
 _CONDITIONS = ("height", "width", "num_frames", "guidance_scale", "true_cfg_scale")

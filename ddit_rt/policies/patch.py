@@ -11,7 +11,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,7 @@ class PolicyTable:
         quantile: rho, in [0, 1].
         dwell: Steps that a size is kept at least before the scores may change it.
         monotone: Whether the scores may never choose a coarser size than the current one.
+        fine_share: Share of the regions that stay at p in a coarse step, in [0, 1).
         note: What the trace is to say of it.
     """
 
@@ -90,6 +91,7 @@ class PolicyTable:
     quantile: float = 0.4
     dwell: int = 0
     monotone: bool = False
+    fine_share: float = 0.0
     note: str = ""
 
     @property
@@ -154,7 +156,13 @@ class Schedule:
 
 
 class PatchPolicy(ABC):
-    """Interface of every policy."""
+    """Interface of every policy.
+
+    Attributes:
+        fine_share: Share of the regions that stay at p in a coarse step, in [0, 1).
+    """
+
+    fine_share: float = 0.0
 
     @abstractmethod
     def resolve(self, schedule: Schedule) -> PolicyTable:
@@ -172,7 +180,10 @@ class PatchPolicy(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready description; `policy_from_dict` is the inverse."""
-        return {"policy": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+        fields: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        if not self.fine_share:
+            fields.pop("fine_share", None)
+        return {"policy": type(self).__name__, **fields}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,12 +203,17 @@ class StaticPolicy(PatchPolicy):
         plan: One patch size per step (`["4p", "2p", "p", ...]`, multiples of p allowed), or
             shares of the steps in order, `"4p:0.2,2p:0.4,p"`; the last entry may leave its
             share out and takes the rest.
+        fine_share: Share of the regions that stay at p in a coarse step, in [0, 1): a mixed step
+            (`steps/mixed.py`), 0 for none.
     """
 
     plan: str | Sequence[str | int]
+    _: KW_ONLY
+    fine_share: float = 0.0
 
     def __post_init__(self) -> None:
         """Parses the plan once, so that a typing error shows where it was made."""
+        checks.settle(self, fine_share=_checked_share(self.fine_share))
         if isinstance(self.plan, str):
             _parse_shares(self.plan)
             return
@@ -227,7 +243,8 @@ class StaticPolicy(PatchPolicy):
                 'steps; give one entry per step, or shares such as "4p:0.2,2p:0.4,p"'
             )
         buckets = tuple(_bucket_of(multiple, schedule.offered) for multiple in multiples)
-        return fixed_table(schedule, buckets, "static plan")
+        table = fixed_table(schedule, buckets, "static plan")
+        return replace(table, fine_share=self.fine_share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +279,8 @@ class DDiTPolicy(PatchPolicy):
         refresh: Largest number of dynamic steps between two forced steps at p, by which the
             training-free coarse step corrects itself; None for no forced steps in between.
         fine_tail: Last steps that always run at p, where coarse steps err most.
+        fine_share: Share of the regions that stay at p in a coarse step, in [0, 1): a mixed step
+            (`steps/mixed.py`), 0 for none.
         criterion: `"normalised"`, tau times (mean sigma step / (1/50)) ** step_exponent, so that
             one tau serves several step counts and spacings; or `"raw"`, tau as it is.
         step_exponent: How the difference shrinks with the step size. On trained models between
@@ -278,6 +297,7 @@ class DDiTPolicy(PatchPolicy):
     monotone: bool = False
     refresh: int | None = 4
     fine_tail: int = 2
+    fine_share: float = 0.0
     criterion: str = "normalised"
     step_exponent: float = 1.4
 
@@ -293,6 +313,7 @@ class DDiTPolicy(PatchPolicy):
             monotone=checks.flag("monotone", self.monotone),
             refresh=checks.optional(checks.whole, "refresh", self.refresh, 1),
             fine_tail=checks.whole("fine_tail", self.fine_tail, 0),
+            fine_share=_checked_share(self.fine_share),
             criterion=checks.choice("criterion", self.criterion, ("raw", "normalised")),
             step_exponent=checks.number("step_exponent", self.step_exponent, 0),
             warmup_steps=checks.optional(checks.whole, "warmup_steps", self.warmup_steps, 1),
@@ -348,6 +369,7 @@ class DDiTPolicy(PatchPolicy):
             quantile=self.rho,
             dwell=self.dwell,
             monotone=self.monotone,
+            fine_share=self.fine_share,
         )
 
     def _plans_blind(self, schedule: Schedule, forced: Sequence[int]) -> bool:
@@ -398,6 +420,14 @@ def _checked_tau(tau: Any) -> float | dict[str, float]:
     if "p" in checked or len(checked) < len(tau):
         expected = "each coarse size once: p is what is left when no score is below its threshold"
         raise ValueError(checks.got("tau", tau, expected))
+    return checked
+
+
+def _checked_share(share: Any) -> float:
+    checked = checks.number("fine_share", share, 0)
+    if checked >= 1:
+        expected = "a share of the regions, at least 0 and below 1"
+        raise ValueError(checks.got("fine_share", share, expected))
     return checked
 
 

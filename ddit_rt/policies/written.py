@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,11 +32,12 @@ def parse_policy(text: str, default: PatchPolicy) -> PatchPolicy | None:
 
     Args:
         text: `"fine"`, `"static"`, `"dynamic"`, `"spectral"` or `"spectral:DELTA"`, or a plan,
-            `"4p:0.2,2p:0.4,p"`.
+            `"4p:0.2,2p:0.4,p"`; or `"mixed:SHARE"`, the dynamic one with that `fine_share`,
+            with `":static"` or `":PLAN"` behind it for another.
         default: What `"dynamic"` is, where it is a dynamic policy.
 
     Raises:
-        ValueError: A plan or a delta that cannot be read.
+        ValueError: A plan, a delta or a share that cannot be read.
     """
     text = text.strip()
     if text == "fine":
@@ -44,9 +46,11 @@ def parse_policy(text: str, default: PatchPolicy) -> PatchPolicy | None:
         return default if isinstance(default, DDiTPolicy) else DDiTPolicy()
     if text == "static":
         return StaticPolicy(STATIC_PLAN)
-    name, colon, delta = text.partition(":")
+    name, colon, rest = text.partition(":")
     if name == "spectral":
-        return _spectral(text, delta) if colon else SpectralPolicy()
+        return _spectral(text, rest) if colon else SpectralPolicy()
+    if name == "mixed":
+        return _mixed(text, rest, default)
     return StaticPolicy(text) if is_patch(text) or set(text) & set(":,") else None
 
 
@@ -56,6 +60,21 @@ def _spectral(text: str, delta: str) -> SpectralPolicy:
     except ValueError:
         expected = "spectral:DELTA with a number above 0 and below 1, such as spectral:0.05"
         raise ValueError(checks.got("patch_policy", text, expected)) from None
+
+
+def _mixed(text: str, rest: str, default: PatchPolicy) -> PatchPolicy:
+    share, _, own = rest.partition(":")
+    policy = None if own.startswith("mixed") else parse_policy(own or "dynamic", default)
+    try:
+        if isinstance(policy, (DDiTPolicy, StaticPolicy)) and float(share) > 0:
+            return replace(policy, fine_share=float(share))
+    except ValueError:
+        pass
+    expected = (
+        "mixed:SHARE with a share of the regions above 0 and below 1, such as mixed:0.25, and "
+        "perhaps a plan behind it, mixed:0.25:2p:0.5,p"
+    )
+    raise ValueError(checks.got("patch_policy", text, expected))
 
 
 def policy_from_dict(data: Mapping[str, Any]) -> PatchPolicy:

@@ -14,6 +14,7 @@ from ddit_rt.steps.base import (
     token_velocity,
 )
 from ddit_rt.steps.buckets import FineBucket, PassesBucket, Resampling, SnrBucket, matched_level
+from ddit_rt.steps.mixed import MixedBucket
 from ddit_rt.steps.passes import Passes
 from ddit_rt.steps.signal import InputSignal, LatentSignal, Signal
 
@@ -24,6 +25,7 @@ __all__ = [
     "FineBucket",
     "InputSignal",
     "LatentSignal",
+    "MixedBucket",
     "Pass",
     "Passes",
     "PassesBucket",

@@ -169,22 +169,31 @@ class Detail:
     Attributes:
         estimate: Shape of the latents, float32; zeros until there is one.
         serial: Number of steps at p so far, a tensor, so that no step waits for the host.
+        moved: By how much the latest step at p changed the estimate; None where no step is mixed.
         corrections: What the coarse step of each patch size keeps of it, by multiple; made by the
             bucket, and one for all models of the run.
     """
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], device: torch.device, *, mixed: bool = False
+    ) -> None:
+        """Nothing is kept yet; `mixed`: whether coarse steps leave regions at p."""
         self.estimate = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.moved = torch.zeros_like(self.estimate) if mixed else None
         self.serial = torch.zeros(1, dtype=torch.int32, device=device)
         self.corrections: dict[int, Any] = {}
 
     def state(self) -> tuple[Tensor, ...]:
         """What it keeps from step to step."""
-        return (self.estimate, self.serial)
+        return (self.estimate, self.serial, *([] if self.moved is None else [self.moved]))
 
     def update(self, latents: Tensor, velocity: Tensor, sigma: Tensor) -> None:
         """Takes over x0 = z - t v of a step at p."""
+        if self.moved is not None:
+            self.moved.copy_(self.estimate)
         torch.addcmul(latents, velocity, sigma, value=-1, out=self.estimate)
+        if self.moved is not None:
+            torch.sub(self.estimate, self.moved, out=self.moved)
         self.serial += 1
 
 

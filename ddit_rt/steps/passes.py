@@ -47,6 +47,7 @@ class Passes:
         *,
         runners: Runners | None = None,
         stretch: int = 1,
+        places: Tensor | None = None,
     ) -> None:
         """Prepares what stays the same in every step.
 
@@ -57,11 +58,13 @@ class Passes:
             levels: t that the model is given at every step, `[M]`, float32, in [0, 1].
             runners: The blocks; by default the unmodified ones.
             stretch: Distance of neighbouring tokens, as `Family.positions` takes it.
+            places: Which of the tokens run, `[n]`, int64, read at every step; by default all.
         """
         family, transformer = model.layers, model.transformer
         self._model = model
         self._frames = context.frames
         self._scales = context.scales
+        self._places = places
         self._passes = tuple(
             _Prepared(
                 blocks=Blocks(
@@ -125,7 +128,10 @@ class Passes:
         """Image tokens through the blocks and the last modulation; of a pass's first rows."""
         rows = len(hidden)
         family, temb = self._model.layers, at_step(one.temb, step)[:rows]
-        hidden = one.blocks(hidden, one.text[:rows], temb, one.positions, step, reuse=reuse)
+        positions, text = one.positions, one.text[:rows]
+        if self._places is not None:
+            positions = family.positions_at(positions, self._places, text.shape[1])
+        hidden = one.blocks(hidden, text, temb, positions, step, reuse=reuse)
         return family.modulate_output(self._model.transformer, hidden, temb)
 
     def _project(self, hidden: Tensor) -> Tensor:

@@ -53,8 +53,9 @@ def expected(model: Any, path: str, tensors: tuple[Tensor, ...]) -> Tensor:
 def found(model: Any, path: str, tensors: tuple[Tensor, ...]) -> Tensor:
     image, text, temb, *rotary = tensors
     block, rows = model.get_submodule(path), flux_blocks.modulations(model, temb)
-    sizes = [flux_blocks.DOUBLE_CHUNKS * WIDTH] * 2 + [flux_blocks.SINGLE_CHUNKS * WIDTH] * 2
-    row = rows.split(sizes, dim=-1)[("single" in path and 2) or 0]
+    doubles, singles = [flux_blocks.DOUBLE_CHUNKS] * 2, [flux_blocks.SINGLE_CHUNKS] * 2
+    chunks = [flux_blocks.TIME_CHUNKS, *doubles, *singles]
+    row = rows.split([count * WIDTH for count in chunks], dim=-1)[3 if "single" in path else 1]
     if "single" in path:
         return flux_blocks.single(block, torch.cat((text, image), 1), row, *rotary)[0]
     return torch.cat(flux_blocks.double(block, image, text, row, *rotary), dim=1)

@@ -208,15 +208,16 @@ def _candidate(policy: PatchPolicy, steps: int, label: str, cache: StepCache) ->
 
 
 def _describe(policy: PatchPolicy, steps: int) -> str:
+    mixed = f", {policy.fine_share:.0%} at p" if policy.fine_share else ""
     if isinstance(policy, FinePolicy):
         return f"{steps} steps at p"
     if isinstance(policy, StaticPolicy):
         plan = policy.plan if isinstance(policy.plan, str) else "a plan of its own"
-        return f"static, {steps} steps, {plan}"
+        return f"static, {steps} steps, {plan}{mixed}"
     if isinstance(policy, DDiTPolicy):
         tau = policy.tau
         sizes = ", ".join(f"{s} {v:g}" for s, v in tau.items()) if isinstance(tau, Mapping) else tau
-        return f"dynamic, {steps} steps, tau {sizes}"
+        return f"dynamic, {steps} steps, tau {sizes}{mixed}"
     return f"{type(policy).__name__}, {steps} steps"
 
 
