@@ -113,12 +113,24 @@ class StepCosts:
         cached = type(plan.cache).__name__
         if cached in self.milliseconds:
             return sum(self.milliseconds[cached][one] for one in branches)
-        own, base = self.milliseconds[plan.path], self.milliseconds[TRAINING_FREE]
-        return sum(base["p"] if one == "p" else own[one] for one in branches)
+        own, fine = self.milliseconds[plan.path], self.milliseconds[TRAINING_FREE]["p"]
+        costs = {one: mixed_cost(fine, own[one], plan.policy.fine_share) for one in own}
+        return sum(fine if one == "p" else costs[one] for one in branches)
 
     def loop_tokens(self, branches: Sequence[str]) -> float:
         """Image tokens of a loop; a step that reuses counts as none."""
         return sum(self.tokens.get(one, 0) for one in branches)
+
+
+def mixed_cost(fine: float, coarse: float, fine_share: float) -> float:
+    """Of a step that keeps a share of the regions at p: exact for tokens, near it for time.
+
+    Args:
+        fine: Cost of a step at p.
+        coarse: Of the coarse step without the share.
+        fine_share: The share.
+    """
+    return fine_share * fine + (1 - fine_share) * coarse
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ from functools import cached_property
 from demo_models import DemoModel
 from quality_paths import TRAINING_FREE
 from quality_rows import Judge
-from quality_runs import Plan, Runs, StepCosts, reference
+from quality_runs import Plan, Runs, StepCosts, mixed_cost, reference
 from quality_search import STATIC_SHAPES, FidelitySearch, Matcher, plan_of
 
 from ddit_rt.lab.calibrate.moves import Space
@@ -39,12 +39,13 @@ from ddit_rt.policies import (
     SeaCache,
     SpectralPolicy,
     StaticCache,
+    StaticPolicy,
     StepCache,
 )
 
-FEWER, STATIC, DDIT, SPECTRAL = "fewer_steps", "static", "ddit", "spectral"
+FEWER, STATIC, MIXED, DDIT, SPECTRAL = "fewer_steps", "static", "mixed", "ddit", "spectral"
 MAG, SEA, FIXED, PLANNED = "magcache", "seacache", "static_cache", "planner"
-KINDS = (FEWER, MAG, SEA, FIXED, STATIC, SPECTRAL, DDIT, PLANNED)
+KINDS = (FEWER, MAG, SEA, FIXED, STATIC, MIXED, SPECTRAL, DDIT, PLANNED)
 """In the order of the tables."""
 
 CACHES: tuple[StepCache, ...] = (MagCache(0.0), SeaCache(0.0), StaticCache(2.0))
@@ -59,6 +60,7 @@ _LATE = (
     Static(count=1, sizes=("4p", "2p"), head=10),
 )
 """Beside those of the other tables: with a fifth of the steps fine first, as MagCache has them."""
+_FINE_SHARES = (0.125, 0.25, 0.5)
 _EQUAL_SHARE = 0.03
 _SPANS = [1 + place / 100 for place in range(1501)]
 _MOST_DELTA = 0.999
@@ -129,6 +131,7 @@ class Planner:
         made: Mapping[str, Callable[[float], Iterator[Plan]]] = {
             FEWER: self._fewer,
             STATIC: self._static,
+            MIXED: self._mixed,
             SPECTRAL: self._spectral,
             DDIT: self._dynamic,
             MAG: self._magcache,
@@ -141,14 +144,28 @@ class Planner:
     def _fewer(self, level: float) -> Iterator[Plan]:
         yield reference(round(self.steps / level))
 
-    def _static(self, level: float) -> Iterator[Plan]:
+    def _static(self, level: float, fine_share: float = 0.0) -> Iterator[Plan]:
         # As far beyond the cost as rules may be, which cannot be turned more finely.
         most = self.whole * (1 / level + _EQUAL_SHARE)
+        costs = {
+            name: mixed_cost(self._of_step["p"], own, fine_share)
+            for name, own in self._of_step.items()
+        }
         for shape in (*STATIC_SHAPES, *_LATE):
-            genome = within([shape], self.steps, most, self._of_step)
-            if genome is not None:
-                candidate = genome.candidate()
-                yield Plan(policy=candidate.policy, steps=self.steps, label=candidate.label)
+            genome = within([shape], self.steps, most, costs)
+            if genome is None:
+                continue
+            candidate = genome.candidate()
+            policy, label = candidate.policy, candidate.label
+            if fine_share:
+                assert isinstance(policy, StaticPolicy), "a plan of sizes"
+                policy = replace(policy, fine_share=fine_share)
+                label = f"{label}, {fine_share:.3g} of the regions at p"
+            yield Plan(policy=policy, steps=self.steps, label=label)
+
+    def _mixed(self, level: float) -> Iterator[Plan]:
+        for fine_share in _FINE_SHARES:
+            yield from self._static(level, fine_share)
 
     def _spectral(self, level: float) -> Iterator[Plan]:
         amplitude, decay = self.spectrum

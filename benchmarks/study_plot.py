@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from study_plans import DDIT, FEWER, FIXED, MAG, PLANNED, SEA, SPECTRAL, STATIC
+from study_plans import DDIT, FEWER, FIXED, MAG, MIXED, PLANNED, SEA, SPECTRAL, STATIC
 
 from ddit_rt.lab.measure.figures import new_figure
 
@@ -14,6 +14,7 @@ from ddit_rt.lab.measure.figures import new_figure
 _STYLES = {
     FEWER: ("fewer steps", "#000000", "x"),
     STATIC: ("static coarse steps", "#E69F00", "s"),
+    MIXED: ("mixed steps", "#F0E442", "h"),
     SPECTRAL: ("SPEED's rule", "#56B4E9", "P"),
     DDIT: ("DDiT", "#0072B2", "o"),
     MAG: ("MagCache", "#CC79A7", "^"),

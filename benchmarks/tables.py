@@ -53,6 +53,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "soak_cpu": soak,
     "study_cpu": study,
     "study_order_cpu": study,
+    "study_far_cpu": study,
     "wan_cpu": real_size,
     "wan_cuda": real_size,
 }

@@ -23,6 +23,7 @@ NAMES = {
     "seacache": "SeaCache",
     "static_cache": "StaticCache",
     "static": "a static plan",
+    "mixed": "mixed steps",
     "spectral": "SPEED's rule",
     "ddit": "DDiT",
 }

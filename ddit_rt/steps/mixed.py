@@ -67,7 +67,8 @@ class MixedBucket(PassesBucket):
         given = ops.pack(latents, model.patch_size).index_select(1, places)
         hidden = model.layers.embed_tokens(model.transformer, given.to(model.dtype))
         found = self._run(hidden, step, reuse=reuse, guided=guided)
-        clean = _tokens(model, latents).index_select(1, places) - sigma * found
+        ran = _tokens(model, latents).index_select(1, places)
+        clean = torch.addcmul(ran, found.float(), sigma, value=-1)
         change = model.unpack(
             selection.drawn_out(clean, sigma),
             self._context.height,

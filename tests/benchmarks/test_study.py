@@ -23,6 +23,7 @@ KINDS = [
     "seacache",
     "static_cache",
     "static",
+    "mixed",
     "spectral",
     "ddit",
     "planner",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ddit_rt.errors import ArtifactMismatchError, RunCancelled
 
 pytestmark = pytest.mark.gpu
 
-MIXED = StaticPolicy(["p", "2p", "4p", "2p", "p", "p"])
+SIZES = StaticPolicy(["p", "2p", "4p", "2p", "p", "p"])
 DYNAMIC = DDiTPolicy(tau=0.3, refresh=2)
 FORMS = ["loop", "step", "host"]
 SHAPE = (2, 4, 16, 16)
@@ -59,7 +60,11 @@ def denoise(
     )
 
 
-@pytest.mark.parametrize("policy", [FinePolicy(), MIXED, DYNAMIC], ids=["fine", "mixed", "ddit"])
+@pytest.mark.parametrize(
+    "policy",
+    [FinePolicy(), SIZES, DYNAMIC, replace(SIZES, fine_share=0.25)],
+    ids=["fine", "sizes", "ddit", "mixed"],
+)
 def test_forms_agree_to_the_bit_and_with_the_cpu(engine: ddit_rt.Engine, policy: Any) -> None:
     results, traces = [], []
     for form in FORMS:
@@ -96,7 +101,7 @@ def test_reused_steps_agree_in_all_forms_and_with_the_cpu(
         engine.executor = form
         results.append(denoise(engine, policy, step_cache=CACHE))
         patterns.append([record.cache_reason for record in engine.last_trace])
-        denoise(engine, MIXED, seed=2)  # and nothing of it, or of a run between, is left
+        denoise(engine, SIZES, seed=2)  # and nothing of it, or of a run between, is left
     engine.executor = "auto"
     assert all(torch.equal(result, results[0]) for result in results)
     assert all(pattern == patterns[0] for pattern in patterns)
@@ -184,7 +189,11 @@ def test_step_form_is_one_launch_per_step(engine: ddit_rt.Engine) -> None:
     assert not [name for name in calls if "Synchronize" in name or "Memcpy" in name]
 
 
-@pytest.mark.parametrize("policy", [FinePolicy(), MIXED, DYNAMIC], ids=["fine", "mixed", "ddit"])
+@pytest.mark.parametrize(
+    "policy",
+    [FinePolicy(), SIZES, DYNAMIC, replace(SIZES, fine_share=0.25)],
+    ids=["fine", "sizes", "ddit", "mixed"],
+)
 def test_latents_that_are_not_finite_are_announced(engine: ddit_rt.Engine, policy: Any) -> None:
     given = conditioning(engine.pipeline)
     given["encoder_hidden_states"][0, 0, 0] = float("nan")
@@ -198,9 +207,9 @@ def test_latents_that_are_not_finite_are_announced(engine: ddit_rt.Engine, polic
 
 
 def test_no_state_passes_between_runs(engine: ddit_rt.Engine) -> None:
-    first = denoise(engine, MIXED, seed=1)
+    first = denoise(engine, SIZES, seed=1)
     denoise(engine, DYNAMIC, seed=5, steps=9)
-    assert torch.equal(denoise(engine, MIXED, seed=1), first)
+    assert torch.equal(denoise(engine, SIZES, seed=1), first)
 
 
 def test_shapes_are_captured_once(engine: ddit_rt.Engine) -> None:
@@ -237,7 +246,7 @@ def test_bfloat16_and_adapters(home: Path, tmp_path: Path) -> None:
     given = {n: t.bfloat16() for n, t in conditioning(pipeline).items()}
     latents = noise(*SHAPE).cuda()
     results = [
-        runner.denoise(latents, num_inference_steps=6, patch_policy=MIXED, **given)
+        runner.denoise(latents, num_inference_steps=6, patch_policy=SIZES, **given)
         for runner in (engine, loaded)
     ]
     assert torch.equal(*results)
@@ -246,17 +255,21 @@ def test_bfloat16_and_adapters(home: Path, tmp_path: Path) -> None:
 
 def test_a_fused_lora_acts_without_another_capture(engine: ddit_rt.Engine) -> None:
     """In place, so that the captured graphs read the new weights."""
-    before, captures = denoise(engine, MIXED), len(engine.captures)
+    before, captures = denoise(engine, SIZES), len(engine.captures)
     weight = engine.pipeline.transformer.transformer_blocks[0].ff.net[2].weight
     saved = weight.clone()
     weight.mul_(1.5)
-    assert not torch.equal(denoise(engine, MIXED), before)
+    assert not torch.equal(denoise(engine, SIZES), before)
     weight.copy_(saved)
-    assert torch.equal(denoise(engine, MIXED), before)
+    assert torch.equal(denoise(engine, SIZES), before)
     assert len(engine.captures) == captures
 
 
-@pytest.mark.parametrize("policy", [FinePolicy(), MIXED, DYNAMIC], ids=["fine", "mixed", "ddit"])
+@pytest.mark.parametrize(
+    "policy",
+    [FinePolicy(), SIZES, DYNAMIC, replace(SIZES, fine_share=0.25)],
+    ids=["fine", "sizes", "ddit", "mixed"],
+)
 def test_a_scheduler_that_takes_its_steps_agrees_with_the_table(
     engine: ddit_rt.Engine, policy: Any
 ) -> None:
@@ -313,20 +326,20 @@ def test_cancel_from_another_thread(engine: ddit_rt.Engine) -> None:
     finally:
         done.set()
         thread.join()
-    reference = denoise(engine, MIXED)
-    assert torch.equal(denoise(engine, MIXED), reference)
+    reference = denoise(engine, SIZES)
+    assert torch.equal(denoise(engine, SIZES), reference)
 
 
 def test_two_engines_in_two_threads(pipeline: FluxPipeline) -> None:
     import threading
 
     engines = [ddit_rt.compile(pipeline, backend="eager", progress=False) for _ in range(2)]
-    expected = [denoise(engine, MIXED, seed=seed) for seed, engine in enumerate(engines)]
+    expected = [denoise(engine, SIZES, seed=seed) for seed, engine in enumerate(engines)]
     results: dict[int, Tensor] = {}
 
     def run(index: int) -> None:
         for _ in range(3):
-            results[index] = denoise(engines[index], MIXED, seed=index)
+            results[index] = denoise(engines[index], SIZES, seed=index)
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
     for thread in threads:
