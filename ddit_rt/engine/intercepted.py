@@ -2,9 +2,10 @@
 
 The pipeline checks its arguments, encodes, draws noise and sets its schedule. Its first step then
 calls the transformer once for each pass of guidance, which notes the arguments, and the scheduler,
-which runs the whole loop by table and gives the final latents. The steps that are left pass at
-once: their calls of the transformer give nothing, and their scheduler the same latents again. What
-follows, such as decoding, is the pipeline's again.
+which runs the whole loop by table and gives the final latents. The steps that are left are skipped,
+as those of an interrupted run; where a pipeline knows no interrupt they pass at once: their calls
+of the transformer give nothing, and their scheduler the same latents again. What follows, such as
+decoding, is the pipeline's again.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class InterceptedRun:
         self._run_loop, self._bar = run_loop, bar
         self._signature = inspect.signature(type(models[0].transformer).forward)
         self._final: Tensor | None = None
+        self._undo = ExitStack()
         self.passes: list[dict[str, Any]] = []
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
@@ -123,7 +125,7 @@ class InterceptedRun:
         # The run's own, as the user's may serve other calls.
         scheduler = copy.deepcopy(self._pipeline.scheduler)
         step = _Step(partial(self._step, scheduler, scheduler.step))
-        with ExitStack() as stack:
+        with self._undo as stack:
             parts = {"forward": self._forward, "_compiled_call_impl": None}
             for model in self._models:
                 stack.enter_context(replaced(model.transformer, **parts))
@@ -156,11 +158,19 @@ class InterceptedRun:
         del own, velocity, timestep
         if self._final is None:
             self._final = self._run(scheduler, sample)
+            self._skip_the_rest()
         if more.get("return_dict", True) is False:
             return (self._final,)
         from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
         return SchedulerOutput(prev_sample=self._final)
+
+    def _skip_the_rest(self) -> None:
+        """Ends the pipeline's own loop, whose steps would each cost the host for nothing."""
+        pipeline = self._pipeline
+        if isinstance(getattr(type(pipeline), "interrupt", None), property):
+            self._undo.callback(setattr, pipeline, "_interrupt", pipeline._interrupt)  # noqa: SLF001
+            pipeline._interrupt = True  # noqa: SLF001
 
     @shielded()
     @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import ddit_rt
 from ddit_rt import DDiTPolicy, Engine, FinePolicy, StaticPolicy
+from ddit_rt.engine.intercepted import InterceptedRun
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 
 FINE = FinePolicy()
@@ -130,6 +131,28 @@ def test_what_the_pipeline_does_in_a_way_of_its_own_is_done(
     monkeypatch.setattr(pipeline, "check_inputs", refuse)
     with pytest.raises(ValueError, match="not on Sundays"):
         engine(**call, patch_policy=FINE)
+
+
+def test_the_pipelines_own_loop_runs_the_first_step_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it were interrupted, where it knows that; else its steps pass, and change nothing."""
+    calls: list[Any] = []
+    own = InterceptedRun._forward
+
+    def counted(run: InterceptedRun, *args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return own(run, *args, **kwargs)
+
+    monkeypatch.setattr(InterceptedRun, "_forward", counted)
+    call = {**tiny_embeds(), "num_inference_steps": 5, "output_type": "latent"}
+    skipped = latents_of(engine(**call, height=64, width=64, generator=seeded()))
+    assert len(calls) == 1
+    assert engine.pipeline.interrupt is False
+    monkeypatch.setattr(FluxPipeline, "interrupt", False)
+    passed = latents_of(engine(**call, height=64, width=64, generator=seeded()))
+    assert len(calls) == 1 + 5
+    assert torch.equal(passed, skipped)
 
 
 def test_denoise_equals_the_pipeline_call(engine: Engine) -> None:
