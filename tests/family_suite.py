@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from driving import FINE, assert_equal, keep, latents_of, made, runs
-from emulated_graphs import EmulatedGraphs
 from made_once import Packages
 from models import noise, seeded
 from torch import Tensor, nn
@@ -172,14 +171,6 @@ def embedded_times(transformer: nn.Module) -> Iterator[set[float]]:
         yield seen
     finally:
         sys.setprofile(None)
-
-
-@pytest.fixture
-def graphs(emulated_runtime: Any) -> Iterator[EmulatedGraphs]:
-    """A CUDA device that a mock runtime makes of the CPU."""
-    emulated_runtime.reset()
-    yield EmulatedGraphs(emulated_runtime)
-    assert emulated_runtime.violation() == ""
 
 
 PROMPTS = {

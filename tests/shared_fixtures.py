@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import emulated
 import pytest
 from block_models import CompiledBlocks
 from diffusers import FluxTransformer2DModel
+from emulated_graphs import EmulatedGraphs
 from made_once import (
     Packages,
     compile_for_tests,
@@ -94,6 +96,15 @@ def emulated_runtime(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         pytest.skip("no headers of CUDA 12.8 or newer beside nvcc, in CUDA_HOME or /usr/local")
     folder = shared_folder(tmp_path_factory) / "emulated"
     return emulated.load(made_once(folder, lambda new: emulated.build(new, headers)))
+
+
+@pytest.fixture
+def graphs(emulated_runtime: ModuleType) -> Iterator[EmulatedGraphs]:
+    """A CUDA device that a mock runtime makes of the CPU."""
+    gc.collect()  # so that no loop of an earlier test ends within this one
+    emulated_runtime.reset()
+    yield EmulatedGraphs(emulated_runtime)
+    assert emulated_runtime.violation() == ""
 
 
 @pytest.fixture

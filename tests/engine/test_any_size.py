@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -44,13 +43,6 @@ WAN_PIXELS = [
 # rest as 1080 x 1920 and 720 x 1280; with fewer pixels than a patch of 4p, and one token high.
 FLUX_LATENTS = [(1, 4, 96, 170), (1, 4, 38, 48), (2, 4, 18, 22), (1, 4, 6, 30), (1, 4, 2, 58)]
 WAN_LATENTS = [(1, 4, 2, 60, 104), (1, 4, 1, 18, 32), (1, 4, 3, 6, 14)]
-
-
-@pytest.fixture
-def graphs(emulated_runtime: Any) -> Iterator[EmulatedGraphs]:
-    emulated_runtime.reset()
-    yield EmulatedGraphs(emulated_runtime)
-    assert emulated_runtime.violation() == ""
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,13 +20,6 @@ FLUX = {"height": 64, "width": 64, "num_inference_steps": 6, "output_type": "lat
 NEGATIVE = {f"negative_{name}": tensor for name, tensor in tiny_embeds(seed=9).items()}
 GUIDED = {**FLUX, **tiny_embeds(), **NEGATIVE, "true_cfg_scale": 3.0}
 MIXED = StaticPolicy(["p", "2p", "4p", "p", "2p", "2p"])
-
-
-@pytest.fixture
-def graphs(emulated_runtime: Any) -> Iterator[EmulatedGraphs]:
-    emulated_runtime.reset()
-    yield EmulatedGraphs(emulated_runtime)
-    assert emulated_runtime.violation() == ""
 
 
 def on_device(engine: Engine, graphs: EmulatedGraphs) -> Engine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,13 +29,6 @@ STATIC = StaticPolicy(["p", "4p", "2p", "p", "4p", "2p", "2p", "p"], fine_share=
 COARSE_FIRST = StaticPolicy("2p:0.5,p", fine_share=0.5)
 DYNAMIC = DDiTPolicy(tau={"2p": 4.0, "4p": 1.0}, refresh=3, fine_share=0.4)
 SHAPES = {"flux": (2, 4, 16, 24), "wan": (1, 4, 3, 8, 16)}
-
-
-@pytest.fixture
-def graphs(emulated_runtime: Any) -> Iterator[EmulatedGraphs]:
-    emulated_runtime.reset()
-    yield EmulatedGraphs(emulated_runtime)
-    assert emulated_runtime.violation() == ""
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,12 @@ import pytest
 import torch
 from chroma_models import tiny_embeds, tiny_pipeline, tiny_transformer
 from diffusers import FlowMatchEulerDiscreteScheduler
-from family_suite import FamilyCase, FamilySuite, eager, graphs
+from family_suite import FamilyCase, FamilySuite, eager
 from models import noise
 
 import ddit_rt
 from ddit_rt.errors import ShapeError
 from ddit_rt.models import family_of
-
-__all__ = ["graphs"]
 
 # Diffusers' own, of its own class, whenever a Chroma transformer is made.
 pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")

@@ -17,7 +17,6 @@ from family_suite import (
     FamilySuite,
     eager,
     generated,
-    graphs,
     trace_of,
 )
 from flux2_models import CHANNELS, tiny_dev, tiny_embeds, tiny_klein, tiny_transformer, tiny_vae
@@ -31,8 +30,6 @@ from ddit_rt.loop import CudaExecutor
 from ddit_rt.models import family_of
 from ddit_rt.models.flux2 import Flux2Family
 from ddit_rt.steps.buckets import Resampling
-
-__all__ = ["graphs"]
 
 LORA = ("to_out.0", "attn.to_out")
 

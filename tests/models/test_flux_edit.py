@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from driving import FINE, assert_equal, keep, runs
-from family_suite import MIXED, FamilyCase, FamilySuite, eager, generated, graphs, trace_of
+from family_suite import MIXED, FamilyCase, FamilySuite, eager, generated, trace_of
 from flux_edit_models import embeds, fill, img2img, inpaint, kontext, mask, picture
 from models import tiny_pipeline, tiny_transformer
 
@@ -19,8 +19,6 @@ from ddit_rt.models import family_of
 from ddit_rt.models.flux_edit import FluxFillFamily
 from ddit_rt.models.smaller import smaller_both
 from ddit_rt.ops import pack
-
-__all__ = ["graphs"]
 
 
 def guided(lengths: tuple[int, ...]) -> dict[str, Any]:

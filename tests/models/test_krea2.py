@@ -9,15 +9,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.pipelines.krea2.pipeline_krea2 import calculate_shift
 from driving import assert_equal, keep, runs
-from family_suite import TOLERANCE, FamilyCase, FamilySuite, eager, graphs
+from family_suite import TOLERANCE, FamilyCase, FamilySuite, eager
 from krea2_models import tiny_embeds, tiny_pipeline, tiny_transformer
 from models import noise
 
 import ddit_rt
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models import family_of
-
-__all__ = ["graphs"]
 
 
 def guided(lengths: tuple[int, ...]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from family_suite import (
     FamilySuite,
     eager,
     generated,
-    graphs,
     trace_of,
 )
 from longcat_models import CHANNELS, RATE, TEXT_WIDTH, tiny_pipeline, tiny_prompts, tiny_transformer
@@ -30,8 +29,6 @@ from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.loop import CudaExecutor
 from ddit_rt.models import family_of
 from ddit_rt.steps import Resampling, matched_level
-
-__all__ = ["graphs"]
 
 
 def guided(lengths: tuple[int, ...]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from family_suite import (
     FamilySuite,
     eager,
     generated,
-    graphs,
     lora_of,
     trace_of,
 )
@@ -37,8 +36,6 @@ from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.loop import CudaExecutor
 from ddit_rt.models import family_of
 from ddit_rt.steps import StepModel
-
-__all__ = ["graphs"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a soundtrack advances with the video")
 

@@ -7,15 +7,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from family_suite import FamilyCase, FamilySuite, graphs
+from family_suite import FamilyCase, FamilySuite
 from models import noise
 from qwen_models import tiny_embeds, tiny_pipeline, tiny_transformer
 
 import ddit_rt
 from ddit_rt.errors import ShapeError
 from ddit_rt.models import family_of
-
-__all__ = ["graphs"]
 
 
 def guided(lengths: tuple[int, ...]) -> dict[str, Any]:

@@ -10,15 +10,13 @@ import pytest
 import torch
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from driving import assert_equal, keep, relative_error, runs
-from family_suite import MIXED, TOLERANCE, FamilyCase, FamilySuite, eager, generated, graphs
+from family_suite import MIXED, TOLERANCE, FamilyCase, FamilySuite, eager, generated
 from models import noise
 from PIL import Image
 from qwen_models import tiny_edit_pipeline, tiny_embeds, tiny_transformer
 
 import ddit_rt
 from ddit_rt.errors import UnsupportedModelError
-
-__all__ = ["graphs"]
 
 
 def picture(seed: int = 5, size: tuple[int, int] = (40, 60)) -> Image.Image:

@@ -8,15 +8,13 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from driving import assert_equal, runs
-from family_suite import TOLERANCE, FamilyCase, FamilySuite, eager, graphs
+from family_suite import TOLERANCE, FamilyCase, FamilySuite, eager
 from models import noise
 from sd3_models import tiny_embeds, tiny_pipeline, tiny_transformer
 
 import ddit_rt
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models import family_of
-
-__all__ = ["graphs"]
 
 
 def plain(lengths: tuple[int, ...] = (7,), seed: int = 1) -> dict[str, Any]:

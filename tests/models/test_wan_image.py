@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from driving import FINE, assert_equal, keep, runs
-from family_suite import MIXED, STEPS, FamilyCase, eager, generated, graphs, lora_of, trace_of
+from family_suite import MIXED, STEPS, FamilyCase, eager, generated, lora_of, trace_of
 from made_once import Packages
 from models import noise
 from wan_image_models import (
@@ -30,8 +30,6 @@ import ddit_rt
 from ddit_rt import DDiTPolicy, MagCache, StaticPolicy
 from ddit_rt.errors import ArtifactMismatchError, ShapeError, UnsupportedModelError
 from ddit_rt.lab.calibrate.cache_fit import measuring_plan
-
-__all__ = ["graphs"]
 
 ODD = (80, 112)
 """5 x 7 tokens: neither 2p nor 4p divides them."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from driving import FINE, assert_equal, keep, runs
-from family_suite import MIXED, STEPS, FamilyCase, eager, generated, graphs, trace_of
+from family_suite import MIXED, STEPS, FamilyCase, eager, generated, trace_of
 from models import noise, seeded
 from wan_image_models import VIDEO, WanSuite, guided, picture, ti2v_pipeline, with_picture
 from wan_models import euler, wan_transformer
@@ -19,8 +19,6 @@ from ddit_rt import DDiTPolicy
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.loop import CudaExecutor
 from ddit_rt.models.wan_ti2v import WanTI2VFamily
-
-__all__ = ["graphs"]
 
 SIZE = (128, 192)
 """4 x 6 tokens."""

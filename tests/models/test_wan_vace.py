@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from driving import assert_equal, keep, runs
-from family_suite import MIXED, STEPS, FamilyCase, eager, generated, graphs, trace_of
+from family_suite import MIXED, STEPS, FamilyCase, eager, generated, trace_of
 from models import noise, seeded
 from wan_image_models import BOUNDARY, VIDEO, WanSuite, embeds, guided, vace_pipeline, with_video
 from wan_models import euler, unipc
@@ -18,8 +18,6 @@ from ddit_rt import DDiTPolicy, MagCache
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models.wan_vace import WanVACEFamily
 from ddit_rt.planning.request import Request
-
-__all__ = ["graphs"]
 
 
 class TestWanVACE(WanSuite):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from driving import assert_equal, keep, runs
-from family_suite import MIXED, TOLERANCE, FamilyCase, FamilySuite, eager, generated, graphs
+from family_suite import MIXED, TOLERANCE, FamilyCase, FamilySuite, eager, generated
 from models import noise
 from z_image_models import CHANNELS, TEXT_WIDTH, tiny_embeds, tiny_pipeline, tiny_transformer
 
@@ -16,8 +16,6 @@ import ddit_rt
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.loop import CudaExecutor
 from ddit_rt.models import family_of
-
-__all__ = ["graphs"]
 
 
 def guided(lengths: tuple[int, ...]) -> dict[str, Any]:
