@@ -46,9 +46,9 @@ def test_model_adds_memory_counts(
     assert [bucket["tokens"] for bucket in memory["buckets"]] == [24, 6]
     assert (memory["height"], memory["width"]) == (32, 48)
     # cos and sin, 16 wide, of 512 text and 24 image tokens; 50 steps' times and modulations,
-    # 1 + 12 + 2 * 3 of width 32.
+    # 3 + 12 + 2 * 3 of width 32.
     assert memory["buckets"][0]["positions_bytes"] == 4 * 2 * (512 + 24) * 16
-    assert memory["buckets"][0]["bytes"] == 4 * (2 * (512 + 24) * 16 + 50 * 19 * 32)
+    assert memory["buckets"][0]["bytes"] == 4 * (2 * (512 + 24) * 16 + 50 * 21 * 32)
     assert [bucket["residual_bytes"] for bucket in memory["buckets"]] == [4 * 24 * 32, 4 * 6 * 32]
     assert memory["latent_bytes"] == 4 * 4 * 8 * 12
     assert main(["info", str(artifact), "--model", str(model_folder)]) == 0
