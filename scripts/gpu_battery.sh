@@ -85,8 +85,8 @@ step() { # step NAME LIMIT COMMAND...: never past END, and not again what an ear
   return $code
 }
 budget() { # what a benchmark may take of its limit: it has to start, and to end by itself
-  local left=$((END - SECONDS))
-  ((left = left < $1 ? left : $1))
+  local limit=$(($1 * pace)) left=$((END - SECONDS))
+  ((left = left < limit ? left : limit))
   echo $((left > 60 ? left - 20 : left / 2))
 }
 bench() { # bench NAME LIMIT MODEL ARGUMENT...: a benchmark that stops by itself and has a good row

@@ -8,6 +8,7 @@ torch meanwhile.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -40,6 +41,8 @@ LOG = logging.getLogger("ddit_rt.blocks")
 
 _PROGRAM, _INFO, _LAYOUTS = "program.pt2", "info.json", "layouts.json"
 _SAID = "output.txt"
+_REGISTERING = ("torchao",)
+"""Packages whose ops blocks may call, by the namespace of these; ours come with this one."""
 _MOST = 3
 """Processes beside this one: each holds torch and a program."""
 _SHOWN = 2000
@@ -177,7 +180,8 @@ class _Process:
         """Hands a program over, whose weights are lost."""
         self.package, self._block, self._since = package, info.block, time.perf_counter()
         _save(program, info, self._path)
-        order = json.dumps({"folder": str(self._path), "package": str(package)})
+        told = {"folder": str(self._path), "package": str(package), "needs": _needs(program)}
+        order = json.dumps(told)
         assert self._process.stdin is not None, "it is a pipe"
         with suppress(BrokenPipeError), self._process.stdin as pipe:  # `finish` says why it ended
             pipe.write(order.encode())
@@ -223,9 +227,18 @@ def work() -> None:
     if not order:
         return
     told = json.loads(order)
+    for name in told["needs"]:
+        importlib.import_module(name)
     with torch_as_tested():
         program, info = _load(Path(told["folder"]))
     compile_package(program, info, Path(told["package"]))
+
+
+def _needs(program: ExportedProgram) -> list[str]:
+    """What a process has to import that is to read a program: it registers ops that are called."""
+    targets = [node.target for node in program.graph.nodes]
+    called = {one.namespace for one in targets if isinstance(one, torch._ops.OpOverload)}  # noqa: SLF001
+    return [name for name in _REGISTERING if name in called]
 
 
 def _save(program: ExportedProgram, info: PackageInfo, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,18 @@ from typing import Any
 import pytest
 import torch
 from block_models import CompiledBlocks, block_inputs
+from extras import need
 from models import tiny_transformer
 from torch._inductor import config
 
-from ddit_rt.blocks import PackageInfo, TokenRanges, compile_blocks, load_runner, read_info
+from ddit_rt.blocks import (
+    PackageInfo,
+    TokenRanges,
+    compile_blocks,
+    load_runner,
+    quantise_blocks,
+    read_info,
+)
 from ddit_rt.blocks import side_by_side as module
 from ddit_rt.blocks.compile import _traced
 from ddit_rt.blocks.side_by_side import SideBySide, spare_processes
@@ -26,9 +35,9 @@ BLOCK = "FluxSingleTransformerBlock"
 """The one that is handed over, of the two of FLUX."""
 
 
-def compiled(folder: Path) -> list[str]:
+def compiled(folder: Path, transformer: Any = None) -> list[str]:
     """Packages of a tiny FLUX, as `tiny_pipeline` has it."""
-    transformer = tiny_transformer()
+    transformer = transformer or tiny_transformer()
     family = family_of(transformer)
     ranges = TokenRanges(**family.default_ranges)
     types = family.block_types(transformer)
@@ -59,6 +68,23 @@ def test_a_package_computes_the_bits_of_one_that_this_process_compiled(
         for package in packages
     )
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.slow
+def test_a_quantised_block_is_handed_over_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ops that another package registers, which the process has to know."""
+    need("torchao")
+    monkeypatch.setattr(module, "spare_processes", lambda: 1)
+    monkeypatch.setattr(module, "compile_program", written)
+    transformer = tiny_transformer()
+    types = family_of(transformer).block_types(transformer)
+    quantise_blocks(transformer, types, "int8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(tmp_path, transformer)
+    assert read_info(tmp_path / BLOCK / "package.pt2").block == BLOCK
 
 
 @pytest.fixture
