@@ -95,7 +95,7 @@ bench() { # bench NAME LIMIT MODEL ARGUMENT...: a benchmark that stops by itself
   [[ $model == "$3" ]] || kind=(--quantization "${3#*-}")
   [[ $3 != flux ]] || kind=(${lowered[@]+"${lowered[@]}"}) # what travels is of plain FLUX alone
   step "$1" "$2" "${visit[@]}" bench "$out/${3}_$card.json" --model "$model" --device "$DEVICE" \
-    --preset "$preset" --artifact "$work/$3.ddit" --repeats 3 --warm-up-limit-s 70 \
+    --preset "$preset" --artifact "$work/$3.ddit" --repeats 3 --warm-up-limit-s $((70 * pace)) \
     --budget-s $(budget "$2") ${kind[@]+"${kind[@]}"} "${@:4}"
 }
 tests() { # tests NAME LIMIT PYTEST-ARGUMENT...: those for a GPU; on a CPU all of them are skipped
