@@ -16,15 +16,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from demo_models import MODELS, DemoModel
 from records import RESULTS, head, parser_of, publish
 from timing import rounds_of
 from torch import Tensor
 
 import ddit_rt
-from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH, VIDEO_PROMPTS
+from ddit_rt.cli.models import EMBEDDED, EMBEDDED_VIDEO, load_pipeline
+from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH, VIDEO_CALL, VIDEO_PROMPTS
 
 RESULT = RESULTS / "drivers_cpu.json"
+CALLS: dict[str, tuple[dict[str, Any], str]] = {
+    EMBEDDED: ({"height": 128, "width": 128}, DEMO_PROMPTS[0]),
+    EMBEDDED_VIDEO: (
+        {name: VIDEO_CALL[name] for name in ("height", "width", "num_frames")},
+        VIDEO_PROMPTS[0],
+    ),
+}
+"""Size and prompt of each model."""
 PLANS: dict[str, ddit_rt.PatchPolicy] = {
     "fine": ddit_rt.FinePolicy(),
     "static": ddit_rt.StaticPolicy("p:0.2,4p:0.3,2p:0.3,p"),
@@ -38,19 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="uncompiled, one round of six steps")
     args = parser.parse_args(argv)
     rounds, steps, backend = (1, 6, "eager") if args.quick else (15, 24, "aot")
-    models = [make() for make in MODELS.values()]
-    runs = [run for model in models for run in runs_of(model, steps, rounds, backend)]
+    runs = [run for model in CALLS for run in runs_of(model, steps, rounds, backend)]
     publish(args.out, head(backend=backend, runs=runs))
     return 0
 
 
-def runs_of(model: DemoModel, steps: int, rounds: int, backend: str) -> list[dict[str, Any]]:
+def runs_of(model: str, steps: int, rounds: int, backend: str) -> list[dict[str, Any]]:
     """Every plan of one model."""
-    prompt = VIDEO_PROMPTS[0] if model.video else DEMO_PROMPTS[0]
+    size, prompt = CALLS[model]
     how = {"prompt": prompt, "num_inference_steps": steps, "output_type": "latent"}
-    call = {**model.size, "max_sequence_length": MAX_SEQUENCE_LENGTH, **how}
-    engine = ddit_rt.compile(model.pipeline, backend=backend, progress=False, **model.size)
-    return [measure(model.name, plan, model.pipeline, engine, call, rounds) for plan in PLANS]
+    call = {**size, "max_sequence_length": MAX_SEQUENCE_LENGTH, **how}
+    pipeline = load_pipeline(model)
+    pipeline.set_progress_bar_config(disable=True)
+    engine = ddit_rt.compile(pipeline, backend=backend, progress=False, **size)
+    return [measure(model, plan, pipeline, engine, call, rounds) for plan in PLANS]
 
 
 def measure(
@@ -62,7 +71,7 @@ def measure(
     rounds: int,
 ) -> dict[str, Any]:
     """One plan of one model."""
-    guided = name == "demo-video"
+    guided = name == EMBEDDED_VIDEO
     own = {**call, "patch_policy": PLANS[plan]}
     calls: dict[str, Callable[[], Any]] = {
         "table": lambda: generate(engine, own),

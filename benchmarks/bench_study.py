@@ -55,6 +55,7 @@ from study_plans import CACHES, FEWER, KINDS, MAG, Planner, token_costs
 from study_plot import draw_order
 
 from ddit_rt.lab.calibrate.cache_fit import fit_cache
+from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.measure.report import machine, versions
 from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
 from ddit_rt.lab.measure.timing import Pixels
@@ -247,7 +248,7 @@ class Table:
     def two_seeds(self) -> Record:
         """Closeness of the images of the first two seeds."""
         count = len(self.captions)
-        compared = self.planner.model.compare(self.fine[:count], self.fine[count : 2 * count])
+        compared = fidelity(self.fine[:count], self.fine[count : 2 * count])
         entry = fidelity_entry(compared, count)
         return {name: entry[name] for name in ("psnr", "ssim")}
 
@@ -286,7 +287,7 @@ class Table:
 
     def _row(self, kind: str, plan: Plan) -> Record:
         made = self.planner.runs.run(plan, self.prompts)
-        compared = self.planner.model.compare(made.images, self.fine)
+        compared = fidelity(made.images, self.fine)
         return {
             "kind": kind,
             "label": plan.label,

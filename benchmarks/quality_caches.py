@@ -1,4 +1,4 @@
-"""Tables `caches` and `caches_video`: DDiT and step caches, alone and together, at equal fidelity.
+"""The table `caches`: DDiT and step caches, alone and together, at equal fidelity.
 
 Every comparison is made prompt by prompt, on the mean of the ratio of the loops' times and of the
 difference in SSIM, each with its 95% bootstrap interval.
@@ -30,6 +30,7 @@ from records import interval_entry
 
 from ddit_rt.lab.calibrate.cache_fit import fit_cache
 from ddit_rt.lab.calibrate.moves import Space
+from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.measure.statistics import mean_interval
 from ddit_rt.lab.measure.timing import Sample, measure
 from ddit_rt.lab.plans.dial import TAU_PROBES, branch, tau_range
@@ -64,7 +65,7 @@ def measure_caches(model: DemoModel, runs: Runs, args: argparse.Namespace) -> di
     dials = dials_of(fits, runs, args.steps, searched[0])
     caches = tuple(dial.cache for dial in dials)
     costs = runs.costs(args.steps, searched[0], args.repeats, caches)
-    search = FidelitySearch(model=model, runs=runs, prompts=searched, steps=args.steps, costs=costs)
+    search = FidelitySearch(runs=runs, prompts=searched, steps=args.steps, costs=costs)
     started = time.perf_counter()
     look(search, dials, args)
     seconds = time.perf_counter() - started
@@ -170,10 +171,7 @@ def confirmed(
     )
     seconds = time.perf_counter() - started
     print(f"held-out prompts: {len(plans)} plans in {seconds:.0f} s", file=sys.stderr)
-    own = {
-        key: row(search.model, tried, samples[key], samples[whole.plan.key])
-        for key, tried in plans.items()
-    }
+    own = {key: row(tried, samples[key], samples[whole.plan.key]) for key, tried in plans.items()}
     targets = []
     for target, kinds in chosen.items():
         rows = {kind: own[tried.plan.key] for kind, tried in kinds.items()}
@@ -182,11 +180,10 @@ def confirmed(
     return {"fine": own[whole.plan.key], "targets": targets}
 
 
-def row(model: DemoModel, tried: Tried, samples: Sequence[Sample], fine: Sequence[Sample]) -> Row:
+def row(tried: Tried, samples: Sequence[Sample], fine: Sequence[Sample]) -> Row:
     """A plan's row; `bench_quality.py` says what is in it.
 
     Args:
-        model: What was drawn.
         tried: The plan, and what it came to in the search.
         samples: One per held-out prompt.
         fine: The same of full resolution.
@@ -206,7 +203,7 @@ def row(model: DemoModel, tried: Tried, samples: Sequence[Sample], fine: Sequenc
         "coarse_share": statistics.fmean(map(coarse_share, branches)),
         "steps_at": steps_at(branches),
         **_times(samples, fine),
-        **fidelity_entry(model.compare(images, whole), len(samples)),
+        **fidelity_entry(fidelity(images, whole), len(samples)),
     }
 
 

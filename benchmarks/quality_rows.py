@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from demo_models import Compared, DemoModel, frame_means
+from demo_models import DemoModel
 from quality_paths import TRAINING_FREE
 from quality_runs import Made, Plan, Runs, StepCosts, reference
 from records import interval_entry
@@ -25,8 +25,7 @@ from ddit_rt.lab.demo.classifier import (
     load_classifier,
 )
 from ddit_rt.lab.demo.images import parse_caption
-from ddit_rt.lab.demo.video_hits import video_hits
-from ddit_rt.lab.demo.videos import parse_video_caption
+from ddit_rt.lab.measure.fidelity import Fidelity, fidelity
 from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
 from ddit_rt.lab.measure.timing import Pixels
 from ddit_rt.lab.plans.points import Prompt
@@ -97,12 +96,11 @@ class Judge:
 
     def quality(self, made: Made, baseline: Made) -> Row:
         """Fidelity to the reference, distance of the features, and what the images show."""
-        compared = self.model.compare(made.images, baseline.images)
+        compared = fidelity(made.images, baseline.images)
         row = fidelity_entry(compared, len(self.captions))
         row.pop("psnr_per_prompt")
-        if not self.model.video:
-            own = gaussian(features(made.images))
-            row["frechet"] = frechet_distance(*own, *gaussian(features(baseline.images)))
+        own = gaussian(features(made.images))
+        row["frechet"] = frechet_distance(*own, *gaussian(features(baseline.images)))
         return {**row, "correct": self.correct(made.images)}
 
     def correct(self, images: Sequence[Pixels]) -> Row:
@@ -111,12 +109,8 @@ class Judge:
         if self.model.shows is not None:
             shown = [float(one) for one in self.model.shows(images, texts)]
             return {"all": interval_entry(_present(per_prompt(shown, len(self.captions))))}
-        if self.model.video:
-            videos = torch.stack([tensor(list(video)) for video in images])
-            hits = video_hits(videos, [parse_video_caption(text) for text in texts])
-        else:
-            expected = [parse_caption(text) for text in texts]
-            hits = attribute_hits(_classifier(), tensor(images), expected)
+        expected = [parse_caption(text) for text in texts]
+        hits = attribute_hits(_classifier(), tensor(images), expected)
         every = torch.stack(list(hits.values())).all(0).double().tolist()
         shares = {name: float(hit.double().mean()) for name, hit in hits.items()}
         return {"all": interval_entry(_present(per_prompt(every, len(self.captions)))), **shares}
@@ -145,19 +139,15 @@ class Judge:
         return list(table.values())
 
 
-def fidelity_entry(compared: Compared, prompts: int) -> Row:
+def fidelity_entry(compared: Fidelity, prompts: int) -> Row:
     """Means over the prompts with their intervals, and the values of each prompt."""
     ssim, psnr = per_prompt(compared.ssim, prompts), per_prompt(compared.psnr, prompts)
-    row: Row = {
+    return {
         "psnr": interval_entry(_present(psnr)) if _present(psnr) else None,
         "ssim": interval_entry(_present(ssim)),
         "ssim_per_prompt": ssim,
         "psnr_per_prompt": psnr,
     }
-    if compared.flicker is not None and compared.frames is not None:
-        row["flicker"] = interval_entry(_present(per_prompt(compared.flicker, prompts)))
-        row["frames"] = frame_means(compared.frames)
-    return row
 
 
 def steps_at(branches: Sequence[Sequence[str]]) -> Mapping[str, float]:

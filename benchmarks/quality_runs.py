@@ -1,4 +1,4 @@
-"""Images or videos of plans on a demo model, made once and kept, and what a step costs.
+"""Images of plans on a demo model, made once and kept, and what a step costs.
 
 Plans that decide run each prompt in a launch of its own, since a batch shares its decisions. Static
 ones may run in batches, where images are the same up to rounding.
@@ -86,7 +86,7 @@ class Made:
     """What a plan made of some prompts, in their order.
 
     Attributes:
-        images: One per prompt, or videos.
+        images: One per prompt.
         branches: What every step did for each, such as `"2p"` or `"2p reused"`.
         loop_ms: Wall time of each prompt's denoising loop; empty where they ran in batches.
     """

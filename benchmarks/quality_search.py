@@ -13,12 +13,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from demo_models import DemoModel
 from quality_rows import Judge, Row
 from quality_runs import QUANTILE, Plan, Runs, StepCosts, reference
 
 from ddit_rt.lab.calibrate.moves import Space
 from ddit_rt.lab.calibrate.search import Search
+from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.plans.candidates import CACHED, COMBINED, DYNAMIC, STATIC, STEPS, Candidate
 from ddit_rt.lab.plans.dial import highest, on_log_scale
 from ddit_rt.lab.plans.genome import Genome, Static
@@ -89,7 +89,7 @@ class Matcher:
             candidate = self._within(shape, row["loop_ms"])
             if candidate is not None:
                 images = self.judge.runs.run(self._plan(candidate.policy), self.search_prompts)
-                ssim = statistics.fmean(self.judge.model.compare(images.images, whole).ssim)
+                ssim = statistics.fmean(fidelity(images.images, whole).ssim)
                 if best is None or ssim > best[0]:
                     best = ssim, candidate
         if best is None or row["tokens_share"] == 1:
@@ -149,7 +149,6 @@ class FidelitySearch:
     """The cheapest plan of each kind at a given SSIM, found on a few prompts by the planner.
 
     Attributes:
-        model: What draws.
         runs: Runs plans.
         prompts: The search prompts.
         steps: Steps of the reference.
@@ -157,7 +156,6 @@ class FidelitySearch:
         tried: What was run on each prompt, by the plan's key.
     """
 
-    model: DemoModel
     runs: Runs
     prompts: tuple[Prompt, ...]
     steps: int
@@ -202,7 +200,7 @@ class FidelitySearch:
             (branches,) = made.branches
             known[prompt] = Tried(
                 plan=plan,
-                ssim=self.model.compare(made.images, whole).ssim[0],
+                ssim=fidelity(made.images, whole).ssim[0],
                 cost_ms=self.costs.loop_ms(plan, branches),
                 coarse=coarse_share(branches),
                 reused=reused_share(branches),

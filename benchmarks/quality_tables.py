@@ -1,4 +1,4 @@
-"""The ablations: which plans stand in which table of `quality_demo.json`, and what they say.
+"""The ablations: which plans stand in which table of `bench_quality.py`, and what they say.
 
 A claim compares two rows prompt by prompt: by the mean difference in SSIM with its 95% bootstrap
 interval. It holds where the whole interval is above zero, does not where it is below, and is
@@ -13,22 +13,21 @@ from functools import partial
 from typing import Any
 
 from quality_paths import (
-    COARSE,
     LABELS,
     PAPER_TRAINED,
     PAPER_UNTRAINED,
     SNR_TRAINED,
     TRAINING_FREE,
 )
-from quality_rows import Judge, Row
+from quality_rows import Row
 from quality_runs import MEAN, Plan, reference
 from quality_search import MakePolicy, Matcher
 
-from ddit_rt.lab.demo.plans import VIDEO_POLICY, demo_plans
 from ddit_rt.lab.measure.statistics import mean_interval
-from ddit_rt.lab.plans.genome import Genome, Static
-from ddit_rt.policies import DDiTPolicy, PatchPolicy, StaticPolicy
+from ddit_rt.lab.plans.genome import Static
+from ddit_rt.policies import DDiTPolicy, StaticPolicy
 
+ADAPTERS = "adapters"
 PAPER_TAU, PAPER_RHO = 1e-3, 0.4
 YES, NO, UNDECIDED, UNEQUAL = "yes", "no", "undecided", "unequal cost"
 _EQUAL_SHARE = 0.03
@@ -56,26 +55,6 @@ class Grid:
 
 
 QUICK_GRID = Grid(taus=(PAPER_TAU,), rhos=(0.25, PAPER_RHO), shares=(0.6,), step_counts=(5, 7))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VideoGrid:
-    """Values that the table `video` goes through.
-
-    Attributes:
-        shares: Of the steps, run coarse after three at p and with a step at p after every three.
-        block: Share of the steps, run coarse in one block from the first.
-        taus: Of 2p in the demo's policy; 4p has half.
-        paper_taus: Of the paper's rule.
-    """
-
-    shares: tuple[float, ...] = (0.25, 0.5)
-    block: float = 0.5
-    taus: tuple[float, ...] = (0.01, 0.02, 0.04)
-    paper_taus: tuple[float, ...] = (0.003, 0.005, 0.01)
-
-
-QUICK_VIDEO_GRID = VideoGrid(shares=(0.25,), taus=(0.04,), paper_taus=(0.01,))
 
 
 def paper_rule(tau: float, *, rho: float = PAPER_RHO, order: int = 3) -> DDiTPolicy:
@@ -204,47 +183,10 @@ TABLES: dict[str, Callable[[Matcher, Grid], list[Row]]] = {
     "tau": _tau,
     "rho": _rho,
     "statistic": _statistic,
-    "adapters": _adapters,
+    ADAPTERS: _adapters,
     "static_dynamic": _static_dynamic,
     "steps": _steps,
 }
-
-
-def video_rows(judge: Judge, steps: int, grid: VideoGrid) -> list[Row]:
-    """Full resolution, and every plan of the video demo followed by its baselines."""
-    whole = reference(steps)
-    rows = [judge.row("fine", whole.label, "fine", whole, steps)]
-    for name, label, kind, policy in _video_plans(steps, grid):
-        plan = Plan(policy=policy, steps=steps, path=TRAINING_FREE)
-        rows.append(judge.row(name, label, kind, plan, steps))
-    return judge.with_fewer_steps(rows)
-
-
-def _video_plans(steps: int, grid: VideoGrid) -> list[tuple[str, str, str, PatchPolicy]]:
-    """Name, label, kind and policy: the demo's plans, shares of coarse steps, rules by tau."""
-    _, static, dynamic = demo_plans(steps, VIDEO_POLICY)
-    plans: list[tuple[str, str, str, PatchPolicy]] = [
-        ("demo_static", "static, as in the demo", "static", static.policy),
-        ("demo_dynamic", "dynamic, as in the demo", "dynamic", dynamic.policy),
-    ]
-    shapes = {
-        f"{size}_{share:g}": Static(count=round(share * steps), sizes=(size,))
-        for size in COARSE
-        for share in grid.shares
-    }
-    block = Static(count=round(grid.block * steps), sizes=(), head=0, tail=0, refresh=None)
-    shapes |= {f"{size}_{grid.block:g}_block": replace(block, sizes=(size,)) for size in COARSE}
-    for name, shape in shapes.items():
-        count = max(1, min(len(shape.free(steps)), shape.count))
-        candidate = Genome(steps=steps, patches=replace(shape, count=count)).candidate()
-        plans.append((name, candidate.label, "static", candidate.policy))
-    for tau in grid.taus:
-        rule = replace(VIDEO_POLICY, tau={"2p": tau, "4p": tau / 2})
-        plans.append((f"tau_{tau:g}", f"dynamic, tau {tau:g}", "dynamic", rule))
-    for tau in grid.paper_taus:
-        label = f"dynamic, the paper's rule, tau {tau:g}"
-        plans.append((f"paper_{tau:g}", label, "dynamic", paper_rule(tau)))
-    return plans
 
 
 def claims(tables: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
@@ -339,8 +281,7 @@ _COMPARISONS: dict[str, Callable[[Rows], Iterator[Comparison]]] = {
     "tau": _baselines,
     "rho": _rho_claims,
     "statistic": _statistic_claims,
-    "adapters": _adapter_claims,
+    ADAPTERS: _adapter_claims,
     "static_dynamic": _baselines,
     "steps": _baselines,
-    "video": _baselines,
 }

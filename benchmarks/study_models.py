@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -102,10 +102,10 @@ def model_of(setting: Setting, pipeline: Any) -> DemoModel:
     )
 
 
-def studied() -> DemoModel:
+def studied(side: int = 128) -> DemoModel:
     """The study model in the setting in which half the steps lose as much as on large models."""
     setting = next(setting for setting in SETTINGS if setting.name == STUDIED)
-    return model_of(setting, pipeline_of(STUDY))
+    return model_of(replace(setting, side=side), pipeline_of(STUDY))
 
 
 def captions_of(setting: Setting) -> tuple[tuple[str, ...], tuple[str, ...]]:

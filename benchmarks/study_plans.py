@@ -23,6 +23,7 @@ from quality_search import STATIC_SHAPES, FidelitySearch, Matcher, plan_of
 
 from ddit_rt.lab.calibrate.moves import Space
 from ddit_rt.lab.calibrate.search import Search
+from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.plans.dial import TAU_PROBES, on_log_scale, tau_range
 from ddit_rt.lab.plans.genome import Static, within
 from ddit_rt.lab.plans.points import Prompt, best_for
@@ -124,7 +125,7 @@ class Planner:
 
     def _closeness(self, plan: Plan) -> float:
         fine = self.runs.run(reference(self.steps), self.prompts).images
-        found = self.model.compare(self.runs.run(plan, self.prompts).images, fine).psnr
+        found = fidelity(self.runs.run(plan, self.prompts).images, fine).psnr
         return statistics.fmean(math.inf if value is None else value for value in found)
 
     def _candidates(self, kind: str, level: float) -> Iterator[Plan]:
@@ -292,7 +293,6 @@ class Planner:
     def _searched(self) -> dict[float, Plan]:
         """By level, the best plan that one search found for it."""
         evaluator = FidelitySearch(
-            model=self.model,
             runs=self.runs,
             prompts=self.prompts,
             steps=self.steps,

@@ -25,13 +25,14 @@ from made_tables.cpu import (
     serving_cpu,
     soak,
 )
-from made_tables.quality import caches, mixed, quality_demo, quality_demo_video
+from made_tables.quality import ablations, caches, mixed
 from made_tables.real_size import blocks_cuda, lowered_cuda, ops_cuda, real_size
 from made_tables.study import study
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "adapters_demo": ablations,
     "blocks_cuda": blocks_cuda,
     "cpu_demo:short": cpu_short,
     "cpu_demo": cpu_demo,
@@ -43,12 +44,8 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "ops_cpu": ops_cpu,
     "ops_cuda": ops_cuda,
     "overhead_cpu": overhead_cpu,
-    "quality_demo": quality_demo,
-    "quality_demo_video": quality_demo_video,
-    "quality_study": quality_demo,
+    "quality_study": ablations,
     "serving_cpu": serving_cpu,
-    "skip_demo": caches,
-    "skip_demo_video": caches,
     "skip_study": caches,
     "soak_cpu": soak,
     "study_cpu": study,

@@ -56,7 +56,7 @@ _QUESTIONS = {
 }
 
 
-def quality_demo(report: Report) -> str:
+def ablations(report: Report) -> str:
     """The tables, what they say of the paper's claims, and how they were measured."""
     tables, steps = report["tables"], report["settings"]["steps"]
     rules = [row for name in ("order", "rho", "statistic") for row in tables.get(name, [])]
@@ -70,64 +70,19 @@ def quality_demo(report: Report) -> str:
         ("The paper's rule, tau as it is", _plans(tables.get("tau", []))),
         ("The paper's rule, tau found for equal tokens", _plans(rules)),
     ]
-    plot = "quality_demo.png" if _is_demo(report) else "quality_study.png"
-    parts = [[f"![SSIM and feature distance against time, plan by plan]({plot})"]]
+    plot = "![SSIM and feature distance against time, plan by plan](quality_study.png)"
+    parts = [[plot]] if "static_dynamic" in tables else []
     parts += [[f"**{title}**", "", *part] for title, part in shown if part]
     parts += [_folded(title, part) for title, part in folded if part]
     return block(*parts, [_conditions(report)])
-
-
-def quality_demo_video(report: Report) -> str:
-    """The plans of the table `video`, its claims, and SSIM and PSNR frame by frame."""
-    rows = report["tables"]["video"]
-    shown = [row for row in rows if row["kind"] != "fewer_steps"]
-    by_name = {row["name"]: row for row in rows}
-    columns = ["", "tokens", "loop, ms", "PSNR, dB (95%)", "SSIM (95%)", "flicker", "as asked"]
-    columns += ["fewer steps, equal time"]
-    return block(
-        [*header(columns), *(_video_plan(row, by_name) for row in shown)],
-        _folded("SSIM of every frame", _frames(shown, "ssim", 3)),
-        _folded("PSNR, dB, of every frame", _frames(shown, "psnr", 1)),
-        _claims(report["claims"]),
-        [_video_conditions(report)],
-    )
 
 
 def _folded(title: str, part: Sequence[str]) -> list[str]:
     return [f"<details><summary>{title}</summary>", "", *part, "", "</details>"]
 
 
-def _video_plan(row: Row, by_name: Mapping[str, Row]) -> str:
-    fewer = by_name.get(row.get("fewer_steps", {}).get("equal_time", ""))
-    return line(
-        (
-            label(row),
-            *_cost(row),
-            "same" if row["psnr"] is None else interval(row["psnr"], 1),
-            interval(row["ssim"], 3),
-            f"{row['flicker']['value']:.4f}",
-            f"{row['correct']['all']['value']:.0%}",
-            ""
-            if fewer is None
-            else f"{fewer['steps']}: {psnr(fewer['psnr'])} / {fewer['ssim']['value']:.3f} / "
-            f"{fewer['flicker']['value']:.4f}",
-        )
-    )
-
-
 def _cost(row: Row) -> tuple[str, str]:
     return f"{row['tokens_share']:.0%}", f"{row['loop_ms']:.0f}"
-
-
-def _frames(rows: Sequence[Row], value: str, digits: int) -> list[str]:
-    """One line per plan that differs from the reference, one column per frame."""
-    lines = header(["", *map(str, range(1, len(rows[0]["frames"]) + 1))])
-    for row in rows:
-        if row["kind"] != "fine":
-            found = [frame[value] for frame in row["frames"]]
-            cells = ["same" if one is None else f"{one:.{digits}f}" for one in found]
-            lines.append(line([label(row), *cells]))
-    return lines
 
 
 def _plans(rows: Sequence[Row]) -> list[str]:
@@ -201,11 +156,6 @@ def _verdict(group: Sequence[Mapping[str, Any]]) -> str:
     return f"{', '.join(kept)} of {len(group)} ({min(values):+.4f} to {max(values):+.4f} SSIM)"
 
 
-def _is_demo(report: Report) -> bool:
-    name: str = report["model"]["name"]
-    return name == "demo"
-
-
 def _conditions(report: Report) -> str:
     settings, references = report["settings"], report["references"]
     halves = references["frechet_halves"]
@@ -223,21 +173,6 @@ def _conditions(report: Report) -> str:
     )
 
 
-def _video_conditions(report: Report) -> str:
-    settings = report["settings"]
-    size = " x ".join(str(settings[name]) for name in ("height", "width", "num_frames"))
-    return (
-        f"{len(settings['prompts'])} held-out prompts x {settings['seeds']} seed"
-        f"{'s' * (settings['seeds'] != 1)}, {size}, {settings['steps']} steps, guidance "
-        f"{settings['guidance_scale']:g}; compared with full-resolution videos of the same noise "
-        f"and step count. {_loop(report)} PSNR (of frames that differ) and SSIM are means over the "
-        "frames, `flicker` is the mean absolute error of the change from frame to frame, of 1; "
-        "three numbers in a cell are these three. `as asked`: videos that show all five things "
-        "that the caption names. Intervals are over prompts; a claim holds where that of the "
-        "paired difference is above 0."
-    )
-
-
 def _loop(report: Report) -> str:
     """What the column `loop` is."""
     return (
@@ -248,29 +183,29 @@ def _loop(report: Report) -> str:
 
 def caches(report: Report) -> str:
     """One block of rows per SSIM asked for, what they say, and how they were measured."""
-    video = "flicker" in report["fine"]
     columns = ["SSIM asked", "plan", "loop, ms", "speed-up (95%)", "coarse", "reused"]
-    columns += ["SSIM (95%)", "PSNR, dB", *(["flicker"] if video else [])]
+    columns += ["SSIM (95%)", "PSNR, dB"]
     lines = [*header(columns, ":-"), _cache_row("", "full resolution", report["fine"])]
     for target in report["targets"]:
         for place, row in enumerate(target["rows"]):
             lines.append(_cache_row("" if place else f"{target['ssim']:g}", label(row), row))
     said = [_cache_answers(target) for target in report["targets"]]
-    return block(lines, said, [_cache_conditions(report, video)])
+    return block(lines, said, [_cache_conditions(report)])
 
 
 def _cache_row(target: str, name: str, row: Report) -> str:
-    cells = [
-        target,
-        name,
-        f"{row['loop_seconds']['value'] * 1e3:.0f}",
-        interval(row["speedup"], 2, "x"),
-        f"{row['coarse_share']:.0%}",
-        f"{row['reused_share']:.0%}",
-        interval(row["ssim"], 3),
-        psnr(row["psnr"]),
-    ]
-    return line([*cells, f"{row['flicker']['value']:.4f}"] if "flicker" in row else cells)
+    return line(
+        [
+            target,
+            name,
+            f"{row['loop_seconds']['value'] * 1e3:.0f}",
+            interval(row["speedup"], 2, "x"),
+            f"{row['coarse_share']:.0%}",
+            f"{row['reused_share']:.0%}",
+            interval(row["ssim"], 3),
+            psnr(row["psnr"]),
+        ]
+    )
 
 
 def _cache_answers(target: Mapping[str, Any]) -> str:
@@ -298,21 +233,18 @@ def _against(against: Mapping[str, Any]) -> str:
     return f" ({'; '.join(parts)})" if parts else ""
 
 
-def _cache_conditions(report: Report, video: bool) -> str:
+def _cache_conditions(report: Report) -> str:
     settings, arguments = report["settings"], report["settings"]["arguments"]
-    sides = [str(arguments[n]) for n in ("height", "width", "num_frames") if n in arguments]
-    frames = " SSIM and PSNR are means over the frames; `flicker` is the mean absolute error of "
-    frames += "the change from frame to frame, of 1."
     return (
-        f"{' x '.join(sides)}, {settings['steps']} steps; {len(settings['prompts'])} held-out "
-        f"prompts, {settings['repeats']} interleaved rounds after a warm-up; {cpu(report)}, "
+        f"{arguments['height']} x {arguments['width']}, {settings['steps']} steps; "
+        f"{len(settings['prompts'])} held-out prompts, "
+        f"{settings['repeats']} interleaved rounds after a warm-up; {cpu(report)}, "
         f"{released(report, 'torch', 'diffusers')}. Plans were chosen on "
         f"{len(settings['search_prompts'])} other prompts as the cheapest of their kind with the "
         f"SSIM asked for. `loop` is the denoising loop of one call{_CLOCKS[settings['clock']]}, "
         "`speed-up` is over full resolution, `coarse` and `reused` are shares of the steps; "
         "intervals are over the prompts. In brackets behind an answer: how many times as fast, and "
         "the difference in SSIM."
-        f"{frames if video else ''}"
     )
 
 

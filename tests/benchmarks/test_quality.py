@@ -20,7 +20,6 @@ from ddit_rt.models import family_of
 from ddit_rt.policies import DDiTPolicy
 
 ARGUMENTS = {"height": 64, "width": 64, "max_sequence_length": 16}
-TABLES = ["statistic", "adapters", "static_dynamic"]
 
 
 @pytest.fixture(scope="module")
@@ -46,64 +45,29 @@ def folders(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.slow
-def test_quick_run_matches_costs_and_goes_on_from_what_it_kept(
-    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_ways_to_take_a_coarse_step_stand_side_by_side_and_are_kept(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    need("matplotlib", "torchmetrics")
-    out, cache = tmp_path / "quick.json", tmp_path / "cache"
-    arguments = ["--quick", "--out", str(out), "--cache", str(cache)]
+    need("torchmetrics")
+    arguments = ["--quick", "--out", str(tmp_path), "--cache", str(tmp_path / "cache")]
     arguments += ["--adapters-snr", str(folders["snr"]), "--adapters-paper", str(folders["paper"])]
+    arguments += ["--tables", "adapters"]
     bench = import_module("bench_quality")
-    assert bench.main([*arguments, "--tables", *TABLES]) == 0
-    report = strict(out)
-    assert list(report["tables"]) == TABLES
+    assert bench.main(arguments) == 0
+    report = strict(tmp_path / "adapters_demo.json")
     check_baselines(report)
     check_paths(report)
-    assert out.with_suffix(".png").stat().st_size > 10_000
-    text = import_module("tables").TABLES["quality_demo"](report)
+    text = import_module("tables").TABLES["adapters_demo"](report)
     assert "SNR, trained" in text
     assert "Not measured" not in text
     assert "better than fewer steps at equal time" in text
-    capsys.readouterr()
-    assert bench.main([*arguments, "--tables", "adapters"]) == 0
-    assert "adapters: 0 images" in capsys.readouterr().err
-    again = strict(out)
-    assert again["tables"] == report["tables"]
-    assert again["costs"] == report["costs"]
-
-
-@pytest.mark.slow
-def test_quick_videos_are_compared_frame_by_frame_and_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    need("matplotlib", "torchmetrics")
-    out, cache = tmp_path / "quick.json", tmp_path / "cache"
-    arguments = ["--quick", "--out", str(out), "--cache", str(cache), "--tables", "video"]
-    bench = import_module("bench_quality")
-    assert bench.main(arguments) == 0
-    assert not out.exists()  # the ablations were not asked for
-    report = strict(tmp_path / "quick_video.json")
-    check_baselines(report)
-    rows = {row["name"]: row for row in report["tables"]["video"]}
-    plans = ["demo_static", "demo_dynamic", "2p_0.25", "4p_0.25", "2p_0.5_block", "4p_0.5_block"]
-    plans += ["tau_0.04", "paper_0.01"]
-    assert [name for name, row in rows.items() if row["kind"] != "fewer_steps"] == ["fine", *plans]
-    check_videos(rows, report["settings"]["num_frames"])
-    claims = [claim for claim in report["claims"] if claim["better"] == "demo_static"]
-    assert [claim["worse"] for claim in claims] == list(rows["demo_static"]["fewer_steps"].values())
-    check_video_table(report)
     # What was made is found again, without a single run.
     runs = import_module("quality_runs").Runs
     monkeypatch.setattr(runs, "_generate", lambda *_: pytest.fail("made again"))
     assert bench.main(arguments) == 0
-    for row in strict(tmp_path / "quick_video.json")["tables"]["video"]:
-        before = rows.pop(row["name"])
-        assert row["steps_at"] == before["steps_at"]
-        assert row["loop_ms"] == before["loop_ms"]
-        assert row["flicker"] == before["flicker"]
-        # Sums in float32 depend on where an array lies in memory.
-        assert row["ssim_per_prompt"] == pytest.approx(before["ssim_per_prompt"], abs=1e-5)
-    assert not rows
+    again = strict(tmp_path / "adapters_demo.json")
+    assert again["tables"] == report["tables"]
+    assert again["costs"] == report["costs"]
 
 
 @pytest.mark.slow
@@ -111,65 +75,29 @@ def test_quick_ablations_of_the_study_model_are_judged_by_its_own_captions(
     tmp_path: Path,
 ) -> None:
     need("matplotlib", "torchmetrics")
-    out, cache = tmp_path / "quick.json", tmp_path / "cache"
-    arguments = ["--quick", "--out", str(out), "--cache", str(cache), "--tables", "study"]
+    arguments = ["--quick", "--out", str(tmp_path), "--cache", str(tmp_path / "cache")]
     bench = import_module("bench_quality")
-    assert bench.main(arguments) == 0
-    assert not out.exists()
-    report = strict(tmp_path / "quick_study.json")
+    assert bench.main([*arguments, "--tables", "study"]) == 0
+    report = strict(tmp_path / "quality_study.json")
     check_baselines(report)
     assert report["model"]["name"].startswith("study")
     assert report["settings"]["held_out"] == 2
     assert "adapters" not in report["tables"]
     rows = [row for table in report["tables"].values() for row in table]
     assert all(set(row["correct"]) == {"all"} for row in rows)
+    assert (tmp_path / "quality_study.png").stat().st_size > 10_000
     assert "quality_study.png" in import_module("tables").TABLES["quality_study"](report)
 
 
-def check_videos(rows: dict[str, Any], frames: int) -> None:
-    fine = rows["fine"]
-    assert fine["psnr"] is None
-    assert fine["ssim"] == fine["ssim"] | {"value": 1, "low": 1, "high": 1}
-    assert fine["flicker"]["value"] == 0
-    assert rows["demo_static"]["steps_at"] == {"4p": 2, "p": 5}
-    for row in rows.values():
-        assert len(row["frames"]) == frames
-        # Every video has as many frames, so means of means are the mean of all.
-        means = [frame["ssim"] for frame in row["frames"]]
-        assert row["ssim"]["value"] == pytest.approx(np.mean(means))
-        if row["tokens_share"] < 1:
-            assert 0 < row["flicker"]["value"] < 1
-            assert row["ssim"]["value"] < 1
-            assert row["flicker"]["low"] <= row["flicker"]["value"] <= row["flicker"]["high"]
-    psnr = [frame["psnr"] for frame in rows["demo_static"]["frames"]]
-    assert rows["demo_static"]["psnr"]["value"] == pytest.approx(np.mean(psnr))
-
-
-def check_video_table(report: dict[str, Any]) -> None:
-    lines = import_module("tables").TABLES["quality_demo_video"](report).splitlines()
-    static = next(row for row in report["tables"]["video"] if row["name"] == "demo_static")
-    (first, *frames) = [line for line in lines if line.startswith("| static, as in the demo |")]
-    assert f" | {static['flicker']['value']:.4f} | " in first
-    assert f"{static['fewer_steps']['equal_time'].split('_')[1]}: " in first
-    assert frames == [
-        "| static, as in the demo | "
-        + " | ".join(f"{frame[value]:.{digits}f}" for frame in static["frames"])
-        + " |"
-        for value, digits in (("ssim", 3), ("psnr", 1))
-    ]
-    assert any(line.startswith("- A static plan is better than fewer steps") for line in lines)
-
-
-def test_settings_of_a_table_stand_beside_those_of_the_others() -> None:
+def test_each_table_has_its_settings_and_its_record(tmp_path: Path) -> None:
     bench = import_module("bench_quality")
     args = bench.parse([])
-    ablations, video = bench.of_table(args, ""), bench.of_table(args, "video")
-    assert (ablations.steps, ablations.prompts, ablations.seeds) == (28, 64, 2)
-    assert (video.steps, video.prompts, video.seeds) == (24, 24, 1)
-    assert video.out.name == "quality_demo_video.json"
-    assert bench.of_table(args, "caches").out.name == "skip_demo.json"
-    other = bench.parse(["--tables", "video", "--out", "x.json"])
-    assert bench.of_table(other, "video").out.name == "x_video.json"
+    study, adapters = (bench.of_table(args, name) for name in ("study", "adapters"))
+    assert (study.steps, study.prompts, study.seeds) == (50, 16, 1)
+    assert (adapters.steps, adapters.prompts, adapters.seeds) == (28, 64, 2)
+    assert study.out.name == "quality_study.json"
+    other = bench.parse(["--out", str(tmp_path)])
+    assert bench.of_table(other, "caches").out == tmp_path / "skip_study.json"
 
 
 def check_baselines(report: dict[str, Any]) -> None:
