@@ -65,12 +65,12 @@ Row = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark."""
     args = parse(argv)
-    model = studied()
-    steps, count = (8, 2) if args.quick else (STEPS, PROMPTS)
+    steps, count, side = (8, 2, 64) if args.quick else (STEPS, PROMPTS, SIDE)
+    model = studied(side)
     engine = ddit_rt.compile(
         model.pipeline,
-        height=SIDE,
-        width=SIDE,
+        height=side,
+        width=side,
         backend="eager" if args.quick else "aot",
         progress=False,
     )
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Settings; `--quick` is a smoke run whose figures mean nothing."""
     parser = parser_of(__doc__)
-    parser.add_argument("--quick", action="store_true", help="2 prompts, 8 steps, eager")
+    parser.add_argument("--quick", action="store_true", help="2 prompts, 8 steps, 64 px, eager")
     args = parser.parse_args(argv)
     if args.quick and args.out is None:
         parser.error("--quick needs an --out of its own: its figures mean nothing")
@@ -285,7 +285,7 @@ def section(
     rows = [_row(plan, made[plan.name], made["fine"]) for plan in plans]
     return {
         "steps": plans[0].steps,
-        "side": SIDE,
+        "side": model.size["height"],
         "scale": model.others["true_cfg_scale"],
         "prompts": [prompt for _, prompt in prompts],
         "image_tokens": made["fine"][0].tokens // plans[0].steps,

@@ -78,7 +78,7 @@ _OWN: dict[str, dict[str, int]] = {
 _QUICK: dict[str, Any] = {
     "steps": 7,
     "prompts": 2,
-    "seeds": 2,
+    "seeds": 1,
     "search_prompts": 1,
     "repeats": 1,
     "size": 64,

@@ -76,9 +76,9 @@ def test_quick_run_compares_what_it_says(tmp_path: Path) -> None:
     assert len({row["psnr"]["value"] for row in noises["rows"][1:]}) > 10
     assert not noises["verdicts"]
     rows = {row["name"]: row for row in section["rows"]}
-    assert rows["fewer_4"]["tokens"] == 4 * 256
-    # Three steps at p before, two behind; of 16 regions of 4 x 4 tokens four run whole.
-    assert rows["control_4p_25_block"]["tokens"] == 5 * 256 + 3 * (4 * 16 + 12)
+    assert rows["fewer_4"]["tokens"] == 4 * 64
+    # Three steps at p before, two behind; of 4 regions of 4 x 4 tokens one runs whole.
+    assert rows["control_4p_25_block"]["tokens"] == 5 * 64 + 3 * (16 + 3)
     assert {"fine", "fewer_steps", "static", "dynamic", "mixed", "control"} == {
         row["kind"] for row in rows.values()
     }

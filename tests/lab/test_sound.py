@@ -40,7 +40,7 @@ def engine() -> Engine:
 
 def config(**fields: Any) -> CalibrationConfig:
     given: dict[str, Any] = {"request": {"min_stft": 0.3}, "prompts": TEXTS, "cost_unit": "tokens"}
-    small = {"calibration_prompts": 2, "held_out_prompts": 2, "pictures": 140}
+    small = {"calibration_prompts": 2, "held_out_prompts": 2, "pictures": 90}
     return CalibrationConfig(**{**given, **small, **fields})
 
 

@@ -117,18 +117,23 @@ class Anything(RuleBasedStateMachine):
     @invariant()
     def the_weights_are_the_base_and_the_weighted_sum(self) -> None:
         for name, now in self.parameters().items():
-            exact, size, acts = self.base[name].double(), self.base[name].double().abs(), False
-            for key, which in self.loaded.items():
-                change = self.changes[which].get(name)
-                if change is not None and self.weights.get(key, 0):
-                    exact, acts = exact + self.weights[key] * change, True
-                    # Ranks up to 16 and three terms: below 32 roundings of the largest part.
-                    size = size + abs(self.weights[key]) * (change.abs() + 1)
+            added = [
+                (self.weights[key], self.changes[which][name])
+                for key, which in self.loaded.items()
+                if name in self.changes[which] and self.weights.get(key, 0)
+            ]
+            if not added:
+                assert torch.equal(now, self.base[name]), name
+                continue
+            exact, size = self.base[name].double(), self.base[name].double().abs()
+            for weight, change in added:
+                exact = exact + weight * change
+                # Ranks up to 16 and three terms: below 32 roundings of the largest part.
+                size = size + abs(weight) * (change.abs() + 1)
             error = (now.double() - exact).abs()
             rounded = torch.finfo(now.dtype).eps / 2 * exact.abs()
             in_float32 = 32 * 2**-24 * size
             assert bool((error <= rounded + in_float32).all()), name
-            assert acts or torch.equal(now, self.base[name]), name
 
     def teardown(self) -> None:
         self.engine.unload_loras()

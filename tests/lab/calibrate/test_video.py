@@ -56,7 +56,7 @@ def config(**fields: Any) -> CalibrationConfig:
         "prompts": TEXTS,
         "calibration_prompts": 2,
         "held_out_prompts": 2,
-        "pictures": 140,
+        "pictures": 90,
         "cost_unit": "tokens",
     }
     return CalibrationConfig(**{**given, **fields})
@@ -146,7 +146,7 @@ def test_calibrated_plans_of_clips_are_told_and_run(tmp_path: Any) -> None:
 def test_unreachable_target_speaks_of_videos() -> None:
     need("torchmetrics")
     with pytest.raises(ValueError, match=r"tokens per video\. Ask for less"):
-        calibrate(bench(eager()), config(request={"speedup": 50}), {})
+        calibrate(bench(eager()), config(request={"speedup": 50}, pictures=60), {})
 
 
 @pytest.mark.slow
