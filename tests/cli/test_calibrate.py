@@ -15,7 +15,7 @@ from ddit_rt.artifact import PRESETS, is_trusted, read_manifest
 from ddit_rt.cli import main
 from ddit_rt.lab.plans.bench import EngineBench
 
-SMALL = ["--calibration-prompts", "2", "--held-out-prompts", "2", "--pictures", "130"]
+SMALL = ["--calibration-prompts", "2", "--held-out-prompts", "2", "--pictures", "90"]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_artifact_holds_plans_and_evidence(calibrated: Path, artifact: Path) -> 
     assert evidence["makes"] == "image"
     assert {entry["kind"] for entry in evidence["candidates"]} >= {"fine", "steps", "static"}
     assert evidence["winner"] in evidence["held_out"]
-    assert evidence["pictures"]["total"] <= 130
+    assert evidence["pictures"]["total"] <= 90
 
 
 def test_report_lies_beside_the_artifact(calibrated: Path) -> None:

@@ -73,7 +73,7 @@ def test_video_model_is_calibrated_on_its_own_captions(
     artifact, trace = str(tmp_path / "clip.ddit"), tmp_path / "trace.json"
     assert main(["compile", "demo-video", "-o", artifact]) == 0
     call = ["--model", "demo-video", "--steps", "8", "--num-frames", "5", "--guidance-scale", "3"]
-    few = ["--calibration-prompts", "1", "--held-out-prompts", "2", "--pictures", "130"]
+    few = ["--calibration-prompts", "1", "--held-out-prompts", "2", "--pictures", "65"]
     capsys.readouterr()
     assert main(["calibrate", artifact, *call, *few, "--min-ssim", "0.8", "--json"]) == 0
     calibration = json.loads(capsys.readouterr().out)["calibration"]

@@ -53,7 +53,7 @@ def test_every_command_runs_a_model_that_tells_no_layers(
     with Image.open("out.png") as image:
         assert image.size == (96, 64)
 
-    few = ["--calibration-prompts", 2, "--held-out-prompts", 2, "--pictures", 130]
+    few = ["--calibration-prompts", 2, "--held-out-prompts", 2, "--pictures", 65]
     few += ["--prompts", "prompts.txt", "--cost", "tokens"]
     call("calibrate", *of_model, "--steps", 6, "--speedup", 1.5, *few, "--out", "found")
     assert Path("found/calibration-6.json").is_file()
@@ -112,7 +112,7 @@ def test_sound_is_written_as_long_as_it_was_asked_for(
 
     of_model = ["a.ddit", "--model", "model", "--audio-duration-s", 0.5, "--steps", 6]
     Path("prompts.txt").write_text("aa\nbb\ncc\ndd\n")
-    few = ["--calibration-prompts", 2, "--held-out-prompts", 2, "--pictures", 130]
+    few = ["--calibration-prompts", 2, "--held-out-prompts", 2, "--pictures", 65]
     few += ["--prompts", "prompts.txt", "--cost", "tokens"]
     assert main(["calibrate", *map(str, [*of_model, *few]), "--min-ssim", "0.5"]) == 2
     assert "compared by STFT similarity; give min_stft" in capsys.readouterr().err

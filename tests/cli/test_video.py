@@ -122,7 +122,7 @@ def test_calibrated_plans_are_for_the_call_and_run(
     call = ["--model", str(wan_folder), "--trust-code", "--max-sequence-length", "8"]
     call += ["--steps", "8", "--num-frames", "9", "--height", "96", "--guidance-scale", "4"]
     call += ["--negative-prompt", "a dog"]
-    few = ["--calibration-prompts", "2", "--held-out-prompts", "2", "--pictures", "130"]
+    few = ["--calibration-prompts", "2", "--held-out-prompts", "2", "--pictures", "75"]
     target = ["--speedup", "1.4", "--cost", "tokens", "--prompts", str(tmp_path / "prompts.txt")]
     capsys.readouterr()
     assert main(["calibrate", str(path), *call, *few, *target]) == 0
