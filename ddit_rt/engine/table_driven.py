@@ -68,8 +68,8 @@ class FiniteCheck:
             raise ValueError("the initial latents hold NaN or infinity; give finite noise")
 
 
-_IDLE = "a dynamic policy took no coarse step"
-"""Among what was announced: said once, whatever the scores were."""
+_IDLE_POLICY, _IDLE_CACHE = "the policy took no coarse step", "the step cache reused no step"
+"""Among what was announced: said once, whatever the reason was."""
 
 StepCallback = Callable[[int, Tensor], Tensor | None]
 """Called after a step with its index and the new latents, which it may edit in place; may return
@@ -166,17 +166,27 @@ class Loop:
                 notices.warn(note)
 
     def look_back(self, outline: Outline) -> None:
-        """Notes, and says once, that a dynamic policy did nothing in the run that has ended."""
-        if self.trace is None or not outline.dynamic or outline.offered == (1,):
+        """Notes, and says once, what was asked for and did nothing in the run that has ended."""
+        if self.trace is None or len(self.trace) < outline.steps:
             return
-        reason = self.trace.why_all_fine()
+        if outline.coarse and len(outline.offered) > 1:
+            advice = (
+                "raise its tau or the share of coarse steps, run more steps, or pass '2p:0.4,p'"
+            )
+            self._note_idle(_IDLE_POLICY, self.trace.why_all_fine(), advice)
+        if outline.cache is not None and outline.cache.threshold > 0:
+            advice = "raise its threshold, let fewer steps compute always, or run more steps"
+            self._note_idle(_IDLE_CACHE, self.trace.why_none_reused(), advice)
+
+    def _note_idle(self, what: str, reason: str, advice: str) -> None:
         if not reason:
             return
-        note = f"the policy took no coarse step: {reason}"
+        assert self.trace is not None, "of the run that has ended"
+        note = f"{what}: {reason}"
         self.trace = replace(self.trace, notes=(*self.trace.notes, note))
-        if _IDLE not in self._announced:
-            self._announced.add(_IDLE)
-            notices.warn(f"{note}; raise its tau, run more steps, or pass a plan, '2p:0.4,p'")
+        if what not in self._announced:
+            self._announced.add(what)
+            notices.warn(f"{note}; {advice}")
 
     def look_at(self, final: Tensor | None) -> None:
         """Warns, and notes in the trace, where a run's final latents are not finite.

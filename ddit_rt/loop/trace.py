@@ -151,12 +151,14 @@ class RunTrace:
         return ", ".join(parts)
 
     def why_all_fine(self) -> str:
-        """Why a dynamic policy took no coarse step; empty where it took one, or had tau = 0."""
+        """Why a policy took no coarse step; empty where it took one, or had tau = 0."""
         if any(record.patch_size != "p" for record in self.steps):
             return ""
         judged = [record for record in self.steps if record.scores]
         if not judged:
-            return f"none of the {len(self.steps)} steps is left to be judged by its scores"
+            reasons = Counter(record.reason for record in self.steps)
+            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            return f"none of the {len(self.steps)} steps was to be judged or coarse ({counts})"
         ratios = [
             (record.scores[size] / tau, record.scores[size], tau, size, record.step)
             for record in judged
@@ -168,6 +170,17 @@ class RunTrace:
         _, score, tau, size, step = min(ratios)
         nearest = f"{score:.2g} of {size} at step {step}, against {tau:.2g}"
         return f"no score fell below its threshold; nearest was {nearest}"
+
+    def why_none_reused(self) -> str:
+        """Why a step cache reused no step; empty where it reused one, or there was none."""
+        if self.reused or not any(record.cache_reason for record in self.steps):
+            return ""
+        reasons = Counter(r.cache_reason.removeprefix("computed: ") for r in self.steps)
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        changes = [r for r in self.steps if r.cache_reason == _CACHE_TEXT[CacheReason.ABOVE]]
+        least = min((r.accumulated for r in changes if r.accumulated is not None), default=None)
+        nearest = "" if least is None else f"; the least change was {least:.2g}"
+        return f"all {len(self.steps)} steps computed ({counts}){nearest}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; numbers that are not finite become None."""

@@ -21,10 +21,9 @@ from ddit_rt.policies import (
     CacheTable,
     FinePolicy,
     NoCache,
+    PatchPolicy,
     PolicyTable,
     Schedule,
-    SpectralPolicy,
-    StaticPolicy,
     StepCache,
     patch_name,
     published_fits,
@@ -67,7 +66,7 @@ class Outline:
         experts: Which of the models each step runs, `[N]`.
         cache: The step cache as a table; None: every step computes.
         batched_guidance: See `Request`.
-        dynamic: Whether the policy is to judge steps by their scores.
+        coarse: Whether the policy is to take coarse steps.
         notes: For the trace.
         warnings: Those of the notes that should be said aloud too.
     """
@@ -81,7 +80,7 @@ class Outline:
     experts: tuple[int, ...]
     cache: CacheTable | None
     batched_guidance: bool
-    dynamic: bool
+    coarse: bool
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -160,7 +159,7 @@ def outline_run(
     if cache is not None:
         cache = computed_at_changes(cache, stage_of)
     cached = () if cache is None else (f"step cache: {cache.note}",)
-    aloud = () if isinstance(request.policy, FinePolicy) else missing
+    aloud = () if _all_fine(request.policy) else missing
     return Outline(
         shape=shape,
         timesteps=timesteps,
@@ -171,7 +170,7 @@ def outline_run(
         experts=experts,
         cache=cache,
         batched_guidance=request.batched_guidance,
-        dynamic=not isinstance(request.policy, (FinePolicy, StaticPolicy, SpectralPolicy)),
+        coarse=not _all_fine(request.policy),
         notes=(
             *missing,
             *request.notes,
@@ -183,6 +182,11 @@ def outline_run(
         ),
         warnings=(*request.warnings, *aloud),
     )
+
+
+def _all_fine(policy: PatchPolicy) -> bool:
+    """Whether no step is to be coarse, as the policy was written."""
+    return isinstance(policy, FinePolicy) or policy.sizes == {1}
 
 
 def _mixed(

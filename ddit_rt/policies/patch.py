@@ -214,15 +214,18 @@ class StaticPolicy(PatchPolicy):
     def __post_init__(self) -> None:
         """Parses the plan once, so that a typing error shows where it was made."""
         checks.settle(self, fine_share=_checked_share(self.fine_share))
-        if isinstance(self.plan, str):
-            _parse_shares(self.plan)
-            return
-        expected = 'one patch size per step, ["2p", "p"], or shares of the steps, "2p:0.5,p"'
-        entries = checks.items("plan", self.plan, expected)
-        if not entries:
-            raise ValueError(checks.got("plan", self.plan, expected))
-        multiples = [parse_patch(entry, f"plan[{at}]") for at, entry in enumerate(entries)]
-        checks.settle(self, plan=tuple(map(patch_name, multiples)))
+        if not isinstance(self.plan, str):
+            expected = 'one patch size per step, ["2p", "p"], or shares of the steps, "2p:0.5,p"'
+            entries = checks.items("plan", self.plan, expected)
+            if not entries:
+                raise ValueError(checks.got("plan", self.plan, expected))
+            multiples = [parse_patch(entry, f"plan[{at}]") for at, entry in enumerate(entries)]
+            checks.settle(self, plan=tuple(map(patch_name, multiples)))
+        if self.sizes == {1} and self.fine_share:
+            raise ValueError(
+                f"got fine_share={self.fine_share} for the plan {self.plan!r}, in which no step is "
+                'coarse; add coarse steps, "2p:0.5,p", or leave the share out'
+            )
 
     @property
     def sizes(self) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""A dynamic policy that took no coarse step says so: once aloud, and in every run's trace."""
+"""What was asked for and did nothing is told: once aloud, and in every run's trace."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 from models import noise, seeded, tiny_conditioning, tiny_embeds, tiny_pipeline, tiny_transformer
 
 import ddit_rt
-from ddit_rt import DDiTPolicy, FinePolicy, StaticPolicy
+from ddit_rt import DDiTPolicy, FinePolicy, MagCache, SeaCache, StaticCache, StaticPolicy
 
 SAYS = "the policy took no coarse step"
+CACHE_SAYS = "the step cache reused no step"
 
 
-def notes_of(engine: ddit_rt.Engine) -> list[str]:
+def notes_of(engine: ddit_rt.Engine, says: str = SAYS) -> list[str]:
     assert engine.last_trace is not None
-    return [note for note in engine.last_trace.notes if SAYS in note]
+    return [note for note in engine.last_trace.notes if says in note]
 
 
 def call(engine: ddit_rt.Engine, policy: Any, steps: int = 8, **more: Any) -> None:
@@ -45,6 +46,66 @@ def test_it_names_too_few_steps_in_the_bare_loop_too() -> None:
     with pytest.warns(UserWarning, match="none of the 3 steps"):
         engine.denoise(noise(1, 4, 16, 16), num_inference_steps=3, **tiny_conditioning(transformer))
     assert notes_of(engine)
+
+
+@pytest.mark.parametrize("policy", ["2p:0.01,p", "2p:0,p", "mixed:0.25:2p:0.01,p"])
+def test_a_plan_whose_coarse_share_is_less_than_a_step_is_told(policy: str) -> None:
+    engine = ddit_rt.compile(tiny_pipeline(), backend="eager", progress=False)
+    with pytest.warns(UserWarning, match=rf"{SAYS}: none of the 8 .* \(8 static plan\)"):
+        call(engine, policy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(engine, policy)
+        assert notes_of(engine)
+        call(engine, "2p:0.5,p")
+    assert not notes_of(engine)
+
+
+@pytest.mark.parametrize(
+    ("cache", "why"),
+    [
+        (SeaCache(1e-9), "2 forced, 6 above threshold.*; the least change was 0"),
+        (SeaCache(0.5, retention_steps=50), "8 forced"),
+        (MagCache(0.1, mag_ratios=(1.0,) * 8, retention_ratio=1.0), "8 forced"),
+        (StaticCache(1.0), "8 forced"),
+    ],
+)
+@pytest.mark.parametrize("callback", [None, lambda *_: {}], ids=["table", "driven"])
+def test_a_step_cache_that_reused_nothing_is_told(cache: Any, why: str, callback: Any) -> None:
+    engine = ddit_rt.compile(tiny_pipeline(), backend="eager", progress=False)
+    more = {"callback_on_step_end": callback}
+    with pytest.warns(UserWarning, match=rf"{CACHE_SAYS}: all 8 steps computed \({why}"):
+        call(engine, "fine", step_cache=cache, **more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(engine, "fine", step_cache=cache, **more)
+        assert notes_of(engine, CACHE_SAYS)
+        call(engine, "fine", step_cache=StaticCache(3.0), **more)
+    assert not notes_of(engine, CACHE_SAYS)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("cache", [None, "none", SeaCache(0.0)])
+def test_a_step_cache_that_was_told_so_says_nothing(cache: Any) -> None:
+    engine = ddit_rt.compile(tiny_pipeline(), backend="eager", progress=False)
+    call(engine, "fine", step_cache=cache)
+    assert not notes_of(engine, CACHE_SAYS)
+
+
+def test_a_run_that_ends_early_is_not_judged() -> None:
+    pipeline = tiny_pipeline()
+    engine = ddit_rt.compile(pipeline, backend="eager", progress=False)
+
+    def stop(_: Any, step: int, *__: Any) -> dict[str, Any]:
+        pipeline._interrupt = step == 1
+        return {}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(engine, "p:0.5,2p:0.25,p", step_cache=SeaCache(1e-9), callback_on_step_end=stop)
+    assert engine.last_trace is not None
+    assert len(engine.last_trace) == 2
+    assert not notes_of(engine) + notes_of(engine, CACHE_SAYS)
 
 
 @pytest.mark.filterwarnings("error")

@@ -57,6 +57,12 @@ def test_a_share_is_at_least_none_and_below_all(share: float) -> None:
             make(fine_share=share)
 
 
+@pytest.mark.parametrize("plan", ["p", ["p", "p"], "p:0.5,p"])
+def test_a_share_of_a_plan_without_a_coarse_step_is_refused(plan: str | list[str]) -> None:
+    with pytest.raises(ValueError, match=r"fine_share=0.25 for the plan .*no step is coarse"):
+        StaticPolicy(plan, fine_share=0.25)
+
+
 @pytest.mark.parametrize("text", ["3p:0.5,p", "2p:x,p", "2p:0.9,p:0.9", ":", "2p:nan,p"])
 def test_plan_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="plan"):
