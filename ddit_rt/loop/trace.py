@@ -172,8 +172,8 @@ class RunTrace:
         return f"no score fell below its threshold; nearest was {nearest}"
 
     def why_none_reused(self) -> str:
-        """Why a step cache reused no step; empty where it reused one, or there was none."""
-        if self.reused or not any(record.cache_reason for record in self.steps):
+        """Why a step cache reused no step; empty where it reused one, or numbers were not finite."""
+        if self.reused or self.nonfinite or not any(r.cache_reason for r in self.steps):
             return ""
         reasons = Counter(r.cache_reason.removeprefix("computed: ") for r in self.steps)
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())

@@ -57,7 +57,7 @@ def denoise(engine: Engine, name: str, seed: int = 0, **options: Any) -> torch.T
         ("flux", STATIC, None),
         ("flux", COARSE_FIRST, None),
         ("flux", DYNAMIC, "static:2"),
-        ("wan", STATIC, "static:2"),
+        ("wan", STATIC, "static:9"),
         ("wan", DYNAMIC, None),
     ],
 )

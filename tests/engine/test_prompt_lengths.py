@@ -108,7 +108,7 @@ def test_captured_steps_equal_the_cpus(make: Make, emulated_runtime: Any) -> Non
     emulated_runtime.reset()
     pipeline, call = make()
     engine = eager(pipeline)
-    call |= {"patch_policy": MIXED, "step_cache": TeaCache(0.1, coefficients=(1.0, 0.0))}
+    call |= {"patch_policy": MIXED, "step_cache": TeaCache(9.0, coefficients=(1.0, 0.0))}
     expected = latents_of(engine(**call, generator=seeded()))
     engine._loop.executor = CudaExecutor(EmulatedGraphs(emulated_runtime))
     assert torch.equal(latents_of(engine(**call, generator=seeded())), expected)
