@@ -172,7 +172,7 @@ class RunTrace:
         return f"no score fell below its threshold; nearest was {nearest}"
 
     def why_none_reused(self) -> str:
-        """Why a step cache reused no step; empty where it reused one, or numbers were not finite."""
+        """Why a step cache reused no step; empty where it reused one, or met NaN or infinity."""
         if self.reused or self.nonfinite or not any(r.cache_reason for r in self.steps):
             return ""
         reasons = Counter(r.cache_reason.removeprefix("computed: ") for r in self.steps)
