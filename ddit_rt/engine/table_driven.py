@@ -21,6 +21,8 @@ from ddit_rt import notices
 from ddit_rt.engine.watch import UNWATCHED, RunWatch, StepView
 from ddit_rt.errors import RunCancelled, ShapeError
 from ddit_rt.loop import (
+    IDLE_CACHE,
+    IDLE_POLICY,
     Executor,
     ProgressCallback,
     RunPlan,
@@ -67,9 +69,6 @@ class FiniteCheck:
         if not self._finite:
             raise ValueError("the initial latents hold NaN or infinity; give finite noise")
 
-
-_IDLE_POLICY, _IDLE_CACHE = "the policy took no coarse step", "the step cache reused no step"
-"""Among what was announced: said once, whatever the reason was."""
 
 StepCallback = Callable[[int, Tensor], Tensor | None]
 """Called after a step with its index and the new latents, which it may edit in place; may return
@@ -173,10 +172,10 @@ class Loop:
             advice = (
                 "raise its tau or the share of coarse steps, run more steps, or pass '2p:0.4,p'"
             )
-            self._note_idle(_IDLE_POLICY, self.trace.why_all_fine(), advice)
+            self._note_idle(IDLE_POLICY, self.trace.why_all_fine(), advice)
         if outline.cache is not None and outline.cache.threshold > 0:
             advice = "raise its threshold, let fewer steps compute always, or run more steps"
-            self._note_idle(_IDLE_CACHE, self.trace.why_none_reused(), advice)
+            self._note_idle(IDLE_CACHE, self.trace.why_none_reused(), advice)
 
     def _note_idle(self, what: str, reason: str, advice: str) -> None:
         if not reason:
@@ -184,7 +183,7 @@ class Loop:
         assert self.trace is not None, "of the run that has ended"
         note = f"{what}: {reason}"
         self.trace = replace(self.trace, notes=(*self.trace.notes, note))
-        if what not in self._announced:
+        if what not in self._announced:  # said once, whatever the reason was
             self._announced.add(what)
             notices.warn(f"{note}; {advice}")
 

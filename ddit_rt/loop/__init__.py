@@ -14,10 +14,12 @@ from ddit_rt.loop.protocol import (
     StepSession,
     StepWatch,
 )
-from ddit_rt.loop.trace import RunTrace, StepRecord
+from ddit_rt.loop.trace import IDLE_CACHE, IDLE_POLICY, RunTrace, StepRecord
 
 __all__ = [
     "FORMS",
+    "IDLE_CACHE",
+    "IDLE_POLICY",
     "CachePlan",
     "CaptureReport",
     "CpuExecutor",

@@ -51,6 +51,10 @@ def _range_with_nvtx(name: str) -> Iterator[None]:
         yield
 
 
+IDLE_POLICY, IDLE_CACHE = "the policy took no coarse step", "the step cache reused no step"
+"""How the note of a run begins in which what was asked for did nothing."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRecord:
     """One denoising step.

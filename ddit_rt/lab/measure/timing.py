@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddit_rt.lab.measure.sound_file import as_pcm
-from ddit_rt.loop import RunTrace
+from ddit_rt.loop import IDLE_CACHE, IDLE_POLICY, RunTrace
 
 Pixels = npt.NDArray[np.integer[Any]]
 """An image, `[H, W, 3]`, or a video, `[F, H, W, 3]`, in bytes of RGB; or a recording in 16 bits,
@@ -203,7 +204,11 @@ def engine_method(name: str, label: str, engine: Any, **arguments: Any) -> Metho
     """A compiled engine; `arguments` hold its `patch_policy`."""
 
     def generate(batch: Batch) -> Generation:
-        output = engine(list(batch.prompts), generator=generators(batch), **arguments)
+        with warnings.catch_warnings():
+            # A plan on trial: what it did not do stands in its trace, and in its cost.
+            for idle in (IDLE_POLICY, IDLE_CACHE):
+                warnings.filterwarnings("ignore", idle, UserWarning)
+            output = engine(list(batch.prompts), generator=generators(batch), **arguments)
         return Generation(outputs=_pixels(output), trace=engine.last_trace)
 
     return Method(name=name, label=label, generate=generate, pipeline=engine.pipeline)

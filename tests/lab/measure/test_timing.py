@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import warnings
 from itertools import count
 
 import numpy as np
 
-from ddit_rt import Engine, FinePolicy
+import ddit_rt
+from ddit_rt import DDiTPolicy, Engine, FinePolicy, SeaCache
 from ddit_rt.lab.measure.timing import (
     Batch,
     Generation,
@@ -87,6 +89,21 @@ def test_engine_and_pipeline_draw_the_same_noise_at_any_batch(engine: Engine) ->
     difference = reference.outputs[1].astype(int) - ours.outputs[0].astype(int)
     # One level: the two sum in another order, and a byte may round the other way.
     assert np.abs(difference).max() <= 1
+
+
+def test_a_plan_on_trial_that_does_nothing_stands_in_its_trace_alone(engine: Engine) -> None:
+    small = {"patch_sizes": "p,2p", "backend": "eager", "progress": False}
+    fresh = ddit_rt.compile(engine.pipeline, **small)
+    plan = {"patch_policy": DDiTPolicy(1e-9), "step_cache": SeaCache(1e-9)}
+    arguments = {"num_inference_steps": 8, "height": 32, "width": 32, **plan}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trace = engine_method("e", "e", fresh, **arguments).generate(BATCHES[0]).trace
+    assert trace is not None
+    assert [note.partition(":")[0] for note in trace.notes[-2:]] == [
+        "the policy took no coarse step",
+        "the step cache reused no step",
+    ]
 
 
 def test_median_is_over_repeats(engine: Engine) -> None:
