@@ -22,7 +22,7 @@ from torch import Tensor
 
 import ddit_rt
 from ddit_rt import ops
-from ddit_rt.lab.measure.timing import Batch, Generation, Method, Pixels, engine_method
+from ddit_rt.lab.measure.timing import Batch, Generation, Method, Pixels, engine_method, on_trial
 from ddit_rt.lab.plans.dial import branch, step_costs
 from ddit_rt.lab.plans.points import Prompt
 from ddit_rt.lab.plans.step_caches import alternating
@@ -163,7 +163,7 @@ class Runs:
     def method(self, plan: Plan) -> Method:
         """A plan, to be timed beside others."""
         placed = {} if plan.sigmas is None else {"sigmas": list(plan.sigmas)}
-        return engine_method(
+        method = engine_method(
             plan.key,
             plan.label,
             self.paths[plan.path].engine,
@@ -173,6 +173,7 @@ class Runs:
             **placed,
             **self.arguments,
         )
+        return on_trial(method)
 
     def trace(self, plan: Plan, prompt: Prompt) -> RunTrace:
         """The trace of a run whose images do not count."""

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -204,14 +204,22 @@ def engine_method(name: str, label: str, engine: Any, **arguments: Any) -> Metho
     """A compiled engine; `arguments` hold its `patch_policy`."""
 
     def generate(batch: Batch) -> Generation:
-        with warnings.catch_warnings():
-            # A plan on trial: what it did not do stands in its trace, and in its cost.
-            for idle in (IDLE_POLICY, IDLE_CACHE):
-                warnings.filterwarnings("ignore", idle, UserWarning)
-            output = engine(list(batch.prompts), generator=generators(batch), **arguments)
+        output = engine(list(batch.prompts), generator=generators(batch), **arguments)
         return Generation(outputs=_pixels(output), trace=engine.last_trace)
 
     return Method(name=name, label=label, generate=generate, pipeline=engine.pipeline)
+
+
+def on_trial(method: Method) -> Method:
+    """The same without a word where the plan does nothing: nobody but a search asked for it."""
+
+    def generate(batch: Batch) -> Generation:
+        with warnings.catch_warnings():
+            for idle in (IDLE_POLICY, IDLE_CACHE):
+                warnings.filterwarnings("ignore", idle, UserWarning)
+            return method.generate(batch)
+
+    return replace(method, generate=generate)
 
 
 def generators(batch: Batch) -> list[Any]:

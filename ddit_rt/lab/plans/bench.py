@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ddit_rt.lab.measure.measures import Measure, measure_of
-from ddit_rt.lab.measure.timing import Batch, Method, Pixels, measure
+from ddit_rt.lab.measure.timing import Batch, Method, Pixels, measure, on_trial
 from ddit_rt.lab.plans.candidates import Candidate, full_resolution
 from ddit_rt.lab.plans.dial import TAU_PROBES, branch, step_costs, tau_range
 from ddit_rt.lab.plans.points import Evaluator, Measurement, Prompt
@@ -193,7 +193,7 @@ class EngineBench:
         )
 
     def _method(self, candidate: Candidate) -> Method:
-        return candidate.on(self._engine, candidate.key, **self._arguments)
+        return on_trial(candidate.on(self._engine, candidate.key, **self._arguments))
 
     def _probe(self, policy: PatchPolicy, cache: StepCache, prompt: Prompt) -> RunTrace:
         """A run whose outcome does not count."""

@@ -14,6 +14,7 @@ from ddit_rt.lab.measure.timing import (
     engine_method,
     loop_clock,
     measure,
+    on_trial,
     pipeline_method,
 )
 
@@ -96,9 +97,10 @@ def test_a_plan_on_trial_that_does_nothing_stands_in_its_trace_alone(engine: Eng
     fresh = ddit_rt.compile(engine.pipeline, **small)
     plan = {"patch_policy": DDiTPolicy(1e-9), "step_cache": SeaCache(1e-9)}
     arguments = {"num_inference_steps": 8, "height": 32, "width": 32, **plan}
+    method = engine_method("e", "e", fresh, **arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        trace = engine_method("e", "e", fresh, **arguments).generate(BATCHES[0]).trace
+        trace = on_trial(method).generate(BATCHES[0]).trace
     assert trace is not None
     assert [note.partition(":")[0] for note in trace.notes[-2:]] == [
         "the policy took no coarse step",
