@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddit_rt.lab.evaluate.config import EvaluationConfig, Item
 from ddit_rt.lab.evaluate.plans import (
+    CHOSEN,
     NamedPlan,
     baselines,
     cached_plan,
@@ -18,7 +19,7 @@ from ddit_rt.lab.evaluate.plans import (
 )
 from ddit_rt.lab.evaluate.store import ImageRecord, Store
 from ddit_rt.lab.measure.report import machine, versions
-from ddit_rt.lab.measure.timing import Batch, Sample, measure
+from ddit_rt.lab.measure.timing import Batch, Method, Sample, measure, on_trial
 from ddit_rt.lab.plans.bench import EngineBench
 from ddit_rt.lab.plans.dial import highest, on_log_scale
 from ddit_rt.lab.plans.points import Prompt
@@ -140,12 +141,17 @@ def _cost(
     bench: EngineBench,
 ) -> float:
     """Mean cost of a plan's images."""
-    method, costs = plan.candidate.on(engine, plan.name, **config.arguments), []
+    method, costs = _method(engine, plan, config), []
     for item in items:
         trace = method.generate(_batch(config, (item,))).trace
         assert trace is not None, "an engine's run has a trace"
         costs.append(_spent(trace, bench.tables.costs, config.cost_unit))
     return statistics.fmean(costs)
+
+
+def _method(engine: Engine, plan: NamedPlan, config: EvaluationConfig) -> Method:
+    method = plan.candidate.on(engine, plan.name, **config.arguments)
+    return method if plan.role == CHOSEN else on_trial(method)
 
 
 def _spent(trace: RunTrace, costs: Mapping[str, float], unit: str) -> float:
@@ -202,7 +208,7 @@ def _make(
             "versions": versions(),
         }
     )
-    methods = [plan.candidate.on(engine, plan.name, **config.arguments) for plan in plans]
+    methods = [_method(engine, plan, config) for plan in plans]
     total = len(plans) * (1 + config.repeats * len(jobs))
     with tqdm(total=total, desc="eval", unit="run", leave=False, disable=not progress) as bar:
         for index, job in enumerate(jobs):
