@@ -16,7 +16,7 @@ baselines a plan gets.
   out; on the study model of `bench_study.py`, whose captions leave most open, with guidance.
   `loop_ms` is a sum of `costs`, median times of single steps; `frechet` is on the demo classifier's
   features, not FID; `references` tell what to expect of images that are as good.
-- **`adapters`** (`quality_demo.json`): ways to take a coarse step, trained and not, on the demo's
+- **`adapters`** (`adapters_demo.json`): ways to take a coarse step, trained and not, on the demo's
   model, for which adapters are trained.
 - **`caches`** (`skip_study.json`): DDiT and step caches, alone and together, at equal fidelity, on
   the study model. Fits TeaCache and MagCache on prompts of their own; then looks, for every SSIM

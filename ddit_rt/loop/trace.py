@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -160,8 +160,7 @@ class RunTrace:
             return ""
         judged = [record for record in self.steps if record.scores]
         if not judged:
-            reasons = Counter(record.reason for record in self.steps)
-            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            counts = _counted(record.reason for record in self.steps)
             return f"none of the {len(self.steps)} steps was to be judged or coarse ({counts})"
         ratios = [
             (record.scores[size] / tau, record.scores[size], tau, size, record.step)
@@ -179,8 +178,7 @@ class RunTrace:
         """Why a step cache reused no step; empty where it reused one, or met NaN or infinity."""
         if self.reused or self.nonfinite or not any(r.cache_reason for r in self.steps):
             return ""
-        reasons = Counter(r.cache_reason.removeprefix("computed: ") for r in self.steps)
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        counts = _counted(r.cache_reason.removeprefix("computed: ") for r in self.steps)
         changes = [r for r in self.steps if r.cache_reason == _CACHE_TEXT[CacheReason.ABOVE]]
         least = min((r.accumulated for r in changes if r.accumulated is not None), default=None)
         nearest = "" if least is None else f"; the least change was {least:.2g}"
@@ -299,6 +297,10 @@ _CACHE_TEXT = {
     CacheReason.NONFINITE: "computed: signal not finite",
     CacheReason.REUSED: "reused: below threshold",
 }
+
+
+def _counted(reasons: Iterable[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).items())
 
 
 def _reason_text(record: StepRecord) -> str:

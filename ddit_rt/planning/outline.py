@@ -19,9 +19,7 @@ from ddit_rt.policies import (
     CacheFit,
     CacheModel,
     CacheTable,
-    FinePolicy,
     NoCache,
-    PatchPolicy,
     PolicyTable,
     Schedule,
     StepCache,
@@ -159,7 +157,7 @@ def outline_run(
     if cache is not None:
         cache = computed_at_changes(cache, stage_of)
     cached = () if cache is None else (f"step cache: {cache.note}",)
-    aloud = () if _all_fine(request.policy) else missing
+    coarse = request.policy.sizes != {1}
     return Outline(
         shape=shape,
         timesteps=timesteps,
@@ -170,7 +168,7 @@ def outline_run(
         experts=experts,
         cache=cache,
         batched_guidance=request.batched_guidance,
-        coarse=not _all_fine(request.policy),
+        coarse=coarse,
         notes=(
             *missing,
             *request.notes,
@@ -180,13 +178,8 @@ def outline_run(
             *stage_notes(stages, stage_of),
             *cached,
         ),
-        warnings=(*request.warnings, *aloud),
+        warnings=(*request.warnings, *(missing if coarse else ())),
     )
-
-
-def _all_fine(policy: PatchPolicy) -> bool:
-    """Whether no step is to be coarse, as the policy was written."""
-    return isinstance(policy, FinePolicy) or policy.sizes == {1}
 
 
 def _mixed(

@@ -190,6 +190,11 @@ class PatchPolicy(ABC):
 class FinePolicy(PatchPolicy):
     """Every step at the base patch p: the unmodified model, and the baseline of every claim."""
 
+    @property
+    def sizes(self) -> frozenset[int]:
+        """See `PatchPolicy.sizes`."""
+        return frozenset((1,))
+
     def resolve(self, schedule: Schedule) -> PolicyTable:
         """See `PatchPolicy.resolve`."""
         return fixed_table(schedule, (0,) * schedule.steps, "fine policy")
