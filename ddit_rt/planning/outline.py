@@ -158,6 +158,7 @@ def outline_run(
         cache = computed_at_changes(cache, stage_of)
     cached = () if cache is None else (f"step cache: {cache.note}",)
     coarse = request.policy.sizes != {1}
+    unguided = _unguided(guided, request.guidance_interval, guided_at)
     return Outline(
         shape=shape,
         timesteps=timesteps,
@@ -173,12 +174,25 @@ def outline_run(
             *missing,
             *request.notes,
             *request.warnings,
+            *unguided,
             *([table.note] if table.note else ()),
             *([_mixed_note(table)] if table.fine_share else ()),
             *stage_notes(stages, stage_of),
             *cached,
         ),
-        warnings=(*request.warnings, *(missing if coarse else ())),
+        warnings=(*request.warnings, *unguided, *(missing if coarse else ())),
+    )
+
+
+def _unguided(
+    guided: bool, interval: tuple[float, float], guided_at: Sequence[bool]
+) -> tuple[str, ...]:
+    """Says so where an interval that is not empty covers no whole step."""
+    if not guided or any(guided_at) or interval[0] == interval[1]:
+        return ()
+    return (
+        f"guidance_interval={interval} covers none of the {len(guided_at)} steps, so that the run "
+        "is not guided: widen it, or run more steps",
     )
 
 

@@ -72,7 +72,7 @@ def _mixed(text: str, rest: str, default: PatchPolicy) -> PatchPolicy:
         pass
     expected = (
         "mixed:SHARE with a share of the regions above 0 and below 1, such as mixed:0.25, and "
-        "perhaps a plan behind it, mixed:0.25:2p:0.5,p"
+        "perhaps a plan with coarse steps behind it, mixed:0.25:2p:0.5,p"
     )
     raise ValueError(checks.got("patch_policy", text, expected))
 

@@ -36,6 +36,15 @@ def test_guidance_interval_without_steps_equals_no_guidance() -> None:
     assert not torch.allclose(finals[4], finals[3], atol=0.01)
 
 
+def test_an_interval_that_is_shorter_than_a_step_is_told() -> None:
+    engine = eager(wan_pipeline())
+    call = {**CALL, "num_inference_steps": 8, "patch_policy": FINE}
+    with pytest.warns(UserWarning, match=r"\(0.0, 0.05\) covers none of the 8 steps"):
+        engine(**call, guidance_interval=(0.0, 0.05))
+    assert engine.last_trace is not None
+    assert any("covers none" in note for note in engine.last_trace.notes)
+
+
 @pytest.mark.parametrize("batched", [True, False])
 def test_steps_outside_the_interval_run_the_prompt_alone(
     batched: bool, monkeypatch: pytest.MonkeyPatch
