@@ -27,7 +27,13 @@ from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.plans.dial import TAU_PROBES, on_log_scale, tau_range
 from ddit_rt.lab.plans.genome import Static, within
 from ddit_rt.lab.plans.points import Prompt, best_for
-from ddit_rt.lab.plans.step_caches import LEVELS, STEP_CACHES, CacheDial, threshold_range
+from ddit_rt.lab.plans.step_caches import (
+    LEVELS,
+    STEP_CACHES,
+    CacheDial,
+    changes_of,
+    threshold_range,
+)
 from ddit_rt.lab.plans.target import Target
 from ddit_rt.policies import (
     CacheFit,
@@ -335,13 +341,14 @@ class Planner:
                 own = replace(dial, cache=fitted)
             elif dial.fit is not None:
                 continue
-            ends = own.ends or self._range(own.cache)
-            if ends is not None:
-                found.append(replace(own, ends=ends))
+            of_step = self.costs.milliseconds[type(own.cache).__name__]
+            own = replace(own, reused=of_step["p reused"] / of_step["p"])
+            if own.ends is None:
+                trace = self.runs.trace(self._cached(own.cache, ""), self.prompts[0])
+                own = replace(own, ends=threshold_range(trace), changes=changes_of(trace))
+            if own.ends is not None:
+                found.append(own)
         return found
-
-    def _range(self, cache: StepCache) -> tuple[float, float] | None:
-        return threshold_range(self.runs.trace(self._cached(cache, ""), self.prompts[0]))
 
 
 def computed_steps(table: CacheTable, changes: Sequence[float]) -> int:

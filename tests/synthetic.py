@@ -60,7 +60,8 @@ class SyntheticBench:
     @property
     def tables(self) -> Tables:
         costs = COSTS if len(self.offered) > 1 else {"p": 10.0}
-        dial = replace(STEP_CACHES[0], ends=(0.02, 1.0))
+        changes = [(1.5 - k / self.steps) / self.steps for k in range(self.steps)]
+        dial = replace(STEP_CACHES[0], ends=(0.02, 1.0), changes=changes, reused=0.1)
         reused = {f"{name} reused": 1.0 for name in COSTS}
         caches = self.reuse_loss is not None
         return Tables(

@@ -75,9 +75,9 @@ class Space:
             found += [plan for plan in plans if plan is not None]
         rules = [self._rule(share) for share in _CORNERS] if self.coarse else []
         reuses = [
-            Reuse(dial=dial, level=round(share * LEVELS))
+            Reuse(dial=dial, level=level)
             for dial in self.dials
-            for share in _CORNERS[::2]
+            for level in self._levels(dial, limits[::2])
         ]
         found += [Genome(steps=self.steps, patches=rule) for rule in rules]
         found += [Genome(steps=self.steps, reuse=reuse) for reuse in reuses]
@@ -112,6 +112,17 @@ class Space:
             ),
         ]
         return [family for family in families if family]
+
+    def _levels(self, dial: CacheDial, limits: Sequence[float]) -> list[int]:
+        """Where a dial stands first: as far as it takes for a cost, where that is known."""
+        if not dial.tells:
+            return [round(share * LEVELS) for share in _CORNERS[::2]]
+        shares = [limit / (self.costs["p"] * self.steps) for limit in limits]
+        reached = [dial.cost_share(level, (), self.steps) for level in range(LEVELS + 1)]
+        return [
+            next((level for level, own in enumerate(reached) if own <= share), LEVELS)
+            for share in shares
+        ]
 
     def _fewer(self, cost: float) -> Genome:
         return Genome(steps=max(1, min(self.steps - 1, int(cost / self.costs["p"] + 1e-9))))

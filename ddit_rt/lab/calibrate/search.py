@@ -43,6 +43,9 @@ _CHILDREN, _PARENTS, _CROSSED = 240, 8, 0.35
 
 _LEAST_LOSS = 1e-5
 
+_EXPECTED = 0.02
+"""Share by which a plan's cost is off what the changes along full resolution say, at the least."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tried:
@@ -216,13 +219,26 @@ class Search:
         places = np.array([self._features(genome) for genome in pool])
         shares = [math.log(tried.cost / (whole * tried.genome.steps)) for tried in found]
         losses = [math.log(max(1 - tried.ssim, _LEAST_LOSS)) for tried in found]
-        predicted = []
         both = Surrogate(known).predict(places, shares, losses)
+        off, deviation = self._off(found)
+        predicted = []
         for genome, share, loss in zip(pool, *both, strict=True):
-            cost = genome.cost(costs)
-            of_cost = (share[0] + math.log(whole * genome.steps), share[1])
-            predicted.append((of_cost if cost is None else (math.log(cost), 0.0), loss))
+            cost, expected = genome.cost(costs), genome.expected(costs)
+            if cost is not None:
+                of_cost = math.log(cost), 0.0
+            elif expected is not None:
+                of_cost = math.log(expected) + off, deviation
+            else:
+                of_cost = share[0] + math.log(whole * genome.steps), share[1]
+            predicted.append((of_cost, loss))
         return predicted
+
+    def _off(self, found: Sequence[Tried]) -> Normal:
+        """By how much the logarithm of a cost is off what was expected of reuse."""
+        pairs = [(tried.cost, tried.genome.expected(self.space.costs)) for tried in found]
+        off = [math.log(cost / expected) for cost, expected in pairs if expected is not None]
+        # With one more that is as expected, so that the first ones do not decide by themselves.
+        return float(np.mean([0.0, *off])), math.hypot(_EXPECTED, float(np.std([0.0, *off])))
 
     def _features(self, genome: Genome) -> list[float]:
         # Families live as long as the search, so that no other genome gets the id of one of theirs.

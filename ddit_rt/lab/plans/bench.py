@@ -13,6 +13,7 @@ from ddit_rt.lab.plans.dial import TAU_PROBES, branch, step_costs, tau_range
 from ddit_rt.lab.plans.points import Evaluator, Measurement, Prompt
 from ddit_rt.lab.plans.step_caches import (
     CacheDial,
+    changes_of,
     searched_caches,
     several_models,
     threshold_range,
@@ -70,6 +71,7 @@ class Tables:
             "costs": dict(self.costs),
             "taus": list(self.taus),
             "ends": {dial.name: list(dial.ends or ()) for dial in self.dials},
+            "changes": {dial.name: list(dial.changes) for dial in self.dials},
             "cache_costs": {name: dict(costs) for name, costs in self.cache_costs.items()},
             "runs": self.runs,
         }
@@ -133,11 +135,13 @@ class EngineBench:
         self._ran: set[str] = set()
         fitted = searched_caches(engine) if skipping else ()
         found = known or self._measured(probe, fitted)
-        dials = [
-            replace(one, ends=tuple(ends))
-            for one in fitted
-            if (ends := found["ends"].get(one.name))
-        ]
+        dials = []
+        for one in fitted:
+            if ends := found["ends"].get(one.name):
+                of_step = found["cache_costs"][type(one.cache).__name__]
+                reused = of_step["p reused"] / of_step["p"]
+                changes = found.get("changes", {}).get(one.name, ())
+                dials.append(replace(one, ends=tuple(ends), changes=changes, reused=reused))
         places = _takes_levels(engine.pipeline)
         self.tables = Tables(
             steps=steps,
@@ -234,9 +238,12 @@ class EngineBench:
         """What `Tables.to_dict` has of it."""
         costs = self._cost_table(probe, NoCache())
         taus = tau_range(self._probe(policy, NoCache(), probe) for policy in TAU_PROBES)
-        ends, cache_costs = {}, {}
+        ends, changes, cache_costs = {}, {}, {}
         for dial in dials:
-            found = dial.ends or threshold_range(self._probe(FinePolicy(), dial.cache, probe))
+            found = dial.ends
+            if found is None:
+                trace = self._probe(FinePolicy(), dial.cache, probe)
+                found, changes[dial.name] = threshold_range(trace), changes_of(trace)
             if found is not None:
                 ends[dial.name] = found
                 name = type(dial.cache).__name__
@@ -246,6 +253,7 @@ class EngineBench:
             "costs": costs,
             "taus": taus,
             "ends": ends,
+            "changes": changes,
             "cache_costs": cache_costs,
             "runs": self.runs,
         }

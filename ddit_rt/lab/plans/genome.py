@@ -143,6 +143,19 @@ class Genome:
             return None
         return sum(costs[size] * count for size, count in sizes.items())
 
+    def expected(self, costs: Mapping[str, float]) -> float | None:
+        """Cost of a run at p, of which some steps reuse, by what is known before it; else None.
+
+        Args:
+            costs: Cost of one step at each patch size.
+        """
+        reuse = self.reuse
+        if reuse is None or self.patches is not None or not reuse.dial.tells:
+            return None
+        return (
+            costs["p"] * self.steps * reuse.dial.cost_share(reuse.level, reuse.changed, self.steps)
+        )
+
     def candidate(self, taus: tuple[float, float] = (0.0, 0.0), reference: int = 0) -> Candidate:
         """The plan that a run takes.
 

@@ -7,11 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
+
 from ddit_rt.lab.plans.dial import on_log_scale
 from ddit_rt.loop import RunTrace
 from ddit_rt.models import family_named
 from ddit_rt.planning.outline import model_fits
-from ddit_rt.policies import MagCache, SeaCache, StaticCache, StepCache, TeaCache
+from ddit_rt.policies import (
+    CacheFit,
+    CacheModel,
+    MagCache,
+    SeaCache,
+    StaticCache,
+    StepCache,
+    TeaCache,
+)
 
 LEVELS = 48
 """Levels of a step cache's dial."""
@@ -30,6 +40,9 @@ class CacheDial:
         ends: Its lowest and highest value: at the lowest hardly a step reuses, at the highest
             nearly every one. None where a run tells them, of a cache that goes by a threshold.
         varied: Values of other fields that are worth trying, by field.
+        changes: What each step of full resolution adds to what the threshold bounds; empty where
+            no run has told.
+        reused: Cost of a step that reuses over that of one that computes.
     """
 
     cache: StepCache
@@ -38,6 +51,8 @@ class CacheDial:
     turns: str = "threshold"
     ends: tuple[float, float] | None = None
     varied: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    changes: Sequence[float] = ()
+    reused: float = 0.0
 
     @property
     def name(self) -> str:
@@ -57,11 +72,55 @@ class CacheDial:
             value = round(value)
         return replace(self.cache, **{self.turns: value}, **dict(changed))  # type: ignore[type-var]
 
+    @property
+    def tells(self) -> bool:
+        """Whether it is known beforehand which steps will reuse."""
+        return self.turns != "threshold" or bool(self.changes)
+
+    def cost_share(self, level: int, changed: Sequence[tuple[str, Any]], steps: int) -> float:
+        """Cost of a run at p over that of one in which every step computes.
+
+        No run is made for it: steps are decided upon as `ops.decide_reuse_` does, along the changes
+        of full resolution, which a run that reuses departs from.
+
+        Args:
+            level: See `at`.
+            changed: See `at`.
+            steps: Steps of the run.
+
+        Returns:
+            The share, in (0, 1].
+        """
+        table = self.at(level, changed).resolve(
+            CacheModel(name="", steps=steps, fits=_NO_FITS, time_changes=lambda _: [0.0] * steps)
+        )
+        assert table is not None, "a cache that caches"
+        grown = table.increments
+        if self.changes:
+            ends = np.linspace(0, len(self.changes), steps + 1)
+            summed = np.interp(ends, range(len(self.changes) + 1), [0, *np.cumsum(self.changes)])
+            grown = tuple(np.diff(summed).tolist())
+        computed, in_a_row, since, total = 0, 0, 0.0, 0.0
+        for increment, change in zip(table.increments, grown, strict=True):
+            since += change
+            # Of products the errors since the latest computed step add up, not the changes.
+            total += since if table.product else change
+            if not math.isnan(increment) and total < table.threshold and in_a_row < table.limit:
+                in_a_row += 1
+            else:
+                computed, in_a_row, since, total = computed + 1, 0, 0.0, 0.0
+        return (computed + (steps - computed) * self.reused) / steps
+
     def has(self, name: str) -> bool:
         """Whether the cache has a field of a name."""
         return name in {one.name for one in fields(self.cache)}  # type: ignore[arg-type]
 
 
+_NO_FITS = tuple(
+    CacheFit(kind=kind, values=(1.0,), source="")
+    for kind in ("teacache", "teacache-ret", "magcache")
+)
+"""In their place stand the changes of a run."""
 _TEA = TeaCache(1.5, coefficients=(1.0,), first=1, last=0)
 _MAG = MagCache(threshold=1.0, max_skip_steps=1, retention_ratio=0.0, mag_ratios=(1.0,))
 
@@ -82,12 +141,16 @@ STEP_CACHES = (
         fit="magcache",
         cache=MagCache(threshold=0.0),
         alternating=_MAG,
-        varied={"max_skip_steps": (5, 2), "retention_ratio": (0.1, 0.3), "residual_order": (1,)},
+        varied={"max_skip_steps": (5, 2, 8), "retention_ratio": (0.1, 0.3), "residual_order": (1,)},
     ),
     CacheDial(
         cache=SeaCache(0.0),
         alternating=SeaCache(1e30, cache_end_steps=0, max_consecutive_cached=1),
-        varied={"max_consecutive_cached": (1, 4), "retention_steps": (3,), "residual_order": (0,)},
+        varied={
+            "max_consecutive_cached": (1, 4, 8),
+            "retention_steps": (3,),
+            "residual_order": (0,),
+        },
     ),
     CacheDial(
         cache=StaticCache(2.0),
@@ -135,9 +198,14 @@ def threshold_range(trace: RunTrace) -> tuple[float, float] | None:
         The least change, at which no step is below the threshold, and the sum of all; None where
         no step may reuse.
     """
-    changes = [record.accumulated for record in trace if record.accumulated is not None]
-    usable = [change for change in changes if change > 0 and math.isfinite(change)]
+    usable = [change for change in changes_of(trace) if change > 0]
     return (min(usable), sum(usable)) if len(usable) > 1 else None
+
+
+def changes_of(trace: RunTrace) -> list[float]:
+    """What each step of a run at threshold 0 added, 0 where nothing finite did."""
+    added = [record.accumulated or 0.0 for record in trace]
+    return [change if math.isfinite(change) else 0.0 for change in added]
 
 
 def alternating(cache: StepCache) -> StepCache:
