@@ -363,13 +363,18 @@ def run_form(
     master = loop.runtime.StepGraph(
         loop.control, graphs, form, owner=(loop.buffers, graphs), signal=signal
     )
+    launch(master, loop.control, form, steps, stream)
+
+
+def launch(graph: Any, control: Any, form: str, steps: int, stream: int = 0) -> None:
+    """Queues a whole run on a graph of this form: by one launch, or by one a step."""
     if form == "loop":
-        master.launch(stream)
+        graph.launch(stream)
         return
-    loop.control.begin(stream)
+    control.begin(stream)
     for _ in range(steps):
-        master.launch(stream)
-    loop.control.finish(stream)
+        graph.launch(stream)
+    control.finish(stream)
 
 
 class EmulatedBuckets:
@@ -394,3 +399,13 @@ class EmulatedBuckets:
         step = int(self._buffers["state"][0])
         self.log.append((step, index))
         self._buffers["velocity"].copy_(self._model(step, index, self._buffers["latents"]))
+
+
+def emulated_run(
+    runtime: ModuleType, run: MixedRun | None = None, **options: Any
+) -> tuple[MixedRun, StepLoop, EmulatedBuckets]:
+    """A run, by default `mixed_run()`, and a loop and buckets of the emulated runtime for it."""
+    run = run or mixed_run()
+    loop = StepLoop(runtime, run.plan, **options)
+    loop.load(run.plan, run.cpu.latents[0])
+    return run, loop, EmulatedBuckets(loop, run.model, run.plan.branches)

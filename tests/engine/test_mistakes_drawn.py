@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import noise, seeded, tiny_conditioning, tiny_embeds, tiny_pipeline, tiny_transformer
+from models import noise, seeded, tiny_conditioning, tiny_embeds, tiny_pipeline
 from torch import Tensor
-from wan_models import eager, wan_pipeline
 
 import ddit_rt
 from ddit_rt import DDiTPolicy, Engine, FinePolicy, MagCache, StaticPolicy, TeaCache, TokenRanges
@@ -133,22 +132,6 @@ def outcome(run: Callable[[], Any], name: str) -> Any:
     assert re.search(f"{name}|{ALSO.get(name, name)}", text), f"{name} is not named: {text}"
     assert len(text) < 600
     return None
-
-
-@pytest.fixture(scope="module")
-def flux() -> Engine:
-    pipeline = tiny_pipeline(guidance_embeds=True)
-    return ddit_rt.compile(pipeline, backend="eager", progress=False, patch_policy="fine")
-
-
-@pytest.fixture(scope="module")
-def wan() -> Engine:
-    return eager(wan_pipeline(), patch_policy="fine")
-
-
-@pytest.fixture(scope="module")
-def bare() -> Engine:
-    return ddit_rt.compile(tiny_transformer(), backend="eager", progress=False)
 
 
 def picture(engine: Engine, name: str, value: Any) -> Tensor | None:

@@ -15,6 +15,7 @@ from step_loop import (
     MixedRun,
     RandomModel,
     StepLoop,
+    emulated_run,
     euler,
     mixed_run,
     run_cpu,
@@ -241,9 +242,7 @@ def test_a_signal_that_may_not_stand_in_a_body_is_refused_by_name(runtime: Modul
 
 
 def test_without_a_cache_every_step_computes(runtime: ModuleType) -> None:
-    run = mixed_run()
-    loop = StepLoop(runtime, run.plan)
-    loop.load(run.plan, run.cpu.latents[0])
-    loop.run_host(run.plan.steps, EmulatedBuckets(loop, run.model, 3).replay)
+    run, loop, buckets = emulated_run(runtime)
+    loop.run_host(run.plan.steps, buckets.replay)
     assert {reason for reason, _ in loop.control.cache_records()} == {CacheReason.OFF}
     assert all(math.isnan(change) for _, change in loop.control.cache_records())

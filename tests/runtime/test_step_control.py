@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from step_loop import EmulatedBuckets, LoopPlan, StepLoop, addresses, euler, make_buffers, mixed_run
+from step_loop import LoopPlan, StepLoop, addresses, emulated_run, euler, make_buffers
 
 from ddit_rt.ops import Reason
 
@@ -175,10 +175,8 @@ def test_bucket_of_a_step_is_known_once_it_is_decided(runtime: ModuleType) -> No
 
 def test_progress_is_not_that_of_the_run_before(runtime: ModuleType) -> None:
     """From the launch on, although the device has not begun."""
-    run = mixed_run()
-    loop = StepLoop(runtime, run.plan)
-    loop.load(run.plan, run.cpu.latents[0])
-    loop.run_host(run.plan.steps, EmulatedBuckets(loop, run.model, 3).replay)
+    run, loop, buckets = emulated_run(runtime)
+    loop.run_host(run.plan.steps, buckets.replay)
     assert loop.control.progress().finished
     runtime.defer(True)
     loop.control.begin(0)
@@ -222,11 +220,8 @@ def test_a_launch_that_failed_does_not_confuse_the_next_run(
     runtime: ModuleType, call: str, form: str
 ) -> None:
     """Host and device count runs alike, whether the begin kernel was queued or not."""
-    run = mixed_run()
-    loop = StepLoop(runtime, run.plan)
-    buckets = EmulatedBuckets(loop, run.model, 3)
+    run, loop, buckets = emulated_run(runtime)
     graph = runtime.StepGraph(loop.control, buckets.graphs, "loop", owner=buckets)
-    loop.load(run.plan, run.cpu.latents[0])
     call = "cudaGraphLaunch" if (call, form) == ("cudaLaunchKernel", "loop") else call
     runtime.fail_after(call, 0)
     with pytest.raises(RuntimeError, match=f"{call}.*failed"):

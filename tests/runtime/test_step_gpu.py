@@ -15,12 +15,12 @@ import pytest
 import torch
 from gpu_loop import assert_as_cpu, capture, loaded, runs_of
 from step_loop import (
-    EmulatedBuckets,
     LoopPlan,
     MixedRun,
     RandomModel,
-    StepLoop,
+    emulated_run,
     euler,
+    launch,
     mixed_run,
     run_cpu,
     run_form,
@@ -116,9 +116,8 @@ def test_the_emulator_has_the_bits_of_the_device(stream: int, runtime: ModuleTyp
     run = mixed_run((2, 4, 2, 16, 40))
     loop, buckets = loaded(run)
     run_form(loop, "host", buckets.graphs, buckets.replay, run.plan.steps, stream)
-    emulated = StepLoop(runtime, run.plan)
-    emulated.load(run.plan, run.cpu.latents[0])
-    emulated.run_host(run.plan.steps, EmulatedBuckets(emulated, run.model, 3).replay)
+    _, emulated, replayed = emulated_run(runtime, run)
+    emulated.run_host(run.plan.steps, replayed.replay)
     expected = emulated.bits()
     assert all(torch.equal(bits, expected[name]) for name, bits in loop.bits().items())
 
@@ -279,13 +278,7 @@ def test_launches_do_not_synchronise(stream: int, switching: ModuleType, form: s
     graph.upload(stream)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        if form == "loop":
-            graph.launch(stream)
-        else:
-            loop.control.begin(stream)
-            for _ in range(run.plan.steps):
-                graph.launch(stream)
-            loop.control.finish(stream)
+        launch(graph, loop.control, form, run.plan.steps, stream)
         progress = loop.control.wait(run.plan.steps, 60.0)
         rows = loop.control.records()
     finally:

@@ -93,11 +93,18 @@ SHAPES = [
 ]
 
 
+KINDS = [(1, torch.float32), (1, torch.bfloat16), (2, torch.float16), (3, torch.bfloat16)]
+"""Velocities that the solver combines, and their type."""
+
+
 @pytest.mark.parametrize(
-    ("slots", "dtype"),
-    [(1, torch.float32), (1, torch.bfloat16), (2, torch.float16), (3, torch.bfloat16)],
+    ("shape", "sizes", "width", "slots", "dtype"),
+    [  # each of the few without sizes, and the others by turns
+        (shape, sizes, width, *KINDS[(row + turn) % 4])
+        for row, (shape, sizes, width) in enumerate(SHAPES)
+        for turn in ((0, 2) if sizes else range(4))
+    ],
 )
-@pytest.mark.parametrize(("shape", "sizes", "width"), SHAPES)
 def test_a_whole_run_has_the_bits_of_the_cpu_ops(
     runtime: ModuleType,
     shape: tuple[int, int, int, int, int],
