@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-from models import noise, tiny_conditioning, tiny_transformer
+from models import eager, noise, tiny_conditioning, tiny_transformer
 from torch import Tensor
 
-import ddit_rt
 from ddit_rt.steps import Detail, Pass, Resampling, RunContext, SnrBucket, StepModel, matched_level
 
 CPU = torch.device("cpu")
@@ -73,7 +72,7 @@ def test_down_has_orthogonal_rows_of_one_length(
     assert maps.deviation == pytest.approx(math.sqrt(math.prod(small) / math.prod(size)))
 
 
-@pytest.mark.parametrize(("size", "small"), SIZES[4:])
+@pytest.mark.parametrize(("size", "small"), SIZES[8:])
 def test_reduced_noise_is_white_with_the_deviation_of_its_level(
     size: tuple[int, int], small: tuple[int, int]
 ) -> None:
@@ -96,17 +95,6 @@ def test_reduced_noise_is_white_with_the_deviation_of_its_level(
         pairs = low[:, dy:, dx:] * low[:, : small[0] - dy, : small[1] - dx]
         assert float(pairs.mean(0).abs().max()) < 6 / math.sqrt(count)
         assert float(pairs.mean()) == pytest.approx(0, abs=6 / math.sqrt(pairs.numel()))
-
-
-@pytest.mark.parametrize(("multiple", "frames"), [(2, 125), (4, 63)])
-def test_one_axis_reduced_by_s_has_noise_of_one_over_the_root_of_s(
-    multiple: int, frames: int
-) -> None:
-    """Not of 1 / s, as where both axes are: 1 x 250 frames at 2p and, not divided, at 4p."""
-    maps = Resampling((1, 250), (1, frames), CPU)
-    measured = float(maps.down(noise(1, 2048, 1, 250)).std())
-    assert maps.deviation == pytest.approx(1 / math.sqrt(multiple), rel=5e-3)
-    assert measured == pytest.approx(maps.deviation, abs=6 / math.sqrt(2 * 2048 * frames))
 
 
 @pytest.mark.parametrize(("size", "small"), SIZES)
@@ -160,7 +148,7 @@ def test_first_coarse_step_after_a_fine_one_keeps_its_clean_estimate(
     size: tuple[int, int], multiple: int
 ) -> None:
     """What the small image disagrees with it is not taken for news, at any size."""
-    model = ddit_rt.compile(tiny_transformer(), backend="eager", progress=False)._compiled.steps
+    model = eager(tiny_transformer())._compiled.steps
     context, latents = context_of(model, size), noise(1, 4, *size)
     bucket = SnrBucket(model, context, multiple)
     assert context.detail is not None
