@@ -13,7 +13,6 @@ from wan_models import CALL as WAN
 from wan_models import heun, unipc, wan_pipeline
 
 from ddit_rt import DDiTPolicy, Engine, MagCache, SeaCache, StaticCache, StaticPolicy, TeaCache
-from ddit_rt.errors import RunCancelled
 from ddit_rt.loop import CpuExecutor, CudaExecutor
 
 FLUX = {"height": 64, "width": 64, "num_inference_steps": 6, "output_type": "latent"}
@@ -128,27 +127,6 @@ def test_latents_that_are_not_finite_are_announced(
     assert trace_of(engine).nonfinite
     engine(**{**call, **tiny_embeds()}, **callback, patch_policy=policy)
     assert not trace_of(engine).nonfinite
-
-
-def test_a_run_that_ends_early_leaves_the_engine_usable(graphs: EmulatedGraphs) -> None:
-    pipeline = tiny_pipeline()
-    engine = on_device(eager(pipeline), graphs)
-    call = {**FLUX, **tiny_embeds(), "patch_policy": MIXED}
-
-    def cancel(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
-        if step == 2:
-            engine.cancel()
-        return tensors
-
-    def fail(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
-        raise KeyError("mine")
-
-    with pytest.raises(RunCancelled, match="after 3 of 6 steps"):
-        engine(**call, callback_on_step_end=cancel)
-    assert len(trace_of(engine)) == 3
-    with pytest.raises(KeyError, match="mine"):
-        engine(**call, callback_on_step_end=fail)
-    assert_equal(*runs(pipeline, engine, FLUX | tiny_embeds(), callback_on_step_end=keep))
 
 
 @pytest.mark.parametrize("change", ["in place", "returned"])

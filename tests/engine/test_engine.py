@@ -193,22 +193,3 @@ def test_size_of_too_few_tokens_is_not_offered(uncompiled: Engine) -> None:
     assert "4p is not offered" in trace_of(uncompiled).notes[0]
     with pytest.raises(ShapeError, match=r"asks for 4p.*\['p', '2p'\]"):
         uncompiled(**call, patch_policy=StaticPolicy("4p:0.5,p"))
-
-
-def test_too_small_a_picture_is_refused(uncompiled: Engine) -> None:
-    with pytest.raises(ShapeError, match="smallest image is 8 x 8"):
-        uncompiled(**tiny_embeds(), height=4, width=64)
-
-
-def test_nan_latents_are_refused(uncompiled: Engine) -> None:
-    start = noise(1, 64, 16)
-    start[0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        uncompiled(**tiny_embeds(), latents=start)
-
-
-def test_misshapen_latents_are_refused_with_both_shapes(uncompiled: Engine) -> None:
-    with pytest.raises(ShapeError, match=r"\[1, 60, 16\]; expected \[1, 64, 16\]"):
-        uncompiled(**tiny_embeds(), latents=noise(1, 60, 16))
-    with pytest.raises(ShapeError, match=r"expected \[B, 4, H, W\]"):
-        uncompiled.denoise(noise(1, 3, 8, 8))

@@ -61,6 +61,7 @@ def refused(message: str, kind: type[Exception] | tuple[type[Exception], ...]) -
 
 FLUX_MISTAKES = [
     ({"height": 0}, ShapeError, "got 0 x 64 pixels"),
+    ({"height": 4}, ShapeError, "smallest image is 8 x 8"),
     ({"width": -64}, ShapeError, "got 64 x -64 pixels"),
     ({"height": 10**30}, ShapeError, "image tokens are outside the compiled range"),
     ({"num_inference_steps": 0}, ValueError, "num_inference_steps=0"),
@@ -82,6 +83,8 @@ FLUX_MISTAKES = [
     ({"generator": []}, ValueError, "list of generators of length 0"),
     ({"latents": torch.zeros(1, 64, 16, dtype=torch.int64)}, TypeError, "got latents=.*float"),
     ({"latents": torch.zeros(1, 64, 16, device="meta")}, ValueError, "got latents=.*meta"),
+    ({"latents": torch.full((1, 64, 16), NAN)}, ValueError, "NaN or infinity"),
+    ({"latents": noise(1, 60, 16)}, ShapeError, r"\[1, 60, 16\]; expected \[1, 64, 16\]"),
     ({"prompt_embeds": torch.zeros(7, 24)}, ShapeError, r"`prompt_embeds` has shape \[7, 24\]"),
     ({"prompt_embeds": torch.zeros(1, 7, 9)}, ShapeError, r"`prompt_embeds`.*text tokens, 24\]"),
     ({"pooled_prompt_embeds": torch.zeros(3, 20)}, ShapeError, "`pooled_prompt_embeds`.*1 or 1"),
@@ -133,6 +136,10 @@ WAN_MISTAKES = [
         r"`prompt_embeds` has shape \[1, 4, 9\]",
     ),
     ({"sigmas": [1.0]}, ValueError, r"unknown arguments \['sigmas'\]"),
+    ({"attention_kwargs": {"scale": 1.0}}, UnsupportedModelError, "attention_kwargs"),
+    ({"guidance_scale_2": 3.0}, ValueError, "boundary_ratio"),
+    ({"latents": torch.zeros(1, 4, 2, 8, 16)}, ShapeError, r"expected \[1, 4, 3, 8, 16"),
+    ({"prompt": ["a", "b"]}, ShapeError, "batch size of 4; the compiled range is 1 to 2"),
 ]
 
 
@@ -148,6 +155,7 @@ DENOISE_MISTAKES = [
     *OWN_MISTAKES,
     ({"latents": np.zeros((1, 4, 8, 8))}, TypeError, "got latents=<ndarray"),
     ({"latents": noise(4, 8, 8)}, ShapeError, r"latents have shape \[4, 8, 8\]"),
+    ({"latents": noise(1, 3, 8, 8)}, ShapeError, r"expected \[B, 4, H, W\]"),
     ({"latents": torch.zeros(1, 4, 8, 8).long()}, TypeError, r"got latents=.*\.float\(\)"),
     ({"scheduler": FlowMatchEulerDiscreteScheduler}, TypeError, "got scheduler=.*call the class"),
     ({"num_inference_steps": 2.0}, TypeError, r"num_inference_steps=2\.0; .*pass 2"),

@@ -26,7 +26,7 @@ from wan_models import (
 
 import ddit_rt
 from ddit_rt import StaticPolicy, TokenRanges
-from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.errors import ShapeError
 
 
 def multistep(kind: Any) -> Any:
@@ -51,12 +51,6 @@ def test_every_solver_equals_diffusers(scheduler: Any) -> None:
     actual = engine(**call, generator=seeded(), patch_policy=FINE).frames
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
     assert trace_of(engine).solver == type(pipeline.scheduler).__name__
-
-
-def test_scores_over_repeated_noise_levels_are_refused() -> None:
-    engine = eager(wan_pipeline(heun()))
-    with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler visits.*StaticPolicy"):
-        engine(**{**CALL, "height": 128, "width": 128})
 
 
 @pytest.mark.parametrize(("scheduler", "batched"), [(unipc, True), (euler, False)])
@@ -165,14 +159,6 @@ def test_compiled_blocks_equal_diffusers_at_every_patch_size(
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
-def test_coarse_steps_run_on_fewer_tokens_of_all_frames() -> None:
-    engine = eager(wan_pipeline())
-    call = {**CALL, "height": 128, "num_inference_steps": 4}
-    result = engine(**call, generator=seeded(), patch_policy=StaticPolicy(["4p", "p", "2p", "p"]))
-    assert torch.isfinite(result.frames).all()
-    assert [record.tokens for record in trace_of(engine)] == [12, 192, 48, 192]
-
-
 def test_denoise_runs_a_bare_transformer() -> None:
     transformer, latents = wan_transformer(), noise(1, CHANNELS, 3, 8, 8)
     engine = eager(transformer)
@@ -212,32 +198,6 @@ def test_half_precision_keeps_what_diffusers_keeps_in_float32() -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0.1)
     half = engine(**call, generator=seeded(), patch_policy=plan).frames
     torch.testing.assert_close(half, full, rtol=0, atol=0.2)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"attention_kwargs": {"scale": 1.0}}, UnsupportedModelError, "attention_kwargs"),
-        ({"guidance_scale_2": 3.0}, ValueError, "boundary_ratio"),
-        ({"latents": torch.zeros(1, CHANNELS, 2, 8, 16)}, ShapeError, r"expected \[1, 4, 3, 8, 16"),
-        ({"sigmas": [1.0, 0.5]}, ValueError, "unknown arguments"),
-        ({"prompt": ["a", "b"]}, ShapeError, "batch size of 4; the compiled range is 1 to 2"),
-    ],
-)
-def test_bad_calls_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    engine = eager(wan_pipeline())
-    with pytest.raises(error, match=message):
-        engine(**{**CALL, **change})
-
-
-def test_prompts_of_unequal_lengths_denoise_in_two_passes() -> None:
-    engine = eager(wan_transformer())
-    conditioning = wan_conditioning(guidance_scale=2.0)
-    conditioning["negative_encoder_hidden_states"] = noise(1, 5, 24)
-    latents = noise(1, CHANNELS, 3, 16, 16)
-    both = engine.denoise(latents, num_inference_steps=2, **conditioning)
-    engine.batched_guidance = False
-    assert torch.equal(engine.denoise(latents, num_inference_steps=2, **conditioning), both)
 
 
 def test_default_size_is_checked_before_compiling() -> None:

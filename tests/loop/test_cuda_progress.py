@@ -21,14 +21,6 @@ from ddit_rt.loop import CpuExecutor, CudaExecutor
 from ddit_rt.policies import StaticPolicy
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_progress_reports_every_step_once(graphs: EmulatedGraphs, form: str) -> None:
-    done: list[int] = []
-    plan = scripted_plan(StaticPolicy("p"), euler(7))
-    CudaExecutor(graphs, form).run(plan, noise(*SHAPE), on_progress=done.append)
-    assert done == list(range(7))
-
-
 @pytest.mark.parametrize("form", ["step", "host"])
 def test_stop_ends_between_two_steps(graphs: EmulatedGraphs, form: str) -> None:
     asked: list[int] = []

@@ -55,22 +55,26 @@ def assert_announced(graphs: EmulatedGraphs, form: str, *reasons: str) -> CudaEx
     return executor
 
 
-def test_a_loop_that_cannot_be_instantiated_gives_way_to_the_step_form(
-    graphs: EmulatedGraphs,
+@pytest.mark.parametrize(
+    ("node", "form", "reasons"),
+    [
+        (
+            CONDITIONAL,
+            "step",
+            [
+                "the loop form: cudaGraphInstantiateWithParams failed: cudaErrorInvalidValue",
+                "because of a conditional node",
+            ],
+        ),
+        (KERNEL, "host", ["the loop form:", "the step form:", "a kernel node"]),
+    ],
+)
+def test_a_graph_that_cannot_be_instantiated_gives_way(
+    graphs: EmulatedGraphs, node: int, form: str, reasons: list[str]
 ) -> None:
-    graphs.runtime.refuse_in_bodies(CONDITIONAL)
-    assert_announced(
-        graphs,
-        "step",
-        "the loop form: cudaGraphInstantiateWithParams failed: cudaErrorInvalidValue",
-        "because of a conditional node",
-        NODES,
-    )
-
-
-def test_where_neither_can_be_instantiated_the_host_takes_over(graphs: EmulatedGraphs) -> None:
-    graphs.runtime.refuse_in_bodies(KERNEL)
-    assert_announced(graphs, "host", "the loop form:", "the step form:", "a kernel node", NODES)
+    """Where the step form cannot be either, the host takes over."""
+    graphs.runtime.refuse_in_bodies(node)
+    assert_announced(graphs, form, *reasons, NODES)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_once import made_once, shared_folder
 from torch import Tensor
 
 from ddit_rt import ops
@@ -41,13 +42,15 @@ class Layout:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    library = tmp_path_factory.mktemp("kernels") / "pack_kernels.so"
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
     flags.append("-fsanitize=alignment")  # the library itself says what then happens
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
     source = ROOT / "tests" / "native" / "pack_kernels.cpp"
-    subprocess.run(["g++", *flags, *includes, str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+
+    def build(library: Path) -> None:
+        subprocess.run(["g++", *flags, *includes, str(source), "-o", str(library)], check=True)
+
+    return ctypes.CDLL(str(made_once(shared_folder(tmp_path_factory) / "pack_kernels.so", build)))
 
 
 def address(tensor: Tensor) -> ctypes.c_void_p:

@@ -141,16 +141,3 @@ def test_trace_rows_come_one_by_one_and_stay(runtime: ModuleType) -> None:
     record = loop.record()
     torch.testing.assert_close(record, expected.record, rtol=2e-6, atol=0.0, equal_nan=True)
     assert torch.equal(record[:, :3], expected.record[:, :3])
-
-
-def test_a_new_run_starts_with_no_rows_and_a_fresh_state(runtime: ModuleType) -> None:
-    run = mixed_run()
-    loop = StepLoop(runtime, run.plan)
-    first = run_like(loop, run)
-    loop.control.begin(0)
-    progress = loop.control.progress()
-    assert (progress.decided, progress.finished) == (0, False)
-    assert loop.control.records() == []
-    loop.control.finish(0)
-    again = run_like(loop, run)
-    assert all(torch.equal(first[name], again[name]) for name in first)

@@ -56,15 +56,6 @@ def test_a_node_that_is_refused_is_named(runtime: ModuleType, position: int, wha
         build(loop, graphs, "step")
 
 
-def test_a_switch_that_may_not_stand_in_a_while_leaves_the_step_form(runtime: ModuleType) -> None:
-    run, loop, buckets = emulated_run(runtime)
-    runtime.refuse_in_bodies(CONDITIONAL)
-    with pytest.raises(runtime.GraphRefused, match="loop form.*because of a conditional node"):
-        build(loop, buckets.graphs, "loop")
-    run_form(loop, "step", buckets.graphs, buckets.replay, run.plan.steps)
-    assert torch.equal(loop["latents"], run.cpu.latents[-1])
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_an_upload_that_is_refused_leaves_nothing_behind(runtime: ModuleType, form: str) -> None:
     _, loop, buckets = emulated_run(runtime)

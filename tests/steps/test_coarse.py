@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from models import eager, noise, tiny_conditioning, tiny_transformer
+from models import noise
 from torch import Tensor
 
-from ddit_rt.steps import Detail, Pass, Resampling, RunContext, SnrBucket, StepModel, matched_level
+from ddit_rt.steps import Resampling, matched_level
 
 CPU = torch.device("cpu")
 SIZES = [  # latents, and their small image at 2p or 4p of p = 2
@@ -128,31 +128,3 @@ def test_up_is_the_bicubic_enlargement(size: tuple[int, int], small: tuple[int, 
     torch.testing.assert_close(
         Resampling(size, small, CPU).up(pixels), expected.float(), rtol=0.0, atol=1e-5
     )
-
-
-def context_of(model: StepModel, size: tuple[int, int]) -> RunContext:
-    sigmas = torch.tensor([0.9, 0.5])
-    return RunContext(
-        passes=(Pass.of(model, tiny_conditioning(model.transformer)),),
-        height=size[0],
-        width=size[1],
-        sigmas=sigmas,
-        timesteps=sigmas,
-        detail=Detail((1, 4, *size), CPU),
-    )
-
-
-@pytest.mark.parametrize("multiple", [2, 4])
-@pytest.mark.parametrize("size", [(16, 16), (18, 22), (2, 30)])
-def test_first_coarse_step_after_a_fine_one_keeps_its_clean_estimate(
-    size: tuple[int, int], multiple: int
-) -> None:
-    """What the small image disagrees with it is not taken for news, at any size."""
-    model = eager(tiny_transformer())._compiled.steps
-    context, latents = context_of(model, size), noise(1, 4, *size)
-    bucket = SnrBucket(model, context, multiple)
-    assert context.detail is not None
-    context.detail.update(latents, noise(1, 4, *size, seed=1), torch.tensor(0.9))
-    velocity = bucket.velocity(latents, torch.tensor([1]))
-    expected = (latents - context.detail.estimate) / 0.5
-    torch.testing.assert_close(velocity, expected, rtol=0.0, atol=1e-4)
