@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,14 @@ from torch import Tensor
 
 from ddit_rt import DDiTPolicy, Engine, StaticPolicy
 from ddit_rt.engine.intercepted import InterceptedRun
-from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.errors import RunCancelled, ShapeError, UnsupportedModelError
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+@pytest.fixture(scope="module")
+def uncompiled() -> Engine:
+    return eager(tiny_pipeline(), height=64, width=64)
 
 
 @pytest.mark.parametrize(
@@ -82,11 +88,6 @@ def test_pictures_equal_diffusers(engine: Engine, pipeline: FluxPipeline) -> Non
         assert isinstance(ours, Image.Image)
         # One level of 255: rounding of the last bit.
         assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
-
-
-@pytest.fixture(scope="module")
-def uncompiled() -> Engine:
-    return eager(tiny_pipeline(), height=64, width=64)
 
 
 def test_output_types_and_return_dict(uncompiled: Engine) -> None:
@@ -193,3 +194,34 @@ def test_size_of_too_few_tokens_is_not_offered(uncompiled: Engine) -> None:
     assert "4p is not offered" in trace_of(uncompiled).notes[0]
     with pytest.raises(ShapeError, match=r"asks for 4p.*\['p', '2p'\]"):
         uncompiled(**call, patch_policy=StaticPolicy("4p:0.5,p"))
+
+
+def test_cancel_from_another_thread_ends_the_run(uncompiled: Engine) -> None:
+    def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> Any:
+        if step == 2:
+            thread = threading.Thread(target=uncompiled.cancel)
+            thread.start()
+            thread.join()
+        return tensors
+
+    with pytest.raises(RunCancelled, match="after 3 of 8 steps"):
+        uncompiled(**tiny_embeds(), num_inference_steps=8, callback_on_step_end=callback)
+    uncompiled(**tiny_embeds(), num_inference_steps=2)
+    assert len(trace_of(uncompiled)) == 2
+
+
+def test_threads_queue_and_get_their_own_results(engine: Engine) -> None:
+    call = {**tiny_embeds(), "num_inference_steps": 5, "output_type": "latent"}
+    alone = [latents_of(engine(**call, generator=seeded(seed))) for seed in range(3)]
+    together: dict[int, Tensor] = {}
+
+    def work(seed: int) -> None:
+        together[seed] = latents_of(engine(**call, generator=seeded(seed)))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, expected in enumerate(alone):
+        assert torch.equal(together[seed], expected)

@@ -95,24 +95,22 @@ def assert_equals_cpu(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("p", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("size", "p", "dtype"),
+    [
+        *[(FLUX, p, dtype) for p in (1, 2, 4, 8) for dtype in (torch.float32, torch.bfloat16)],
+        *[(size, 2, torch.bfloat16) for size in (WAN_480P, WAN_720P)],
+    ],
+)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_pack_equals_cpu_at_flux_size(
-    kernels: ctypes.CDLL, dtype: torch.dtype, p: int, channels_last: bool
+def test_pack_equals_cpu_at_real_sizes(
+    kernels: ctypes.CDLL,
+    size: tuple[int, int, int, int, int],
+    p: int,
+    dtype: torch.dtype,
+    channels_last: bool,
 ) -> None:
-    layout = Layout(FLUX, p, channels_last=channels_last)
-    assert_equals_cpu(kernels, layout, dtype)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [WAN_480P, WAN_720P])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_pack_equals_cpu_at_wan_sizes(
-    kernels: ctypes.CDLL, size: tuple[int, int, int, int, int], channels_last: bool
-) -> None:
-    layout = Layout(size, 2, channels_last=channels_last)
-    assert_equals_cpu(kernels, layout, torch.bfloat16)
+    assert_equals_cpu(kernels, Layout(size, p, channels_last=channels_last), dtype)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
