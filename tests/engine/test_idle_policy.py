@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -20,6 +19,8 @@ from models import (
 
 import ddit_rt
 from ddit_rt import DDiTPolicy, FinePolicy, MagCache, SeaCache, StaticCache, StaticPolicy
+
+pytestmark = pytest.mark.filterwarnings("error")  # what pyproject.toml lets pass, too
 
 SAYS = "the policy took no coarse step"
 CACHE_SAYS = "the step cache reused no step"
@@ -40,9 +41,7 @@ def test_it_names_the_nearest_score_once_aloud_and_always_in_the_trace(callback:
     with pytest.warns(UserWarning, match=SAYS) as said:
         call(engine, DDiTPolicy(1e-9), callback_on_step_end=callback)
     assert [warning.filename for warning in said] == [__file__]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        call(engine, DDiTPolicy(1e-9), callback_on_step_end=callback)
+    call(engine, DDiTPolicy(1e-9), callback_on_step_end=callback)
     assert "against" in notes_of(engine)[0]
     call(engine, DDiTPolicy(1e9))
     assert not notes_of(engine)
@@ -61,11 +60,9 @@ def test_a_plan_whose_coarse_share_is_less_than_a_step_is_told(policy: str) -> N
     engine = eager(tiny_pipeline())
     with pytest.warns(UserWarning, match=rf"{SAYS}: none of the 8 .* \(8 static plan\)"):
         call(engine, policy)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        call(engine, policy)
-        assert notes_of(engine)
-        call(engine, "2p:0.5,p")
+    call(engine, policy)
+    assert notes_of(engine)
+    call(engine, "2p:0.5,p")
     assert not notes_of(engine)
 
 
@@ -83,11 +80,9 @@ def test_a_step_cache_that_reused_nothing_is_told(cache: Any, why: str, callback
     more = {"callback_on_step_end": callback}
     with pytest.warns(UserWarning, match=rf"{CACHE_SAYS}: all 8 steps computed \({why}"):
         call(engine, "fine", step_cache=cache, **more)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        call(engine, "fine", step_cache=cache, **more)
-        assert notes_of(engine, CACHE_SAYS)
-        call(engine, "fine", step_cache=StaticCache(3.0), **more)
+    call(engine, "fine", step_cache=cache, **more)
+    assert notes_of(engine, CACHE_SAYS)
+    call(engine, "fine", step_cache=StaticCache(3.0), **more)
     assert not notes_of(engine, CACHE_SAYS)
 
 
@@ -99,14 +94,11 @@ def test_a_run_that_ends_early_is_not_judged() -> None:
         pipeline._interrupt = step == 1
         return {}
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        call(engine, "p:0.5,2p:0.25,p", step_cache=SeaCache(1e-9), callback_on_step_end=stop)
+    call(engine, "p:0.5,2p:0.25,p", step_cache=SeaCache(1e-9), callback_on_step_end=stop)
     assert len(trace_of(engine)) == 2
     assert not notes_of(engine) + notes_of(engine, CACHE_SAYS)
 
 
-@pytest.mark.filterwarnings("error")
 def test_what_was_told_to_do_nothing_says_nothing() -> None:
     engine = eager(tiny_pipeline())
     for policy in (FinePolicy(), StaticPolicy("p"), DDiTPolicy(0.0)):

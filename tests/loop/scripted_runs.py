@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,13 @@ POLICIES = [
 
 
 class ScriptedBucket:
-    """Velocities fixed beforehand."""
+    """Velocities fixed beforehand.
+
+    Attributes:
+        before: Called with every step that asks for one.
+    """
+
+    before: Callable[[int], object] | None = None
 
     def __init__(self, multiple: int, velocities: Tensor) -> None:
         self.multiple = multiple
@@ -43,6 +49,8 @@ class ScriptedBucket:
     def velocity(
         self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
     ) -> Tensor:
+        if self.before is not None:
+            self.before(int(step))
         return at_step(self._velocities, step)
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -99,9 +107,14 @@ def scripted_plan(
     )
 
 
-def assert_same_run(
-    actual: tuple[Tensor, Any], expected: tuple[Tensor, Any], *, scores: bool = True
-) -> None:
+def first_bucket(plan: RunPlan) -> ScriptedBucket:
+    """Of a scripted plan: p."""
+    bucket = plan.buckets[0][0]
+    assert isinstance(bucket, ScriptedBucket)
+    return bucket
+
+
+def assert_same_run(actual: tuple[Tensor, Any], expected: tuple[Tensor, Any]) -> None:
     """Equal latents to the bit; equal traces but for times and names."""
     assert torch.equal(actual[0], expected[0])
     assert len(actual[1]) == len(expected[1])
@@ -109,9 +122,8 @@ def assert_same_run(
         assert replace(ours, latency_ms=0.0, scores={}) == replace(
             theirs, latency_ms=0.0, scores={}
         )
-        if scores:
-            # The two merge moments in another order: a few units in the last place.
-            assert ours.scores == pytest.approx(theirs.scores, rel=5e-6, nan_ok=True)
+        # The two merge moments in another order: a few units in the last place.
+        assert ours.scores == pytest.approx(theirs.scores, rel=5e-6, nan_ok=True)
 
 
 class TinyModel:

@@ -10,9 +10,9 @@ from scripted_runs import (
     FORMS,
     MIXED,
     SHAPE,
-    ScriptedBucket,
     assert_same_run,
     euler,
+    first_bucket,
     scripted_plan,
 )
 from torch import Tensor
@@ -45,22 +45,12 @@ def test_stop_inside_the_loop_form_ends_it_on_the_device(graphs: EmulatedGraphs)
     plan = scripted_plan(StaticPolicy("p"), euler(6))
     executor.run(plan, noise(*SHAPE))
     (loop,) = executor._loops.values()
-    bucket = plan.buckets[0][0]
-    assert isinstance(bucket, ScriptedBucket)
-    velocity = bucket.velocity
-
-    def cancelling(
-        latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
-    ) -> Tensor:
-        if int(step) == 2:
-            loop.control.cancel()
-        return velocity(latents, step)
-
-    bucket.velocity = cancelling  # type: ignore[method-assign]
+    bucket = first_bucket(plan)
+    bucket.before = lambda step: loop.control.cancel() if step == 2 else None
     _, trace = executor.run(plan, noise(*SHAPE))
     assert len(trace) == 3
     assert trace.cancelled
-    bucket.velocity = velocity  # type: ignore[method-assign]
+    bucket.before = None
     _, trace = executor.run(plan, noise(*SHAPE))
     assert len(trace) == 6
     assert not trace.cancelled

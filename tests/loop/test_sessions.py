@@ -14,10 +14,10 @@ from models import noise
 from scripted_runs import (
     POLICIES,
     SHAPE,
-    ScriptedBucket,
     TinyModel,
     assert_same_run,
     euler,
+    first_bucket,
     scripted_plan,
 )
 from torch import Tensor
@@ -188,16 +188,14 @@ def test_a_session_that_ends_early_leaves_the_executor_usable(graphs: EmulatedGr
 
 def test_a_bucket_that_fails_does_not_lose_the_session(graphs: EmulatedGraphs) -> None:
     plan = own_plan(FinePolicy())
-    bucket = plan.buckets[0][0]
-    assert isinstance(bucket, ScriptedBucket)
+    bucket = first_bucket(plan)
     executor = CudaExecutor(graphs)
     session = executor.open(plan, noise(*SHAPE), driver="test")
     session.decide(0, noise(*SHAPE))
-    velocity = bucket.velocity
-    bucket.velocity = lambda *_, **__: 1 / 0  # type: ignore[assignment,method-assign,return-value]
+    bucket.before = lambda _: 1 / 0
     with pytest.raises(ZeroDivisionError):
         session.velocity(0, 0, noise(*SHAPE))
     assert session.close(cancelled=True).cancelled
-    bucket.velocity = velocity  # type: ignore[method-assign]
+    bucket.before = None
     expected = by_scheduler(CpuExecutor(), plan, noise(*SHAPE))
     assert_same_run(by_scheduler(executor, plan, noise(*SHAPE)), expected)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from step_loop import LoopPlan, StepLoop, emulated_run, euler, launch, mixed_run, run_form
+from step_loop import StepLoop, emulated_run, launch, mixed_run, plan_of, run_form
 
 FORMS = ["loop", "step"]
 
@@ -35,14 +35,7 @@ finish < WHILE"""
 
 def make_loop(runtime: ModuleType) -> StepLoop:
     """A loop of three buckets. Not a fixture, which would outlive the check for what is left."""
-    plan = LoopPlan(
-        shape=(1, 2, 1, 8, 8),
-        sizes=(4, 8),
-        coefficients=euler(4),
-        forced=[0] * 4,
-        thresholds=torch.zeros(4, 2),
-    )
-    return StepLoop(runtime, plan)
+    return StepLoop(runtime, plan_of(sizes=(4, 8)))
 
 
 def build(loop: StepLoop, graphs: list[int] | None = None, form: str = "step") -> Any:
@@ -213,7 +206,7 @@ def test_destroying_waits_for_what_is_still_running(runtime: ModuleType, form: s
     run, loop, buckets = emulated_run(runtime)
     latents = loop["latents"]
     runtime.defer(True, queries=5)
-    run_form(loop, form, buckets.graphs, buckets.replay, run.plan.steps)
+    run_form(loop, form, buckets, run.plan.steps)
     del loop, buckets
     assert torch.equal(latents, run.cpu.latents[-1])
 
@@ -240,7 +233,7 @@ def test_two_controls_do_not_disturb_each_other(runtime: ModuleType) -> None:
 def test_everything_runs_on_the_device_of_the_control(runtime: ModuleType, form: str) -> None:
     """The mock also refuses events and graphs that are used on another device than theirs."""
     run, loop, buckets = emulated_run(runtime, index=1)
-    run_form(loop, form, buckets.graphs, buckets.replay, run.plan.steps)
+    run_form(loop, form, buckets, run.plan.steps)
     assert runtime.launch_devices() == {1}
     assert torch.equal(loop["latents"], run.cpu.latents[-1])
     with pytest.raises(RuntimeError, match="cudaSetDevice"):

@@ -89,7 +89,7 @@ def test_a_launch_that_is_refused_has_run_nothing(runtime: ModuleType, form: str
         loop.control.finish(0)
     for other in ("host", "loop", "step"):
         loop.load(run.plan, run.cpu.latents[0])
-        run_form(loop, other, buckets.graphs, buckets.replay, run.plan.steps)
+        run_form(loop, other, buckets, run.plan.steps)
         assert torch.equal(loop["latents"], run.cpu.latents[-1])
         assert loop.control.progress().decided == run.plan.steps
 
@@ -135,7 +135,7 @@ def test_a_bucket_that_no_table_may_choose_has_a_body_that_does_nothing(
     graphs = [buckets.graphs[0], ("2p", 0), buckets.graphs[2]]
     for form in FORMS:
         loop.load(run.plan, run.cpu.latents[0])
-        run_form(loop, form, graphs, buckets.replay, run.plan.steps)
+        run_form(loop, form, buckets, run.plan.steps, graphs=graphs)
         assert torch.equal(loop["latents"], run.cpu.latents[-1])
 
 
@@ -150,7 +150,7 @@ def test_destroying_gives_up_on_a_device_that_hangs_and_takes_nothing_from_it(
         loop.control.begin(0)
         loop.control.decide(0)
     else:
-        run_form(loop, form, buckets.graphs, buckets.replay, run.plan.steps)
+        run_form(loop, form, buckets, run.plan.steps)
     del loop, buckets  # would never return
     after = runtime.live_objects()
     graphs = 0 if form == "host" else 1

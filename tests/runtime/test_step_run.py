@@ -23,10 +23,6 @@ FORMS = ["loop", "step", "host"]
 GRAPH_FORMS = ["loop", "step"]
 
 
-def start(loop: StepLoop, buckets: EmulatedBuckets, form: str, steps: int) -> None:
-    run_form(loop, form, buckets.graphs, buckets.replay, steps)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -42,7 +38,7 @@ def test_all_forms_have_the_same_bits(runtime: ModuleType, changes: dict[str, An
     results = []
     for form in FORMS:
         _, loop, buckets = emulated_run(runtime, run)
-        start(loop, buckets, form, run.plan.steps)
+        run_form(loop, form, buckets, run.plan.steps)
         results.append(loop.bits())
         assert buckets.log == list(enumerate(run.cpu.buckets))
         assert loop.control.progress().finished
@@ -122,7 +118,7 @@ def test_cancel_stops_before_the_next_step_and_not_the_next_run(
 ) -> None:
     run, loop, _ = emulated_run(runtime)
     buckets = cancel_in_step(loop, run, step)
-    start(loop, buckets, form, run.plan.steps)
+    run_form(loop, form, buckets, run.plan.steps)
     progress = loop.control.progress()
     assert (progress.decided, progress.finished, progress.cancelled) == (step + 1, True, True)
     assert buckets.log == list(enumerate(run.cpu.buckets[: step + 1]))
@@ -130,7 +126,7 @@ def test_cancel_stops_before_the_next_step_and_not_the_next_run(
     assert torch.equal(loop["latents"], run.cpu.latents[step + 1])
 
     loop.load(run.plan, run.cpu.latents[0])
-    start(loop, buckets, form, run.plan.steps)
+    run_form(loop, form, buckets, run.plan.steps)
     progress = loop.control.progress()
     assert (progress.decided, progress.cancelled) == (run.plan.steps, False)
     assert torch.equal(loop["latents"], run.cpu.latents[-1])
@@ -139,7 +135,7 @@ def test_cancel_stops_before_the_next_step_and_not_the_next_run(
 @pytest.mark.parametrize("form", FORMS)
 def test_cancel_during_the_last_step_changes_nothing(runtime: ModuleType, form: str) -> None:
     run, loop, _ = emulated_run(runtime)
-    start(loop, cancel_in_step(loop, run, run.plan.steps - 1), form, run.plan.steps)
+    run_form(loop, form, cancel_in_step(loop, run, run.plan.steps - 1), run.plan.steps)
     assert not loop.control.progress().cancelled
     assert torch.equal(loop["latents"], run.cpu.latents[-1])
 
@@ -164,7 +160,7 @@ def test_later_launches_of_a_stopped_run_compute_nothing(runtime: ModuleType) ->
 
 def test_launches_beyond_the_last_step_compute_nothing(runtime: ModuleType) -> None:
     run, loop, buckets = emulated_run(runtime)
-    start(loop, buckets, "step", run.plan.steps + 2)
+    run_form(loop, "step", buckets, run.plan.steps + 2)
     assert len(buckets.log) == run.plan.steps
     assert torch.equal(loop["latents"], run.cpu.latents[-1])
     assert not loop.control.progress().cancelled
@@ -175,7 +171,7 @@ def test_cancel_before_the_device_starts_stops_that_run(runtime: ModuleType, for
     """Everything is queued and cancelled before the device does anything."""
     run, loop, buckets = emulated_run(runtime)
     graph = runtime.StepGraph(loop.control, buckets.graphs, form, owner=buckets)
-    start(loop, buckets, form, run.plan.steps)  # a run before it
+    run_form(loop, form, buckets, run.plan.steps)  # a run before it
     loop.load(run.plan, run.cpu.latents[0])
     buckets.log.clear()
     runtime.defer(True)
@@ -199,7 +195,7 @@ def test_a_cancel_that_comes_too_late_leaves_the_next_run_alone(
     loop.control.cancel()  # before any run
     for _ in range(2):
         loop.load(run.plan, run.cpu.latents[0])
-        start(loop, buckets, form, run.plan.steps)
+        run_form(loop, form, buckets, run.plan.steps)
         assert not loop.control.progress().cancelled
         assert torch.equal(loop["latents"], run.cpu.latents[-1])
         loop.control.cancel()
@@ -218,7 +214,7 @@ def test_another_thread_watches_and_cancels(runtime: ModuleType) -> None:
 
     buckets = EmulatedBuckets(loop, model, 3)
     with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(start, loop, buckets, "loop", run.plan.steps)
+        done = pool.submit(run_form, loop, "loop", buckets, run.plan.steps)
         assert reached.wait(60)
         progress = loop.control.wait(3, 60.0)
         rows = loop.control.records()
@@ -237,7 +233,7 @@ def test_two_threads_run_two_loops(runtime: ModuleType) -> None:
     def work(run: MixedRun) -> torch.Tensor:
         for form in FORMS:
             _, loop, buckets = emulated_run(runtime, run)
-            start(loop, buckets, form, run.plan.steps)
+            run_form(loop, form, buckets, run.plan.steps)
             assert loop.record()[:, 0].tolist() == run.cpu.buckets
         return loop["latents"]
 

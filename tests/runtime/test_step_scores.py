@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from step_loop import LoopPlan, StepLoop
+from step_loop import LoopPlan, StepLoop, plan_of
 from torch import Tensor
 
 from ddit_rt import ops
@@ -49,15 +49,9 @@ def score_plan(
     threshold: float = math.nan,
 ) -> LoopPlan:
     """Steps that take the velocity for the next latent; the fourth one, k = 3, is scored."""
-    return LoopPlan(
-        shape=shape,
-        sizes=sizes,
-        coefficients=torch.tensor([[0.0, 0, 0, 1, 0, 0]] * 4),
-        forced=[0, 0, 0, -1],
-        thresholds=torch.full((4, len(sizes)), threshold),
-        order=order,
-        quantile=quantile,
-    )
+    table = torch.tensor([[0.0, 0, 0, 1, 0, 0]] * 4)
+    thresholds = torch.full((4, len(sizes)), threshold)
+    return plan_of(shape, sizes, table, thresholds=thresholds, order=order, quantile=quantile)
 
 
 def run_scored(runtime: ModuleType, plan: LoopPlan, latents: Tensor) -> StepLoop:
@@ -119,14 +113,8 @@ def test_small_spread_on_a_large_mean_survives(runtime: ModuleType) -> None:
 
 def quantile_of(runtime: ModuleType, squares: Tensor, quantile: float) -> float:
     """The kernel's quantile of sqrt(squares): patches of two values, whose variance is m2 / 1."""
-    plan = LoopPlan(
-        shape=(1, 2, 1, 1, len(squares)),
-        sizes=(1,),
-        coefficients=torch.zeros(1, 6),
-        forced=[-1],
-        thresholds=torch.zeros(1, 1),
-        quantile=quantile,
-    )
+    shape = (1, 2, 1, 1, len(squares))
+    plan = plan_of(shape, (1,), torch.zeros(1, 6), forced=[-1], quantile=quantile)
     loop = StepLoop(runtime, plan)
     loop.load(plan, torch.zeros(plan.shape))
     loop["moments"].copy_(torch.cat([torch.zeros(len(squares)), squares]))
