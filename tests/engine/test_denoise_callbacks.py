@@ -34,7 +34,7 @@ def dpm() -> Any:
     return DPMSolverMultistepScheduler(**flow, use_dynamic_shifting=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def engine() -> Engine:
     return eager(tiny_pipeline())
 
@@ -114,7 +114,8 @@ def test_a_callback_that_changes_nothing_changes_nothing(
     assert torch.equal(seen[-1][1], final)
 
 
-def test_a_scheduler_that_draws_noise_takes_its_own_steps(engine: Engine) -> None:
+def test_a_scheduler_that_draws_noise_takes_its_own_steps() -> None:
+    engine = eager(tiny_pipeline())
     torch.manual_seed(0)
     expected = loop_of(engine, stochastic(), None)
     torch.manual_seed(0)

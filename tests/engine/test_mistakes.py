@@ -126,6 +126,11 @@ def test_mistake_in_a_call_is_named(
 
 
 WAN_MISTAKES = [
+    ({"num_frames": 10}, ShapeError, "multiple of 4 plus 1, such as 9 or 13"),
+    ({"num_frames": 0}, ShapeError, "such as 1 or 5"),
+    ({"num_frames": 40001}, ShapeError, "320032 image tokens are outside the compiled range"),
+    ({"height": 70}, ShapeError, "multiples of 16, such as 64 x 128"),
+    ({"width": 8}, ShapeError, "multiples of 16, such as 64 x 16"),
     ({"num_videos_per_prompt": 3}, ShapeError, "batch size of 3"),
     ({"negative_prompt": 5}, TypeError, "got negative_prompt=5"),
     ({"prompt": None}, ValueError, "`prompt`"),

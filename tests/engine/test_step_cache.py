@@ -34,6 +34,12 @@ IDENTITY = (1.0, 0.0)
 STEPS = 16
 
 
+@pytest.fixture(scope="module")
+def engine() -> ddit_rt.Engine:
+    """An uncompiled one; no run knows of another."""
+    return eager(tiny_pipeline())
+
+
 def call(**changes: Any) -> dict[str, Any]:
     size = {"height": 64, "width": 64, "num_inference_steps": STEPS, "output_type": "latent"}
     return {**tiny_embeds(), **size, "generator": seeded(), **changes}
@@ -43,11 +49,12 @@ def call(**changes: Any) -> dict[str, Any]:
     ("coefficients", "threshold"),
     [(IDENTITY, 0.15), (IDENTITY, 0.4), (FLUX_DEV, 0.8)],
 )
-def test_equals_teacache_over_diffusers(coefficients: tuple[float, ...], threshold: float) -> None:
+def test_equals_teacache_over_diffusers(
+    engine: ddit_rt.Engine, coefficients: tuple[float, ...], threshold: float
+) -> None:
     pipeline = tiny_pipeline()
     reference = ReferenceTeaCache(pipeline.transformer, threshold, coefficients, STEPS)
     expected = pipeline(**call()).images
-    engine = eager(tiny_pipeline())
     cache = TeaCache(threshold, coefficients=coefficients)
     actual = engine(**call(), patch_policy=FINE, step_cache=cache).images
     wanted = "".join("c" if computed else "r" for computed in reference.computed)
@@ -57,8 +64,7 @@ def test_equals_teacache_over_diffusers(coefficients: tuple[float, ...], thresho
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
-def test_the_trace_says_what_each_step_did() -> None:
-    engine = eager(tiny_pipeline())
+def test_the_trace_says_what_each_step_did(engine: ddit_rt.Engine) -> None:
     cache = TeaCache(0.15, coefficients=IDENTITY)
     engine(**call(), patch_policy=FINE, step_cache=cache)
     trace = trace_of(engine)
@@ -76,8 +82,7 @@ def test_the_trace_says_what_each_step_did() -> None:
     assert "step cache: TeaCache 0.15, coefficients passed" in trace.notes
 
 
-def test_threshold_zero_and_no_cache_equal_the_plain_run() -> None:
-    engine = eager(tiny_pipeline())
+def test_threshold_zero_and_no_cache_equal_the_plain_run(engine: ddit_rt.Engine) -> None:
     plain = engine(**call(), patch_policy=FINE).images
     assert {record.cache_reason for record in trace_of(engine)} == {""}
     for cache in (NoCache(), TeaCache(0.0, coefficients=IDENTITY)):
@@ -85,8 +90,7 @@ def test_threshold_zero_and_no_cache_equal_the_plain_run() -> None:
         assert trace_of(engine).reused == 0
 
 
-def test_a_change_of_size_computes() -> None:
-    engine = eager(tiny_pipeline())
+def test_a_change_of_size_computes(engine: ddit_rt.Engine) -> None:
     plan = ["p", "p", "p", "2p", "2p", "2p", "4p", "p", "p", "2p", "2p", "p"]
     cache = TeaCache(1e9, coefficients=IDENTITY)
     engine(**call(num_inference_steps=12), patch_policy=StaticPolicy(plan), step_cache=cache)
@@ -119,8 +123,10 @@ def modulated_inputs(engine: ddit_rt.Engine, latents: list[Tensor], seed: int = 
 
 
 @pytest.mark.parametrize("plan", ["p", "4p:0.5,p"])
-def test_the_signal_is_measured_at_the_base_size_whatever_runs(plan: str) -> None:
-    engine, start = eager(tiny_pipeline()), noise(1, 4, 16, 16)
+def test_the_signal_is_measured_at_the_base_size_whatever_runs(
+    engine: ddit_rt.Engine, plan: str
+) -> None:
+    start = noise(1, 4, 16, 16)
     seen = [start]
     cache = TeaCache(1e9, coefficients=IDENTITY)
     denoise(
@@ -142,9 +148,8 @@ def test_the_signal_is_measured_at_the_base_size_whatever_runs(plan: str) -> Non
         assert record.accumulated == pytest.approx(total, rel=1e-4)
 
 
-def test_reused_steps_add_the_latest_residual_of_their_size() -> None:
+def test_reused_steps_add_the_latest_residual_of_their_size(engine: ddit_rt.Engine) -> None:
     """A coarse step too: at an unchanged latent and time, reusing equals computing."""
-    engine = eager(tiny_pipeline())
     model = engine._compiled
     for multiple in (1, 2, 4):
         outline = outline_run(
@@ -173,8 +178,7 @@ def test_reused_steps_add_the_latest_residual_of_their_size() -> None:
         assert not torch.allclose(moved, computed, atol=0.1)
 
 
-def test_a_batch_reuses_no_more_than_either_sample_alone() -> None:
-    engine = eager(tiny_pipeline())
+def test_a_batch_reuses_no_more_than_either_sample_alone(engine: ddit_rt.Engine) -> None:
     start = torch.cat((noise(1, 4, 16, 16), 3 * noise(1, 4, 16, 16, seed=1)))
     cache = TeaCache(0.15, coefficients=IDENTITY)
     both = tiny_conditioning(engine.pipeline.transformer, 2)
@@ -192,14 +196,14 @@ def test_a_batch_reuses_no_more_than_either_sample_alone() -> None:
     assert together[1] == pytest.approx(max(rows[1] or 0.0 for rows in alone), rel=1e-4)
 
 
-def test_both_halves_of_guidance_have_a_sum_and_a_say() -> None:
+def test_both_halves_of_guidance_have_a_sum_and_a_say(engine: ddit_rt.Engine) -> None:
     """The larger one decides, whether they run as one batch or one after the other."""
-    engine, start = eager(tiny_pipeline()), noise(1, 4, 16, 16)
+    start = noise(1, 4, 16, 16)
     negative = tiny_conditioning(engine.pipeline.transformer, seed=2)
     guided: dict[str, Any] = {f"negative_{name}": value for name, value in negative.items()}
     guided["true_cfg_scale"] = torch.tensor(3.0)
     finals, reasons = [], []
-    for batched in (True, False):
+    for batched in (False, True):
         engine.batched_guidance = batched
         seen = [start]
         final = denoise(
@@ -222,9 +226,11 @@ def test_both_halves_of_guidance_have_a_sum_and_a_say() -> None:
     torch.testing.assert_close(finals[0], finals[1], rtol=0, atol=1e-4)
 
 
-def test_latents_that_a_callback_replaced_under_a_corrector_are_measured() -> None:
+def test_latents_that_a_callback_replaced_under_a_corrector_are_measured(
+    engine: ddit_rt.Engine,
+) -> None:
     """UniPC goes on from its own latents; the model, and so the signal, sees the callback's."""
-    engine, changes = eager(tiny_pipeline()), []
+    changes = []
     for factor in (1.0, 1.5):
         denoise(
             engine,
