@@ -11,6 +11,7 @@ from models import seeded
 from torch import Tensor
 
 from ddit_rt import Engine, FinePolicy
+from ddit_rt.loop import RunTrace
 
 FINE = FinePolicy()
 Callback = Callable[[Any, int, Any, dict[str, Any]], Any]
@@ -148,6 +149,17 @@ def runs(
     actual = latents_of(engine(**ours, generator=seeded(), **{"patch_policy": FINE, **more}))
     more.pop("patch_policy", None)
     return actual, latents_of(pipeline(**theirs, generator=seeded(), **more))
+
+
+def trace_of(engine: Engine) -> RunTrace:
+    """Of the latest run."""
+    assert engine.last_trace is not None
+    return engine.last_trace
+
+
+def pattern(trace: RunTrace) -> str:
+    """`c` and `r` per step: computed or reused."""
+    return "".join("r" if record.reused else "c" for record in trace)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

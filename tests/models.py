@@ -16,6 +16,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+import ddit_rt
 from ddit_rt.adapters import AdapterConfig, AdapterSet, PatchAdapter, untrained_lora
 from ddit_rt.models.flux import FluxFamily
 
@@ -82,6 +83,11 @@ def tiny_pipeline(
     transformer = tiny_transformer(guidance_embeds=guidance_embeds, seed=seed, **config)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shifting)
     return pipeline_of(FluxPipeline, scheduler=scheduler, vae=tiny_vae(3), transformer=transformer)
+
+
+def eager(model: Any, **options: Any) -> ddit_rt.Engine:
+    """An engine of a pipeline or a transformer, whose blocks are not compiled."""
+    return ddit_rt.compile(model, backend="eager", progress=False, **options)
 
 
 def tiny_embeds(batch: int = 1, text_tokens: int = 7, seed: int = 1) -> dict[str, Tensor]:

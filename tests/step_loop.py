@@ -113,6 +113,22 @@ def multistep(steps: int, slots: int) -> Tensor:
     return rows
 
 
+def plan_of(
+    shape: tuple[int, int, int, int, int] = (1, 2, 1, 8, 8),
+    sizes: tuple[int, ...] = (4,),
+    coefficients: Tensor | None = None,
+    **changes: Any,
+) -> LoopPlan:
+    """Three forced steps, then dynamic ones; by default three of Euler's method."""
+    coefficients = euler(3) if coefficients is None else coefficients
+    steps = len(coefficients)
+    fields = {
+        "forced": [0] * min(3, steps) + [-1] * (steps - 3),
+        "thresholds": torch.full((steps, len(sizes)), 0.1),
+    }
+    return LoopPlan(shape=shape, sizes=sizes, coefficients=coefficients, **{**fields, **changes})
+
+
 class StepLoop:
     """Buffers and a `StepControl` of a runtime.
 
@@ -309,16 +325,6 @@ class RandomModel:
         return (self.table[bucket, step] + latents / 8).to(self._dtype)
 
 
-def with_mixed_buckets(plan: LoopPlan, start: Tensor, model: Model) -> LoopPlan:
-    """The plan with thresholds that half of its scores are below."""
-    if not plan.sizes:
-        return plan
-    never = replace(plan, thresholds=torch.full_like(plan.thresholds, math.nan))
-    scores = run_cpu(never, start, model).record[:, 3:]
-    middle = scores.nanmedian(dim=0).values * (1 + 1e-3)  # so that none is at its threshold
-    return replace(plan, thresholds=middle.expand_as(plan.thresholds).contiguous())
-
-
 @dataclass(frozen=True, kw_only=True)
 class MixedRun:
     """A plan whose scores choose more than one bucket, its model, and the CPU's run of it."""
@@ -332,44 +338,48 @@ def mixed_run(
     shape: tuple[int, int, int, int, int] = (2, 3, 1, 16, 16), steps: int = 7, **changes: Any
 ) -> MixedRun:
     """Three forced steps, then dynamic ones, with a multistep solver; `changes` to the plan."""
-    fields = {
-        "sizes": (4, 8),
-        "coefficients": multistep(steps, 2),
-        "forced": [0, 0, 0] + [-1] * (steps - 3),
-        **changes,
-    }
-    thresholds = torch.zeros(steps, len(fields["sizes"]))
-    plan = LoopPlan(shape=shape, thresholds=thresholds, **fields)
+    plan = plan_of(shape, **{"sizes": (4, 8), "coefficients": multistep(steps, 2), **changes})
     start, model = torch.randn(shape), RandomModel(plan)
-    plan = with_mixed_buckets(plan, start, model)
+    if plan.sizes:  # thresholds that half of the scores are below
+        never = replace(plan, thresholds=torch.full_like(plan.thresholds, math.nan))
+        scores = run_cpu(never, start, model).record[:, 3:]
+        middle = scores.nanmedian(dim=0).values * (1 + 1e-3)  # so that none is at its threshold
+        plan = replace(plan, thresholds=middle.expand_as(plan.thresholds).contiguous())
     run = run_cpu(plan, start, model)
-    assert len(set(run.buckets)) > 1
+    assert len(set(run.buckets)) > 1 or not plan.sizes
     return MixedRun(plan=plan, model=model, cpu=run)
 
 
 def run_form(
     loop: StepLoop,
     form: str,
-    graphs: Sequence[tuple[str, int]],
-    replay: Callable[[int], None],
+    buckets: Any,
     steps: int,
     stream: int = 0,
+    *,
+    graphs: Sequence[tuple[str, int]] | None = None,
     signal: int = 0,
 ) -> None:
     """Runs a loaded loop in a form: `"loop"`, `"step"`, or `"host"`, which replays buckets."""
     if form == "host":
-        loop.run_host(steps, replay, stream)
+        loop.run_host(steps, buckets.replay, stream)
         return
+    graphs = graphs or buckets.graphs
     master = loop.runtime.StepGraph(
         loop.control, graphs, form, owner=(loop.buffers, graphs), signal=signal
     )
+    launch(master, loop.control, form, steps, stream)
+
+
+def launch(graph: Any, control: Any, form: str, steps: int, stream: int = 0) -> None:
+    """Queues a whole run on a graph of this form: by one launch, or by one a step."""
     if form == "loop":
-        master.launch(stream)
+        graph.launch(stream)
         return
-    loop.control.begin(stream)
+    control.begin(stream)
     for _ in range(steps):
-        master.launch(stream)
-    loop.control.finish(stream)
+        graph.launch(stream)
+    control.finish(stream)
 
 
 class EmulatedBuckets:
@@ -394,3 +404,13 @@ class EmulatedBuckets:
         step = int(self._buffers["state"][0])
         self.log.append((step, index))
         self._buffers["velocity"].copy_(self._model(step, index, self._buffers["latents"]))
+
+
+def emulated_run(
+    runtime: ModuleType, run: MixedRun | None = None, **options: Any
+) -> tuple[MixedRun, StepLoop, EmulatedBuckets]:
+    """A run, by default `mixed_run()`, and a loop and buckets of the emulated runtime for it."""
+    run = run or mixed_run()
+    loop = StepLoop(runtime, run.plan, **options)
+    loop.load(run.plan, run.cpu.latents[0])
+    return run, loop, EmulatedBuckets(loop, run.model, run.plan.branches)

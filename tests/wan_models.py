@@ -18,8 +18,6 @@ from text_encoders import t5_words
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-import ddit_rt
-
 CHANNELS = 4
 TEXT_TOKENS = 12
 
@@ -150,8 +148,3 @@ CALL = {
     "output_type": "latent",
 }
 """A run of six steps whose latents are `[1, 4, 3, 8, 16]`."""
-
-
-def eager(pipeline: WanPipeline, **options: Any) -> ddit_rt.Engine:
-    """An engine whose blocks are not compiled."""
-    return ddit_rt.compile(pipeline, backend="eager", progress=False, **options)

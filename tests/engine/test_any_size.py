@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import qwen_models
 import torch
-from driving import assert_equal, keep
+from driving import assert_equal, keep, trace_of
 from emulated_graphs import EmulatedGraphs
 from models import (
+    eager,
     latents_of,
     noise,
     random_adapters,
@@ -19,25 +20,14 @@ from models import (
     tiny_pipeline,
 )
 from torch import Tensor
-from wan_models import wan_conditioning, wan_pipeline
+from wan_models import wan_conditioning
 
-import ddit_rt
 from ddit_rt import DDiTPolicy, Engine, StaticPolicy
 from ddit_rt.errors import ShapeError
 from ddit_rt.loop import CpuExecutor, CudaExecutor
 
 STATIC = StaticPolicy(["4p", "2p", "p", "4p", "2p", "4p", "2p", "p"])
 DYNAMIC = DDiTPolicy(tau={"2p": 4.0, "4p": 1.0}, warmup="coarse", refresh=3)
-
-FLUX_PIXELS = [
-    *[(1024, 1024), (512, 512), (768, 768), (2048, 2048), (768, 1360), (1360, 768), (1080, 1920)],
-    *[(1920, 1080), (720, 1280), (832, 1216), (896, 1152), (768, 1344), (640, 1536), (752, 1392)],
-    *[(672, 1568), (880, 1184), (944, 1104)],
-]
-WAN_PIXELS = [
-    *[(480, 832, 81), (832, 480, 81), (720, 1280, 81), (1280, 720, 81), (544, 960, 81)],
-    *[(624, 624, 81), (960, 960, 81), (480, 832, 49), (720, 1280, 33)],
-]
 
 # Latents of FLUX at 768 x 1360 and of Wan at 480 x 832 pixels; smaller ones that leave the same
 # rest as 1080 x 1920 and 720 x 1280; with fewer pixels than a patch of 4p, and one token high.
@@ -46,51 +36,40 @@ WAN_LATENTS = [(1, 4, 2, 60, 104), (1, 4, 1, 18, 32), (1, 4, 3, 6, 14)]
 
 
 @pytest.fixture(scope="module")
-def flux() -> Engine:
-    return ddit_rt.compile(tiny_pipeline(), backend="eager", progress=False)
-
-
-@pytest.fixture(scope="module")
 def adapted() -> Engine:
     pipeline = tiny_pipeline()
-    adapters = random_adapters(pipeline)
-    return ddit_rt.compile(pipeline, adapter=adapters, backend="eager", progress=False)
-
-
-@pytest.fixture(scope="module")
-def wan() -> Engine:
-    return ddit_rt.compile(wan_pipeline(), backend="eager", progress=False)
+    return eager(pipeline, adapter=random_adapters(pipeline))
 
 
 @pytest.fixture(scope="module")
 def qwen() -> Engine:
     """A model whose own forward runs the steps."""
-    return ddit_rt.compile(qwen_models.tiny_pipeline(), backend="eager", progress=False)
+    return eager(qwen_models.tiny_pipeline())
 
 
-def offered(engine: Engine, shape: tuple[int, ...]) -> tuple[int, ...]:
-    frames = shape[2] if len(shape) == 5 else 0
-    sizes, notes = engine._compiled.offered(*shape[-2:], frames)
-    assert notes == ()
-    return sizes
-
-
-@pytest.mark.parametrize(("height", "width"), FLUX_PIXELS)
-def test_every_size_of_flux_offers_all_patches(flux: Engine, height: int, width: int) -> None:
-    pipeline = tiny_pipeline()
-    pipeline.vae_scale_factor = 8  # FLUX's own
-    shape = flux._compiled.steps.family.latent_shape(pipeline, height, width, 1)
-    assert shape[-2:] == (height // 16 * 2, width // 16 * 2)
-    assert offered(flux, shape) == (1, 2, 4)
-
-
-@pytest.mark.parametrize(("height", "width", "frames"), WAN_PIXELS)
-def test_every_size_of_wan_offers_all_patches(
-    wan: Engine, height: int, width: int, frames: int
+@pytest.mark.parametrize(
+    ("name", "pixels", "latents"),
+    [
+        ("flux", (768, 1360), (96, 170)),
+        ("flux", (1080, 1920), (134, 240)),  # rounded down to whole tokens
+        ("flux", (752, 1392), (94, 174)),
+        ("wan", (480, 832, 81), (21, 60, 104)),
+        ("wan", (624, 624, 81), (21, 78, 78)),
+        ("wan", (720, 1280, 33), (9, 90, 160)),
+    ],
+)
+def test_sizes_that_patches_do_not_divide_offer_all(
+    request: pytest.FixtureRequest, name: str, pixels: tuple[int, ...], latents: tuple[int, ...]
 ) -> None:
-    shape = wan._compiled.steps.family.latent_shape(wan.pipeline, height, width, 1, frames)
-    assert shape[-3:] == ((frames - 1) // 4 + 1, height // 8, width // 8)
-    assert offered(wan, shape) == (1, 2, 4)
+    engine: Engine = request.getfixturevalue(name)
+    pipeline = tiny_pipeline() if name == "flux" else engine.pipeline
+    if name == "flux":
+        pipeline.vae_scale_factor = 8  # FLUX's own
+    height, width, *frames = pixels
+    shape = engine._compiled.steps.family.latent_shape(pipeline, height, width, 1, *frames)
+    assert shape[2:] == latents
+    *frames, height, width = latents
+    assert engine._compiled.offered(height, width, *frames) == ((1, 2, 4), ())
 
 
 def test_only_sizes_that_the_model_does_not_take_are_refused(flux: Engine) -> None:
@@ -116,33 +95,31 @@ def run(
     final = engine.denoise(
         noise(*shape, seed=seed), num_inference_steps=8, patch_policy=policy, **conditioning
     )
-    trace = engine.last_trace
-    assert trace is not None
+    trace = trace_of(engine)
     rows = [(row.patch_size, row.reason, row.tokens) for row in trace]
     return final, rows, [row.scores for row in trace]
 
 
-CASES = [
-    *[("flux", shape) for shape in FLUX_LATENTS[1:]],
-    *[("adapted", shape) for shape in FLUX_LATENTS[2:]],
-    *[("wan", shape) for shape in WAN_LATENTS[1:]],
-    *[("qwen", shape) for shape in FLUX_LATENTS[2:]],
-    # The larger ones; at 1080 x 1920 and 720 x 1280 pixels themselves.
+CASES = [  # scores are of latents alone, whatever the model
+    *[("flux", shape, policy) for shape in FLUX_LATENTS[1:] for policy in (STATIC, DYNAMIC)],
+    *[("adapted", shape, STATIC) for shape in FLUX_LATENTS[2:]],
+    ("wan", WAN_LATENTS[1], STATIC),
+    ("wan", WAN_LATENTS[2], DYNAMIC),
+    *[("qwen", shape, STATIC) for shape in FLUX_LATENTS[2:]],
+    # The larger ones, and 720 x 1280 pixels themselves.
     *[
-        pytest.param(name, shape, marks=pytest.mark.slow)
-        for name, shape in (
-            ("flux", FLUX_LATENTS[0]),
-            ("adapted", FLUX_LATENTS[0]),
-            ("wan", WAN_LATENTS[0]),
-            ("flux", (1, 4, 134, 240)),
-            ("wan", (1, 4, 1, 90, 160)),
+        pytest.param(name, shape, policy, marks=pytest.mark.slow)
+        for name, shape, policy in (
+            ("flux", FLUX_LATENTS[0], DYNAMIC),
+            ("adapted", FLUX_LATENTS[0], STATIC),
+            ("wan", WAN_LATENTS[0], DYNAMIC),
+            ("wan", (1, 4, 1, 90, 160), DYNAMIC),
         )
     ],
 ]
 
 
-@pytest.mark.parametrize("policy", [STATIC, DYNAMIC], ids=["static", "ddit"])
-@pytest.mark.parametrize(("name", "shape"), CASES)
+@pytest.mark.parametrize(("name", "shape", "policy"), CASES)
 def test_the_cuda_executor_equals_the_cpu(
     graphs: EmulatedGraphs,
     request: pytest.FixtureRequest,

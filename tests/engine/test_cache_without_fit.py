@@ -9,40 +9,17 @@ import qwen_models
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SeaCacheConfig
 from diffusers.hooks import sea_cache
-from models import noise, seeded, tiny_conditioning
+from driving import FINE, pattern, trace_of
+from models import eager, noise, seeded, tiny_conditioning
 from models import tiny_pipeline as flux_pipeline
+from wan_models import CALL as WAN
 from wan_models import unipc, wan_pipeline
 
-import ddit_rt
-from ddit_rt import FinePolicy, MagCache, NoCache, SeaCache, StaticCache, StaticPolicy, StepCache
+from ddit_rt import MagCache, NoCache, SeaCache, StaticCache, StaticPolicy, StepCache
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.loop import RunTrace
 
 STEPS = 12
-FINE = FinePolicy()
-CALL = {
-    "prompt": "a cat",
-    "negative_prompt": "a dog",
-    "height": 64,
-    "width": 128,
-    "num_frames": 9,
-    "num_inference_steps": STEPS,
-    "max_sequence_length": 12,
-    "output_type": "latent",
-}
-
-
-def eager(pipeline: Any, **options: Any) -> ddit_rt.Engine:
-    return ddit_rt.compile(pipeline, backend="eager", progress=False, **options)
-
-
-def trace_of(engine: ddit_rt.Engine) -> RunTrace:
-    assert engine.last_trace is not None
-    return engine.last_trace
-
-
-def pattern(trace: RunTrace) -> str:
-    return "".join("r" if record.reused else "c" for record in trace)
+CALL = {**WAN, "negative_prompt": "a dog", "num_inference_steps": STEPS}
 
 
 def even() -> FlowMatchEulerDiscreteScheduler:
@@ -50,8 +27,9 @@ def even() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=1.0)
 
 
-@pytest.mark.parametrize("order", [0, 1])
-@pytest.mark.parametrize(("scale", "batched"), [(1.0, True), (5.0, True), (5.0, False)])
+@pytest.mark.parametrize(
+    ("order", "scale", "batched"), [(0, 1.0, True), (0, 5.0, True), (1, 5.0, False)]
+)
 def test_sea_cache_equals_diffusers_own(
     monkeypatch: pytest.MonkeyPatch, order: int, scale: float, batched: bool
 ) -> None:
@@ -101,8 +79,7 @@ def test_a_static_plan_reuses_as_it_says_at_any_step_and_size() -> None:
     assert note in trace_of(engine).notes
 
 
-@pytest.mark.parametrize("driven", [False, True])
-@pytest.mark.parametrize("cache", [SeaCache(0.5), StaticCache(2)], ids=["sea", "static"])
+@pytest.mark.parametrize(("cache", "driven"), [(SeaCache(0.5), True), (StaticCache(2), False)])
 def test_a_family_that_does_not_tell_its_layers_has_them(cache: StepCache, driven: bool) -> None:
     pipeline = qwen_models.tiny_pipeline()
     engine = eager(pipeline)
@@ -126,8 +103,7 @@ def test_a_family_that_does_not_tell_its_layers_has_them(cache: StepCache, drive
     assert 1e-6 < float(difference) < 0.5
 
 
-@pytest.mark.parametrize("driven", [False, True])
-@pytest.mark.parametrize("cache", [SeaCache(9.0), StaticCache(2)], ids=["sea", "static"])
+@pytest.mark.parametrize(("cache", "driven"), [(SeaCache(9.0), False), (StaticCache(2), True)])
 def test_experts_that_take_turns_have_them(cache: StepCache, driven: bool) -> None:
     """The first step of an expert computes, since what the other left is not its own."""
     engine = eager(wan_pipeline(unipc(), boundary_ratio=0.8))

@@ -7,24 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
-from driving import assert_equal
-from models import noise, seeded, tiny_conditioning, tiny_embeds, tiny_pipeline
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from driving import FINE, assert_equal, trace_of
+from models import eager, noise, seeded, tiny_conditioning, tiny_embeds, tiny_pipeline
 from torch import Tensor
-from wan_models import eager, heun, wan_conditioning, wan_pipeline
+from wan_models import heun, unipc, wan_conditioning, wan_pipeline
 
-import ddit_rt
-from ddit_rt import DDiTPolicy, Engine, FinePolicy, PatchPolicy, StaticPolicy
+from ddit_rt import DDiTPolicy, Engine, PatchPolicy, StaticPolicy
 from ddit_rt.errors import RunCancelled, ShapeError
 
-FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 SHAPE = (1, 4, 16, 16)
 STEPS = 6
-FINE = FinePolicy()
 Callback = Callable[[int, Tensor], Tensor | None]
 
 
@@ -36,17 +29,14 @@ def stochastic() -> Any:
     return FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
 
 
-def unipc() -> Any:
-    return UniPCMultistepScheduler(**FLOW)
-
-
 def dpm() -> Any:
-    return DPMSolverMultistepScheduler(**FLOW, use_dynamic_shifting=True)
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    return DPMSolverMultistepScheduler(**flow, use_dynamic_shifting=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def engine() -> Engine:
-    return ddit_rt.compile(tiny_pipeline(), backend="eager", progress=False)
+    return eager(tiny_pipeline())
 
 
 def denoise(engine: Engine, policy: PatchPolicy = FINE, **arguments: Any) -> Tensor:
@@ -88,42 +78,44 @@ def replace(step: int, latents: Tensor) -> Tensor | None:
     return latents.roll(1, -1) * 0.7 if step in (1, 2, STEPS - 1) else None
 
 
-@pytest.mark.parametrize("make", [euler, unipc, dpm])
-@pytest.mark.parametrize("callback", [edit, replace])
+@pytest.mark.parametrize(
+    ("make", "callback"), [(euler, edit), (unipc, edit), (unipc, replace), (dpm, replace)]
+)
 def test_a_callback_may_edit_or_replace_the_latents(
     engine: Engine, make: Callable[[], Any], callback: Callback
 ) -> None:
     """Also under a corrector, which goes on from latents of its own."""
     actual = denoise(engine, scheduler=make(), callback=callback)
     assert_equal(actual, loop_of(engine, make(), callback), tolerance=2e-6)
-    assert engine.last_trace is not None
-    assert engine.last_trace.executor == "scheduler-cpu"
-    assert engine.last_trace.notes[-1].endswith("own steps: a callback comes between them")
+    assert trace_of(engine).executor == "scheduler-cpu"
+    assert trace_of(engine).notes[-1].endswith("own steps: a callback comes between them")
 
 
-@pytest.mark.parametrize("make", [euler, unipc, dpm])
 @pytest.mark.parametrize(
-    "policy",
-    [FINE, StaticPolicy(["p", "2p", "4p", "p", "2p", "2p"]), DDiTPolicy(tau=1.0, fine_tail=1)],
-    ids=["fine", "static", "ddit"],
+    ("make", "policy"),
+    [
+        (dpm, FINE),
+        (euler, StaticPolicy(["p", "2p", "4p", "p", "2p", "2p"])),
+        (unipc, DDiTPolicy(tau=1.0, fine_tail=1)),
+    ],
 )
 def test_a_callback_that_changes_nothing_changes_nothing(
     engine: Engine, make: Callable[[], Any], policy: PatchPolicy
 ) -> None:
     table = denoise(engine, policy, scheduler=make())
-    assert engine.last_trace is not None
-    expected = engine.last_trace.patch_sizes()
+    expected = trace_of(engine).patch_sizes()
     seen: list[tuple[int, Tensor]] = []
     final = denoise(
         engine, policy, scheduler=make(), callback=lambda k, z: seen.append((k, z.clone()))
     )
-    assert engine.last_trace.patch_sizes() == expected
+    assert trace_of(engine).patch_sizes() == expected
     assert_equal(final, table, tolerance=2e-6)
     assert [step for step, _ in seen] == list(range(STEPS))
     assert torch.equal(seen[-1][1], final)
 
 
-def test_a_scheduler_that_draws_noise_takes_its_own_steps(engine: Engine) -> None:
+def test_a_scheduler_that_draws_noise_takes_its_own_steps() -> None:
+    engine = eager(tiny_pipeline())
     torch.manual_seed(0)
     expected = loop_of(engine, stochastic(), None)
     torch.manual_seed(0)
@@ -152,8 +144,7 @@ def test_cancel_ends_the_run(engine: Engine) -> None:
 
     with pytest.raises(RunCancelled, match=f"after 3 of {STEPS} steps"):
         denoise(engine, callback=cancel)
-    assert engine.last_trace is not None
-    assert len(engine.last_trace) == 3
+    assert len(trace_of(engine)) == 3
     assert len(denoise(engine)) == 1
 
 
@@ -167,5 +158,4 @@ def test_an_interrupted_call_before_does_not_end_the_run(engine: Engine) -> None
     call = {**tiny_embeds(), "num_inference_steps": 3, "output_type": "latent"}
     engine(**call, height=64, width=64, generator=seeded(), callback_on_step_end=stop)
     denoise(engine)
-    assert engine.last_trace is not None
-    assert len(engine.last_trace) == STEPS
+    assert len(trace_of(engine)) == STEPS

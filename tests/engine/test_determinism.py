@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import latents_of, random_adapters, tiny_embeds, tiny_pipeline
+from models import eager, latents_of, random_adapters, tiny_embeds, tiny_pipeline
 from torch import Tensor
 
 import ddit_rt
-from ddit_rt import DDiTPolicy, Engine, FinePolicy, StaticPolicy
+from ddit_rt import DDiTPolicy, Engine, FinePolicy, StaticPolicy, TeaCache
 
 STATIC = StaticPolicy("p:0.25,2p:0.25,4p:0.25,p")
 PLANS: dict[str, dict[str, Any]] = {
     "fine": {"patch_policy": FinePolicy()},
     "static": {"patch_policy": STATIC},
     "dynamic": {"patch_policy": DDiTPolicy(tau=0.5)},
+    "reused": {"patch_policy": STATIC, "step_cache": TeaCache(1e9, coefficients=(1.0, 0.0))},
     "by callback": {
         "patch_policy": STATIC,
         "callback_on_step_end": lambda *_: {},
@@ -29,11 +30,10 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 
 
-def eager(dtype: torch.dtype = torch.float32) -> Engine:
+def engine_in(dtype: torch.dtype = torch.float32) -> Engine:
     pipeline = tiny_pipeline()
     adapters = random_adapters(pipeline) if dtype is torch.float32 else None
-    pipeline.to(dtype)
-    return ddit_rt.compile(pipeline, adapter=adapters, backend="eager", progress=False)
+    return eager(pipeline.to(dtype), adapter=adapters)
 
 
 def start(seed: int) -> Tensor:
@@ -48,12 +48,13 @@ def made(engine: Engine, latents: Tensor, embeds: dict[str, Tensor], **plan: Any
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_run_is_the_same_bits_whatever_ran_before(plan: str) -> None:
-    engine, embeds = eager(), tiny_embeds()
+    engine, embeds = engine_in(), tiny_embeds()
     first = made(engine, start(1), embeds, **PLANS[plan])
     for other in PLANS.values():
         made(engine, start(2), tiny_embeds(seed=5), **other)
+    engine(**tiny_embeds(2), num_inference_steps=4, height=64, width=96)
     assert torch.equal(made(engine, start(1), embeds, **PLANS[plan]), first)
-    assert torch.equal(made(eager(), start(1), embeds, **PLANS[plan]), first)
+    assert torch.equal(made(engine_in(), start(1), embeds, **PLANS[plan]), first)
 
 
 # Products of more rows are summed in another order, which rounds otherwise at every layer and step:
@@ -66,7 +67,7 @@ def test_a_run_is_the_same_bits_whatever_ran_before(plan: str) -> None:
 def test_an_image_of_a_batch_is_the_one_alone_but_for_rounding(
     policy: Any, dtype: torch.dtype, bound: float
 ) -> None:
-    engine, both = eager(dtype), tiny_embeds(batch=3)
+    engine, both = engine_in(dtype), tiny_embeds(batch=3)
     together = made(
         engine, torch.cat([start(seed) for seed in range(3)]), both, patch_policy=policy
     )
@@ -81,7 +82,7 @@ def test_an_image_of_a_batch_is_the_one_alone_but_for_rounding(
 
 
 def test_a_batch_is_the_same_bits_every_time() -> None:
-    engine, latents, embeds = eager(), torch.cat([start(0), start(1)]), tiny_embeds(batch=2)
+    engine, latents, embeds = engine_in(), torch.cat([start(0), start(1)]), tiny_embeds(batch=2)
     runs = [made(engine, latents, embeds, **PLANS["dynamic"]) for _ in range(2)]
     assert torch.equal(*runs)
 

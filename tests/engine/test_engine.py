@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    FluxPipeline,
-    UniPCMultistepScheduler,
-)
-from models import latents_of, noise, seeded, tiny_conditioning, tiny_embeds, tiny_pipeline
+from diffusers import FluxPipeline, UniPCMultistepScheduler
+from driving import FINE, trace_of
+from models import eager, latents_of, noise, seeded, tiny_conditioning, tiny_embeds, tiny_pipeline
 from PIL import Image
 from torch import Tensor
 
-import ddit_rt
-from ddit_rt import DDiTPolicy, Engine, FinePolicy, StaticPolicy
+from ddit_rt import DDiTPolicy, Engine, StaticPolicy
 from ddit_rt.engine.intercepted import InterceptedRun
-from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.errors import RunCancelled, ShapeError, UnsupportedModelError
 
-FINE = FinePolicy()
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+@pytest.fixture(scope="module")
+def uncompiled() -> Engine:
+    return eager(tiny_pipeline(), height=64, width=64)
 
 
 @pytest.mark.parametrize(
@@ -39,24 +40,26 @@ def test_all_fine_equals_diffusers(
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
-def test_all_fine_equals_diffusers_with_guidance_embeds() -> None:
-    pipeline = tiny_pipeline(guidance_embeds=True)
-    engine = ddit_rt.compile(pipeline, backend="eager", progress=False)
-    call = {"height": 64, "width": 48, "num_inference_steps": 8, "output_type": "latent"}
-    for scale in (1.0, 3.5):
-        arguments = {**tiny_embeds(2), **call, "guidance_scale": scale}
-        expected = latents_of(pipeline(**arguments, generator=seeded()))
-        actual = latents_of(engine(**arguments, generator=seeded(), patch_policy=FINE))
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
-
-
-def test_schedule_without_dynamic_shifting_equals_diffusers() -> None:
-    pipeline = tiny_pipeline(dynamic_shifting=False)
-    engine = ddit_rt.compile(pipeline, backend="eager", progress=False)
-    call = {"height": 64, "width": 64, "sigmas": [1.0, 0.6, 0.3], "output_type": "latent"}
-    call["num_inference_steps"] = 3
-    expected = latents_of(pipeline(**tiny_embeds(), **call, generator=seeded()))
-    actual = latents_of(engine(**tiny_embeds(), **call, generator=seeded(), patch_policy=FINE))
+@pytest.mark.parametrize(
+    ("config", "scheduler", "arguments"),
+    [
+        ({"guidance_embeds": True}, None, {"guidance_scale": 1.0}),
+        ({"guidance_embeds": True}, None, {"guidance_scale": 3.5}),
+        ({"dynamic_shifting": False}, None, {"sigmas": [1.0, 0.6, 0.3], "num_inference_steps": 3}),
+        ({}, UniPCMultistepScheduler(**FLOW, use_dynamic_shifting=True), {}),
+        ({}, None, {"latents": noise(2, 64, 16, seed=5)}),
+    ],
+    ids=["no guidance", "guidance", "sigmas", "unipc", "latents"],
+)
+def test_what_a_call_or_its_scheduler_asks_for_equals_diffusers(
+    config: dict[str, Any], scheduler: Any, arguments: dict[str, Any]
+) -> None:
+    pipeline = tiny_pipeline(**config)
+    pipeline.scheduler = scheduler or pipeline.scheduler
+    call = {**tiny_embeds(2), "height": 64, "width": 64, "num_inference_steps": 8, **arguments}
+    call["output_type"] = "latent"
+    expected = latents_of(pipeline(**call, generator=seeded()))
+    actual = latents_of(eager(pipeline)(**call, generator=seeded(), patch_policy=FINE))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
@@ -66,7 +69,7 @@ def test_half_precision_follows_full_precision(plan: str) -> None:
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         pipeline = tiny_pipeline().to(dtype)
-        engine = ddit_rt.compile(pipeline, backend="eager", progress=False)
+        engine = eager(pipeline)
         embeds = {name: value.to(dtype) for name, value in tiny_embeds().items()}
         latents = noise(1, 64, 16).to(dtype)
         result = engine(**embeds, **call, latents=latents, patch_policy=StaticPolicy(plan))
@@ -87,20 +90,12 @@ def test_pictures_equal_diffusers(engine: Engine, pipeline: FluxPipeline) -> Non
         assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
 
 
-def test_output_types_and_return_dict(engine: Engine) -> None:
+def test_output_types_and_return_dict(uncompiled: Engine) -> None:
     call = {**tiny_embeds(), "num_inference_steps": 2}
-    assert isinstance(engine(**call, output_type="pt").images, Tensor)
-    assert engine(**call, output_type="np").images.shape == (1, 64, 64, 3)
-    result = engine(**call, output_type="latent", return_dict=False)
+    assert isinstance(uncompiled(**call, output_type="pt").images, Tensor)
+    assert uncompiled(**call, output_type="np").images.shape == (1, 64, 64, 3)
+    result = uncompiled(**call, output_type="latent", return_dict=False)
     assert isinstance(result, tuple)
-
-
-def test_given_latents_are_the_starting_point(engine: Engine, pipeline: FluxPipeline) -> None:
-    call = {**tiny_embeds(), "num_inference_steps": 3, "output_type": "latent"}
-    start = noise(1, 64, 16)
-    expected = latents_of(pipeline(**call, height=64, width=64, latents=start))
-    actual = latents_of(engine(**call, latents=start, patch_policy=FINE))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 def test_what_the_pipeline_does_in_a_way_of_its_own_is_done(
@@ -108,7 +103,7 @@ def test_what_the_pipeline_does_in_a_way_of_its_own_is_done(
 ) -> None:
     """Noise, schedule, decoding and checks are those of the pipeline's call, whatever they are."""
     pipeline = tiny_pipeline()
-    engine = ddit_rt.compile(pipeline, backend="eager", progress=False)
+    engine = eager(pipeline)
     call = {**tiny_embeds(), "height": 64, "width": 64, "num_inference_steps": 3}
     call["output_type"] = "pt"
     plain = pipeline(**call, generator=seeded()).images
@@ -155,20 +150,20 @@ def test_the_pipelines_own_loop_runs_the_first_step_alone(
     assert torch.equal(passed, skipped)
 
 
-def test_denoise_equals_the_pipeline_call(engine: Engine) -> None:
+def test_denoise_equals_the_pipeline_call(uncompiled: Engine) -> None:
     start = noise(2, 4, 16, 16)
-    conditioning = tiny_conditioning(engine.pipeline.transformer, 2)
-    loop = engine.denoise(start, num_inference_steps=5, **conditioning)
+    conditioning = tiny_conditioning(uncompiled.pipeline.transformer, 2)
+    loop = uncompiled.denoise(start, num_inference_steps=5, **conditioning)
     packed = FluxPipeline._pack_latents(start, 2, 4, 16, 16)
     whole = latents_of(
-        engine(**tiny_embeds(2), num_inference_steps=5, latents=packed, output_type="latent")
+        uncompiled(**tiny_embeds(2), num_inference_steps=5, latents=packed, output_type="latent")
     )
     torch.testing.assert_close(FluxPipeline._pack_latents(loop, 2, 4, 16, 16), whole)
 
 
 def test_bare_transformer_runs_its_loop_and_says_so() -> None:
     pipeline = tiny_pipeline()
-    engine = ddit_rt.compile(pipeline.transformer, backend="eager", progress=False)
+    engine = eager(pipeline.transformer)
     conditioning = tiny_conditioning(pipeline.transformer)
     latents = engine.denoise(noise(1, 4, 16, 16), num_inference_steps=3, **conditioning)
     assert latents.shape == (1, 4, 16, 16)
@@ -176,71 +171,57 @@ def test_bare_transformer_runs_its_loop_and_says_so() -> None:
         engine("a cat")
 
 
-def test_same_generator_gives_the_same_bits_whatever_ran_between(engine: Engine) -> None:
-    call = {**tiny_embeds(), "num_inference_steps": 9, "output_type": "latent"}
-    policy = DDiTPolicy(tau=0.02, monotone=False)
-    first = latents_of(engine(**call, generator=seeded(3), patch_policy=policy))
-    engine(**tiny_embeds(2), num_inference_steps=4, height=64, width=96, generator=seeded(9))
-    again = latents_of(engine(**call, generator=seeded(3), patch_policy=policy))
-    assert torch.equal(first, again)
-
-
 def test_adapters_and_policy_come_from_the_artifact(engine: Engine) -> None:
     engine(**tiny_embeds(), num_inference_steps=4)
     assert engine.default_policy == StaticPolicy("2p:0.5,p")
-    assert engine.last_trace is not None
-    assert engine.last_trace.patch_sizes() == ["2p", "2p", "p", "p"]
+    assert trace_of(engine).patch_sizes() == ["2p", "2p", "p", "p"]
     methods = {entry.patch: entry.method for entry in engine.artifact.manifest.buckets}
     assert methods == {"p": "base", "2p": "adapter", "4p": "adapter"}
 
 
-def test_height_and_width_default_to_those_compiled_for(engine: Engine) -> None:
-    assert engine(**tiny_embeds(), num_inference_steps=1).images[0].size == (64, 64)
-    assert engine(**tiny_embeds(), num_inference_steps=1, width=96).images[0].size == (96, 64)
+def test_height_and_width_default_to_those_compiled_for(uncompiled: Engine) -> None:
+    assert uncompiled(**tiny_embeds(), num_inference_steps=1).images[0].size == (64, 64)
+    assert uncompiled(**tiny_embeds(), num_inference_steps=1, width=96).images[0].size == (96, 64)
 
 
-def test_size_of_too_few_tokens_is_not_offered(engine: Engine) -> None:
+def test_size_of_too_few_tokens_is_not_offered(uncompiled: Engine) -> None:
     call = {**tiny_embeds(), "num_inference_steps": 8, "height": 24, "width": 24}
     reason = "4p is not offered.* 1 image tokens are outside the compiled range 4 to"
     with pytest.warns(UserWarning, match=reason) as warned:
-        engine(**call, patch_policy=DDiTPolicy(tau=1e9))
+        uncompiled(**call, patch_policy=DDiTPolicy(tau=1e9))
     assert [warning.filename for warning in warned] == [__file__]
-    assert engine.last_trace is not None
-    assert set(engine.last_trace.patch_sizes()) == {"2p", "p"}
-    assert "4p is not offered" in engine.last_trace.notes[0]
+    assert set(trace_of(uncompiled).patch_sizes()) == {"2p", "p"}
+    assert "4p is not offered" in trace_of(uncompiled).notes[0]
     with pytest.raises(ShapeError, match=r"asks for 4p.*\['p', '2p'\]"):
-        engine(**call, patch_policy=StaticPolicy("4p:0.5,p"))
+        uncompiled(**call, patch_policy=StaticPolicy("4p:0.5,p"))
 
 
-def test_too_small_a_picture_is_refused(engine: Engine) -> None:
-    with pytest.raises(ShapeError, match="smallest image is 8 x 8"):
-        engine(**tiny_embeds(), height=4, width=64)
+def test_cancel_from_another_thread_ends_the_run(uncompiled: Engine) -> None:
+    def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> Any:
+        if step == 2:
+            thread = threading.Thread(target=uncompiled.cancel)
+            thread.start()
+            thread.join()
+        return tensors
+
+    with pytest.raises(RunCancelled, match="after 3 of 8 steps"):
+        uncompiled(**tiny_embeds(), num_inference_steps=8, callback_on_step_end=callback)
+    uncompiled(**tiny_embeds(), num_inference_steps=2)
+    assert len(trace_of(uncompiled)) == 2
 
 
-def test_nan_latents_are_refused(engine: Engine) -> None:
-    start = noise(1, 64, 16)
-    start[0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        engine(**tiny_embeds(), latents=start)
+def test_threads_queue_and_get_their_own_results(engine: Engine) -> None:
+    call = {**tiny_embeds(), "num_inference_steps": 5, "output_type": "latent"}
+    alone = [latents_of(engine(**call, generator=seeded(seed))) for seed in range(3)]
+    together: dict[int, Tensor] = {}
 
+    def work(seed: int) -> None:
+        together[seed] = latents_of(engine(**call, generator=seeded(seed)))
 
-def test_misshapen_latents_are_refused_with_both_shapes(engine: Engine) -> None:
-    with pytest.raises(ShapeError, match=r"\[1, 60, 16\]; expected \[1, 64, 16\]"):
-        engine(**tiny_embeds(), latents=noise(1, 60, 16))
-    with pytest.raises(ShapeError, match=r"expected \[B, 4, H, W\]"):
-        engine.denoise(noise(1, 3, 8, 8))
-
-
-@pytest.mark.parametrize(
-    "kind", [UniPCMultistepScheduler, DPMSolverMultistepScheduler, DEISMultistepScheduler]
-)
-def test_solvers_with_dynamic_shifting_equal_diffusers(kind: Any) -> None:
-    pipeline = tiny_pipeline()
-    pipeline.scheduler = kind(
-        prediction_type="flow_prediction", use_flow_sigmas=True, use_dynamic_shifting=True
-    )
-    engine = ddit_rt.compile(pipeline, backend="eager", progress=False)
-    call = {"height": 64, "width": 96, "num_inference_steps": 8, "output_type": "latent"}
-    expected = latents_of(pipeline(**tiny_embeds(), **call, generator=seeded()))
-    actual = latents_of(engine(**tiny_embeds(), **call, generator=seeded(), patch_policy=FINE))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, expected in enumerate(alone):
+        assert torch.equal(together[seed], expected)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.guiders import ClassifierFreeGuidance
+from driving import FINE
 from models import (
+    eager,
     latents_of,
     noise,
     prompting_pipeline,
@@ -19,21 +21,18 @@ from models import (
     tiny_transformer,
 )
 
-import ddit_rt
-from ddit_rt import FinePolicy, StaticPolicy, ops
+from ddit_rt import StaticPolicy, ops
 from ddit_rt.models.base import Grid
 from ddit_rt.models.flux import FluxFamily
 
-FINE = FinePolicy()
 NEGATIVE = {f"negative_{name}": value for name, value in tiny_embeds(2, seed=2).items()}
 
 
-@pytest.mark.parametrize("guidance_embeds", [False, True])
-@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize(("guidance_embeds", "batched"), [(False, True), (True, False)])
 def test_true_guidance_equals_diffusers(guidance_embeds: bool, batched: bool) -> None:
     """Also beside the distilled guidance, which both passes are given."""
     pipeline = tiny_pipeline(guidance_embeds=guidance_embeds)
-    engine = ddit_rt.compile(pipeline, backend="eager", progress=False)
+    engine = eager(pipeline)
     engine.batched_guidance = batched
     call = {"height": 64, "width": 48, "num_inference_steps": 8, "output_type": "latent"}
     arguments = {**tiny_embeds(2), **NEGATIVE, **call, "true_cfg_scale": 4.0}
@@ -47,7 +46,7 @@ def test_true_guidance_equals_diffusers(guidance_embeds: bool, batched: bool) ->
 def test_true_guidance_of_prompts_equals_diffusers() -> None:
     """Through the compiled pipeline's own encoding, here one of noise per prompt."""
     pipeline = prompting_pipeline()
-    engine = ddit_rt.compile(pipeline, backend="eager", progress=False)
+    engine = eager(pipeline)
     call: dict[str, Any] = {
         "prompt": ["a cat", "the sea"],
         "negative_prompt": ["a dog", "rain"],
@@ -68,7 +67,7 @@ def test_true_guidance_of_prompts_equals_diffusers() -> None:
 def test_guidance_interval_is_the_one_of_diffusers_guiders() -> None:
     """Step by step by hand: which steps diffusers' own guider calls guided."""
     transformer, latents = tiny_transformer(), noise(1, 4, 8, 8)
-    engine = ddit_rt.compile(transformer, backend="eager", progress=False)
+    engine = eager(transformer)
     conditioning = tiny_conditioning(transformer)
     negative = tiny_conditioning(transformer, seed=2)
     second = {f"negative_{name}": value for name, value in negative.items()}
@@ -121,6 +120,6 @@ def test_guidance_interval_is_the_one_of_diffusers_guiders() -> None:
 )
 def test_bad_guidance_is_named(arguments: dict[str, Any], message: str) -> None:
     transformer = tiny_transformer()
-    engine = ddit_rt.compile(transformer, backend="eager", progress=False)
+    engine = eager(transformer)
     with pytest.raises(ValueError, match=message):
         engine.denoise(noise(1, 4, 8, 8), **tiny_conditioning(transformer), **arguments)

@@ -5,6 +5,7 @@ What runs is compared with the same call in plain Python: a value is not taken f
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -14,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import noise, seeded, tiny_conditioning, tiny_embeds, tiny_pipeline, tiny_transformer
+from diffusers import FluxPipeline
+from models import noise, seeded, tiny_conditioning, tiny_embeds
 from torch import Tensor
-from wan_models import eager, wan_pipeline
 
 import ddit_rt
 from ddit_rt import DDiTPolicy, Engine, FinePolicy, MagCache, StaticPolicy, TeaCache, TokenRanges
@@ -135,22 +136,6 @@ def outcome(run: Callable[[], Any], name: str) -> Any:
     return None
 
 
-@pytest.fixture(scope="module")
-def flux() -> Engine:
-    pipeline = tiny_pipeline(guidance_embeds=True)
-    return ddit_rt.compile(pipeline, backend="eager", progress=False, patch_policy="fine")
-
-
-@pytest.fixture(scope="module")
-def wan() -> Engine:
-    return eager(wan_pipeline(), patch_policy="fine")
-
-
-@pytest.fixture(scope="module")
-def bare() -> Engine:
-    return ddit_rt.compile(tiny_transformer(), backend="eager", progress=False)
-
-
 def picture(engine: Engine, name: str, value: Any) -> Tensor | None:
     """Latents of a short call."""
     fixed: dict[str, Any] = {"height": 32, "width": 32, "output_type": "latent"}
@@ -163,31 +148,12 @@ def picture(engine: Engine, name: str, value: Any) -> Tensor | None:
 
 
 CALL_ARGUMENTS = [
-    "height",
-    "width",
-    "num_inference_steps",
-    "sigmas",
-    "guidance_scale",
-    "true_cfg_scale",
-    "num_images_per_prompt",
-    "generator",
-    "latents",
-    "prompt",
-    "prompt_2",
-    "prompt_embeds",
-    "pooled_prompt_embeds",
-    "negative_prompt",
-    "negative_prompt_embeds",
-    "negative_pooled_prompt_embeds",
-    "output_type",
-    "return_dict",
-    "joint_attention_kwargs",
-    "callback_on_step_end",
-    "callback_on_step_end_tensor_inputs",
-    "max_sequence_length",
-    "patch_policy",
-    "step_cache",
-    "guidance_interval",
+    *(
+        name
+        for name in list(inspect.signature(FluxPipeline.__call__).parameters)[1:]
+        if "ip_adapter" not in name and name != "negative_prompt_2"  # refused; as negative_prompt
+    ),
+    *("patch_policy", "step_cache", "guidance_interval"),
 ]
 
 
@@ -221,22 +187,14 @@ def test_call_for_a_video(wan: Engine, name: str, value: Any) -> None:
     outcome(lambda: wan("a cat", generator=seeded(), **fixed), name)
 
 
-DENOISE_ARGUMENTS = [
-    "latents",
-    "scheduler",
-    "num_inference_steps",
-    "sigmas",
-    "patch_policy",
-    "step_cache",
-    "callback",
-    "guidance_interval",
-    "encoder_hidden_states",
-    "pooled_projections",
-    "true_cfg_scale",
-]
-
-
-@pytest.mark.parametrize("name", DENOISE_ARGUMENTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("latents", "scheduler", "num_inference_steps", "sigmas", "patch_policy", "step_cache"),
+        *("callback", "guidance_interval", "encoder_hidden_states", "pooled_projections"),
+        "true_cfg_scale",
+    ],
+)
 @given(value=ANY)
 @FEW
 def test_bare_loop(bare: Engine, name: str, value: Any) -> None:
@@ -337,15 +295,3 @@ def test_description(kind: str, name: str, value: Any) -> None:
     assert stored is None or isinstance(stored, (bool, int, float, str, tuple, dict))
     if isinstance(stored, float):
         assert stored == pytest.approx(float(value))
-
-
-def test_every_argument_of_the_pipelines_call_is_drawn_or_refused() -> None:
-    from ddit_rt.models.arguments import call_defaults
-
-    untold = set(call_defaults(tiny_pipeline())) - set(CALL_ARGUMENTS) - {"negative_prompt_2"}
-    assert untold == {
-        "ip_adapter_image",
-        "ip_adapter_image_embeds",
-        "negative_ip_adapter_image",
-        "negative_ip_adapter_image_embeds",
-    }

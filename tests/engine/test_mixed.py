@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import qwen_models
 import torch
-from driving import assert_equal, keep
+from driving import assert_equal, keep, trace_of
 from emulated_graphs import EmulatedGraphs
 from models import (
+    eager,
     latents_of,
     noise,
     random_adapters,
@@ -18,9 +19,8 @@ from models import (
     tiny_embeds,
     tiny_pipeline,
 )
-from wan_models import wan_conditioning, wan_pipeline
+from wan_models import wan_conditioning
 
-import ddit_rt
 from ddit_rt import DDiTPolicy, Engine, StaticPolicy
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.loop import CpuExecutor, CudaExecutor
@@ -29,16 +29,6 @@ STATIC = StaticPolicy(["p", "4p", "2p", "p", "4p", "2p", "2p", "p"], fine_share=
 COARSE_FIRST = StaticPolicy("2p:0.5,p", fine_share=0.5)
 DYNAMIC = DDiTPolicy(tau={"2p": 4.0, "4p": 1.0}, refresh=3, fine_share=0.4)
 SHAPES = {"flux": (2, 4, 16, 24), "wan": (1, 4, 3, 8, 16)}
-
-
-@pytest.fixture(scope="module")
-def flux() -> Engine:
-    return ddit_rt.compile(tiny_pipeline(), backend="eager", progress=False)
-
-
-@pytest.fixture(scope="module")
-def wan() -> Engine:
-    return ddit_rt.compile(wan_pipeline(), backend="eager", progress=False)
 
 
 def denoise(engine: Engine, name: str, seed: int = 0, **options: Any) -> torch.Tensor:
@@ -87,8 +77,7 @@ def test_shares_are_captured_apart(graphs: EmulatedGraphs, flux: Engine) -> None
     for share in (0.0, 0.25, 0.5):
         policy = StaticPolicy(STATIC.plan, fine_share=share)
         denoise(flux, "flux", patch_policy=policy)
-        assert flux.last_trace is not None
-        tokens.append(dict(zip(STATIC.plan, [row.tokens for row in flux.last_trace], strict=True)))
+        tokens.append(dict(zip(STATIC.plan, [row.tokens for row in trace_of(flux)], strict=True)))
     assert len(flux.captures) == 3
     flux._loop.executor = CpuExecutor()
     # 8 x 12 tokens: 24 regions of 2 x 2, of which 6 or 12 run whole; 6 of 4 x 4, 2 or 3 of them.
@@ -101,8 +90,7 @@ def test_shares_are_captured_apart(graphs: EmulatedGraphs, flux: Engine) -> None
 
 def test_the_trace_says_what_ran(flux: Engine) -> None:
     denoise(flux, "flux", patch_policy="mixed:0.25:4p:0.25,p")
-    trace = flux.last_trace
-    assert trace is not None
+    trace = trace_of(flux)
     assert trace.patch_sizes() == ["4p"] * 2 + ["p"] * 6
     assert trace.notes == ("25% of the regions stay at p in coarse steps",)
 
@@ -131,21 +119,18 @@ def test_a_size_that_regions_do_not_divide_is_not_offered(flux: Engine) -> None:
     policy = DDiTPolicy(tau=1e9, fine_share=0.25)
     with pytest.warns(UserWarning, match="4p is not offered to mixed steps at this size"):
         flux.denoise(latents, num_inference_steps=8, patch_policy=policy, **conditioning)
-    assert flux.last_trace is not None
-    assert set(flux.last_trace.patch_sizes()) == {"p", "2p"}
+    assert set(trace_of(flux).patch_sizes()) == {"p", "2p"}
 
 
 def test_it_is_refused_with_an_adapter() -> None:
     pipeline = tiny_pipeline()
-    adapted = ddit_rt.compile(
-        pipeline, adapter=random_adapters(pipeline), backend="eager", progress=False
-    )
+    adapted = eager(pipeline, adapter=random_adapters(pipeline))
     with pytest.raises(ValueError, match="leave fine_share out, or compile without the adapter"):
         denoise(adapted, "flux", patch_policy=STATIC)
 
 
 def test_it_is_refused_of_a_model_that_does_not_tell_its_layers() -> None:
-    engine = ddit_rt.compile(qwen_models.tiny_pipeline(), backend="eager", progress=False)
+    engine = eager(qwen_models.tiny_pipeline())
     embeds = qwen_models.tiny_embeds((7,), 0)["prompt_embeds"]
     with pytest.raises(UnsupportedModelError, match="fine_share"):
         engine.denoise(

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from driving import FINE, assert_equal, keep, latents_of, runs
+from driving import FINE, assert_equal, keep, latents_of, runs, trace_of
 from emulated_graphs import EmulatedGraphs
-from models import noise, seeded, tiny_embeds, tiny_pipeline
+from models import eager, noise, seeded, tiny_embeds, tiny_pipeline
 from wan_models import CALL, TEXT_WIDTH, wan_pipeline
 
-import ddit_rt
-from ddit_rt import Engine, StaticPolicy, TeaCache
+from ddit_rt import StaticPolicy, TeaCache
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.loop import CudaExecutor
 
@@ -22,13 +21,7 @@ TOLERANCE = 1e-5
 """Of the latents' scale, in float32; guidance multiplies what rounds differently."""
 
 MIXED = StaticPolicy(["p", "2p", "2p", "p", "2p", "p"])
-FLUX = {
-    "height": 64,
-    "width": 64,
-    "num_inference_steps": 6,
-    "output_type": "latent",
-    "true_cfg_scale": 3.0,
-}
+FLUX = {"height": 64, "width": 64, "num_inference_steps": 6, "output_type": "latent"}
 
 
 def flux_texts() -> tuple[Any, dict[str, Any]]:
@@ -43,7 +36,12 @@ def flux_texts() -> tuple[Any, dict[str, Any]]:
         return embeds, pooled, torch.zeros(len(prompt), 3)
 
     pipeline.encode_prompt = encode_prompt
-    return pipeline, {**FLUX, "prompt": "a red fox", "negative_prompt": "rain"}
+    return pipeline, {
+        **FLUX,
+        "prompt": "a red fox",
+        "negative_prompt": "rain",
+        "true_cfg_scale": 3.0,
+    }
 
 
 def wan_embeds() -> tuple[Any, dict[str, Any]]:
@@ -69,27 +67,18 @@ every = pytest.mark.parametrize("make", [flux_texts, wan_embeds, wan_texts])
 Make = Callable[[], tuple[Any, dict[str, Any]]]
 
 
-def eager(pipeline: Any) -> Engine:
-    return ddit_rt.compile(pipeline, backend="eager", progress=False)
-
-
-def notes_of(engine: Engine) -> Any:
-    assert engine.last_trace is not None
-    return engine.last_trace.notes
-
-
 @every
 def test_the_passes_run_apart_and_equal_diffusers(make: Make) -> None:
     pipeline, call = make()
     engine = eager(pipeline)
     assert engine.batched_guidance
     assert_equal(*runs(pipeline, engine, call), tolerance=TOLERANCE)
-    assert APART in notes_of(engine)
+    assert APART in trace_of(engine).notes
     # The same as when both are asked for one by one, in coarse steps too.
     apart = latents_of(engine(**call, patch_policy=MIXED, generator=seeded()))
     engine.batched_guidance = False
     again = latents_of(engine(**call, patch_policy=MIXED, generator=seeded()))
-    assert APART not in notes_of(engine)
+    assert APART not in trace_of(engine).notes
     assert torch.equal(apart, again)
 
 
@@ -104,15 +93,13 @@ def test_the_pipelines_own_loop_equals_diffusers(make: Make) -> None:
 
 
 @pytest.mark.parametrize("make", [flux_texts, wan_embeds])
-def test_captured_steps_equal_the_cpus(make: Make, emulated_runtime: Any) -> None:
-    emulated_runtime.reset()
+def test_captured_steps_equal_the_cpus(make: Make, graphs: EmulatedGraphs) -> None:
     pipeline, call = make()
     engine = eager(pipeline)
     call |= {"patch_policy": MIXED, "step_cache": TeaCache(9.0, coefficients=(1.0, 0.0))}
     expected = latents_of(engine(**call, generator=seeded()))
-    engine._loop.executor = CudaExecutor(EmulatedGraphs(emulated_runtime))
+    engine._loop.executor = CudaExecutor(graphs)
     assert torch.equal(latents_of(engine(**call, generator=seeded())), expected)
-    assert emulated_runtime.violation() == ""
 
 
 def test_a_length_that_nothing_tells_is_said() -> None:

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import seeded
+from driving import FINE, trace_of
+from models import eager, seeded
 from torch import Tensor
-from wan_models import CALL, eager, wan_pipeline
+from wan_models import CALL, wan_pipeline
 
-from ddit_rt import DDiTPolicy, FinePolicy, MagCache, StaticPolicy
+from ddit_rt import DDiTPolicy, MagCache, StaticPolicy
 from ddit_rt.models.wan import WanFamily
-
-FINE = FinePolicy()
 
 
 def test_guidance_interval_without_steps_equals_no_guidance() -> None:
@@ -63,38 +62,30 @@ def test_steps_outside_the_interval_run_the_prompt_alone(
     engine(**call, patch_policy=StaticPolicy(["p", "2p"] * 4))
     guided = [2] if batched else [1, 1]
     assert rows == [1, 1, *guided * 4, 1, 1]
-    trace = engine.last_trace
-    assert trace is not None
+    trace = trace_of(engine)
     assert trace.notes == ("steps 0 to 1: unguided", "steps 6 to 7: unguided")
     rows.clear()
     ratios = (1.0,) * 8
     cache = MagCache(threshold=1.0, max_skip_steps=9, retention_ratio=0.0, mag_ratios=ratios)
     cached = engine(**call, generator=seeded(), patch_policy=FINE, step_cache=cache).frames
     assert rows == [1, *guided, 1]
-    trace = engine.last_trace
-    assert trace is not None
+    trace = trace_of(engine)
     assert [step.reused for step in trace] == [step not in (0, 2, 6) for step in range(8)]
     again = engine(**call, generator=seeded(), patch_policy=FINE, step_cache=cache).frames
     assert torch.equal(cached, again)
 
 
-@pytest.mark.parametrize("batched", [True, False])
-def test_policy_decides_once_for_both_halves(batched: bool) -> None:
-    engine = eager(wan_pipeline())
-    engine.batched_guidance = batched
+def test_guidance_modes_agree_and_the_policy_decides_once_for_both_halves() -> None:
+    engine, finals, sizes = eager(wan_pipeline()), [], []
     call = {**CALL, "height": 128, "width": 128, "num_inference_steps": 12}
-    result = engine(**call, generator=seeded(), patch_policy=DDiTPolicy(tau=1e3))
-    trace = engine.last_trace
-    assert trace is not None
-    assert torch.isfinite(result.frames).all()
-    assert {"p", "4p"} <= set(trace.patch_sizes())
-    assert len(trace.steps) == 12
-
-
-def test_guidance_modes_agree_on_coarse_steps() -> None:
-    engine, finals = eager(wan_pipeline()), []
-    plan = StaticPolicy(["p", "2p", "4p", "p", "2p", "p"])
     for batched in (True, False):
         engine.batched_guidance = batched
+        plan = StaticPolicy(["p", "2p", "4p", "p", "2p", "p"])
         finals.append(engine(**CALL, generator=seeded(), patch_policy=plan).frames)
+        result = engine(**call, generator=seeded(), patch_policy=DDiTPolicy(tau=1e3))
+        assert torch.isfinite(result.frames).all()
+        sizes.append(trace_of(engine).patch_sizes())
     torch.testing.assert_close(finals[0], finals[1], rtol=0, atol=1e-4)
+    assert sizes[0] == sizes[1]
+    assert {"p", "4p"} <= set(sizes[0])
+    assert len(sizes[0]) == 12

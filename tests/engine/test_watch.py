@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import latents_of, prompting_pipeline, seeded
+from driving import FINE, trace_of
+from models import eager, latents_of, prompting_pipeline, seeded
 
-import ddit_rt
 from ddit_rt import Engine
 from ddit_rt.engine.watch import RunWatch, StepView
 from ddit_rt.errors import RunCancelled
@@ -25,7 +25,7 @@ DRIVERS = {"table": {}, "pipeline": {"callback_on_step_end": lambda *_: {}}}
 
 @pytest.fixture
 def engine() -> Engine:
-    return ddit_rt.compile(prompting_pipeline(), backend="eager", progress=False)
+    return eager(prompting_pipeline())
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -33,8 +33,7 @@ def test_every_step_is_shown_with_what_the_trace_says(engine: Engine, driver: st
     seen: list[StepView] = []
     call = {**CALL, **DRIVERS[driver]}
     watched = engine("a", **call, generator=seeded(), watch=RunWatch(stepped=seen.append))
-    trace = engine.last_trace
-    assert trace is not None
+    trace = trace_of(engine)
     assert [view.step for view in seen] == list(range(5))
     assert [view.patch_size for view in seen] == trace.patch_sizes()
     assert [view.sigmas[0] for view in seen] == [record.sigma for record in trace]
@@ -69,7 +68,7 @@ def test_a_watch_of_another_type_is_refused(engine: Engine) -> None:
 def test_a_call_is_checked_without_running(engine: Engine) -> None:
     given, request = engine.read_call("a", height=64, patch_policy="fine")
     assert given == {"prompt": "a", "height": 64}
-    assert request.policy == ddit_rt.FinePolicy()
+    assert request.policy == FINE
     with pytest.raises(ValueError, match="unknown arguments"):
         engine.read_call("a", heigth=64)
     with pytest.raises(ValueError, match="calibration"):

@@ -12,9 +12,9 @@ import torch
 from diffusers import FirstBlockCacheConfig, WanPipeline, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from made_once import Packages
-from models import noise, seeded
+from models import eager, noise, seeded
 from torch import nn
-from wan_models import CALL, eager, wan_pipeline, wan_transformer
+from wan_models import CALL, wan_pipeline, wan_transformer
 
 import ddit_rt
 from ddit_rt import FinePolicy

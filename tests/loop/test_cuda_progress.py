@@ -10,23 +10,15 @@ from scripted_runs import (
     FORMS,
     MIXED,
     SHAPE,
-    ScriptedBucket,
     assert_same_run,
     euler,
+    first_bucket,
     scripted_plan,
 )
 from torch import Tensor
 
 from ddit_rt.loop import CpuExecutor, CudaExecutor
 from ddit_rt.policies import StaticPolicy
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_progress_reports_every_step_once(graphs: EmulatedGraphs, form: str) -> None:
-    done: list[int] = []
-    plan = scripted_plan(StaticPolicy("p"), euler(7))
-    CudaExecutor(graphs, form).run(plan, noise(*SHAPE), on_progress=done.append)
-    assert done == list(range(7))
 
 
 @pytest.mark.parametrize("form", ["step", "host"])
@@ -53,22 +45,12 @@ def test_stop_inside_the_loop_form_ends_it_on_the_device(graphs: EmulatedGraphs)
     plan = scripted_plan(StaticPolicy("p"), euler(6))
     executor.run(plan, noise(*SHAPE))
     (loop,) = executor._loops.values()
-    bucket = plan.buckets[0][0]
-    assert isinstance(bucket, ScriptedBucket)
-    velocity = bucket.velocity
-
-    def cancelling(
-        latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
-    ) -> Tensor:
-        if int(step) == 2:
-            loop.control.cancel()
-        return velocity(latents, step)
-
-    bucket.velocity = cancelling  # type: ignore[method-assign]
+    bucket = first_bucket(plan)
+    bucket.before = lambda step: loop.control.cancel() if step == 2 else None
     _, trace = executor.run(plan, noise(*SHAPE))
     assert len(trace) == 3
     assert trace.cancelled
-    bucket.velocity = velocity  # type: ignore[method-assign]
+    bucket.before = None
     _, trace = executor.run(plan, noise(*SHAPE))
     assert len(trace) == 6
     assert not trace.cancelled

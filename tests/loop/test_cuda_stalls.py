@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 from emulated_graphs import EmulatedGraph, EmulatedGraphs
 from models import noise
-from scripted_runs import SHAPE, ScriptedBucket, assert_same_run, euler, scripted_plan
-from torch import Tensor
+from scripted_runs import SHAPE, assert_same_run, euler, first_bucket, scripted_plan
 
 from ddit_rt.errors import StallError
 from ddit_rt.loop import CachePlan, CpuExecutor, CudaExecutor, RunPlan
@@ -35,22 +34,16 @@ class Hanging:
         self._released = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work)
-        bucket = plan.buckets[0][0]
-        assert isinstance(bucket, ScriptedBucket)
-        self._velocity = bucket.velocity
-        bucket.velocity = self._hang  # type: ignore[method-assign]
+        first_bucket(plan).before = self._hang
 
     def _work(self) -> None:
         while not self._stopped.wait(0.001):
             self._graphs.runtime.run_pending()
 
-    def _hang(
-        self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
-    ) -> Tensor:
-        if threading.current_thread() is self._thread and int(step) == HANGS:
+    def _hang(self, step: int) -> None:
+        if threading.current_thread() is self._thread and step == HANGS:
             self._graphs.stall_seconds = SHORT_S
             assert self._released.wait(60)
-        return self._velocity(latents, step, reuse=reuse, guided=guided)
 
     def release(self) -> None:
         """Lets the device go on, and waits until it has nothing to do."""
@@ -137,19 +130,15 @@ def test_a_decision_that_never_comes_ends_the_run(graphs: EmulatedGraphs, form: 
 
 def test_a_replay_that_hangs_ends_the_run_of_the_host(graphs: EmulatedGraphs) -> None:
     plan, executor = plan_of_p(), CudaExecutor(graphs, "host")
-    bucket = plan.buckets[0][0]
-    assert isinstance(bucket, ScriptedBucket)
-    velocity = bucket.velocity
     runs: list[int] = []
 
-    def hang(latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True) -> Tensor:
-        runs.append(int(step))
-        if int(step) == HANGS:
+    def hang(step: int) -> None:
+        runs.append(step)
+        if step == HANGS:
             graphs.stall_seconds = SHORT_S
             graphs.runtime.defer(True)
-        return velocity(latents, step)
 
-    bucket.velocity = hang  # type: ignore[method-assign]
+    first_bucket(plan).before = hang
     with pytest.raises(StallError, match=r'step 2 of 6 \(p\) did not end in form "host"'):
         executor.run(plan, noise(*SHAPE))
     assert runs == [0, 0, 0, 1, 2]  # two to warm up, then the run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -84,6 +84,17 @@ def made() -> tuple[TorchGraphs, Any]:
     return graphs, graphs._stream
 
 
+def failing(error: Exception, after: int = 0) -> Callable[[], None]:
+    """A body that raises once it has run so often."""
+    runs = iter(range(after))
+
+    def body() -> None:
+        if next(runs, None) is None:
+            raise error
+
+    return body
+
+
 def test_a_body_that_is_captured_has_run_twice_before(caller: FakeStream) -> None:
     graphs, stream = made()
     calls: list[int] = []
@@ -120,13 +131,7 @@ def test_the_caller_waits_behind_a_run_that_ended_with_another_error(
 @pytest.mark.parametrize("run", [0, 1, 2])
 def test_a_body_that_fails_in_a_warm_up_or_a_capture_is_named(caller: FakeStream, run: int) -> None:
     graphs, _ = made()
-    calls: list[int] = []
-
-    def body() -> None:
-        calls.append(1)
-        if len(calls) > run:
-            raise RuntimeError("run_func_ API call failed")
-
+    body = failing(RuntimeError("run_func_ API call failed"), run)
     with pytest.raises(CaptureError, match="the step at 4p cannot be captured.*run_func_ API"):
         graphs.capture("4p", body)
 
@@ -144,15 +149,8 @@ def test_a_graph_that_cannot_be_instantiated_is_named(
 def test_a_lack_of_memory_can_be_told_from_what_is_raised(caller: FakeStream, run: int) -> None:
     """`CapturedLoop` adds the shape; see test_cuda_refusals.py."""
     graphs, _ = made()
-    calls: list[int] = []
-
-    def body() -> None:
-        calls.append(1)
-        if len(calls) > run:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
     with pytest.raises(CaptureError, match="the step at p") as caught:
-        graphs.capture("p", body)
+        graphs.capture("p", failing(torch.OutOfMemoryError("CUDA out of memory"), run))
     chain: list[BaseException | None] = [caught.value]
     while chain[-1] is not None:
         chain.append(chain[-1].__cause__ or chain[-1].__context__)
@@ -161,12 +159,8 @@ def test_a_lack_of_memory_can_be_told_from_what_is_raised(caller: FakeStream, ru
 
 def test_errors_that_are_our_own_are_left_as_they_are(caller: FakeStream) -> None:
     graphs, _ = made()
-
-    def body() -> None:
-        raise ShapeError("an image of 7 tokens")
-
     with pytest.raises(ShapeError, match="an image of 7 tokens"):
-        graphs.capture("p", body)
+        graphs.capture("p", failing(ShapeError("an image of 7 tokens")))
 
 
 def test_a_limit_that_is_none_is_refused_before_any_work(

@@ -10,22 +10,25 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from emulated_graphs import EmulatedGraphs
-from models import noise, tiny_conditioning
-from scripted_runs import SHAPE, ScriptedBucket, TinyModel, assert_same_run, euler, scripted_plan
+from models import noise
+from scripted_runs import (
+    POLICIES,
+    SHAPE,
+    TinyModel,
+    assert_same_run,
+    euler,
+    first_bucket,
+    scripted_plan,
+)
 from torch import Tensor
 
 from ddit_rt.loop import CpuExecutor, CudaExecutor, Executor, RunPlan, RunTrace
 from ddit_rt.planning.plan import plan_run
-from ddit_rt.policies import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
+from ddit_rt.policies import FinePolicy, PatchPolicy, StaticPolicy
 from ddit_rt.solver import own_steps
 from ddit_rt.steps import StepInputs
 
 STEPS = 12
-POLICIES = [
-    DDiTPolicy(tau=0.05, refresh=None, fine_tail=1),
-    DDiTPolicy(tau=0.02, order=2, rho=1.0, dwell=2, monotone=True, warmup="coarse", refresh=None),
-    StaticPolicy("4p:0.3,2p:0.3,p"),
-]
 
 
 def scheduled(steps: int = STEPS) -> Any:
@@ -121,7 +124,7 @@ def test_a_session_and_a_run_share_what_is_captured(graphs: EmulatedGraphs) -> N
     plan = plan_run(
         model.compiled,
         model.outline(policy, solver=own),
-        tiny_conditioning(model.transformer, seed=2),
+        model.conditioning(seed=2),
     )
     actual = by_scheduler(executor, plan, noise(*SHAPE))
     assert graphs.captured == captured
@@ -137,7 +140,7 @@ def test_tables_written_between_steps_reach_the_buckets(
 ) -> None:
     """Another run's prompt, times and noise levels: as if the run had been planned with them."""
     model, executor = TinyModel(), CpuExecutor() if device == "cpu" else CudaExecutor(graphs)
-    other = tiny_conditioning(model.transformer, seed=2)
+    other = model.conditioning(seed=2)
     scheduler = scheduled(10)
     stale = replace(own_steps(scheduler), sigmas=tuple(torch.linspace(0.9, 0.1, 11).tolist()))
     outline = model.outline(policy, solver=stale)
@@ -151,7 +154,7 @@ def test_tables_written_between_steps_reach_the_buckets(
         )
         session.bucket(0, branch).refresh(step, inputs)
 
-    plan = plan_run(model.compiled, outline, tiny_conditioning(model.transformer, seed=1))
+    plan = plan_run(model.compiled, outline, model.conditioning(seed=1))
     actual = by_scheduler(executor, plan, noise(*SHAPE), before=refresh)
     expected = CpuExecutor().run(model.plan(policy, seed=2), noise(*SHAPE))
     torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=1e-5)
@@ -185,16 +188,14 @@ def test_a_session_that_ends_early_leaves_the_executor_usable(graphs: EmulatedGr
 
 def test_a_bucket_that_fails_does_not_lose_the_session(graphs: EmulatedGraphs) -> None:
     plan = own_plan(FinePolicy())
-    bucket = plan.buckets[0][0]
-    assert isinstance(bucket, ScriptedBucket)
+    bucket = first_bucket(plan)
     executor = CudaExecutor(graphs)
     session = executor.open(plan, noise(*SHAPE), driver="test")
     session.decide(0, noise(*SHAPE))
-    velocity = bucket.velocity
-    bucket.velocity = lambda *_, **__: 1 / 0  # type: ignore[assignment,method-assign,return-value]
+    bucket.before = lambda _: 1 / 0
     with pytest.raises(ZeroDivisionError):
         session.velocity(0, 0, noise(*SHAPE))
     assert session.close(cancelled=True).cancelled
-    bucket.velocity = velocity  # type: ignore[method-assign]
+    bucket.before = None
     expected = by_scheduler(CpuExecutor(), plan, noise(*SHAPE))
     assert_same_run(by_scheduler(executor, plan, noise(*SHAPE)), expected)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from diffusers import FluxPipeline, WanTransformer3DModel
@@ -10,26 +12,12 @@ from ddit_rt.ops import pack, unpack
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def reference_pack(latents: Tensor, p: int, channels_last: bool = False) -> Tensor:
-    if latents.dim() == 4:
-        latents = latents.unsqueeze(2)
-    b, c, f, h, w = latents.shape
-    patches = latents.reshape(b, c, f, h // p, p, w // p, p)
-    features = (4, 6, 1) if channels_last else (1, 4, 6)
-    patches = patches.permute(0, 2, 3, 5, *features)
-    return patches.reshape(b, f * (h // p) * (w // p), c * p * p)
-
-
-def test_pack_orders_features_by_channel_row_column_worked_by_hand() -> None:
+def test_pack_worked_by_hand() -> None:
     latents = torch.arange(16.0).view(1, 2, 2, 4)  # two channels of 2 x 4
-    expected = torch.tensor([[[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]]).float()
-    assert torch.equal(pack(latents, 2), expected)
-
-
-def test_pack_with_channels_last_worked_by_hand() -> None:
-    latents = torch.arange(16.0).view(1, 2, 2, 4)
-    expected = torch.tensor([[[0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]]]).float()
-    assert torch.equal(pack(latents, 2, channels_last=True), expected)
+    tokens = pack(latents, 2)  # features by channel, row and column
+    assert tokens.tolist() == [[[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]]
+    tokens = pack(latents, 2, channels_last=True)
+    assert tokens.tolist() == [[[0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]]]
 
 
 def test_pack_of_frames_worked_by_hand() -> None:
@@ -45,29 +33,6 @@ def test_pack_of_frames_worked_by_hand() -> None:
 def test_pack_equals_diffusers(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     latents = torch.randn(shape).to(dtype)
     assert torch.equal(pack(latents, 2), FluxPipeline._pack_latents(latents, *shape))
-
-
-@pytest.mark.parametrize("p", [1, 2, 3, 4, 6, 8, 16])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_pack_equals_reference_and_unpack_inverts_it(p: int, dtype: torch.dtype) -> None:
-    for frames in (0, 1, 3):
-        latents = torch.randn((2, 5, *[frames][: frames > 0], 48, 96)).to(dtype)
-        tokens = pack(latents, p)
-        assert tokens.dtype == dtype
-        assert torch.equal(tokens, reference_pack(latents, p))
-        assert torch.equal(unpack(tokens, p, 48, 96, frames), latents)
-
-
-@pytest.mark.parametrize("p", [1, 2, 3, 8])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_pack_in_every_layout_equals_reference_and_unpack_inverts_it(
-    p: int, channels_last: bool
-) -> None:
-    for channels, dtype in zip((1, 5, 16), DTYPES, strict=True):
-        latents = torch.randn(2, channels, 6, 24, 72).to(dtype)
-        tokens = pack(latents, p, channels_last=channels_last)
-        assert torch.equal(tokens, reference_pack(latents, p, channels_last))
-        assert torch.equal(unpack(tokens, p, 24, 72, 6, channels_last=channels_last), latents)
 
 
 def tiny_wan(patch_size: int) -> WanTransformer3DModel:
@@ -107,40 +72,23 @@ def test_pack_and_unpack_are_what_the_wan_transformer_does(p: int) -> None:
     assert torch.equal(unpack(outputs["proj_out"], p, 8, 12, 4, channels_last=True), sample)
 
 
-def test_pack_takes_latents_that_are_not_contiguous() -> None:
-    latents = torch.randn(1, 8, 8, 4).permute(0, 3, 1, 2)
-    assert torch.equal(pack(latents, 2), reference_pack(latents, 2))
-
-
 @pytest.mark.parametrize("shape", [(0, 4, 8, 8), (1, 0, 8, 8)])
 def test_pack_of_nothing_is_empty(shape: tuple[int, ...]) -> None:
     assert pack(torch.empty(shape), 2).shape == (shape[0], 16, shape[1] * 4)
 
 
-def test_gradients_of_pack_and_unpack_are_each_others_inverse() -> None:
-    image = torch.randn(1, 2, 4, 6, requires_grad=True)
-    weights = torch.randn(1, 6, 8)
-    (pack(image, 2) * weights).sum().backward()  # type: ignore[no-untyped-call]
-    assert image.grad is not None
-    assert torch.equal(image.grad, unpack(weights, 2, 4, 6))
-    video_tokens = torch.randn(1, 12, 8, requires_grad=True)
-    targets = torch.randn(1, 2, 2, 4, 6)
-    (unpack(video_tokens, 2, 4, 6, 2) * targets).sum().backward()  # type: ignore[no-untyped-call]
-    assert video_tokens.grad is not None
-    assert torch.equal(video_tokens.grad, pack(targets, 2))
-
-
+@pytest.mark.parametrize("frames", [(), (6,)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_gradients_in_every_layout(channels_last: bool) -> None:
+def test_gradients_in_every_layout(channels_last: bool, frames: tuple[int, ...]) -> None:
     # The ops are linear, so a gradient is the op's transpose, which for a permutation is its
     # inverse: <pack(z), w> = <z, unpack(w)> for all z and w, exactly.
     layout = {"channels_last": channels_last}
-    latents = torch.randn(2, 5, 6, 4, 8, requires_grad=True)
-    tokens = torch.randn(2, 48, 20, requires_grad=True)
+    latents = torch.randn(2, 5, *frames, 4, 8, requires_grad=True)
+    tokens = torch.randn(2, 8 * math.prod(frames), 20, requires_grad=True)
     (pack(latents, 2, **layout) * tokens.detach()).sum().backward()
     assert latents.grad is not None
-    assert torch.equal(latents.grad, unpack(tokens.detach(), 2, 4, 8, 6, **layout))
-    (unpack(tokens, 2, 4, 8, 6, **layout) * latents.detach()).sum().backward()
+    assert torch.equal(latents.grad, unpack(tokens.detach(), 2, 4, 8, *frames, **layout))
+    (unpack(tokens, 2, 4, 8, *frames, **layout) * latents.detach()).sum().backward()
     assert tokens.grad is not None
     assert torch.equal(tokens.grad, pack(latents.detach(), 2, **layout))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_once import made_once, shared_folder
 from torch import Tensor
 
 from ddit_rt import ops
@@ -41,13 +42,15 @@ class Layout:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    library = tmp_path_factory.mktemp("kernels") / "pack_kernels.so"
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
     flags.append("-fsanitize=alignment")  # the library itself says what then happens
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
     source = ROOT / "tests" / "native" / "pack_kernels.cpp"
-    subprocess.run(["g++", *flags, *includes, str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+
+    def build(library: Path) -> None:
+        subprocess.run(["g++", *flags, *includes, str(source), "-o", str(library)], check=True)
+
+    return ctypes.CDLL(str(made_once(shared_folder(tmp_path_factory) / "pack_kernels.so", build)))
 
 
 def address(tensor: Tensor) -> ctypes.c_void_p:
@@ -92,24 +95,22 @@ def assert_equals_cpu(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("p", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("size", "p", "dtype"),
+    [
+        *[(FLUX, p, dtype) for p in (1, 2, 4, 8) for dtype in (torch.float32, torch.bfloat16)],
+        *[(size, 2, torch.bfloat16) for size in (WAN_480P, WAN_720P)],
+    ],
+)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_pack_equals_cpu_at_flux_size(
-    kernels: ctypes.CDLL, dtype: torch.dtype, p: int, channels_last: bool
+def test_pack_equals_cpu_at_real_sizes(
+    kernels: ctypes.CDLL,
+    size: tuple[int, int, int, int, int],
+    p: int,
+    dtype: torch.dtype,
+    channels_last: bool,
 ) -> None:
-    layout = Layout(FLUX, p, channels_last=channels_last)
-    assert_equals_cpu(kernels, layout, dtype)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [WAN_480P, WAN_720P])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_pack_equals_cpu_at_wan_sizes(
-    kernels: ctypes.CDLL, size: tuple[int, int, int, int, int], channels_last: bool
-) -> None:
-    layout = Layout(size, 2, channels_last=channels_last)
-    assert_equals_cpu(kernels, layout, torch.bfloat16)
+    assert_equals_cpu(kernels, Layout(size, p, channels_last=channels_last), dtype)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

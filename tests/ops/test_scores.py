@@ -43,19 +43,13 @@ def history_of(difference_to_show: Tensor) -> Tensor:
     return history
 
 
-def test_score_of_one_patch_is_its_standard_deviation_worked_by_hand() -> None:
-    # D3 = 1 - 3*2 + 3*4 - 8 = -1 and three zeros: mean -1/4, variance (9 + 3)/16 / 3 = 1/4.
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_score_of_one_patch_worked_by_hand(order: int) -> None:
+    # z = 2^k has differences of every order of size 1: 1-2, 1-2*2+4, 1-3*2+3*4-8. The three others
+    # are zero: mean 1/4, variance (9 + 3)/16 / 3 = 1/4.
     history = torch.zeros(4, 1, 1, 2, 2)
     history[:, 0, 0, 0, 0] = torch.tensor([1.0, 2.0, 4.0, 8.0])
-    assert patch_scores(history, [2], 0.5).item() == 0.5
-
-
-@pytest.mark.parametrize(("order", "expected"), [(1, 0.5), (2, 0.5), (3, 0.5)])
-def test_orders_worked_by_hand(order: int, expected: float) -> None:
-    # z = 2^k has differences of every order of size 1: 1-2, 1-2*2+4, 1-3*2+3*4-8.
-    history = torch.zeros(4, 1, 1, 2, 2)
-    history[:, 0, 0, 0, 0] = torch.tensor([1.0, 2.0, 4.0, 8.0])
-    assert patch_scores(history, [2], 0.5, order=order).item() == expected
+    assert patch_scores(history, [2], 0.5, order=order).item() == 0.5
 
 
 def test_third_difference_is_not_the_expression_that_is_always_zero() -> None:
@@ -93,39 +87,35 @@ def test_small_spread_on_a_large_mean_survives() -> None:
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("head", [0, 1, 2, 3])
-def test_equals_torch_for_every_order_and_head(order: int, head: int) -> None:
+def test_equals_torch_for_every_order_and_head(order: int) -> None:
     history = torch.randn(4, 2, 4, 16, 24)
-    torch.testing.assert_close(
-        patch_scores(history, [4, 8], 0.4, order, head),
-        reference(history, [4, 8], 0.4, order, head),
-        **CLOSE,
-    )
+    for head in range(4):
+        torch.testing.assert_close(
+            patch_scores(history, [4, 8], 0.4, order, head),
+            reference(history, [4, 8], 0.4, order, head),
+            **CLOSE,
+        )
 
 
 @pytest.mark.parametrize(
     "sizes",
     [[4, 8], [2, 4, 8], [8, 4], [8, 2], [4, 6], [4, 4], [3, 12, 2], [1, 2], [24], [1], [6, 12]],
 )
-@pytest.mark.parametrize("shape", [(1, 16, 48, 72), (3, 4, 24, 48), (2, 3, 5, 24, 24)])
-def test_equals_torch_for_nested_and_other_sizes(sizes: list[int], shape: tuple[int, ...]) -> None:
-    history = torch.randn(4, *shape)
+def test_equals_torch_for_nested_and_other_sizes(sizes: list[int]) -> None:
+    history = torch.randn(4, 2, 4, 3, 24, 48)
     torch.testing.assert_close(
         patch_scores(history, sizes, 0.4), reference(history, sizes, 0.4), **CLOSE
     )
 
 
-@pytest.mark.parametrize("sizes", [[4, 8], [8, 4], [2, 6], [3, 5], [7], [64], [32, 48]])
 @pytest.mark.parametrize(
     "shape", [(1, 4, 90, 160), (2, 3, 60, 104), (1, 2, 3, 17, 23), (2, 4, 1, 44), (1, 5, 2, 2)]
 )
-def test_patches_over_the_edges_count_over_their_real_pixels(
-    sizes: list[int], shape: tuple[int, ...]
-) -> None:
+def test_patches_over_the_edges_count_over_their_real_pixels(shape: tuple[int, ...]) -> None:
     history = torch.randn(4, *shape)
-    for quantile in (0.0, 0.4, 1.0):
+    for sizes in ([4, 8], [8, 4], [2, 6], [3, 5], [7], [64], [32, 48]):
         torch.testing.assert_close(
-            patch_scores(history, sizes, quantile), reference(history, sizes, quantile), **CLOSE
+            patch_scores(history, sizes, 0.4), reference(history, sizes, 0.4), **CLOSE
         )
 
 
@@ -135,14 +125,6 @@ def test_patch_over_an_edge_worked_by_hand() -> None:
     difference_[..., 4] = torch.tensor([-1.0, 1.0])
     scores = [patch_scores(history_of(difference_), [4], q).item() for q in (0.0, 0.5, 1.0)]
     assert scores == pytest.approx([0.0, math.sqrt(2) / 2, math.sqrt(2)], rel=1e-6)
-
-
-@pytest.mark.parametrize("quantile", [0.0, 0.25, 0.4, 0.999, 1.0])
-def test_equals_torch_for_every_quantile(quantile: float) -> None:
-    history = torch.randn(4, 2, 4, 64, 64)
-    torch.testing.assert_close(
-        patch_scores(history, [2, 4], quantile), reference(history, [2, 4], quantile), **CLOSE
-    )
 
 
 def test_quantile_0_and_1_are_smallest_and_largest() -> None:
@@ -162,12 +144,6 @@ def test_ties_at_the_quantile() -> None:
     scores = {q: patch_scores(history, [2], q).item() for q in (0.25, 0.4, 0.5, 0.75)}
     assert len(set(scores.values())) == 1
     assert scores[0.5] == pytest.approx(2.0 * math.sqrt(4 / 3), rel=1e-6)
-
-
-def test_one_patch_is_every_quantile() -> None:
-    history = torch.randn(4, 1, 4, 8, 8)
-    low, high = (patch_scores(history, [8], quantile) for quantile in (0.0, 1.0))
-    assert torch.equal(low, high)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

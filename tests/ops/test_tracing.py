@@ -86,24 +86,6 @@ def test_export_round_trip_with_dynamic_batch(tmp_path: Any) -> None:
     assert_same(Step(), loaded, step_inputs(batch=5))
 
 
-class Layouts(nn.Module):
-    """Frames, and channels first and last, one argument through a view that needs a copy."""
-
-    def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
-        tokens = ops.pack(latents, 2)
-        height, width = latents.shape[-2:]
-        swapped = ops.unpack(tokens, 2, height, width, latents.shape[2], channels_last=True)
-        return tokens, swapped, ops.pack(swapped.transpose(3, 4), 2, channels_last=True)
-
-
-def test_export_of_video_layouts_with_dynamic_batch() -> None:
-    dynamic = ({0: torch.export.Dim("batch", min=2, max=8)},)
-    latents = torch.randn(2, 3, 4, 8, 12)
-    program = torch.export.export(Layouts(), (latents,), dynamic_shapes=dynamic).module()
-    assert_same(Layouts(), program, (latents,))
-    assert_same(Layouts(), program, (torch.randn(5, 3, 4, 8, 12),))
-
-
 @pytest.mark.slow
 def test_compile_in_one_graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # torch keeps graphs on disk under keys that do not hold the schemas of others' ops.

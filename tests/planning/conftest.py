@@ -1,5 +1,12 @@
-"""Engines of the shared artifact."""
+from __future__ import annotations
 
-from engine_fixtures import engine, own_backend, own_home, pipeline
+import pytest
+from models import eager, tiny_pipeline
 
-__all__ = ["engine", "own_backend", "own_home", "pipeline"]
+from ddit_rt import Engine
+
+
+@pytest.fixture
+def engine() -> Engine:
+    """Uncompiled, with an artifact of its own that a calibration can be put into."""
+    return eager(tiny_pipeline(), height=64, width=64)

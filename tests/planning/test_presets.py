@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import noise, tiny_conditioning, tiny_embeds
+from driving import FINE, trace_of
+from models import latents_of, noise, seeded, tiny_conditioning, tiny_embeds
 
-from ddit_rt import Engine, FinePolicy, MagCache, NoCache, SpectralPolicy, StaticPolicy, StepCache
+from ddit_rt import Engine, MagCache, NoCache, SpectralPolicy, StaticPolicy, StepCache
 from ddit_rt.artifact import PRESETS, CalibratedPlan, Calibration
 from ddit_rt.models import FAMILIES
 from ddit_rt.planning.request import read_request
 from ddit_rt.policies import PatchPolicy, published_fast_plan
 
 CACHE = MagCache(threshold=1.0, retention_ratio=0.2, mag_ratios=(0.9,))
+HALF = StaticPolicy("2p:0.5,p")
 
 
 def plan(
@@ -38,23 +39,12 @@ def plan(
 
 @pytest.fixture
 def calibrated(engine: Engine) -> Engine:
-    """For 8 steps: all fine; 2p for half of them; five fine steps."""
+    """For 8 steps: all fine; 2p for half of them, with a step cache; five fine steps."""
     return with_front(
         engine,
-        plan(FinePolicy(), 8, 1.0),
-        plan(StaticPolicy("2p:0.5,p"), 8, 1.4),
-        plan(FinePolicy(), 5, 1.6),
-    )
-
-
-@pytest.fixture
-def cached(engine: Engine) -> Engine:
-    """The same with a step cache in the middle one."""
-    return with_front(
-        engine,
-        plan(FinePolicy(), 8, 1.0),
-        plan(StaticPolicy("2p:0.5,p"), 8, 1.8, CACHE),
-        plan(FinePolicy(), 4, 2.0),
+        plan(FINE, 8, 1.0),
+        plan(HALF, 8, 1.4, CACHE),
+        plan(FINE, 5, 1.6),
     )
 
 
@@ -72,56 +62,42 @@ def with_front(engine: Engine, *front: CalibratedPlan, **arguments: Any) -> Engi
 
 
 def call(engine: Engine, **arguments: Any) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    fixed = {"height": 64, "width": 64, "output_type": "latent", "generator": generator}
-    images = engine(**tiny_embeds(), **fixed, **arguments).images
-    assert isinstance(images, torch.Tensor)
-    return images
+    fixed = {"height": 64, "width": 64, "output_type": "latent", "generator": seeded()}
+    return latents_of(engine(**tiny_embeds(), **fixed, **arguments))
 
 
 @pytest.mark.parametrize(
-    ("choice", "policy", "steps"),
+    ("choice", "steps", "own"),
     [
-        ("quality", FinePolicy(), 8),
-        ("balanced", StaticPolicy("2p:0.5,p"), 8),
-        ("fast", FinePolicy(), 5),
-        (0.5, StaticPolicy("2p:0.5,p"), 8),
-        (1, FinePolicy(), 5),
+        ("quality", 8, {"patch_policy": FINE}),
+        ("balanced", 8, {"patch_policy": HALF, "step_cache": CACHE}),
+        ("fast", 5, {"patch_policy": FINE}),
+        (0.5, 8, {"patch_policy": HALF, "step_cache": CACHE}),
+        (1, 5, {"patch_policy": FINE}),
     ],
 )
-def test_preset_runs_as_its_policy_does(
-    calibrated: Engine, choice: str | float, policy: PatchPolicy, steps: int
+def test_preset_runs_as_its_policy_and_step_cache_do(
+    calibrated: Engine, choice: str | float, steps: int, own: dict[str, Any]
 ) -> None:
-    expected = call(calibrated, num_inference_steps=steps, patch_policy=policy)
+    expected = call(calibrated, num_inference_steps=steps, **own)
     actual = call(calibrated, num_inference_steps=8, patch_policy=choice)
     assert torch.equal(actual, expected)
-    trace = calibrated.last_trace
-    assert trace is not None
+    trace = trace_of(calibrated)
     assert len(trace) == steps
-    assert trace.notes[-1] == f"{choice!r} of the calibration for 8 steps: {steps} steps"
-
-
-def test_preset_of_a_bare_loop(calibrated: Engine) -> None:
-    conditioning = tiny_conditioning(calibrated.pipeline.transformer)
-    arguments: dict[str, Any] = {**conditioning, "num_inference_steps": 8}
-    calibrated.denoise(noise(1, 4, 16, 16), patch_policy="fast", **arguments)
-    assert calibrated.last_trace is not None
-    assert len(calibrated.last_trace) == 5
+    assert (trace.reused > 0) == ("step_cache" in own)
+    assert f"{choice!r} of the calibration for 8 steps: {steps} steps" in trace.notes
 
 
 def test_preset_says_where_it_was_not_calibrated(engine: Engine) -> None:
     """Aloud once, in the trace always; not of what the call leaves at its default."""
-    fine = plan(FinePolicy(), 8, 1.0)
+    fine = plan(FINE, 8, 1.0)
     with_front(engine, fine, fine, fine, height=128, width=64, guidance_scale=3.5, num_frames=9)
     arguments = {"num_inference_steps": 8, "patch_policy": "fast"}
     with pytest.warns(UserWarning, match="calibrated with height=128, not 64: ") as told:
         call(engine, **arguments)
     assert [Path(one.filename).name for one in told] == ["test_presets.py"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        call(engine, **arguments)
-    trace = engine.last_trace
-    assert trace is not None
+    call(engine, **arguments)
+    trace = trace_of(engine)
     assert sum("calibrated with height=128, not 64" in note for note in trace.notes) == 1
     ignored = pytest.warns(UserWarning, match="guidance_scale=2 is ignored")
     told_again = pytest.warns(UserWarning, match="height=128, not 64; guidance_scale=3.5, not 2.0")
@@ -146,8 +122,7 @@ def test_fast_before_a_calibration_is_what_is_published_and_says_so(engine: Engi
     expected = call(engine, num_inference_steps=8, patch_policy=SpectralPolicy(0.05))
     actual = call(engine, num_inference_steps=8, patch_policy="fast")
     assert torch.equal(actual, expected)
-    trace = engine.last_trace
-    assert trace is not None
+    trace = trace_of(engine)
     assert {"p", "2p"} == set(trace.patch_sizes())
     text = "'fast' is a published default, not calibrated on this model: SPEED (arXiv 2605.18736"
     assert any(note.startswith(text) for note in trace.notes)
@@ -182,15 +157,15 @@ def test_fewer_steps_do_not_fit_given_sigmas(calibrated: Engine) -> None:
 @pytest.fixture
 def placed(engine: Engine) -> Engine:
     """The fastest plan runs five steps at levels of its own."""
-    fine = plan(FinePolicy(), 8, 1.0)
-    return with_front(engine, fine, fine, replace(plan(FinePolicy(), 5, 1.6), sigmas=LEVELS))
+    fine = plan(FINE, 8, 1.0)
+    return with_front(engine, fine, fine, replace(plan(FINE, 5, 1.6), sigmas=LEVELS))
 
 
 LEVELS = (1.0, 0.9, 0.75, 0.5, 0.2)
 
 
 def test_plan_brings_its_noise_levels(placed: Engine) -> None:
-    expected = call(placed, sigmas=list(LEVELS), patch_policy=FinePolicy())
+    expected = call(placed, sigmas=list(LEVELS), patch_policy=FINE)
     assert torch.equal(call(placed, num_inference_steps=8, patch_policy="fast"), expected)
     sigmas = [1 - index / 8 for index in range(8)]
     with pytest.raises(ValueError, match="runs 5 of its own at its own noise levels, and `sigmas`"):
@@ -200,47 +175,33 @@ def test_plan_brings_its_noise_levels(placed: Engine) -> None:
 def test_bare_loop_takes_the_levels_of_a_plan(placed: Engine) -> None:
     conditioning = tiny_conditioning(placed.pipeline.transformer)
     latents = noise(1, 4, 16, 16)
-    own = {"sigmas": list(LEVELS), "patch_policy": FinePolicy()}
+    own = {"sigmas": list(LEVELS), "patch_policy": FINE}
     expected = placed.denoise(latents, **own, **conditioning)
     preset = {"num_inference_steps": 8, "patch_policy": "fast"}
     assert torch.equal(placed.denoise(latents, **preset, **conditioning), expected)
 
 
-@pytest.mark.parametrize("choice", ["balanced", 0.5])
-def test_plan_brings_its_step_cache(cached: Engine, choice: str | float) -> None:
-    policy = StaticPolicy("2p:0.5,p")
-    expected = call(cached, num_inference_steps=8, patch_policy=policy, step_cache=CACHE)
-    actual = call(cached, num_inference_steps=8, patch_policy=choice)
-    assert torch.equal(actual, expected)
-    assert cached.last_trace is not None
-    assert cached.last_trace.reused > 0
-
-
-def test_own_step_cache_takes_the_place_of_the_plans(cached: Engine) -> None:
-    policy = StaticPolicy("2p:0.5,p")
+def test_own_step_cache_takes_the_place_of_the_plans(calibrated: Engine) -> None:
     for own in (NoCache(), MagCache(threshold=0.01, mag_ratios=(0.999,))):
-        expected = call(cached, num_inference_steps=8, patch_policy=policy, step_cache=own)
-        actual = call(cached, num_inference_steps=8, patch_policy="balanced", step_cache=own)
+        expected = call(calibrated, num_inference_steps=8, patch_policy=HALF, step_cache=own)
+        actual = call(calibrated, num_inference_steps=8, patch_policy="balanced", step_cache=own)
         assert torch.equal(actual, expected)
 
 
-def test_policy_of_the_callers_own_brings_no_step_cache(cached: Engine) -> None:
-    call(cached, num_inference_steps=8, patch_policy=StaticPolicy("2p:0.5,p"))
-    assert cached.last_trace is not None
-    assert cached.last_trace.reused == 0
+def test_policy_of_the_callers_own_brings_no_step_cache(calibrated: Engine) -> None:
+    call(calibrated, num_inference_steps=8, patch_policy=HALF)
+    assert trace_of(calibrated).reused == 0
 
 
-def test_plan_without_a_step_cache_leaves_the_artifacts_out_and_says_so(cached: Engine) -> None:
-    manifest = replace(cached.artifact.manifest, step_cache=CACHE.to_dict())
-    cached.artifact = replace(cached.artifact, manifest=manifest)
-    call(cached, num_inference_steps=8, patch_policy="quality")
-    trace = cached.last_trace
-    assert trace is not None
+def test_plan_without_a_step_cache_leaves_the_artifacts_out_and_says_so(calibrated: Engine) -> None:
+    manifest = replace(calibrated.artifact.manifest, step_cache=CACHE.to_dict())
+    calibrated.artifact = replace(calibrated.artifact, manifest=manifest)
+    call(calibrated, num_inference_steps=8, patch_policy="quality")
+    trace = trace_of(calibrated)
     assert trace.reused == 0
     assert "the artifact's step cache is left out" in trace.notes[-1]
-    call(cached, num_inference_steps=8, patch_policy=FinePolicy())
-    assert cached.last_trace is not None
-    assert cached.last_trace.reused > 0
+    call(calibrated, num_inference_steps=8, patch_policy=FINE)
+    assert trace_of(calibrated).reused > 0
 
 
 @pytest.mark.parametrize("choice", [True, ["p"], {}])

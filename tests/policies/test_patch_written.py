@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from ddit_rt import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
-from ddit_rt.policies import parse_policy, policy_from_dict
+from ddit_rt import DDiTPolicy, FinePolicy, PatchPolicy, SpectralPolicy, StaticPolicy
+from ddit_rt.policies import parse_policy
 
 DEFAULT = DDiTPolicy(0.5)
 
@@ -16,6 +16,8 @@ DEFAULT = DDiTPolicy(0.5)
         ("dynamic", DEFAULT),
         ("p", StaticPolicy("p")),
         ("4p:0.2,2p:0.4,p", StaticPolicy("4p:0.2,2p:0.4,p")),
+        ("spectral", SpectralPolicy()),
+        (" spectral:0.05 ", SpectralPolicy(0.05)),
         ("mixed:0.25", DDiTPolicy(0.5, fine_share=0.25)),
         ("mixed:0.1:static", StaticPolicy("2p:0.4,p", fine_share=0.1)),
         ("mixed:0.5:4p:0.2,p", StaticPolicy("4p:0.2,p", fine_share=0.5)),
@@ -41,13 +43,6 @@ def test_other_texts_are_none(text: str) -> None:
 def test_a_share_that_leaves_nothing_mixed_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"mixed:SHARE with a share of the regions above 0"):
         parse_policy(text, DEFAULT)
-
-
-@pytest.mark.parametrize(
-    "policy", [DDiTPolicy(fine_share=0.25), StaticPolicy("2p", fine_share=1 / 3)]
-)
-def test_a_share_is_kept_with_its_policy(policy: PatchPolicy) -> None:
-    assert policy_from_dict(policy.to_dict()) == policy
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])

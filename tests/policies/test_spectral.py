@@ -14,7 +14,6 @@ from ddit_rt.policies import (
     CacheFit,
     Schedule,
     parse_policy,
-    policy_from_dict,
     published_spectrum,
 )
 
@@ -96,26 +95,10 @@ def test_audio_has_one_side() -> None:
     assert one_row.highest == square.highest == 125
 
 
-@pytest.mark.parametrize(
-    ("text", "policy"),
-    [("spectral", SpectralPolicy()), (" spectral:0.05 ", SpectralPolicy(0.05))],
-)
-def test_texts(text: str, policy: SpectralPolicy) -> None:
-    assert parse_policy(text, DDiTPolicy()) == policy
-
-
 @pytest.mark.parametrize("text", ["spectral:", "spectral:fast", "spectral:0", "spectral:1"])
 def test_other_texts_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=f"got patch_policy='{text}'; expected spectral:DELTA"):
         parse_policy(text, DDiTPolicy())
-
-
-@pytest.mark.parametrize(
-    "policy",
-    [SpectralPolicy(), SpectralPolicy(0.1, amplitude=3.0, decay=2.0, coarsest="4p")],
-)
-def test_dict_and_back(policy: SpectralPolicy) -> None:
-    assert policy_from_dict(policy.to_dict()) == policy
 
 
 @pytest.mark.parametrize(

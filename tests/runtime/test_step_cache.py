@@ -11,12 +11,13 @@ import pytest
 import torch
 from step_loop import (
     EmulatedBuckets,
-    LoopPlan,
     MixedRun,
     RandomModel,
     StepLoop,
+    emulated_run,
     euler,
     mixed_run,
+    plan_of,
     run_cpu,
     run_form,
 )
@@ -72,10 +73,7 @@ class CachedLoop:
         run, loop = self.run, self.loop
         loop.load(run.plan, run.cpu.latents[0])
         if form != "host":
-            run_form(
-                loop, form, self.buckets.graphs, self.buckets.replay, run.plan.steps,
-                signal=self.signal,
-            )  # fmt: skip
+            run_form(loop, form, self.buckets, run.plan.steps, signal=self.signal)
             return loop.bits()
         loop.control.begin(0)
         for step in range(run.plan.steps):
@@ -134,17 +132,11 @@ def test_the_decision_equals_the_cpu_op_over_random_runs(
         product=product,
         coefficients=tuple((torch.rand(terms) - 0.3).tolist()),
     )
-    plan = LoopPlan(
-        shape=(2, 2, 1, 4, 4),
-        sizes=(2, 4),
-        coefficients=euler(steps),
-        forced=torch.randint(0, 3, (steps // 6,)).repeat_interleave(6).tolist(),
-        thresholds=torch.zeros(steps, 2),
-        cache=cache,
-        signals=torch.rand(steps, 2),
+    forced = torch.randint(0, 3, (steps // 6,)).repeat_interleave(6).tolist()
+    signals = torch.rand(steps, 2)
+    plan = plan_of(
+        (2, 2, 1, 4, 4), (2, 4), euler(steps), forced=forced, cache=cache, signals=signals
     )
-    signals = plan.signals
-    assert signals is not None
     signals[55, 1] = math.inf
     loop = StepLoop(runtime, plan)
     loop.load(plan, torch.zeros(plan.shape))
@@ -199,20 +191,8 @@ SWITCH < decide
 update<float32, 4> < SWITCH"""
 
 
-def bare_loop(runtime: ModuleType, sizes: tuple[int, ...] = (4,)) -> StepLoop:
-    plan = LoopPlan(
-        shape=(1, 2, 1, 8, 8),
-        sizes=sizes,
-        coefficients=euler(4),
-        forced=[0] * 4,
-        thresholds=torch.zeros(4, len(sizes)),
-        cache=tea(1.0, steps=4),
-    )
-    return StepLoop(runtime, plan)
-
-
 def test_topology_with_a_signal_and_buckets_that_reuse(runtime: ModuleType) -> None:
-    loop = bare_loop(runtime)
+    loop = StepLoop(runtime, plan_of(cache=tea(1.0, steps=3)))
     graphs = [runtime.call_graph(lambda: None), 0, runtime.call_graph(lambda: None), 0]
     named = list(zip(["p", "2p", "p reused", "2p reused"], graphs, strict=True))
     signal = runtime.call_graph(lambda: None)
@@ -224,7 +204,7 @@ def test_topology_with_a_signal_and_buckets_that_reuse(runtime: ModuleType) -> N
 def test_a_number_of_graphs_that_leaves_a_decision_without_one_is_refused(
     runtime: ModuleType,
 ) -> None:
-    loop = bare_loop(runtime)
+    loop = StepLoop(runtime, plan_of(cache=tea(1.0, steps=3)))
     good = runtime.typed_graph(0, 1)
     with pytest.raises(ValueError, match="2 buckets, expected 4: .* once more without its blocks"):
         runtime.StepGraph(loop.control, [("p", good), ("2p", good)], "step", owner=None)
@@ -234,16 +214,14 @@ def test_a_number_of_graphs_that_leaves_a_decision_without_one_is_refused(
 
 
 def test_a_signal_that_may_not_stand_in_a_body_is_refused_by_name(runtime: ModuleType) -> None:
-    loop = bare_loop(runtime)
+    loop = StepLoop(runtime, plan_of(cache=tea(1.0, steps=3)))
     named = [(name, runtime.typed_graph(0, 1)) for name in "abcd"]
     with pytest.raises(runtime.NodeRefused, match=r"signal has 2 host function node\(s\)"):
         runtime.StepGraph(loop.control, named, "loop", owner=None, signal=runtime.typed_graph(3, 2))
 
 
 def test_without_a_cache_every_step_computes(runtime: ModuleType) -> None:
-    run = mixed_run()
-    loop = StepLoop(runtime, run.plan)
-    loop.load(run.plan, run.cpu.latents[0])
-    loop.run_host(run.plan.steps, EmulatedBuckets(loop, run.model, 3).replay)
+    run, loop, buckets = emulated_run(runtime)
+    loop.run_host(run.plan.steps, buckets.replay)
     assert {reason for reason, _ in loop.control.cache_records()} == {CacheReason.OFF}
     assert all(math.isnan(change) for _, change in loop.control.cache_records())

@@ -7,8 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from step_loop import LoopPlan, MixedRun, StepLoop, euler, mixed_run
-from torch import Tensor
+from step_loop import LoopPlan, StepLoop, emulated_run, euler, mixed_run, plan_of
 
 from ddit_rt import ops
 from ddit_rt.ops import Reason
@@ -20,14 +19,9 @@ def random_policy_plan(steps: int, *, dwell: int, monotone: bool) -> LoopPlan:
     thresholds = 1.5 * torch.rand(steps, 3)
     thresholds[torch.rand(steps, 3) < 0.1] = math.nan
     forced = torch.where(torch.rand(steps) < 0.1, torch.randint(0, 4, (steps,)), -1)
-    return LoopPlan(
-        shape=(2, 2, 1, 4, 4),
-        sizes=(1, 2, 4),
-        coefficients=euler(steps),
-        forced=forced.tolist(),
-        thresholds=thresholds,
-        dwell=dwell,
-        monotone=monotone,
+    changes = {"forced": forced.tolist(), "thresholds": thresholds}
+    return plan_of(
+        (2, 2, 1, 4, 4), (1, 2, 4), euler(steps), dwell=dwell, monotone=monotone, **changes
     )
 
 
@@ -80,13 +74,7 @@ def test_a_forced_bucket_that_does_not_exist_is_the_base(runtime: ModuleType) ->
 def test_without_candidate_sizes_every_step_is_at_the_base(
     runtime: ModuleType, forced: list[int]
 ) -> None:
-    plan = LoopPlan(
-        shape=(1, 1, 1, 4, 4),
-        sizes=(),
-        coefficients=euler(2),
-        forced=forced,
-        thresholds=torch.zeros(2, 0),
-    )
+    plan = plan_of((1, 1, 1, 4, 4), (), euler(2), forced=forced)
     loop = StepLoop(runtime, plan)
     loop.load(plan, torch.zeros(plan.shape))
     loop.run_host(2, lambda _: loop["velocity"].zero_())
@@ -95,22 +83,14 @@ def test_without_candidate_sizes_every_step_is_at_the_base(
     assert not loop.control.progress().nonfinite
 
 
-def run_like(loop: StepLoop, run: MixedRun) -> dict[str, Tensor]:
-    """Runs with the velocities of the CPU's run."""
-    loop.load(run.plan, run.cpu.latents[0])
-    velocities = run.cpu.velocities
-    loop.run_host(
-        run.plan.steps, lambda _: loop["velocity"].copy_(velocities[int(loop["state"][0])])
-    )
-    return loop.bits()
-
-
 def test_the_same_bits_whatever_the_order_of_blocks_and_threads(runtime: ModuleType) -> None:
     run = mixed_run((2, 4, 2, 16, 40))
     runs = []
     for seed in (0, 0, 1, 2, 3):
         runtime.set_order(seed)
-        runs.append(run_like(StepLoop(runtime, run.plan), run))
+        _, loop, buckets = emulated_run(runtime, run)
+        loop.run_host(run.plan.steps, buckets.replay)
+        runs.append(loop.bits())
     for other in runs[1:]:
         assert all(torch.equal(runs[0][name], other[name]) for name in runs[0])
 
@@ -141,16 +121,3 @@ def test_trace_rows_come_one_by_one_and_stay(runtime: ModuleType) -> None:
     record = loop.record()
     torch.testing.assert_close(record, expected.record, rtol=2e-6, atol=0.0, equal_nan=True)
     assert torch.equal(record[:, :3], expected.record[:, :3])
-
-
-def test_a_new_run_starts_with_no_rows_and_a_fresh_state(runtime: ModuleType) -> None:
-    run = mixed_run()
-    loop = StepLoop(runtime, run.plan)
-    first = run_like(loop, run)
-    loop.control.begin(0)
-    progress = loop.control.progress()
-    assert (progress.decided, progress.finished) == (0, False)
-    assert loop.control.records() == []
-    loop.control.finish(0)
-    again = run_like(loop, run)
-    assert all(torch.equal(first[name], again[name]) for name in first)

@@ -15,14 +15,10 @@ import pytest
 import torch
 from gpu_loop import assert_as_cpu, capture, loaded, runs_of
 from step_loop import (
-    EmulatedBuckets,
-    LoopPlan,
-    MixedRun,
-    RandomModel,
-    StepLoop,
+    emulated_run,
     euler,
+    launch,
     mixed_run,
-    run_cpu,
     run_form,
 )
 from torch import Tensor
@@ -81,21 +77,9 @@ def switching() -> ModuleType:
 def test_kernels_have_the_bits_of_the_cpu_ops(
     stream: int, shape: tuple[int, int, int, int, int], sizes: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    if sizes:
-        run = mixed_run(shape, sizes=sizes, dtype=dtype)
-    else:
-        plan = LoopPlan(
-            shape=shape,
-            sizes=(),
-            coefficients=euler(4),
-            forced=[0] * 4,
-            thresholds=torch.zeros(4, 0),
-            dtype=dtype,
-        )
-        model, start = RandomModel(plan), torch.randn(shape)
-        run = MixedRun(plan=plan, model=model, cpu=run_cpu(plan, start, model))
+    run = mixed_run(shape, sizes=sizes, dtype=dtype)
     loop, buckets = loaded(run)
-    run_form(loop, "host", buckets.graphs, buckets.replay, run.plan.steps, stream)
+    run_form(loop, "host", buckets, run.plan.steps, stream)
     assert_as_cpu(loop, run)
 
 
@@ -104,7 +88,7 @@ def test_nonfinite_scores_choose_the_base_patch_and_raise_the_flag(stream: int, 
     run = mixed_run(FLUX_1024)
     run.model.table[:, 3, 0, 5, 0, 70, 90] = bad  # v[3], and so z[4] and all scores from then on
     loop, buckets = loaded(run)
-    run_form(loop, "host", buckets.graphs, buckets.replay, run.plan.steps, stream)
+    run_form(loop, "host", buckets, run.plan.steps, stream)
     progress = loop.control.wait(run.plan.steps, 60.0)
     assert progress.finished
     assert progress.nonfinite
@@ -115,10 +99,9 @@ def test_the_emulator_has_the_bits_of_the_device(stream: int, runtime: ModuleTyp
     """Scores too: the tests that run without a GPU speak for the kernels on one."""
     run = mixed_run((2, 4, 2, 16, 40))
     loop, buckets = loaded(run)
-    run_form(loop, "host", buckets.graphs, buckets.replay, run.plan.steps, stream)
-    emulated = StepLoop(runtime, run.plan)
-    emulated.load(run.plan, run.cpu.latents[0])
-    emulated.run_host(run.plan.steps, EmulatedBuckets(emulated, run.model, 3).replay)
+    run_form(loop, "host", buckets, run.plan.steps, stream)
+    _, emulated, replayed = emulated_run(runtime, run)
+    emulated.run_host(run.plan.steps, replayed.replay)
     expected = emulated.bits()
     assert all(torch.equal(bits, expected[name]) for name, bits in loop.bits().items())
 
@@ -129,7 +112,7 @@ def test_the_emulator_has_the_bits_of_the_device(stream: int, runtime: ModuleTyp
 def test_switch_runs_the_body_of_the_bucket(stream: int, switching: ModuleType) -> None:
     run = mixed_run(forced=[0, 1, 2, 2, 1, 0, 0])
     loop, buckets = loaded(run)
-    run_form(loop, "step", buckets.graphs, buckets.replay, run.plan.steps, stream)
+    run_form(loop, "step", buckets, run.plan.steps, stream)
     assert buckets.counts.tolist() == runs_of(run) == [3, 2, 2]
     assert_as_cpu(loop, run)
 
@@ -157,7 +140,7 @@ def test_a_bucket_that_no_table_may_choose_has_a_body_that_does_nothing(
     run = mixed_run(forced=[0, 2, 0, 2, 2, 0, 0])
     loop, buckets = loaded(run)
     graphs = [buckets.graphs[0], ("2p", 0), buckets.graphs[2]]
-    run_form(loop, form, graphs, buckets.replay, run.plan.steps, stream)
+    run_form(loop, form, buckets, run.plan.steps, stream, graphs=graphs)
     assert buckets.counts.tolist() == runs_of(run) == [4, 0, 3]
     assert_as_cpu(loop, run)
 
@@ -183,7 +166,7 @@ def test_dot_file_is_written(stream: int, switching: ModuleType, tmp_path: Path)
 def test_while_runs_every_step_once(stream: int, switching: ModuleType) -> None:
     run = mixed_run(forced=[0, 1, 2, 2, 1, 0, 0])
     loop, buckets = loaded(run)
-    run_form(loop, "loop", buckets.graphs, buckets.replay, run.plan.steps, stream)
+    run_form(loop, "loop", buckets, run.plan.steps, stream)
     assert buckets.counts.tolist() == runs_of(run)
     assert_as_cpu(loop, run)
 
@@ -218,7 +201,7 @@ def test_attention_in_a_body_has_the_bits_of_a_replay(
     out.zero_()
     loop.load(run.plan, run.cpu.latents[0])
     graphs = [("p", graph.raw_cuda_graph()), *buckets.graphs[1:]]
-    run_form(loop, "loop", graphs, buckets.replay, run.plan.steps, stream)
+    run_form(loop, "loop", buckets, run.plan.steps, stream, graphs=graphs)
     assert expected.any()
     assert torch.equal(out, expected)
     assert_as_cpu(loop, run)
@@ -247,7 +230,7 @@ def test_all_forms_have_the_same_bits(
     results = []
     for form in FORMS:
         loop.load(run.plan, run.cpu.latents[0])
-        run_form(loop, form, buckets.graphs, buckets.replay, run.plan.steps, stream)
+        run_form(loop, form, buckets, run.plan.steps, stream)
         assert_as_cpu(loop, run)
         results.append(loop.bits())
     for other in results[1:]:
@@ -262,7 +245,7 @@ def test_the_same_bits_in_every_run(stream: int, switching: ModuleType, form: st
     first: dict[str, Tensor] = {}
     for _ in range(10):
         loop.load(run.plan, run.cpu.latents[0])
-        run_form(loop, form, buckets.graphs, buckets.replay, run.plan.steps, stream)
+        run_form(loop, form, buckets, run.plan.steps, stream)
         bits = loop.bits()
         first = first or bits
         assert all(torch.equal(first[name], bits[name]) for name in bits)
@@ -279,13 +262,7 @@ def test_launches_do_not_synchronise(stream: int, switching: ModuleType, form: s
     graph.upload(stream)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        if form == "loop":
-            graph.launch(stream)
-        else:
-            loop.control.begin(stream)
-            for _ in range(run.plan.steps):
-                graph.launch(stream)
-            loop.control.finish(stream)
+        launch(graph, loop.control, form, run.plan.steps, stream)
         progress = loop.control.wait(run.plan.steps, 60.0)
         rows = loop.control.records()
     finally:
@@ -325,7 +302,7 @@ def test_cancel_stops_a_run_that_is_under_way_and_not_the_next(
 
     loop.load(run.plan, run.cpu.latents[0])
     loop["settings"][0] = 5  # steps
-    run_form(loop, form, buckets.graphs, buckets.replay, 5, stream)
+    run_form(loop, form, buckets, 5, stream)
     assert not loop.control.progress().cancelled
     assert torch.equal(loop["latents"].cpu(), run.cpu.latents[5])
 
@@ -337,6 +314,6 @@ def test_destroying_waits_for_what_is_still_running(
     run = mixed_run()
     loop, buckets = loaded(run, busy_cycles=10_000_000)
     latents = loop["latents"]
-    run_form(loop, form, buckets.graphs, buckets.replay, run.plan.steps, stream)
+    run_form(loop, form, buckets, run.plan.steps, stream)
     del loop, buckets  # the graph went at the end of run_form, right after its launch
     assert torch.equal(latents.cpu(), run.cpu.latents[-1])

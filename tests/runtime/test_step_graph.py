@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from step_loop import EmulatedBuckets, LoopPlan, StepLoop, euler, mixed_run, run_form
+from step_loop import StepLoop, emulated_run, launch, mixed_run, plan_of, run_form
 
 FORMS = ["loop", "step"]
 
@@ -35,14 +35,7 @@ finish < WHILE"""
 
 def make_loop(runtime: ModuleType) -> StepLoop:
     """A loop of three buckets. Not a fixture, which would outlive the check for what is left."""
-    plan = LoopPlan(
-        shape=(1, 2, 1, 8, 8),
-        sizes=(4, 8),
-        coefficients=euler(4),
-        forced=[0] * 4,
-        thresholds=torch.zeros(4, 2),
-    )
-    return StepLoop(runtime, plan)
+    return StepLoop(runtime, plan_of(sizes=(4, 8)))
 
 
 def build(loop: StepLoop, graphs: list[int] | None = None, form: str = "step") -> Any:
@@ -90,8 +83,10 @@ FORBIDDEN = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("type_", "name", "cause"), FORBIDDEN)
+@pytest.mark.parametrize(
+    ("form", "type_", "name", "cause"),
+    [(FORMS[place % 2], *row) for place, row in enumerate(FORBIDDEN)],
+)
 def test_nodes_that_a_body_may_not_hold_are_refused_by_name(
     runtime: ModuleType, form: str, type_: int, name: str, cause: str
 ) -> None:
@@ -174,10 +169,7 @@ def test_a_control_that_cannot_be_made_leaves_nothing_behind(runtime: ModuleType
 @pytest.mark.parametrize("order", list(itertools.permutations(["control", "graph", "captured"])))
 def test_parts_may_go_in_any_order(runtime: ModuleType, form: str, order: tuple[str, ...]) -> None:
     """What is left goes on working, and keeps the buffers."""
-    run = mixed_run()
-    loop = StepLoop(runtime, run.plan)
-    loop.load(run.plan, run.cpu.latents[0])
-    buckets = EmulatedBuckets(loop, run.model, 3)
+    run, loop, buckets = emulated_run(runtime)
     parts = {
         "control": loop.control,
         "graph": runtime.StepGraph(loop.control, buckets.graphs, form, owner=buckets),
@@ -193,19 +185,9 @@ def test_parts_may_go_in_any_order(runtime: ModuleType, form: str, order: tuple[
         del parts[name]
         if "graph" in parts and (form == "loop" or "control" in parts):
             latents.copy_(run.cpu.latents[0])
-            launch_all(parts, form, run.plan.steps)
+            launch(parts["graph"], parts.get("control"), form, run.plan.steps)
             assert torch.equal(latents, run.cpu.latents[-1])
     assert held() is None
-
-
-def launch_all(parts: dict[str, Any], form: str, steps: int) -> None:
-    if form == "loop":
-        parts["graph"].launch(0)
-        return
-    parts["control"].begin(0)
-    for _ in range(steps):
-        parts["graph"].launch(0)
-    parts["control"].finish(0)
 
 
 def test_a_graph_keeps_the_buffers_of_its_control(runtime: ModuleType) -> None:
@@ -221,24 +203,18 @@ def test_a_graph_keeps_the_buffers_of_its_control(runtime: ModuleType) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_destroying_waits_for_what_is_still_running(runtime: ModuleType, form: str) -> None:
     """The mock finds memory that goes before a launch that may use it has been waited for."""
-    run = mixed_run()
-    loop = StepLoop(runtime, run.plan)
-    loop.load(run.plan, run.cpu.latents[0])
+    run, loop, buckets = emulated_run(runtime)
     latents = loop["latents"]
-    buckets = EmulatedBuckets(loop, run.model, 3)
     runtime.defer(True, queries=5)
-    run_form(loop, form, buckets.graphs, buckets.replay, run.plan.steps)
+    run_form(loop, form, buckets, run.plan.steps)
     del loop, buckets
     assert torch.equal(latents, run.cpu.latents[-1])
 
 
 def test_two_controls_do_not_disturb_each_other(runtime: ModuleType) -> None:
-    runs = [mixed_run(), mixed_run((1, 4, 2, 8, 24), steps=9)]
-    loops = [StepLoop(runtime, run.plan) for run in runs]
     parts = []
-    for run, loop in zip(runs, loops, strict=True):
-        loop.load(run.plan, run.cpu.latents[0])
-        buckets = EmulatedBuckets(loop, run.model, 3)
+    for planned in (mixed_run(), mixed_run((1, 4, 2, 8, 24), steps=9)):
+        run, loop, buckets = emulated_run(runtime, planned)
         graph = runtime.StepGraph(loop.control, buckets.graphs, "step", owner=buckets)
         parts.append((loop, graph, run))
         loop.control.begin(0)
@@ -256,11 +232,8 @@ def test_two_controls_do_not_disturb_each_other(runtime: ModuleType) -> None:
 @pytest.mark.parametrize("form", [*FORMS, "host"])
 def test_everything_runs_on_the_device_of_the_control(runtime: ModuleType, form: str) -> None:
     """The mock also refuses events and graphs that are used on another device than theirs."""
-    run = mixed_run()
-    loop = StepLoop(runtime, run.plan, index=1)
-    loop.load(run.plan, run.cpu.latents[0])
-    buckets = EmulatedBuckets(loop, run.model, 3)
-    run_form(loop, form, buckets.graphs, buckets.replay, run.plan.steps)
+    run, loop, buckets = emulated_run(runtime, index=1)
+    run_form(loop, form, buckets, run.plan.steps)
     assert runtime.launch_devices() == {1}
     assert torch.equal(loop["latents"], run.cpu.latents[-1])
     with pytest.raises(RuntimeError, match="cudaSetDevice"):

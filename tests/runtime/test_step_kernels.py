@@ -15,9 +15,10 @@ from step_loop import (
     RandomModel,
     StepLoop,
     euler,
+    mixed_run,
     multistep,
+    plan_of,
     run_cpu,
-    with_mixed_buckets,
 )
 from torch import Tensor
 
@@ -28,26 +29,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 AS_CPU = {"rtol": 2e-6, "atol": 0.0}
 
 
-def plan_of(
-    shape: tuple[int, int, int, int, int],
-    sizes: tuple[int, ...],
-    coefficients: Tensor,
-    **changes: object,
-) -> LoopPlan:
-    """Three forced steps, then dynamic ones."""
-    steps = len(coefficients)
-    plan = LoopPlan(
-        shape=shape,
-        sizes=sizes,
-        coefficients=coefficients,
-        forced=[0] * min(3, steps) + [-1] * (steps - 3),
-        thresholds=torch.full((steps, len(sizes)), 0.1),
-    )
-    return replace(plan, **changes)
-
-
-def run_emulated(loop: StepLoop, plan: LoopPlan, start: Tensor, expected: CpuRun) -> list[Tensor]:
+def run_emulated(loop: StepLoop, plan: LoopPlan, expected: CpuRun) -> list[Tensor]:
     """Runs the loop with the CPU run's velocities; returns the latents after every step."""
+    start = expected.latents[0]
     latents = [start.clone()]
 
     def bucket(index: int) -> None:
@@ -93,11 +77,18 @@ SHAPES = [
 ]
 
 
+KINDS = [(1, torch.float32), (1, torch.bfloat16), (2, torch.float16), (3, torch.bfloat16)]
+"""Velocities that the solver combines, and their type."""
+
+
 @pytest.mark.parametrize(
-    ("slots", "dtype"),
-    [(1, torch.float32), (1, torch.bfloat16), (2, torch.float16), (3, torch.bfloat16)],
+    ("shape", "sizes", "width", "slots", "dtype"),
+    [  # each of the few without sizes, and the others by turns
+        (shape, sizes, width, *KINDS[(row + turn) % 4])
+        for row, (shape, sizes, width) in enumerate(SHAPES)
+        for turn in ((0, 2) if sizes else range(4))
+    ],
 )
-@pytest.mark.parametrize(("shape", "sizes", "width"), SHAPES)
 def test_a_whole_run_has_the_bits_of_the_cpu_ops(
     runtime: ModuleType,
     shape: tuple[int, int, int, int, int],
@@ -108,13 +99,10 @@ def test_a_whole_run_has_the_bits_of_the_cpu_ops(
 ) -> None:
     steps = 6
     table = euler(steps) if slots == 1 else multistep(steps, slots)
-    plan = plan_of(shape, sizes, table, dtype=dtype)
-    start, model = torch.randn(shape), RandomModel(plan)
-    plan = with_mixed_buckets(plan, start, model)
-    expected = run_cpu(plan, start, model)
-    assert len(set(expected.buckets)) > 1 or not sizes
+    run = mixed_run(shape, steps, sizes=sizes, coefficients=table, dtype=dtype)
+    plan, expected = run.plan, run.cpu
     loop = StepLoop(runtime, plan)
-    latents = run_emulated(loop, plan, start, expected)
+    latents = run_emulated(loop, plan, expected)
     for actual, wanted in zip(latents, expected.latents, strict=True):
         assert_same_bits(actual, wanted)
     check_history(loop, plan, expected)
@@ -133,7 +121,7 @@ def test_every_bit_pattern_of_a_velocity(runtime: ModuleType, dtype: torch.dtype
     start = torch.randn(shape)
     expected = run_cpu(plan, start, lambda *_: values.reshape(shape))
     loop = StepLoop(runtime, plan)
-    latents = run_emulated(loop, plan, start, expected)
+    latents = run_emulated(loop, plan, expected)
     torch.testing.assert_close(latents[1], expected.latents[1], rtol=0, atol=0, equal_nan=True)
 
 
@@ -143,7 +131,7 @@ def test_addresses_that_are_not_aligned_are_read_one_value_at_a_time(runtime: Mo
     loop = StepLoop(runtime, plan, buffers={"velocity": whole[1:].view(FLUX_LIKE)})
     start = torch.randn(FLUX_LIKE)
     expected = run_cpu(plan, start, RandomModel(plan))
-    assert_same_bits(run_emulated(loop, plan, start, expected)[-1], expected.latents[-1])
+    assert_same_bits(run_emulated(loop, plan, expected)[-1], expected.latents[-1])
     assert runtime.kernel_runs()["update<float32, 1>"] == plan.steps
 
 
@@ -159,7 +147,7 @@ def test_terms_without_coefficient_are_not_read_and_minus_zero_survives(
     expected = run_cpu(
         plan, torch.full(plan.shape, -0.0), lambda k, *_: torch.full(plan.shape, values[k])
     )
-    latents = run_emulated(loop, plan, torch.full(plan.shape, -0.0), expected)
+    latents = run_emulated(loop, plan, expected)
     assert [bool(z.signbit().all()) for z in latents] == [True, True, False, True]
     assert all((z == 0).all() for z in latents)
 

@@ -7,21 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from step_loop import EmulatedBuckets, MixedRun, StepLoop, mixed_run, run_form
+from step_loop import StepLoop, emulated_run, mixed_run, run_form
 
 FORMS = ["loop", "step"]
 KERNEL, CONDITIONAL = 0, 13  # cudaGraphNodeType
 INVALID_VALUE = 1  # cudaErrorInvalidValue
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
-
-
-def prepared(
-    runtime: ModuleType, patience: float = 60.0
-) -> tuple[MixedRun, StepLoop, EmulatedBuckets]:
-    run = mixed_run()
-    loop = StepLoop(runtime, run.plan, patience=patience)
-    loop.load(run.plan, run.cpu.latents[0])
-    return run, loop, EmulatedBuckets(loop, run.model, 3)
 
 
 def build(loop: StepLoop, graphs: list[tuple[str, int]], form: str) -> Any:
@@ -32,7 +23,7 @@ def build(loop: StepLoop, graphs: list[tuple[str, int]], form: str) -> Any:
 def test_a_refusal_names_the_call_the_form_and_the_nodes_of_every_bucket(
     runtime: ModuleType, form: str
 ) -> None:
-    _, loop, _ = prepared(runtime)
+    _, loop, _ = emulated_run(runtime)
     nested = runtime.child_graph(runtime.typed_graph(KERNEL, 3))
     graphs = [("p", nested), ("2p", 0), ("4p", runtime.typed_graph(2, 1))]
     runtime.refuse_in_bodies(KERNEL)
@@ -58,25 +49,16 @@ def test_a_refusal_names_the_call_the_form_and_the_nodes_of_every_bucket(
     ],
 )
 def test_a_node_that_is_refused_is_named(runtime: ModuleType, position: int, what: str) -> None:
-    _, loop, buckets = prepared(runtime)
+    _, loop, buckets = emulated_run(runtime)
     graphs = [buckets.graphs[0], ("2p", 0), buckets.graphs[2]]
     runtime.fail_after("cudaGraphAddNode", position, error=INVALID_VALUE)
     with pytest.raises(runtime.GraphRefused, match=f"cudaGraphAddNode of {what} failed: .*invalid"):
         build(loop, graphs, "step")
 
 
-def test_a_switch_that_may_not_stand_in_a_while_leaves_the_step_form(runtime: ModuleType) -> None:
-    run, loop, buckets = prepared(runtime)
-    runtime.refuse_in_bodies(CONDITIONAL)
-    with pytest.raises(runtime.GraphRefused, match="loop form.*because of a conditional node"):
-        build(loop, buckets.graphs, "loop")
-    run_form(loop, "step", buckets.graphs, buckets.replay, run.plan.steps)
-    assert torch.equal(loop["latents"], run.cpu.latents[-1])
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_an_upload_that_is_refused_leaves_nothing_behind(runtime: ModuleType, form: str) -> None:
-    _, loop, buckets = prepared(runtime)
+    _, loop, buckets = emulated_run(runtime)
     before = runtime.live_objects()
     graph = build(loop, buckets.graphs, form)
     runtime.fail_after("cudaGraphUpload", 0, error=OUT_OF_MEMORY)
@@ -91,7 +73,7 @@ def test_an_upload_that_is_refused_leaves_nothing_behind(runtime: ModuleType, fo
 @pytest.mark.parametrize("form", FORMS)
 def test_a_launch_that_is_refused_has_run_nothing(runtime: ModuleType, form: str) -> None:
     """And the run can be had from the same buffers in any form."""
-    run, loop, buckets = prepared(runtime)
+    run, loop, buckets = emulated_run(runtime)
     graph = build(loop, buckets.graphs, form)
     if form == "step":
         loop.control.begin(0)
@@ -107,7 +89,7 @@ def test_a_launch_that_is_refused_has_run_nothing(runtime: ModuleType, form: str
         loop.control.finish(0)
     for other in ("host", "loop", "step"):
         loop.load(run.plan, run.cpu.latents[0])
-        run_form(loop, other, buckets.graphs, buckets.replay, run.plan.steps)
+        run_form(loop, other, buckets, run.plan.steps)
         assert torch.equal(loop["latents"], run.cpu.latents[-1])
         assert loop.control.progress().decided == run.plan.steps
 
@@ -118,7 +100,7 @@ def test_a_kernel_that_failed_before_is_no_refusal(
     runtime: ModuleType, form: str, call: str
 ) -> None:
     """Every call reports it; another form would meet it as well."""
-    _, loop, buckets = prepared(runtime)
+    _, loop, buckets = emulated_run(runtime)
     graph = build(loop, buckets.graphs, form)
     runtime.fail_after(call, 0)
     runtime.fail_after("cudaEventQuery", 0)
@@ -136,7 +118,7 @@ def test_a_kernel_that_failed_before_is_no_refusal(
 @pytest.mark.parametrize("form", FORMS)
 def test_an_error_behind_the_launch_is_no_refusal(runtime: ModuleType, form: str) -> None:
     """The graph runs, so no other form may start."""
-    _, loop, buckets = prepared(runtime)
+    _, loop, buckets = emulated_run(runtime)
     graph = build(loop, buckets.graphs, form)
     runtime.fail_after("cudaEventRecord", 0)
     with pytest.raises(RuntimeError, match="cudaEventRecord") as caught:
@@ -149,13 +131,11 @@ def test_a_bucket_that_no_table_may_choose_has_a_body_that_does_nothing(
     runtime: ModuleType,
 ) -> None:
     """The mock finds bodies without nodes, in every test; here one of them is run through."""
-    run = mixed_run(forced=[0, 2, 0, 2, 2, 0, 0])
-    loop = StepLoop(runtime, run.plan)
-    buckets = EmulatedBuckets(loop, run.model, 3)
+    run, loop, buckets = emulated_run(runtime, mixed_run(forced=[0, 2, 0, 2, 2, 0, 0]))
     graphs = [buckets.graphs[0], ("2p", 0), buckets.graphs[2]]
     for form in FORMS:
         loop.load(run.plan, run.cpu.latents[0])
-        run_form(loop, form, graphs, buckets.replay, run.plan.steps)
+        run_form(loop, form, buckets, run.plan.steps, graphs=graphs)
         assert torch.equal(loop["latents"], run.cpu.latents[-1])
 
 
@@ -164,13 +144,13 @@ def test_destroying_gives_up_on_a_device_that_hangs_and_takes_nothing_from_it(
     runtime: ModuleType, form: str
 ) -> None:
     before = runtime.live_objects()
-    run, loop, buckets = prepared(runtime, patience=0.05)
+    run, loop, buckets = emulated_run(runtime, patience=0.05)
     runtime.defer(True)
     if form == "host":
         loop.control.begin(0)
         loop.control.decide(0)
     else:
-        run_form(loop, form, buckets.graphs, buckets.replay, run.plan.steps)
+        run_form(loop, form, buckets, run.plan.steps)
     del loop, buckets  # would never return
     after = runtime.live_objects()
     graphs = 0 if form == "host" else 1
@@ -185,7 +165,7 @@ def test_destroying_gives_up_on_a_device_that_hangs_and_takes_nothing_from_it(
 
 
 def test_a_loop_that_is_abandoned_is_not_waited_for(runtime: ModuleType) -> None:
-    _, loop, buckets = prepared(runtime, patience=float("inf"))
+    _, loop, buckets = emulated_run(runtime, patience=float("inf"))
     graph = build(loop, buckets.graphs, "loop")
     runtime.defer(True)
     graph.launch(0)
@@ -200,7 +180,7 @@ def test_a_loop_that_is_abandoned_is_not_waited_for(runtime: ModuleType) -> None
 
 def test_a_loop_that_was_abandoned_and_ended_after_all_is_freed(runtime: ModuleType) -> None:
     """The fixture finds what is left."""
-    run, loop, buckets = prepared(runtime)
+    run, loop, buckets = emulated_run(runtime)
     runtime.defer(True)
     graph = build(loop, buckets.graphs, "loop")
     graph.launch(0)

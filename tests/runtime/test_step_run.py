@@ -9,20 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from step_loop import EmulatedBuckets, MixedRun, StepLoop, mixed_run, run_form
+from step_loop import (
+    EmulatedBuckets,
+    MixedRun,
+    StepLoop,
+    emulated_run,
+    launch,
+    mixed_run,
+    run_form,
+)
 
 FORMS = ["loop", "step", "host"]
 GRAPH_FORMS = ["loop", "step"]
-
-
-def loaded(runtime: ModuleType, run: MixedRun) -> tuple[StepLoop, EmulatedBuckets]:
-    loop = StepLoop(runtime, run.plan)
-    loop.load(run.plan, run.cpu.latents[0])
-    return loop, EmulatedBuckets(loop, run.model, 1 + len(run.plan.sizes))
-
-
-def start(loop: StepLoop, buckets: EmulatedBuckets, form: str, steps: int) -> None:
-    run_form(loop, form, buckets.graphs, buckets.replay, steps)
 
 
 @pytest.mark.parametrize(
@@ -39,8 +37,8 @@ def test_all_forms_have_the_same_bits(runtime: ModuleType, changes: dict[str, An
     run = mixed_run(**changes)
     results = []
     for form in FORMS:
-        loop, buckets = loaded(runtime, run)
-        start(loop, buckets, form, run.plan.steps)
+        _, loop, buckets = emulated_run(runtime, run)
+        run_form(loop, form, buckets, run.plan.steps)
         results.append(loop.bits())
         assert buckets.log == list(enumerate(run.cpu.buckets))
         assert loop.control.progress().finished
@@ -50,8 +48,7 @@ def test_all_forms_have_the_same_bits(runtime: ModuleType, changes: dict[str, An
 
 
 def test_the_loop_form_is_one_launch_and_waits_for_nothing(runtime: ModuleType) -> None:
-    run = mixed_run()
-    loop, buckets = loaded(runtime, run)
+    run, loop, buckets = emulated_run(runtime)
     graph = runtime.StepGraph(loop.control, buckets.graphs, "loop", owner=None)
     graph.upload(0)
     runtime.clear_calls()
@@ -69,14 +66,10 @@ def test_the_loop_form_is_one_launch_and_waits_for_nothing(runtime: ModuleType) 
 
 
 def test_the_step_form_is_one_launch_a_step_and_waits_for_nothing(runtime: ModuleType) -> None:
-    run = mixed_run()
-    loop, buckets = loaded(runtime, run)
+    run, loop, buckets = emulated_run(runtime)
     graph = runtime.StepGraph(loop.control, buckets.graphs, "step", owner=None)
     runtime.clear_calls()
-    loop.control.begin(0)
-    for _ in range(run.plan.steps):
-        graph.launch(0)
-    loop.control.finish(0)
+    launch(graph, loop.control, "step", run.plan.steps)
     assert runtime.calls() == {
         "cudaGraphLaunch": run.plan.steps,
         "cudaLaunchKernel": 2,
@@ -99,13 +92,7 @@ def test_one_graph_serves_runs_with_other_tables(runtime: ModuleType, form: str)
     for run in (long, mixed_run(steps=5, order=1, quantile=0.9, dwell=2), long):
         current[0] = run
         loop.load(run.plan, run.cpu.latents[0])
-        if form == "loop":
-            graph.launch(0)
-        else:
-            loop.control.begin(0)
-            for _ in range(run.plan.steps):
-                graph.launch(0)
-            loop.control.finish(0)
+        launch(graph, loop.control, form, run.plan.steps)
         assert torch.equal(loop["latents"], run.cpu.latents[-1])
         assert loop.record()[:, 0].tolist() == run.cpu.buckets
 
@@ -123,15 +110,15 @@ def cancel_in_step(loop: StepLoop, run: MixedRun, step: int) -> EmulatedBuckets:
     return EmulatedBuckets(loop, model, 3)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("step", [0, 3, 5])
+@pytest.mark.parametrize(
+    ("form", "step"), [("loop", 0), ("loop", 5), ("step", 0), ("step", 3), ("host", 3)]
+)
 def test_cancel_stops_before_the_next_step_and_not_the_next_run(
     runtime: ModuleType, form: str, step: int
 ) -> None:
-    run = mixed_run()
-    loop, _ = loaded(runtime, run)
+    run, loop, _ = emulated_run(runtime)
     buckets = cancel_in_step(loop, run, step)
-    start(loop, buckets, form, run.plan.steps)
+    run_form(loop, form, buckets, run.plan.steps)
     progress = loop.control.progress()
     assert (progress.decided, progress.finished, progress.cancelled) == (step + 1, True, True)
     assert buckets.log == list(enumerate(run.cpu.buckets[: step + 1]))
@@ -139,7 +126,7 @@ def test_cancel_stops_before_the_next_step_and_not_the_next_run(
     assert torch.equal(loop["latents"], run.cpu.latents[step + 1])
 
     loop.load(run.plan, run.cpu.latents[0])
-    start(loop, buckets, form, run.plan.steps)
+    run_form(loop, form, buckets, run.plan.steps)
     progress = loop.control.progress()
     assert (progress.decided, progress.cancelled) == (run.plan.steps, False)
     assert torch.equal(loop["latents"], run.cpu.latents[-1])
@@ -147,16 +134,14 @@ def test_cancel_stops_before_the_next_step_and_not_the_next_run(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_cancel_during_the_last_step_changes_nothing(runtime: ModuleType, form: str) -> None:
-    run = mixed_run()
-    loop, _ = loaded(runtime, run)
-    start(loop, cancel_in_step(loop, run, run.plan.steps - 1), form, run.plan.steps)
+    run, loop, _ = emulated_run(runtime)
+    run_form(loop, form, cancel_in_step(loop, run, run.plan.steps - 1), run.plan.steps)
     assert not loop.control.progress().cancelled
     assert torch.equal(loop["latents"], run.cpu.latents[-1])
 
 
 def test_later_launches_of_a_stopped_run_compute_nothing(runtime: ModuleType) -> None:
-    run = mixed_run()
-    loop, buckets = loaded(runtime, run)
+    _, loop, buckets = emulated_run(runtime)
     graph = runtime.StepGraph(loop.control, buckets.graphs, "step", owner=buckets)
     loop.control.begin(0)
     for _ in range(4):
@@ -174,9 +159,8 @@ def test_later_launches_of_a_stopped_run_compute_nothing(runtime: ModuleType) ->
 
 
 def test_launches_beyond_the_last_step_compute_nothing(runtime: ModuleType) -> None:
-    run = mixed_run()
-    loop, buckets = loaded(runtime, run)
-    start(loop, buckets, "step", run.plan.steps + 2)
+    run, loop, buckets = emulated_run(runtime)
+    run_form(loop, "step", buckets, run.plan.steps + 2)
     assert len(buckets.log) == run.plan.steps
     assert torch.equal(loop["latents"], run.cpu.latents[-1])
     assert not loop.control.progress().cancelled
@@ -185,20 +169,13 @@ def test_launches_beyond_the_last_step_compute_nothing(runtime: ModuleType) -> N
 @pytest.mark.parametrize("form", GRAPH_FORMS)
 def test_cancel_before_the_device_starts_stops_that_run(runtime: ModuleType, form: str) -> None:
     """Everything is queued and cancelled before the device does anything."""
-    run = mixed_run()
-    loop, buckets = loaded(runtime, run)
+    run, loop, buckets = emulated_run(runtime)
     graph = runtime.StepGraph(loop.control, buckets.graphs, form, owner=buckets)
-    start(loop, buckets, form, run.plan.steps)  # a run before it
+    run_form(loop, form, buckets, run.plan.steps)  # a run before it
     loop.load(run.plan, run.cpu.latents[0])
     buckets.log.clear()
     runtime.defer(True)
-    if form == "loop":
-        graph.launch(0)
-    else:
-        loop.control.begin(0)
-        for _ in range(run.plan.steps):
-            graph.launch(0)
-        loop.control.finish(0)
+    launch(graph, loop.control, form, run.plan.steps)
     loop.control.cancel()
     progress = loop.control.progress()
     assert (progress.decided, progress.finished) == (0, False)  # not those of the run before
@@ -214,12 +191,11 @@ def test_cancel_before_the_device_starts_stops_that_run(runtime: ModuleType, for
 def test_a_cancel_that_comes_too_late_leaves_the_next_run_alone(
     runtime: ModuleType, form: str
 ) -> None:
-    run = mixed_run()
-    loop, buckets = loaded(runtime, run)
+    run, loop, buckets = emulated_run(runtime)
     loop.control.cancel()  # before any run
     for _ in range(2):
         loop.load(run.plan, run.cpu.latents[0])
-        start(loop, buckets, form, run.plan.steps)
+        run_form(loop, form, buckets, run.plan.steps)
         assert not loop.control.progress().cancelled
         assert torch.equal(loop["latents"], run.cpu.latents[-1])
         loop.control.cancel()
@@ -227,8 +203,7 @@ def test_a_cancel_that_comes_too_late_leaves_the_next_run_alone(
 
 def test_another_thread_watches_and_cancels(runtime: ModuleType) -> None:
     """The launch lets other threads run Python, and they need no lock to look or to cancel."""
-    run = mixed_run()
-    loop, _ = loaded(runtime, run)
+    run, loop, _ = emulated_run(runtime)
     reached, go_on = threading.Event(), threading.Event()
 
     def model(k: int, bucket: int, latents: torch.Tensor) -> torch.Tensor:
@@ -239,7 +214,7 @@ def test_another_thread_watches_and_cancels(runtime: ModuleType) -> None:
 
     buckets = EmulatedBuckets(loop, model, 3)
     with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(start, loop, buckets, "loop", run.plan.steps)
+        done = pool.submit(run_form, loop, "loop", buckets, run.plan.steps)
         assert reached.wait(60)
         progress = loop.control.wait(3, 60.0)
         rows = loop.control.records()
@@ -257,8 +232,8 @@ def test_two_threads_run_two_loops(runtime: ModuleType) -> None:
 
     def work(run: MixedRun) -> torch.Tensor:
         for form in FORMS:
-            loop, buckets = loaded(runtime, run)
-            start(loop, buckets, form, run.plan.steps)
+            _, loop, buckets = emulated_run(runtime, run)
+            run_form(loop, form, buckets, run.plan.steps)
             assert loop.record()[:, 0].tolist() == run.cpu.buckets
         return loop["latents"]
 

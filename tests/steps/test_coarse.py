@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from models import noise, tiny_conditioning, tiny_transformer
+from models import noise
 from torch import Tensor
 
-import ddit_rt
-from ddit_rt.steps import Detail, Pass, Resampling, RunContext, SnrBucket, StepModel, matched_level
+from ddit_rt.steps import Resampling, matched_level
 
 CPU = torch.device("cpu")
 SIZES = [  # latents, and their small image at 2p or 4p of p = 2
@@ -73,7 +72,7 @@ def test_down_has_orthogonal_rows_of_one_length(
     assert maps.deviation == pytest.approx(math.sqrt(math.prod(small) / math.prod(size)))
 
 
-@pytest.mark.parametrize(("size", "small"), SIZES[4:])
+@pytest.mark.parametrize(("size", "small"), SIZES[8:])
 def test_reduced_noise_is_white_with_the_deviation_of_its_level(
     size: tuple[int, int], small: tuple[int, int]
 ) -> None:
@@ -96,17 +95,6 @@ def test_reduced_noise_is_white_with_the_deviation_of_its_level(
         pairs = low[:, dy:, dx:] * low[:, : small[0] - dy, : small[1] - dx]
         assert float(pairs.mean(0).abs().max()) < 6 / math.sqrt(count)
         assert float(pairs.mean()) == pytest.approx(0, abs=6 / math.sqrt(pairs.numel()))
-
-
-@pytest.mark.parametrize(("multiple", "frames"), [(2, 125), (4, 63)])
-def test_one_axis_reduced_by_s_has_noise_of_one_over_the_root_of_s(
-    multiple: int, frames: int
-) -> None:
-    """Not of 1 / s, as where both axes are: 1 x 250 frames at 2p and, not divided, at 4p."""
-    maps = Resampling((1, 250), (1, frames), CPU)
-    measured = float(maps.down(noise(1, 2048, 1, 250)).std())
-    assert maps.deviation == pytest.approx(1 / math.sqrt(multiple), rel=5e-3)
-    assert measured == pytest.approx(maps.deviation, abs=6 / math.sqrt(2 * 2048 * frames))
 
 
 @pytest.mark.parametrize(("size", "small"), SIZES)
@@ -140,31 +128,3 @@ def test_up_is_the_bicubic_enlargement(size: tuple[int, int], small: tuple[int, 
     torch.testing.assert_close(
         Resampling(size, small, CPU).up(pixels), expected.float(), rtol=0.0, atol=1e-5
     )
-
-
-def context_of(model: StepModel, size: tuple[int, int]) -> RunContext:
-    sigmas = torch.tensor([0.9, 0.5])
-    return RunContext(
-        passes=(Pass.of(model, tiny_conditioning(model.transformer)),),
-        height=size[0],
-        width=size[1],
-        sigmas=sigmas,
-        timesteps=sigmas,
-        detail=Detail((1, 4, *size), CPU),
-    )
-
-
-@pytest.mark.parametrize("multiple", [2, 4])
-@pytest.mark.parametrize("size", [(16, 16), (18, 22), (2, 30)])
-def test_first_coarse_step_after_a_fine_one_keeps_its_clean_estimate(
-    size: tuple[int, int], multiple: int
-) -> None:
-    """What the small image disagrees with it is not taken for news, at any size."""
-    model = ddit_rt.compile(tiny_transformer(), backend="eager", progress=False)._compiled.steps
-    context, latents = context_of(model, size), noise(1, 4, *size)
-    bucket = SnrBucket(model, context, multiple)
-    assert context.detail is not None
-    context.detail.update(latents, noise(1, 4, *size, seed=1), torch.tensor(0.9))
-    velocity = bucket.velocity(latents, torch.tensor([1]))
-    expected = (latents - context.detail.estimate) / 0.5
-    torch.testing.assert_close(velocity, expected, rtol=0.0, atol=1e-4)

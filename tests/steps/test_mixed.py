@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import noise, tiny_conditioning, tiny_transformer
+from models import eager, noise, tiny_conditioning, tiny_transformer
 from torch import Tensor
 from wan_models import wan_conditioning, wan_transformer
 
-import ddit_rt
+from ddit_rt import ops
 from ddit_rt.models.base import Grid
 from ddit_rt.steps import Detail, FineBucket, MixedBucket, Pass, RunContext, StepModel
 from ddit_rt.steps.mixed import Regions
@@ -23,8 +23,7 @@ ALL = 0.999
 
 
 def steps_of(transformer: Any) -> StepModel:
-    compiled = ddit_rt.compile(transformer, backend="eager", progress=False)._compiled
-    return compiled.steps
+    return eager(transformer)._compiled.steps
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +139,7 @@ def test_what_changes_later_is_kept_where_tokens_ran_and_drawn_out_elsewhere(
     bucket.velocity(fine_step(context, detail), SECOND)
     later = noise(*detail.estimate.shape, seed=9)
     clean = later - SIGMAS[2] * bucket.velocity(later, THIRD)
-    change = ddit_rt.ops.pack(clean - detail.estimate, 2)[0]
+    change = ops.pack(clean - detail.estimate, 2)[0]
     regions = Regions(flux.grid(16, 24), 2, CPU)
     drawn = regions.drawn_out(change[regions.anchors][None])[0]
     places = bucket.state()[1]
