@@ -84,9 +84,9 @@ def _run(args: argparse.Namespace) -> Outcome:
         step_cache=args.step_cache,
     )
     path = engine.save(args.output)
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    data: dict[str, Any] = {"artifact": str(path), "bytes": size}
-    return Outcome(data=data, text=f"wrote {path} ({size / 2**20:.1f} MiB)")
+    written = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    data = {"artifact": str(path), "bytes": written}
+    return Outcome(data=data, text=f"wrote {path} ({written / 2**20:.1f} MiB)")
 
 
 def _adapter_folder(name: str) -> Path:

@@ -34,13 +34,6 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tiny_pipeline(), tmp_path_factory.mktemp("flux"))
 
 
-def info(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
-    capsys.readouterr()
-    assert main(["info", *map(str, arguments), "--json"]) == 0
-    data: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return data
-
-
 @pytest.mark.parametrize(
     ("make", "family", "passes", "text"),
     [
@@ -57,13 +50,13 @@ def test_a_supported_pipeline_is_told_with_the_floor_of_every_size(
     passes: int,
     text: int,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    info: Any,
 ) -> None:
     pipeline = make()
     frames = {"num_frames": 5} if family.startswith("wan") else {}
     size = {"height": 128, "width": 192, **frames}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in size.items()]
-    data = info(capsys, saved(pipeline, tmp_path / "model"), "--dtype=float32", *options)
+    data = info(saved(pipeline, tmp_path / "model"), "--dtype=float32", *options)
     assert data["supported"] is True
     assert (data["family"], data["passes"], data["text_tokens"]) == (family, passes, text)
     assert data["driven"].startswith("the compiled loop")
@@ -91,8 +84,8 @@ def test_a_supported_pipeline_is_told_with_the_floor_of_every_size(
         }
 
 
-def test_half_precision_halves_the_weights(flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    full, half = (info(capsys, flux, f"--dtype={dtype}") for dtype in ("float32", "bfloat16"))
+def test_half_precision_halves_the_weights(flux: Path, info: Any) -> None:
+    full, half = (info(flux, f"--dtype={dtype}") for dtype in ("float32", "bfloat16"))
     bytes_of = [one["sizes"][0]["costs"]["p"]["weight_bytes"] for one in (full, half)]
     assert bytes_of[0] == 2 * bytes_of[1]
 
@@ -107,27 +100,27 @@ def test_people_read_the_same(flux: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_scheduler_that_is_no_table_is_driven_by_the_pipelines_own_loop(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, info: Any
 ) -> None:
     pipeline = tiny_pipeline()
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    data = info(capsys, saved(pipeline, tmp_path / "model"))
+    data = info(saved(pipeline, tmp_path / "model"))
     assert data["driven"].startswith("the pipeline's own loop: ")
     assert "noise" in data["driven"]
 
 
-def test_a_transformer_alone_has_no_pixels(flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = info(capsys, flux / "transformer")
+def test_a_transformer_alone_has_no_pixels(
+    flux: Path, info: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = info(flux / "transformer")
     assert (data["supported"], data["family"], data["sizes"]) == (True, "flux", [])
     assert main(["info", str(flux / "transformer"), "--height", "64"]) == 2
     assert "folder of the whole pipeline" in capsys.readouterr().err
 
 
-def test_what_cannot_be_run_is_told_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_run_is_told_by_name(tmp_path: Path, info: Any) -> None:
     def reason(folder: Path) -> str:
-        data = info(capsys, folder)
+        data = info(folder)
         assert data["supported"] is False
         assert data["sizes"] == []
         return str(data["problem"])
