@@ -21,8 +21,8 @@ from timing import rounds_of
 from torch import Tensor
 
 import ddit_rt
-from ddit_rt.cli.models import EMBEDDED, EMBEDDED_VIDEO, load_pipeline
 from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH, VIDEO_CALL, VIDEO_PROMPTS
+from ddit_rt.sources import EMBEDDED, EMBEDDED_VIDEO, load_pipeline
 
 RESULT = RESULTS / "drivers_cpu.json"
 CALLS: dict[str, tuple[dict[str, Any], str]] = {

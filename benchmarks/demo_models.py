@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ddit_rt.cli.models import EMBEDDED, load_pipeline
 from ddit_rt.lab.demo.images import all_attributes, is_held_out
 from ddit_rt.lab.demo.prompts import MAX_SEQUENCE_LENGTH, held_out_prompts
 from ddit_rt.lab.measure.timing import Pixels
+from ddit_rt.sources import EMBEDDED, load_pipeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

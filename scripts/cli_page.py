@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,16 +30,8 @@ def page() -> str:
 def _section(command: Command) -> Iterator[str]:
     parser = argparse.ArgumentParser(prog=f"ddit-rt {command.name}")
     command.add_arguments(parser)
-    yield from (
-        f"## {command.name}",
-        "",
-        command.summary,
-        "",
-        "```sh",
-        *command.examples,
-        "```",
-        "",
-    )
+    yield from (f"## {command.name}", "", command.summary, "")
+    yield from ("```sh", *command.examples, "```", "")
     yield from ("| option | meaning |", "|---|---|")
     for action in parser._actions:  # noqa: SLF001 - argparse has no other way to list them
         if action.dest != "help":
@@ -61,11 +52,5 @@ def _meaning(action: argparse.Action) -> str:
     return " ".join(filled.split()).replace("|", "/")
 
 
-def main() -> int:
-    """Entry point."""
-    PAGE.write_text(page(), encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    PAGE.write_text(page(), encoding="utf-8")

@@ -17,13 +17,12 @@ model, and begins at its weights.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from demo_training.adopt import adopt_parts, export_weights
 from demo_training.classifier import train_classifier
-from demo_training.export import evaluate_pipeline, export_pipeline
+from demo_training.export import adopt_parts, evaluate_pipeline, export
 from demo_training.image import ImageKind
 from demo_training.kind import Kind
 from demo_training.scenes import SceneKind
@@ -33,11 +32,7 @@ from demo_training.transformer import train_transformer
 from demo_training.vae import train_vae
 from demo_training.video import VideoKind
 
-KINDS: dict[str, Callable[[], Kind]] = {
-    "image": ImageKind,
-    "video": VideoKind,
-    "scenes": SceneKind,
-}
+KINDS = {"image": ImageKind, "video": VideoKind, "scenes": SceneKind}
 STAGES = ("adopt", "vae", "text", "transformer", "classifier", "export", "evaluate")
 _QUICK_MINUTES = 0.02
 
@@ -80,28 +75,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_stage(stage: str, kind: Kind, settings: Settings, args: argparse.Namespace) -> None:
     """Run one stage."""
-    default = _QUICK_MINUTES if args.quick else kind.minutes.get(stage, 0.0)
-    minutes = default if args.minutes is None else args.minutes
-    if stage == "adopt":
-        adopt_parts(kind, settings)
-    elif stage == "vae":
-        train_vae(kind, settings, minutes)
-    elif stage == "text":
-        train_text(kind, settings)
-    elif stage == "transformer":
-        train_transformer(kind, settings, minutes)
-    elif stage == "classifier":
-        train_classifier(kind, settings)
-    elif stage == "export":
-        (export_weights if "adopt" in kind.stages else export_pipeline)(kind, settings)
-    else:
+    if stage in ("vae", "transformer"):
+        default = _QUICK_MINUTES if args.quick else kind.minutes[stage]
+        minutes = default if args.minutes is None else args.minutes
+        (train_vae if stage == "vae" else train_transformer)(kind, settings, minutes)
+    elif stage == "evaluate":
         evaluate_pipeline(kind, settings, args.steps)
+    else:
+        others = {
+            "adopt": adopt_parts,
+            "text": train_text,
+            "classifier": train_classifier,
+            "export": export,
+        }
+        others[stage](kind, settings)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = build_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.minutes is not None and args.stage not in ("vae", "transformer"):
         parser.error(f"--minutes is of the stage vae or transformer, not of {args.stage}")
     kind = KINDS[args.model]()

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
+from ddit_rt.cli.models import add_weights_arguments, embedded_text
 from ddit_rt.cli.options import existing_file, folder_to_write, seed, whole
 from ddit_rt.serving.ray_local import require_ray
 from ddit_rt.sources import (
-    DTYPES,
     EMBEDDED_VIDEO,
-    MODEL_HELP,
     check_names,
-    embedded_defaults,
     engine_loader,
     is_embedded,
     refuse_sound,
@@ -50,8 +48,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="what compile wrote; or 'demo' or 'demo-video', compiled once and kept",
     )
-    parser.add_argument("--model", help=f"the weights: {MODEL_HELP}; default: those of a demo")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as compiled")
+    add_weights_arguments(parser)
     parser.add_argument(
         "--workers",
         type=whole(1),
@@ -65,11 +62,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument("--fps", type=whole(1), default=16, help="of videos (default: %(default)s)")
-    parser.add_argument(
-        "--trust-code",
-        action="store_true",
-        help="run the compiled code of an artifact that was not built on this machine",
-    )
 
 
 def _run(args: argparse.Namespace) -> Outcome:
@@ -122,9 +114,7 @@ def _make(
         dtype=args.dtype,
         trust_code=args.trust_code,
     )
-    text = embedded_defaults(args.model or args.artifact).get("max_sequence_length")
-    settings: dict[str, Any] = {"fps": args.fps}
-    settings |= {} if text is None else {"call": {"max_sequence_length": text}}
+    settings = {"fps": args.fps, "call": embedded_text(args.model or args.artifact)}
     workers, takes = ray_batch.start_ray(args.workers, gpu=gpu)
     try:
         made = ray_batch.make(

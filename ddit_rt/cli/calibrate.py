@@ -6,22 +6,20 @@ import argparse
 import inspect
 import sys
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.generate import pipeline_arguments
 from ddit_rt.cli.models import (
-    EMBEDDED,
-    EMBEDDED_VIDEO,
-    MODEL_HELP,
     add_call_arguments,
     add_further_arguments,
-    load_pipeline,
-    refuse_sound,
+    add_trust_argument,
+    load_artifact,
+    pipeline_arguments,
+    require_eval,
 )
 from ddit_rt.cli.options import existing_file, folder_to_write, number, seed, whole
+from ddit_rt.sources import EMBEDDED, EMBEDDED_VIDEO, MODEL_HELP, refuse_sound
 
 if TYPE_CHECKING:
     from ddit_rt.artifact import Calibration, Manifest
@@ -84,12 +82,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_search_arguments(parser)
     add_call_arguments(parser)
     add_further_arguments(parser)
-    parser.add_argument(
-        "--trust-code",
-        action="store_true",
-        help="run the compiled code of an artifact that was not built on this machine; saving "
-        "the result then trusts it for good",
-    )
+    add_trust_argument(parser, "; saving the result then trusts it for good")
     parser.add_argument(
         "--out",
         type=folder_to_write,
@@ -138,7 +131,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
     if args.cache is not None or args.spectrum:
         return _fit(args)
-    _require_extra()
+    require_eval("calibrate", "matplotlib", "torchmetrics")
     manifest = _manifest(args)
     measure = measure_of(family_named(manifest.family))
     config = _config(args, measure)
@@ -171,11 +164,9 @@ def _manifest(args: argparse.Namespace) -> Manifest:
 
 
 def _engine(args: argparse.Namespace, manifest: Manifest) -> Engine:
-    pipeline = load_pipeline(args.model, args.dtype or manifest.dtype, manifest.environment.device)
-    pipeline.set_progress_bar_config(disable=True)
-    import ddit_rt
-
-    return ddit_rt.load(args.artifact, pipeline, trust_code=args.trust_code)
+    engine = load_artifact(args, manifest)
+    engine.pipeline.set_progress_bar_config(disable=True)
+    return engine
 
 
 def _fit(args: argparse.Namespace) -> Outcome:
@@ -190,10 +181,10 @@ def _fit(args: argparse.Namespace) -> Outcome:
     manifest = _manifest(args)
     measure = measure_of(family_named(manifest.family))
     texts = _prompts(args.prompts, args.model, measure)[: args.calibration_prompts]
-    if len(texts) < max(1, args.calibration_prompts):
+    if len(texts) < args.calibration_prompts:
         raise ValueError(
             f"got {len(texts)} prompts and --calibration-prompts {args.calibration_prompts}; give "
-            "more, or ask for fewer, at least 1"
+            "more, or ask for fewer"
         )
     prompts = [Prompt(text=text, seed=args.seed + place) for place, text in enumerate(texts)]
     engine, arguments = _engine(args, manifest), pipeline_arguments(args)
@@ -228,15 +219,6 @@ def _conditions(engine: Engine, arguments: dict[str, Any]) -> dict[str, Any]:
         "versions": versions(),
         "arguments": {**defaults, **arguments},
     }
-
-
-def _require_extra() -> None:
-    """Refuses, before minutes of work, to start without what scores and draws."""
-    missing = [name for name in ("matplotlib", "torchmetrics") if find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"calibrate needs {' and '.join(missing)}; pip install 'ddit_rt[eval]'"
-        )
 
 
 def _config(args: argparse.Namespace, measure: Measure) -> CalibrationConfig:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.models import (
-    DEVICES,
+from ddit_rt.cli.models import DEVICES
+from ddit_rt.cli.options import whole, writable
+from ddit_rt.cli.policies import add_step_cache_argument, patch_sizes
+from ddit_rt.sources import (
     DTYPES,
     EMBEDDED,
     MODEL_HELP,
@@ -16,8 +18,6 @@ from ddit_rt.cli.models import (
     embedded_policy,
     load_pipeline,
 )
-from ddit_rt.cli.options import whole, writable
-from ddit_rt.cli.policies import add_step_cache_argument, patch_sizes
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,19 +65,18 @@ def _run(args: argparse.Namespace) -> Outcome:
 
     family = family_of(pipeline.transformer, pipeline)
     height, width = family.default_size(pipeline)
-    size = {
+    size: dict[str, Any] = {
         "height": height,
         "width": width,
         "num_frames": family.default_frames(pipeline),
-        **embedded_defaults(args.model),
     }
+    size |= {name: embedded_defaults(args.model).get(name, size[name]) for name in size}
     if family.audio:
         size = dict.fromkeys(size)
+    size |= {name: given for name in size if (given := getattr(args, name)) is not None}
     engine = ddit_rt.compile(
         pipeline,
-        height=size["height"] if args.height is None else args.height,
-        width=size["width"] if args.width is None else args.width,
-        num_frames=size["num_frames"] if args.num_frames is None else args.num_frames,
+        **size,
         patch_sizes=args.patch_sizes,
         quantization=args.quantization,
         adapter=adapter,
@@ -85,7 +84,9 @@ def _run(args: argparse.Namespace) -> Outcome:
         step_cache=args.step_cache,
     )
     path = engine.save(args.output)
-    return _outcome(path)
+    written = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    data = {"artifact": str(path), "bytes": written}
+    return Outcome(data=data, text=f"wrote {path} ({written / 2**20:.1f} MiB)")
 
 
 def _adapter_folder(name: str) -> Path:
@@ -109,12 +110,6 @@ def _check_output(path: Path) -> None:
     from ddit_rt.artifact import require_savable
 
     require_savable(path)
-
-
-def _outcome(path: Path) -> Outcome:
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    data: dict[str, Any] = {"artifact": str(path), "bytes": size}
-    return Outcome(data=data, text=f"wrote {path} ({size / 2**20:.1f} MiB)")
 
 
 COMPILE = Command(

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.models import DEVICES, EMBEDDED, EMBEDDED_VIDEO, load_pipeline
+from ddit_rt.cli.models import DEVICES
 from ddit_rt.cli.options import folder_to_write, seed, whole
+from ddit_rt.sources import EMBEDDED, EMBEDDED_VIDEO, load_pipeline
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

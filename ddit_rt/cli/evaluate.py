@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.generate import pipeline_arguments
 from ddit_rt.cli.models import (
-    EMBEDDED,
-    MODEL_HELP,
     add_call_arguments,
-    load_pipeline,
+    add_trust_argument,
+    load_artifact,
+    pipeline_arguments,
     refuse_video,
+    require_eval,
 )
 from ddit_rt.cli.options import existing_folder, folder_to_write, seed, whole
 from ddit_rt.cli.policies import choose_policy, policy_text
+from ddit_rt.sources import EMBEDDED, MODEL_HELP
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ddit_rt.engine import Engine
     from ddit_rt.lab.evaluate.config import EvaluationConfig
-    from ddit_rt.lab.evaluate.metrics import Skipped
     from ddit_rt.planning.request import PolicyChoice
 
 
@@ -89,11 +88,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "image tokens (default: %(default)s)",
     )
     add_call_arguments(parser)
-    parser.add_argument(
-        "--trust-code",
-        action="store_true",
-        help="run the compiled code of an artifact that was not built on this machine",
-    )
+    add_trust_argument(parser)
     parser.add_argument(
         "--shown",
         type=whole(1),
@@ -125,7 +120,7 @@ def _add_metric_arguments(group: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    _require_extra()
+    require_eval("eval", "jinja2", "matplotlib", "torchmetrics")
     from ddit_rt.artifact import read_manifest
     from ddit_rt.lab.evaluate.metrics import weights_folder
     from ddit_rt.models import family_named
@@ -137,13 +132,8 @@ def _run(args: argparse.Namespace) -> Outcome:
     if sound:
         _refuse_image_options(args)
     with weights_folder(args.weights):
-        pipeline = load_pipeline(
-            args.model, args.dtype or manifest.dtype, manifest.environment.device
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        import ddit_rt
-
-        engine = ddit_rt.load(args.artifact, pipeline, trust_code=args.trust_code)
+        engine = load_artifact(args, manifest)
+        engine.pipeline.set_progress_bar_config(disable=True)
         config = _config(args, engine, prompts, source)
         return _evaluate(args, engine, config, sound=sound)
 
@@ -156,15 +146,6 @@ def _refuse_image_options(args: argparse.Namespace) -> None:
                 f"got --{name.replace('_', '-')} for a model of sound, whose metrics compare "
                 "recordings alone; leave it out"
             )
-
-
-def _require_extra() -> None:
-    """Refuses, before minutes of work, to start without what scores and draws."""
-    missing = [n for n in ("jinja2", "matplotlib", "torchmetrics") if find_spec(n) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"eval needs {' and '.join(missing)}; pip install 'ddit_rt[eval]'"
-        )
 
 
 def _prompts(args: argparse.Namespace) -> tuple[tuple[str, ...], str]:
@@ -229,7 +210,8 @@ def _evaluate(
         )
     )
     can, cannot = usable(metrics)
-    _announce(cannot)
+    for metric in cannot:
+        sys.stderr.write(f"without {metric.label}: {metric.reason}\n")
     subject = Subject(model=args.model, artifact=str(args.artifact))
     report, files = evaluate(engine, config, subject, can, cannot, shown=args.shown)
     wrote = f"wrote {' and '.join(str(file) for file in files)}"
@@ -237,11 +219,6 @@ def _evaluate(
         data={"files": [str(file) for file in files], "report": report},
         text=f"{summary(report)}\n{wrote}",
     )
-
-
-def _announce(skipped: Sequence[Skipped]) -> None:
-    for metric in skipped:
-        sys.stderr.write(f"without {metric.label}: {metric.reason}\n")
 
 
 EVALUATE = Command(

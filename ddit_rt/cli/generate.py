@@ -6,21 +6,22 @@ import argparse
 import json
 import random
 import time
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.models import (
-    MODEL_HELP,
     add_call_arguments,
     add_further_arguments,
-    embedded_defaults,
-    load_pipeline,
-    refuse_sound,
+    add_trust_argument,
+    load_artifact,
+    pipeline_arguments,
 )
 from ddit_rt.cli.options import existing_file, file_to_write, number, seed, whole
 from ddit_rt.cli.outputs import output_paths, write_sound, write_video
 from ddit_rt.cli.policies import add_policy_arguments, add_step_cache_argument, choose_policy
+from ddit_rt.sources import MODEL_HELP, refuse_sound
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,11 +32,6 @@ if TYPE_CHECKING:
 
 
 _ENDINGS = {"image": ".png", "video": ".mp4", "audio": ".wav"}
-
-_OWN_ARGUMENTS = (
-    *("negative_prompt", "num_frames", "true_cfg_scale", "guidance_interval", "audio_duration_s"),
-)
-"""Arguments that some commands, which share `pipeline_arguments`, do not have."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,11 +83,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write every step as JSON; to NAME.perfetto.json, as ui.perfetto.dev loads it",
     )
-    parser.add_argument(
-        "--trust-code",
-        action="store_true",
-        help="run the compiled code of an artifact that was not built on this machine",
-    )
+    add_trust_argument(parser)
     parser.add_argument(
         "--executor",
         choices=("auto", "loop", "step", "host"),
@@ -116,13 +108,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     kind = "video" if family.video else "audio" if family.audio else "image"
     output = args.output or Path(f"out{_ENDINGS[kind]}")
     paths = output_paths(output, len(args.prompt) * args.num_images, kind=kind)
-    device = manifest.environment.device
-    pipeline = load_pipeline(args.model, args.dtype or manifest.dtype, device)
-    import ddit_rt
-
-    engine = ddit_rt.load(
-        args.artifact, pipeline, trust_code=args.trust_code, executor=args.executor
-    )
+    engine = load_artifact(args, manifest, args.executor)
     policy = choose_policy(args.policy, args.tau, args.rho, engine.default_policy)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
     arguments = {**pipeline_arguments(args), "step_cache": args.step_cache, **_pictures(args)}
@@ -145,21 +131,6 @@ def _check_options(args: argparse.Namespace) -> None:
     choose_policy(args.policy, args.tau, args.rho, DDiTPolicy())
     if args.guidance_interval is not None:
         check_interval(args.guidance_interval)
-
-
-def pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the pipeline's call that were given; the others keep its defaults."""
-    given = {
-        "num_inference_steps": args.steps,
-        "height": args.height,
-        "width": args.width,
-        "guidance_scale": args.guidance_scale,
-        "max_sequence_length": args.max_sequence_length,
-        **{name: getattr(args, name, None) for name in _OWN_ARGUMENTS},
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    text = embedded_defaults(args.model).get("max_sequence_length")
-    return given if text is None else {"max_sequence_length": text, **given}
 
 
 def _pictures(args: argparse.Namespace) -> dict[str, Any]:
@@ -239,26 +210,15 @@ def _policy_entry(policy: PolicyChoice) -> dict[str, Any]:
 
 
 def _text(images: list[dict[str, Any]]) -> str:
-    return "\n".join(
-        f"{image['path']}  {image['seconds']:.2f} s  seed {image['seed']}  "
-        f"{run_lengths(image['patch_sizes'])}{_reused_text(image['reused_steps'])}"
-        for image in images
-    )
-
-
-def _reused_text(count: int) -> str:
-    return f", {count} steps reused" if count else ""
-
-
-def run_lengths(patch_sizes: list[str]) -> str:
-    """`["4p", "4p", "p"]` as `"2 x 4p, 1 x p"`."""
-    runs: list[tuple[str, int]] = []
-    for size in patch_sizes:
-        if runs and runs[-1][0] == size:
-            runs[-1] = (size, runs[-1][1] + 1)
-        else:
-            runs.append((size, 1))
-    return ", ".join(f"{count} x {size}" for size, count in runs)
+    lines = []
+    for image in images:
+        runs = [f"{len([*same])} x {size}" for size, same in groupby(image["patch_sizes"])]
+        reused = [f"{image['reused_steps']} steps reused"] if image["reused_steps"] else []
+        lines.append(
+            f"{image['path']}  {image['seconds']:.2f} s  seed {image['seed']}  "
+            f"{', '.join(runs + reused)}"
+        )
+    return "\n".join(lines)
 
 
 def _write_traces(path: Path, data: dict[str, Any], traces: Sequence[RunTrace]) -> None:

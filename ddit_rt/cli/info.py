@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.info_model import OPTIONS, add_model_arguments, is_model, run_model, size_text
-from ddit_rt.cli.models import MODEL_HELP, load_pipeline
+from ddit_rt.sources import MODEL_HELP, load_pipeline
 
 if TYPE_CHECKING:
     from ddit_rt.artifact import Artifact, Manifest
@@ -41,6 +41,8 @@ def _run(args: argparse.Namespace) -> Outcome:
             "they say what to count of a diffusers folder: leave them out"
         )
     from ddit_rt.artifact import is_trusted, mismatches, open_artifact
+    from ddit_rt.engine.memory import memory_of
+    from ddit_rt.policies import DDiTPolicy, NoCache
 
     # Verifies hash sums; trust matters to loading code, and none is loaded here.
     artifact = open_artifact(args.artifact, trust_code=True)
@@ -55,7 +57,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         pipeline = load_pipeline(args.model, manifest.dtype)
         problems = mismatches(manifest, pipeline.transformer)
         if not problems:
-            memory |= _model_memory(artifact, pipeline)
+            memory |= asdict(memory_of(artifact, pipeline))
     data = {
         "artifact": str(args.artifact),
         "digest": manifest.digest,
@@ -63,8 +65,8 @@ def _run(args: argparse.Namespace) -> Outcome:
         "fits": not problems,
         "mismatches": problems,
         "checked_against": "machine" if args.model is None else "machine and model",
-        "default_policy": _default_policy(manifest),
-        "default_step_cache": _default_step_cache(manifest),
+        "default_policy": manifest.policy or DDiTPolicy().to_dict(),
+        "default_step_cache": manifest.step_cache or NoCache().to_dict(),
         "memory": memory,
         "attention": {name: list(_attention(artifact, name)) for name in manifest.packages},
         "manifest": asdict(manifest),
@@ -90,24 +92,6 @@ def _machine_mismatches(manifest: Manifest) -> list[str]:
     return manifest.environment.mismatches(Environment.current(device))
 
 
-def _default_policy(manifest: Manifest) -> dict[str, Any]:
-    from ddit_rt.policies import DDiTPolicy
-
-    return manifest.policy or DDiTPolicy().to_dict()
-
-
-def _default_step_cache(manifest: Manifest) -> dict[str, Any]:
-    from ddit_rt.policies import NoCache
-
-    return manifest.step_cache or NoCache().to_dict()
-
-
-def _model_memory(artifact: Artifact, pipeline: Any) -> dict[str, Any]:
-    from ddit_rt.engine.memory import memory_of
-
-    return asdict(memory_of(artifact, pipeline))
-
-
 def _text(data: dict[str, Any]) -> str:
     manifest, memory = data["manifest"], data["memory"]
     built = manifest["environment"]
@@ -125,12 +109,15 @@ def _text(data: dict[str, Any]) -> str:
         f"  defaults     {defaults}",
         f"  policy       {_fields_text('policy', data['default_policy'])}",
         f"  step cache   {_fields_text('step_cache', data['default_step_cache'])}",
-        *(_fit_line(entry) for entry in manifest["cache_fits"]),
+        *(f"  fitted       {one['kind']}: {one['source']}" for one in manifest["cache_fits"]),
         *(_calibration_line(entry) for entry in manifest["calibrations"]),
         f"  built with   ddit_rt {manifest['project_version']}, torch {built['torch_version']}",
         f"  built for    {built['device']}, {built['machine']}, {built['cpu_capability']}",
-        f"  trusted      {_trust_text(data['trusted'])}",
-        *_fit_lines(data),
+        "  trusted      yes: this user saved it on this machine"
+        if data["trusted"]
+        else "  trusted      no: loading it runs its native code, and needs --trust-code",
+        f"  fits         {'yes' if data['fits'] else 'no'} ({data['checked_against']})",
+        *(f"    {text}" for text in data["mismatches"]),
         f"  packages     {memory['packages_bytes'] / _MIB:.1f} MiB",
         *(
             f"    {name}  {entry['bytes'] / _MIB:.1f} MiB  sha256 {entry['sha256'][:16]}  "
@@ -147,10 +134,6 @@ def _fields_text(kind: str, data: dict[str, Any]) -> str:
     return f"{data[kind]}({fields})"
 
 
-def _fit_line(entry: dict[str, Any]) -> str:
-    return f"  fitted       {entry['kind']}: {entry['source']}"
-
-
 def _calibration_line(entry: dict[str, Any]) -> str:
     from ddit_rt.artifact import PRESETS
 
@@ -164,19 +147,6 @@ def _calibration_line(entry: dict[str, Any]) -> str:
     ((name, value),) = entry["target"].items()
     presets = ", ".join(text(preset) for preset in PRESETS)
     return f"  calibrated   {entry['num_inference_steps']} steps, {name} {value:g}: {presets}"
-
-
-def _trust_text(trusted: bool) -> str:
-    if trusted:
-        return "yes: this user saved it on this machine"
-    return "no: loading it runs its native code, and needs --trust-code"
-
-
-def _fit_lines(data: dict[str, Any]) -> list[str]:
-    checked = data["checked_against"]
-    if data["fits"]:
-        return [f"  fits         yes ({checked})"]
-    return [f"  fits         no ({checked})", *(f"    {text}" for text in data["mismatches"])]
 
 
 def _memory_lines(memory: dict[str, Any]) -> list[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ddit_rt.cli.command import Outcome
-from ddit_rt.cli.models import DTYPES, EMBEDDED, EMBEDDED_VIDEO, embedded_defaults, embedded_path
 from ddit_rt.cli.options import number, whole
+from ddit_rt.sources import DTYPES, embedded_defaults, embedded_path, is_embedded
 
 SIZES = ("height", "width", "num_frames", "audio_duration_s")
 OPTIONS = (*SIZES, "text_tokens", "dtype")
@@ -35,9 +35,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def is_model(path: Path) -> bool:
     """Whether a path is a diffusers folder, or none of an artifact either."""
-    if str(path) in (EMBEDDED, EMBEDDED_VIDEO):
-        return not path.exists()
-    return path.is_dir() and not (path / "manifest.json").exists()
+    no_artifact = path.is_dir() and not (path / "manifest.json").exists()
+    return no_artifact or is_embedded(str(path))
 
 
 def run_model(args: argparse.Namespace) -> Outcome:
@@ -52,8 +51,9 @@ def run_model(args: argparse.Namespace) -> Outcome:
             "and its model"
         )
     name = str(args.artifact)
-    embedded = name in (EMBEDDED, EMBEDDED_VIDEO)
-    asked = {size: getattr(args, size) or embedded_defaults(name).get(size) for size in SIZES}
+    embedded = is_embedded(name)
+    default = embedded_defaults(name) if embedded else {}
+    asked = {size: getattr(args, size) or default.get(size) for size in SIZES}
     found = inspect_folder(
         Path(embedded_path(name)) if embedded else args.artifact,
         **asked,

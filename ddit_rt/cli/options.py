@@ -20,28 +20,27 @@ _MOST_SEED = 2**63 - 1
 
 def whole(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
     """A whole number within bounds."""
-
-    def parse(text: str) -> int:
-        try:
-            return checks.whole("value", int(text), least, most)
-        except ValueError as error:
-            expected = f"a whole number{checks.bounds(least, most)}"
-            raise argparse.ArgumentTypeError(_sentence(text, expected)) from error
-
-    return parse
+    expected = f"a whole number{checks.bounds(least, most)}"
+    return _numeric(lambda text: checks.whole("value", int(text), least, most), expected)
 
 
 def number(
     low: float | None = None, high: float | None = None, *, open_low: bool = False
 ) -> Callable[[str], float]:
     """A finite number within bounds."""
+    expected = f"a finite number{checks.bounds(low, high, open_low=open_low)}"
+    return _numeric(
+        lambda text: checks.number("value", float(text), low, high, open_low=open_low), expected
+    )
 
-    def parse(text: str) -> float:
+
+def _numeric(read: Callable[[str], _T], expected: str) -> Callable[[str], _T]:
+    def parse(text: str) -> _T:
         try:
-            return checks.number("value", float(text), low, high, open_low=open_low)
+            return read(text)
         except ValueError as error:
-            expected = f"a finite number{checks.bounds(low, high, open_low=open_low)}"
-            raise argparse.ArgumentTypeError(_sentence(text, expected)) from error
+            message = f"got {checks.show(text)}; expected {expected}"
+            raise argparse.ArgumentTypeError(message) from error
 
     return parse
 
@@ -127,7 +126,3 @@ def _writable(path: Path, shown: str) -> Path:
     if not os.access(above, os.W_OK):
         raise argparse.ArgumentTypeError(f"cannot write {shown}: permission denied for {above}")
     return path
-
-
-def _sentence(text: str, expected: str) -> str:
-    return f"got {checks.show(text)}; expected {expected}"

@@ -23,11 +23,9 @@ def output_paths(output: Path, count: int, *, kind: str = "image") -> list[Path]
         kind: What the model makes: `"image"`, `"video"` or `"audio"`.
 
     Raises:
-        ValueError: None are asked for, or a file type that cannot be written.
+        ValueError: A file type that cannot be written, or a folder in the way.
         ModuleNotFoundError: What writes MP4 files is not installed.
     """
-    if count < 1:
-        raise ValueError("got --num-images below 1; ask for at least one image per prompt")
     suffix = output.suffix.lower()
     if suffix not in _KNOWN[kind]:
         raise ValueError(

@@ -10,7 +10,7 @@ from ddit_rt.cli.options import number, text
 
 if TYPE_CHECKING:
     from ddit_rt.planning.request import PolicyChoice
-    from ddit_rt.policies import DDiTPolicy, PatchPolicy, StepCache
+    from ddit_rt.policies import PatchPolicy, StepCache
 
 Tau = float | dict[str, float]
 
@@ -126,17 +126,12 @@ def choose_policy(
         ValueError: An unknown policy, or thresholds for a policy that has none.
     """
     from ddit_rt.planning.request import parse_choice
+    from ddit_rt.policies import DDiTPolicy
 
     if tau is None and rho is None:
         return default if name is None else parse_choice(name, default)
     if name not in (None, "dynamic"):
         raise ValueError(f"--tau and --rho belong to --policy dynamic; got --policy {name}")
-    return _dynamic(tau, rho, default)
-
-
-def _dynamic(tau: Tau | None, rho: float | None, default: PatchPolicy) -> DDiTPolicy:
-    from ddit_rt.policies import DDiTPolicy
-
     policy = default if isinstance(default, DDiTPolicy) else DDiTPolicy()
     if tau is not None:
         policy = replace(policy, tau=tau)

@@ -12,9 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.models import DEVICES, DTYPES, EMBEDDED, MODEL_HELP, embedded_defaults
-from ddit_rt.cli.options import folder_to_write, number, seed, whole
+from ddit_rt.cli.models import DEVICES, add_call_arguments, load_artifact, pipeline_arguments
+from ddit_rt.cli.options import folder_to_write, seed, whole
 from ddit_rt.cli.policies import add_policy_arguments, choose_policy
+from ddit_rt.sources import (
+    EMBEDDED,
+    MODEL_HELP,
+    check_names,
+    embedded_defaults,
+    is_embedded,
+    load_pipeline,
+)
 
 if TYPE_CHECKING:
     from ddit_rt.engine import Engine
@@ -22,6 +30,10 @@ if TYPE_CHECKING:
 
 _PROMPT = "a red circle on plain blue"
 _NSIGHT = ("nsys", "ncu")
+_HANDED_ON = (
+    *("model", "executor", "seed", "steps", "height", "width", "audio_duration_s"),
+    *("max_sequence_length", "dtype", "warm_up", "backend", "device", "policy", "tau", "rho"),
+)
 _STDERR = 2
 """Where tools print: standard output is the result's."""
 
@@ -48,15 +60,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", nargs="+", default=[_PROMPT], metavar="TEXT", help="a batch")
     parser.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
     parser.add_argument("--steps", type=whole(1), help="denoising steps; default: the pipeline's")
-    parser.add_argument("--height", type=whole(1), help="default: as compiled")
-    parser.add_argument("--width", type=whole(1), help="default: as compiled")
-    parser.add_argument(
-        "--audio-duration-s", type=number(0), help="of a recording; default: the pipeline's"
-    )
-    parser.add_argument(
-        "--max-sequence-length", type=whole(1), help="text tokens; default: the pipeline's"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as compiled")
+    add_call_arguments(parser, guidance=False)
     parser.add_argument(
         "--warm-up",
         type=whole(1),
@@ -217,33 +221,15 @@ def child_command(args: argparse.Namespace) -> list[str]:
     # A checkout in the working directory must not stand in for the installed package.
     safe = ["-P"] if sys.version_info >= (3, 11) else []
     command = [sys.executable, *safe, "-m", "ddit_rt.cli", "profile", args.artifact, "--tool=nvtx"]
-    named = {
-        "model": args.model,
-        "executor": args.executor,
-        "seed": args.seed,
-        "steps": args.steps,
-        "height": args.height,
-        "width": args.width,
-        "audio-duration-s": args.audio_duration_s,
-        "max-sequence-length": args.max_sequence_length,
-        "dtype": args.dtype,
-        "warm-up": args.warm_up,
-        "backend": args.backend,
-        "device": args.device,
-        "policy": args.policy,
-        "tau": _tau_text(args.tau),
-        "rho": args.rho,
-    }
-    command += [f"--{name}={value}" for name, value in named.items() if value is not None]
+    named = {name: getattr(args, name) for name in _HANDED_ON}
+    if isinstance(args.tau, dict):
+        named["tau"] = ",".join(f"{patch}={value}" for patch, value in args.tau.items())
+    for name, value in named.items():
+        if value is not None:
+            command.append(f"--{name.replace('_', '-')}={value}")
     if args.trust_code:
         command.append("--trust-code")
     return [*command, "--prompt", *args.prompt]
-
-
-def _tau_text(tau: float | dict[str, float] | None) -> str | None:
-    if isinstance(tau, dict):
-        return ",".join(f"{patch}={value}" for patch, value in tau.items())
-    return None if tau is None else str(tau)
 
 
 def _subject(args: argparse.Namespace) -> Subject:
@@ -258,7 +244,9 @@ def _subject(args: argparse.Namespace) -> Subject:
     from ddit_rt.lab.profile.subject import subject_of
     from ddit_rt.policies import PatchPolicy
 
-    engine = _embedded_engine(args) if args.artifact == EMBEDDED else _loaded_engine(args)
+    check_names(args.artifact, args.model)
+    embedded = args.artifact == EMBEDDED and is_embedded(EMBEDDED)
+    engine = _embedded_engine(args) if embedded else _loaded_engine(args)
     policy = choose_policy(args.policy, args.tau, args.rho, engine.default_policy)
     if not isinstance(policy, PatchPolicy):
         raise ValueError(  # noqa: TRY004 - of a text, not of a type
@@ -266,19 +254,15 @@ def _subject(args: argparse.Namespace) -> Subject:
             "plan itself, such as static or 4p:0.2,2p:0.4,p"
         )
     generator = torch.Generator().manual_seed(args.seed)
-    return subject_of(engine, policy, args.prompt, {**_given(args), "generator": generator})
+    return subject_of(
+        engine, policy, args.prompt, {**pipeline_arguments(args), "generator": generator}
+    )
 
 
 def _embedded_engine(args: argparse.Namespace) -> Engine:
     import ddit_rt
-    from ddit_rt.cli.models import load_pipeline
     from ddit_rt.lab.demo.plans import DEMO_POLICY
 
-    if args.model not in (None, EMBEDDED):
-        raise ValueError(
-            f"got ARTIFACT {EMBEDDED} and --model {args.model}; {EMBEDDED} is the model inside the "
-            "package: leave --model out, or name an artifact of your model"
-        )
     pipeline = load_pipeline(EMBEDDED, args.dtype, args.device)
     size = embedded_defaults(EMBEDDED)
     return ddit_rt.compile(
@@ -291,35 +275,10 @@ def _embedded_engine(args: argparse.Namespace) -> Engine:
 
 
 def _loaded_engine(args: argparse.Namespace) -> Engine:
-    import ddit_rt
     from ddit_rt.artifact import read_manifest
-    from ddit_rt.cli.models import load_pipeline
 
-    if args.model is None:
-        raise ValueError(
-            f"got the artifact {args.artifact} without --model; an artifact holds no weights: name "
-            "the model that it was compiled from"
-        )
     # Before the model: a missing artifact should not cost the minutes of loading one.
-    manifest = read_manifest(args.artifact)
-    dtype = args.dtype or manifest.dtype
-    pipeline = load_pipeline(args.model, dtype, manifest.environment.device)
-    return ddit_rt.load(args.artifact, pipeline, trust_code=args.trust_code)
-
-
-def _given(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the pipeline's call that were given, and those of the embedded model."""
-    given = {
-        "num_inference_steps": args.steps,
-        "height": args.height,
-        "width": args.width,
-        "audio_duration_s": args.audio_duration_s,
-        "max_sequence_length": args.max_sequence_length,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    embedded = EMBEDDED in (args.model, args.artifact)
-    text = embedded_defaults(EMBEDDED)["max_sequence_length"] if embedded else None
-    return given if text is None else {"max_sequence_length": text, **given}
+    return load_artifact(args, read_manifest(args.artifact))
 
 
 def _write_json(out: Path, data: dict[str, Any]) -> None:

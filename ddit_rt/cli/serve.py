@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
+from ddit_rt.cli.models import add_weights_arguments, embedded_text
 from ddit_rt.cli.options import existing_file, existing_folder, number, whole
-from ddit_rt.sources import DTYPES, MODEL_HELP, embedded_defaults, load_engine
+from ddit_rt.sources import load_engine
 
 if TYPE_CHECKING:
     from ddit_rt.engine import Engine
@@ -25,13 +26,7 @@ def add_engine_arguments(
         metavar="ARTIFACT",
         help=f"what compile wrote; or {embedded}, compiled once and kept",
     )
-    parser.add_argument("--model", help=f"the weights: {MODEL_HELP}; default: those of a demo")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as compiled")
-    parser.add_argument(
-        "--trust-code",
-        action="store_true",
-        help="run the compiled code of an artifact that was not built on this machine",
-    )
+    add_weights_arguments(parser)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,18 +114,15 @@ def _run(args: argparse.Namespace) -> Outcome | None:
     from ddit_rt.serving.config import Limits, ServeConfig, read_keys
     from ddit_rt.serving.run import serve
 
-    name = args.name or Path(args.artifact).name.removesuffix(".ddit")
-    model = args.model or args.artifact
-    text = embedded_defaults(model).get("max_sequence_length")
     config = ServeConfig(
-        model=name,
+        model=args.name or Path(args.artifact).name.removesuffix(".ddit"),
         keys=read_keys(args.api_key_file) if args.api_key_file else (),
         max_queue=args.max_queue,
         batch_window_ms=args.batch_window_ms,
         max_batch=args.max_batch,
         deadline_seconds=args.deadline_seconds,
         limits=Limits(pixels=args.max_pixels, steps=args.max_steps),
-        call={} if text is None else {"max_sequence_length": text},
+        call=embedded_text(args.model or args.artifact),
         lora_dir=args.lora_dir,
         warmup_steps=args.warmup_steps,
         fps=args.fps,

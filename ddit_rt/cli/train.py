@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.models import DEVICES, DTYPES, MODEL_HELP, embedded_defaults, load_pipeline
+from ddit_rt.cli.models import DEVICES
 from ddit_rt.cli.options import existing_file, folder_to_write, number, seed, whole
+from ddit_rt.sources import DTYPES, MODEL_HELP, embedded_defaults, load_pipeline
 
 if TYPE_CHECKING:
     from ddit_rt.lab.train import DataConfig, TrainConfig, TrainResult
-
-_TAR = (".tar",)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -219,7 +218,7 @@ def _source(args: argparse.Namespace) -> tuple[str, str]:
     if not Path(source).exists() and not glob.glob(source):  # noqa: PTH207 - it may be absolute
         what = "no file matches" if glob.has_magic(source) else "no such file or folder:"
         raise ValueError(f"{what} {source}; --data names images with captions")
-    if source.endswith(_TAR):
+    if source.endswith(".tar"):
         return "webdataset", source
     if (Path(source) / "dataset_info.json").is_file():
         return "datasets", source

@@ -8,9 +8,10 @@ import tempfile
 from pathlib import Path
 
 from ddit_rt.cli.command import Command, Outcome
-from ddit_rt.cli.models import EMBEDDED, EMBEDDED_VIDEO, embedded_defaults
+from ddit_rt.cli.models import embedded_text
 from ddit_rt.cli.options import whole
 from ddit_rt.cli.serve import LOOPBACK, add_engine_arguments, load_named
+from ddit_rt.sources import EMBEDDED, EMBEDDED_VIDEO, is_embedded
 
 _STOP_SECONDS = 5.0
 """How long a run may go on once the page is to end."""
@@ -43,6 +44,7 @@ def _run(args: argparse.Namespace) -> Outcome | None:
             raise ModuleNotFoundError(
                 f"ddit-rt ui needs more ({error}); pip install 'ddit_rt[ui]'"
             ) from error
+        from ddit_rt.lab.demo.prompts import DEMO_PROMPTS
         from ddit_rt.serving.app import create_app
         from ddit_rt.serving.aside import aside
         from ddit_rt.serving.config import Limits, ServeConfig
@@ -50,15 +52,15 @@ def _run(args: argparse.Namespace) -> Outcome | None:
 
         _refuse_video(args.artifact)
         model = args.model or args.artifact
-        text = embedded_defaults(model).get("max_sequence_length")
         config = ServeConfig(
             model=Path(args.artifact).name.removesuffix(".ddit"),
             max_queue=args.max_queue,
             limits=Limits(steps=args.max_steps),
-            call={} if text is None else {"max_sequence_length": text},
+            call=embedded_text(model),
         )
         app = create_app(aside(lambda: load_named(args)), config, stop_seconds=_STOP_SECONDS)
-        add_playground(app, _examples(model))
+        # Prompts to offer: an embedded model knows few words.
+        add_playground(app, DEMO_PROMPTS if model == EMBEDDED else ())
         listen(app, host=args.host, port=args.port, stop_seconds=_STOP_SECONDS)
     return None
 
@@ -74,25 +76,15 @@ def _refuse_video(artifact: str) -> None:
     from ddit_rt.errors import UnsupportedModelError
     from ddit_rt.models import family_named
 
-    path = Path(artifact)
-    if artifact == EMBEDDED and not path.exists():
+    if is_embedded(artifact):
+        if artifact == EMBEDDED_VIDEO:
+            raise ValueError(f"got {artifact}; the playground shows images: give demo")
         return
-    if artifact == EMBEDDED_VIDEO and not path.exists():
-        raise ValueError(f"got {artifact}; the playground shows images: give demo")
-    family = family_named(read_manifest(path).family)
+    family = family_named(read_manifest(Path(artifact)).family)
     if family.video or family.audio:
         raise UnsupportedModelError(
             f"ddit-rt ui shows images, and {family.name} makes none; use ddit-rt generate"
         )
-
-
-def _examples(model: str) -> tuple[str, ...]:
-    """Prompts to offer: an embedded model knows few words."""
-    if model != EMBEDDED:
-        return ()
-    from ddit_rt.lab.demo.prompts import DEMO_PROMPTS
-
-    return DEMO_PROMPTS
 
 
 UI = Command(

@@ -1,6 +1,5 @@
 """Drawn samples, their latents and the embeddings of captions, made once and kept on disk."""
 
-import dataclasses
 import itertools
 import multiprocessing
 import pathlib
@@ -12,31 +11,20 @@ import torch
 from torch import Tensor
 
 from demo_training.kind import Kind, Size
-from demo_training.settings import Settings
+from demo_training.settings import Settings, finished
 from demo_training.text import load_text
-from demo_training.vae import load_vae
 
 _CHUNK = 32
 _ENCODED_PIXELS = 64 * 128 * 128
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class LatentSet:
-    """Latents ``[N, C, (F,) H/4, W/4]`` float16, mean 0 and deviation 1, and captions ``[N]``.
+def encode_latents(kind: Kind, settings: Settings, size: Size) -> dict[str, Tensor]:
+    """Draw and encode the samples of one size, or read what an earlier run has encoded.
 
-    A caption is an index into the kind's `attributes`.
+    Returns:
+        `latents` ``[N, C, (F,) H/4, W/4]`` float16, mean 0 and deviation 1, and `captions` ``[N]``,
+        indices into the kind's `attributes`; on the settings' device.
     """
-
-    latents: Tensor
-    captions: Tensor
-
-    def to(self, device: str) -> "LatentSet":
-        """The same on a device."""
-        return LatentSet(latents=self.latents.to(device), captions=self.captions.to(device))
-
-
-def encode_latents(kind: Kind, settings: Settings, size: Size) -> LatentSet:
-    """Draw and encode the samples of one size, or read what an earlier run has encoded."""
     path = settings.work / f"latents_{size[0]}x{size[1]}.pt"
     if not path.exists():
         more = 1 if settings.device == "cpu" else kind.transformer.on_gpu
@@ -52,29 +40,17 @@ def encode_latents(kind: Kind, settings: Settings, size: Size) -> LatentSet:
         order = {attributes.labels: place for place, attributes in enumerate(kind.attributes)}
         captions = torch.tensor([order[tuple(row)] for row in labels.tolist()])
         torch.save({"latents": torch.cat(parts).contiguous(), "captions": captions}, path)
-    return LatentSet(**torch.load(path, weights_only=True))
+    return torch.load(path, map_location=settings.device, weights_only=True)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Captions:
-    """Embeddings of every prompt that training uses, each once.
+def embed_captions(kind: Kind, settings: Settings) -> dict[str, Any]:
+    """Embed the captions in all their phrasings, or read what an earlier run has embedded.
 
-    Attributes:
-        table: By name ``[prompts, ...]``.
-        rows: ``[captions + 1, phrasings]`` int64, a prompt each; the last row is the empty one.
+    Returns:
+        `table`, embeddings ``[prompts, ...]`` of every prompt by name, and `rows`
+        ``[captions + 1, phrasings]`` int64, a prompt each, the empty one in the last row; on the
+        settings' device.
     """
-
-    table: dict[str, Tensor]
-    rows: Tensor
-
-    def to(self, device: str) -> "Captions":
-        """The same on a device."""
-        table = {name: one.to(device) for name, one in self.table.items()}
-        return Captions(table=table, rows=self.rows.to(device))
-
-
-def embed_captions(kind: Kind, settings: Settings) -> Captions:
-    """Embed the captions in all their phrasings, or read what an earlier run has embedded."""
     path = settings.work / "captions.pt"
     if not path.exists():
         pipeline = build_pipeline(kind, settings, kind.build_transformer())
@@ -90,7 +66,15 @@ def embed_captions(kind: Kind, settings: Settings) -> Captions:
         rows = torch.tensor([[places[prompt] for prompt in row] for row in phrased])
         table = {name: torch.cat(part) for name, part in parts.items()}
         torch.save({"table": table, "rows": rows}, path)
-    return Captions(**torch.load(path, weights_only=True))
+    return torch.load(path, map_location=settings.device, weights_only=True)
+
+
+def load_vae(kind: Kind, settings: Settings) -> Any:
+    """The trained autoencoder, whose configuration holds the statistics of its latents."""
+    state = finished(settings, "vae", settings.device)
+    vae = kind.build_vae(**state["statistics"])
+    vae.load_state_dict(state["vae"])
+    return vae.to(settings.device).eval()
 
 
 def build_pipeline(kind: Kind, settings: Settings, transformer: Any) -> Any:
@@ -121,8 +105,11 @@ def draw(
         (*kind.series(size), seed, start, min(_CHUNK, count - start))
         for start in range(0, count, _CHUNK)
     ]
-    with multiprocessing.get_context("fork").Pool(settings.workers) as pool:
-        chunks = pool.map(_draw_chunk, tasks, chunksize=1)
+    if settings.workers == 1:
+        chunks = [_draw_chunk(task) for task in tasks]
+    else:
+        with multiprocessing.get_context("fork").Pool(settings.workers) as pool:
+            chunks = pool.map(_draw_chunk, tasks, chunksize=1)
     samples = torch.from_numpy(np.concatenate([chunk[0] for chunk in chunks]))
     labels = torch.tensor([row for chunk in chunks for row in chunk[1]])
     if cache is not None:

@@ -8,7 +8,8 @@ is the area average of the large one up to anti-aliasing.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,15 +53,21 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         """Check sizes and ranges."""
-        if min(self.height, self.width) < 8 or self.supersample < 1:
-            raise ValueError(
-                f"height, width, supersample are {self.height}, {self.width}, {self.supersample}; "
-                "expected sides of at least 8 px and supersample >= 1"
-            )
-        for name in ("radius", "period"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high < 1:
-                raise ValueError(f"{name} is {(low, high)}, expected 0 < low <= high < 1")
+        check_config(self, "supersample", "radius", "period")
+
+
+def check_config(config: Any, number: str, *ranges: str) -> None:
+    """Check the sizes of a configuration, a number beside them, and its ranges."""
+    height, width, count = config.height, config.width, getattr(config, number)
+    if min(height, width) < 8 or count < 1:
+        raise ValueError(
+            f"height, width, {number} are {height}, {width}, {count}; expected sides of at least "
+            f"8 px and {number} >= 1"
+        )
+    for name in ranges:
+        low, high = getattr(config, name)
+        if not 0 < low <= high < 1:
+            raise ValueError(f"{name} is {(low, high)}, expected 0 < low <= high < 1")
 
 
 def random_attributes(seed: int, index: int, *, held_out: bool = False) -> Attributes:
@@ -124,11 +131,15 @@ def draw_series(
         ``[count, 3, height, width]`` uint8 RGB, and the attributes of each image.
     """
     drawn = [random_attributes(seed, start + i, held_out=held_out) for i in range(count)]
-    images = np.empty((count, 3, config.height, config.width), dtype=np.uint8)
-    for i, attributes in enumerate(drawn):
-        image = draw_image(attributes, config, seed, start + i)
-        images[i] = np.rint(image.transpose(2, 0, 1) * 255).astype(np.uint8)
-    return images, drawn
+    return in_bytes(draw_image, drawn, config, seed, start), drawn
+
+
+def in_bytes(
+    draw: Callable[..., Array], drawn: Sequence[Any], config: Any, seed: int, start: int
+) -> npt.NDArray[np.uint8]:
+    """``[count, 3, ...]`` uint8 of what `draw` gives with channels last, in [0, 1]."""
+    samples = [draw(what, config, seed, start + place) for place, what in enumerate(drawn)]
+    return np.rint(np.moveaxis(np.stack(samples), -1, 1) * 255).astype(np.uint8, order="C")
 
 
 def grid_of(config: ImageConfig) -> tuple[Array, Array]:

@@ -23,6 +23,7 @@ from demo_training.draw_images import (
     area_average,
     draw_ground,
     grid_of,
+    in_bytes,
     rotate,
 )
 
@@ -208,9 +209,7 @@ def draw_scenes(
         ``[count, 3, height, width]`` uint8 RGB, and what may be said of each.
     """
     drawn = [random_scene(seed, start + place) for place in range(count)]
-    images = [draw_scene(scene, config, seed, start + place) for place, scene in enumerate(drawn)]
-    pixels = np.rint(np.stack(images).transpose(0, 3, 1, 2) * 255).astype(np.uint8)
-    return pixels, drawn
+    return in_bytes(draw_scene, drawn, config, seed, start), drawn
 
 
 def _places(count: int, config: ImageConfig, rng: np.random.Generator) -> list[Place]:

@@ -25,7 +25,9 @@ from demo_training.draw_images import (
     Array,
     ImageConfig,
     area_average,
+    check_config,
     draw_ground,
+    in_bytes,
     rotate,
 )
 
@@ -50,15 +52,7 @@ class VideoConfig:
 
     def __post_init__(self) -> None:
         """Check sizes and ranges."""
-        if min(self.height, self.width) < 8 or self.frames < 1:
-            raise ValueError(
-                f"height, width, frames are {self.height}, {self.width}, {self.frames}; expected "
-                "sides of at least 8 px and at least one frame"
-            )
-        for name in ("radius", "speed"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high < 1:
-                raise ValueError(f"{name} is {(low, high)}, expected 0 < low <= high < 1")
+        check_config(self, "frames", "radius", "speed")
 
 
 def random_video_attributes(seed: int, index: int, *, held_out: bool = False) -> VideoAttributes:
@@ -114,11 +108,7 @@ def draw_videos(
         ``[count, 3, frames, height, width]`` uint8 RGB, and the attributes of each video.
     """
     drawn = [random_video_attributes(seed, start + i, held_out=held_out) for i in range(count)]
-    videos = np.empty((count, 3, config.frames, config.height, config.width), dtype=np.uint8)
-    for i, attributes in enumerate(drawn):
-        video = draw_video(attributes, config, seed, start + i)
-        videos[i] = np.rint(video.transpose(3, 0, 1, 2) * 255).astype(np.uint8)
-    return videos, drawn
+    return in_bytes(draw_video, drawn, config, seed, start), drawn
 
 
 def _pixel_centres(config: VideoConfig, centres: Array) -> tuple[Array, Array]:

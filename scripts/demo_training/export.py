@@ -1,42 +1,72 @@
-"""Stages `export` and `evaluate`: the diffusers folder, what it draws, and its card."""
+"""Stages `adopt`, `export` and `evaluate`: what a model begins with, and what becomes of it."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import FluxPipeline
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ddit_rt.cli.models import load_pipeline
+from ddit_rt.lab.demo import model_path
+from ddit_rt.sources import load_pipeline
 from demo_training.data import build_pipeline
 from demo_training.kind import Kind
-from demo_training.settings import Settings, finished, save_grid
+from demo_training.settings import Settings, finished, save_checkpoint, save_grid
 
-_CARD = "MODEL_CARD.md"
+_CARD, _WEIGHTS = "MODEL_CARD.md", "transformer.safetensors"
 
 
-def export_pipeline(kind: Kind, settings: Settings) -> None:
-    """Write the averaged weights as a pipeline: the larger networks in float16.
+def adopt_parts(kind: Kind, settings: Settings) -> None:
+    """Take the embedded model's autoencoder and text encoders for those of the stages before."""
+    pipeline = FluxPipeline.from_pretrained(model_path(), transformer=None)
+    vae = pipeline.vae
+    statistics = {name: vae.config[name] for name in ("shift_factor", "scaling_factor")}
+    save_checkpoint(settings.work / "vae.pt", {"vae": vae.state_dict(), "statistics": statistics})
+    encoders = [pipeline.text_encoder.state_dict(), pipeline.text_encoder_2.state_dict()]
+    save_checkpoint(settings.work / "text.pt", {"encoders": encoders})
+    tqdm.write(f"adopt: {kind.name} takes the image model's autoencoder and text encoders")
 
-    `from_pretrained` loads all of them as float32; rounding to float16 moves a weight by at most
-    1 / 2048 of itself.
+
+def export(kind: Kind, settings: Settings) -> None:
+    """Write the averaged weights: a pipeline, or of a model that adopts its parts those alone.
+
+    The larger networks are float16. `from_pretrained` loads all of them as float32; rounding to
+    float16 moves a weight by at most 1 / 2048 of itself.
     """
-    state = finished(settings, "transformer", "cpu")
+    state, path = finished(settings, "transformer", "cpu"), settings.export
+    minutes = state["spent"] / 60
+    if "adopt" in kind.stages:
+        weights = {name: value.half().contiguous() for name, value in state["average"].items()}
+        about = {
+            "steps": str(state["step"]),
+            "minutes": f"{minutes:.1f}",
+            "seed": str(settings.seed),
+            "torch": str(torch.__version__),
+        }
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(weights, path / _WEIGHTS, metadata=about)
+    else:
+        _save_pipeline(kind, settings, state["average"])
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    tqdm.write(f"export: {path}, {size / 1e6:.2f} MB, {state['step']} steps in {minutes:.0f} min")
+
+
+def _save_pipeline(kind: Kind, settings: Settings, weights: dict[str, Any]) -> None:
     transformer = kind.build_transformer()
-    transformer.load_state_dict(state["average"])
+    transformer.load_state_dict(weights)
     pipeline = build_pipeline(kind, settings, transformer)
     for name in kind.half:
         getattr(pipeline, name).to(torch.float16, memory_format=torch.contiguous_format)
-    path = settings.export
-    pipeline.save_pretrained(path)
+    pipeline.save_pretrained(settings.export)
     # As the published pipelines name it; transformers 5 knows both names, version 4 this one only.
-    index = path / "model_index.json"
+    index = settings.export / "model_index.json"
     index.write_text(index.read_text().replace('"T5Tokenizer"', '"T5TokenizerFast"'))
-    if not (path / _CARD).exists():
-        (path / _CARD).write_text((kind.folder / _CARD).read_text(encoding="utf-8"))
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    minutes = state["spent"] / 60
-    tqdm.write(f"export: {path}, {size / 1e6:.2f} MB, {state['step']} steps in {minutes:.0f} min")
+    card = settings.export / _CARD
+    if not card.exists():
+        card.write_text((kind.folder / _CARD).read_text(encoding="utf-8"))
 
 
 def evaluate_pipeline(kind: Kind, settings: Settings, steps: int) -> None:
@@ -59,9 +89,8 @@ def evaluate_pipeline(kind: Kind, settings: Settings, steps: int) -> None:
             made = torch.cat(parts)
             rows.append(f"| {side} px | {len(expected)} {name} | {_cells(kind, made, expected)} |")
             tqdm.write(rows[-1])
-            shown = kind.frames(made.transpose(1, 2) if made.ndim == 5 else made)
             grid = settings.work / "grids" / f"evaluate_{name.replace(' ', '_')}_{side}.png"
-            save_grid(grid, torch.cat([one[:32] for one in shown]))
+            save_grid(grid, torch.cat([one[:32] for one in kind.frames(made)]))
     names = list(kind.hits(kind.drawn(expected[:2]), expected[:2]))
     write_card(settings.export / _CARD, ["side", "captions", *names], rows)
 

@@ -12,14 +12,7 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 from torch import Tensor
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ddit_rt.lab.demo import images as captions
@@ -36,8 +29,8 @@ from demo_training.kind import (
     TextEncoder,
     TransformerRecipe,
     VaeRecipe,
-    build_pieces,
     reduce,
+    t5_encoder,
 )
 
 _WORDS = (
@@ -61,7 +54,27 @@ def _tokens(size: tuple[int, int]) -> int:
 
 
 class ImageKind:
-    """See `Kind`."""
+    """What the recipe must know of a model. Samples are ``[B, 3, H, W]``.
+
+    Attributes:
+        name: As on the command line.
+        folder: Where the repository keeps the model.
+        stages: In their order.
+        minutes: Of training, by stage.
+        text_steps: Steps that the text encoders are trained for.
+        text_rate: Their highest learning rate.
+        attribute_sizes: Number of classes of every attribute.
+        attributes: Every combination; each has a `caption`, and class indices as `labels`.
+        classifier: Weights of the network that tells them from a sample.
+        classifier_steps: Steps that it is trained for.
+        phrasings: Ways to word the same attributes.
+        vae: See `VaeRecipe`.
+        transformer: See `TransformerRecipe`.
+        half: Parts of the pipeline that are stored as float16.
+        shown: Side of the grids of samples, in px.
+        evaluated: Sides that `evaluate` measures, in px.
+        batch: Samples that `evaluate` generates at once.
+    """
 
     name = "image"
     folder = model_path()
@@ -103,9 +116,11 @@ class ImageKind:
     )
 
     def series(self, size: Size) -> tuple[Callable[..., Any], Any]:
+        """What draws samples, given the configuration beside it, seed, first index and count."""
         return draw_series, ImageConfig(height=size[0], width=size[1])
 
     def phrase(self, attributes: Any, phrasing: int) -> str:
+        """One of the ways (0 is the caption) in which training words the same attributes."""
         caption = attributes.caption
         subject, ground = caption.split(" on ")
         bare = subject.split(" ", 1)[1]
@@ -117,47 +132,41 @@ class ImageKind:
         )[phrasing]
 
     def text_encoders(self) -> list[TextEncoder]:
+        """Untrained."""
         # FLUX gives all text tokens one position, so only the encoders can tell the word order.
-        clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
+        tokenizer = _clip_tokenizer()
         clip = CLIPTextConfig(
-            vocab_size=len(clip_tokenizer),
+            vocab_size=len(tokenizer),
             hidden_size=WIDTH,
             intermediate_size=2 * WIDTH,
             projection_dim=WIDTH,
             num_hidden_layers=2,
             num_attention_heads=4,
             initializer_range=0.05,
-            bos_token_id=clip_tokenizer.bos_token_id,
-            eos_token_id=clip_tokenizer.eos_token_id,
-            pad_token_id=clip_tokenizer.pad_token_id,
-        )
-        t5 = T5Config(
-            vocab_size=len(t5_tokenizer),
-            d_model=WIDTH,
-            d_kv=16,
-            d_ff=2 * WIDTH,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
         return [
             TextEncoder(
-                tokenizer=clip_tokenizer,
+                tokenizer=tokenizer,
                 model=CLIPTextModel(clip),
                 length=77,
                 read=lambda output, _: output.pooler_output,
             ),
-            TextEncoder(
-                tokenizer=t5_tokenizer,
-                model=T5EncoderModel(t5),
-                length=MAX_SEQUENCE_LENGTH,
+            t5_encoder(
+                _WORDS,
+                T5Config,
+                T5EncoderModel,
                 read=lambda output, _: output.last_hidden_state.mean(1),
             ),
         ]
 
     def build_vae(self, **statistics: Any) -> Any:
-        """Three levels, so latents are 4 times smaller, with 4 channels."""
+        """Untrained; three levels, so latents are 4 times smaller, with 4 channels.
+
+        The statistics are part of its configuration.
+        """
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 3,
             up_block_types=("UpDecoderBlock2D",) * 3,
@@ -175,24 +184,32 @@ class ImageKind:
         return vae.to(memory_format=torch.channels_last)
 
     def statistics(self, z: Tensor) -> dict[str, Any]:
+        """What makes the mean of latents 0 and their deviation 1, as the autoencoder keeps it."""
         return {"shift_factor": z.mean().item(), "scaling_factor": 1 / z.std().item()}
 
     def normalise(self, z: Tensor, config: Any) -> Tensor:
+        """Latents as the transformer sees them."""
         return (z - config.shift_factor) * config.scaling_factor
 
     def decode(self, vae: Any, z: Tensor) -> Tensor:
+        """Samples, not clamped: a clamp has no gradient outside [-1, 1]."""
         return vae.decode(z).sample
 
     def colours(self, x: Tensor) -> Tensor:
+        """Mean colours ``[B, 3, ...]`` of each latent's pixels."""
         return reduce(x, 4)
 
     def frames(self, x: Tensor) -> list[Tensor]:
+        """Some images ``[B, 3, H, W]`` of samples, for a grid."""
         return [x]
 
     def vae_batch(
         self, data: Mapping[Size, Tensor], step: int, generator: torch.Generator
     ) -> tuple[Tensor, int]:
-        """Whole 64 px images, crops of 128 px ones, or (one in four) whole 128 px ones."""
+        """Samples in [-1, 1], and the factor between the scales that this step ties together.
+
+        Whole 64 px images, crops of 128 px ones, or (one in four) whole 128 px ones.
+        """
         side, whole = 64 if step % 2 else 128, step % 4 == 2
         images = data[side, side]
         rows = torch.randint(len(images), (6 if whole else 16,), generator=generator)
@@ -204,6 +221,7 @@ class ImageKind:
         return x, 4 if step % 8 in (2, 5) else 2
 
     def build_transformer(self) -> Any:
+        """Untrained, every block the identity and the output zero (adaLN-Zero of DiT)."""
         model = FluxTransformer2DModel(
             in_channels=16,
             num_layers=2,
@@ -222,6 +240,7 @@ class ImageKind:
         return model
 
     def velocity(self, model: Any, noisy: Tensor, t: Tensor, text: Mapping[str, Tensor]) -> Tensor:
+        """The transformer's output for latents at times t in (0, 1), as `layout` lays them out."""
         rows, columns = noisy.shape[2] // 2, noisy.shape[3] // 2
         grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         positions = torch.stack([torch.zeros_like(grid[0]), *grid], dim=-1).flatten(0, 1).float()
@@ -236,12 +255,13 @@ class ImageKind:
         )[0]
 
     def layout(self, latents: Tensor) -> Tensor:
-        """Tokens ``[B, H/2 W/2, 4C]``, as `FluxPipeline` packs them."""
+        """Latents as the transformer gives its output: tokens ``[B, H/2 W/2, 4C]``."""
         count, channels, height, width = latents.shape
         blocks = latents.view(count, channels, height // 2, 2, width // 2, 2)
         return blocks.permute(0, 2, 4, 1, 3, 5).reshape(count, height * width // 4, channels * 4)
 
     def pipeline(self, encoders: Sequence[TextEncoder], vae: Any, transformer: Any) -> Any:
+        """A pipeline around trained parts."""
         clip, t5 = encoders
         return FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(
@@ -262,6 +282,7 @@ class ImageKind:
         )
 
     def embed(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
+        """Embeddings of prompts, exactly as sampling makes them."""
         sequence, pooled, _ = pipeline.encode_prompt(
             prompts, None, max_sequence_length=MAX_SEQUENCE_LENGTH
         )
@@ -270,6 +291,7 @@ class ImageKind:
     def sample(
         self, pipeline: Any, prompts: list[str], side: int, steps: int, generator: torch.Generator
     ) -> Tensor:
+        """Generated samples in [0, 1]."""
         return pipeline(
             prompts,
             height=side,
@@ -281,20 +303,24 @@ class ImageKind:
         ).images
 
     def expected(self) -> dict[str, list[Any]]:
+        """Attributes that `evaluate` asks for: of trained combinations, and of held-out ones."""
         trained = [random_attributes(10_001, index) for index in range(_EVALUATED)]
         held_out = [captions.parse_caption(caption) for caption in held_out_prompts()]
         return {"of trained combinations": trained, "held out": held_out}
 
     def drawn(self, expected: Sequence[Any]) -> Tensor:
+        """Drawn samples of the same attributes."""
         config = ImageConfig()
         images = [draw_image(a, config, 20_000, i) for i, a in enumerate(expected)]
         return torch.stack([torch.from_numpy(image) for image in images]).movedim(-1, 1)
 
     def noise(self, seed: int) -> Callable[[int], torch.Generator]:
+        """Of the samples of `evaluate`, by the index of a batch's first one."""
         generator = torch.Generator().manual_seed(20_000 + seed)
         return lambda _: generator
 
     def hits(self, samples: Tensor, expected: list[Any]) -> dict[str, Tensor]:
+        """By attribute ``[B]``, whether a sample shows it."""
         return attribute_hits(load_classifier(), samples, expected)
 
 
@@ -313,7 +339,3 @@ def _clip_tokenizer() -> CLIPTokenizer:
     tokens = [*dict.fromkeys(vocabulary), "<|startoftext|>", "<|endoftext|>"]
     numbered = {token: i for i, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=numbered, merges=merges, model_max_length=77)
-
-
-def _t5_tokenizer() -> T5TokenizerFast:
-    return T5TokenizerFast(vocab=build_pieces(_WORDS), extra_ids=0, model_max_length=512)

@@ -1,36 +1,31 @@
 """The study model: the image model's parts, trained on scenes whose captions say little."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from diffusers import FluxTransformer2DModel
 
 from ddit_rt.lab.demo import model_path
-from demo_training.adopt import study_path
 from demo_training.draw_images import ImageConfig
-from demo_training.draw_scenes import (
-    PHRASINGS,
-    SCENE_SIZES,
-    all_scenes,
-    draw_scenes,
-    phrase,
-)
+from demo_training.draw_scenes import PHRASINGS, SCENE_SIZES, all_scenes, draw_scenes, phrase
 from demo_training.image import ImageKind
 from demo_training.kind import Phase, Size, TransformerRecipe
 
+_FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "study"
 _COUNTS = {(32, 32): 1024, (64, 64): 4096, (128, 128): 2048}
 
 
 class SceneKind(ImageKind):
-    """See `Kind`; what is trained of it is the transformer, from the image model's weights."""
+    """What is trained of it is the transformer, from the image model's weights."""
 
     name = "scenes"
-    folder = study_path()
+    folder = _FOLDER
     stages = ("adopt", "transformer", "classifier", "export")
     minutes = {"transformer": 45.0}
     attribute_sizes = SCENE_SIZES
     attributes = all_scenes()
-    classifier, classifier_steps = study_path() / "classifier.safetensors", 2400
+    classifier, classifier_steps = _FOLDER / "classifier.safetensors", 2400
     phrasings = PHRASINGS
     half = ("transformer",)
     shown = (64, 128)

@@ -1,10 +1,9 @@
 """What every stage needs to know, and the files that stages leave for each other."""
 
-import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,15 +85,3 @@ def save_grid(path: pathlib.Path, images: torch.Tensor, columns: int = 8) -> Non
     rows = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rows.detach().mul(255).round().byte().cpu().numpy()).save(path)
-
-
-@contextlib.contextmanager
-def evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
-    """Put a module in evaluation mode without gradients, and back into its mode afterwards."""
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(training)

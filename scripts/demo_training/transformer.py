@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from demo_training.data import LatentSet, build_pipeline, embed_captions, encode_latents
+from demo_training.data import build_pipeline, embed_captions, encode_latents
 from demo_training.kind import Kind, Phase, Size, TransformerRecipe
 from demo_training.settings import Settings, load_checkpoint, save_checkpoint, save_grid
 
@@ -58,11 +58,8 @@ class Trainer:
             torch.set_float32_matmul_precision("high")
         self.kind, self.recipe, self.settings = kind, kind.transformer, settings
         self.rank, self.seconds = rank, minutes * 60
-        self.data = {
-            size: encode_latents(kind, settings, size).to(settings.device)
-            for size in self.recipe.counts
-        }
-        self.prompts = embed_captions(kind, settings).to(settings.device)
+        self.data = {size: encode_latents(kind, settings, size) for size in self.recipe.counts}
+        self.prompts = embed_captions(kind, settings)
         torch.manual_seed(settings.seed)
         self.model = kind.build_transformer().to(settings.device)
         self.parameters = list(self.model.parameters())
@@ -125,27 +122,25 @@ class Trainer:
     def _loss(self, size: Size, generator: torch.Generator) -> Tensor:
         data, device = self.data[size], generator.device
         count = self.recipe.batches[size] * (1 if device.type == "cpu" else self.recipe.on_gpu)
-        rows = torch.randint(len(data.latents), (count,), generator=generator, device=device)
-        clean = data.latents[rows].float()
+        rows = torch.randint(len(data["latents"]), (count,), generator=generator, device=device)
+        clean = data["latents"][rows].float()
         noise = torch.randn(clean.shape, generator=generator, device=device)
         t = sample_times(count, self.recipe.shifts[size], generator)
         blend = t.view(-1, *[1] * (clean.ndim - 1))
-        text = self._captions(data, rows, generator)
+        text = self._text(data["captions"][rows], generator)
         noisy = (1 - blend) * clean + blend * noise
         output = self.kind.velocity(self.model, noisy, t, text)
         return F.mse_loss(output, self.kind.layout(noise - clean))
 
-    def _captions(
-        self, data: LatentSet, rows: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    def _text(self, captions: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Embeddings of the captions, some reworded and some replaced by the empty prompt."""
-        captions, count, device = data.captions[rows], len(rows), generator.device
+        count, device = len(captions), generator.device
         phrasings = torch.randint(self.kind.phrasings, (count,), generator=generator, device=device)
         uniform = functools.partial(torch.rand, count, generator=generator, device=device)
         phrasings *= uniform() < self.recipe.reworded
         captions = captions.masked_fill(uniform() < self.recipe.empty, -1)
-        rows = self.prompts.rows[captions, phrasings]
-        return {name: one[rows] for name, one in self.prompts.table.items()}
+        rows = self.prompts["rows"][captions, phrasings]
+        return {name: one[rows] for name, one in self.prompts["table"].items()}
 
     def _average_gradients(self) -> None:
         if not dist.is_initialized():
@@ -229,6 +224,5 @@ def sample_grids(kind: Kind, settings: Settings, transformer: Any, name: str) ->
     for side in kind.shown:
         generator = torch.Generator().manual_seed(settings.seed)
         samples = kind.sample(pipeline, prompts, side, 2 if settings.quick else 24, generator)
-        # Frames come first in a pipeline's result, behind the channels in `frames`.
-        rows = kind.frames(samples.transpose(1, 2) if samples.ndim == 5 else samples)
-        save_grid(settings.work / "grids" / f"{name}_{side}.png", torch.cat(rows).float())
+        path = settings.work / "grids" / f"{name}_{side}.png"
+        save_grid(path, torch.cat(kind.frames(samples)).float())

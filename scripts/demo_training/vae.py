@@ -17,15 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from demo_training.kind import Kind, Size, reduce
-from demo_training.settings import (
-    Settings,
-    evaluation_mode,
-    finished,
-    load_checkpoint,
-    save_checkpoint,
-    save_grid,
-)
+from demo_training.data import draw
+from demo_training.kind import Kind, reduce
+from demo_training.settings import Settings, load_checkpoint, save_checkpoint, save_grid
 
 _WARM_STEPS, _CHECKPOINT_SECONDS = 40, 60.0
 Whitening = tuple[Tensor, Tensor]
@@ -34,7 +28,10 @@ Whitening = tuple[Tensor, Tensor]
 def train_vae(kind: Kind, settings: Settings, minutes: float) -> None:
     """Train for `minutes`, resuming from the checkpoint of an interrupted run."""
     torch.manual_seed(settings.seed)
-    data, seconds = _samples(kind, settings), minutes * 60
+    data, seconds = {}, minutes * 60
+    for size, count in kind.vae.counts.items():
+        cache = settings.work / f"vae_{size[0]}x{size[1]}.pt"
+        data[size], _ = draw(kind, settings, size, settings.count(count), settings.seed, cache)
     whitening = whitening_of(kind, next(iter(data.values()))[:512], settings)
     vae = kind.build_vae().to(settings.device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
@@ -68,14 +65,6 @@ def train_vae(kind: Kind, settings: Settings, minutes: float) -> None:
             state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"spent": spent, "step": step, "statistics": statistics}
             save_checkpoint(path, state)
-
-
-def load_vae(kind: Kind, settings: Settings) -> Any:
-    """The trained autoencoder, whose configuration holds the statistics of its latents."""
-    state = finished(settings, "vae", settings.device)
-    vae = kind.build_vae(**state["statistics"])
-    vae.load_state_dict(state["vae"])
-    return vae.to(settings.device).eval()
 
 
 def vae_loss(
@@ -114,22 +103,6 @@ def _whitened(kind: Kind, x: Tensor, whitening: Whitening) -> Tensor:
     return (kind.colours(x).movedim(1, -1) @ weight.T + bias).movedim(-1, 1)
 
 
-def _samples(kind: Kind, settings: Settings) -> dict[Size, Tensor]:
-    from demo_training.data import draw
-
-    return {
-        size: draw(
-            kind,
-            settings,
-            size,
-            settings.count(count),
-            settings.seed,
-            settings.work / f"vae_{size[0]}x{size[1]}.pt",
-        )[0]
-        for size, count in kind.vae.counts.items()
-    }
-
-
 def _learning_rate(kind: Kind, progress: float, step: int) -> float:
     high, low = kind.vae.rates
     warm = min(1.0, (step + 1) / _WARM_STEPS)
@@ -138,7 +111,8 @@ def _learning_rate(kind: Kind, progress: float, step: int) -> float:
 
 def _report(kind: Kind, vae: Any, samples: Tensor, settings: Settings) -> dict[str, Any]:
     """Print errors, write a grid, and return the statistics of the latents."""
-    with evaluation_mode(vae):
+    vae.eval()
+    with torch.no_grad():
         x = samples[: kind.vae.shown].to(settings.device).float().div(127.5).sub(1)
         z = vae.encode(x).latent_dist.mean
         shown = x[:8]
@@ -148,6 +122,7 @@ def _report(kind: Kind, vae: Any, samples: Tensor, settings: Settings) -> dict[s
             factor: ((vae.encode(reduce(x, factor)).latent_dist.mean - reduce(z, factor)).std())
             for factor in (2, 4)
         }
+    vae.train()
     error = (decoded - shown).div(2).square().mean().item()
     relative = ", ".join(f"{gap.item() / z.std().item():.3f} at {f}" for f, gap in gaps.items())
     deviations = " ".join(f"{z[:, c].std().item():.2f}" for c in range(z.shape[1]))

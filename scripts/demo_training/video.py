@@ -12,7 +12,7 @@ from diffusers import (
 )
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import UMT5Config, UMT5EncoderModel
 
 from ddit_rt.lab.demo import video_model_path
 from ddit_rt.lab.demo import videos as captions
@@ -28,8 +28,8 @@ from demo_training.kind import (
     TextEncoder,
     TransformerRecipe,
     VaeRecipe,
-    build_pieces,
     reduce,
+    t5_encoder,
 )
 
 _WORDS = (
@@ -44,7 +44,7 @@ _EVALUATED, _SEED = 48, 300_000
 
 
 class VideoKind:
-    """See `Kind`."""
+    """See `ImageKind`; samples are ``[B, 3, F, H, W]``."""
 
     name = "video"
     folder = video_model_path()
@@ -89,22 +89,7 @@ class VideoKind:
         return attributes.caption
 
     def text_encoders(self) -> list[TextEncoder]:
-        tokenizer = T5TokenizerFast(vocab=build_pieces(_WORDS), extra_ids=0, model_max_length=512)
-        config = UMT5Config(
-            vocab_size=len(tokenizer),
-            d_model=WIDTH,
-            d_kv=16,
-            d_ff=2 * WIDTH,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-        )
-        encoder = UMT5EncoderModel(config)
-        return [
-            TextEncoder(
-                tokenizer=tokenizer, model=encoder, length=MAX_SEQUENCE_LENGTH, read=_masked_mean
-            )
-        ]
+        return [t5_encoder(_WORDS, UMT5Config, UMT5EncoderModel, read=_masked_mean)]
 
     def build_vae(self, **statistics: Any) -> Any:
         """Three levels: 4 times smaller in space and in time, with 8 channels."""
@@ -249,7 +234,7 @@ class VideoKind:
             max_sequence_length=MAX_SEQUENCE_LENGTH,
             generator=generator,
             output_type="pt",
-        ).frames
+        ).frames.transpose(1, 2)
 
     def expected(self) -> dict[str, list[Any]]:
         pools = {
@@ -264,13 +249,13 @@ class VideoKind:
 
     def drawn(self, expected: Sequence[Any]) -> Tensor:
         videos = [draw_video(a, VideoConfig(), _SEED, i) for i, a in enumerate(expected)]
-        return torch.stack([torch.from_numpy(video) for video in videos]).movedim(-1, 2)
+        return torch.stack([torch.from_numpy(video) for video in videos]).movedim(-1, 1)
 
     def noise(self, seed: int) -> Callable[[int], torch.Generator]:
         return lambda start: torch.Generator().manual_seed(_SEED + seed + start)
 
     def hits(self, samples: Tensor, expected: list[Any]) -> dict[str, Tensor]:
-        return video_hits(samples, expected)
+        return video_hits(samples.transpose(1, 2), expected)
 
 
 def _masked_mean(output: Any, mask: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_once import Packages, made_once, shared_folder
@@ -34,3 +37,16 @@ def artifact(
             assert main(["compile", str(model_folder), "-o", str(path), *size]) == 0
 
     return made_once(shared_folder(tmp_path_factory) / "cli.ddit", make)
+
+
+@pytest.fixture
+def info(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """What `ddit-rt info` prints as JSON."""
+
+    def read(*arguments: object) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main(["info", *map(str, arguments), "--json"]) == 0
+        data: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return data
+
+    return read

@@ -109,7 +109,7 @@ def generate(path: Path, model: Path, tmp_path: Path, *extra: str) -> int:
     return main(["generate", str(path), *arguments, *picture, *extra])
 
 
-@pytest.mark.parametrize("choice", ["quality", "balanced", "fast", "0", "0.5", "1.0"])
+@pytest.mark.parametrize("choice", ["balanced", "0.5"])
 def test_generate_runs_what_was_calibrated(
     calibrated: Path, model_folder: Path, tmp_path: Path, choice: str
 ) -> None:
@@ -130,8 +130,6 @@ def test_generate_runs_what_was_calibrated(
     [
         (["--steps", "6", "--policy", "balanced"], "calibrated only for [8] steps"),
         (["--steps", "8", "--policy", "2"], "got patch_policy=2.0"),
-        (["--steps", "8", "--policy", "quick"], "quality, balanced, fast or a speed"),
-        (["--steps", "8", "--policy", "fast", "--tau", "0.1"], "belong to --policy dynamic"),
     ],
 )
 def test_generate_refuses_what_was_not_calibrated(
@@ -176,22 +174,19 @@ def test_second_step_count_joins_the_first(
     assert [c.num_inference_steps for c in read_manifest(path).calibrations] == [5, 8]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--speedup", "50"], "no plan reaches speedup=50; the nearest is"),
-        (["--min-ssim", "1"], "min_ssim=1.0"),
-        (["--budget-ms", "1e8"], "there is nothing to calibrate"),
-        (["--budget-ms", "5", "--cost", "tokens"], "a budget in ms needs cost ms"),
-        (["--speedup", "2", "--held-out-prompts", "9"], "got 4 different prompts"),
-        (["--speedup", "2", "--steps", "1"], "fewer than 2 steps"),
-        (["--speedup", "2", "--pictures", "20"], "got 20 pictures, and to measure every family"),
-        (["--speedup", "2", "--min-ssim", "0.5"], "not allowed with"),
-        (
-            [],
-            "--speedup --min-ssim --min-stft --budget-ms --cache --spectrum is required",
+        pytest.param(
+            ["--speedup", "50"], "no plan reaches speedup=50; the nearest", marks=pytest.mark.slow
         ),
+        pytest.param(
+            ["--budget-ms", "1e8"], "there is nothing to calibrate", marks=pytest.mark.slow
+        ),
+        (["--budget-ms", "5", "--cost", "tokens"], "a budget in ms needs cost ms"),
+        (["--speedup", "2", "--steps", "1"], "fewer than 2 steps"),
+        (["--speedup", "2", "--cache", "teacache"], "not allowed with"),
+        ([], "--speedup --min-ssim --min-stft --budget-ms --cache --spectrum is required"),
     ],
 )
 def test_bad_request_is_exit_2_and_changes_nothing(
@@ -210,48 +205,31 @@ def test_bad_request_is_exit_2_and_changes_nothing(
     assert (artifact / "manifest.json").read_bytes() == before
 
 
-def test_missing_extra_is_named(
-    artifact: Path, options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
-    import ddit_rt.cli.calibrate as module
-
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    assert main(["calibrate", str(artifact), *options, "--speedup", "2"]) == 2
-    assert "pip install 'ddit_rt[eval]'" in capsys.readouterr().err
-
-
-def test_untrusted_artifact_is_exit_3(artifact: Path, options: list[str]) -> None:
-    need("matplotlib", "torchmetrics")
-    arguments = [option for option in options if option != "--trust-code"]
-    assert main(["calibrate", str(artifact), *arguments, "--speedup", "2"]) == 3
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["teacache", "magcache"])
-def test_cache_fits_are_stored_used_and_told(
+def test_a_cache_fit_is_stored_used_and_told(
     artifact: Path,
     options: list[str],
     model_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    kind: str,
 ) -> None:
     path, trace = tmp_path / "tiny.ddit", tmp_path / "trace.json"
     shutil.copytree(artifact, path)
-    extra = ["--steps", "8", "--step-cache", f"{kind}:0.5", "--trace", str(trace)]
+    extra = ["--steps", "8", "--step-cache", "magcache:0.5", "--trace", str(trace)]
     assert generate(path, model_folder, tmp_path, *extra) == 2
-    assert f"no {kind}" in capsys.readouterr().err
-    assert main(["calibrate", str(path), *options, "--steps", "8", "--cache", kind, "--json"]) == 0
+    assert "no magcache" in capsys.readouterr().err
+    fit_it = ["calibrate", str(path), *options, "--steps", "8", "--cache", "magcache", "--json"]
+    assert main(fit_it) == 0
     told = json.loads(capsys.readouterr().out)["fit"]
     (fit,) = read_manifest(path).cache_fits
-    assert (fit.kind, list(fit.values)) == (kind, told["values"])
+    assert (fit.kind, list(fit.values)) == ("magcache", told["values"])
     assert [text for text, _ in fit.evidence["prompts"]] == ["a zebra", "a fox"]
     assert {"torch", "diffusers"} <= fit.evidence["versions"].keys()
     assert generate(path, model_folder, tmp_path, *extra, "--policy", "fine") == 0
     run = json.loads(trace.read_text())["pictures"][0]["trace"]
     assert run["reused"] > 0
     assert main(["info", str(path)]) == 0
-    assert f"{kind}: fitted on this model: 2 prompts, 8 steps" in capsys.readouterr().out
+    assert "magcache: fitted on this model: 2 prompts, 8 steps" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -318,11 +296,3 @@ def test_search_has_step_caches_where_there_is_a_fit(
     cache = calibration.front[place].step_cache
     assert cache is not None
     assert f"step cache: {cache['step_cache']}" in run["notes"][-1]
-
-
-def test_cache_and_a_target_together_are_refused(
-    artifact: Path, options: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    both = ["--cache", "teacache", "--speedup", "2"]
-    assert main(["calibrate", str(artifact), *options, *both]) == 2
-    assert "not allowed with" in capsys.readouterr().err

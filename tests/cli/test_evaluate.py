@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from extras import need
@@ -64,58 +63,8 @@ def test_second_run_goes_on_and_prints_json(
     assert len(data["report"]["sessions"]) == 1
     # Each metric that is missing is named once.
     assert captured.err.count("without CLIP score (clip-vit-large-patch14): OSError") == 1
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--seed", "7"], "seed: 0 there, 7 now"),
-        (["--shown", "0"], "argument --shown: got '0'"),
-        (["--weights", "nowhere"], "no such folder: nowhere"),
-        (["--policy", "balanced"], "not calibrated at all"),
-        (["--policy", "fine"], "only plans that run all 8 steps at p"),
-        (["--cost", "euro"], "invalid choice"),
-    ],
-)
-def test_bad_request_is_exit_2(
-    evaluated: Path,
-    artifact: Path,
-    options: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    extra: list[str],
-    message: str,
-) -> None:
-    out = evaluated if extra[0] == "--seed" else tmp_path / "out"
-    before = ["--policy", "2p:0.4,p", "--policy", "dynamic"] if extra[0] == "--seed" else []
-    assert main(["eval", str(artifact), *options, "--out", str(out), *before, *extra]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert message in captured.err
-
-
-def test_prompts_are_asked_for(
-    artifact: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    need("torchmetrics")
-    assert main(["eval", str(artifact), "--model", str(model_folder)]) == 2
-    assert "--prompts: a file with one a line, or one of demo, drawb" in capsys.readouterr().err
-
-
-def test_missing_extra_is_named(
-    artifact: Path, options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
-    import ddit_rt.cli.evaluate as module
-
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    assert main(["eval", str(artifact), *options]) == 2
-    assert "pip install 'ddit_rt[eval]'" in capsys.readouterr().err
-
-
-def test_untrusted_artifact_is_exit_3(artifact: Path, options: list[str], tmp_path: Path) -> None:
-    need("torchmetrics")
-    arguments = [option for option in options if option != "--trust-code"]
-    assert main(["eval", str(artifact), *arguments, "--out", str(tmp_path / "out")]) == 3
+    assert main(["eval", str(artifact), *arguments, "--out", str(evaluated), "--seed", "7"]) == 2
+    assert "seed: 0 there, 7 now" in capsys.readouterr().err
 
 
 def test_ab_summary_before_and_after_an_answer(
@@ -128,24 +77,3 @@ def test_ab_summary_before_and_after_an_answer(
     Study(evaluated).record({"rater": "ada", "pair": 0, "choice": "equal"})
     assert main(["ab", str(evaluated), "--summary", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["shares"]["as_good"]["value"] == 1
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--plan", "nonsense"], "choose two different ones of fine, policy-1, dynamic"),
-        (["--port", "70000"], "expected a whole number from 0 to 65535"),
-    ],
-)
-def test_ab_refuses(
-    evaluated: Path, capsys: pytest.CaptureFixture[str], extra: list[str], message: str
-) -> None:
-    assert main(["ab", str(evaluated), "--summary", *extra]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_ab_without_an_evaluation_is_exit_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["ab", str(tmp_path)]) == 2
-    assert "run ddit-rt eval into it first" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Every command on models whose own forward runs the steps: no command knows a family."""
+"""Commands on models whose own forward runs the steps: no command knows a family."""
 
 from __future__ import annotations
 
@@ -32,14 +32,13 @@ def read(path: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_every_command_runs_a_model_that_tells_no_layers(
+def test_info_generate_and_profile_run_a_model_that_tells_no_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packages: Packages, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     pipeline, words = tiny_pipeline(), t5_words()
     pipeline.register_modules(tokenizer=words, text_encoder=t5_model(len(words)))
     pipeline.save_pretrained("model")
-    Path("prompts.txt").write_text("a b\nc d\ne f\ng h\n")
     size = ["--height", 64, "--width", 96]
     with packages():
         call("compile", "model", "-o", "a.ddit", *size, "--patch-sizes", "p,2p")
@@ -52,12 +51,6 @@ def test_every_command_runs_a_model_that_tells_no_layers(
     call("generate", *of_model, "--prompt", "a", "--steps", 6, "--policy", "2p:0.5,p", *guided)
     with Image.open("out.png") as image:
         assert image.size == (96, 64)
-
-    few = ["--calibration-prompts", 2, "--held-out-prompts", 2, "--pictures", 65]
-    few += ["--prompts", "prompts.txt", "--cost", "tokens"]
-    call("calibrate", *of_model, "--steps", 6, "--speedup", 1.5, *few, "--out", "found")
-    assert Path("found/calibration-6.json").is_file()
-    call("generate", *of_model, "--prompt", "a", "--steps", 6, "--policy", "balanced")
 
     profile = ["--tool", "torch", "--prompt", "a", "--warm-up", 1, "--out", "profile"]
     call("profile", *of_model, "--steps", 6, "--policy", "2p:0.5,p", *profile)

@@ -7,8 +7,6 @@ import pytest
 from PIL import Image
 
 from ddit_rt.cli import main
-from ddit_rt.cli.generate import run_lengths
-from ddit_rt.cli.outputs import output_paths
 
 
 @pytest.fixture
@@ -18,11 +16,14 @@ def generate(artifact: Path, model_folder: Path) -> list[str]:
     return ["generate", str(artifact), *model, "--steps", "4", "--prompt", "a zebra"]
 
 
-def test_picture_has_the_compiled_size(generate: list[str], tmp_path: Path) -> None:
+def test_picture_has_the_compiled_size_and_a_line_of_its_own(
+    generate: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "new folder" / "zebra.png"
-    assert main([*generate, "-o", str(path), "--seed", "3"]) == 0
+    assert main([*generate, "-o", str(path), "--seed", "3", "--policy", "2p:0.5,p"]) == 0
     with Image.open(path) as image:
         assert image.size == (48, 32)
+    assert capsys.readouterr().out.endswith(" s  seed 3  2 x 2p, 2 x p\n")
 
 
 def test_several_prompts_are_numbered_and_traced(
@@ -98,47 +99,30 @@ def test_bad_request_is_one_line_and_exit_2(
     assert "Traceback" not in captured.err
 
 
-def test_untrusted_artifact_is_exit_3(
-    generate: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    generate.remove("--trust-code")
-    assert main([*generate, "-o", str(tmp_path / "a.png")]) == 3
-    assert "native code" in capsys.readouterr().err
-
-
-def test_other_weights_are_exit_3(
+@pytest.mark.parametrize(
+    ("instead", "code", "message"),
+    [
+        ({"--trust-code": "--debug"}, 3, "native code"),
+        ({"{model}": "{other}"}, 3, "other weights"),
+        ({"{artifact}": "{folder}/none.ddit"}, 3, "no such file: "),
+        ({"{model}": "{folder}"}, 2, "model_index.json"),
+    ],
+)
+def test_what_does_not_load_is_told(
     generate: list[str],
+    artifact: Path,
     model_folder: Path,
     other_model_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    instead: dict[str, str],
+    code: int,
+    message: str,
 ) -> None:
-    generate[generate.index(str(model_folder))] = str(other_model_folder)
-    assert main([*generate, "-o", str(tmp_path / "a.png")]) == 3
-    assert "other weights" in capsys.readouterr().err
-
-
-def test_missing_artifact_is_exit_3(
-    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--model", str(model_folder), "--prompt", "a", "-o", str(tmp_path / "a.png")]
-    assert main(["generate", str(tmp_path / "none.ddit"), *arguments]) == 3
-    assert "no such file: " in capsys.readouterr().err
-
-
-def test_folder_without_a_pipeline_is_exit_2(
-    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--model", str(tmp_path), "--prompt", "a", "-o", str(tmp_path / "a.png")]
-    assert main(["generate", str(artifact), *arguments]) == 2
-    assert "model_index.json" in capsys.readouterr().err
-
-
-def test_output_paths_number_only_several(tmp_path: Path) -> None:
-    assert output_paths(tmp_path / "a.png", 1) == [tmp_path / "a.png"]
-    assert output_paths(tmp_path / "a.png", 2) == [tmp_path / "a-1.png", tmp_path / "a-2.png"]
-
-
-def test_run_lengths() -> None:
-    assert run_lengths(["4p", "4p", "p", "4p"]) == "2 x 4p, 1 x p, 1 x 4p"
-    assert run_lengths([]) == ""
+    places = {"artifact": artifact, "model": model_folder, "other": other_model_folder}
+    ((old, new),) = (
+        (text.format(**places, folder=tmp_path) for text in pair) for pair in instead.items()
+    )
+    arguments = [new if argument == old else argument for argument in generate]
+    assert main([*arguments, "-o", str(tmp_path / "a.png")]) == code
+    assert message in capsys.readouterr().err

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,8 @@ from ddit_rt.cli import main
 ATTENTION = "ddit_rt" if has_native_products() else "flash_attention_for_cpu"
 
 
-def info(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
-    capsys.readouterr()
-    assert main(["info", *map(str, arguments), "--json"]) == 0
-    data: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return data
-
-
-def test_json_tells_what_the_artifact_holds(
-    artifact: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = info(capsys, artifact)
+def test_json_tells_what_the_artifact_holds(artifact: Path, info: Any) -> None:
+    data = info(artifact)
     assert data["fits"] is True
     assert data["mismatches"] == []
     assert data["trusted"] is False
@@ -38,9 +28,9 @@ def test_json_tells_what_the_artifact_holds(
 
 
 def test_model_adds_memory_counts(
-    artifact: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+    artifact: Path, model_folder: Path, info: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = info(capsys, artifact, "--model", model_folder)
+    data = info(artifact, "--model", model_folder)
     memory = data["memory"]
     assert data["fits"] is True
     assert [bucket["tokens"] for bucket in memory["buckets"]] == [24, 6]
@@ -59,9 +49,9 @@ def test_model_adds_memory_counts(
 
 
 def test_other_model_is_named_as_mismatch_with_a_remedy(
-    artifact: Path, other_model_folder: Path, capsys: pytest.CaptureFixture[str]
+    artifact: Path, other_model_folder: Path, info: Any
 ) -> None:
-    data = info(capsys, artifact, "--model", other_model_folder)
+    data = info(artifact, "--model", other_model_folder)
     assert data["fits"] is False
     assert "compile again" in data["mismatches"][0]
 

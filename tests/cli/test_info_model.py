@@ -28,18 +28,16 @@ def saved(pipeline: Any, folder: Path) -> Path:
     return folder
 
 
-def info(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
-    capsys.readouterr()
-    assert main(["info", *map(str, arguments), "--json"]) == 0
-    data: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return data
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a FLUX pipeline."""
+    return saved(tiny_pipeline(), tmp_path_factory.mktemp("flux"))
 
 
 @pytest.mark.parametrize(
     ("make", "family", "passes", "text"),
     [
         (tiny_pipeline, "flux", 1, 512),
-        (wan_pipeline, "wan", 2, 512),
         (experts_pipeline, "wan-image", 2, 512),
         (ti2v_pipeline, "wan-ti2v", 2, 512),
         (partial(ti2v_pipeline, WanPipeline), "wan", 2, 512),
@@ -52,13 +50,13 @@ def test_a_supported_pipeline_is_told_with_the_floor_of_every_size(
     passes: int,
     text: int,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    info: Any,
 ) -> None:
     pipeline = make()
     frames = {"num_frames": 5} if family.startswith("wan") else {}
     size = {"height": 128, "width": 192, **frames}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in size.items()]
-    data = info(capsys, saved(pipeline, tmp_path / "model"), "--dtype=float32", *options)
+    data = info(saved(pipeline, tmp_path / "model"), "--dtype=float32", *options)
     assert data["supported"] is True
     assert (data["family"], data["passes"], data["text_tokens"]) == (family, passes, text)
     assert data["driven"].startswith("the compiled loop")
@@ -86,18 +84,14 @@ def test_a_supported_pipeline_is_told_with_the_floor_of_every_size(
         }
 
 
-def test_half_precision_halves_the_weights(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = saved(tiny_pipeline(), tmp_path / "model")
-    full, half = (info(capsys, folder, f"--dtype={dtype}") for dtype in ("float32", "bfloat16"))
+def test_half_precision_halves_the_weights(flux: Path, info: Any) -> None:
+    full, half = (info(flux, f"--dtype={dtype}") for dtype in ("float32", "bfloat16"))
     bytes_of = [one["sizes"][0]["costs"]["p"]["weight_bytes"] for one in (full, half)]
     assert bytes_of[0] == 2 * bytes_of[1]
 
 
-def test_people_read_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = saved(tiny_pipeline(), tmp_path / "model")
-    assert main(["info", str(folder), "--height", "40", "--width", "24"]) == 0
+def test_people_read_the_same(flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(flux), "--height", "40", "--width", "24"]) == 0
     text = capsys.readouterr().out
     assert "supported    yes: family flux, FluxTransformer2DModel" in text
     assert "40 x 24: latent 10 x 6" in text
@@ -106,30 +100,27 @@ def test_people_read_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_scheduler_that_is_no_table_is_driven_by_the_pipelines_own_loop(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, info: Any
 ) -> None:
     pipeline = tiny_pipeline()
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    data = info(capsys, saved(pipeline, tmp_path / "model"))
+    data = info(saved(pipeline, tmp_path / "model"))
     assert data["driven"].startswith("the pipeline's own loop: ")
     assert "noise" in data["driven"]
 
 
 def test_a_transformer_alone_has_no_pixels(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flux: Path, info: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = saved(tiny_pipeline(), tmp_path / "model") / "transformer"
-    data = info(capsys, folder)
+    data = info(flux / "transformer")
     assert (data["supported"], data["family"], data["sizes"]) == (True, "flux", [])
-    assert main(["info", str(folder), "--height", "64"]) == 2
+    assert main(["info", str(flux / "transformer"), "--height", "64"]) == 2
     assert "folder of the whole pipeline" in capsys.readouterr().err
 
 
-def test_what_cannot_be_run_is_told_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_run_is_told_by_name(tmp_path: Path, info: Any) -> None:
     def reason(folder: Path) -> str:
-        data = info(capsys, folder)
+        data = info(folder)
         assert data["supported"] is False
         assert data["sizes"] == []
         return str(data["problem"])

@@ -32,25 +32,26 @@ REQUEST = ["a b.ddit", "--model=./my flux", "--steps=12", "--tau=2p=0.002,4p=0.0
 
 
 def test_nsys_command_captures_the_run_with_graph_nodes(
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = printed_command(capsys, *REQUEST, "--tool=nsys", "--out=/tmp/x")
+    command = printed_command(capsys, *REQUEST, "--tool=nsys", f"--out={tmp_path}")
     split = command.index(sys.executable)
     assert command[1] == "profile"
     assert {
         "--cuda-graph-trace=node",
         "--capture-range=cudaProfilerApi",
         "--capture-range-end=stop",
-        "--output=/tmp/x/nsys",
+        f"--output={tmp_path}/nsys",
     } < set(command[:split])
     child = command[command.index("ddit_rt.cli") :]
     assert child[:4] == ["ddit_rt.cli", "profile", "a b.ddit", "--tool=nvtx"]
 
 
-def test_ncu_command_looks_at_one_patch_size(capsys: pytest.CaptureFixture[str]) -> None:
-    command = printed_command(
-        capsys, *REQUEST, "--tool=ncu", "--patch=2p", "--launches=7", "--out=/tmp/x"
-    )
+def test_ncu_command_looks_at_one_patch_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--tool=ncu", "--patch=2p", "--launches=7", f"--out={tmp_path}"]
+    command = printed_command(capsys, *REQUEST, *asked)
     options = set(command[: command.index(sys.executable)])
     assert {
         "--nvtx",
@@ -58,7 +59,7 @@ def test_ncu_command_looks_at_one_patch_size(capsys: pytest.CaptureFixture[str])
         "--launch-count=7",
         "--graph-profiling=node",
         "--profile-from-start=off",
-        "--export=/tmp/x/ncu-2p",
+        f"--export={tmp_path}/ncu-2p",
     } < options
 
 
@@ -81,6 +82,7 @@ def test_child_gets_the_same_request() -> None:
         (["demo", "--tool=ncu"], "use --tool torch"),
         (["x.ddit", "--tool=torch"], "without --model"),
         (["demo", "--model=./flux", "--tool=torch"], "leave --model out"),
+        (["demo", "--print-command"], "needs --tool nsys or ncu"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(
@@ -109,12 +111,6 @@ def test_what_needs_a_device_is_exit_2_without(
 ) -> None:
     assert profile_main("demo", option) == 2
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [["--print-command"], ["--warm-up=0"], ["--tool=perf"]])
-def test_bad_options_are_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert profile_main("demo", *arguments) == 2
-    assert arguments[0].partition("=")[0] in capsys.readouterr().err
 
 
 def test_nsight_runs_and_its_failure_is_passed_on(

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,18 +18,9 @@ def _scripts_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def train_demo(tmp_path: Path) -> Callable[..., None]:
+def train_demo(tmp_path: Path) -> Iterator[Callable[..., None]]:
     """Runs the script with `--quick` and these arguments; its files lie under `tmp_path`."""
-
-    def run(*arguments: str) -> None:
-        script = ROOT / "scripts" / "train_demo.py"
-        done = subprocess.run(
-            [sys.executable, script, *arguments, "--quick", "--work", tmp_path],
-            check=False,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
-
-    return run
+    threads = torch.get_num_threads()
+    main = import_module("train_demo").main
+    yield lambda *arguments: main([*arguments, "--quick", "--work", str(tmp_path)])
+    torch.set_num_threads(threads)

@@ -75,11 +75,8 @@ def table(page: str) -> list[list[str]]:
     [
         ("3.12", "no combination '3.12': give 'default', or PYTHON+TORCH"),
         ("3.9+2.11.0", "no combination '3.9+2.11.0'"),
-        ("3.12+2.11", "no combination '3.12+2.11'"),
-        ("--fast", "no combination '--fast'"),
         ("3.12+2.10.1", "'3.12+2.10.1': ddit_rt needs torch 2.11 or newer"),
         ("3.12+2.11.0+0.40.1", "ddit_rt needs diffusers 0.41 or newer"),
-        ("3.12+2.11.0+0.42.1+1.0.0", "no combination"),
         ("3.19+2.11.0", "no Python 3.19 found: install one, or set PYTHON319 to its path"),
     ],
 )
