@@ -304,7 +304,9 @@ class Planner:
             steps=self.steps,
             costs=self.costs,
         )
-        targets = [Target(max_cost=self.whole / level) for level in self.levels]
+        # As far beyond the cost as a cache beside it may be.
+        beyond = self._of_step["p"] / 2
+        targets = [Target(max_cost=self.whole / level + beyond) for level in self.levels]
         probes = [Plan(policy=policy, steps=self.steps) for policy in TAU_PROBES]
         space = Space(
             steps=self.steps,

@@ -264,7 +264,7 @@ def test_a_prompt_of_another_length_is_refused_in_the_middle(flux: Engine) -> No
         flux(**CALL, **tiny_embeds(), callback_on_step_end=longer)
 
 
-def test_a_callback_cannot_start_another_run_of_its_flux(flux: Engine) -> None:
+def test_a_callback_cannot_start_another_run_of_its_engine(flux: Engine) -> None:
     conditioning = tiny_conditioning(flux.pipeline.transformer)
     for again in (
         lambda *_: flux(**CALL, **tiny_embeds()),

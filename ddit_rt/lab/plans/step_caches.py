@@ -21,6 +21,7 @@ from ddit_rt.policies import (
     StaticCache,
     StepCache,
     TeaCache,
+    nearest_ratios,
 )
 
 LEVELS = 48
@@ -96,7 +97,9 @@ class CacheDial:
         )
         assert table is not None, "a cache that caches"
         grown = table.increments
-        if self.changes:
+        if table.product:  # its ratios are those of single steps, however many there are
+            grown = nearest_ratios(self.changes, steps)
+        elif self.changes:
             ends = np.linspace(0, len(self.changes), steps + 1)
             summed = np.interp(ends, range(len(self.changes) + 1), [0, *np.cumsum(self.changes)])
             grown = tuple(np.diff(summed).tolist())
@@ -198,14 +201,22 @@ def threshold_range(trace: RunTrace) -> tuple[float, float] | None:
         The least change, at which no step is below the threshold, and the sum of all; None where
         no step may reuse.
     """
-    usable = [change for change in changes_of(trace) if change > 0]
+    changes = [record.accumulated for record in trace if record.accumulated is not None]
+    usable = [change for change in changes if change > 0 and math.isfinite(change)]
     return (min(usable), sum(usable)) if len(usable) > 1 else None
 
 
 def changes_of(trace: RunTrace) -> list[float]:
-    """What each step of a run at threshold 0 added, 0 where nothing finite did."""
-    added = [record.accumulated or 0.0 for record in trace]
-    return [change if math.isfinite(change) else 0.0 for change in added]
+    """What each step of a run at threshold 0 added.
+
+    Where it always computes, what lies between the known ones: another cache of the kind may reuse
+    there.
+    """
+    added = [math.nan if r.accumulated is None else r.accumulated for r in trace]
+    known = [step for step, change in enumerate(added) if math.isfinite(change)]
+    if not known:
+        return []
+    return np.interp(range(len(added)), known, [added[step] for step in known]).tolist()
 
 
 def alternating(cache: StepCache) -> StepCache:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,25 @@ def test_cost_of_a_plan_counts_its_reused_steps_as_the_table_has_them() -> None:
     assert 0 < reused < STEPS
     expected = reused * table["p reused"] + (STEPS - reused) * table["p"]
     assert measured.cost == pytest.approx(expected)
+
+
+def test_what_a_cache_will_cost_is_known_before_it_runs() -> None:
+    """Within two of 24 steps; where nothing hangs on the latents, to the step."""
+    need("torchmetrics")
+    steps = 24
+    engine = eager(TEACACHE, replace(MAGCACHE, values=(1.0, *(0.9,) * 11, *(0.97,) * 12)))
+    made = EngineBench(
+        engine, steps=steps, probe=PROMPTS[0], arguments={}, unit="tokens", skipping=True
+    )
+    for dial in made.tables.dials:
+        assert dial.tells
+        ways = [(), *(((name, own[0]),) for name, own in dial.varied.items())]
+        for level, changed, count in (*product((4, 24, 40), ways, (steps,)), (24, (), steps // 2)):
+            share = dial.cost_share(level, changed, count)
+            ran = made.evaluate(cached(dial.at(level, changed), count), PROMPTS[:1])
+            off = 0 if isinstance(dial.cache, StaticCache) else 2
+            computed = ran.cost / made.tables.costs["p"]
+            assert abs(share * count - computed) <= off + 1e-6, (dial.name, level, changed, count)
 
 
 def test_search_without_a_fit_says_what_it_goes_without() -> None:
