@@ -60,7 +60,9 @@ def tiny_pipeline(*, seed: int = 0, **config: Any) -> LongCatAudioDiTPipeline:
     )
 
 
-def tiny_prompts(lengths: tuple[int, ...] = (7,), seed: int = 1) -> dict[str, list[str]]:
+def tiny_prompts(
+    lengths: tuple[int, ...] = (7,), seed: int = 1, prefix: str = ""
+) -> dict[str, list[str]]:
     """Texts of that many tokens, as a pipeline call takes them."""
     drawn = random.Random(seed)
-    return {"prompt": ["".join(drawn.choices("abcdefgh", k=one - 2)) for one in lengths]}
+    return {f"{prefix}prompt": ["".join(drawn.choices("abcdefgh", k=one - 2)) for one in lengths]}
