@@ -229,15 +229,6 @@ def test_compile_block_unfused_adapter(
         compile_block(single, block, package=tmp_path / "p.pt2", ranges=TokenRanges())
 
 
-def test_compile_block_hooked(
-    transformer: FluxTransformer2DModel, single: BlockType, tmp_path: Path
-) -> None:
-    block = transformer.single_transformer_blocks[0]
-    block.register_forward_hook(lambda *_: None)
-    with pytest.raises(UnsupportedModelError, match="hook"):
-        compile_block(single, block, package=tmp_path / "p.pt2", ranges=TokenRanges())
-
-
 def test_a_package_takes_the_inputs_that_it_was_compiled_for() -> None:
     transformer = tiny_transformer()
     plain, masked = family_of(transformer).block_types(transformer)

@@ -10,6 +10,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,9 +220,11 @@ def test_packages_name_the_attention_that_they_call(compiled_blocks: CompiledBlo
             assert info.attention == native
 
 
-def test_package_older_than_the_record_can_be_read() -> None:
-    raw = json.loads(info_of().to_json())
-    del raw["attention"], raw["ranges"]["sound"]
+def test_package_older_than_what_is_recorded_can_be_read() -> None:
+    info = replace(info_of(), attention=("math",), fused=(("a", "b"), ("c", "d", "e")))
+    assert PackageInfo.from_json(info.to_json()) == info
+    raw = json.loads(info.to_json())
+    del raw["attention"], raw["fused"], raw["ranges"]["sound"]
     assert PackageInfo.from_json(json.dumps(raw)) == info_of()
 
 

@@ -85,8 +85,13 @@ def direct(
     return output
 
 
-@pytest.mark.parametrize("config", [{}, {"num_attention_heads": 3, "attention_head_dim": 24}])
-@pytest.mark.parametrize("shape", [(1, CHANNELS, 3, 8, 8), (3, CHANNELS, 1, 6, 10)])
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        ({}, (1, CHANNELS, 3, 8, 8)),
+        ({"num_attention_heads": 3, "attention_head_dim": 24}, (3, CHANNELS, 1, 6, 10)),
+    ],
+)
 def test_fine_bucket_equals_the_model(config: dict[str, Any], shape: tuple[int, ...]) -> None:
     transformer = wan_transformer(**config)
     context, latents = context_of(transformer, shape, [0.999, 0.37]), noise(*shape)
