@@ -119,7 +119,7 @@ def exports(
                 info = PackageInfo(
                     block=block_type.name,
                     inputs=block_type.inputs,
-                    input_dtypes=input_dtypes(block_type.inputs, torch.bfloat16, None),
+                    input_dtypes=input_dtypes(block_type.inputs, torch.bfloat16),
                     device="cuda",
                     ranges=ranges,
                     constants=constant_specs(block),

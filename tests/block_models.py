@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddit_rt.blocks import LoraSpec, PackageInfo, package_path
+from ddit_rt.blocks import LoraSpec, PackageInfo, TokenRanges, package_path
+from ddit_rt.blocks.compile import traced
 from ddit_rt.blocks.package import METADATA_KEY, input_dtypes
+from ddit_rt.blocks.side_by_side import compile_package
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, TEXT, BlockType
 
 
@@ -33,6 +35,19 @@ def archive(path: Path, info: PackageInfo, **sources: str) -> Path:
         for name, text in sources.items():
             file.writestr(f"x/{name}.cpp", text)
     return path
+
+
+def compile_block(
+    block_type: BlockType,
+    block: nn.Module,
+    *,
+    package: Path,
+    ranges: TokenRanges,
+    lora: LoraSpec | None = None,
+) -> PackageInfo:
+    """One package, compiled in this process."""
+    program, info = traced(block_type, block, ranges, lora)
+    return compile_package(program, info, package)
 
 
 def block_inputs(

@@ -13,8 +13,7 @@ from diffusers import (
     LongCatAudioDiTVae,
 )
 from models import CHANNELS, TEXT_WIDTH, pipeline_of, random_model
-from text_encoders import t5_words
-from transformers import UMT5Config, UMT5EncoderModel
+from text_encoders import t5_words, umt5_model
 
 RATE = 800
 """Samples of a second; a latent frame has 8."""
@@ -47,20 +46,19 @@ def tiny_pipeline(*, seed: int = 0, **config: Any) -> LongCatAudioDiTPipeline:
             sample_rate=RATE,
         )
     words = t5_words()
-    text = UMT5Config(
-        vocab_size=len(words), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2
-    )
     return pipeline_of(
         LongCatAudioDiTPipeline,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True),
         vae=vae.eval().requires_grad_(False),
-        text_encoder=UMT5EncoderModel(text).eval().requires_grad_(False),
+        text_encoder=umt5_model(len(words)),
         tokenizer=words,
         transformer=transformer,
     )
 
 
-def tiny_prompts(lengths: tuple[int, ...] = (7,), seed: int = 1) -> dict[str, list[str]]:
+def tiny_prompts(
+    lengths: tuple[int, ...] = (7,), seed: int = 1, prefix: str = ""
+) -> dict[str, list[str]]:
     """Texts of that many tokens, as a pipeline call takes them."""
     drawn = random.Random(seed)
-    return {"prompt": ["".join(drawn.choices("abcdefgh", k=one - 2)) for one in lengths]}
+    return {f"{prefix}prompt": ["".join(drawn.choices("abcdefgh", k=one - 2)) for one in lengths]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from models import CHANNELS, POOLED_WIDTH, TEXT_WIDTH, tiny_pipeline
 from transformers import (
     CLIPTextConfig,
@@ -13,7 +14,11 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
+
+_T5 = {"d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
 
 
 def save_tiny(folder: Path, seed: int) -> Path:
@@ -64,7 +69,10 @@ def clip_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def t5_model(words: int) -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=words, d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2
-    )
-    return T5EncoderModel(config).eval()
+    return T5EncoderModel(T5Config(vocab_size=words, **_T5)).eval()
+
+
+def umt5_model(words: int) -> UMT5EncoderModel:
+    """Always of the same weights."""
+    torch.manual_seed(0)
+    return UMT5EncoderModel(UMT5Config(vocab_size=words, **_T5)).eval().requires_grad_(False)

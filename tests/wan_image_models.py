@@ -113,9 +113,9 @@ def picture(seed: int = 1, height: int = 64, width: int = 96) -> Tensor:
     return noise(1, 3, height, width, seed=seed).sigmoid()
 
 
-def with_picture(lengths: tuple[int, ...], seed: int = 1) -> dict[str, Any]:
-    """Arguments of a call with prompts of these lengths."""
-    return {**embeds(lengths, seed), "image": picture(seed)}
+def with_picture(seed: int = 1) -> dict[str, Any]:
+    """Arguments of a call of image to video, beside the prompt."""
+    return {"image": picture(seed)}
 
 
 def frames(seed: int = 1, height: int = 64, width: int = 96) -> list[Image.Image]:
@@ -133,12 +133,9 @@ def masks(height: int = 64, width: int = 96) -> list[Image.Image]:
     return [Image.fromarray(white)] * 9
 
 
-def with_video(
-    lengths: tuple[int, ...], seed: int = 1, height: int = 64, width: int = 96
-) -> dict[str, Any]:
-    """Arguments of a call with all that VACE takes."""
+def with_video(seed: int = 1, height: int = 64, width: int = 96) -> dict[str, Any]:
+    """Arguments of a call with all that VACE takes, beside the prompt."""
     return {
-        **embeds(lengths, seed),
         "video": frames(seed, height, width),
         "mask": masks(height, width),
         "reference_images": frames(seed + 5, 40, 56)[:1],
@@ -146,15 +143,6 @@ def with_video(
     }
 
 
-def guided(lengths: tuple[int, ...]) -> dict[str, Any]:
-    """Arguments that ask for guidance."""
-    return {"guidance_scale": 4.0, **embeds(lengths, seed=3, prefix="negative_")}
-
-
-def guided_by_two(lengths: tuple[int, ...]) -> dict[str, Any]:
-    """With a scale for each expert."""
-    return {**guided(lengths), "guidance_scale_2": 2.0}
-
-
+GUIDED = {"guidance_scale": 4.0}
 VIDEO = {"num_frames": 9, "guidance_scale": 1.0}
 """Three latent frames, and no guidance where none is asked for."""

@@ -14,9 +14,8 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from models import TEXT_WIDTH, noise, pipeline_of, random_model
-from text_encoders import t5_words
+from text_encoders import t5_words, umt5_model
 from torch import Tensor, nn
-from transformers import UMT5Config, UMT5EncoderModel
 
 CHANNELS = 4
 TEXT_TOKENS = 12
@@ -93,21 +92,10 @@ def wan_pipeline(
 ) -> WanPipeline:
     """A whole Wan pipeline that takes prompts; with a boundary, of two experts."""
     tokenizer = t5_words()
-    torch.manual_seed(0)
-    encoder = UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=len(tokenizer),
-            d_model=TEXT_WIDTH,
-            d_kv=8,
-            d_ff=32,
-            num_layers=1,
-            num_heads=2,
-        )
-    )
     return pipeline_of(
         WanPipeline,
         tokenizer=tokenizer,
-        text_encoder=encoder.eval().requires_grad_(False),
+        text_encoder=umt5_model(len(tokenizer)),
         vae=wan_vae(),
         scheduler=scheduler or unipc(),
         transformer=wan_transformer(seed, **config),

@@ -1,6 +1,6 @@
 """One block of a model: exported, compiled, packed, and run on the live weights."""
 
-from ddit_rt.blocks.compile import Progress, check_identical, compile_block, compile_blocks
+from ddit_rt.blocks.compile import Progress, check_identical, compile_blocks
 from ddit_rt.blocks.inputs import InputCheck, TokenRanges
 from ddit_rt.blocks.lora import block_lora
 from ddit_rt.blocks.package import PackageInfo, package_path, read_info
@@ -20,7 +20,6 @@ __all__ = [
     "TokenRanges",
     "block_lora",
     "check_identical",
-    "compile_block",
     "compile_blocks",
     "load_runner",
     "package_path",

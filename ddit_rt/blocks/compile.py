@@ -24,11 +24,10 @@ from ddit_rt.blocks.fused import fuse_layers
 from ddit_rt.blocks.inductor import torch_as_tested
 from ddit_rt.blocks.inputs import SYMBOLS, TokenRanges
 from ddit_rt.blocks.machine import compiler_ready
-from ddit_rt.blocks.package import PackageInfo, package_path
-from ddit_rt.blocks.package import input_dtypes as resolve_dtypes
+from ddit_rt.blocks.package import PackageInfo, input_dtypes, package_path
 from ddit_rt.blocks.quantise import check_rows
 from ddit_rt.blocks.runner import constant_specs
-from ddit_rt.blocks.side_by_side import SideBySide, compile_package, failures_of
+from ddit_rt.blocks.side_by_side import SideBySide, failures_of
 from ddit_rt.blocks.template import BlockTemplate, LoraSpec
 from ddit_rt.errors import CompileError, UnsupportedModelError
 from ddit_rt.models.base import BATCH, IMAGE, JOINT, SOUND, TEXT, BlockType, TensorSpec
@@ -53,7 +52,6 @@ def compile_blocks(
     *,
     ranges: TokenRanges,
     variants: Mapping[str | None, LoraSpec | None],
-    input_dtypes: Mapping[str, torch.dtype] | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
     """Compiles every block type in every variant.
@@ -64,7 +62,6 @@ def compile_blocks(
         directory: Folder that the packages go to.
         ranges: Sizes to compile for.
         variants: LoRA branch of each variant; `{None: None}` for the plain blocks only.
-        input_dtypes: As for `compile_block`.
         progress: Told before the first and after each package.
 
     Returns:
@@ -98,47 +95,27 @@ def compile_blocks(
     with SideBySide(len(jobs), done) as compiler:
         for path, (block_type, lora) in jobs.items():
             block = block_type.blocks(transformer)[0]
-            program, info = _traced(block_type, block, ranges, lora, input_dtypes)
+            program, info = traced(block_type, block, ranges, lora)
             compiler.add(program, info, directory / path)
         compiler.finish()
     return list(jobs)
 
 
-def compile_block(
-    block_type: BlockType,
-    block: nn.Module,
-    *,
-    package: Path,
-    ranges: TokenRanges,
-    lora: LoraSpec | None = None,
-    input_dtypes: Mapping[str, torch.dtype] | None = None,
-) -> PackageInfo:
-    """Compiles one block into a package, for the device and data type it has.
+def traced(
+    block_type: BlockType, block: nn.Module, ranges: TokenRanges, lora: LoraSpec | None = None
+) -> tuple[ExportedProgram, PackageInfo]:
+    """A block as a program, and what its package is to say of itself.
 
     Args:
         block_type: How the block is called.
         block: Any block of that type; left as it is.
-        package: The `.pt2` file to write; appears only when complete.
         ranges: Sizes to compile for.
         lora: Branch that the variant carries in its feed-forward layers.
-        input_dtypes: Data types of inputs, by name, that differ from `package.input_dtypes`.
 
     Raises:
-        CompileError: The block cannot be exported or compiled.
+        CompileError: The block cannot be exported.
         UnsupportedModelError: The block carries adapters or hooks.
     """
-    program, info = _traced(block_type, block, ranges, lora, input_dtypes)
-    return compile_package(program, info, package)
-
-
-def _traced(
-    block_type: BlockType,
-    block: nn.Module,
-    ranges: TokenRanges,
-    lora: LoraSpec | None,
-    input_dtypes: Mapping[str, torch.dtype] | None,
-) -> tuple[ExportedProgram, PackageInfo]:
-    """A block as a program, and what its package is to say of itself."""
     device = next(block.parameters()).device
     if device.type == "cuda":
         check_rows(block_type, block)
@@ -149,7 +126,7 @@ def _traced(
         info = PackageInfo(
             block=block_type.name,
             inputs=block_type.inputs,
-            input_dtypes=resolve_dtypes(block_type.inputs, block_type.dtype(block), input_dtypes),
+            input_dtypes=input_dtypes(block_type.inputs, block_type.dtype(block)),
             device=device.type,
             ranges=ranges,
             constants=constant_specs(template),

@@ -195,29 +195,15 @@ def record_attention(package: Path, info: PackageInfo) -> PackageInfo:
     return info
 
 
-def input_dtypes(
-    inputs: Sequence[TensorSpec],
-    dtype: torch.dtype,
-    given: Mapping[str, torch.dtype] | None = None,
-) -> tuple[torch.dtype, ...]:
+def input_dtypes(inputs: Sequence[TensorSpec], dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     """Data type of every input of a block.
 
     Args:
         inputs: The inputs.
         dtype: Type of the block's weights. It is that of every input that has a batch dimension;
             position encodings, which have none, are float32.
-        given: Exceptions, by name.
     """
-    given = given or {}
-    unknown = sorted(given.keys() - {spec.name for spec in inputs})
-    if unknown:
-        raise ValueError(
-            f"input types given for {unknown}; the inputs are {[spec.name for spec in inputs]}"
-        )
-    return tuple(
-        given.get(spec.name, spec.dtype or (dtype if BATCH in spec.dims else torch.float32))
-        for spec in inputs
-    )
+    return tuple(spec.dtype or (dtype if BATCH in spec.dims else torch.float32) for spec in inputs)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

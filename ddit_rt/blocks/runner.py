@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from ddit_rt.blocks.constants import Binding, ConstantSpec
 from ddit_rt.blocks.inputs import InputCheck, TokenRanges
 from ddit_rt.blocks.machine import TORCH, unpack_folder
-from ddit_rt.blocks.package import input_dtypes as resolve_dtypes
-from ddit_rt.blocks.package import read_info
+from ddit_rt.blocks.package import input_dtypes, read_info
 from ddit_rt.blocks.template import BlockTemplate, LoraSpec, canonical_name
 from ddit_rt.errors import ArtifactError, ArtifactMismatchError
 from ddit_rt.folder import no_place_for_code
@@ -169,7 +168,6 @@ class EagerRunner:
         block: nn.Module,
         *,
         ranges: TokenRanges,
-        input_dtypes: Mapping[str, torch.dtype] | None = None,
         lora_spec: LoraSpec | None = None,
         lora: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -179,7 +177,6 @@ class EagerRunner:
             block_type: How the block is called.
             block: A block of the user's transformer.
             ranges: Sizes to accept.
-            input_dtypes: As for `compile_block`.
             lora_spec: The branch that the variant carries, if any.
             lora: Its factors, by canonical name.
 
@@ -190,7 +187,7 @@ class EagerRunner:
         self._fqns = {canonical_name(fqn): fqn for fqn, _ in template.tensors()}
         self._specs = constant_specs(template)
         weight = next(block.parameters())
-        dtypes = resolve_dtypes(block_type.inputs, block_type.dtype(block), input_dtypes)
+        dtypes = input_dtypes(block_type.inputs, block_type.dtype(block))
         self._check = InputCheck(block_type.name, block_type.inputs, ranges, dtypes, weight.device)
         self._template = template.to("meta")
         self._name = block_type.name

@@ -18,6 +18,8 @@ _REFUSED_ARGUMENTS = {
     "negative_ip_adapter_image_embeds": "IP-Adapter embeddings",
     "joint_attention_kwargs": "joint_attention_kwargs",
     "attention_kwargs": "attention_kwargs",
+    "skip_guidance_layers": "passes with fewer layers",
+    "mu": "shifts of a call's own",
 }
 
 
@@ -135,8 +137,8 @@ def refuse_ignored(call: Mapping[str, Any]) -> None:
         value = call.get(name)
         if value is not None and not (isinstance(value, dict) and not value):
             raise UnsupportedModelError(
-                f"got `{name}`: {feature} change the blocks that were compiled, and would be "
-                "ignored; leave the argument out, or call the diffusers pipeline itself"
+                f"got `{name}`: {feature} are no part of what was compiled, and would be ignored; "
+                "leave the argument out, or call the diffusers pipeline itself"
             )
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ddit_rt.models.base import TEXT
 from ddit_rt.models.calls import ModelCall
 from ddit_rt.models.family import Family
 
@@ -24,7 +25,10 @@ class ChromaFamily(Family):
     name: ClassVar[str] = "chroma"
     transformer_class: ClassVar[str] = "ChromaTransformer2DModel"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("ChromaPipeline",)
-    conditioning_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "attention_mask")
+    prompt: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "encoder_hidden_states": (TEXT, "joint_attention_dim"),
+        "attention_mask": (TEXT,),
+    }
     packed: ClassVar[bool] = True
     guided_by_default: ClassVar[bool] = True
     held: ClassVar[tuple[str, ...]] = ("context_embedder", "pos_embed")
@@ -32,24 +36,14 @@ class ChromaFamily(Family):
     sized: ClassVar[tuple[str, ...]] = ("img_ids", "txt_ids")
     masks: ClassVar[Mapping[str, str]] = {"prompt_attention_mask": "attention_mask"}
 
-    def shapes(
-        self, transformer: Any, variant: int, batch: int, text: int
-    ) -> dict[str, tuple[int, ...]]:
-        """See `Family.shapes`."""
-        width = transformer.config.joint_attention_dim
-        return {"encoder_hidden_states": (batch, text, width), "attention_mask": (batch, text)}
-
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """See `Family.resized`; the prompt's mask too, open to the image."""
         text, mask = arguments["encoder_hidden_states"], arguments["attention_mask"]
-        rows, columns = shape[-2] // self.patch, shape[-1] // self.patch
-        ids = text.new_zeros(rows, columns, 3)
-        ids[..., 1] += torch.arange(rows, dtype=ids.dtype, device=text.device)[:, None]
-        ids[..., 2] += torch.arange(columns, dtype=ids.dtype, device=text.device)
+        ids = self.image_ids(shape, text.dtype, text)
         return {
-            "img_ids": ids.flatten(0, 1),
+            "img_ids": ids,
             "txt_ids": text.new_zeros(text.shape[1], 3),
-            "attention_mask": torch.cat((mask, mask.new_ones(len(mask), rows * columns)), dim=1),
+            "attention_mask": torch.cat((mask, mask.new_ones(len(mask), len(ids))), dim=1),
         }
 
     def read_model_call(
@@ -57,6 +51,6 @@ class ChromaFamily(Family):
     ) -> ModelCall:
         """See `Family.read_model_call`. Of the mask the part of the prompt."""
         call = super().read_model_call(transformer, shape, arguments)
-        text, mask = (call.conditioning[name] for name in self.conditioning_names)
+        text, mask = (call.conditioning[name] for name in self.prompt)
         call.conditioning["attention_mask"] = mask[:, : text.shape[1]]
         return call

@@ -9,7 +9,6 @@ and what of the forward need not be computed at every step. How calls of its pip
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ddit_rt import ops
+from ddit_rt.models.base import TEXT
 
 REFERENCE = "reference_tokens"
 """Conditioning behind the latents' tokens: of other images, the same at every step and size."""
@@ -29,7 +29,7 @@ REFERENCE_IDS = "reference_ids"
 """Positions of their tokens, `[m, axes]`."""
 
 
-class Description(ABC):
+class Description:
     """What differs from one family to the next. Stateless.
 
     Latents are `[B, C, H, W]`, those of a video family `[B, C, F, H, W]`: the ops, the solver and
@@ -42,7 +42,9 @@ class Description(ABC):
         pipeline_classes: Class names of the pipelines around it.
         pipeline_config: Values of the pipeline's configuration by which it is this family's, where
             a later one takes all other pipelines of the class.
-        conditioning_names: Keyword arguments of `Engine.denoise` that carry the prompt.
+        prompt: Tensor arguments of the forward that carry the prompt, by their sizes behind the
+            batch: `TEXT` for the text's, else the name of a field of the model's configuration.
+            One named `guidance` is left out of a model that embeds none.
         video: Whether latents have frames.
         audio: Whether latents have one row, of time. Where a height and a width in pixels are asked
             for, such a family has 1 and samples.
@@ -93,7 +95,7 @@ class Description(ABC):
     transformer_class: ClassVar[str]
     pipeline_classes: ClassVar[tuple[str, ...]]
     pipeline_config: ClassVar[Mapping[str, Any]] = {}
-    conditioning_names: ClassVar[tuple[str, ...]]
+    prompt: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     video: ClassVar[bool] = False
     audio: ClassVar[bool] = False
     soundtrack: ClassVar[bool] = False
@@ -140,11 +142,10 @@ class Description(ABC):
         """Channels of the latent that the model denoises; `in_channels` may count packed ones."""
         return int(transformer.config.in_channels) // (self.patch**2 if self.packed else 1)
 
-    @abstractmethod
     def shapes(
         self, transformer: Any, variant: int, batch: int, text: int
     ) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensor arguments of the forward that carry the prompt.
+        """Shapes of the tensor arguments of the forward that carry the prompt, as `prompt` says.
 
         Images and videos of one pixel serve every size.
 
@@ -154,6 +155,12 @@ class Description(ABC):
             batch: Samples.
             text: Text tokens.
         """
+        config = transformer.config
+        return {
+            name: (batch, *(text if size == TEXT else int(config[size]) for size in sizes))
+            for name, sizes in self.prompt.items()
+            if name != "guidance" or config.guidance_embeds
+        }
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
         """Arguments of the forward that carry the prompt, as tensors without data, on `meta`.
@@ -183,6 +190,19 @@ class Description(ABC):
             shape: Shape of the latents.
         """
         return {}
+
+    def image_ids(self, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+        """Positions 0, row and column of every token of latents of a shape, `[n, 3]`.
+
+        Args:
+            shape: Shape of the latents.
+            dtype: Of the positions.
+            like: A tensor on their device.
+        """
+        rows, columns = (
+            torch.arange(size // self.patch, dtype=dtype, device=like.device) for size in shape[-2:]
+        )
+        return torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns)
 
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]

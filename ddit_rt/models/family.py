@@ -109,7 +109,7 @@ class Family(CallDescription):
         self, transformer: nn.Module, batch: int, conditioning: Mapping[str, Any]
     ) -> None:
         """Raises `ValueError` when a conditioning tensor is missing, unknown or misshapen."""
-        names = tuple(dict.fromkeys((*self.conditioning_names, *self.prompt_names(transformer))))
+        names = tuple(dict.fromkeys((*self.prompt, *self.prompt_names(transformer))))
         known = (*names, *(NEGATIVE + name for name in names), self.scale)
         check_known(conditioning, known, f"a {type(transformer).__name__}")
         given = {name: value for name, value in conditioning.items() if value is not None}
@@ -151,7 +151,7 @@ class Family(CallDescription):
             raise TypeError(f"got `{full}` of {given.dtype}; expected {like.dtype}: convert it")
 
     def prompt_names(self, transformer: nn.Module) -> tuple[str, ...]:
-        """Conditioning that a model of this class takes beside `conditioning_names`."""
+        """Conditioning that a model of this class takes beside `prompt`."""
         own = (*_OWN, *self.sized)
         forward = inspect.unwrap(type(transformer).forward)
         return (*(name for name in parameters_of(forward) if name not in own), *self.extra)

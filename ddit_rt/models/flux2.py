@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.models.base import TEXT
 from ddit_rt.models.description import REFERENCE, REFERENCE_IDS
 from ddit_rt.models.family import Family
 
@@ -40,7 +41,10 @@ class Flux2Family(Family):
     name: ClassVar[str] = "flux2"
     transformer_class: ClassVar[str] = "Flux2Transformer2DModel"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("Flux2Pipeline", "Flux2KleinPipeline")
-    conditioning_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "guidance")
+    prompt: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "encoder_hidden_states": (TEXT, "joint_attention_dim"),
+        "guidance": (),
+    }
     packed: ClassVar[bool] = True
     dtypes: ClassVar[Mapping[str, torch.dtype]] = {"guidance": torch.float32}
     held: ClassVar[tuple[str, ...]] = ("context_embedder", "pos_embed")
@@ -67,14 +71,6 @@ class Flux2Family(Family):
                     "between the four places of a packed channel, where a coarse image needs "
                     f"less than {_SPREAD}; load the VAE that belongs to the model"
                 )
-
-    def shapes(
-        self, transformer: Any, variant: int, batch: int, text: int
-    ) -> dict[str, tuple[int, ...]]:
-        """See `Family.shapes`."""
-        config = transformer.config
-        guidance = {"guidance": (batch,)} if config.guidance_embeds else {}
-        return {self.text: (batch, text, config.joint_attention_dim), **guidance}
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """See `Family.resized`: frame, row, column and text position of every token."""

@@ -14,6 +14,7 @@ import torch
 
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.models.arguments import is_empty
+from ddit_rt.models.base import TEXT
 from ddit_rt.models.family import Family
 
 _EMBEDS = {
@@ -26,11 +27,11 @@ class FluxForwardFamily(Family):
     """One transformer, and true guidance with a negative prompt."""
 
     transformer_class: ClassVar[str] = "FluxTransformer2DModel"
-    conditioning_names: ClassVar[tuple[str, ...]] = (
-        "encoder_hidden_states",
-        "pooled_projections",
-        "guidance",
-    )
+    prompt: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "encoder_hidden_states": (TEXT, "joint_attention_dim"),
+        "pooled_projections": ("pooled_projection_dim",),
+        "guidance": (),
+    }
     packed: ClassVar[bool] = True
     held: ClassVar[tuple[str, ...]] = ("context_embedder", "pos_embed")
     timed: ClassVar[tuple[str, ...]] = ("time_text_embed",)
@@ -54,25 +55,10 @@ class FluxForwardFamily(Family):
         config = transformer.config
         return int(config.out_channels or config.in_channels) // self.patch**2
 
-    def shapes(
-        self, transformer: Any, variant: int, batch: int, text: int
-    ) -> dict[str, tuple[int, ...]]:
-        """See `Family.shapes`."""
-        config = transformer.config
-        return {
-            "encoder_hidden_states": (batch, text, config.joint_attention_dim),
-            "pooled_projections": (batch, config.pooled_projection_dim),
-            **({"guidance": (batch,)} if config.guidance_embeds else {}),
-        }
-
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """See `Family.resized`: text tokens all sit at (0, 0, 0)."""
         text = arguments["encoder_hidden_states"]
-        rows, columns = (
-            torch.arange(size // self.patch, dtype=torch.float32, device=text.device)
-            for size in shape[-2:]
-        )
-        ids = torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns)
+        ids = self.image_ids(shape, torch.float32, text)
         return {"img_ids": ids, "txt_ids": torch.zeros_like(ids[:1]).repeat(text.shape[1], 1)}
 
     def scale_of(self, pipeline: Any, call: Mapping[str, Any]) -> float | None:

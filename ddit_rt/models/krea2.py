@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.models.base import TEXT
 from ddit_rt.models.calls import PipelineCall
 from ddit_rt.models.family import Family
 
-_TEXT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
+_MASK = "encoder_attention_mask"
 _DISTILLED_SHIFT = 1.15
 
 
@@ -28,7 +29,10 @@ class Krea2Family(Family):
     name: ClassVar[str] = "krea2"
     transformer_class: ClassVar[str] = "Krea2Transformer2DModel"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("Krea2Pipeline",)
-    conditioning_names: ClassVar[tuple[str, ...]] = (_TEXT, _MASK)
+    prompt: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "encoder_hidden_states": (TEXT, "num_text_layers", "text_hidden_dim"),
+        _MASK: (TEXT,),
+    }
     packed: ClassVar[bool] = True
     shifts: ClassVar[tuple[float, float, float, float]] = (256, 6400, 0.5, _DISTILLED_SHIFT)
     guided_by_default: ClassVar[bool] = True
@@ -44,14 +48,6 @@ class Krea2Family(Family):
         if patch != self.patch:
             raise UnsupportedModelError(f"got patch_size={patch}; Krea 2 runs at {self.patch} only")
 
-    def shapes(
-        self, transformer: Any, variant: int, batch: int, text: int
-    ) -> dict[str, tuple[int, ...]]:
-        """See `Family.shapes`."""
-        config = transformer.config
-        layers = (batch, text, config.num_text_layers, config.text_hidden_dim)
-        return {_TEXT: layers, _MASK: (batch, text)}
-
     def size_of(self, pipeline: Any, call: Mapping[str, Any]) -> tuple[int, int]:
         """See `Family.size_of`: rounded up to whole tokens."""
         unit = pipeline.vae_scale_factor * self.patch
@@ -60,12 +56,9 @@ class Krea2Family(Family):
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """See `Family.resized`: text at the origin, then rows and columns."""
-        text = arguments[_TEXT]
-        rows, columns = shape[-2] // self.patch, shape[-1] // self.patch
-        ids = torch.zeros(rows, columns, 3, dtype=torch.float32, device=text.device)
-        ids[..., 1] += torch.arange(rows, dtype=ids.dtype, device=text.device)[:, None]
-        ids[..., 2] += torch.arange(columns, dtype=ids.dtype, device=text.device)
-        return {"position_ids": torch.cat((ids.new_zeros(text.shape[1], 3), ids.flatten(0, 1)))}
+        text = arguments[self.text]
+        ids = self.image_ids(shape, torch.float32, text)
+        return {"position_ids": torch.cat((ids.new_zeros(text.shape[1], 3), ids))}
 
     def time(self, level: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Family.time`: the pipeline rounds t itself, not 1000 t."""

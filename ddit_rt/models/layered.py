@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from ddit_rt.models.calls import ModelCall, check_shape, model_arguments
 from ddit_rt.models.family import Family
 
 
-class LayeredFamily(Family):
+class LayeredFamily(Family, ABC):
     """A family that tells its model's layers too: what trained adapters and TeaCache need.
 
     Its steps run them, on blocks in a form of the family's own, instead of the model's forward; all
@@ -163,7 +163,7 @@ class LayeredFamily(Family):
         self, transformer: nn.Module, shape: tuple[int, ...], arguments: Mapping[str, Any]
     ) -> ModelCall:
         """See `Family.read_model_call`. The positions are those of `shape`, as the pipeline's."""
-        names = ("hidden_states", "timestep", *self.conditioning_names)
+        names = ("hidden_states", "timestep", *self.prompt)
         given = model_arguments(arguments, names, self.sized)
         check_shape("hidden_states", given["hidden_states"], self.given_latents(shape))
         return super().read_model_call(transformer, shape, given)

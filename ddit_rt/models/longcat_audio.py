@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ddit_rt import checks
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.models.base import Grid
+from ddit_rt.models.base import TEXT, Grid
 from ddit_rt.models.calls import PipelineCall, check_shape
 from ddit_rt.models.family import Family
 
-_TEXT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
+_MASK = "encoder_attention_mask"
 
 
 class LongCatAudioFamily(Family):
@@ -33,7 +33,10 @@ class LongCatAudioFamily(Family):
     name: ClassVar[str] = "longcat-audio"
     transformer_class: ClassVar[str] = "LongCatAudioDiTTransformer"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("LongCatAudioDiTPipeline",)
-    conditioning_names: ClassVar[tuple[str, ...]] = (_TEXT, _MASK)
+    prompt: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "encoder_hidden_states": (TEXT, "dit_text_dim"),
+        _MASK: (TEXT,),
+    }
     audio: ClassVar[bool] = True
     size_names: ClassVar[tuple[str, ...]] = ("audio_duration_s",)
     packed: ClassVar[bool] = True
@@ -78,12 +81,6 @@ class LongCatAudioFamily(Family):
         """See `Family.latent_shape`: `width` in samples."""
         frames = width // pipeline.vae_scale_factor
         return batch, self.latent_channels(pipeline.transformer), 1, frames
-
-    def shapes(
-        self, transformer: Any, variant: int, batch: int, text: int
-    ) -> dict[str, tuple[int, ...]]:
-        """See `Family.shapes`."""
-        return {_TEXT: (batch, text, transformer.config.dit_text_dim), _MASK: (batch, text)}
 
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]

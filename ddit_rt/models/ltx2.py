@@ -37,7 +37,6 @@ class LTX2Family(Family):
     name: ClassVar[str] = "ltx2"
     transformer_class: ClassVar[str] = "LTX2VideoTransformer3DModel"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("LTX2Pipeline",)
-    conditioning_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     video: ClassVar[bool] = True
     soundtrack: ClassVar[bool] = True
     guided_by_default: ClassVar[bool] = True

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddit_rt.errors import UnsupportedModelError
+from ddit_rt.models.base import TEXT
 from ddit_rt.models.description import REFERENCE, REFERENCE_SHAPES
 from ddit_rt.models.family import Family
 
@@ -31,12 +32,9 @@ class QwenImageFamily(Family):
         "QwenImageEditPipeline",
         "QwenImageEditPlusPipeline",
     )
-    conditioning_names: ClassVar[tuple[str, ...]] = (
-        "encoder_hidden_states",
-        "encoder_hidden_states_mask",
-        REFERENCE,
-        REFERENCE_SHAPES,
-    )
+    prompt: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "encoder_hidden_states": (TEXT, "joint_attention_dim")
+    }
     packed: ClassVar[bool] = True
     default_ranges: ClassVar[Mapping[str, tuple[int, int]]] = {"text": (1, 1024)}
     held: ClassVar[tuple[str, ...]] = ("txt_norm", "txt_in", "pos_embed")
@@ -71,9 +69,12 @@ class QwenImageFamily(Family):
         self, transformer: Any, variant: int, batch: int, text: int
     ) -> dict[str, tuple[int, ...]]:
         """See `Family.shapes`: without a text mask, and with one."""
-        prompt = {"encoder_hidden_states": (batch, text, transformer.config.joint_attention_dim)}
         mask = {"encoder_hidden_states_mask": (batch, text)} if variant else {}
-        return {**prompt, **mask}
+        return {**super().shapes(transformer, variant, batch, text), **mask}
+
+    def prompt_names(self, transformer: nn.Module) -> tuple[str, ...]:
+        """See `Family.prompt_names`: images to edit, too."""
+        return *super().prompt_names(transformer), REFERENCE, REFERENCE_SHAPES
 
     def resized(self, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """See `Family.resized`."""

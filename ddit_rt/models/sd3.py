@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from ddit_rt.errors import ShapeError, UnsupportedModelError
+from ddit_rt.errors import ShapeError
 from ddit_rt.models.arguments import check_steps
-from ddit_rt.models.base import Grid
-from ddit_rt.models.calls import PipelineCall
+from ddit_rt.models.base import TEXT, Grid
 from ddit_rt.models.family import Family
 
 
@@ -23,7 +22,10 @@ class SD3Family(Family):
     name: ClassVar[str] = "sd3"
     transformer_class: ClassVar[str] = "SD3Transformer2DModel"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
-    conditioning_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "pooled_projections")
+    prompt: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "encoder_hidden_states": (TEXT, "joint_attention_dim"),
+        "pooled_projections": ("pooled_projection_dim",),
+    }
     thousands: ClassVar[bool] = True
     negative_first: ClassVar[bool] = True
     guided_by_default: ClassVar[bool] = True
@@ -42,16 +44,6 @@ class SD3Family(Family):
             raise ShapeError(f"got {height} x {width} pixels; the model's positions end at {most}")
         return shape
 
-    def shapes(
-        self, transformer: Any, variant: int, batch: int, text: int
-    ) -> dict[str, tuple[int, ...]]:
-        """See `Family.shapes`."""
-        config = transformer.config
-        return {
-            "encoder_hidden_states": (batch, text, config.joint_attention_dim),
-            "pooled_projections": (batch, config.pooled_projection_dim),
-        }
-
     def set_timesteps(
         self, scheduler: Any, num_inference_steps: int, sigmas: Sequence[float] | None, grid: Grid
     ) -> None:
@@ -63,15 +55,3 @@ class SD3Family(Family):
         shifts = scheduler.config.get("use_dynamic_shifting", False)
         more = {"mu": self.mu(scheduler, grid.tokens, num_inference_steps)} if shifts else {}
         scheduler.set_timesteps(num_inference_steps, **more)
-
-    def read_call(
-        self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
-    ) -> PipelineCall:
-        """See `Family.read_call`."""
-        for name in ("skip_guidance_layers", "mu"):
-            if arguments.get(name) is not None:
-                raise UnsupportedModelError(
-                    f"got `{name}`, which the compiled loop would ignore; leave it out, or call "
-                    "the diffusers pipeline itself"
-                )
-        return super().read_call(pipeline, scheduler, arguments)

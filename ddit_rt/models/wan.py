@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddit_rt.errors import ShapeError
 from ddit_rt.models.base import BATCH, IMAGE, TEXT, BlockType, Grid, Runner, TensorSpec
 from ddit_rt.models.calls import PipelineCall
 from ddit_rt.models.layered import LayeredFamily
 from ddit_rt.models.wan_forward import WanForwardFamily
-from ddit_rt.models.wan_positions import rotary_tables
 
 _BLOCK_ROWS = 6
 
@@ -31,7 +31,6 @@ class WanFamily(LayeredFamily, WanForwardFamily):
 
     name: ClassVar[str] = "wan"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("WanPipeline",)
-    conditioning_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     timed: ClassVar[tuple[str, ...]] = (
         *WanForwardFamily.timed,
         "condition_embedder.time_proj",
@@ -50,12 +49,6 @@ class WanFamily(LayeredFamily, WanForwardFamily):
                 "control latents)"
             )
         return refused
-
-    def shapes(
-        self, transformer: Any, variant: int, batch: int, text: int
-    ) -> dict[str, tuple[int, ...]]:
-        """See `Family.shapes`."""
-        return {self.text: (batch, text, transformer.config.text_dim)}
 
     def modulation_shape(self, transformer: Any) -> tuple[int, ...]:
         """Six rows for the blocks, one for the output norm."""
@@ -119,7 +112,16 @@ class WanFamily(LayeredFamily, WanForwardFamily):
         self, transformer: Any, grid: Grid, text_tokens: int, *, stretch: int = 1
     ) -> tuple[Tensor, ...]:
         """Rotary cos and sin, each `[1, n, 1, head width]`, float32; text has no positions."""
-        return rotary_tables(transformer.rope, grid, stretch)
+        assert stretch == 1, "patch adapters, whose tokens lie further apart, are FLUX's"
+        rope, sizes = transformer.rope, (grid.frames, grid.height, grid.width)
+        if max(sizes) > rope.max_seq_len:
+            raise ShapeError(
+                f"got {grid.frames} x {grid.height} x {grid.width} tokens; this model has "
+                f"positions for at most {rope.max_seq_len} in each direction"
+            )
+        pixels = (grid.frames, grid.height * self.patch, grid.width * self.patch)
+        tables = rope(torch.empty(1, 1, *pixels, dtype=torch.float32, device="meta"))
+        return tuple(table.float() for table in tables)
 
     def positions_at(
         self, positions: tuple[Tensor, ...], places: Tensor, text_tokens: int

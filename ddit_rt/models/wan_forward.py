@@ -9,7 +9,7 @@ and `transformer_2` those after it, with a guidance scale of its own.
 from __future__ import annotations
 
 import inspect
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,13 +18,13 @@ from torch import nn
 
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models.arguments import check_steps, default_of
-from ddit_rt.models.base import Grid
+from ddit_rt.models.base import TEXT, Grid
 from ddit_rt.models.family import Family
 
 _PATCH = (1, 2, 2)
 
 
-class WanForwardFamily(Family):
+class WanForwardFamily(Family, ABC):
     """One transformer, or two experts that take turns."""
 
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
@@ -36,6 +36,7 @@ class WanForwardFamily(Family):
         "batch": (1, 2),
         "image": (4, 75600),
     }
+    prompt: ClassVar[Mapping[str, tuple[str, ...]]] = {"encoder_hidden_states": (TEXT, "text_dim")}
     embeds: ClassVar[Mapping[str, str]] = {"prompt_embeds": "encoder_hidden_states"}
     held: ClassVar[tuple[str, ...]] = (
         "rope",

@@ -34,7 +34,6 @@ class WanImageFamily(WanForwardFamily):
 
     name: ClassVar[str] = "wan-image"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline",)
-    conditioning_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", _IMAGE, "condition")
     extra: ClassVar[tuple[str, ...]] = ("condition",)
 
     def refused(self, config: Any) -> list[str]:
@@ -52,15 +51,13 @@ class WanImageFamily(WanForwardFamily):
     ) -> dict[str, tuple[int, ...]]:
         """See `Family.shapes`."""
         config = transformer.config
-        condition = (batch, config.in_channels - config.out_channels, 1, 1, 1)
-        if config.image_dim is None:
-            return {self.text: (batch, text, config.text_dim), "condition": condition}
-        tokens = config.pos_embed_seq_len or _IMAGE_TOKENS
-        return {
-            self.text: (batch, _EMBEDDED_TEXT, config.text_dim),
-            "condition": condition,
-            _IMAGE: (batch, tokens, config.image_dim),
-        }
+        embedded = config.image_dim is not None
+        given = super().shapes(transformer, variant, batch, _EMBEDDED_TEXT if embedded else text)
+        given["condition"] = (batch, config.in_channels - config.out_channels, 1, 1, 1)
+        if embedded:
+            tokens = config.pos_embed_seq_len or _IMAGE_TOKENS
+            given[_IMAGE] = (batch, tokens, config.image_dim)
+        return given
 
     def forward_arguments(
         self, latents: Tensor, level: Tensor, arguments: Mapping[str, Any]

@@ -11,13 +11,12 @@ all tokens have one time, is `wan.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ddit_rt.models.calls import ModelCall, PipelineCall
+from ddit_rt.models.calls import ModelCall
 from ddit_rt.models.smaller import smaller
 from ddit_rt.models.wan_forward import WanForwardFamily
 
@@ -28,7 +27,6 @@ class WanTI2VFamily(WanForwardFamily):
     name: ClassVar[str] = "wan-ti2v"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline",)
     pipeline_config: ClassVar[Mapping[str, Any]] = {"expand_timesteps": True}
-    conditioning_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "condition")
     extra: ClassVar[tuple[str, ...]] = ("condition",)
     # A row for every token and step would be as large as the model.
     timed: ClassVar[tuple[str, ...]] = ()
@@ -54,11 +52,8 @@ class WanTI2VFamily(WanForwardFamily):
         self, transformer: Any, variant: int, batch: int, text: int
     ) -> dict[str, tuple[int, ...]]:
         """See `Family.shapes`."""
-        config = transformer.config
-        return {
-            self.text: (batch, text, config.text_dim),
-            "condition": (batch, config.in_channels, 1, 1, 1),
-        }
+        condition = (batch, transformer.config.in_channels, 1, 1, 1)
+        return {**super().shapes(transformer, variant, batch, text), "condition": condition}
 
     def extra_size(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """See `Family.extra_size`: one frame."""
@@ -78,15 +73,14 @@ class WanTI2VFamily(WanForwardFamily):
         given["hidden_states"] = torch.cat((picture, latents[:, :, 1:]), dim=2)
         return given
 
-    def read_call(
-        self, pipeline: Any, scheduler: Any, arguments: Mapping[str, Any]
-    ) -> PipelineCall:
-        """See `Family.read_call`."""
-        read = super().read_call(pipeline, scheduler, arguments)
-        if read.arguments["last_image"] is None:
-            return read
-        note = "last_image is ignored by a model with a timestep for each token"
-        return replace(read, ignored=(*read.ignored, note))
+    def ignored(
+        self, pipeline: Any, given: Mapping[str, Any], call: Mapping[str, Any]
+    ) -> tuple[str, ...]:
+        """See `Family.ignored`."""
+        notes = super().ignored(pipeline, given, call)
+        if call["last_image"] is None:
+            return notes
+        return *notes, "last_image is ignored by a model with a timestep for each token"
 
     def read_model_call(
         self, transformer: Any, shape: tuple[int, ...], arguments: Mapping[str, Any]

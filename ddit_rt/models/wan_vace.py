@@ -30,7 +30,6 @@ class WanVACEFamily(WanForwardFamily):
     name: ClassVar[str] = "wan-vace"
     transformer_class: ClassVar[str] = "WanVACETransformer3DModel"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("WanVACEPipeline",)
-    conditioning_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", _CONTROL, _SCALE)
     held: ClassVar[tuple[str, ...]] = (*WanForwardFamily.held, "vace_patch_embedding")
     unbatched: ClassVar[tuple[str, ...]] = (_SCALE,)
     extra: ClassVar[tuple[str, ...]] = (_CONTROL,)
@@ -58,7 +57,7 @@ class WanVACEFamily(WanForwardFamily):
         """See `Family.shapes`."""
         config = transformer.config
         return {
-            self.text: (batch, text, config.text_dim),
+            **super().shapes(transformer, variant, batch, text),
             _CONTROL: (batch, config.vace_in_channels, 1, 1, 1),
             _SCALE: (len(config.vace_layers),),
         }

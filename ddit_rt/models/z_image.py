@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ddit_rt.errors import UnsupportedModelError
-from ddit_rt.models.base import Guidance
+from ddit_rt.models.base import TEXT, Guidance
 from ddit_rt.models.calls import ModelCall, model_arguments
 from ddit_rt.models.family import Family
 
@@ -36,7 +36,7 @@ class ZImageFamily(Family):
     name: ClassVar[str] = "z-image"
     transformer_class: ClassVar[str] = "ZImageTransformer2DModel"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
-    conditioning_names: ClassVar[tuple[str, ...]] = ("cap_feats",)
+    prompt: ClassVar[Mapping[str, tuple[str, ...]]] = {"cap_feats": (TEXT, "cap_feat_dim")}
     guided_by_default: ClassVar[bool] = True
     numbering: ClassVar[tuple[str, ...]] = ("layer_id",)
     tables: ClassVar[tuple[str, ...]] = ("rope_embedder",)
@@ -57,12 +57,6 @@ class ZImageFamily(Family):
     def default_size(self, pipeline: Any) -> tuple[int, int]:
         """See `Family.default_size`."""
         return 1024, 1024
-
-    def shapes(
-        self, transformer: Any, variant: int, batch: int, text: int
-    ) -> dict[str, tuple[int, ...]]:
-        """See `Family.shapes`."""
-        return {"cap_feats": (batch, text, transformer.config.cap_feat_dim)}
 
     def example(self, transformer: Any, variant: int, batch: int, text: int) -> dict[str, Any]:
         """See `Family.example`: prompts of equal padded lengths, and of others."""

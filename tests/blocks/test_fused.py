@@ -15,11 +15,12 @@ from diffusers import FluxTransformer2DModel
 from models import tiny_transformer
 from safetensors.torch import load_file, save_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from wan_models import wan_transformer
 
 from ddit_rt.blocks import BlockTemplate, PackageInfo, TokenRanges, load_runner
 from ddit_rt.blocks.compile import export_block
-from ddit_rt.blocks.constants import Binding, ConstantSpec
+from ddit_rt.blocks.constants import Binding, ConstantSpec, _let_go
 from ddit_rt.blocks.fused import fuse_layers
 from ddit_rt.blocks.package import input_dtypes
 from ddit_rt.blocks.runner import constant_specs
@@ -181,6 +182,13 @@ def test_storage_goes_with_the_module_that_moved(transformer: FluxTransformer2DM
     assert users(storage) == 1
 
 
+def test_storage_is_given_back_while_another_block_is_traced() -> None:
+    alias = torch.ones(16)
+    with FakeTensorMode():
+        _let_go([alias])
+    assert alias.numel() == 0
+
+
 def test_weights_that_nobody_holds_are_joined_again(
     transformer: FluxTransformer2DModel,
 ) -> None:
@@ -238,21 +246,6 @@ def test_a_layer_that_does_not_fit_is_refused_and_nothing_moves(
     with pytest.raises(ArtifactMismatchError, match=message):
         Binding(double.name, specs, block, None, groups)
     assert addresses(block) == at
-
-
-def test_packages_of_before_say_nothing_of_groups() -> None:
-    info = PackageInfo(
-        block="Some",
-        inputs=(),
-        input_dtypes=(),
-        device="cpu",
-        ranges=TokenRanges(),
-        constants={},
-        fused=(("a", "b"), ("c", "d", "e")),
-    )
-    assert PackageInfo.from_json(info.to_json()) == info
-    older = info.to_json().replace('"fused"', '"unknown"')
-    assert PackageInfo.from_json(older).fused == ()
 
 
 def joined_everywhere(transformer: FluxTransformer2DModel) -> list[Binding]:

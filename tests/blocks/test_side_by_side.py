@@ -26,7 +26,7 @@ from ddit_rt.blocks import (
     read_info,
 )
 from ddit_rt.blocks import side_by_side as module
-from ddit_rt.blocks.compile import _traced
+from ddit_rt.blocks.compile import traced
 from ddit_rt.blocks.side_by_side import SideBySide, spare_processes
 from ddit_rt.errors import CompileError
 from ddit_rt.models import family_of
@@ -217,7 +217,7 @@ def test_more_programs_than_processes_are_shared_among_all(
         for block_type, batch in ((double, 4), (single, 4), (wide, 5)):
             block = block_type.blocks(transformer)[0]
             ranges = TokenRanges(batch=(1, batch))
-            program, info = _traced(block_type, block, ranges, None, None)
+            program, info = traced(block_type, block, ranges)
             compiler.add(program, info, tmp_path / block_type.name / "package.pt2")
         compiler.finish()
     assert sorted(path.parent.name for path in done) == sorted([double.name, single.name, "Wide"])

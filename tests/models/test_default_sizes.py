@@ -49,16 +49,15 @@ def test_no_family_is_left_out() -> None:
     assert {family.name for family in FAMILIES} == set(SIZES)
 
 
-@pytest.mark.parametrize(
-    ("name", "scale", "frames", "size"), [(*row, size) for *row, sizes in ROWS for size in sizes]
-)
+@pytest.mark.parametrize(("name", "scale", "frames", "sizes"), ROWS)
 def test_real_sizes_offer_every_patch(
-    name: str, scale: int, frames: int, size: tuple[int, int]
+    name: str, scale: int, frames: int, sizes: tuple[tuple[int, int], ...]
 ) -> None:
     family: Any = family_named(name)
-    patch = family.patch
-    height, width = (patch * max(1, edge // (scale * patch)) for edge in size)
     model = StepModel(family=family, transformer=None, base={})  # type: ignore[arg-type]
     ranges = TokenRanges(**family.default_ranges)
     compiled = CompiledModel(steps=model, multiples=(1, 2, 4), ranges=ranges)
-    assert compiled.offered(height, width, frames) == ((1, 2, 4), ())
+    unit = scale * family.patch
+    for size in sizes:
+        height, width = (family.patch * max(1, edge // unit) for edge in size)
+        assert compiled.offered(height, width, frames) == ((1, 2, 4), ()), size

@@ -26,8 +26,9 @@ def eager_runners(transformer):
     }
 
 
-@pytest.mark.parametrize("guidance_embeds", [False, True])
-@pytest.mark.parametrize(("height", "width", "batch"), [(8, 8, 1), (6, 10, 3)])
+@pytest.mark.parametrize(
+    ("guidance_embeds", "height", "width", "batch"), [(False, 8, 8, 1), (True, 6, 10, 3)]
+)
 def test_fine_bucket_equals_the_model(guidance_embeds, height, width, batch):
     transformer = tiny_transformer(guidance_embeds=guidance_embeds)
     conditioning = tiny_conditioning(transformer, batch)

@@ -9,36 +9,33 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from driving import assert_equal, keep, relative_error, runs
+from driving import assert_equal, relative_error, runs
 from family_suite import (
     MIXED,
     TOLERANCE,
+    WAYS,
     FamilyCase,
     FamilySuite,
+    LoopSuite,
+    captured_by,
     eager,
     generated,
     trace_of,
 )
-from flux2_models import CHANNELS, tiny_dev, tiny_embeds, tiny_klein, tiny_transformer, tiny_vae
+from flux2_models import CHANNELS, tiny_dev, tiny_embeds, tiny_klein, tiny_vae
 from models import noise
 from PIL import Image
 
 import ddit_rt
 from ddit_rt import StaticPolicy, TokenRanges
 from ddit_rt.errors import ShapeError, UnsupportedModelError
-from ddit_rt.loop import CudaExecutor
-from ddit_rt.models import family_of
 from ddit_rt.models.flux2 import Flux2Family
 from ddit_rt.steps.buckets import Resampling
 
 LORA = ("to_out.0", "attn.to_out")
-
-
 UNGUIDED = {"guidance_scale": 1.0}
-
-
-def guided(lengths: tuple[int, ...]) -> dict[str, Any]:
-    return {"guidance_scale": 4.0, **tiny_embeds(lengths, seed=3, prefix="negative_")}
+DISTILLED = FamilyCase(pipeline=partial(tiny_klein, is_distilled=True), prompts=tiny_embeds)
+"""klein in a few steps; its pipeline ignores a guidance scale."""
 
 
 class TestKlein(FamilySuite):
@@ -47,47 +44,18 @@ class TestKlein(FamilySuite):
     case = FamilyCase(
         pipeline=tiny_klein,
         prompts=tiny_embeds,
-        guided=guided,
+        guided={"guidance_scale": 4.0},
         schedulers={"constant shift": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0)},
         lora=LORA,
         more=UNGUIDED,
     )
 
 
-class TestDistilledKlein(FamilySuite):
-    """klein in a few steps; its pipeline ignores a guidance scale."""
-
-    case = FamilyCase(
-        pipeline=partial(tiny_klein, is_distilled=True),
-        prompts=tiny_embeds,
-        guided=None,
-        lora=LORA,
-    )
-
-
-class TestDev(FamilySuite):
+class TestDev(LoopSuite):
     """dev: guidance is embedded."""
 
-    case = FamilyCase(pipeline=tiny_dev, prompts=tiny_embeds, guided=None, lora=LORA)
-
-
-def test_blocks_are_read_off() -> None:
-    transformer = tiny_transformer()
-    double, single = family_of(transformer).block_types(transformer)
-    assert {spec.name: spec.dims for spec in double.inputs} == {
-        "hidden_states": ("batch", "image", 32),
-        "encoder_hidden_states": ("batch", "text", 32),
-        "temb_mod_img": ("batch", 192),
-        "temb_mod_txt": ("batch", 192),
-        "image_rotary_emb.0": ("image+text", 16),
-        "image_rotary_emb.1": ("image+text", 16),
-    }
-    assert {spec.name: spec.dims for spec in single.inputs} == {
-        "hidden_states": ("batch", "image+text", 32),
-        "temb_mod": ("batch", 96),
-        "image_rotary_emb.0": ("image+text", 16),
-        "image_rotary_emb.1": ("image+text", 16),
-    }
+    case = FamilyCase(pipeline=tiny_dev, prompts=tiny_embeds, lora=LORA)
+    test_compiled_blocks_equal_diffusers = None  # packages are klein's
 
 
 def test_the_reduced_latent_is_that_behind_the_norm_and_its_noise_is_white() -> None:
@@ -124,21 +92,21 @@ def picture(seed: int, width: int = 64, height: int = 96) -> Image.Image:
 
 
 EDITS = {
-    "dev": (TestDev, ()),
-    "distilled": (TestDistilledKlein, ()),
-    "guided": (TestKlein, (7,)),
-    "guided apart": (TestKlein, (5,)),
+    "dev": (TestDev.case, ()),
+    "distilled": (DISTILLED, ()),
+    "guided": (TestKlein.case, (7,)),
+    "guided apart": (TestKlein.case, (5,)),
 }
 
 
-@pytest.mark.parametrize("more", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
+@pytest.mark.parametrize("more", WAYS, ids=["table", "driven"])
 @pytest.mark.parametrize("suite", EDITS)
 def test_edits_by_reference_images_equal_diffusers(suite: str, more: dict[str, Any]) -> None:
-    kind, negative = EDITS[suite]
-    pipeline = kind.case.pipeline()
+    case, negative = EDITS[suite]
+    pipeline = case.pipeline()
     engine = eager(pipeline, patch_sizes="p,2p,4p")
     references = [picture(1), picture(2, 80, 64)]
-    call = kind.case.call((7,), negative, image=references, height=128, width=128)
+    call = case.call((7,), negative, image=references, height=128, width=128)
     assert_equal(*runs(pipeline, engine, call, **more), tolerance=TOLERANCE)
     plan = StaticPolicy(["4p", "2p", "p", "4p"])
     one = generated(engine, call, patch_policy=plan, **more)
@@ -149,8 +117,7 @@ def test_edits_by_reference_images_equal_diffusers(suite: str, more: dict[str, A
 
 
 def test_edits_are_the_same_on_both_executors(graphs: Any) -> None:
-    cpu, device = eager(tiny_klein()), eager(tiny_klein())
-    device._loop.executor = CudaExecutor(graphs)
+    cpu, device = eager(tiny_klein()), captured_by(graphs, tiny_klein())
     for size in (64, 80):
         call = TestKlein.case.call((7,), (7,), image=picture(1, size))
         ours = generated(device, call, patch_policy=MIXED)
@@ -160,8 +127,8 @@ def test_edits_are_the_same_on_both_executors(graphs: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 96), (70, 100), (1400, 1000)])
 def test_an_edit_without_a_size_has_that_of_its_first_image(size: tuple[int, int]) -> None:
-    pipeline = tiny_klein(is_distilled=True)
-    call = TestDistilledKlein.case.call(image=[picture(1, *size), picture(2)])
+    pipeline = DISTILLED.pipeline()
+    call = DISTILLED.call(image=[picture(1, *size), picture(2)])
     call |= {"height": None, "width": None, "num_inference_steps": 1}
     assert_equal(*runs(pipeline, eager(pipeline), call), tolerance=TOLERANCE)
 
@@ -179,31 +146,3 @@ def test_latents_are_taken_as_the_pipeline_takes_them() -> None:
     more = {"latents": latents, "output_type": "latent"}
     ours = eager(pipeline)(**call, **more, patch_policy=ddit_rt.FinePolicy()).images
     torch.testing.assert_close(ours, pipeline(**call, **more).images, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("steps", [4, 5])
-def test_a_coarse_prefix_works_in_few_steps(steps: int) -> None:
-    engine = eager(tiny_klein(is_distilled=True))
-    engine(
-        **tiny_embeds(), height=64, width=64, num_inference_steps=steps, patch_policy="2p:0.25,p"
-    )
-    trace = engine.last_trace
-    assert trace is not None
-    assert trace.patch_sizes() == ["2p", *["p"] * (steps - 1)]
-
-
-def test_a_bare_transformer_denoises_from_its_own_arguments() -> None:
-    engine = ddit_rt.compile(
-        tiny_transformer(guidance_embeds=True), backend="eager", progress=False
-    )
-    prompt = tiny_embeds()["prompt_embeds"]
-    final = engine.denoise(
-        noise(1, CHANNELS, 16, 16),
-        num_inference_steps=4,
-        patch_policy="2p:0.5,p",
-        encoder_hidden_states=prompt,
-        guidance=torch.tensor([4.0]),
-    )
-    assert torch.isfinite(final).all()
-    with pytest.raises(ValueError, match="`guidance` is missing"):
-        engine.denoise(noise(1, CHANNELS, 16, 16), encoder_hidden_states=prompt)

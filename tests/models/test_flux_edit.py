@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from driving import FINE, assert_equal, keep, runs
-from family_suite import MIXED, FamilyCase, FamilySuite, eager, generated, trace_of
+from family_suite import MIXED, WAYS, FamilyCase, FamilySuite, eager, generated, trace_of
 from flux_edit_models import embeds, fill, img2img, inpaint, kontext, mask, picture
 from models import tiny_pipeline, tiny_transformer
 
@@ -16,41 +16,24 @@ import ddit_rt
 from ddit_rt.artifact import mismatches
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models import family_of
-from ddit_rt.models.flux_edit import FluxFillFamily
 from ddit_rt.models.smaller import smaller_both
 from ddit_rt.ops import pack
 
-
-def guided(lengths: tuple[int, ...]) -> dict[str, Any]:
-    return {"true_cfg_scale": 3.0, **embeds(lengths, seed=3, prefix="negative_")}
-
-
-def with_picture(lengths: tuple[int, ...], seed: int = 1) -> dict[str, Any]:
-    return {**embeds(lengths, seed), "image": picture(seed)}
-
-
-def with_reference(lengths: tuple[int, ...], seed: int = 1) -> dict[str, Any]:
-    """A reference of another size than the picture's."""
-    more = {"max_area": 64 * 96, "_auto_resize": False}
-    return {**embeds(lengths, seed), "image": picture(seed, 48, 64), **more}
-
-
-def with_mask(lengths: tuple[int, ...], seed: int = 1) -> dict[str, Any]:
-    return {**with_picture(lengths, seed), "mask_image": mask()}
-
-
-def strongly(lengths: tuple[int, ...], seed: int = 1) -> dict[str, Any]:
-    """All six steps are left, which the suite counts."""
-    return {**with_picture(lengths, seed), "strength": 1.0}
-
-
+GUIDED = {"true_cfg_scale": 3.0}
 SCHEDULERS = {"constant shift": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0)}
 
 
 class TestImg2Img(FamilySuite):
     """Image to image."""
 
-    case = FamilyCase(pipeline=img2img, prompts=strongly, guided=guided, schedulers=SCHEDULERS)
+    case = FamilyCase(
+        pipeline=img2img,
+        prompts=embeds,
+        guided=GUIDED,
+        inputs=lambda seed: {"image": picture(seed)},
+        schedulers=SCHEDULERS,
+        more={"strength": 1.0},  # so that all steps are left, which the suite counts
+    )
 
 
 class TestKontext(FamilySuite):
@@ -58,28 +41,37 @@ class TestKontext(FamilySuite):
 
     case = FamilyCase(
         pipeline=kontext,
-        prompts=with_reference,
-        guided=guided,
+        prompts=embeds,
+        guided=GUIDED,
+        inputs=lambda seed: {"image": picture(seed, 48, 64)},  # of another size than what is made
         sizes=((64, 96), (96, 64)),
         schedulers=SCHEDULERS,
+        more={"max_area": 64 * 96, "_auto_resize": False},
     )
+    test_compiled_blocks_equal_diffusers = None  # packages are those of image to image
 
 
 class TestFill(FamilySuite):
     """In- and outpainting."""
 
-    case = FamilyCase(pipeline=fill, prompts=with_mask, guided=None, schedulers=SCHEDULERS)
+    case = FamilyCase(
+        pipeline=fill,
+        prompts=embeds,
+        inputs=lambda seed: {"image": picture(seed), "mask_image": mask()},
+        schedulers=SCHEDULERS,
+    )
+    test_compiled_blocks_equal_diffusers = None  # packages are those of image to image
 
 
-@pytest.mark.parametrize("strength", [0.5, 0.7, 0.9])
-@pytest.mark.parametrize("more", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
-def test_strength_cuts_the_schedule_as_diffusers_does(strength: float, more: Any) -> None:
+@pytest.mark.parametrize("more", WAYS, ids=["table", "driven"])
+def test_strength_cuts_the_schedule_as_diffusers_does(more: Any) -> None:
     pipeline = img2img()
     engine = eager(pipeline)
-    call = TestImg2Img.case.call((7,), (7,), strength=strength, num_inference_steps=6)
-    assert_equal(*runs(pipeline, engine, call, **more), tolerance=1e-5)
-    assert len(trace_of(engine)) == {0.5: 3, 0.7: 5, 0.9: 6}[strength]
-    assert trace_of(engine).executor == ("pipeline-cpu" if more else "cpu")
+    for strength, steps in ((0.5, 3), (0.7, 5), (0.9, 6)):
+        call = TestImg2Img.case.call((7,), (7,), strength=strength, num_inference_steps=6)
+        assert_equal(*runs(pipeline, engine, call, **more), tolerance=1e-5)
+        assert len(trace_of(engine)) == steps
+        assert trace_of(engine).executor == ("pipeline-cpu" if more else "cpu")
 
 
 def test_coarse_steps_of_a_cut_schedule_agree_in_both_ways() -> None:
@@ -101,7 +93,7 @@ def test_no_strength_leaves_no_step() -> None:
 def test_inpainting_is_driven_by_the_pipelines_own_loop(negative: tuple[int, ...]) -> None:
     pipeline = inpaint()
     engine = eager(pipeline)
-    call = {**TestImg2Img.case.call((7,), negative), **with_mask((7,)), "strength": 0.8}
+    call = {**TestImg2Img.case.call((7,), negative), "mask_image": mask(), "strength": 0.8}
     with pytest.warns(UserWarning, match="puts the image back outside the mask"):
         ours, theirs = runs(pipeline, engine, call)
     assert_equal(ours, theirs, tolerance=1e-5)
@@ -182,10 +174,5 @@ def test_krea_is_a_flux_pipeline_with_distilled_guidance() -> None:
     pipeline = tiny_pipeline(guidance_embeds=True)
     assert family_of(pipeline.transformer, pipeline).name == "flux"
     call = {**TestKontext.case.call(guidance_scale=4.5), **embeds()}
-    call = {name: call[name] for name in call.keys() - {"image", "max_area", "_auto_resize"}}
+    call = {name: call[name] for name in call.keys() - {"image", *TestKontext.case.more}}
     assert_equal(*runs(pipeline, eager(pipeline), call), tolerance=1e-5)
-
-
-def test_a_fill_of_another_size_than_the_latents_is_named() -> None:
-    with pytest.raises(ShapeError, match=r"`fill` .*its last dimensions are \[8, 12\]"):
-        FluxFillFamily().check_sizes((1, 4, 8, 12), {"fill": torch.zeros(1, 20, 4, 6)})

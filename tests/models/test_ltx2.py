@@ -11,13 +11,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from driving import FINE, assert_equal
 from family_suite import (
-    KINDS,
+    CACHE,
     MIXED,
     OTHER,
-    STEPS,
     TOLERANCE,
     FamilyCase,
-    FamilySuite,
+    LoopSuite,
+    captured_by,
     eager,
     generated,
     lora_of,
@@ -28,14 +28,11 @@ from models import noise, seeded
 from torch import Tensor
 
 import ddit_rt
-from ddit_rt import DDiTPolicy, Engine, MagCache
+from ddit_rt import DDiTPolicy, Engine
 from ddit_rt.cli import main
-from ddit_rt.engine.cost import step_cost
-from ddit_rt.engine.memory import memory_of
 from ddit_rt.errors import ShapeError, UnsupportedModelError
-from ddit_rt.loop import CudaExecutor
+from ddit_rt.lab.calibrate.cache_fit import measuring_plan
 from ddit_rt.models import family_of
-from ddit_rt.steps import StepModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a soundtrack advances with the video")
 
@@ -43,12 +40,6 @@ NO_STG = {"stg_scale": 0.0, "audio_stg_scale": 0.0}
 APART = {"modality_scale": 3.0, "audio_modality_scale": 2.0}
 EVERY = {**APART, "stg_scale": 1.0, "audio_stg_scale": 0.5, "spatio_temporal_guidance_blocks": [1]}
 """Guidance of every kind, as a call that says nothing of it has."""
-
-
-def guided(lengths: tuple[int, ...]) -> dict[str, Any]:
-    """Scales of the pipeline's own defaults."""
-    more = tiny_embeds(lengths, seed=3, prefix="negative_")
-    return {"guidance_scale": 3.0, "audio_guidance_scale": 7.0, **more}
 
 
 def both_of(engine: Any, call: Mapping[str, Any], **more: Any) -> tuple[Tensor, Tensor]:
@@ -63,13 +54,13 @@ def assert_both_equal(engine: Engine, pipeline: Any, call: Mapping[str, Any], **
         assert_equal(one, other, tolerance=TOLERANCE)
 
 
-class TestLTX2(FamilySuite):
+class TestLTX2(LoopSuite):
     """16 x 16 pixels are a latent one, and 4 frames, but for the first."""
 
     case = FamilyCase(
         pipeline=tiny_pipeline,
         prompts=tiny_embeds,
-        guided=guided,
+        guided={"guidance_scale": 3.0, "audio_guidance_scale": 7.0},
         sizes=((64, 96), (96, 64)),
         executor="pipeline-cpu",
         schedulers={"constant shift": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0)},
@@ -83,42 +74,34 @@ class TestLTX2(FamilySuite):
         },
     )
 
-    @pytest.mark.parametrize("prompts", KINDS.values(), ids=KINDS)
-    def test_captured_runs_equal_the_cpus_to_the_bit(self, graphs: Any, prompts: Any) -> None:
-        call = self.case.call(*prompts)
-        others = self.case.call(*prompts, seed=8)
-        cpu, device = eager(self.case.pipeline()), eager(self.case.pipeline())
-        device._loop.executor = CudaExecutor(graphs)
-        expectations = [
-            (arguments, policy, both_of(cpu, arguments, patch_policy=policy))
-            for arguments, policy in ((call, MIXED), (others, OTHER))
-        ]
-        for arguments, policy, expected in (*expectations, expectations[0]):
-            ours = both_of(device, arguments, patch_policy=policy)
-            assert all(map(torch.equal, ours, expected))
+    @pytest.mark.slow
+    def test_captured_runs_equal_the_cpus_to_the_bit(self, engine: Engine, graphs: Any) -> None:
+        device = captured_by(graphs, self.case.pipeline())
+        calls = zip(self.case.kinds(), self.case.kinds(seed=8), strict=True)
+        for call, other in calls:
+            runs = ((call, MIXED), (other, OTHER), (call, MIXED))
+            for arguments, policy in runs:
+                ours = both_of(device, arguments, patch_policy=policy)
+                expected = both_of(engine, arguments, patch_policy=policy)
+                assert all(map(torch.equal, ours, expected))
         assert trace_of(device).executor == "pipeline-cuda"
-        passes = ["", " negative prompt"][: 1 + bool(prompts[1])]
-        assert set(graphs.captured) == {f"{size}{one}" for size in ("p", "2p") for one in passes}
+        names = {f"{size}{one}" for size in ("p", "2p") for one in ("", " negative prompt")}
+        assert set(graphs.captured) == names
 
-    def test_a_step_cache_reuses_what_the_blocks_added(self, graphs: Any) -> None:
+    def test_a_step_cache_reuses_what_the_blocks_added(self, engine: Engine) -> None:
         """It would not know what they added to the sound."""
-        cache = MagCache(0.9, retention_ratio=0.0, max_skip_steps=2, mag_ratios=(1.0,) * STEPS)
         with pytest.raises(UnsupportedModelError, match=r"MagCache.*soundtrack.*Leave step_cache"):
-            generated(eager(self.case.pipeline()), self.case.call(), step_cache=cache)
+            generated(engine, self.case.call(), step_cache=CACHE)
 
-    def test_cost_and_memory_are_counted(self) -> None:
-        pipeline = self.case.pipeline()
-        family = family_of(pipeline.transformer, pipeline)
-        model = StepModel(family=family, transformer=pipeline.transformer, base={})
-        size = {"height": 16, "width": 16, "batch": 1, "text_tokens": 7}
-        costs = [
-            step_cost(model, multiple=s, frames=n, **size) for s, n in ((1, 3), (2, 3), (2, 9))
-        ]
-        assert costs[0].flops > costs[2].flops > costs[1].flops > 0
-        assert costs[0].weight_bytes == costs[1].weight_bytes
-        memory = memory_of(eager(pipeline).artifact, pipeline, 6, height=64, width=64, num_frames=9)
-        assert [bucket.tokens for bucket in memory.buckets] == [48, 12]
-        assert all(bucket.positions_bytes > 0 for bucket in memory.buckets)
+    def test_what_magcache_has_to_know_is_measured(self, engine: Engine) -> None:
+        with pytest.raises(UnsupportedModelError, match="no plan can be made of this run"):
+            measuring_plan(engine, "magcache", **self.case.call(), generator=seeded())
+
+    def test_denoise_takes_the_arguments_of_the_models_own_forward(self, engine: Engine) -> None:
+        with pytest.raises(UnsupportedModelError, match="without its pipeline.*its two latents"):
+            eager(tiny_transformer())
+        with pytest.raises(UnsupportedModelError, match="steps one latent, and LTX-2 has two"):
+            engine.denoise(noise(1, CHANNELS, 2, 4, 6))
 
 
 @pytest.fixture(scope="module")
@@ -127,18 +110,13 @@ def engine() -> Engine:
     return ddit_rt.compile(tiny_pipeline(), backend="eager", progress=False)
 
 
-WAYS = {
-    "alone": ((7,), (), {}),
-    "guided": ((7,), (5,), {}),
+GUIDANCE = {
     "two guided, rescaled": ((4, 7), (3, 5), {"guidance_rescale": 0.5}),
     "apart": ((7,), (), APART),
-    "guided and apart": ((7, 4), (5, 6), APART),
     "in every way": ((7,), (5,), EVERY),
     "sound alone guided": ((7,), (5,), {"guidance_scale": 1.0}),
     "own time for each": ((7,), (), {"use_cross_timestep": False}),
 }
-
-
 QUICK = ("two guided, rescaled", "in every way")
 
 
@@ -146,7 +124,7 @@ QUICK = ("two guided, rescaled", "in every way")
     "way",
     [
         pytest.param(way, id=name, marks=[pytest.mark.slow] * (name not in QUICK))
-        for name, way in WAYS.items()
+        for name, way in GUIDANCE.items()
     ],
 )
 def test_video_and_sound_equal_diffusers_in_every_way_to_guide(engine: Engine, way: Any) -> None:
@@ -203,10 +181,9 @@ def test_other_lengths_of_sound_run_on_the_same_blocks(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompts", [((7,), ()), ((7, 4), (5, 6))], ids=["one", "two guided"])
-def test_a_size_that_no_patch_divides_runs_at_every_patch(engine: Engine, prompts: Any) -> None:
+def test_a_size_that_no_patch_divides_runs_at_every_patch(engine: Engine) -> None:
     """Latents of 6 x 10 are 3 x 5 at 2p and 2 x 3 at 4p."""
-    call = TestLTX2.case.call(*prompts, height=96, width=160, num_inference_steps=6)
+    call = TestLTX2.case.call((7, 4), (5, 6), height=96, width=160, num_inference_steps=6)
     assert_both_equal(engine, engine.pipeline, call)
     mixed = both_of(engine, call, patch_policy="4p:0.34,2p:0.34,p")
     assert [record.tokens for record in trace_of(engine)] == [18, 18, 45, 45, 180, 180]
@@ -239,8 +216,8 @@ def test_in_coarse_steps_each_latent_has_its_own_time_and_the_sound_its_length()
 
 @pytest.mark.slow
 def test_a_captured_run_with_every_kind_of_guidance_equals_the_cpus(graphs: Any) -> None:
-    cpu, device = (eager(tiny_pipeline(perturbed_attn=True)) for _ in range(2))
-    device._loop.executor = CudaExecutor(graphs)
+    pipelines = [tiny_pipeline(perturbed_attn=True) for _ in range(2)]
+    cpu, device = eager(pipelines[0]), captured_by(graphs, pipelines[1])
     call = TestLTX2.case.call((7,), (5,), **EVERY)
     ours, theirs = (both_of(engine, call, patch_policy=MIXED) for engine in (device, cpu))
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
@@ -274,24 +251,15 @@ def test_callbacks_may_change_the_video(engine: Engine) -> None:
     assert_both_equal(engine, engine.pipeline, call, callback_on_step_end=halve)
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "timesteps": ({"timesteps": [900, 500]}, "timesteps.*pass sigmas"),
-    "attention": ({"attention_kwargs": {"scale": 0.5}}, "`attention_kwargs`.*leave the argument"),
-}
-
-
-@pytest.mark.parametrize(("more", "part"), REFUSED.values(), ids=REFUSED)
-def test_what_does_not_fit_is_refused_before_any_work(
-    engine: Engine, more: dict[str, Any], part: str
-) -> None:
-    with pytest.raises(UnsupportedModelError, match=part):
-        engine(**{**TestLTX2.case.call(), **more})
-
-
-@pytest.mark.parametrize("name", ["stg_scale", "audio_stg_scale", "audio_guidance_scale"])
-def test_a_scale_that_is_none_is_an_error(engine: Engine, name: str) -> None:
-    with pytest.raises(TypeError, match=f"got {name}='much'; expected a finite number"):
-        engine(**{**TestLTX2.case.call(), name: "much"})
+def test_what_does_not_fit_is_refused_before_any_work(engine: Engine) -> None:
+    call = TestLTX2.case.call()
+    with pytest.raises(UnsupportedModelError, match="timesteps.*pass sigmas"):
+        engine(**call, timesteps=[900, 500])
+    for name in ("stg_scale", "audio_stg_scale", "audio_guidance_scale"):
+        with pytest.raises(TypeError, match=f"got {name}='much'"):
+            engine(**{**call, name: "much"})
+    with pytest.raises(ShapeError, match="8 x 96 pixels; the smallest video is 16 x 16"):
+        engine(**{**call, "height": 8})
 
 
 def test_a_length_that_the_prompt_would_decide_is_refused() -> None:
@@ -301,15 +269,6 @@ def test_a_length_that_the_prompt_would_decide_is_refused() -> None:
     pipeline.duration_head = torch.nn.Identity()
     with pytest.raises(UnsupportedModelError, match="predicts them.*pass num_frames"):
         engine(**call)
-
-
-def test_what_only_the_pipelines_loop_could_step_is_refused(engine: Engine) -> None:
-    with pytest.raises(UnsupportedModelError, match="without its pipeline.*its two latents"):
-        ddit_rt.compile(tiny_transformer(), backend="eager", progress=False)
-    with pytest.raises(UnsupportedModelError, match="denoise steps one latent, and LTX-2 has two"):
-        engine.denoise(noise(1, CHANNELS, 2, 4, 6))
-    with pytest.raises(ShapeError, match="8 x 96 pixels; the smallest video is 16 x 16"):
-        engine(**TestLTX2.case.call(height=8))
 
 
 @pytest.mark.slow

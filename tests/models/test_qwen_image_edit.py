@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
-from driving import assert_equal, keep, relative_error, runs
-from family_suite import MIXED, TOLERANCE, FamilyCase, FamilySuite, eager, generated
+from driving import assert_equal, relative_error, runs
+from family_suite import MIXED, TOLERANCE, WAYS, FamilyCase, FamilySuite, eager, generated
 from models import noise
 from PIL import Image
 from qwen_models import tiny_edit_pipeline, tiny_embeds, tiny_transformer
@@ -23,14 +22,6 @@ def picture(seed: int = 5, size: tuple[int, int] = (40, 60)) -> Image.Image:
     """A random picture of a width and a height."""
     pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
-
-
-def prompts(lengths: tuple[int, ...] = (7,), seed: int = 1) -> dict[str, Any]:
-    return {"image": picture(), "true_cfg_scale": 1.0, **tiny_embeds(lengths, seed)}
-
-
-def guided(lengths: tuple[int, ...]) -> dict[str, Any]:
-    return {"true_cfg_scale": 4.0, **tiny_embeds(lengths, seed=3, prefix="negative_")}
 
 
 @pytest.fixture(autouse=True)
@@ -46,17 +37,22 @@ def _small_references(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestQwenImageEdit(FamilySuite):
     """One picture to edit."""
 
-    case = FamilyCase(pipeline=tiny_edit_pipeline, prompts=prompts, guided=guided)
+    case = FamilyCase(
+        pipeline=tiny_edit_pipeline,
+        prompts=tiny_embeds,
+        guided={"true_cfg_scale": 4.0},
+        more={"image": picture(), "true_cfg_scale": 1.0},
+    )
+    test_compiled_blocks_equal_diffusers = None  # packages are those of text to image
 
 
-@pytest.mark.parametrize("callback", [None, keep], ids=["table", "driven"])
-def test_several_pictures_equal_diffusers(callback: Any) -> None:
+def test_several_pictures_equal_diffusers() -> None:
     pipeline = tiny_edit_pipeline(QwenImageEditPlusPipeline)
     engine = eager(pipeline)
     case = TestQwenImageEdit.case
     call = case.call((7,), (5,), image=[picture(), picture(6, (80, 30))])
-    more = {} if callback is None else {"callback_on_step_end": callback}
-    assert_equal(*runs(pipeline, engine, call, **more), tolerance=TOLERANCE)
+    for more in WAYS:
+        assert_equal(*runs(pipeline, engine, call, **more), tolerance=TOLERANCE)
     assert torch.isfinite(generated(engine, call, patch_policy=MIXED)).all()
 
 

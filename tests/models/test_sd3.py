@@ -5,24 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from driving import assert_equal, runs
 from family_suite import TOLERANCE, FamilyCase, FamilySuite, eager
-from models import noise
 from sd3_models import tiny_embeds, tiny_pipeline, tiny_transformer
 
-import ddit_rt
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models import family_of
-
-
-def plain(lengths: tuple[int, ...] = (7,), seed: int = 1) -> dict[str, Any]:
-    return {"guidance_scale": 1.0, **tiny_embeds(lengths, seed)}
-
-
-def guided(lengths: tuple[int, ...]) -> dict[str, Any]:
-    return {"guidance_scale": 7.0, **tiny_embeds(lengths, seed=3, prefix="negative_")}
 
 
 class TestStableDiffusion3(FamilySuite):
@@ -30,12 +19,13 @@ class TestStableDiffusion3(FamilySuite):
 
     case = FamilyCase(
         pipeline=tiny_pipeline,
-        prompts=plain,
-        guided=guided,
+        prompts=tiny_embeds,
+        guided={"guidance_scale": 7.0},
         schedulers={
             "dynamic shift": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             "no shift": lambda: FlowMatchEulerDiscreteScheduler(shift=1.0),
         },
+        more={"guidance_scale": 1.0},
     )
 
 
@@ -91,16 +81,3 @@ def test_a_callbacks_own_call_of_the_transformer_runs_the_model() -> None:
     call = TestStableDiffusion3.case.call((7,), (7,))
     engine = eager(pipeline)
     assert_equal(*runs(pipeline, engine, call, callback_on_step_end=call_it), tolerance=TOLERANCE)
-
-
-def test_a_bare_transformer_denoises_from_its_own_arguments() -> None:
-    engine = ddit_rt.compile(tiny_transformer(), backend="eager", progress=False)
-    embeds, pooled = tiny_embeds().values()
-    final = engine.denoise(
-        noise(1, 4, 16, 16),
-        num_inference_steps=4,
-        patch_policy="2p:0.5,p",
-        encoder_hidden_states=embeds,
-        pooled_projections=pooled,
-    )
-    assert torch.isfinite(final).all()

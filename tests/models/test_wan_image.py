@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from driving import FINE, assert_equal, keep, runs
-from family_suite import MIXED, STEPS, FamilyCase, eager, generated, lora_of, trace_of
+from driving import FINE, assert_equal, runs
+from family_suite import MIXED, STEPS, WAYS, FamilyCase, LoopSuite, eager, generated, trace_of
 from made_once import Packages
 from models import noise
 from wan_image_models import (
+    GUIDED,
     VIDEO,
     WanSuite,
     embeds,
     experts_pipeline,
-    guided,
-    guided_by_two,
     image_pipeline,
     picture,
     with_picture,
@@ -27,35 +26,21 @@ from wan_image_models import (
 from wan_models import euler
 
 import ddit_rt
-from ddit_rt import DDiTPolicy, MagCache, StaticPolicy
+from ddit_rt import DDiTPolicy, StaticPolicy
 from ddit_rt.errors import ArtifactMismatchError, ShapeError, UnsupportedModelError
-from ddit_rt.lab.calibrate.cache_fit import measuring_plan
 
 ODD = (80, 112)
 """5 x 7 tokens: neither 2p nor 4p divides them."""
 
 
-class TestWanImage(WanSuite):
-    """One transformer, without image embeddings."""
-
-    case = FamilyCase(
-        pipeline=image_pipeline,
-        prompts=with_picture,
-        guided=guided,
-        sizes=((64, 96), ODD),
-        schedulers={"euler": euler},
-        more=VIDEO,
-    )
-    test_compiled_blocks_equal_diffusers = None  # two experts run the same packages: below
-
-
-class TestWanExperts(WanSuite):
+class TestWanExperts(WanSuite, LoopSuite):
     """Two experts, each with a scale of its own."""
 
     case = FamilyCase(
         pipeline=experts_pipeline,
-        prompts=with_picture,
-        guided=guided_by_two,
+        prompts=embeds,
+        guided={**GUIDED, "guidance_scale_2": 2.0},
+        inputs=with_picture,
         sizes=((64, 96), ODD),
         schedulers={"euler": euler},
         captured=("2p", "2p expert 2", "p", "p expert 2"),
@@ -75,19 +60,12 @@ class TestWanExperts(WanSuite):
         with pytest.raises(ArtifactMismatchError):
             ddit_rt.load(engine.artifact.directory, embedded(), progress=False)
 
-    def test_a_step_cache_reuses_what_the_blocks_added(self, graphs: Any) -> None:
-        del graphs
-        with pytest.raises(UnsupportedModelError, match="2 experts"):
-            generated(eager(experts_pipeline()), self.case.call(), step_cache=MagCache())
-
-    def test_what_magcache_has_to_know_is_measured(self) -> None:
-        with pytest.raises(UnsupportedModelError, match="2 experts"):
-            measuring_plan(eager(experts_pipeline()), "magcache", **self.case.call())
+    # Experts have no MagCache, which tests/engine/test_wan_experts.py tries.
+    test_a_step_cache_reuses_what_the_blocks_added = None
+    test_what_magcache_has_to_know_is_measured = None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batched", [True, False], ids=["one batch", "two passes"])
-@pytest.mark.parametrize("driven", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
 @pytest.mark.parametrize(
     "scales",
     [
@@ -97,49 +75,23 @@ class TestWanExperts(WanSuite):
     ],
     ids=["one scale", "two scales", "second off"],
 )
-def test_each_expert_has_its_scale(batched: bool, driven: Any, scales: Any) -> None:
+def test_each_expert_has_its_scale(scales: Any) -> None:
     pipeline = experts_pipeline()
     engine = eager(pipeline)
-    engine.batched_guidance = batched
     call = TestWanExperts.case.call((7,), (7,), **scales)
-    assert_equal(*runs(pipeline, engine, call, **driven), tolerance=1e-5)
-    assert "steps 2 to 3: expert 2" in trace_of(engine).notes
+    for driven in WAYS:
+        assert_equal(*runs(pipeline, engine, call, **driven), tolerance=1e-5)
+        assert "steps 2 to 3: expert 2" in trace_of(engine).notes
 
 
-@pytest.mark.parametrize("boundary", [0.0, 1.1], ids=["the first", "the second"])
-@pytest.mark.parametrize("driven", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
-def test_one_expert_may_have_all_steps(boundary: float, driven: Any) -> None:
-    pipeline = image_pipeline(boundary_ratio=boundary)
-    call = TestWanExperts.case.call((7,), (5,), guidance_scale_2=2.0)
-    assert_equal(*runs(pipeline, eager(pipeline), call, **driven), tolerance=1e-5)
-
-
-def test_a_second_scale_without_guidance_is_said_to_be_ignored() -> None:
-    engine = eager(experts_pipeline())
-    with pytest.warns(UserWarning, match="guidance_scale_2=3 is ignored at guidance_scale=1"):
-        generated(engine, TestWanExperts.case.call(guidance_scale_2=3.0))
-
-
-def test_each_expert_takes_a_lora() -> None:
-    pipeline = experts_pipeline()
-    engine, call = eager(pipeline), TestWanExperts.case.call((7,), (5,))
-    before = generated(engine, call, patch_policy=FINE)
-    for more in ({}, {"load_into_transformer_2": True}):
-        engine.load_lora(lora_of(pipeline.transformer, ("to_out.0",)), **more)
-        ours, theirs = runs(pipeline, engine, call)
-        assert_equal(ours, theirs, tolerance=1e-5)
-        assert float((ours - before).abs().max()) > 1e-3
-        engine.unload_loras()
-    assert torch.equal(generated(engine, call, patch_policy=FINE), before)
-
-
-@pytest.mark.parametrize("driven", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
-@pytest.mark.parametrize("last", [False, True], ids=["first frame", "first and last"])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_image_embeddings_reach_the_blocks(batch: int, last: bool, driven: Any) -> None:
+@pytest.mark.parametrize(
+    ("last", "batch"), [(False, 1), (True, 2)], ids=["first frame", "first and last of two"]
+)
+def test_image_embeddings_reach_the_blocks(last: bool, batch: int) -> None:
     pipeline = embedded(last)
-    call = embedded_call(last, batch)
-    assert_equal(*runs(pipeline, eager(pipeline), call, **driven), tolerance=1e-5)
+    engine, call = eager(pipeline), embedded_call(last, batch)
+    for driven in WAYS:
+        assert_equal(*runs(pipeline, engine, call, **driven), tolerance=1e-5)
 
 
 def embedded(last: bool = False) -> Any:
@@ -149,15 +101,12 @@ def embedded(last: bool = False) -> Any:
 
 def embedded_call(last: bool = False, batch: int = 1, **more: Any) -> dict[str, Any]:
     """With guidance, as one batch, of prompts of 512 tokens."""
-    pictures = {"last_image": picture(2)} if last else {}
-    return TestWanImage.case.call((512,) * batch, (512,) * batch, **pictures, **more)
+    pictures = {"guidance_scale_2": None, **({"last_image": picture(2)} if last else {})}
+    return TestWanExperts.case.call((512,) * batch, (512,) * batch, **pictures, **more)
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["first frame", "first and last"])
-def test_image_embeddings_are_made_once_in_a_run(
-    last: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine, products, own = eager(embedded(last)), [], F.linear
+def test_image_embeddings_are_made_once_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, products, own = eager(embedded(last=True)), [], F.linear
     embedder = engine.pipeline.transformer.condition_embedder.image_embedder
     weight = embedder.ff.net[0].proj.weight
 
@@ -168,7 +117,7 @@ def test_image_embeddings_are_made_once_in_a_run(
     monkeypatch.setattr(F, "linear", linear)
     for steps in (3, 6):
         plan = StaticPolicy(["p", "2p", *["p"] * (steps - 2)])
-        call = embedded_call(last, num_inference_steps=steps)
+        call = embedded_call(last=True, num_inference_steps=steps)
         assert torch.isfinite(generated(engine, call, patch_policy=plan)).all()
         assert len(products) == 2, "once for each patch size"
         products.clear()
@@ -183,14 +132,13 @@ def test_a_last_frame_reaches_a_model_without_image_embeddings() -> None:
     assert float((generated(eager(pipeline), call, patch_policy=FINE) - ours).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("policy", ["4p:0.5,p", DDiTPolicy(tau=1.0, fine_tail=1)])
-@pytest.mark.parametrize("make", [image_pipeline, experts_pipeline])
-def test_coarse_steps_run_where_no_patch_divides(make: Any, policy: Any) -> None:
-    engine = eager(make(), patch_sizes="p,2p,4p")
+def test_coarse_steps_run_where_no_patch_divides() -> None:
+    engine = eager(experts_pipeline(), patch_sizes="p,2p,4p")
     height, width = ODD
-    call = TestWanImage.case.call((7,), (5,), height=height, width=width, num_inference_steps=8)
-    assert torch.isfinite(generated(engine, call, patch_policy=policy)).all()
-    assert "4p" in trace_of(engine).patch_sizes()
+    call = TestWanExperts.case.call((7,), (5,), height=height, width=width, num_inference_steps=8)
+    for policy in ("4p:0.5,p", DDiTPolicy(tau=1.0, fine_tail=1)):
+        assert torch.isfinite(generated(engine, call, patch_policy=policy)).all()
+        assert "4p" in trace_of(engine).patch_sizes()
 
 
 def test_denoise_takes_picture_and_scales() -> None:
@@ -208,8 +156,6 @@ def test_denoise_takes_picture_and_scales() -> None:
     pipeline.prepare_latents = lambda *_, **__: (latents, conditioning["condition"])
     theirs = pipeline(**case.call((7,), (7,))).frames
     assert_equal(final, theirs, tolerance=1e-5)
-    with pytest.raises(ShapeError, match=r"`condition`.*dimensions are \[3, 8, 12\]"):
-        engine.denoise(latents, **{**conditioning, "condition": noise(1, 8, 3, 4, 6)})
     with pytest.raises(ShapeError, match="one for each expert"):
         engine.denoise(latents, **{**conditioning, "guidance_scale": torch.ones(1, 2)})
 
@@ -238,7 +184,3 @@ def test_models_that_do_not_fit_are_named() -> None:
     ):
         with pytest.raises(UnsupportedModelError, match=message):
             eager(image_pipeline(**config))
-    pipeline = image_pipeline()
-    pipeline.register_to_config(boundary_ratio=0.875)
-    with pytest.raises(UnsupportedModelError, match="boundary_ratio without a transformer_2"):
-        eager(pipeline)

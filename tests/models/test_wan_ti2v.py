@@ -9,15 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import WanImageToVideoPipeline, WanPipeline
-from driving import FINE, assert_equal, keep, runs
-from family_suite import MIXED, STEPS, FamilyCase, eager, generated, trace_of
+from driving import FINE, assert_equal, runs
+from family_suite import MIXED, WAYS, FamilyCase, captured_by, eager, generated, trace_of
 from models import noise, seeded
-from wan_image_models import VIDEO, WanSuite, guided, picture, ti2v_pipeline, with_picture
+from wan_image_models import GUIDED, VIDEO, WanSuite, embeds, picture, ti2v_pipeline, with_picture
 from wan_models import euler, wan_transformer
 
 from ddit_rt import DDiTPolicy
 from ddit_rt.errors import ShapeError, UnsupportedModelError
-from ddit_rt.loop import CudaExecutor
 from ddit_rt.models.wan_ti2v import WanTI2VFamily
 
 SIZE = (128, 192)
@@ -31,8 +30,9 @@ class TestWanTI2V(WanSuite):
 
     case = FamilyCase(
         pipeline=ti2v_pipeline,
-        prompts=with_picture,
-        guided=guided,
+        prompts=embeds,
+        guided=GUIDED,
+        inputs=with_picture,
         sizes=(SIZE, ODD),
         schedulers={"euler": euler},
         more=VIDEO,
@@ -62,7 +62,7 @@ def test_a_call_of_the_model_is_read_by_the_time_that_is_not_the_pictures() -> N
     assert torch.equal(call.conditioning["condition"], given["hidden_states"][:, :, :1])
 
 
-@pytest.mark.parametrize("driven", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
+@pytest.mark.parametrize("driven", WAYS, ids=["table", "driven"])
 def test_noise_in_the_first_frame_changes_nothing(driven: Any) -> None:
     """In coarse steps too, that frame is the picture, and it is what comes out."""
     engine, call = eager(ti2v_pipeline()), TestWanTI2V.case.call((7,), (5,))
@@ -75,13 +75,6 @@ def test_noise_in_the_first_frame_changes_nothing(driven: Any) -> None:
     assert torch.equal(first[:, :, 0], fine[:, :, 0])
 
 
-def test_both_ways_to_drive_agree_in_coarse_steps_without_guidance() -> None:
-    engine, call = eager(ti2v_pipeline()), TestWanTI2V.case.call()
-    ways: list[dict[str, Any]] = [{}, {"callback_on_step_end": keep}]
-    table, driven = (generated(engine, call, patch_policy=MIXED, **more) for more in ways)
-    assert_equal(driven, table, tolerance=1e-5)
-
-
 def test_a_last_frame_is_said_to_be_ignored() -> None:
     engine = eager(ti2v_pipeline())
     with pytest.warns(UserWarning, match="last_image is ignored"):
@@ -89,12 +82,12 @@ def test_a_last_frame_is_said_to_be_ignored() -> None:
 
 
 @pytest.mark.parametrize("kind", [WanImageToVideoPipeline, WanPipeline])
-@pytest.mark.parametrize("policy", ["4p:0.5,p", DDiTPolicy(tau=1.0, fine_tail=1)])
-def test_coarse_steps_run_where_no_patch_divides(kind: type, policy: Any) -> None:
+def test_coarse_steps_run_where_no_patch_divides(kind: type) -> None:
     engine = eager(ti2v_pipeline(kind), patch_sizes="p,2p,4p")
     call = call_of(kind, num_inference_steps=8, height=ODD[0], width=ODD[1])
-    assert torch.isfinite(generated(engine, call, patch_policy=policy)).all()
-    assert "4p" in trace_of(engine).patch_sizes()
+    for policy in ("4p:0.5,p", DDiTPolicy(tau=1.0, fine_tail=1)):
+        assert torch.isfinite(generated(engine, call, patch_policy=policy)).all()
+        assert "4p" in trace_of(engine).patch_sizes()
 
 
 def call_of(kind: type, negative: tuple[int, ...] = (7,), **more: Any) -> dict[str, Any]:
@@ -105,13 +98,12 @@ def call_of(kind: type, negative: tuple[int, ...] = (7,), **more: Any) -> dict[s
     return call
 
 
-@pytest.mark.parametrize("size", [SIZE, ODD])
-@pytest.mark.parametrize("negative", [(), (7,)], ids=["", "guided"])
-@pytest.mark.parametrize("driven", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
-def test_text_to_video_equals_diffusers(size: Any, negative: Any, driven: Any) -> None:
+@pytest.mark.parametrize(("size", "negative"), [(SIZE, (7,)), (ODD, ())], ids=["guided", "odd"])
+def test_text_to_video_equals_diffusers(size: Any, negative: Any) -> None:
     pipeline = ti2v_pipeline(WanPipeline)
-    call = call_of(WanPipeline, negative, height=size[0], width=size[1])
-    assert_equal(*runs(pipeline, eager(pipeline), call, **driven), tolerance=1e-5)
+    engine, call = eager(pipeline), call_of(WanPipeline, negative, height=size[0], width=size[1])
+    for driven in WAYS:
+        assert_equal(*runs(pipeline, engine, call, **driven), tolerance=1e-5)
 
 
 def test_text_to_video_is_decoded_as_diffusers_does() -> None:
@@ -121,19 +113,17 @@ def test_text_to_video_is_decoded_as_diffusers_does() -> None:
 
 
 def test_captured_text_to_video_equals_the_cpus_to_the_bit(graphs: Any) -> None:
-    cpu, device = (eager(ti2v_pipeline(WanPipeline)) for _ in range(2))
-    device._loop.executor = CudaExecutor(graphs)
+    cpu = eager(ti2v_pipeline(WanPipeline))
+    device = captured_by(graphs, ti2v_pipeline(WanPipeline))
     ours, theirs = (
         generated(one, call_of(WanPipeline), patch_policy=MIXED) for one in (device, cpu)
     )
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", [WanImageToVideoPipeline, WanPipeline])
-def test_sizes_are_multiples_of_32(kind: type) -> None:
-    engine = eager(ti2v_pipeline(kind))
+def test_sizes_are_multiples_of_32() -> None:
     with pytest.raises(ShapeError, match="multiples of 32, such as 128 x 192"):
-        generated(engine, call_of(kind, height=144))
+        generated(eager(ti2v_pipeline()), TestWanTI2V.case.call(height=144))
 
 
 def test_models_that_do_not_fit_are_named() -> None:
@@ -145,13 +135,3 @@ def test_models_that_do_not_fit_are_named() -> None:
         pipeline.register_modules(transformer=wan_transformer(**config))
         with pytest.raises(UnsupportedModelError, match=f"expand_timesteps.*{message}"):
             eager(pipeline)
-
-
-def test_denoise_takes_the_encoded_picture() -> None:
-    engine, latents = eager(ti2v_pipeline()), noise(1, 48, 3, 8, 12)
-    given = {"encoder_hidden_states": noise(1, 7, 24), "condition": noise(1, 48, 1, 8, 12)}
-    final = engine.denoise(latents, num_inference_steps=STEPS, patch_policy=MIXED, **given)
-    assert torch.isfinite(final).all()
-    for shape in ((1, 48, 3, 8, 12), (1, 48, 1, 4, 6)):
-        with pytest.raises(ShapeError, match=r"its last dimensions are \[1, 8, 12\]"):
-            engine.denoise(latents, **{**given, "condition": noise(*shape)})

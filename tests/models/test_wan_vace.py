@@ -7,14 +7,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from driving import assert_equal, keep, runs
-from family_suite import MIXED, STEPS, FamilyCase, eager, generated, trace_of
+from driving import assert_equal, runs
+from family_suite import CACHE, MIXED, WAYS, FamilyCase, eager, generated, trace_of
 from models import noise, seeded
-from wan_image_models import BOUNDARY, VIDEO, WanSuite, embeds, guided, vace_pipeline, with_video
-from wan_models import euler, unipc
+from wan_image_models import (
+    BOUNDARY,
+    GUIDED,
+    VIDEO,
+    WanSuite,
+    embeds,
+    vace_pipeline,
+    with_video,
+)
+from wan_models import euler
 
-import ddit_rt
-from ddit_rt import DDiTPolicy, MagCache
+from ddit_rt import DDiTPolicy
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models.wan_vace import WanVACEFamily
 from ddit_rt.planning.request import Request
@@ -25,8 +32,9 @@ class TestWanVACE(WanSuite):
 
     case = FamilyCase(
         pipeline=vace_pipeline,
-        prompts=with_video,
-        guided=guided,
+        prompts=embeds,
+        guided=GUIDED,
+        inputs=with_video,
         sizes=((64, 96), (64, 96)),
         schedulers={"euler": euler},
         batch=1,
@@ -38,7 +46,6 @@ ALONE = {"video": None, "mask": None, "reference_images": None, "conditioning_sc
 """Text alone: VACE then makes all of the video."""
 
 
-@pytest.mark.parametrize("driven", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
 @pytest.mark.parametrize(
     "given",
     [
@@ -48,17 +55,18 @@ ALONE = {"video": None, "mask": None, "reference_images": None, "conditioning_sc
         pytest.param({"video": None, "mask": None}, id="reference", marks=pytest.mark.slow),
     ],
 )
-def test_whatever_is_given_equals_diffusers(given: Any, driven: Any) -> None:
+def test_whatever_is_given_equals_diffusers(given: Any) -> None:
     pipeline = vace_pipeline()
-    call = TestWanVACE.case.call((7,), (5,), **given)
-    assert_equal(*runs(pipeline, eager(pipeline), call, **driven), tolerance=1e-5)
+    engine, call = eager(pipeline), TestWanVACE.case.call((7,), (5,), **given)
+    for driven in WAYS:
+        assert_equal(*runs(pipeline, engine, call, **driven), tolerance=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("driven", [{}, {"callback_on_step_end": keep}], ids=["table", "driven"])
+@pytest.mark.parametrize("driven", WAYS, ids=["table", "driven"])
 def test_two_experts_equal_diffusers_where_no_patch_divides(driven: Any) -> None:
     pipeline = vace_pipeline(boundary_ratio=BOUNDARY)
-    video = {**with_video((7,), height=80, width=112), "height": 80, "width": 112}
+    video = {**with_video(height=80, width=112), "height": 80, "width": 112}
     video |= {"guidance_scale_2": 2.0, "num_inference_steps": 6}
     call = TestWanVACE.case.call((7,), (5,), **video)
     engine = eager(pipeline, patch_sizes="p,2p,4p")
@@ -87,7 +95,7 @@ def test_the_model_sees_a_smaller_control_video() -> None:
 def test_a_step_that_reuses_adds_all_that_lies_between_the_blocks() -> None:
     """What the control adds between the blocks too, and that once."""
     engine = eager(vace_pipeline())
-    request = Request(policy=MIXED, step_cache=MagCache(mag_ratios=(1.0,) * STEPS))
+    request = Request(policy=MIXED, step_cache=CACHE)
     plan, latents = engine.plan_call(request, **TestWanVACE.case.call(), generator=seeded())
     step = torch.zeros(1, dtype=torch.int64)
     for bucket in plan.buckets[0]:
@@ -101,7 +109,7 @@ def test_a_step_that_reuses_adds_all_that_lies_between_the_blocks() -> None:
     [
         ({"num_videos_per_prompt": 2}, "got 2 prompts or videos.*one video in a call"),
         (embeds((7, 4)), "got 2 prompts or videos"),
-        (with_video((7,), height=32, width=48), r"control video is \[4, 4, 6\].*are \[4, 8, 12\]"),
+        (with_video(height=32, width=48), r"control video is \[4, 4, 6\].*are \[4, 8, 12\]"),
         ({"num_frames": 5}, r"control video is \[4, 8, 12\].*are \[3, 8, 12\]"),
     ],
     ids=["two videos", "two prompts", "a smaller video", "a longer video"],
@@ -109,7 +117,7 @@ def test_a_step_that_reuses_adds_all_that_lies_between_the_blocks() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_calls_that_do_not_fit_are_named(change: Any, message: str) -> None:
     engine = eager(vace_pipeline())
-    for more in ({}, {"callback_on_step_end": keep}):
+    for more in WAYS:
         with pytest.raises((ValueError, ShapeError), match=message):
             generated(engine, {**TestWanVACE.case.call(), **change}, **more)
 
@@ -126,19 +134,3 @@ def test_calls_that_do_not_fit_are_named(change: Any, message: str) -> None:
 def test_models_that_do_not_fit_are_named(config: Any, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"no WanVACEPipeline of .*{message}"):
         eager(vace_pipeline(**config))
-
-
-def test_denoise_takes_a_control_video_of_the_latents_size() -> None:
-    engine = ddit_rt.compile(vace_pipeline().transformer, backend="eager", progress=False)
-    given = {
-        "encoder_hidden_states": noise(1, 7, 24),
-        "control_hidden_states": noise(1, 72, 3, 8, 12),
-        "control_hidden_states_scale": torch.ones(2),
-        "scheduler": unipc(),
-    }
-    latents = noise(1, 4, 3, 8, 12)
-    final = engine.denoise(latents, num_inference_steps=STEPS, patch_policy=MIXED, **given)
-    assert torch.isfinite(final).all()
-    for shape in ((1, 72, 2, 8, 12), (1, 72, 3, 4, 6)):
-        with pytest.raises(ShapeError, match=r"its last dimensions are \[3, 8, 12\]"):
-            engine.denoise(latents, **{**given, "control_hidden_states": noise(*shape)})
