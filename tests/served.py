@@ -33,8 +33,10 @@ ASKED: dict[str, Any] = {"prompt": "a fox", "num_inference_steps": 3, "seed": 7}
 PROGRAM = """
 import sys
 from served import config, tiny_engine
-from ddit_rt.serving.run import serve
-serve(tiny_engine(), config(), host="127.0.0.1", port=int(sys.argv[1]), stop_seconds=60)
+from ddit_rt.serving.app import create_app
+from ddit_rt.serving.run import listen
+app = create_app(tiny_engine(), config(), stop_seconds=60)
+listen(app, host="127.0.0.1", port=int(sys.argv[1]))
 print("ended")
 """
 """Serves in a process of its own, at the port that is its argument."""

@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace) -> Outcome | None:
         )
         app = create_app(aside(lambda: load_named(args)), config, stop_seconds=_STOP_SECONDS)
         add_playground(app, _examples(model))
-        listen(app, host=args.host, port=args.port, stop_seconds=_STOP_SECONDS)
+        listen(app, host=args.host, port=args.port)
     return None
 
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ddit_rt.artifact.calibration import Calibration, calibration_for
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.planning.request import requested_steps
+from ddit_rt.serving.answer import awaited
 from ddit_rt.serving.app import Service
 from ddit_rt.serving.errors import ApiError, as_api_error, clean, misread
 from ddit_rt.serving.jobs import Job, Work
@@ -145,7 +146,9 @@ class Playground:
             for row, work in asking.runs:
                 if asking.cancelled:
                     break
-                done = self._submit(asking, work)
+                # A person who waits can cancel: there is no deadline.
+                asking.job = self._service.worker.submit(work, float("inf"))
+                done = awaited(asking.job)
                 while not (await asyncio.wait({done}, timeout=_FRAME))[0]:
                     yield _running(asking)
                 (row.made,) = done.result()
@@ -212,15 +215,6 @@ class Playground:
         except ValidationError as error:
             raise misread(error.errors()) from error
         return row, self._service.read(body, on_step=row.on_step)
-
-    def _submit(self, asking: Asking, work: Work) -> asyncio.Future[Any]:
-        """Queues a run; what it made."""
-        # A person who waits can cancel: there is no deadline.
-        asking.job = self._service.worker.submit(work, float("inf"))
-        done = asyncio.wrap_future(asking.job.done)
-        # So that an error that nobody waits for is not reported as one that nobody saw.
-        done.add_done_callback(lambda one: one.cancelled() or one.exception())
-        return done
 
     def _drop(self, asking: Asking, reason: str) -> None:
         if asking.job is not None:
