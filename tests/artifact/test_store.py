@@ -104,17 +104,15 @@ def test_open_extra_readme_is_fine(saved: Path) -> None:
     open_artifact(saved)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["../outside.pt2", "/etc/passwd", "a/../../b", "a//b", "./a", "a\\b", "", "manifest.json"],
-)
 @pytest.mark.parametrize("section", ["packages", "files"])
-def test_open_path_traversal(saved: Path, name: str, section: str) -> None:
+def test_open_path_traversal(saved: Path, section: str) -> None:
     entry = {"sha256": "0" * 64, "bytes": 1}
-    extra = {"block_type": "B", "variant": None} if section == "packages" else {}
-    edit_manifest(saved, **{section: {name: {**entry, **extra}}})
-    with pytest.raises(ArtifactError, match="do not use this artifact"):
-        open_artifact(saved, trust_code=True)
+    entry |= {"block_type": "B", "variant": None} if section == "packages" else {}
+    outside = ("../outside.pt2", "/etc/passwd", "a/../../b")
+    for name in (*outside, "a//b", "./a", "a\\b", "", "manifest.json"):
+        edit_manifest(saved, **{section: {name: entry}})
+        with pytest.raises(ArtifactError, match="do not use this artifact"):
+            open_artifact(saved, trust_code=True)
 
 
 def test_open_nothing_there(tmp_path: Path) -> None:
@@ -221,38 +219,36 @@ class Interrupter:
 
 
 @pytest.mark.parametrize("replacing", [False, True])
-@pytest.mark.parametrize("at", range(1, 18))
 def test_save_interrupted_leaves_the_old_one(
-    artifact: Artifact,
-    tmp_path: Path,
-    transformer: FluxTransformer2DModel,
-    monkeypatch: pytest.MonkeyPatch,
-    at: int,
-    replacing: bool,
+    artifact: Artifact, tmp_path: Path, transformer: FluxTransformer2DModel, replacing: bool
 ) -> None:
     target = tmp_path / "model.ddit"
-    if replacing:
-        make_artifact(tmp_path / "old", transformer, salt="old").save(target)
-    before = contents(target) if replacing else {}
-    interrupter = Interrupter(at)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", interrupter.wrap(shutil.copyfile))
-        patch.setattr(os, "fsync", interrupter.wrap(os.fsync))
-        patch.setattr(os, "rename", interrupter.wrap(os.rename))
-        patch.setattr(Path, "rename", interrupter.wrap(Path.rename))
-        interrupted = True
-        try:
-            artifact.save(target)
-            interrupted = False
-        except KeyboardInterrupt:
-            pass
-    assert leftovers(tmp_path) == []
-    after = contents(target) if target.exists() else {}
-    complete = "manifest.json" in after and after.keys() >= {PACKAGE, VARIANT, ADAPTER}
-    if interrupted and not complete:
-        assert after == before
-    assert after == before or complete
-    assert interrupted == (interrupter.left <= 0)
+    old = make_artifact(tmp_path / "old", transformer, salt="old")
+    before: dict[str, bytes] = {}
+    whole = contents(artifact.save(tmp_path / "whole.ddit"))
+    at, interrupted = 0, True
+    while interrupted:
+        at += 1
+        shutil.rmtree(target, ignore_errors=True)
+        if replacing:
+            before = contents(old.save(target))
+        interrupter = Interrupter(at)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shutil, "copyfile", interrupter.wrap(shutil.copyfile))
+            patch.setattr(os, "fsync", interrupter.wrap(os.fsync))
+            for owner in (os, Path):
+                patch.setattr(owner, "rename", interrupter.wrap(owner.rename))
+            try:
+                artifact.save(target)
+                interrupted = False
+            except KeyboardInterrupt:
+                pass
+        assert leftovers(tmp_path) == []
+        after = contents(target) if target.exists() else {}
+        assert after in (before, whole)
+        assert interrupted == (interrupter.left <= 0)
+    assert after == whole
+    assert at > 10
 
 
 def test_save_where_folders_cannot_be_swapped(
