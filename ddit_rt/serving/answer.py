@@ -39,22 +39,29 @@ async def result(job: Job, request: Request, worker: Worker) -> list[Made]:
         ApiError: It failed, took too long, or the client is gone: then its run ends, too.
     """
     done = awaited(job)
-    gone = asyncio.ensure_future(disconnected(request))
-    both: set[asyncio.Future[Any]] = {done, gone}
     try:
-        await asyncio.wait(both, timeout=job.left, return_when=asyncio.FIRST_COMPLETED)
+        gone = await leaves(request, done, job.left)
     except asyncio.CancelledError:
         worker.drop(job, "stop")
         raise
-    finally:
-        gone.cancel()
     if not done.done():
-        worker.drop(job, "disconnect" if gone.done() else "deadline")
-        raise ApiError(GONE, "the client is gone") if gone.done() else too_late(job.seconds)
+        worker.drop(job, "disconnect" if gone else "deadline")
+        raise ApiError(GONE, "the client is gone") if gone else too_late(job.seconds)
     error = done.exception()
     if error is not None:
         raise as_api_error(error) from error
     return done.result()
+
+
+async def leaves(request: Request, done: asyncio.Future[Any], seconds: float) -> bool:
+    """Waits for a future, at most for a time; returns whether the client of a request is gone."""
+    gone = asyncio.ensure_future(disconnected(request))
+    both: set[asyncio.Future[Any]] = {done, gone}
+    try:
+        await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        return gone.done()
+    finally:
+        gone.cancel()
 
 
 async def disconnected(request: Request) -> None:

@@ -25,30 +25,22 @@ edit_router = APIRouter()
 async def generate(asked: Generation, request: Request) -> Response:
     """Makes images of a prompt."""
     service: Any = request.app.state.service
-    if asked.stream:
-        return stream_picture(service, asked, request)
-    if asked.partial_images is not None:
-        raise ApiError(
-            400,
-            "partial_images belong to a stream; ask for one with stream",
-            param="partial_images",
-        )
-    return await _answer(asked, service.read(asked, asked.n), request)
+    if not asked.stream:
+        if asked.partial_images is not None:
+            told = "partial_images belong to a stream; ask for one with stream"
+            raise ApiError(400, told, param="partial_images")
+        return await _answer(asked, service.read(asked, asked.n), request)
+    if asked.n != 1:
+        raise ApiError(400, "a stream is of one image; leave n out", param="n")
+    stream = Stream(asked, service.worker)
+    work = service.read(asked, on_step=stream.on_step)
+    return stream.response(service.worker.submit(work), request)
 
 
 async def _answer(asked: Picture, work: Work, request: Request) -> Response:
     worker: Worker = request.app.state.service.worker
     made = await result(worker.submit(work), request, worker)
     return JSONResponse(await images_answer(made, asked))
-
-
-def stream_picture(service: Any, asked: Generation, request: Request) -> Response:
-    """The same as events."""
-    if asked.n != 1:
-        raise ApiError(400, "a stream is of one image; leave n out", param="n")
-    stream = Stream(asked, service.worker)
-    work = service.read(asked, on_step=stream.on_step)
-    return stream.response(service.worker.submit(work), request)
 
 
 @edit_router.post(

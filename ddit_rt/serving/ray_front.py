@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ddit_rt import telemetry
 from ddit_rt.serving import errors, videos
-from ddit_rt.serving.answer import disconnected
+from ddit_rt.serving.answer import leaves
 from ddit_rt.serving.app import add_models
 from ddit_rt.serving.config import ServeConfig
 from ddit_rt.serving.errors import ApiError
@@ -187,20 +187,17 @@ class _HandedOn(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         passing = asyncio.ensure_future(self._pass_on(send))
-        gone = asyncio.ensure_future(disconnected(Request(scope, receive)))
-        both: set[asyncio.Future[None]] = {passing, gone}
         try:
-            await asyncio.wait(both, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
+            gone = await leaves(Request(scope, receive), passing, self._seconds)
             error: BaseException | None = errors.too_late(self._seconds)
             if passing.done():
                 error = passing.exception()
             else:
                 passing.cancel()
                 await asyncio.wait({passing})
-            if error is not None and not gone.done():
+            if error is not None and not gone:
                 await self._tell(errors.as_api_error(error), scope, receive, send)
         finally:
-            gone.cancel()
             passing.cancel()
 
     async def _pass_on(self, send: Send) -> None:

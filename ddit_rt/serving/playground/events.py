@@ -27,12 +27,13 @@ OWN, SPEED = "own", "speed"
 REFERENCE = "full resolution"
 """Name of the run at p that another is compared with."""
 
+_STAYS = gr.skip()
 _FRAME = 0.1
 """Seconds between two looks at a run in progress."""
 
 
 class Update(NamedTuple):
-    """What an event changes of the page, in the order of its outputs.
+    """What an event changes of the page, in the order of its outputs; the rest stays.
 
     Attributes:
         message: HTML of what went wrong, or nothing.
@@ -44,13 +45,13 @@ class Update(NamedTuple):
         stop: The button that ends it.
     """
 
-    message: Any
-    progress: Any
-    picture: Any
-    reference: Any
-    timeline: Any
-    go: Any
-    stop: Any
+    message: Any = _STAYS
+    progress: Any = _STAYS
+    picture: Any = _STAYS
+    reference: Any = _STAYS
+    timeline: Any = _STAYS
+    go: Any = _STAYS
+    stop: Any = _STAYS
 
 
 class Asking:
@@ -241,13 +242,9 @@ def _begun(asking: Asking) -> Update:
 
 def _running(asking: Asking) -> Update:
     return Update(
-        message=gr.skip(),
         progress=rows.progress(asking.rows),
         picture=_shown(asking.rows[0]),
-        reference=_shown(asking.rows[1]) if len(asking.rows) > 1 else gr.skip(),
-        timeline=gr.skip(),
-        go=gr.skip(),
-        stop=gr.skip(),
+        reference=_shown(asking.rows[1]) if len(asking.rows) > 1 else _STAYS,
     )
 
 
@@ -255,7 +252,7 @@ def _shown(row: Row) -> Any:
     """A row's image, where it is another than before."""
     picture = row.preview if row.made is None else row.made.picture
     if picture is None or picture is row.shown:
-        return gr.skip()
+        return _STAYS
     row.shown = picture
     return picture
 
@@ -265,12 +262,12 @@ async def _ended(asking: Asking, problem: str | None = None) -> Update:
     told = "" if problem is None else rows.problem(problem)
     message = gr.update(value=told, visible=problem is not None)
     if not asking.runs:  # what the page shows of an earlier run stays
-        return Update(message, *[gr.skip()] * 6)
+        return Update(message)
     made = [row for row in asking.rows if row.made is not None]
     return _running(asking)._replace(
         message=message,
         progress=rows.progress(asking.rows, "cancelled" if asking.cancelled else "failed"),
-        timeline=await asyncio.to_thread(rows.timeline, made) if made else gr.skip(),
+        timeline=await asyncio.to_thread(rows.timeline, made) if made else _STAYS,
         go=gr.update(interactive=True),
         stop=gr.update(interactive=False),
     )
