@@ -39,7 +39,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def client(engine: Engine, folder: Path) -> Iterator[TestClient]:
-    settings = {"lora_dir": folder, "call": {"max_sequence_length": 16}}
+    settings = {"lora_dir": folder, "call": {"max_sequence_length": 16}, "warmup_steps": 0}
     with client_of(engine, **settings) as client:
         yield client
 
