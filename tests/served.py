@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import re
 import socket
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -33,9 +37,10 @@ ASKED: dict[str, Any] = {"prompt": "a fox", "num_inference_steps": 3, "seed": 7}
 PROGRAM = """
 import sys
 from served import config, tiny_engine
-from ddit_rt.serving.run import serve
-serve(tiny_engine(), config(), host="127.0.0.1", port=int(sys.argv[1]), stop_seconds=60)
-print("ended")
+from ddit_rt.serving.app import create_app
+from ddit_rt.serving.run import listen
+app = create_app(tiny_engine(), config(), stop_seconds=60)
+listen(app, host="127.0.0.1", port=int(sys.argv[1]))
 """
 """Serves in a process of its own, at the port that is its argument."""
 
@@ -78,6 +83,33 @@ def wait_until_ready(client: TestClient) -> None:
     while not worker.ready:
         assert worker._thread.is_alive(), "the worker ended"
         worker._thread.join(0.01)
+
+
+def until_waiting(client: Any, count: int) -> None:
+    """Until as many pictures wait behind the one that runs."""
+    worker = client.app.state.service.worker
+    while len(worker._queue) < count:
+        time.sleep(0.001)
+
+
+@contextmanager
+def process_of(
+    arguments: Sequence[str], log: Path, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server in a process of its own, which logs to a file, and its URL once it is ready."""
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [sys.executable, *arguments], stderr=file, text=True, env={**os.environ, **environment}
+        )
+    try:
+        while (found := re.search(r"running on (\S+)", log.read_text(encoding="utf-8"))) is None:
+            assert process.poll() is None, log.read_text(encoding="utf-8")
+            time.sleep(PAUSE)
+        wait_until_served(process, found[1])
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.wait()
 
 
 def wait_until_served(process: subprocess.Popen[str], url: str) -> None:

@@ -110,9 +110,10 @@ def _run(args: argparse.Namespace) -> Outcome | None:
         raise ModuleNotFoundError(
             f"ddit-rt serve needs more ({error}); pip install 'ddit_rt[serve]'"
         ) from error
+    from ddit_rt.serving.app import create_app
     from ddit_rt.serving.aside import aside
     from ddit_rt.serving.config import Limits, ServeConfig, read_keys
-    from ddit_rt.serving.run import serve
+    from ddit_rt.serving.run import listen
 
     config = ServeConfig(
         model=args.name or Path(args.artifact).name.removesuffix(".ddit"),
@@ -127,8 +128,8 @@ def _run(args: argparse.Namespace) -> Outcome | None:
         warmup_steps=args.warmup_steps,
         fps=args.fps,
     )
-    engine = aside(lambda: load_named(args))
-    serve(engine, config, host=args.host, port=args.port, stop_seconds=args.stop_seconds)
+    app = create_app(aside(lambda: load_named(args)), config, stop_seconds=args.stop_seconds)
+    listen(app, host=args.host, port=args.port)
     return None
 
 

@@ -61,7 +61,7 @@ def _run(args: argparse.Namespace) -> Outcome | None:
         app = create_app(aside(lambda: load_named(args)), config, stop_seconds=_STOP_SECONDS)
         # Prompts to offer: an embedded model knows few words.
         add_playground(app, DEMO_PROMPTS if model == EMBEDDED else ())
-        listen(app, host=args.host, port=args.port, stop_seconds=_STOP_SECONDS)
+        listen(app, host=args.host, port=args.port)
     return None
 
 

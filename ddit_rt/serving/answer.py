@@ -19,37 +19,49 @@ GONE = 499
 """Status, by custom, of a request whose client did not wait; nobody reads it."""
 
 
-async def result(job: Job, request: Request, worker: Worker, seconds: float) -> list[Made]:
+def awaited(job: Job) -> asyncio.Future[list[Made]]:
+    """A job's images, for the event loop."""
+    done = asyncio.wrap_future(job.done)
+    # So that an error that nobody waits for is not reported as one that nobody saw.
+    done.add_done_callback(lambda one: one.cancelled() or one.exception())
+    return done
+
+
+async def result(job: Job, request: Request, worker: Worker) -> list[Made]:
     """A job's images.
 
     Args:
         job: The job.
         request: The job's request, whose body was read.
         worker: The worker that has the job.
-        seconds: Time until the job's deadline.
 
     Raises:
         ApiError: It failed, took too long, or the client is gone: then its run ends, too.
     """
-    done = asyncio.wrap_future(job.done)
-    gone = asyncio.ensure_future(disconnected(request))
-    both: set[asyncio.Future[Any]] = {done, gone}
+    done = awaited(job)
     try:
-        await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        gone = await leaves(request, done, job.left)
     except asyncio.CancelledError:
         worker.drop(job, "stop")
         raise
-    finally:
-        gone.cancel()
-        # So that an error that nobody waits for is not reported as one that nobody saw.
-        done.add_done_callback(lambda one: one.cancelled() or one.exception())
     if not done.done():
-        worker.drop(job, "disconnect" if gone.done() else "deadline")
-        raise ApiError(GONE, "the client is gone") if gone.done() else too_late(seconds)
+        worker.drop(job, "disconnect" if gone else "deadline")
+        raise ApiError(GONE, "the client is gone") if gone else too_late(job.seconds)
     error = done.exception()
     if error is not None:
         raise as_api_error(error) from error
     return done.result()
+
+
+async def leaves(request: Request, done: asyncio.Future[Any], seconds: float) -> bool:
+    """Waits for a future, at most for a time; returns whether the client of a request is gone."""
+    gone = asyncio.ensure_future(disconnected(request))
+    both: set[asyncio.Future[Any]] = {done, gone}
+    try:
+        await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        return gone.done()
+    finally:
+        gone.cancel()
 
 
 async def disconnected(request: Request) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from ddit_rt.engine import Engine
@@ -32,7 +32,6 @@ class Service:
         read: Who reads requests.
         edits: Whether the model works on images that it is given.
         videos: The videos that were asked for.
-        started: When, as a Unix time.
     """
 
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
@@ -54,8 +53,7 @@ class Service:
         self.worker = Worker(engine, config, styles)
         self.read = Reader(engine, config, styles)
         self.edits = edits(engine)
-        self.videos = videos.Videos(self.worker, config)
-        self.started = int(time.time())
+        self.videos = videos.Videos(config)
 
 
 def create_app(engine: Engine, config: ServeConfig, *, stop_seconds: float = 30.0) -> FastAPI:
@@ -78,7 +76,7 @@ def create_app(engine: Engine, config: ServeConfig, *, stop_seconds: float = 30.
         await asyncio.to_thread(service.worker.stop, stop_seconds)
 
     app = FastAPI(title="ddit_rt", version=__version__, lifespan=lifespan, redoc_url=None)
-    app.state.service = service
+    app.state.service, app.state.stop_seconds = service, stop_seconds
     errors.install(app)
     app.add_middleware(
         Gate, keys=config.keys, body=config.limits.body, metrics=service.worker.metrics
@@ -87,14 +85,15 @@ def create_app(engine: Engine, config: ServeConfig, *, stop_seconds: float = 30.
         app.include_router(videos.router)
     else:
         app.include_router(images.edit_router if service.edits else images.router)
-    add_models(app, config.model, service.started)
+    add_models(app, config.model)
     _add_operations(app, service.worker)
     return app
 
 
-def add_models(app: FastAPI, name: str, started: int) -> None:
-    """Adds `/v1/models` of one model, which is there since `started`, a Unix time."""
-    entry = {"id": name, "object": "model", "created": started, "owned_by": "ddit_rt"}
+def add_models(app: FastAPI, name: str) -> None:
+    """Adds `/v1/models` of one model, which is there from now on."""
+    created = int(time.time())
+    entry = {"id": name, "object": "model", "created": created, "owned_by": "ddit_rt"}
 
     @app.get("/v1/models")
     async def models() -> JSONResponse:
@@ -126,6 +125,6 @@ def _add_operations(app: FastAPI, worker: Worker) -> None:
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics")
-    async def metrics(_: Request) -> Response:
+    async def metrics() -> Response:
         """For Prometheus."""
         return Response(worker.metrics.page(), media_type="text/plain; version=0.0.4")

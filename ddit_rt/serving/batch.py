@@ -158,18 +158,16 @@ def opened(out: Path, job: Mapping[str, Any]) -> Iterator[None]:
 
 def _check_job(out: Path, job: Mapping[str, Any]) -> None:
     path = out / _OWN / "job.json"
-    if not path.exists():
-        write_whole(path, (json.dumps(dict(job), indent=2) + "\n").encode())
+    begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    other = [name for name in job if name not in begun or begun[name] != job[name]]
+    if not other:
         return
-    begun = json.loads(path.read_text(encoding="utf-8"))
-    other = [name for name in job if begun.get(name) != job[name]]
-    if other and not any(file.stat().st_size for file in _noted(out)):
-        write_whole(path, (json.dumps(dict(job), indent=2) + "\n").encode())  # it made none
-    elif other:
+    if begun and any(file.stat().st_size for file in _noted(out)):
         raise ValueError(
             f"{out} has a job with other {' and '.join(other)}; name another folder, or ask for "
             "the same to resume it"
         )
+    write_whole(path, (json.dumps(dict(job), indent=2) + "\n").encode())
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -224,8 +222,10 @@ def done(out: Path, items: Iterable[Item]) -> dict[str, dict[str, Any]]:
     """The records of those images that are made, by their files."""
     records: dict[str, dict[str, Any]] = {}
     for path in _noted(out):
-        for record in _whole_lines(path):
-            records[record["file"]] = record
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # a kill cut it off, and its image has no name yet
+                record = json.loads(line)
+                records[record["file"]] = record
     return {
         item.file: records[item.file]
         for item in items
@@ -237,13 +237,6 @@ def _noted(out: Path) -> list[Path]:
     """The files with records."""
     manifest = [out / MANIFEST] if (out / MANIFEST).exists() else []
     return [*manifest, *sorted((out / _OWN).glob("*.part"))]
-
-
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file, but for one that a kill cut off, whose image has no name yet."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):
-            yield json.loads(line)
 
 
 def write_manifest(out: Path, items: Iterable[Item]) -> int:

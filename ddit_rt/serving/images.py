@@ -11,9 +11,11 @@ from fastapi.responses import JSONResponse, Response
 from ddit_rt.serving.answer import images_answer, result
 from ddit_rt.serving.errors import ApiError
 from ddit_rt.serving.forms import described, read_body
-from ddit_rt.serving.schema import Edit, Generation
+from ddit_rt.serving.jobs import Work
+from ddit_rt.serving.schema import Edit, Generation, Picture
 from ddit_rt.serving.stream import Stream
 from ddit_rt.serving.uploads import read_picture
+from ddit_rt.serving.worker import Worker
 
 router = APIRouter()
 edit_router = APIRouter()
@@ -23,27 +25,22 @@ edit_router = APIRouter()
 async def generate(asked: Generation, request: Request) -> Response:
     """Makes images of a prompt."""
     service: Any = request.app.state.service
-    if asked.stream:
-        return stream_picture(service, asked, request)
-    if asked.partial_images is not None:
-        raise ApiError(
-            400,
-            "partial_images belong to a stream; ask for one with stream",
-            param="partial_images",
-        )
-    work = service.read(asked, asked.n)
-    job = service.worker.submit(work)
-    made = await result(job, request, service.worker, service.config.deadline_seconds)
-    return JSONResponse(await images_answer(made, asked))
-
-
-def stream_picture(service: Any, asked: Generation, request: Request) -> Response:
-    """The same as events."""
+    if not asked.stream:
+        if asked.partial_images is not None:
+            told = "partial_images belong to a stream; ask for one with stream"
+            raise ApiError(400, told, param="partial_images")
+        return await _answer(asked, service.read(asked, asked.n), request)
     if asked.n != 1:
         raise ApiError(400, "a stream is of one image; leave n out", param="n")
-    stream = Stream(asked, service.worker, service.config.deadline_seconds)
+    stream = Stream(asked, service.worker)
     work = service.read(asked, on_step=stream.on_step)
     return stream.response(service.worker.submit(work), request)
+
+
+async def _answer(asked: Picture, work: Work, request: Request) -> Response:
+    worker: Worker = request.app.state.service.worker
+    made = await result(worker.submit(work), request, worker)
+    return JSONResponse(await images_answer(made, asked))
 
 
 @edit_router.post(
@@ -59,14 +56,10 @@ async def edit(request: Request) -> Response:
     if "image" not in files:
         raise ApiError(400, "no image came; upload one as image", param="image")
     pixels = service.config.limits.upload_pixels
-    given: dict[str, Any] = {
-        "image": await to_thread(read_picture, files["image"], "image", pixels)
-    }
-    given["image"] = given["image"].convert("RGB")
+    image = await to_thread(read_picture, files["image"], "image", pixels)
+    given: dict[str, Any] = {"image": image.convert("RGB")}
     if "mask" in files:
         given["mask_image"] = await to_thread(read_picture, files["mask"], "mask", pixels)
     if asked.strength is not None:
         given["strength"] = asked.strength
-    job = service.worker.submit(service.read(asked, asked.n, alone=True, **given))
-    made = await result(job, request, service.worker, service.config.deadline_seconds)
-    return JSONResponse(await images_answer(made, asked))
+    return await _answer(asked, service.read(asked, asked.n, alone=True, **given), request)

@@ -11,22 +11,10 @@ from typing import Any
 from ddit_rt import telemetry
 from ddit_rt.engine.watch import StepView
 from ddit_rt.loop import RunTrace
+from ddit_rt.serving.schema import Lora
 
 OnStep = Callable[[StepView, int], None]
 """Called with a step and with an image's place in its batch, in the worker's thread."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Style:
-    """A LoRA that a request names.
-
-    Attributes:
-        name: Name of its file, without the ending.
-        scale: Strength with which it is fused.
-    """
-
-    name: str
-    scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +35,7 @@ class Work:
     seeds: tuple[int, ...]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     negative_prompt: str | None = None
-    style: Style | None = None
+    style: Lora | None = None
     key: Hashable | None = None
     on_step: OnStep | None = None
 
@@ -72,21 +60,22 @@ class Job:
 
     Attributes:
         work: What it asks for.
+        seconds: Time that it has.
         done: Gives the images, in the order of the seeds, or what went wrong.
         samples: The images that it has in the queue.
         started: Whether one of them has left the queue.
         context: What spans of its run belong to: where it was made.
     """
 
-    def __init__(self, work: Work, deadline: float) -> None:
-        """Begins with a deadline on the monotonic clock."""
+    def __init__(self, work: Work, seconds: float) -> None:
         self.work = work
+        self.seconds = seconds
         self.done: Future[list[Made]] = Future()
         self.done.set_running_or_notify_cancel()  # so that nobody who waits for it can cancel it
         self.samples = [Sample(self, seed) for seed in work.seeds]
         self.started = False
         self.context = telemetry.current()
-        self._deadline = deadline
+        self._deadline = time.monotonic() + seconds
         self._dropped = False
         self._made: dict[int, Made] = {}
 
@@ -95,9 +84,14 @@ class Job:
         self._dropped = True
 
     @property
+    def left(self) -> float:
+        """Seconds to its deadline, and 0 from then on."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    @property
     def expired(self) -> bool:
         """Whether its deadline is over."""
-        return time.monotonic() > self._deadline
+        return self.left == 0
 
     @property
     def over(self) -> bool:

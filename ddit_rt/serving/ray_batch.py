@@ -54,26 +54,21 @@ class Painter:
         """
         self._out = out
         self._refused = b""
-        try:
-            self._prepare(load, kinds, settings)
-        except (ValueError, OSError) as error:
-            self._refused = cloudpickle.dumps(error)
-
-    def _prepare(
-        self, load: Callable[[], Engine], kinds: Sequence[Item], settings: dict[str, Any]
-    ) -> None:
-        self._engine = load()
-        if edits(self._engine):
-            raise UnsupportedModelError(
-                "ddit-rt batch makes images from prompts alone, and this model works on an image "
-                "that it is given; call its engine in Python"
-            )
+        self._records = Records(out)
         limits = Limits(prompt=_ANY, pixels=_ANY, steps=_ANY, frames=_ANY)
         self._config = ServeConfig(model="batch", limits=limits, **settings)
-        self._read = Reader(self._engine, self._config)
-        for item in kinds:
-            self._work(item)
-        self._records = Records(self._out)
+        try:
+            self._engine = load()
+            if edits(self._engine):
+                raise UnsupportedModelError(
+                    "ddit-rt batch makes images from prompts alone, and this model works on an "
+                    "image that it is given; call its engine in Python"
+                )
+            self._read = Reader(self._engine, self._config)
+            for item in kinds:
+                self._work(item)
+        except (ValueError, OSError) as error:
+            self._refused = cloudpickle.dumps(error)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Makes an image, unless its file exists.

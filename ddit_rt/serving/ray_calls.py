@@ -86,7 +86,8 @@ class Calls:
             except (RayError, RayServeException) as error:
                 deaths += self._deaths(error, first=tries == 1)
                 if deaths == _MOST_DEATHS:
-                    raise _deadly(deaths) from error
+                    told = f"{deaths} replicas ended while they ran this request"
+                    raise ApiError(503, told, code="replicas_died") from error
             finally:
                 answer.cancel()
             await asyncio.sleep(_PAUSE)
@@ -103,9 +104,3 @@ class Calls:
             raise not_ready() from error
         LOG.warning("a replica is gone, and its request goes to another: %s", type(error).__name__)
         return int(not isinstance(error, ActorUnavailableError))
-
-
-def _deadly(deaths: int) -> ApiError:
-    return ApiError(
-        503, f"{deaths} replicas ended while they ran this request", code="replicas_died"
-    )

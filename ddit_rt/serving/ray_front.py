@@ -9,28 +9,26 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-import time
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client import Metric, generate_latest
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ddit_rt import telemetry
 from ddit_rt.serving import errors, videos
-from ddit_rt.serving.answer import disconnected
+from ddit_rt.serving.answer import leaves
 from ddit_rt.serving.app import add_models
 from ddit_rt.serving.config import ServeConfig
 from ddit_rt.serving.errors import ApiError
 from ddit_rt.serving.gate import Gate
 from ddit_rt.serving.ray_calls import Calls
-from ddit_rt.serving.ray_replica import Call
-from ddit_rt.serving.ray_videos import RemoteVideos
+from ddit_rt.serving.ray_replica import Call, Message
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _ASKING = 10.0
@@ -70,12 +68,12 @@ def front_app(replicas: Any, config: ServeConfig) -> FastAPI:
     """
     calls = Calls(replicas, config)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.service = SimpleNamespace(videos=RemoteVideos(calls, config))
+    app.state.service = SimpleNamespace(videos=videos.Videos(config))
     errors.install(app)
     app.add_middleware(Gate, keys=config.keys, body=config.limits.body, metrics=None)
-    add_models(app, config.model, int(time.time()))
+    add_models(app, config.model)
     _add_operations(app, calls)
-    _add_videos(app)
+    _add_videos(app, calls)
 
     @app.api_route("/{path:path}", methods=_METHODS)
     async def hand_on(request: Request) -> Response:
@@ -105,16 +103,30 @@ def _add_operations(app: FastAPI, calls: Calls) -> None:
         return Response(page, media_type="text/plain; version=0.0.4")
 
 
-def _add_videos(app: FastAPI) -> None:
-    remote: RemoteVideos = app.state.service.videos
-
+def _add_videos(app: FastAPI, calls: Calls) -> None:
     @app.post("/v1/videos")
     async def create(request: Request) -> Response:
         """Queues a video at a replica."""
-        record = await remote.add(await _call(request))
-        return record if isinstance(record, Response) else JSONResponse(remote.entry(record))
+        events = _made(calls, await _call(request))
+        first = await anext(events)
+        if "entry" not in first:
+            await events.aclose()
+            return Response(first["body"], first["status"], media_type="application/json")
+        return JSONResponse(app.state.service.videos.add(first, events).entry)
 
     app.include_router(videos.router)
+
+
+async def _made(calls: Calls, call: Call) -> AsyncGenerator[Message, None]:
+    """What replicas tell of a video: first whether one takes it; see `Replica.video`."""
+    accepted = False
+    async with aclosing(calls("video", call)) as messages:
+        async for _, message in messages:
+            if accepted and "entry" not in message:
+                told = "the video's replica died, and no other takes it"
+                raise ApiError(503, told, code="replica_died")
+            accepted = True
+            yield message
 
 
 def merged(pages: Iterable[tuple[str, list[Metric]]]) -> bytes:
@@ -131,9 +143,7 @@ def merged(pages: Iterable[tuple[str, list[Metric]]]) -> bytes:
                 sample._replace(labels={**sample.labels, "replica": replica})
                 for sample in one.samples
             ]
-    registry = CollectorRegistry()
-    registry.register(_Collected(list(families.values())))
-    return generate_latest(registry)
+    return generate_latest(_Collected(list(families.values())))
 
 
 class _Collected(Collector):
@@ -177,20 +187,17 @@ class _HandedOn(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         passing = asyncio.ensure_future(self._pass_on(send))
-        gone = asyncio.ensure_future(disconnected(Request(scope, receive)))
-        both: set[asyncio.Future[None]] = {passing, gone}
         try:
-            await asyncio.wait(both, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
+            gone = await leaves(Request(scope, receive), passing, self._seconds)
             error: BaseException | None = errors.too_late(self._seconds)
             if passing.done():
                 error = passing.exception()
             else:
                 passing.cancel()
                 await asyncio.wait({passing})
-            if error is not None and not gone.done():
+            if error is not None and not gone:
                 await self._tell(errors.as_api_error(error), scope, receive, send)
         finally:
-            gone.cancel()
             passing.cancel()
 
     async def _pass_on(self, send: Send) -> None:

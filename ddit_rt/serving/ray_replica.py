@@ -8,7 +8,6 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, MutableMapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +17,7 @@ from ddit_rt.engine import Engine
 from ddit_rt.serving.app import create_app
 from ddit_rt.serving.aside import aside
 from ddit_rt.serving.config import ServeConfig
-from ddit_rt.serving.jobs import Work
-from ddit_rt.serving.requests import Reader
-from ddit_rt.serving.schema import Asked
-
-_DRAWN: ContextVar[int] = ContextVar("drawn")
-"""The seed that the request in hand gets if it names none."""
+from ddit_rt.serving.requests import DRAWN
 
 _LOOK = 0.1
 """Seconds between two looks at a video that is being made, or at an engine that starts."""
@@ -64,7 +58,6 @@ class Replica:
         """
         self._app = create_app(aside(load), config)
         service = self._app.state.service
-        service.read = _Seeded(service.read)
         self._videos = service.videos
         self._worker = service.worker
         self._running: set[asyncio.Task[None]] = set()
@@ -110,7 +103,7 @@ class Replica:
             messages.put_nowait(dict(message))
 
         async def run() -> None:
-            _DRAWN.set(call.seed)  # in this task's context
+            DRAWN.set(call.seed)  # in this task's context
             try:
                 await self._app(call.scope, receive, send)
             finally:
@@ -138,17 +131,17 @@ class Replica:
         if start["status"] != 200:
             yield {"status": start["status"], "body": body}
             return
-        entry = json.loads(body)
-        record = self._videos.find(entry["id"])
+        record = self._videos.find(json.loads(body)["id"])
+        entry = record.entry
         try:
             yield {"entry": entry}
-            while record.status in ("queued", "in_progress"):
+            while not record.over:
                 await asyncio.sleep(_LOOK)
                 self._end_if_broken()
-                before, entry = entry, self._videos.entry(record)
-                if entry != before:
+                if record.entry is not entry:
+                    entry = record.entry
                     yield {"entry": entry}
-            yield {"entry": entry, "file": record.file}
+            yield {"entry": record.entry, "file": record.file}
         finally:
             self._videos.delete(record)
 
@@ -156,15 +149,3 @@ class Replica:
         """Ends this process, so that all callers learn at once that they have to call another."""
         if self._worker.broken:
             os._exit(1)
-
-
-class _Seeded:
-    """Reads requests, and gives those without a seed the seed of their call."""
-
-    def __init__(self, read: Reader) -> None:
-        self._read = read
-
-    def __call__(self, asked: Asked, *args: Any, **kwargs: Any) -> Work:
-        if asked.seed is None:
-            asked = asked.model_copy(update={"seed": _DRAWN.get()})
-        return self._read(asked, *args, **kwargs)

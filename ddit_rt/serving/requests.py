@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +16,15 @@ from ddit_rt.planning.request import PolicyChoice
 from ddit_rt.policies import DDiTPolicy
 from ddit_rt.serving.config import ServeConfig
 from ddit_rt.serving.errors import ApiError
-from ddit_rt.serving.jobs import OnStep, Style, Work
-from ddit_rt.serving.schema import Asked, Lora, Tau, own_fields
+from ddit_rt.serving.jobs import OnStep, Work
+from ddit_rt.serving.schema import Asked, Lora, Tau
 from ddit_rt.serving.styles import Styles
+
+DRAWN: ContextVar[int] = ContextVar("drawn")
+"""Seed for the request in hand if it names none; where none was drawn for it, one is."""
+
+_OWN_FIELDS = {"num_inference_steps", "guidance_scale", "true_cfg_scale", "negative_prompt"}
+"""Fields that the pipeline's call takes under the same name."""
 
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
@@ -56,7 +63,8 @@ class Reader:
         """
         self._check_limits(asked, n)
         style = self._style(asked.lora)
-        call = {**self._config.call, **own_fields(asked), **self._size(asked.size), **arguments}
+        own_fields = asked.model_dump(include=_OWN_FIELDS, exclude_none=True)
+        call = {**self._config.call, **own_fields, **self._size(asked.size), **arguments}
         self._check_known(call)
         self._check_size({**self._engine.artifact.manifest.pipeline_defaults, **call})
         negative = call.pop("negative_prompt", None)
@@ -71,7 +79,7 @@ class Reader:
             raise ApiError(400, str(error), code="invalid_value") from error
         kind = {k: v for k, v in given.items() if k not in ("prompt", "negative_prompt")}
         shares = (sorted(kind.items()), negative is None, request, style, on_step is None)
-        first = secrets.randbelow(2**31) if asked.seed is None else asked.seed
+        first = DRAWN.get(secrets.randbelow(2**31)) if asked.seed is None else asked.seed
         return Work(
             prompt=asked.prompt,
             seeds=tuple(first + place for place in range(n)),
@@ -124,16 +132,11 @@ class Reader:
 
     def _check_size(self, given: dict[str, Any]) -> None:
         """Refuses a size of what would run, defaults included, that is beyond the limits."""
-        limits, (height, width) = self._config.limits, self.size_of(given)
-        if height * width > limits.pixels:
+        limits, (rows, columns) = self._config.limits, self._default
+        if (given.get("height") or rows) * (given.get("width") or columns) > limits.pixels:
             raise _beyond("size", f"at most {limits.pixels} pixels")
         if (given.get("num_frames") or 1) > limits.frames:
             raise _beyond("num_frames", f"at most {limits.frames}")
-
-    def size_of(self, given: dict[str, Any]) -> tuple[int, int]:
-        """Height and width of a call."""
-        rows, columns = self._default
-        return given.get("height") or rows, given.get("width") or columns
 
     def _policy(self, asked: str | float | Tau | None) -> PolicyChoice | None:
         if not isinstance(asked, Tau):
@@ -146,17 +149,14 @@ class Reader:
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error), param="patch_policy", code="invalid_value") from error
 
-    def _style(self, lora: str | Lora | None) -> Style | None:
+    def _style(self, lora: str | Lora | None) -> Lora | None:
         if lora is None:
             return None
         if self._styles is None:
             told = "this server has no LoRAs; leave lora out"
             raise ApiError(400, told, param="lora", code="lora_not_found")
-        if isinstance(lora, Lora):
-            style = Style(name=lora.name, scale=lora.scale)
-        else:
-            style = Style(name=lora)
-        self._styles.check(style)
+        style = lora if isinstance(lora, Lora) else Lora(name=lora)
+        self._styles.file(style)
         return style
 
 

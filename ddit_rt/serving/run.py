@@ -11,9 +11,6 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from ddit_rt.engine import Engine
-from ddit_rt.serving.app import create_app
-from ddit_rt.serving.config import ServeConfig
 from ddit_rt.serving.errors import LOG
 from ddit_rt.serving.worker import Worker
 
@@ -60,33 +57,13 @@ class Server(uvicorn.Server):
         threading.Thread(target=drain, name="ddit-rt-drain", daemon=True).start()
 
 
-def serve(
-    engine: Engine, config: ServeConfig, *, host: str, port: int, stop_seconds: float
-) -> None:
-    """Serves an engine; see `listen`.
-
-    Args:
-        engine: The engine, which nothing else may use.
-        config: What the operator sets.
-        host: Address to listen at.
-        port: And port.
-        stop_seconds: See `listen`.
-
-    Raises:
-        OSError: The address cannot be had.
-    """
-    app = create_app(engine, config, stop_seconds=stop_seconds)
-    listen(app, host=host, port=port, stop_seconds=stop_seconds)
-
-
-def listen(app: FastAPI, *, host: str, port: int, stop_seconds: float) -> None:
-    """Serves an application until a signal ends it.
+def listen(app: FastAPI, *, host: str, port: int) -> None:
+    """Serves an application until a signal ends it, and then for the seconds that it was made with.
 
     Args:
         app: What `create_app` gave.
         host: Address to listen at.
         port: And port.
-        stop_seconds: How long what was accepted may still run after the signal.
 
     Raises:
         OSError: The address cannot be had.
@@ -95,6 +72,6 @@ def listen(app: FastAPI, *, host: str, port: int, stop_seconds: float) -> None:
     listener = settings.bind_socket()
     LOG.info("listening at http://%s:%d", *listener.getsockname()[:2])
     try:
-        Server(settings, app.state.service.worker, stop_seconds).run([listener])
+        Server(settings, app.state.service.worker, app.state.stop_seconds).run([listener])
     finally:
         listener.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
@@ -26,6 +26,8 @@ class Tau(Body):
 
 class Lora(Body):
     """A style LoRA of the server's folder."""
+
+    model_config = ConfigDict(frozen=True)
 
     name: str
     scale: Annotated[float, Strict(), Field(allow_inf_nan=False, ge=-4, le=4)] = 1.0
@@ -84,9 +86,3 @@ class Video(Asked):
     # A bound far beyond every limit, which keeps its frames a number.
     seconds: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] | None = None
     num_frames: Annotated[int, Strict(), Field(ge=1)] | None = None
-
-
-def own_fields(asked: Asked) -> dict[str, Any]:
-    """The fields that the pipeline's call takes under the same name, where they were given."""
-    names = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "negative_prompt")
-    return {name: value for name in names if (value := getattr(asked, name)) is not None}

@@ -24,11 +24,9 @@ from ddit_rt.serving.worker import Worker
 class Stream:
     """The events of one request; `on_step` is called in the worker's thread."""
 
-    def __init__(self, asked: Generation, worker: Worker, seconds: float) -> None:
+    def __init__(self, asked: Generation, worker: Worker) -> None:
         self._asked = asked
         self._worker = worker
-        self._until = time.monotonic() + seconds
-        self._seconds = seconds
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[StepView, Image.Image] | None] = asyncio.Queue()
         self._previews = Previews()
@@ -54,7 +52,7 @@ class Stream:
         gone = asyncio.ensure_future(self._drop_when_gone(job, request))
         index = 0
         try:
-            while (event := await self._next()) is not None:
+            while (event := await self._next(job)) is not None:
                 yield _line("image_generation.partial_image", await self._partial(event, index))
                 index += 1
             yield _line("image_generation.completed", await self._completed(job))
@@ -65,12 +63,11 @@ class Stream:
             if not job.done.done():
                 self._worker.drop(job, "deadline" if job.expired else "disconnect")
 
-    async def _next(self) -> Any:
+    async def _next(self, job: Job) -> Any:
         try:
-            left = max(0.0, self._until - time.monotonic())
-            return await asyncio.wait_for(self._events.get(), left)
+            return await asyncio.wait_for(self._events.get(), job.left)
         except asyncio.TimeoutError as error:
-            raise too_late(self._seconds) from error
+            raise too_late(job.seconds) from error
 
     async def _drop_when_gone(self, job: Job, request: Request) -> None:
         await disconnected(request)

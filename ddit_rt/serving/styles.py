@@ -11,15 +11,15 @@ from pathlib import Path
 
 from ddit_rt.engine import Engine
 from ddit_rt.serving.errors import ApiError
-from ddit_rt.serving.jobs import Style
+from ddit_rt.serving.schema import Lora
 
 _ENDING = ".safetensors"
-State = tuple[Style, int, int]
+State = tuple[Lora, int, int]
 """A style with its file's time and size: one that was replaced is another."""
 
 
 class Styles:
-    """The LoRAs of a folder; but for `check`, used in the worker's thread alone.
+    """The LoRAs of a folder; but for `file`, used in the worker's thread alone.
 
     Attributes:
         state: What acts; None: the model is its own.
@@ -39,15 +39,7 @@ class Styles:
         self._most = most
         self._loaded: OrderedDict[str, tuple[int, int]] = OrderedDict()
 
-    def check(self, style: Style) -> None:
-        """Refuses a name that is not in the folder: no path is made of a request's text.
-
-        Raises:
-            ApiError: It is not there.
-        """
-        self._file(style)
-
-    def switch(self, style: Style | None) -> None:
+    def switch(self, style: Lora | None) -> None:
         """Makes the weights those of a style, or the model's own.
 
         Raises:
@@ -75,7 +67,7 @@ class Styles:
             self._engine.unload_loras(style.name)
             if self.state is not None and self.state[0].name == style.name:
                 self.state = None
-        file = self._file(style)
+        file = self.file(style)
         self._engine.load_lora(
             str(file.parent), 0, style.name, weight_name=file.name, use_safetensors=True
         )
@@ -89,11 +81,16 @@ class Styles:
             self._engine.unload_loras(idle[0])
             del self._loaded[idle.pop(0)]
 
-    def _state(self, style: Style) -> State:
-        status = self._file(style).stat()
+    def _state(self, style: Lora) -> State:
+        status = self.file(style).stat()
         return style, status.st_mtime_ns, status.st_size
 
-    def _file(self, style: Style) -> Path:
+    def file(self, style: Lora) -> Path:
+        """Finds a style's file in the folder: no path is made of a request's text.
+
+        Raises:
+            ApiError: It is not there.
+        """
         files = {file.stem: file for file in self._folder.iterdir() if file.suffix == _ENDING}
         if style.name not in files:
             raise ApiError(

@@ -7,102 +7,114 @@ import secrets
 import tempfile
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from ddit_rt.errors import RunCancelled
 from ddit_rt.lab.measure.video_file import write_mp4
+from ddit_rt.serving.answer import awaited
 from ddit_rt.serving.config import ServeConfig
 from ddit_rt.serving.errors import ApiError, as_api_error
 from ddit_rt.serving.forms import described, read_body
-from ddit_rt.serving.jobs import Job
+from ddit_rt.serving.jobs import Work
 from ddit_rt.serving.schema import Video
 from ddit_rt.serving.uploads import read_picture
 from ddit_rt.serving.worker import Worker
 
 router = APIRouter()
-_NO_DEADLINE = float("inf")
 _PICTURE = "input_reference"
 _MOST = 1000
 """Videos that are remembered."""
 
+_LOOK = 0.1
+"""Seconds between two looks at a video that is being made."""
 
-@dataclass
+Event = dict[str, Any]
+"""See `making`."""
+
+
 class Record:
-    """A video from its request on.
+    """A video that was accepted.
 
     Attributes:
-        job: Its job.
-        asked: Its request.
-        seed: Its seed.
-        name: Its identifier.
-        created: When it was asked for, as a Unix time.
-        completed: When it was done.
-        file: The MP4.
-        error: What went wrong.
-        cancelled: Whether its client ended it.
+        entry: What OpenAI's clients read of it.
+        file: The MP4, once it is completed.
+        task: Who follows it to its end.
     """
 
-    job: Job
-    asked: Video
-    seed: int
-    name: str = field(default_factory=lambda: f"video_{secrets.token_hex(12)}")
-    created: int = field(default_factory=lambda: int(time.time()))
-    completed: int | None = None
-    file: bytes = b""
-    error: ApiError | None = None
-    cancelled: bool = False
-
-    @property
-    def status(self) -> str:
-        """As OpenAI has it; a cancelled one has failed."""
-        if self.error is not None:
-            return "failed"
-        if self.completed is not None:
-            return "completed"
-        return "in_progress" if self.job.started else "queued"
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self.entry = entry
+        self.file = b""
+        self.task: asyncio.Task[None] | None = None
 
     @property
     def over(self) -> bool:
         """Whether nothing will change any more."""
-        return self.status in ("completed", "failed")
+        return self.entry["status"] in ("completed", "failed")
+
+    def fail(self, error: ApiError) -> None:
+        """Notes that it is not made."""
+        told = {"code": error.code, "message": error.body()["error"]["message"]}
+        self.entry = {**self.entry, "status": "failed", "error": told}
 
 
-class Kept(Protocol):
-    """What is remembered of a video."""
-
-    name: str
-    file: bytes
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing will change any more."""
-
-
-R = TypeVar("R", bound=Kept)
-
-
-class Remembered(Generic[R]):
+class Videos:
     """The videos that a server can be asked for; used in its event loop alone."""
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        self._records: OrderedDict[str, R] = OrderedDict()
+        self._records: OrderedDict[str, Record] = OrderedDict()
 
-    def find(self, name: str) -> R:
+    def add(self, first: Event, events: AsyncGenerator[Event, None]) -> Record:
+        """Remembers a video, and follows the events that come after its first.
+
+        Args:
+            first: As `making` yields it.
+            events: Closed, once the video is cancelled.
+        """
+        record = Record(first["entry"])
+        self._records[record.entry["id"]] = record
+        record.task = asyncio.get_running_loop().create_task(self._follow(record, events))
+        return record
+
+    def find(self, name: str) -> Record:
         """Finds a video by its identifier."""
         if name not in self._records:
             raise ApiError(404, "no such video", param="video_id", code="video_not_found")
         return self._records[name]
 
-    def newest(self) -> list[R]:
+    def newest(self) -> list[Record]:
         """All videos, newest first."""
         return list(reversed(self._records.values()))
+
+    def cancel(self, record: Record) -> None:
+        """Ends one that is not done."""
+        if not record.over and record.task is not None:
+            record.fail(ApiError(400, "cancelled by the client", code="cancelled"))
+            record.task.cancel()
+
+    def delete(self, record: Record) -> None:
+        """Ends it if need be, and forgets it."""
+        self.cancel(record)
+        self._records.pop(record.entry["id"], None)
+
+    async def _follow(self, record: Record, events: AsyncGenerator[Event, None]) -> None:
+        # Where a replica of Ray's took it from another, it begins anew under a name of its own.
+        own = {name: record.entry[name] for name in ("id", "created_at")}
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    record.entry = {**event["entry"], **own}
+                    record.file = event.get("file", b"")
+        except Exception as error:  # noqa: BLE001 - of whatever kind, it is the video's
+            record.fail(as_api_error(error))
+        finally:
+            self._make_room()
 
     def _make_room(self) -> None:
         """Forgets the oldest that are done, as long as there are too many, or too many bytes."""
@@ -114,63 +126,47 @@ class Remembered(Generic[R]):
                 del self._records[name]
 
 
-class Videos(Remembered[Record]):
-    """The videos of one worker."""
+async def making(
+    worker: Worker, work: Work, asked: Video, config: ServeConfig
+) -> AsyncGenerator[Event, None]:
+    """Has a video made; closing it before its end ends the run.
 
-    def __init__(self, worker: Worker, config: ServeConfig) -> None:
-        super().__init__(config)
-        self._worker = worker
-        self._tasks: set[asyncio.Task[None]] = set()
+    Yields:
+        `{"entry"}` whenever what clients read of it has changed, at last with the MP4: `"file"`.
 
-    def add(self, asked: Video, work: Any) -> Record:
-        """Queues one."""
-        record = Record(self._worker.submit(work, _NO_DEADLINE), asked, work.seeds[0])
-        self._records[record.name] = record
-        task = asyncio.get_running_loop().create_task(self._follow(record))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return record
-
-    def cancel(self, record: Record) -> None:
-        """Ends one that is not done."""
-        if not record.job.done.done():
-            record.cancelled = True
-            self._worker.drop(record.job, "cancel")
-
-    def delete(self, record: Record) -> None:
-        """Ends it if need be, and forgets it."""
-        self.cancel(record)
-        self._records.pop(record.name, None)
-
-    def entry(self, record: Record) -> dict[str, Any]:
-        """A record as OpenAI's clients read it."""
-        error = record.error
-        told = error and {"code": error.code, "message": error.body()["error"]["message"]}
-        return {
-            "id": record.name,
-            "object": "video",
-            "model": self._config.model,
-            "status": record.status,
-            "progress": 100 * (record.completed is not None),
-            "created_at": record.created,
-            "completed_at": record.completed,
-            "prompt": record.asked.prompt,
-            "size": record.asked.size or "auto",
-            "seconds": None if record.asked.seconds is None else f"{record.asked.seconds:g}",
-            "error": told,
-            "seed": record.seed,
-        }
-
-    async def _follow(self, record: Record) -> None:
-        try:
-            (made,) = await asyncio.wrap_future(record.job.done)
-            record.file = await asyncio.to_thread(_mp4, made.picture, self._config.fps)
-            record.completed = int(time.time())
-        except Exception as error:  # noqa: BLE001 - of whatever kind, it is the video's
-            ended = record.cancelled or isinstance(error, RunCancelled)
-            cancelled = ApiError(400, "cancelled by the client", code="cancelled")
-            record.error = cancelled if ended else as_api_error(error)
-        self._make_room()
+    Raises:
+        ApiError: It is refused.
+        Exception: It cannot be made.
+    """
+    job = worker.submit(work, float("inf"))
+    done = awaited(job)
+    entry = {
+        "id": f"video_{secrets.token_hex(12)}",
+        "object": "video",
+        "model": config.model,
+        "status": "queued",
+        "progress": 0,
+        "created_at": int(time.time()),
+        "completed_at": None,
+        "prompt": asked.prompt,
+        "size": asked.size or "auto",
+        "seconds": None if asked.seconds is None else f"{asked.seconds:g}",
+        "error": None,
+        "seed": work.seeds[0],
+    }
+    try:
+        yield {"entry": entry}
+        while not (await asyncio.wait({done}, timeout=_LOOK))[0]:
+            if job.started and entry["status"] == "queued":
+                entry = {**entry, "status": "in_progress"}
+                yield {"entry": entry}
+        (made,) = done.result()
+        file = await asyncio.to_thread(_mp4, made.picture, config.fps)
+        completed = {"status": "completed", "progress": 100, "completed_at": int(time.time())}
+        yield {"entry": {**entry, **completed}, "file": file}
+    finally:
+        if not done.done():
+            worker.drop(job, "cancel")
 
 
 def _mp4(frames: Any, fps: int) -> bytes:
@@ -200,30 +196,29 @@ async def create(request: Request) -> Response:
     elif asked.seconds is not None:  # a latent frame is four of the video, but for the first
         given["num_frames"] = 1 + 4 * round(asked.seconds * service.config.fps / 4)
     work = service.read(asked, alone=True, **given)
-    return JSONResponse(service.videos.entry(service.videos.add(asked, work)))
+    events = making(service.worker, work, asked, service.config)
+    return JSONResponse(service.videos.add(await anext(events), events).entry)
 
 
 @router.get("/v1/videos")
 async def listed(request: Request) -> Response:
     """All videos that are kept."""
-    videos: Videos = request.app.state.service.videos
-    data = [videos.entry(record) for record in videos.newest()]
+    data = [record.entry for record in request.app.state.service.videos.newest()]
     return JSONResponse({"object": "list", "data": data, "has_more": False})
 
 
 @router.get("/v1/videos/{video_id}")
 async def one(video_id: str, request: Request) -> Response:
     """How far one is."""
-    videos: Videos = request.app.state.service.videos
-    return JSONResponse(videos.entry(videos.find(video_id)))
+    return JSONResponse(request.app.state.service.videos.find(video_id).entry)
 
 
 @router.get("/v1/videos/{video_id}/content")
 async def content(video_id: str, request: Request) -> Response:
     """The MP4 of one that is completed."""
-    record = request.app.state.service.videos.find(video_id)
-    if record.status != "completed":
-        raise ApiError(400, f"the video is {record.status}", param="video_id", code="not_completed")
+    record: Record = request.app.state.service.videos.find(video_id)
+    if (status := record.entry["status"]) != "completed":
+        raise ApiError(400, f"the video is {status}", param="video_id", code="not_completed")
     return Response(record.file, media_type="video/mp4")
 
 
@@ -233,7 +228,7 @@ async def cancel(video_id: str, request: Request) -> Response:
     videos: Videos = request.app.state.service.videos
     record = videos.find(video_id)
     videos.cancel(record)
-    return JSONResponse(videos.entry(record))
+    return JSONResponse(record.entry)
 
 
 @router.delete("/v1/videos/{video_id}")

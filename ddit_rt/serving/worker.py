@@ -100,8 +100,7 @@ class Worker:
             waiting = len(self._queue)
             if waiting + len(work.seeds) > self._config.max_queue:
                 raise queue_full(waiting, self._seconds * waiting / self._most)
-            until = self._config.deadline_seconds if seconds is None else seconds
-            job = Job(work, time.monotonic() + until)
+            job = Job(work, self._config.deadline_seconds if seconds is None else seconds)
             self._queue.extend(job.samples)
             self._changed.notify_all()
         return job
@@ -134,20 +133,21 @@ class Worker:
         LOG.info("stopped; %d images were left", len(left))
 
     def _live(self) -> None:
+        batch: list[Sample] = []
         try:
             self._warm_up()
             while batch := self._next():
                 self._serve(batch)
         except BaseException as error:  # the server must say so, whatever it was
-            self._break(error)
+            self._break(error, batch)
             raise
 
-    def _break(self, error: BaseException) -> None:
-        """Nothing can run any more."""
+    def _break(self, error: BaseException, batch: list[Sample]) -> None:
+        """Nothing can run any more: the batch in hand fails, and what waits."""
         LOG.critical("the engine cannot go on", exc_info=error)
         with self._changed:
             self.broken, self.ready = True, False
-            left = list(self._queue)
+            left = [*batch, *self._queue]
             self._queue.clear()
         for sample in left:
             sample.job.fail(not_ready())
@@ -223,7 +223,7 @@ class Worker:
             sample.job.fail(self._why_over(sample.job))
 
     def _why_over(self, job: Job) -> ApiError:
-        return too_late(self._config.deadline_seconds) if job.expired else stopping()
+        return too_late(job.seconds) if job.expired else stopping()
 
     def _gather(self) -> tuple[list[Sample], int]:
         """The first image with those that can share its run, and how many could."""
@@ -244,17 +244,10 @@ class Worker:
         except RunCancelled:
             for sample in batch:
                 sample.job.fail(self._why_over(sample.job))
-        except StallError as error:
-            self.broken, self.ready = True, False  # before anybody hears of it
-            for sample in batch:
-                sample.job.fail(error)
+        except StallError:
             raise
         except Exception as error:  # noqa: BLE001 - of whatever kind, it is the request's
             self._failed(batch, error)
-        except BaseException:  # the thread ends, and nobody else would tell them
-            for sample in batch:
-                sample.job.fail(not_ready())
-            raise
 
     def _failed(self, batch: list[Sample], error: Exception) -> None:
         """Runs a batch again in halves; of one image, its request fails."""

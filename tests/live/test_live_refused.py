@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +14,32 @@ from models import noise, tiny_conditioning, tiny_transformer
 import ddit_rt
 from ddit_rt.errors import ArtifactMismatchError, UnsupportedModelError
 
-
-@dataclass(frozen=True)
-class Change:
-    apply: Callable[[FluxPipeline], Any]
-    message: str
-
-
-@pytest.fixture(params=KINDS)
-def change(request: pytest.FixtureRequest) -> Change:
-    return Change(*KINDS[request.param])
-
-
 REFUSED = (UnsupportedModelError, ArtifactMismatchError)
 
 
-def test_compile_refuses_before_any_work(
-    change: Change, pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_and_load_refuse_and_compile_does_before_any_work(
+    kind: str, pipeline: FluxPipeline, artifact_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def work(*_: Any, **__: Any) -> None:
         raise AssertionError("work has begun")
 
-    for place in ("compile_blocks", "_runners"):
-        monkeypatch.setattr(f"ddit_rt.engine.build.{place}", work)
-    monkeypatch.setattr("ddit_rt.artifact.manifest.weight_fingerprint", work)
-    change.apply(pipeline)
-    for model, backend in ((pipeline, "aot"), (pipeline.transformer, "eager")):
-        with pytest.raises(UnsupportedModelError, match=change.message):
-            ddit_rt.compile(model, backend=backend, progress=False)
-
-
-def test_load_refuses(change: Change, pipeline: FluxPipeline, artifact_path: Path) -> None:
-    change.apply(pipeline)
-    with pytest.raises(REFUSED, match=change.message):
-        ddit_rt.load(artifact_path, pipeline, check_weights=False, progress=False)
-
-
-def test_a_run_refuses(change: Change, pipeline: FluxPipeline) -> None:
-    engine = eager(pipeline)
-    before = run(engine)
-    transformer = pipeline.transformer
-    change.apply(pipeline)
-    message = (
-        change.message if pipeline.transformer is transformer else "transformer is another one"
-    )
+    apply, message = KINDS[kind]
+    engine, transformer = eager(pipeline), pipeline.transformer
+    run(engine)
+    apply(pipeline)
+    told = message if pipeline.transformer is transformer else "transformer is another one"
     for _ in range(2):
-        with pytest.raises(REFUSED, match=message):
+        with pytest.raises(REFUSED, match=told):
             run(engine)
-    assert before.isfinite().all()
+    with pytest.raises(REFUSED, match=message):
+        ddit_rt.load(artifact_path, pipeline, check_weights=False, progress=False)
+    for place in ("engine.build.compile_blocks", "engine.build._runners"):
+        monkeypatch.setattr(f"ddit_rt.{place}", work)
+    monkeypatch.setattr("ddit_rt.artifact.manifest.weight_fingerprint", work)
+    for model, backend in ((pipeline, "aot"), (pipeline.transformer, "eager")):
+        with pytest.raises(UnsupportedModelError, match=message):
+            ddit_rt.compile(model, backend=backend, progress=False)
 
 
 def test_a_loaded_engine_refuses_too(engine: ddit_rt.Engine) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, WanPipeline, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from live_models import Packed, nothing
 from made_once import Packages
 from models import eager, noise, seeded
 from torch import nn
@@ -32,14 +33,6 @@ class Flipped(WanAttnProcessor):  # type: ignore[misc]
 
     def __call__(self, attn: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(attn, hidden_states.flip(-1), *args, **kwargs)
-
-
-class Packed(nn.Parameter):
-    """A weight in a form of its own, as quantisers have it."""
-
-
-def nothing(*_: Any) -> None:
-    """A hook that only watches."""
 
 
 def experts() -> WanPipeline:
@@ -119,35 +112,23 @@ def run(engine: ddit_rt.Engine) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compile_refuses(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_and_load_refuse_and_compile_does_before_any_work(
+    kind: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def work(*_: Any, **__: Any) -> None:
         raise AssertionError("work has begun")
 
-    monkeypatch.setattr("ddit_rt.engine.build.compile_blocks", work)
-    apply, message = KINDS[kind]
-    pipeline = experts()
-    apply(pipeline.transformer_2)
-    with pytest.raises(UnsupportedModelError, match=message):
-        ddit_rt.compile(pipeline, progress=False)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_load_refuses(kind: str, saved: Path) -> None:
-    apply, message = KINDS[kind]
-    pipeline = experts()
-    apply(pipeline.transformer_2)
-    with pytest.raises(REFUSED, match=message):
-        ddit_rt.load(saved, pipeline, progress=False)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_refuses(kind: str) -> None:
     apply, message = KINDS[kind]
     pipeline = experts()
     engine = eager(pipeline)
     apply(pipeline.transformer_2)
     with pytest.raises(REFUSED, match=message):
         run(engine)
+    with pytest.raises(REFUSED, match=message):
+        ddit_rt.load(saved, pipeline, progress=False)
+    monkeypatch.setattr("ddit_rt.engine.build.compile_blocks", work)
+    with pytest.raises(UnsupportedModelError, match=message):
+        ddit_rt.compile(pipeline, progress=False)
 
 
 def test_another_second_expert_is_refused() -> None:

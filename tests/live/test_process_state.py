@@ -11,6 +11,7 @@ import pytest
 import torch
 import wan_models
 from diffusers import FluxPipeline, UniPCMultistepScheduler
+from lora_files import style
 from models import (
     latents_of,
     noise,
@@ -36,40 +37,16 @@ MIXED = ddit_rt.StaticPolicy("p:0.25,2p:0.25,4p:0.25,p")
 
 
 @contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    torch.set_default_dtype(dtype)
+def holding(change: Callable[[Any], Any], value: Any, before: Any) -> Iterator[None]:
+    change(value)
     try:
         yield
     finally:
-        torch.set_default_dtype(torch.float32)
+        change(before)
 
 
-@contextlib.contextmanager
-def default_device(name: str) -> Iterator[None]:
-    torch.set_default_device(name)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextlib.contextmanager
-def three_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def default_dtype(dtype: torch.dtype) -> AbstractContextManager[None]:
+    return holding(torch.set_default_dtype, dtype, torch.float32)
 
 
 STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -78,8 +55,8 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "float64 by default": lambda: default_dtype(torch.float64),
     "inference mode": torch.inference_mode,
     "gradients": torch.enable_grad,
-    "deterministic": deterministic,
-    "threads": three_threads,
+    "deterministic": lambda: holding(torch.use_deterministic_algorithms, True, False),
+    "threads": lambda: holding(torch.set_num_threads, 3, torch.get_num_threads()),
 }
 
 
@@ -144,12 +121,12 @@ def test_run_and_compile_have_the_same_bits_in_any_state(name: str, run: str) ->
     assert torch.equal(latents_of(made_inside(**CALL, **arguments, generator=seeded())), expected)
 
 
-@pytest.mark.parametrize("name", STATES)
-def test_compiled_engine_has_the_same_bits_in_any_state(engine: ddit_rt.Engine, name: str) -> None:
+def test_compiled_engine_has_the_same_bits_in_any_state(engine: ddit_rt.Engine) -> None:
     expected = latents_of(engine(**CALL, patch_policy=MIXED, generator=seeded()))
-    with STATES[name]():
-        inside = latents_of(engine(**CALL, patch_policy=MIXED, generator=seeded()))
-    assert torch.equal(inside, expected)
+    for name, state in STATES.items():
+        with state():
+            inside = latents_of(engine(**CALL, patch_policy=MIXED, generator=seeded()))
+        assert torch.equal(inside, expected), name
 
 
 @pytest.mark.parametrize("callback", [None, lambda *_: None])
@@ -166,7 +143,7 @@ def test_denoise_computes_on_the_models_device_whatever_the_default_is(callback:
         **conditioning,
     }
     expected = engine.denoise(latents, **arguments)
-    with default_device("meta"):
+    with holding(torch.set_default_device, "meta", None):
         inside = engine.denoise(latents, **arguments)
         made_inside = adapted(pipeline, adapters)
     assert torch.equal(inside, expected)
@@ -192,31 +169,24 @@ def test_model_that_was_made_in_inference_mode_runs_outside() -> None:
     assert torch.equal(actual, expected)
 
 
-def style(pipeline: FluxPipeline) -> dict[str, Tensor]:
-    tensors = {}
-    for name in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.proj_mlp"):
-        rows, columns = pipeline.transformer.get_submodule(name).weight.shape
-        tensors[f"transformer.{name}.lora_A.weight"] = noise(4, columns)
-        tensors[f"transformer.{name}.lora_B.weight"] = noise(rows, 4, seed=1)
-    return tensors
+def test_fused_weights_have_the_same_bits_in_any_state() -> None:
+    pipeline = tiny_pipeline()
+    engine, lora = adapted(pipeline), style(pipeline)
 
+    def weights() -> dict[str, Tensor]:
+        return {key: one.clone() for key, one in pipeline.transformer.state_dict().items()}
 
-@pytest.mark.parametrize("name", STATES)
-def test_fused_weights_have_the_same_bits_in_any_state(name: str) -> None:
-    weights = []
-    for state in (contextlib.nullcontext, STATES[name]):
-        pipeline = tiny_pipeline()
-        engine = adapted(pipeline)
-        before = {key: value.clone() for key, value in pipeline.transformer.state_dict().items()}
-        lora = style(pipeline)
+    before, expected = weights(), None
+    for state in (contextlib.nullcontext, *STATES.values()):
         with state():
             engine.load_lora(lora)
-        weights.append({k: v.clone() for k, v in pipeline.transformer.state_dict().items()})
+        fused = weights()
         with state():
             engine.unload_loras()
-        assert_same(pipeline.transformer.state_dict(), before)
-    assert_same(*weights)
-    assert any(not torch.equal(weights[0][key], before[key]) for key in before)
+        assert_same(weights(), before)
+        expected = expected or fused
+        assert_same(fused, expected)
+    assert any(not torch.equal(fused[key], one) for key, one in before.items())
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

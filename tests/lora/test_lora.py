@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from ddit_rt.lora import terms
 
 @pytest.mark.parametrize(
     "parts",
-    [(style,), (words,), (style, words), (norms,), (style, norms), (style, words, norms)],
+    [(style,), (words,), (norms,), (style, words, norms)],
     ids=lambda parts: "+".join(part.__name__ for part in parts),
 )
 def test_every_part_acts_as_in_diffusers_and_leaves_no_trace(
@@ -61,20 +61,8 @@ def test_every_part_acts_as_in_diffusers_and_leaves_no_trace(
     assert torch.equal(run(engine), plain)
 
 
-@pytest.mark.parametrize("scale", [0.5, -1, 0])
-def test_a_scale_acts_as_in_diffusers(pipe: FluxPipeline, scale: float) -> None:
-    lora = {**style(pipe), **words(pipe)}
-    other = speaking_pipeline()
-    other.load_lora_weights(dict(lora))
-    other.fuse_lora(components=["transformer", "text_encoder"], lora_scale=scale)
-    expected = latents_of(other(**CALL, generator=seeded()))
-    engine = eager(pipe)
-    engine.load_lora(lora, scale)
-    torch.testing.assert_close(run(engine), expected, rtol=0, atol=2e-6)
-
-
-def with_alphas(pipeline: FluxPipeline) -> State:
-    state = style(pipeline)
+def with_alphas(pipeline: FluxPipeline, part: Callable[[FluxPipeline], State] = style) -> State:
+    state = part(pipeline)
     names = {name.rsplit(".lora_", 1)[0] for name in state}
     return state | {f"{name}.alpha": torch.tensor(2.0) for name in names}
 
@@ -87,8 +75,7 @@ def old_names(pipeline: FluxPipeline) -> State:
     return state
 
 
-def flat_text_names(pipeline: FluxPipeline, state: State | None = None) -> State:
-    state = state or words(pipeline)
+def flat_text_names(state: State) -> State:
     return {
         name.replace("encoder.encoder", "encoder.text_model.encoder"): state[name] for name in state
     }
@@ -111,23 +98,17 @@ def with_magnitudes(pipeline: FluxPipeline) -> State:
     }
 
 
-def with_alphas_of_words(pipeline: FluxPipeline) -> State:
-    state = words(pipeline)
-    names = {name.rsplit(".lora_", 1)[0] for name in state}
-    return state | {f"{name}.alpha": torch.tensor(2.0) for name in names}
-
-
 @pytest.mark.parametrize(
     "make",
     [
         kohya,
         with_alphas,
-        with_alphas_of_words,
+        lambda pipeline: with_alphas(pipeline, words),
         with_biases,
         with_magnitudes,
         old_names,
-        flat_text_names,
-        lambda pipeline: flat_text_names(pipeline, with_alphas_of_words(pipeline)),
+        lambda pipeline: flat_text_names(words(pipeline)),
+        lambda pipeline: flat_text_names(with_alphas(pipeline, words)),
     ],
 )
 def test_formats_act_as_in_diffusers(
@@ -144,13 +125,11 @@ def test_formats_act_as_in_diffusers(
     engine = eager(pipe)
     names = set(lora)
     before = everything(pipe)
-    for source in (lora, file, str(file)):
+    for source in (lora, file):
         engine.load_lora(source)
         torch.testing.assert_close(run(engine), expected, rtol=0, atol=2e-6)
         engine.unload_loras()
         check_unchanged(pipe, before)
-    engine.load_lora(str(tmp_path), weight_name=file.name)
-    torch.testing.assert_close(run(engine), expected, rtol=0, atol=2e-6)
     assert set(lora) == names  # diffusers takes alphas out of the caller's own
 
 
@@ -171,7 +150,7 @@ def test_the_configuration_in_a_files_header_counts(pipe: FluxPipeline, tmp_path
     reference.load_lora_weights(str(whole))
     expected = latents_of(reference(**CALL, generator=seeded()))
     engine = eager(pipe)
-    engine.load_lora(str(whole))
+    engine.load_lora(str(tmp_path), weight_name=whole.name)
     torch.testing.assert_close(run(engine), expected, rtol=0, atol=2e-6)
 
 
@@ -214,8 +193,10 @@ def test_a_lora_that_the_pipeline_has_fused_is_kept_apart(pipe: FluxPipeline) ->
     assert torch.equal(run(engine), own)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("place", ["load", "load words", "add"])
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [("load", RuntimeError), ("load words", KeyboardInterrupt), ("add", KeyboardInterrupt)],
+)
 def test_an_error_midway_leaves_everything_as_it_was(
     pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch, place: str, error: type[BaseException]
 ) -> None:
@@ -281,12 +262,9 @@ def test_autocast_takes_no_precision_from_the_weights(pipe: FluxPipeline) -> Non
     engine = eager(pipe)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         engine.load_lora(style(pipe) | words(pipe))
-    for one, same in zip(weights(pipe), weights(other), strict=True):
-        assert torch.equal(one, same)
-
-
-def weights(pipeline: FluxPipeline) -> list[Tensor]:
-    return [*pipeline.transformer.parameters(), *pipeline.text_encoder.parameters()]
+    for name in ("transformer", "text_encoder"):
+        ours, theirs = getattr(pipe, name).parameters(), getattr(other, name).parameters()
+        assert all(torch.equal(one, same) for one, same in zip(ours, theirs, strict=True))
 
 
 def test_an_engine_that_is_gone_holds_nobody_up(pipe: FluxPipeline) -> None:
@@ -312,13 +290,8 @@ def test_the_pipelines_own_lora_comes_out_first(pipe: FluxPipeline) -> None:
     pipe.unfuse_lora(components=["transformer"])
     engine.unload_loras()
     pipe.unload_lora_weights()
-    check_unchanged_values(pipe, before)
-
-
-def check_unchanged_values(pipeline: Any, before: Mapping[str, Any]) -> None:
-    for key, value in everything(pipeline).items():
-        if isinstance(value, Tensor):
-            assert torch.equal(value, before[key]), key
+    for key, value in everything(pipe).items():
+        assert not isinstance(value, Tensor) or torch.equal(value, before[key]), key
 
 
 def test_weights_are_changed_where_they_lie(pipe: FluxPipeline) -> None:
@@ -331,15 +304,6 @@ def test_weights_are_changed_where_they_lie(pipe: FluxPipeline) -> None:
 def test_training_flags_stay(pipe: FluxPipeline) -> None:
     pipe.transformer.requires_grad_(True)
     pipe.text_encoder.requires_grad_(True).train()
-    engine = eager(pipe)
-    before = everything(pipe)
-    engine.load_lora(style(pipe) | words(pipe) | norms(pipe))
-    engine.unload_loras()
-    check_unchanged(pipe, before)
-
-
-def test_weights_in_half_precision_come_back_bit_for_bit(pipe: FluxPipeline) -> None:
-    pipe.to(torch.bfloat16)
     engine = eager(pipe)
     before = everything(pipe)
     engine.load_lora(style(pipe) | words(pipe) | norms(pipe))

@@ -40,25 +40,20 @@ def test_a_lora_of_one_expert_leaves_the_other_and_no_trace(second: bool) -> Non
 
 @pytest.mark.parametrize("boundary", [None, 0.875])
 def test_an_expert_that_does_not_run_takes_none(boundary: float | None) -> None:
-    pipeline = wan_pipeline(boundary_ratio=0.875)
-    if boundary is None:
+    pipeline = wan_pipeline(boundary_ratio=boundary)
+    if boundary is not None:
         pipeline.register_to_config(boundary_ratio=None)
-        engine = eager(pipeline)
-        with pytest.raises(UnsupportedModelError, match="runs no transformer_2"):
-            engine.load_lora(wan_lora(), load_into_transformer_2=True)
-    else:
-        engine = eager(wan_pipeline())
-        with pytest.raises(UnsupportedModelError, match="runs no transformer_2"):
-            engine.load_lora(wan_lora(), load_into_transformer_2=True)
+    engine = eager(pipeline)
+    with pytest.raises(UnsupportedModelError, match="runs no transformer_2"):
+        engine.load_lora(wan_lora(), load_into_transformer_2=True)
 
 
-@pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize(
-    ("extra", "message"),
+    ("second", "extra", "message"),
     [
-        ({"transformer.blocks.9.attn1.to_q.lora_A.weight": noise(2, 32)}, r"blocks\.9\.attn1"),
-        ({"text_encoder.x.lora_A.weight": noise(2, 32)}, r"text_encoder\.x\.lora_A"),
-        ({f"{LAYER}.alpha": torch.tensor(2.0)}, r"net\.2\.alpha"),
+        (True, {"transformer.blocks.9.attn1.to_q.lora_A.weight": noise(2, 32)}, r"blocks\.9"),
+        (False, {"text_encoder.x.lora_A.weight": noise(2, 32)}, r"text_encoder\.x\.lora_A"),
+        (True, {f"{LAYER}.alpha": torch.tensor(2.0)}, r"net\.2\.alpha"),
     ],
     ids=["block", "prefix", "alpha"],
 )

@@ -39,14 +39,6 @@ def strokes(pipeline: FluxPipeline) -> State:
     return factors("transformer", pipeline.transformer, "attn.to_q", "ff.net.2", rank=1)
 
 
-def values(pipeline: FluxPipeline) -> dict[str, Tensor]:
-    return {key: one for key, one in everything(pipeline).items() if isinstance(one, Tensor)}
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert all(torch.equal(actual[key], one) for key, one in expected.items())
-
-
 @pytest.mark.filterwarnings(
     "ignore:Already found a `peft_config`:UserWarning"
 )  # of diffusers itself
@@ -80,7 +72,9 @@ def test_only_what_acts_stands_in_the_weights_whatever_came_before(pipe: FluxPip
     engine.unload_loras("strokes")
     fresh.load_lora(words(pipe))
     fresh.load_lora(ink)
-    assert_same(values(fresh.pipeline), values(pipe))
+    expected = everything(fresh.pipeline)
+    for key, value in everything(pipe).items():
+        assert not isinstance(value, Tensor) or torch.equal(value, expected[key]), key
     assert engine.loras == {"ink": 1.0, "words": 1.0}
     engine.set_loras({})
     check_unchanged(pipe, before)
@@ -140,8 +134,9 @@ def test_mistakes_change_nothing(
     check_unchanged(pipe, before)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("place", range(0, 9, 4))
+@pytest.mark.parametrize(
+    ("place", "error"), [(0, RuntimeError), (4, KeyboardInterrupt), (8, RuntimeError)]
+)
 def test_an_error_midway_of_a_change_leaves_what_acted(
     pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch, place: int, error: type[BaseException]
 ) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,20 +10,14 @@ from typing import Any
 
 import httpx
 import pytest
-from served import wait_until_served
+from served import process_of
 from uploaded import bomb, file_of
 
 PROGRAM = """
-import sys
-from flux_edit_models import img2img
-from models import prompting_pipeline
-from served import config
-import ddit_rt
-from ddit_rt.serving.run import serve
-pipeline = img2img()
-pipeline.encode_prompt = prompting_pipeline().encode_prompt
-engine = ddit_rt.compile(pipeline, height=64, width=64, backend="eager", progress=False)
-serve(engine, config(), host="127.0.0.1", port=int(sys.argv[1]), stop_seconds=5)
+from served import config, editing_engine
+from ddit_rt.serving.app import create_app
+from ddit_rt.serving.run import listen
+listen(create_app(editing_engine(), config()), host="127.0.0.1", port=0)
 """
 MIB = 2**20
 DECODED = 100 * MIB
@@ -37,9 +27,9 @@ DECODED = 100 * MIB
 class Server:
     """A server of a model that edits, in a process of its own."""
 
-    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+    def __init__(self, pid: int, url: str) -> None:
         self.url = url
-        self._folder = Path(f"/proc/{process.pid}")
+        self._folder = Path(f"/proc/{pid}")
 
     def edit(self, data: bytes) -> httpx.Response:
         asked: dict[str, Any] = {"prompt": "a fox", "num_inference_steps": "2", "size": "64x64"}
@@ -59,22 +49,10 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    here = Path(__file__).resolve().parent.parent
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(port)],
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(here)},
-    )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_served(process, url)
-        yield Server(process, url)
-    finally:
-        process.terminate()
-        process.wait()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log, here = tmp_path_factory.mktemp("bomb") / "log", Path(__file__).resolve().parent.parent
+    with process_of(["-c", PROGRAM], log, PYTHONPATH=str(here)) as (process, url):
+        yield Server(process.pid, url)
 
 
 def test_bombs_take_no_memory_and_are_refused(server: Server) -> None:

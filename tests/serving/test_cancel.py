@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -47,14 +47,10 @@ def test_a_client_that_leaves_ends_its_run(monkeypatch: pytest.MonkeyPatch) -> N
         waiting.close()
         wait_for(url, f"{DISCONNECTS} 1.0")
         connection.close()
-        answers: list[Any] = []
-        next_one = threading.Thread(
-            target=lambda: answers.append(httpx.post(url + PATH, json=ASKED, timeout=60))
-        )
-        next_one.start()
-        wait_for(url, f"{DISCONNECTS} 2.0")
-        held.go.set()
-        next_one.join()
-        assert answers[0].json()["data"] == before
+        with ThreadPoolExecutor() as pool:
+            next_one = pool.submit(httpx.post, url + PATH, json=ASKED, timeout=60)
+            wait_for(url, f"{DISCONNECTS} 2.0")
+            held.go.set()
+        assert next_one.result().json()["data"] == before
         assert all(call["num_inference_steps"] == 3 for call in held.calls)
         assert all(isinstance(call["watch"], RunWatch) for call in held.calls)

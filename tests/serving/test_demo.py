@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
-from served import PATH, PAUSE, picture, wait_until_served
+from served import PATH, picture, process_of
 
 from ddit_rt.serving.metrics import Metrics
 
@@ -23,28 +19,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def served_picture(home: Path, log: Path) -> dict[str, object]:
     """The first picture of a server that is started and stopped."""
-    command = [sys.executable, "-m", "ddit_rt.cli", "serve", "demo", "--port", "0"]
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            command, stderr=file, text=True, env={**os.environ, "DDIT_RT_HOME": str(home)}
-        )
-    try:
-        while (found := re.search(r"running on (\S+)", log.read_text(encoding="utf-8"))) is None:
-            assert process.poll() is None, log.read_text(encoding="utf-8")
-            time.sleep(PAUSE)
-        wait_until_served(process, found[1])
+    command = ["-m", "ddit_rt.cli", "serve", "demo", "--port", "0"]
+    with process_of(command, log, DDIT_RT_HOME=str(home)) as (process, url):
         asked = {"prompt": "a red circle on plain blue", "seed": 1, "num_inference_steps": 24}
-        answer = httpx.post(found[1] + PATH, json=asked, timeout=120).json()
+        answer = httpx.post(url + PATH, json=asked, timeout=120).json()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-    finally:
-        process.kill()
+    assert "Traceback" not in log.read_text(encoding="utf-8")
     entry: dict[str, object] = answer["data"][0]
     return entry
 
 
 @pytest.mark.slow
-def test_the_demo_is_compiled_once_kept_and_served(tmp_path: Path) -> None:
+def test_the_demo_is_compiled_once_kept_and_served_and_ends_with_zero(tmp_path: Path) -> None:
     home = tmp_path / "home"
     first = served_picture(home, tmp_path / "first.log")
     assert picture(first).size == (128, 128)
@@ -56,7 +43,7 @@ def test_the_demo_is_compiled_once_kept_and_served(tmp_path: Path) -> None:
 
 def test_dashboard_and_page_name_metrics_that_there_are() -> None:
     metrics = Metrics(lambda: 0, torch.device("cpu"))
-    there = {name for family in metrics.registry.collect() for name in (family.name,)}
+    there = {family.name for family in metrics.registry.collect()}
     dashboard = (ROOT / "examples/serving/grafana.json").read_text(encoding="utf-8")
     json.loads(dashboard)
     page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")

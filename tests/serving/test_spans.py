@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +13,7 @@ pytest.importorskip("opentelemetry.sdk.trace", reason="pip install 'ddit_rt[test
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
-from served import ASKED, PATH, Held, client_of, tiny_engine
+from served import ASKED, PATH, Held, client_of, tiny_engine, until_waiting
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -120,24 +120,15 @@ def test_a_batch_belongs_to_the_first_request_and_is_linked_to_the_others(
     spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = tiny_engine()
-    with client_of(engine, warmup_steps=0, max_batch=4) as client:
+    settings = {"warmup_steps": 0, "max_batch": 4}
+    with client_of(engine, **settings) as client, ThreadPoolExecutor() as pool:
         held = Held(engine, monkeypatch)
-        threads = [
-            threading.Thread(
-                target=client.post, args=(PATH,), kwargs={"json": {**ASKED, "seed": k}}
-            )
-            for k in range(3)
-        ]
-        threads[0].start()
+        pool.submit(client.post, PATH, json=ASKED)
         assert held.running.wait(60)
-        for thread in threads[1:]:
-            thread.start()
-        worker = client.app.state.service.worker  # type: ignore[attr-defined]
-        while len(worker._queue) < 2:
-            threads[1].join(0.01)
+        for seed in range(2):
+            pool.submit(client.post, PATH, json={**ASKED, "seed": seed})
+        until_waiting(client, 2)
         held.go.set()
-        for thread in threads:
-            thread.join()
     requests = {span_id(one) for one in named(spans, f"POST {PATH}")}
     alone, both = named(spans, "ddit_rt.batch")
     assert len(requests) == 3

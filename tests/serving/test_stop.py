@@ -1,27 +1,12 @@
-"""How a server ends: what runs is finished or told, what comes is refused, and the exit is 0."""
+"""How a server ends: what runs is finished or told, and what comes is refused."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import threading
-from pathlib import Path
-from typing import Any
+import time
+from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
-from served import (
-    ASKED,
-    PATH,
-    PROGRAM,
-    Held,
-    client_of,
-    config,
-    tiny_engine,
-    wait_until_served,
-)
+from served import ASKED, PATH, Held, client_of, config, tiny_engine, until_waiting
 
 from ddit_rt import Engine
 from ddit_rt.serving.errors import ApiError
@@ -38,23 +23,16 @@ def engine() -> Engine:
 def test_what_waits_is_finished_and_what_comes_is_refused(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with client_of(engine, max_batch=1) as client:
+    with ThreadPoolExecutor() as pool, client_of(engine, max_batch=1) as client:
         worker = client.app.state.service.worker
         held = Held(engine, monkeypatch)
-        answers: list[Any] = []
-        asking = [
-            threading.Thread(target=lambda: answers.append(client.post(PATH, json=ASKED)))
-            for _ in range(2)
-        ]
-        asking[0].start()
+        first = pool.submit(client.post, PATH, json=ASKED)
         held.running.wait()
-        asking[1].start()
-        while not worker._queue:
-            asking[1].join(0.001)
-        stopping = threading.Thread(target=worker.stop, args=(60,))
-        stopping.start()
+        second = pool.submit(client.post, PATH, json=ASKED)
+        until_waiting(client, 1)
+        pool.submit(worker.stop, 60)
         while not worker.stopping:
-            stopping.join(0.001)
+            time.sleep(0.001)
         refused = client.post(PATH, json=ASKED)
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "stopping"
@@ -62,9 +40,7 @@ def test_what_waits_is_finished_and_what_comes_is_refused(
         assert client.get("/ready").status_code == 503
         assert client.get("/health").status_code == 200
         held.go.set()
-        for thread in (*asking, stopping):
-            thread.join()
-        assert [answer.status_code for answer in answers] == [200, 200]
+        assert [one.result().status_code for one in (first, second)] == [200, 200]
 
 
 def test_what_does_not_end_in_time_fails_within_a_step(
@@ -81,28 +57,3 @@ def test_what_does_not_end_in_time_fails_within_a_step(
         assert isinstance(error, ApiError)
         assert error.code == "stopping"
     assert not worker._thread.is_alive()
-
-
-@pytest.mark.slow
-def test_a_signal_ends_the_process_with_zero(tmp_path: Path) -> None:
-    here = Path(__file__).resolve().parents[1]
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "0"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(here)},
-    )
-    try:
-        assert process.stderr is not None
-        line = next(line for line in process.stderr if "running on" in line)
-        url = line.split("running on ")[1].split()[0]
-        wait_until_served(process, url)
-        assert httpx.post(url + PATH, json=ASKED, timeout=60).status_code == 200
-        process.send_signal(signal.SIGTERM)
-        out, rest = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0
-    assert out.endswith("ended\n")
-    assert "Traceback" not in rest

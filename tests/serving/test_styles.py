@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from served import PATH, client_of
 
 from ddit_rt import Engine
-from ddit_rt.serving.jobs import Style
+from ddit_rt.serving.schema import Lora
 from ddit_rt.serving.styles import Styles
 
 ASKED: dict[str, Any] = {"prompt": "a fox", "num_inference_steps": 3, "seed": 1, "size": "64x64"}
@@ -39,7 +39,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def client(engine: Engine, folder: Path) -> Iterator[TestClient]:
-    settings = {"lora_dir": folder, "call": {"max_sequence_length": 16}}
+    settings = {"lora_dir": folder, "call": {"max_sequence_length": 16}, "warmup_steps": 0}
     with client_of(engine, **settings) as client:
         yield client
 
@@ -95,8 +95,8 @@ def test_what_is_kept_is_not_read_again_and_what_was_not_used_makes_room(
     for most, expected in ((size, ["ink", "words"]), (0, ["ink", "ink", "words", "ink"])):
         styles = Styles(engine, folder, most)
         for name in ("ink", None, "ink", "words", "ink", "ink"):
-            styles.switch(None if name is None else Style(name=name))
-        styles.switch(Style(name="ink", scale=0.5))
+            styles.switch(None if name is None else Lora(name=name))
+        styles.switch(Lora(name="ink", scale=0.5))
         assert read == expected
         read.clear()
         engine.unload_loras()
@@ -106,15 +106,15 @@ def test_a_file_that_was_replaced_is_read_again(engine: Engine, tmp_path: Path) 
     file = tmp_path / "own.safetensors"
     save_file(style(engine.pipeline), file)
     styles, plain = Styles(engine, tmp_path, 10**9), run(engine)
-    styles.switch(Style(name="own"))
+    styles.switch(Lora(name="own"))
     first = run(engine)
     save_file({name: value * 2 for name, value in style(engine.pipeline).items()}, file)
     os.utime(file, ns=(1, 1))
-    styles.switch(Style(name="own"))
+    styles.switch(Lora(name="own"))
     assert not torch.equal(run(engine), first)
     save_file({"transformer.nothing.lora_A.weight": torch.ones(1, 1)}, file)
     with pytest.raises(ValueError, match="no place"):
-        styles.switch(Style(name="own"))
+        styles.switch(Lora(name="own"))
     assert engine.loras == {}
     styles.switch(None)
     assert torch.equal(run(engine), plain)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ddit_rt.artifact.calibration import Calibration, calibration_for
 from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.planning.request import requested_steps
+from ddit_rt.serving.answer import awaited
 from ddit_rt.serving.app import Service
 from ddit_rt.serving.errors import ApiError, as_api_error, clean, misread
 from ddit_rt.serving.jobs import Job, Work
@@ -26,12 +27,13 @@ OWN, SPEED = "own", "speed"
 REFERENCE = "full resolution"
 """Name of the run at p that another is compared with."""
 
+_STAYS = gr.skip()
 _FRAME = 0.1
 """Seconds between two looks at a run in progress."""
 
 
 class Update(NamedTuple):
-    """What an event changes of the page, in the order of its outputs.
+    """What an event changes of the page, in the order of its outputs; the rest stays.
 
     Attributes:
         message: HTML of what went wrong, or nothing.
@@ -43,13 +45,13 @@ class Update(NamedTuple):
         stop: The button that ends it.
     """
 
-    message: Any
-    progress: Any
-    picture: Any
-    reference: Any
-    timeline: Any
-    go: Any
-    stop: Any
+    message: Any = _STAYS
+    progress: Any = _STAYS
+    picture: Any = _STAYS
+    reference: Any = _STAYS
+    timeline: Any = _STAYS
+    go: Any = _STAYS
+    stop: Any = _STAYS
 
 
 class Asking:
@@ -145,7 +147,9 @@ class Playground:
             for row, work in asking.runs:
                 if asking.cancelled:
                     break
-                done = self._submit(asking, work)
+                # A person who waits can cancel: there is no deadline.
+                asking.job = self._service.worker.submit(work, float("inf"))
+                done = awaited(asking.job)
                 while not (await asyncio.wait({done}, timeout=_FRAME))[0]:
                     yield _running(asking)
                 (row.made,) = done.result()
@@ -213,15 +217,6 @@ class Playground:
             raise misread(error.errors()) from error
         return row, self._service.read(body, on_step=row.on_step)
 
-    def _submit(self, asking: Asking, work: Work) -> asyncio.Future[Any]:
-        """Queues a run; what it made."""
-        # A person who waits can cancel: there is no deadline.
-        asking.job = self._service.worker.submit(work, float("inf"))
-        done = asyncio.wrap_future(asking.job.done)
-        # So that an error that nobody waits for is not reported as one that nobody saw.
-        done.add_done_callback(lambda one: one.cancelled() or one.exception())
-        return done
-
     def _drop(self, asking: Asking, reason: str) -> None:
         if asking.job is not None:
             self._service.worker.drop(asking.job, reason)
@@ -247,13 +242,9 @@ def _begun(asking: Asking) -> Update:
 
 def _running(asking: Asking) -> Update:
     return Update(
-        message=gr.skip(),
         progress=rows.progress(asking.rows),
         picture=_shown(asking.rows[0]),
-        reference=_shown(asking.rows[1]) if len(asking.rows) > 1 else gr.skip(),
-        timeline=gr.skip(),
-        go=gr.skip(),
-        stop=gr.skip(),
+        reference=_shown(asking.rows[1]) if len(asking.rows) > 1 else _STAYS,
     )
 
 
@@ -261,7 +252,7 @@ def _shown(row: Row) -> Any:
     """A row's image, where it is another than before."""
     picture = row.preview if row.made is None else row.made.picture
     if picture is None or picture is row.shown:
-        return gr.skip()
+        return _STAYS
     row.shown = picture
     return picture
 
@@ -271,12 +262,12 @@ async def _ended(asking: Asking, problem: str | None = None) -> Update:
     told = "" if problem is None else rows.problem(problem)
     message = gr.update(value=told, visible=problem is not None)
     if not asking.runs:  # what the page shows of an earlier run stays
-        return Update(message, *[gr.skip()] * 6)
+        return Update(message)
     made = [row for row in asking.rows if row.made is not None]
     return _running(asking)._replace(
         message=message,
         progress=rows.progress(asking.rows, "cancelled" if asking.cancelled else "failed"),
-        timeline=await asyncio.to_thread(rows.timeline, made) if made else gr.skip(),
+        timeline=await asyncio.to_thread(rows.timeline, made) if made else _STAYS,
         go=gr.update(interactive=True),
         stop=gr.update(interactive=False),
     )

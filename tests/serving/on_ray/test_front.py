@@ -21,12 +21,13 @@ from wan_models import wan_pipeline
 import ddit_rt
 from ddit_rt import Engine
 from ddit_rt.errors import StallError
+from ddit_rt.serving.errors import queue_full
 from ddit_rt.serving.ray_front import front_app
 from ddit_rt.serving.ray_replica import Call, Replica
 
 FULL = [
-    {"type": "http.response.start", "status": 429, "headers": []},
-    {"type": "http.response.body", "body": b"{}"},
+    {"type": "http.response.start", "status": 429, "headers": [(b"retry-after", b"1")]},
+    {"type": "http.response.body", "body": json.dumps(queue_full(64, 1).body()).encode()},
 ]
 Plan = list[tuple[int, Any]]
 
@@ -191,9 +192,7 @@ def test_a_stream_goes_on_after_its_last_event(client: TestClient, handle: Handl
     assert broken[-1]["b64_json"] == whole[-1]["b64_json"]
 
 
-def test_a_stream_that_cannot_go_on_says_so(
-    client: TestClient, handle: Handle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_that_cannot_go_on_says_so(client: TestClient, handle: Handle) -> None:
     handle.plan[:] = [(2, ActorDiedError())] * 3
     *_, last = events(client.post(PATH, json={**ASKED, "stream": True}).text)
     assert last["error"]["code"] == "replicas_died"
@@ -208,26 +207,17 @@ def test_a_request_that_kills_its_replicas_ends_with_the_third(
     assert len(handle.calls) == 3
 
 
+@pytest.mark.parametrize("full", [BackPressureError(64, 64), FULL], ids=["all", "the chosen one"])
 def test_full_queues_refuse_a_new_request_and_not_one_that_was_accepted(
-    client: TestClient, handle: Handle
+    client: TestClient, handle: Handle, full: Any
 ) -> None:
-    full = BackPressureError(64, 64)
     handle.plan[:] = [(0, full)]
     refused = client.post(PATH, json=ASKED)
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
     assert "retry-after" in refused.headers
     handle.plan[:] = [(0, ActorDiedError()), (0, full), (0, full)]
     assert client.post(PATH, json=ASKED).status_code == 200
-
-
-def test_a_replica_that_is_full_refuses_a_new_request_and_not_one_that_was_accepted(
-    client: TestClient, handle: Handle
-) -> None:
-    handle.plan[:] = [(0, FULL)]
-    assert client.post(PATH, json=ASKED).status_code == 429
-    handle.plan[:] = [(0, ActorDiedError()), (0, FULL)]
-    assert client.post(PATH, json=ASKED).status_code == 200
-    assert len(handle.calls) == 4
+    assert len(handle.calls) == 5
 
 
 def test_a_request_is_late_whichever_replicas_die(
@@ -262,13 +252,6 @@ def test_models_readiness_metrics_and_unknown_paths(client: TestClient, handle: 
     assert page.count("# TYPE ddit_rt_steps_total counter") == 1
     for replica in ("one", "two"):
         assert f'ddit_rt_queue_depth{{replica="{replica}"}} 0.0' in page
-
-
-def test_a_broken_engine_is_told_to_ray(handle: Handle, monkeypatch: pytest.MonkeyPatch) -> None:
-    handle.replica.check_health()
-    monkeypatch.setattr(handle.replica._worker, "broken", True)
-    with pytest.raises(RuntimeError, match="cannot go on"):
-        handle.replica.check_health()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -6,8 +6,6 @@ import io
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +17,7 @@ import pytest
 from extras import need
 from PIL import Image
 from playgrounds import PLAN, AtStep, browsing, playing
-from served import PAUSE, tiny_engine, wait_until_served
+from served import PAUSE, process_of, tiny_engine
 
 from ddit_rt import Engine
 from ddit_rt.lab.demo.plans import demo_calibration
@@ -213,24 +211,16 @@ def test_pages_wait_for_each_other(
         width_of(page, "picture")(64)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "said"),
-    [
-        ("Prompt", "", "the prompt is empty; say what the image should show"),
-        ("Steps", "0", "steps: Input should be greater than or equal to 1"),
-        ("Steps", "101", "steps is beyond this server's limit: at most 100"),
-        ("Seed", "-1", "seed: Input should be greater than or equal to 0"),
-    ],
-)
-def test_bad_input_is_told_in_the_page(page: Page, field: str, value: str, said: str) -> None:
-    page.get_by_label(field, exact=True).fill(value)
+def test_bad_input_is_told_in_the_page(page: Page) -> None:
+    page.get_by_label("Steps").fill("101")
     press(page, "Generate")
-    expect(page.get_by_role("alert")).to_have_text(said)
+    alert = page.get_by_role("alert")
+    expect(alert).to_have_text("steps is beyond this server's limit: at most 100")
     assert "Traceback" not in page.content()
-    page.get_by_label(field, exact=True).fill("3")
+    page.get_by_label("Steps").fill("3")
     press(page, "Generate")
     width_of(page, "picture")(64)
-    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(alert).to_have_count(0)
 
 
 @pytest.mark.filterwarnings("ignore:the plan was calibrated with height=128")
@@ -250,22 +240,11 @@ def demo(tmp_path: Path) -> Iterator[str]:
     """Base URL of `ddit-rt ui demo`, which ends while a page is open, and leaves nothing behind."""
     log, pictures = tmp_path / "log", tmp_path / "pictures"
     pictures.mkdir()
-    command = [sys.executable, "-m", "ddit_rt.cli", "ui", "demo", "--port", "0"]
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            command, stderr=file, text=True, env={**os.environ, "TMPDIR": str(pictures)}
-        )
-    try:
-        while (found := re.search(r"running on (\S+)", log.read_text(encoding="utf-8"))) is None:
-            assert process.poll() is None, log.read_text(encoding="utf-8")
-            time.sleep(PAUSE)
-        wait_until_served(process, found[1])
-        yield found[1]
+    command = ["-m", "ddit_rt.cli", "ui", "demo", "--port", "0"]
+    with process_of(command, log, TMPDIR=str(pictures)) as (process, url):
+        yield url
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.wait()
     assert list(pictures.glob("ddit_rt-ui-*")) == []
 
 
