@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from ddit_rt.lab.train.config import DataConfig, TrainConfig
 from ddit_rt.lab.train.evaluate import TRAINED, TRAINING_FREE, UNTRAINED, Gain, Losses
+from ddit_rt.lab.train.optimizers import CLIP
+from ddit_rt.lab.train.states import MEAN, MINIMUM, STD, UNIFORM_SHARE
 from ddit_rt.policies import patch_name
 
 _INTRODUCTION = """They let the frozen model take larger patches in some steps
@@ -43,7 +45,7 @@ def model_card(
         gain_prompts: Which prompts those are, in words.
     """
     parts = [
-        _front_matter(model),
+        f"---\nbase_model: {model}\nlibrary_name: peft\ntags: [ddit_rt, lora]\n---",
         f"# Patch adapters {', '.join(config.patch_sizes)} for {model}",
         _INTRODUCTION.format(variant=config.variant),
         "## Use",
@@ -55,10 +57,6 @@ def model_card(
         _recipe(config, data, samples, skipped),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _front_matter(model: str) -> str:
-    return f"---\nbase_model: {model}\nlibrary_name: peft\ntags: [ddit_rt, lora]\n---"
 
 
 def _gain_table(gains: Sequence[Gain], gain_prompts: str) -> str:
@@ -96,7 +94,7 @@ def _loss_table(losses: Mapping[str, Losses], config: TrainConfig) -> str:
 
 
 def _recipe(config: TrainConfig, data: DataConfig, samples: int, skipped: int) -> str:
-    optimizer, times = config.optimizer, config.times
+    optimizer = config.optimizer
     adapter = config.adapters()[0]
     source = "the model's own trajectories" if data.kind == "self" else f"images ({data.kind})"
     rows = {
@@ -104,10 +102,10 @@ def _recipe(config: TrainConfig, data: DataConfig, samples: int, skipped: int) -
         "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} samples",
         "LoRA": f"rank {adapter.rank}, alpha {adapter.lora_alpha}, feed-forward layers",
         "optimizer": f"{optimizer.name}, lr {optimizer.learning_rate:g}, {optimizer.schedule}, "
-        f"warm-up {optimizer.warmup_steps}, clip {optimizer.clip:g}, EMA {optimizer.ema:g}",
-        "noise levels": f"sigmoid({times.mean:g} + {times.std:g} n), {times.uniform_share:.0%} "
-        f"uniform, above {times.minimum:g}",
-        "loss": f"`{config.weighting}`, size weights {list(config.weights.values())}",
+        f"warm-up {optimizer.warmup_steps}, clip {CLIP:g}, EMA {optimizer.ema:g}",
+        "noise levels": f"sigmoid({MEAN:g} + {STD:g} n), {UNIFORM_SHARE:.0%} uniform, "
+        f"above {MINIMUM:g}",
+        "loss": f"`{config.weighting}`",
         "samples after a step at p": f"{config.detail_share:.0%}"
         if config.variant == "snr"
         else "not used by this variant",
