@@ -15,7 +15,14 @@ from ddit_rt.lab.evaluate.report import build_report
 from ddit_rt.lab.evaluate.scoring import score
 from ddit_rt.lab.evaluate.store import Store
 from ddit_rt.lab.measure.measures import SOUND, measure_of
-from ddit_rt.lab.measure.report import machine, model_entry, versions, write_json, write_whole
+from ddit_rt.lab.measure.report import (
+    device_name,
+    machine,
+    model_entry,
+    versions,
+    write_json,
+    write_whole,
+)
 from ddit_rt.models import family_named
 
 if TYPE_CHECKING:
@@ -73,7 +80,7 @@ def evaluate(
     conditions = {
         "machine": machine(),
         "versions": versions(),
-        "device": _device_name(transformer.device),
+        "device": device_name(transformer.device),
         "model": model_entry(subject.model, transformer),
         "artifact": {"path": subject.artifact, "digest": digest},
         "makes": measure.makes,
@@ -88,12 +95,6 @@ def _write(report: Mapping[str, Any], store: Store, shown: int) -> list[Path]:
     write_json(record, report)
     write_whole(page, build_page(report, store.shown, shown=shown).encode())
     return [page, record]
-
-
-def _device_name(device: Any) -> str:
-    import torch
-
-    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else str(device)
 
 
 def summary(report: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ddit_rt.lab.plans.dial import on_log_scale
@@ -56,10 +56,6 @@ class CacheDial:
         if isinstance(getattr(self.cache, self.turns), int):
             value = round(value)
         return replace(self.cache, **{self.turns: value}, **dict(changed))  # type: ignore[type-var]
-
-    def has(self, name: str) -> bool:
-        """Whether the cache has a field of a name."""
-        return name in {one.name for one in fields(self.cache)}  # type: ignore[arg-type]
 
 
 _TEA = TeaCache(1.5, coefficients=(1.0,), first=1, last=0)

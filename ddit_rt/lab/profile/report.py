@@ -19,9 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from ddit_rt.lab.measure.report import machine, model_entry, versions
+from ddit_rt.lab.measure.report import device_name, machine, model_entry, versions
 from ddit_rt.lab.profile.accounting import Account, Row
 from ddit_rt.lab.profile.ceilings import Ceilings
 from ddit_rt.lab.profile.subject import Subject
@@ -46,8 +44,6 @@ def report_of(
         ceilings: What the machine can do.
         runs: What `run_entry` gave.
     """
-    device = subject.device
-    on_cuda = device.type == "cuda"
     model = model_entry("", subject.model.transformer)
     del model["name"]
     return {
@@ -55,7 +51,7 @@ def report_of(
         "tool": "torch",
         "machine": machine(),
         "versions": versions(),
-        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+        "device": device_name(subject.device),
         "model": model,
         "settings": {
             "prompts": list(subject.prompts),
