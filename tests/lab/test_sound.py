@@ -98,9 +98,7 @@ def test_an_evaluation_keeps_recordings_and_plays_them(engine: Engine, tmp_path:
         cost_unit="tokens",
     )
     subject = evaluation.Subject(model="tiny", artifact="tiny.ddit")
-    report, (page, record) = evaluation.evaluate(
-        engine, settings, subject, sound_metrics(), progress=False
-    )
+    report, (page, record) = evaluation.evaluate(engine, settings, subject, sound_metrics())
     assert json.loads(record.read_text())["makes"] == "recording"
     assert [metric["label"] for metric in report["metrics"]] == ["SNR, dB", "STFT similarity"]
     (plan,) = (plan for plan in report["plans"] if plan["name"] == "half")
@@ -116,7 +114,7 @@ def test_an_evaluation_keeps_recordings_and_plays_them(engine: Engine, tmp_path:
     with pytest.raises(ValueError, match="people compare images"):
         Study(tmp_path)
     # What is there already is not made again.
-    again, _ = evaluation.evaluate(engine, settings, subject, sound_metrics(), progress=False)
+    again, _ = evaluation.evaluate(engine, settings, subject, sound_metrics())
     assert len(again["sessions"]) == 1
 
 

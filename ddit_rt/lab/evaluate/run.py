@@ -50,7 +50,6 @@ def evaluate(
     skipped: Sequence[Skipped] = (),
     *,
     shown: int = 12,
-    progress: bool = True,
 ) -> tuple[dict[str, Any], list[Path]]:
     """Makes what is missing of the images and scores, and writes the report.
 
@@ -61,7 +60,6 @@ def evaluate(
         metrics: Metrics that can run here, among them SSIM, of recordings STFT similarity.
         skipped: Metrics that cannot.
         shown: Prompts with images on the page at most, worst first.
-        progress: Whether to show bars.
 
     Returns:
         The report, and the files that were written.
@@ -74,8 +72,8 @@ def evaluate(
     rate = engine.pipeline.sample_rate if measure is SOUND else None
     store = Store(config.out, rate)
     identity = {"model": subject.model, "artifact": digest}
-    plans, found = generate(engine, config, store, identity, progress=progress)
-    scores = score(store, config, plans, metrics, skipped, progress=progress)
+    plans, found = generate(engine, config, store, identity)
+    scores = score(store, config, plans, metrics, skipped)
     transformer = engine.pipeline.transformer
     conditions = {
         "machine": machine(),
