@@ -85,10 +85,10 @@ def profile(call: Callable[[], Any], device: torch.device, path: Path | None = N
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     with tempfile.TemporaryDirectory(prefix="ddit_rt-") as folder:
-        path = path or Path(folder) / "trace.json.gz"
-        profiler.export_chrome_trace(str(path))
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            return read_events(json.load(file)["traceEvents"])
+        kept = path or Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(kept))
+        data = kept.read_bytes() if path is None else gzip.decompress(kept.read_bytes())
+        return read_events(json.loads(data)["traceEvents"])
 
 
 def read_events(entries: Iterable[dict[str, Any]]) -> list[Event]:

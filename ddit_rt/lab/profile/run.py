@@ -15,7 +15,7 @@ from ddit_rt.lab.profile.accounting import (
 )
 from ddit_rt.lab.profile.ceilings import Ceilings
 from ddit_rt.lab.profile.events import Event, profile
-from ddit_rt.lab.profile.report import run_entry
+from ddit_rt.lab.profile.report import row_entry
 from ddit_rt.lab.profile.subject import Subject
 from ddit_rt.loop import RunTrace
 
@@ -43,14 +43,16 @@ def profile_run(
     events = profile(subject.run, subject.device, path)
     trace = subject.last_trace
     account, notes = _account(subject, form, events, trace)
-    return run_entry(
-        account,
-        trace,
-        ceilings,
-        unprofiled_ms=unprofiled.latency_ms,
-        chrome_trace=str(path),
-        notes=(*notes, *trace.notes),
-    )
+    return {
+        "executor": trace.executor,
+        "clock": account.clock,
+        "loop_ms": account.seconds * 1e3,
+        "unprofiled_ms": unprofiled.latency_ms,
+        "chrome_trace": str(path),
+        "notes": [*notes, *trace.notes],
+        "rows": [row_entry(row, account.seconds, ceilings) for row in account.rows],
+        "trace": trace.to_dict(),
+    }
 
 
 def _account(
