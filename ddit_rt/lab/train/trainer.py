@@ -296,31 +296,22 @@ class _Run:
                     measure_gain, self._pipeline, self._data, self._prompts, _GAIN_SEED
                 )
             adapters = student.export(accelerator.get_state_dict(self._model))
-        skipped: list[str] = self.cache.index["skipped"]
-        if accelerator.is_main_process:
-            save_adapters(
-                adapters, self._folder, student.family, student.transformer, dtype=save_dtype
-            )
-            card = model_card(
-                model=model_name,
-                config=config,
-                data=self._data,
-                samples=len(self.cache),
-                skipped=len(skipped),
-                losses=losses,
-                gains=gains,
-                gain_prompts=self._prompt_words,
-            )
-            (self._folder / "README.md").write_text(card, encoding="utf-8")
-        accelerator.end_training()
-        return TrainResult(
+        result = TrainResult(
             folder=self._folder,
             steps=config.steps,
             samples=len(self.cache),
-            skipped=skipped,
+            skipped=self.cache.index["skipped"],
             losses=losses,
             gains=gains,
             warnings=self.warnings,
             seconds_per_step=seconds_per_step,
             is_main=accelerator.is_main_process,
         )
+        if accelerator.is_main_process:
+            save_adapters(
+                adapters, self._folder, student.family, student.transformer, dtype=save_dtype
+            )
+            card = model_card(model_name, config, self._data, result, self._prompt_words)
+            (self._folder / "README.md").write_text(card, encoding="utf-8")
+        accelerator.end_training()
+        return result
