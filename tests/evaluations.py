@@ -26,5 +26,5 @@ def metrics() -> list[Metric]:
 
 def run(engine: Engine, config: EvaluationConfig) -> dict[str, Any]:
     subject = Subject(model="tiny", artifact="tiny.ddit")
-    report, _ = evaluate(engine, config, subject, metrics(), SKIPPED, shown=2, progress=False)
+    report, _ = evaluate(engine, config, subject, metrics(), SKIPPED, shown=2)
     return report

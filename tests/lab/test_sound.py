@@ -10,6 +10,7 @@ import pytest
 from extras import need
 from longcat_models import tiny_pipeline
 from models import seeded
+from profiles import ceilings, profiled
 
 import ddit_rt
 from ddit_rt import Engine, MagCache, StaticPolicy
@@ -22,9 +23,7 @@ from ddit_rt.lab.evaluate.metrics import sound_metrics
 from ddit_rt.lab.evaluate.preferences import Study
 from ddit_rt.lab.measure.sound_file import read_wav
 from ddit_rt.lab.plans.bench import EngineBench
-from ddit_rt.lab.profile.ceilings import measure_ceilings
 from ddit_rt.lab.profile.report import report_of, text_of
-from ddit_rt.lab.profile.run import profile_run
 from ddit_rt.lab.profile.subject import subject_of
 
 STEPS = 8
@@ -99,9 +98,7 @@ def test_an_evaluation_keeps_recordings_and_plays_them(engine: Engine, tmp_path:
         cost_unit="tokens",
     )
     subject = evaluation.Subject(model="tiny", artifact="tiny.ddit")
-    report, (page, record) = evaluation.evaluate(
-        engine, settings, subject, sound_metrics(), progress=False
-    )
+    report, (page, record) = evaluation.evaluate(engine, settings, subject, sound_metrics())
     assert json.loads(record.read_text())["makes"] == "recording"
     assert [metric["label"] for metric in report["metrics"]] == ["SNR, dB", "STFT similarity"]
     (plan,) = (plan for plan in report["plans"] if plan["name"] == "half")
@@ -117,15 +114,14 @@ def test_an_evaluation_keeps_recordings_and_plays_them(engine: Engine, tmp_path:
     with pytest.raises(ValueError, match="people compare images"):
         Study(tmp_path)
     # What is there already is not made again.
-    again, _ = evaluation.evaluate(engine, settings, subject, sound_metrics(), progress=False)
+    again, _ = evaluation.evaluate(engine, settings, subject, sound_metrics())
     assert len(again["sessions"]) == 1
 
 
 def test_a_profile_counts_what_its_steps_take(engine: Engine, tmp_path: Path) -> None:
     arguments = {**CALL, "num_inference_steps": 4, "generator": seeded()}
     subject = subject_of(engine, HALF, TEXTS[:1], arguments)
-    ceilings = measure_ceilings(subject.device, subject.model.dtype)
-    report = report_of(subject, ceilings, [profile_run(subject, None, ceilings, 1, tmp_path)])
+    report = report_of(subject, ceilings(), [profiled(subject, None, tmp_path)])
     assert "latents 1 x 4 x 1 x 50" in text_of(report)
     phases = {(row["patch"], row["phase"]) for row in report["runs"][0]["rows"]}
     assert {("p", "model"), ("2p", "model")} <= phases

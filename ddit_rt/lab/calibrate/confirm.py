@@ -13,7 +13,6 @@ from ddit_rt.lab.plans.candidates import (
     KINDS,
     STATIC,
     STEPS,
-    Candidate,
     cache_text,
     full_resolution,
 )
@@ -30,14 +29,6 @@ _NAMES = {
     DYNAMIC: "a dynamic plan",
     COMBINED: "coarse steps with a step cache",
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOut:
-    """A plan and its figures on the held-out prompts."""
-
-    candidate: Candidate
-    result: Measurement
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,12 +49,12 @@ class Confirmation:
     winner: str
     met: bool
     fine: Measurement
-    candidates: Mapping[str, HeldOut]
+    candidates: Mapping[str, Point]
     shares: Mapping[str, float]
 
-    def speedup(self, plan: HeldOut) -> float:
+    def speedup(self, plan: Point) -> float:
         """Speed-up over full resolution, measured side by side."""
-        return self.fine.cost / plan.result.cost
+        return self.fine.cost / plan.cost
 
     @property
     def decision(self) -> str:
@@ -104,19 +95,19 @@ def confirm(
     plans = [full_resolution(bench.tables.steps), *(best[kind].candidate for kind in kinds)]
     fine, *results = bench.confirm(plans, prompts)
     held_out = {
-        kind: HeldOut(candidate=best[kind].candidate, result=result)
+        kind: Point(candidate=best[kind].candidate, measurement=result)
         for kind, result in zip(kinds, results, strict=True)
     }
     if SPEEDUP in request:  # relative to full resolution, measured again beside the plans
         target = Target(max_cost=fine.cost / request[SPEEDUP])
-    winner = min(kinds, key=lambda kind: target.held_out_rank(held_out[kind].result))
+    winner = min(kinds, key=lambda kind: target.held_out_rank(held_out[kind]))
     return Confirmation(
         winner=winner,
-        met=target.met_on_held_out(held_out[winner].result),
+        met=target.met_on_held_out(held_out[winner]),
         fine=fine,
         candidates=held_out,
         shares={
-            kind: _share(held_out[winner].result, held_out[kind].result)
+            kind: _share(held_out[winner].measurement, held_out[kind].measurement)
             for kind in kinds
             if kind != winner
         },

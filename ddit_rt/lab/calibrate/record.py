@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ddit_rt.artifact import CalibratedPlan, Calibration
-from ddit_rt.lab.calibrate.confirm import Confirmation, HeldOut
+from ddit_rt.lab.calibrate.confirm import Confirmation
 from ddit_rt.lab.plans.bench import Tables
-from ddit_rt.lab.plans.candidates import Candidate
-from ddit_rt.lab.plans.points import Measurement, Point, best_for, pareto_front
+from ddit_rt.lab.plans.points import Point, best_for, pareto_front
 from ddit_rt.lab.plans.target import GENTLE, STRONG, Target
 
 if TYPE_CHECKING:
@@ -40,10 +39,13 @@ def calibration_record(
     # A plan that looked better than the winner until the held-out prompts is no part of the front.
     standing = [point for point in points if not point.dominates(winner)]
     front = pareto_front(standing, lambda point: point.cost, lambda point: point.ssim)[::-1]
+    slower = [point for point in front if point.cost >= winner.cost and point.ssim >= winner.ssim]
+    faster = [point for point in front if point.cost <= winner.cost]
     presets = {
-        "quality": _quality(front, winner, target.shifted(GENTLE, base)),
+        "quality": best_for(target.shifted(GENTLE, base), slower) or winner,
         "balanced": winner,
-        "fast": _fast(front, winner, target.shifted(STRONG, base)),
+        # Where none meets the stronger target, the fastest.
+        "fast": best_for(target.shifted(STRONG, base), faster) or [winner, *faster][-1],
     }
     # Far beyond the strongest target nothing was looked for.
     front = [point for point in front if point.cost >= presets["fast"].cost / 2]
@@ -59,7 +61,7 @@ def calibration_record(
         "step_costs": dict(tables.costs),
         "step_caches": {dial.name: list(dial.ends or ()) for dial in tables.dials},
         "step_cache_costs": {name: dict(costs) for name, costs in tables.cache_costs.items()},
-        "candidates": [_candidate(point) for point in points],
+        "candidates": [_entry(point) for point in points],
         "held_out_fine_cost": decided.fine.cost,
         "held_out": {kind: _held_out(decided, one) for kind, one in decided.candidates.items()},
         "closer_on": dict(decided.shares),
@@ -75,18 +77,6 @@ def calibration_record(
         front=tuple(_plan(point, base) for point in front),
         evidence=evidence,
     )
-
-
-def _quality(front: Sequence[Point], winner: Point, gentle: Target) -> Point:
-    """The best for the gentler target among those that are no faster than the winner."""
-    slower = [point for point in front if point.cost >= winner.cost and point.ssim >= winner.ssim]
-    return best_for(gentle, slower) or winner
-
-
-def _fast(front: Sequence[Point], winner: Point, strong: Target) -> Point:
-    """The best for the stronger target, else the fastest, of those no slower than the winner."""
-    faster = [point for point in front if point.cost <= winner.cost]
-    return best_for(strong, faster) or (faster[-1] if faster else winner)
 
 
 def _plan(point: Point, base: float) -> CalibratedPlan:
@@ -105,22 +95,20 @@ def _plan(point: Point, base: float) -> CalibratedPlan:
     )
 
 
-def _candidate(point: Point) -> dict[str, Any]:
-    return {**_named(point.candidate), **_figures(point.measurement)}
-
-
-def _held_out(decided: Confirmation, plan: HeldOut) -> dict[str, Any]:
+def _held_out(decided: Confirmation, plan: Point) -> dict[str, Any]:
     return {
-        **_named(plan.candidate),
-        **_figures(plan.result),
+        **_entry(plan),
         "speedup": decided.speedup(plan),
-        "ssim_per_prompt": list(plan.result.similarity),
+        "ssim_per_prompt": list(plan.measurement.similarity),
     }
 
 
-def _named(candidate: Candidate) -> dict[str, Any]:
-    return {"kind": candidate.kind, "label": candidate.label, **candidate.does()}
-
-
-def _figures(measurement: Measurement) -> dict[str, Any]:
-    return {"cost": measurement.cost, "ssim": measurement.ssim, "psnr": measurement.mean_psnr}
+def _entry(point: Point) -> dict[str, Any]:
+    candidate = point.candidate
+    named = {"kind": candidate.kind, "label": candidate.label, **candidate.does()}
+    return {
+        **named,
+        "cost": point.cost,
+        "ssim": point.ssim,
+        "psnr": point.measurement.mean_psnr,
+    }

@@ -102,7 +102,9 @@ def draw_front(calibration: Calibration, path: Path) -> None:
             weight="bold",
         )
     axes.set_xlabel(f"speed-up of the loop over {calibration.num_inference_steps} steps at p")
-    axes.set_ylabel(_similarity(calibration.evidence))
+    evidence = calibration.evidence
+    frames = ", mean over the frames" if evidence["makes"] == "video" else ""
+    axes.set_ylabel(f"{evidence['measure']['name']} to full resolution{frames}")
     axes.set_xscale("log")
     ticks = [tick for tick in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if tick <= max(x) * 1.1]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
@@ -110,11 +112,6 @@ def draw_front(calibration: Calibration, path: Path) -> None:
     axes.grid(visible=True, alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path, dpi=130, bbox_inches="tight")
-
-
-def _similarity(evidence: Mapping[str, Any]) -> str:
-    frames = ", mean over the frames" if evidence["makes"] == "video" else ""
-    return f"{evidence['measure']['name']} to full resolution{frames}"
 
 
 def summary(calibration: Calibration) -> str:

@@ -181,7 +181,9 @@ def calibrate(
             f"{len(prompts)} calibration and {len(held_out)} held-out prompts takes {least}: "
             "give more, or ask for fewer prompts"
         )
-    points = [_reference_point(tables.steps, base, len(prompts))]
+    count = len(prompts)
+    same = Measurement(costs=(base,) * count, similarity=(1.0,) * count, psnr=(None,) * count)
+    points = [Point(candidate=full_resolution(tables.steps), measurement=same)]
     points += [point for point in search.run() if point.cost < base]
     best = {
         kind: point
@@ -200,11 +202,6 @@ def calibrate(
         tables, config, {**told, **conditions}, decided, best[decided.winner], points, target
     )
     return CalibrationResult(calibration=calibration, confirmation=decided, points=points)
-
-
-def _reference_point(steps: int, base: float, prompts: int) -> Point:
-    same = Measurement(costs=(base,) * prompts, similarity=(1.0,) * prompts, psnr=(None,) * prompts)
-    return Point(candidate=full_resolution(steps), measurement=same)
 
 
 def _unreachable(

@@ -43,11 +43,10 @@ REFERENCE = "diffusers"
 
 
 def report_of(
-    name: str,
     engine: Engine,
     plans: Sequence[Plan],
     samples: Mapping[str, Sequence[Sample]],
-    fidelity: Mapping[str, Fidelity],
+    fidelity: Mapping[str, Fidelity | VideoFidelity],
     *,
     settings: Mapping[str, Any],
     compiling: Mapping[str, float | int],
@@ -55,8 +54,7 @@ def report_of(
     """The report.
 
     Args:
-        name: Name of the model.
-        engine: Its engine.
+        engine: The model's engine.
         plans: The plans.
         samples: A sample per prompt, by the name of the plan and of `REFERENCE`.
         fidelity: Fidelity to full resolution, by the same names.
@@ -64,37 +62,22 @@ def report_of(
         compiling: The entry `compile`.
     """
     reference = _entry(REFERENCE, samples[REFERENCE], fidelity[REFERENCE])
+    runs = [_run_entry(plan, samples[plan.name], fidelity[plan.name], reference) for plan in plans]
+    video = "num_frames" in settings
+    if video:
+        (fine,) = (entry["seconds_denoise"] for entry in runs if entry["policy"] == FINE)
+        for entry in (reference, *runs):
+            entry["speedup_over_fine"] = fine / entry["seconds_denoise"]
     return {
         "schema_version": SCHEMA_VERSION,
         "machine": machine(),
         "versions": versions(),
-        "model": model_entry(name, engine.pipeline.transformer),
+        "model": model_entry("demo-video" if video else "demo", engine.pipeline.transformer),
         "settings": dict(settings),
         "compile": dict(compiling),
         "reference": reference,
-        "runs": [
-            _run_entry(plan, samples[plan.name], fidelity[plan.name], reference) for plan in plans
-        ],
+        "runs": runs,
     }
-
-
-def add_frames(report: Mapping[str, Any], fidelity: Mapping[str, VideoFidelity]) -> None:
-    """Adds to a report what is known of frames.
-
-    Args:
-        report: A report by `report_of`.
-        fidelity: Fidelity by the name of the plan and of `REFERENCE`.
-    """
-    runs = {entry["policy"]: entry for entry in report["runs"]}
-    for name, entry in {REFERENCE: report["reference"], **runs}.items():
-        found = fidelity[name]
-        entry["flicker"] = found.mean_flicker
-        entry["speedup_over_fine"] = runs[FINE]["seconds_denoise"] / entry["seconds_denoise"]
-        for prompt, frames, flicker in zip(
-            entry["prompts"], found.frames, found.flicker, strict=True
-        ):
-            lists = {"psnr_frames": list(frames.psnr), "ssim_frames": list(frames.ssim)}
-            prompt.update(flicker=flicker, **lists)
 
 
 def summary_table(report: Mapping[str, Any]) -> str:
@@ -124,23 +107,36 @@ def summary_table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _entry(label: str, samples: Sequence[Sample], fidelity: Fidelity) -> dict[str, Any]:
+def _entry(
+    label: str, samples: Sequence[Sample], fidelity: Fidelity | VideoFidelity
+) -> dict[str, Any]:
     """The entry `reference`, and the part of an entry of `runs` that it shares."""
-    return {
+    whole = fidelity.videos if isinstance(fidelity, VideoFidelity) else fidelity
+    entry: dict[str, Any] = {
         "label": label,
         "seconds": fmean(sample.median_end_to_end for sample in samples),
         "seconds_denoise": fmean(sample.median_denoise for sample in samples),
-        "psnr": fidelity.mean_psnr,
-        "ssim": fidelity.mean_ssim,
+        "psnr": whole.mean_psnr,
+        "ssim": whole.mean_ssim,
         "prompts": [
             _prompt_entry(sample, psnr, ssim)
-            for sample, psnr, ssim in zip(samples, fidelity.psnr, fidelity.ssim, strict=True)
+            for sample, psnr, ssim in zip(samples, whole.psnr, whole.ssim, strict=True)
         ],
     }
+    if isinstance(fidelity, VideoFidelity):
+        entry["flicker"] = fidelity.mean_flicker
+        each = zip(entry["prompts"], fidelity.frames, fidelity.flicker, strict=True)
+        for prompt, frames, flicker in each:
+            lists = {"psnr_frames": list(frames.psnr), "ssim_frames": list(frames.ssim)}
+            prompt.update(flicker=flicker, **lists)
+    return entry
 
 
 def _run_entry(
-    plan: Plan, samples: Sequence[Sample], fidelity: Fidelity, reference: Mapping[str, Any]
+    plan: Plan,
+    samples: Sequence[Sample],
+    fidelity: Fidelity | VideoFidelity,
+    reference: Mapping[str, Any],
 ) -> dict[str, Any]:
     entry = _entry(plan.label, samples, fidelity)
     return {

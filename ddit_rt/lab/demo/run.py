@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ddit_rt.lab.demo.prompts import (
     VIDEO_CALL,
     VIDEO_PROMPTS,
 )
-from ddit_rt.lab.demo.report import REFERENCE, add_frames, report_of
+from ddit_rt.lab.demo.report import REFERENCE, report_of
 from ddit_rt.lab.measure.fidelity import fidelity, video_fidelity
 from ddit_rt.lab.measure.report import write_json
 from ddit_rt.lab.measure.timing import (
@@ -39,7 +39,7 @@ from ddit_rt.lab.measure.timing import (
 )
 from ddit_rt.lab.measure.video_file import require_encoder, write_mp4
 
-_FRAMES_PER_SECOND = 8
+_FRAMES_PER_SECOND, _VIDEO_GUIDANCE = 8, 3.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,11 +53,8 @@ class DemoConfig:
         height: Height of an image or frame.
         width: Width of an image or frame.
         num_frames: Frames of a video; None for images.
-        guidance_scale: Weight of the prompt against the empty one; None for the pipeline's own.
-        max_sequence_length: Text tokens.
         seed: Seed of the first prompt; prompt i uses seed + i.
         repeats: Timed runs of every image or video.
-        backend: `"aot"` or `"eager"`, as `ddit_rt.compile` takes it.
         keep_artifact: Whether the artifact stays in `out`, as `demo.ddit` or `video.ddit`.
     """
 
@@ -67,11 +64,8 @@ class DemoConfig:
     height: int = IMAGE_CALL["height"]
     width: int = IMAGE_CALL["width"]
     num_frames: int | None = None
-    guidance_scale: float | None = None
-    max_sequence_length: int = MAX_SEQUENCE_LENGTH
     seed: int = 0
     repeats: int = 3
-    backend: str = "aot"
     keep_artifact: bool = False
 
     def __post_init__(self) -> None:
@@ -94,14 +88,14 @@ class DemoConfig:
 
     def call(self) -> dict[str, Any]:
         """Further arguments of a call, except for the steps."""
-        call = {**self.size(), "max_sequence_length": self.max_sequence_length}
-        guidance = self.guidance_scale
-        return call if guidance is None else {**call, "guidance_scale": guidance}
+        call = {**self.size(), "max_sequence_length": MAX_SEQUENCE_LENGTH}
+        return {**call, "guidance_scale": _VIDEO_GUIDANCE} if self.video else call
 
 
 def video_demo(out: Path, **settings: Any) -> DemoConfig:
     """Settings of the video demo, of which `settings` change some."""
-    defaults = {"prompts": VIDEO_PROMPTS, **VIDEO_CALL, "guidance_scale": 3.0, "repeats": 2}
+    size = {name: VIDEO_CALL[name] for name in ("height", "width", "num_frames")}
+    defaults = {"prompts": VIDEO_PROMPTS, **size, "repeats": 2}
     return DemoConfig(out=out, **{**defaults, **settings})
 
 
@@ -123,25 +117,12 @@ def run_demo(pipeline: Any, config: DemoConfig) -> dict[str, Any]:
     config.out.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
     policy = VIDEO_POLICY if config.video else DEMO_POLICY
-    with _artifact_folder(config) as folder:
-        engine, compiling = prepare_engine(
-            pipeline,
-            folder / ("video.ddit" if config.video else "demo.ddit"),
-            **config.size(),
-            patch_policy=policy,
-            backend=config.backend,
-        )
+    kept = config.keep_artifact
+    place = nullcontext(config.out) if kept else tempfile.TemporaryDirectory(prefix="ddit_rt-")
+    with place as folder:
+        path = Path(folder, "video.ddit" if config.video else "demo.ddit")
+        engine, compiling = prepare_engine(pipeline, path, **config.size(), patch_policy=policy)
         return compare(engine, demo_plans(config.steps, policy), config, compiling)
-
-
-@contextmanager
-def _artifact_folder(config: DemoConfig) -> Iterator[Path]:
-    """Where an artifact goes: into `out`, or a folder that is gone afterwards."""
-    if config.keep_artifact:
-        yield config.out
-        return
-    with tempfile.TemporaryDirectory(prefix="ddit_rt-") as folder:
-        yield Path(folder)
 
 
 def prepare_engine(
@@ -199,7 +180,9 @@ def compare(
         "repeats": config.repeats,
         "prompts": list(config.prompts),
     }
-    report = _compared(engine, plans, samples, made, settings, compiling)
+    closeness = video_fidelity if config.video else fidelity
+    found = {name: closeness(row, made[FINE]) for name, row in made.items()}
+    report = report_of(engine, plans, samples, found, settings=settings, compiling=compiling)
     write_json(config.out / "report.json", report)
     _draw(report, made, config)
     return report
@@ -222,28 +205,6 @@ def _timed(engine: Engine, plans: Sequence[Plan], config: DemoConfig) -> dict[st
     total = len(methods) * (1 + config.repeats * len(batches))
     with tqdm(total=total, desc="generate", leave=False) as bar:
         return measure(methods, batches, repeats=config.repeats, advance=bar.update)
-
-
-def _compared(
-    engine: Engine,
-    plans: Sequence[Plan],
-    samples: Mapping[str, Sequence[Sample]],
-    made: Mapping[str, Sequence[Pixels]],
-    settings: Mapping[str, Any],
-    compiling: Mapping[str, float | int],
-) -> dict[str, Any]:
-    if "num_frames" not in settings:
-        found = {name: fidelity(row, made[FINE]) for name, row in made.items()}
-        return report_of(
-            "demo", engine, plans, samples, found, settings=settings, compiling=compiling
-        )
-    videos = {name: video_fidelity(row, made[FINE]) for name, row in made.items()}
-    means = {name: each.videos for name, each in videos.items()}
-    report = report_of(
-        "demo-video", engine, plans, samples, means, settings=settings, compiling=compiling
-    )
-    add_frames(report, videos)
-    return report
 
 
 def _draw(

@@ -43,8 +43,6 @@ def generate(
     config: EvaluationConfig,
     store: Store,
     identity: Mapping[str, Any],
-    *,
-    progress: bool = True,
 ) -> tuple[tuple[NamedPlan, ...], dict[str, Any]]:
     """Makes every image that is not there yet, with all plans interleaved on each batch.
 
@@ -53,7 +51,6 @@ def generate(
         config: Settings.
         store: The folder.
         identity: What else must be the same for a run to go on: model and artifact.
-        progress: Whether to show a bar.
 
     Returns:
         The plans, the reference first; and the cost table, the main plan's cost and the notes that
@@ -68,9 +65,13 @@ def generate(
         settled = _plans(engine, config)
         store.begin(request, *settled)
     plans, found = settled
-    missing = [job for job in config.jobs() if not _is_done(store, plans, job)]
+    missing = [
+        job
+        for job in config.jobs()
+        if any((one.name, i.prompt, i.repeat) not in store.records for one in plans for i in job)
+    ]
     if missing:
-        _make(engine, config, store, plans, missing, progress=progress)
+        _make(engine, config, store, plans, missing)
     return plans, found
 
 
@@ -95,12 +96,6 @@ def _request(config: EvaluationConfig, identity: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _is_done(store: Store, plans: Sequence[NamedPlan], job: Sequence[Item]) -> bool:
-    return all(
-        (plan.name, item.prompt, item.repeat) in store.records for plan in plans for item in job
-    )
-
-
 def _plans(
     engine: Engine, config: EvaluationConfig
 ) -> tuple[tuple[NamedPlan, ...], dict[str, Any]]:
@@ -110,7 +105,9 @@ def _plans(
         config.policies, manifest, engine.default_policy, steps, engine.default_step_cache
     )
     main = main_plan(chosen)
-    items = _pilot(config)
+    first = [item for job in config.jobs() for item in job if item.repeat == 0]
+    count = min(_PILOT, len(first))
+    items = [first[index * len(first) // count] for index in range(count)]
     probe = Prompt(text=config.prompts[items[0].prompt], seed=items[0].seed)
     bench = EngineBench(
         engine,
@@ -184,20 +181,12 @@ def _cached(
     return [min(tried, key=lambda entry: entry[0])[1]], []
 
 
-def _pilot(config: EvaluationConfig) -> list[Item]:
-    items = [item for job in config.jobs() for item in job if item.repeat == 0]
-    count = min(_PILOT, len(items))
-    return [items[index * len(items) // count] for index in range(count)]
-
-
 def _make(
     engine: Engine,
     config: EvaluationConfig,
     store: Store,
     plans: Sequence[NamedPlan],
     jobs: Sequence[Sequence[Item]],
-    *,
-    progress: bool,
 ) -> None:
     from tqdm.auto import tqdm
 
@@ -210,7 +199,7 @@ def _make(
     )
     methods = [_method(engine, plan, config) for plan in plans]
     total = len(plans) * (1 + config.repeats * len(jobs))
-    with tqdm(total=total, desc="eval", unit="run", leave=False, disable=not progress) as bar:
+    with tqdm(total=total, desc="eval", unit="run", leave=False) as bar:
         for index, job in enumerate(jobs):
             samples = measure(
                 methods,

@@ -49,7 +49,7 @@ def build_page(report: Report, image: GetImage, *, shown: int) -> str:
         environment.get_template("report.html.j2").render(
             report=report,
             plans={plan["name"]: plan for plan in report["plans"]},
-            similarity=_metric(report, report["similarity"]),
+            similarity=next(m for m in report["metrics"] if m["name"] == report["similarity"]),
             colours=colours,
             size_colours=SIZE_COLOURS,
             wins={(win["against"], win["metric"]): win["share"] for win in report["wins"]},
@@ -119,10 +119,6 @@ def _case(report: Report, index: int, image: GetImage) -> dict[str, Any]:
             for plan in report["plans"]
         ],
     }
-
-
-def _metric(report: Report, name: str) -> Mapping[str, Any]:
-    return next(metric for metric in report["metrics"] if metric["name"] == name)
 
 
 def data_uri(image: Pixels | bytes) -> str:

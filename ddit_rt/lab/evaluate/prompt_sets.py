@@ -55,7 +55,9 @@ def read_prompts(source: str, limit: int | None = None) -> tuple[str, ...]:
     texts = dict.fromkeys(text for line in _lines(source) if (text := line.strip()))
     if not texts:
         raise ValueError(f"{source} holds no prompts; expected one a line")
-    return _spread(tuple(texts), limit)
+    every = tuple(texts)
+    count = min(limit or len(every), len(every))
+    return tuple(every[index * len(every) // count] for index in range(count))
 
 
 def _lines(source: str) -> Sequence[str]:
@@ -84,9 +86,3 @@ def _hub_lines(wanted: HubSet) -> list[str]:
             f"cannot read {wanted.label} ({wanted.dataset}, column {wanted.column}) from the Hub "
             f"or its cache: {type(error).__name__}: {error}; give a file with one prompt a line"
         ) from error
-
-
-def _spread(texts: tuple[str, ...], limit: int | None) -> tuple[str, ...]:
-    if limit is None or limit >= len(texts):
-        return texts
-    return tuple(texts[index * len(texts) // limit] for index in range(limit))

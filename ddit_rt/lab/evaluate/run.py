@@ -15,7 +15,14 @@ from ddit_rt.lab.evaluate.report import build_report
 from ddit_rt.lab.evaluate.scoring import score
 from ddit_rt.lab.evaluate.store import Store
 from ddit_rt.lab.measure.measures import SOUND, measure_of
-from ddit_rt.lab.measure.report import machine, model_entry, versions, write_json, write_whole
+from ddit_rt.lab.measure.report import (
+    device_name,
+    machine,
+    model_entry,
+    versions,
+    write_json,
+    write_whole,
+)
 from ddit_rt.models import family_named
 
 if TYPE_CHECKING:
@@ -43,7 +50,6 @@ def evaluate(
     skipped: Sequence[Skipped] = (),
     *,
     shown: int = 12,
-    progress: bool = True,
 ) -> tuple[dict[str, Any], list[Path]]:
     """Makes what is missing of the images and scores, and writes the report.
 
@@ -54,7 +60,6 @@ def evaluate(
         metrics: Metrics that can run here, among them SSIM, of recordings STFT similarity.
         skipped: Metrics that cannot.
         shown: Prompts with images on the page at most, worst first.
-        progress: Whether to show bars.
 
     Returns:
         The report, and the files that were written.
@@ -67,13 +72,13 @@ def evaluate(
     rate = engine.pipeline.sample_rate if measure is SOUND else None
     store = Store(config.out, rate)
     identity = {"model": subject.model, "artifact": digest}
-    plans, found = generate(engine, config, store, identity, progress=progress)
-    scores = score(store, config, plans, metrics, skipped, progress=progress)
+    plans, found = generate(engine, config, store, identity)
+    scores = score(store, config, plans, metrics, skipped)
     transformer = engine.pipeline.transformer
     conditions = {
         "machine": machine(),
         "versions": versions(),
-        "device": _device_name(transformer.device),
+        "device": device_name(transformer.device),
         "model": model_entry(subject.model, transformer),
         "artifact": {"path": subject.artifact, "digest": digest},
         "makes": measure.makes,
@@ -88,12 +93,6 @@ def _write(report: Mapping[str, Any], store: Store, shown: int) -> list[Path]:
     write_json(record, report)
     write_whole(page, build_page(report, store.shown, shown=shown).encode())
     return [page, record]
-
-
-def _device_name(device: Any) -> str:
-    import torch
-
-    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else str(device)
 
 
 def summary(report: Mapping[str, Any]) -> str:

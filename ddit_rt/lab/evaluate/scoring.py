@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 from ddit_rt.lab.evaluate.config import EvaluationConfig, Item, image_files
 from ddit_rt.lab.evaluate.metrics import Case, ImageMetric, Metric, SetMetric, Skipped
 from ddit_rt.lab.evaluate.plans import NamedPlan
-from ddit_rt.lab.evaluate.store import Store
+from ddit_rt.lab.evaluate.store import Store, read_image
 from ddit_rt.lab.measure.timing import Pixels
 from ddit_rt.lab.plans.candidates import FINE
 
@@ -45,8 +43,6 @@ def score(
     plans: Sequence[NamedPlan],
     metrics: Sequence[Metric],
     skipped: Sequence[Skipped],
-    *,
-    progress: bool = True,
 ) -> Scores:
     """Scores every image of every plan.
 
@@ -56,16 +52,15 @@ def score(
         plans: The plans.
         metrics: Metrics that can run.
         skipped: Metrics that cannot.
-        progress: Whether to show a bar.
     """
     from tqdm.auto import tqdm
 
     items = [item for job in config.jobs() for item in job]
     single = [metric for metric in metrics if isinstance(metric, ImageMetric)]
     total = len(single) * len(plans) * len(items)
-    with tqdm(total=total, desc="score", leave=False, disable=not progress) as bar:
+    with tqdm(total=total, desc="score", leave=False) as bar:
         images = {
-            metric.name: _score_images(store, config, plans, metric, advance=bar.update)
+            metric.name: _score_images(store, config, plans, items, metric, advance=bar.update)
             for metric in single
         }
     sets, few = {}, []
@@ -83,6 +78,7 @@ def _score_images(
     store: Store,
     config: EvaluationConfig,
     plans: Sequence[NamedPlan],
+    items: Sequence[Item],
     metric: ImageMetric,
     *,
     advance: Callable[[], object],
@@ -90,13 +86,18 @@ def _score_images(
     known = store.scores()
     fresh: list[tuple[str, str, str, float | None]] = []
     found: dict[Place, float | None] = {}
-    for place in _places(config, plans):
+    for plan, item in product(plans, items):
         advance()
-        if metric.needs_reference and place[0] == FINE:
+        if metric.needs_reference and plan.name == FINE:
             continue
-        key = _key(store, metric, config.prompts[place[1]], place)
+        place, fine = (plan.name, item.prompt, item.repeat), (FINE, item.prompt, item.repeat)
+        prompt = config.prompts[item.prompt]
+        # What a score depends on: its reference is the full-resolution image, or the prompt.
+        reference = store.records[fine].sha256 if metric.needs_reference else prompt
+        key = metric.key, store.records[place].sha256, reference
         if key not in known:
-            known[key] = metric.score(_case(store, config.prompts[place[1]], place))
+            case = Case(prompt=prompt, image=store.image(*place), reference=store.image(*fine))
+            known[key] = metric.score(case)
             fresh.append((*key, known[key]))
         found[place] = known[key]
         if len(fresh) == _SAVED_EVERY:
@@ -106,28 +107,6 @@ def _score_images(
     return found
 
 
-def _places(config: EvaluationConfig, plans: Sequence[NamedPlan]) -> Iterator[Place]:
-    for plan in plans:
-        for job in config.jobs():
-            for item in job:
-                yield plan.name, item.prompt, item.repeat
-
-
-def _key(store: Store, metric: ImageMetric, prompt: str, place: Place) -> tuple[str, str, str]:
-    """What a score depends on; its reference is the full-resolution image or the prompt."""
-    fine = (FINE, place[1], place[2])
-    reference = store.records[fine].sha256 if metric.needs_reference else prompt
-    return metric.key, store.records[place].sha256, reference
-
-
-def _case(store: Store, prompt: str, place: Place) -> Case:
-    return Case(
-        prompt=prompt,
-        image=store.image(*place),
-        reference=store.image(FINE, *place[1:]),
-    )
-
-
 def _distances(
     store: Store,
     metric: SetMetric,
@@ -135,21 +114,12 @@ def _distances(
     items: Sequence[Item],
     references: Path | None,
 ) -> dict[str, float]:
-    sets = {
-        plan.name: _images(store, plan.name, items)
-        for plan in plans
-        if references is not None or plan.name != FINE
-    }
+    def made(plan: str) -> Iterator[Pixels]:
+        return (store.image(plan, item.prompt, item.repeat) for item in items)
+
     if references is None:
-        return metric.distances(sets, _images(store, FINE, items))
-    return metric.distances(sets, _read(image_files(references)))
-
-
-def _images(store: Store, plan: str, items: Sequence[Item]) -> Iterator[Pixels]:
-    return (store.image(plan, item.prompt, item.repeat) for item in items)
-
-
-def _read(files: Sequence[Path]) -> Iterator[Pixels]:
-    for file in files:
-        with Image.open(file) as image:
-            yield np.asarray(image.convert("RGB"), dtype=np.uint8)
+        sets = {plan.name: made(plan.name) for plan in plans if plan.name != FINE}
+        return metric.distances(sets, made(FINE))
+    return metric.distances(
+        {plan.name: made(plan.name) for plan in plans}, map(read_image, image_files(references))
+    )

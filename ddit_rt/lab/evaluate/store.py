@@ -157,8 +157,7 @@ class Store:
         """An image that was made, `[H, W, 3]` bytes, or a recording, `[channels, samples]`."""
         if self._rate is not None:
             return read_wav(self.path(plan, prompt, repeat))
-        with Image.open(self.path(plan, prompt, repeat)) as image:
-            return np.asarray(image.convert("RGB"), dtype=np.uint8)
+        return read_image(self.path(plan, prompt, repeat))
 
     def shown(self, plan: str, prompt: int, repeat: int) -> Pixels | bytes:
         """The same for a page: a recording as its file."""
@@ -185,6 +184,12 @@ class Store:
             raise ValueError(
                 f"{self.folder} holds files and no evaluation (no settings.json); name a new folder"
             )
+
+
+def read_image(path: Path) -> Pixels:
+    """An image of a file, `[H, W, 3]` bytes."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"), dtype=np.uint8)
 
 
 def _png(image: Pixels) -> bytes:

@@ -12,12 +12,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddit_rt.lab.measure.fidelity import Fidelity, fidelity, video_fidelity
+from ddit_rt.lab.measure.fidelity import fidelity, video_fidelity
 from ddit_rt.lab.measure.timing import Pixels
 from ddit_rt.models.family import Family
 
@@ -25,17 +24,8 @@ _RESOLUTIONS = ((512, 50, 240), (1024, 120, 600), (2048, 240, 1200))
 """FFT size, hop and Hann window, in samples."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Closeness:
-    """What a measure says of several images, videos or recordings.
-
-    Attributes:
-        similarity: Of each to its reference.
-        ratio: Signal-to-noise ratio of each in dB; None where it equals its reference.
-    """
-
-    similarity: tuple[float, ...]
-    ratio: tuple[float | None, ...]
+Closeness = tuple[tuple[float, ...], tuple[float | None, ...]]
+"""Similarity of each thing to its reference, and the ratio in dB, None where they are equal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,23 +87,19 @@ def signal_to_noise(sound: Pixels, reference: Pixels) -> float | None:
 
 
 def _images(made: Sequence[Pixels], references: Sequence[Pixels]) -> Closeness:
-    return _of(fidelity(made, references))
+    found = fidelity(made, references)
+    return found.ssim, found.psnr
 
 
 def _videos(made: Sequence[Pixels], references: Sequence[Pixels]) -> Closeness:
-    return _of(video_fidelity(made, references).videos)
+    found = video_fidelity(made, references).videos
+    return found.ssim, found.psnr
 
 
-def _of(found: Fidelity) -> Closeness:
-    return Closeness(similarity=found.ssim, ratio=found.psnr)
-
-
-def _sounds(made: Sequence[Any], references: Sequence[Any]) -> Closeness:
+def _sounds(made: Sequence[Pixels], references: Sequence[Pixels]) -> Closeness:
     pairs = list(zip(made, references, strict=True))
-    return Closeness(
-        similarity=tuple(stft_similarity(*pair) for pair in pairs),
-        ratio=tuple(signal_to_noise(*pair) for pair in pairs),
-    )
+    similarity = tuple(stft_similarity(*pair) for pair in pairs)
+    return similarity, tuple(signal_to_noise(*pair) for pair in pairs)
 
 
 IMAGE = Measure(makes="image", key="ssim", name="SSIM", ratio="PSNR", note="", compare=_images)

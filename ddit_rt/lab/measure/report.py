@@ -49,6 +49,13 @@ def model_entry(name: str, transformer: Any) -> dict[str, Any]:
     }
 
 
+def device_name(device: Any) -> str:
+    """Name of a GPU, or the kind of another device."""
+    import torch
+
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else str(device)
+
+
 def write_json(path: Path, data: Any) -> None:
     """Writes strict JSON, whole or not at all.
 

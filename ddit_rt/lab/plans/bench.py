@@ -191,10 +191,8 @@ class EngineBench:
     def _measurement(
         self, costs: Sequence[float], made: Sequence[Pixels], references: Sequence[Pixels]
     ) -> Measurement:
-        found = self.tables.measure.compare(made, references)
-        return Measurement(
-            costs=tuple(costs), similarity=tuple(found.similarity), psnr=tuple(found.ratio)
-        )
+        similarity, ratio = self.tables.measure.compare(made, references)
+        return Measurement(costs=tuple(costs), similarity=similarity, psnr=ratio)
 
     def _method(self, candidate: Candidate) -> Method:
         return on_trial(candidate.on(self._engine, candidate.key, **self._arguments))

@@ -88,7 +88,7 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """A candidate with what was measured on the calibration prompts."""
+    """A candidate with what was measured of it, on calibration prompts or held-out ones."""
 
     candidate: Candidate
     measurement: Measurement

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -113,10 +113,6 @@ class CacheDial:
             else:
                 computed, in_a_row, since, total = computed + 1, 0, 0.0, 0.0
         return (computed + (steps - computed) * self.reused) / steps
-
-    def has(self, name: str) -> bool:
-        """Whether the cache has a field of a name."""
-        return name in {one.name for one in fields(self.cache)}  # type: ignore[arg-type]
 
 
 _NO_FITS = tuple(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ddit_rt.engine.cost import step_cost
 from ddit_rt.lab.profile.events import Event, device_ranges, ranges_of
+from ddit_rt.lab.profile.subject import Subject
 from ddit_rt.loop import RunTrace
-from ddit_rt.policies import parse_patch
+from ddit_rt.policies import DDiTPolicy, parse_patch
 
 PREFIX = "ddit_rt/"
 PHASES = ("decide", "model", "solver")
@@ -68,6 +70,56 @@ WorkOf = Callable[[str, int], Work]
 """The least work of a phase (`PHASES` or `STEP`) in step k."""
 
 
+def floors(subject: Subject, trace: RunTrace) -> WorkOf:
+    """The least that each phase of a run's steps must do.
+
+    The model reads its weights (activations are not counted). The solver reads latents and velocity
+    and writes new latents and a history. The latents of the finite difference are read by decide
+    on a CPU, and on CUDA by the solver of the step before, which is at them anyway. What sits in a
+    cache between two phases counts as moved all the same.
+
+    Args:
+        subject: What ran.
+        trace: Trace of the run.
+    """
+    model, latents = subject.model, subject.latents
+    order = subject.policy.order if isinstance(subject.policy, DDiTPolicy) else 0
+    on_cuda = trace.executor.startswith("cuda")
+    scored = [bool(record.scores) for record in trace] + [False]
+    latents_bytes = latents.numel() * 4
+    update_bytes = 3 * latents_bytes + latents.numel() * model.dtype.itemsize
+    costs = {
+        patch: step_cost(
+            model,
+            height=latents.shape[2],
+            width=latents.shape[3],
+            multiple=parse_patch(patch),
+            batch=subject.passes * latents.shape[0],
+            text_tokens=subject.text_tokens,
+        )
+        for patch in set(trace.patch_sizes())
+    }
+
+    def work_of(phase: str, step: int) -> Work:
+        cost = costs[trace[step].patch_size]
+        decide = 0 if on_cuda or not scored[step] else (order + 1) * latents_bytes
+        solver = update_bytes
+        if on_cuda and scored[step + 1]:
+            solver += (order - 1) * latents_bytes
+        work = {
+            "decide": Work(flops=0, bytes=decide),
+            "model": Work(flops=cost.flops, bytes=cost.weight_bytes),
+            "solver": Work(flops=0, bytes=solver),
+        }
+        work[STEP] = Work(
+            flops=sum(one.flops for one in work.values()),
+            bytes=sum(one.bytes for one in work.values()),
+        )
+        return work[phase]
+
+    return work_of
+
+
 def host_spans(events: Iterable[Event]) -> list[Event]:
     """The engine's ranges in a profile, in order of their start, without their prefix."""
     return [
@@ -93,7 +145,9 @@ def account_of_spans(
     Raises:
         ValueError: The spans are not those of this run.
     """
-    found = {phase: [span for span in spans if _phase(span) == phase] for phase in PHASES}
+    found = {
+        phase: [span for span in spans if span.name.partition("/")[0] == phase] for phase in PHASES
+    }
     counts = {phase: len(shown) for phase, shown in found.items()}
     if counts["model"] != len(trace) or set(counts.values()) - {0, len(trace)}:
         raise ValueError(f"the profile holds {counts} ranges of a run of {len(trace)} steps")
@@ -145,7 +199,3 @@ def _rows(
                 )
             )
     return rows
-
-
-def _phase(span: Event) -> str:
-    return span.name.partition("/")[0]

@@ -7,6 +7,7 @@ the call that launched it, also where that call launches a whole graph.
 
 from __future__ import annotations
 
+import gzip
 import json
 import tempfile
 from bisect import bisect_left
@@ -67,8 +68,14 @@ class Event:
         return (self.end - self.start) * 1e-6
 
 
-def profile(call: Callable[[], Any], device: torch.device) -> list[Event]:
-    """Events of one call and of all its work on the device."""
+def profile(call: Callable[[], Any], device: torch.device, path: Path | None = None) -> list[Event]:
+    """Events of one call and of all its work on the device.
+
+    Args:
+        call: What to profile.
+        device: Where it works.
+        path: A `.json.gz` file for the Chrome trace; None: it is not kept.
+    """
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -78,9 +85,10 @@ def profile(call: Callable[[], Any], device: torch.device) -> list[Event]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     with tempfile.TemporaryDirectory(prefix="ddit_rt-") as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return read_events(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
+        kept = path or Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(kept))
+        data = kept.read_bytes() if path is None else gzip.decompress(kept.read_bytes())
+        return read_events(json.loads(data)["traceEvents"])
 
 
 def read_events(entries: Iterable[dict[str, Any]]) -> list[Event]:
@@ -131,14 +139,6 @@ def _span(events: Sequence[Event]) -> Span:
     if not events:
         return NEVER
     return min(event.start for event in events), max(event.end for event in events)
-
-
-def range_seconds(events: Sequence[Event], name: str, device: torch.device) -> list[float]:
-    """Seconds of every range of that name: on CUDA of the work that was launched inside it."""
-    ranges = [event for event in ranges_of(events) if event.name == name]
-    if device.type == "cuda":
-        ranges = device_ranges(events, ranges)
-    return [event.seconds for event in ranges]
 
 
 def own_seconds(events: Iterable[Event]) -> list[tuple[Event, float]]:

@@ -19,13 +19,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from ddit_rt.lab.measure.report import machine, model_entry, versions
-from ddit_rt.lab.profile.accounting import Account, Row
+from ddit_rt.lab.measure.report import device_name, machine, model_entry, versions
+from ddit_rt.lab.profile.accounting import Row
 from ddit_rt.lab.profile.ceilings import Ceilings
 from ddit_rt.lab.profile.subject import Subject
-from ddit_rt.loop import RunTrace
 
 SCHEMA_VERSION = 1
 
@@ -44,10 +41,8 @@ def report_of(
     Args:
         subject: What ran.
         ceilings: What the machine can do.
-        runs: What `run_entry` gave.
+        runs: What `profile_run` gave.
     """
-    device = subject.device
-    on_cuda = device.type == "cuda"
     model = model_entry("", subject.model.transformer)
     del model["name"]
     return {
@@ -55,7 +50,7 @@ def report_of(
         "tool": "torch",
         "machine": machine(),
         "versions": versions(),
-        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+        "device": device_name(subject.device),
         "model": model,
         "settings": {
             "prompts": list(subject.prompts),
@@ -69,29 +64,8 @@ def report_of(
     }
 
 
-def run_entry(
-    account: Account,
-    trace: RunTrace,
-    ceilings: Ceilings,
-    *,
-    unprofiled_ms: float,
-    chrome_trace: str,
-    notes: Sequence[str],
-) -> dict[str, Any]:
-    """An entry of `runs`."""
-    return {
-        "executor": trace.executor,
-        "clock": account.clock,
-        "loop_ms": account.seconds * 1e3,
-        "unprofiled_ms": unprofiled_ms,
-        "chrome_trace": chrome_trace,
-        "notes": list(notes),
-        "rows": [_row_entry(row, account.seconds, ceilings) for row in account.rows],
-        "trace": trace.to_dict(),
-    }
-
-
-def _row_entry(row: Row, total: float, ceilings: Ceilings) -> dict[str, Any]:
+def row_entry(row: Row, total: float, ceilings: Ceilings) -> dict[str, Any]:
+    """An entry of `rows`, of a loop that took `total` seconds."""
     flops, size = (
         count / row.seconds if count and row.seconds > 0 else None
         for count in (row.flops, row.bytes)

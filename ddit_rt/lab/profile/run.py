@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch.profiler import ProfilerActivity, profile
 
 from ddit_rt.lab.profile.accounting import (
     Account,
     account_of_spans,
     account_of_trace,
     device_spans,
+    floors,
     host_spans,
 )
 from ddit_rt.lab.profile.ceilings import Ceilings
-from ddit_rt.lab.profile.events import Event, read_events
-from ddit_rt.lab.profile.floors import floors
-from ddit_rt.lab.profile.report import run_entry
+from ddit_rt.lab.profile.events import Event, profile
+from ddit_rt.lab.profile.report import row_entry
 from ddit_rt.lab.profile.subject import Subject
 from ddit_rt.loop import RunTrace
 
@@ -44,29 +39,20 @@ def profile_run(
         subject.engine.executor = form
     for _ in range(warm_up):
         unprofiled = subject.run()
-    activities = [ProfilerActivity.CPU]
-    if form is not None:
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
-        trace = subject.run()
-        if form is not None:
-            torch.cuda.synchronize()
-    path = out / f"trace-{trace.executor}.json.gz"
-    profiler.export_chrome_trace(str(path))
-    account, notes = _account(subject, form, _events(path), trace)
-    return run_entry(
-        account,
-        trace,
-        ceilings,
-        unprofiled_ms=unprofiled.latency_ms,
-        chrome_trace=str(path),
-        notes=(*notes, *trace.notes),
-    )
-
-
-def _events(path: Path) -> list[Event]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return read_events(json.load(file)["traceEvents"])
+    path = out / f"trace-{unprofiled.executor}.json.gz"
+    events = profile(subject.run, subject.device, path)
+    trace = subject.last_trace
+    account, notes = _account(subject, form, events, trace)
+    return {
+        "executor": trace.executor,
+        "clock": account.clock,
+        "loop_ms": account.seconds * 1e3,
+        "unprofiled_ms": unprofiled.latency_ms,
+        "chrome_trace": str(path),
+        "notes": [*notes, *trace.notes],
+        "rows": [row_entry(row, account.seconds, ceilings) for row in account.rows],
+        "trace": trace.to_dict(),
+    }
 
 
 def _account(

@@ -54,12 +54,17 @@ class Subject:
         """Passes of the model in a step: two with guidance."""
         return 1 + (self.model.family.guidance(self.conditioning) is not None)
 
+    @property
+    def last_trace(self) -> RunTrace:
+        """Trace of the latest run."""
+        assert self.engine.last_trace is not None, "a run that returned has a trace"
+        return self.engine.last_trace
+
     def run(self) -> RunTrace:
         """Denoises once."""
         arguments: dict[str, Any] = {"patch_policy": self.policy, **self.conditioning}
         self.engine.denoise(self.latents, num_inference_steps=self.steps, **arguments)
-        assert self.engine.last_trace is not None, "a run that returned has a trace"
-        return self.engine.last_trace
+        return self.last_trace
 
 
 @torch.no_grad()

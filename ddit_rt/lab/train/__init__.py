@@ -7,7 +7,6 @@ from ddit_rt.lab.train.config import (
     WEIGHTINGS,
     DataConfig,
     OptimizerConfig,
-    TimeSampling,
     TrainConfig,
 )
 from ddit_rt.lab.train.trainer import TrainResult, train
@@ -19,7 +18,6 @@ __all__ = [
     "WEIGHTINGS",
     "DataConfig",
     "OptimizerConfig",
-    "TimeSampling",
     "TrainConfig",
     "TrainResult",
     "train",

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ddit_rt.lab.train.config import DataConfig, TrainConfig
 from ddit_rt.lab.train.evaluate import TRAINED, TRAINING_FREE, UNTRAINED, Gain, Losses
+from ddit_rt.lab.train.optimizers import CLIP
+from ddit_rt.lab.train.states import MEAN, MINIMUM, STD, UNIFORM_SHARE
 from ddit_rt.policies import patch_name
+
+if TYPE_CHECKING:
+    from ddit_rt.lab.train.trainer import TrainResult
 
 _INTRODUCTION = """They let the frozen model take larger patches in some steps
 ([DDiT](https://arxiv.org/abs/2602.16968)). Variant `{variant}`."""
@@ -20,15 +26,7 @@ or `ddit-rt compile MODEL --adapter path/to/this/folder -o model.ddit`. The LoRA
 
 
 def model_card(
-    *,
-    model: str,
-    config: TrainConfig,
-    data: DataConfig,
-    samples: int,
-    skipped: int,
-    losses: Mapping[str, Losses],
-    gains: Sequence[Gain],
-    gain_prompts: str,
+    model: str, config: TrainConfig, data: DataConfig, result: TrainResult, gain_prompts: str
 ) -> str:
     """Markdown.
 
@@ -36,29 +34,22 @@ def model_card(
         model: Name of the base model.
         config: The run.
         data: What it was trained on.
-        samples: Rows of the cache.
-        skipped: Images that were left out.
-        losses: Loss on the probe batch, by path and size.
-        gains: Measured gain.
-        gain_prompts: Which prompts those are, in words.
+        result: What it did.
+        gain_prompts: Which prompts the gain was measured on, in words.
     """
     parts = [
-        _front_matter(model),
+        f"---\nbase_model: {model}\nlibrary_name: peft\ntags: [ddit_rt, lora]\n---",
         f"# Patch adapters {', '.join(config.patch_sizes)} for {model}",
         _INTRODUCTION.format(variant=config.variant),
         "## Use",
         _LOADING,
         "## Measured",
-        _gain_table(gains, gain_prompts),
-        _loss_table(losses, config),
+        _gain_table(result.gains, gain_prompts),
+        _loss_table(result.losses, config),
         "## Recipe",
-        _recipe(config, data, samples, skipped),
+        _recipe(config, data, result),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _front_matter(model: str) -> str:
-    return f"---\nbase_model: {model}\nlibrary_name: peft\ntags: [ddit_rt, lora]\n---"
 
 
 def _gain_table(gains: Sequence[Gain], gain_prompts: str) -> str:
@@ -95,19 +86,20 @@ def _loss_table(losses: Mapping[str, Losses], config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
-def _recipe(config: TrainConfig, data: DataConfig, samples: int, skipped: int) -> str:
-    optimizer, times = config.optimizer, config.times
+def _recipe(config: TrainConfig, data: DataConfig, result: TrainResult) -> str:
+    optimizer = config.optimizer
     adapter = config.adapters()[0]
     source = "the model's own trajectories" if data.kind == "self" else f"images ({data.kind})"
     rows = {
-        "data": f"{samples} samples of {source}, {data.height} x {data.width}, {skipped} skipped",
+        "data": f"{result.samples} samples of {source}, {data.height} x {data.width}, "
+        f"{len(result.skipped)} skipped",
         "steps": f"{config.steps} of {config.batch_size} x {config.accumulate} samples",
         "LoRA": f"rank {adapter.rank}, alpha {adapter.lora_alpha}, feed-forward layers",
         "optimizer": f"{optimizer.name}, lr {optimizer.learning_rate:g}, {optimizer.schedule}, "
-        f"warm-up {optimizer.warmup_steps}, clip {optimizer.clip:g}, EMA {optimizer.ema:g}",
-        "noise levels": f"sigmoid({times.mean:g} + {times.std:g} n), {times.uniform_share:.0%} "
-        f"uniform, above {times.minimum:g}",
-        "loss": f"`{config.weighting}`, size weights {list(config.weights.values())}",
+        f"warm-up {optimizer.warmup_steps}, clip {CLIP:g}, EMA {optimizer.ema:g}",
+        "noise levels": f"sigmoid({MEAN:g} + {STD:g} n), {UNIFORM_SHARE:.0%} uniform, "
+        f"above {MINIMUM:g}",
+        "loss": f"`{config.weighting}`",
         "samples after a step at p": f"{config.detail_share:.0%}"
         if config.variant == "snr"
         else "not used by this variant",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from ddit_rt.adapters import AdapterConfig
@@ -15,34 +15,6 @@ DATA_KINDS = ("folder", "webdataset", "datasets", "self")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TimeSampling:
-    """Which noise levels t in (0, 1] are trained.
-
-    A share is uniform, the rest is logit-normal: sigmoid(mean + std * n). Levels below `minimum`
-    are left out: the last steps always run at p.
-
-    Attributes:
-        mean: Positive values favour the noisy, early steps.
-        std: Spread of the logit.
-        uniform_share: Share that is uniform.
-        minimum: Smallest t.
-    """
-
-    mean: float = 0.5
-    std: float = 1.0
-    uniform_share: float = 0.25
-    minimum: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Checks the ranges."""
-        if not 0 <= self.uniform_share <= 1 or not 0 < self.minimum < 1 or self.std <= 0:
-            raise ValueError(
-                f"got uniform_share={self.uniform_share}, minimum={self.minimum}, std={self.std}; "
-                "expected a share in [0, 1], a minimum in (0, 1) and a positive std"
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
     """How weights are changed.
 
@@ -51,8 +23,6 @@ class OptimizerConfig:
         lr: Learning rate; by default 1e-4 for AdamW, 1 for Prodigy, as in the paper.
         schedule: `"cosine"`, down to a hundredth, or `"constant"`.
         warmup_steps: Steps of linear warm-up.
-        weight_decay: Decoupled weight decay.
-        clip: Largest norm of the gradient of one patch size's adapter.
         ema: Decay of the average of the weights, which is what is saved; 0 saves the last weights.
     """
 
@@ -60,8 +30,6 @@ class OptimizerConfig:
     lr: float | None = None
     schedule: str = "cosine"
     warmup_steps: int = 50
-    weight_decay: float = 0.0
-    clip: float = 1.0
     ema: float = 0.99
 
     def __post_init__(self) -> None:
@@ -70,10 +38,10 @@ class OptimizerConfig:
         _check_choice("schedule", self.schedule, SCHEDULES)
         if self.lr is not None and self.lr <= 0:
             raise ValueError(f"got lr={self.lr}; it must be positive")
-        if self.warmup_steps < 0 or self.clip <= 0 or not 0 <= self.ema < 1:
+        if self.warmup_steps < 0 or not 0 <= self.ema < 1:
             raise ValueError(
-                f"got warmup_steps={self.warmup_steps}, clip={self.clip}, ema={self.ema}; expected "
-                "no negative warm-up, a positive clip and an ema in [0, 1)"
+                f"got warmup_steps={self.warmup_steps}, ema={self.ema}; expected no negative "
+                "warm-up and an ema in [0, 1)"
             )
 
     @property
@@ -97,17 +65,13 @@ class TrainConfig:
         batch_size: Samples of one forward pass and process.
         accumulate: Forward passes per optimizer step.
         optimizer: How weights are changed.
-        times: Which noise levels are trained.
         weighting: `"velocity"`: squared error of v, the paper's loss; `"clean"`: of the clean
             estimate, t^2 times that.
-        size_weights: Factor of each size's loss, in the order of `patch_sizes`; by default 1.
         detail_share: Share of samples, `snr` only, that follow an earlier step at p.
         gradient_checkpointing: Whether blocks are computed again in the backward pass.
         seed: Seed of every random draw.
-        log_every: Steps between log entries.
         sample_every: Steps between grids of samples; 0 makes none.
         checkpoint_every: Steps between checkpoints.
-        keep_checkpoints: Checkpoints that are kept.
     """
 
     patch_sizes: tuple[str, ...] = ("2p", "4p")
@@ -118,45 +82,31 @@ class TrainConfig:
     batch_size: int = 8
     accumulate: int = 1
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    times: TimeSampling = field(default_factory=TimeSampling)
     weighting: str = "velocity"
-    size_weights: tuple[float, ...] | None = None
     detail_share: float = 0.5
     gradient_checkpointing: bool = False
     seed: int = 0
-    log_every: int = 10
     sample_every: int = 500
     checkpoint_every: int = 250
-    keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
         """Checks everything that can be checked without a model."""
         _check_choice("weighting", self.weighting, WEIGHTINGS)
-        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every"):
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name}={getattr(self, name)}; it must be positive")
         if not self.patch_sizes or len(set(self.multiples)) < len(self.patch_sizes):
             raise ValueError(f"got patch_sizes={self.patch_sizes}; name each size once")
-        if self.size_weights is not None and len(self.size_weights) != len(self.patch_sizes):
-            raise ValueError(
-                f"got {len(self.size_weights)} size_weights for {len(self.patch_sizes)} patch sizes"
-            )
         if not 0 <= self.detail_share <= 1:
             raise ValueError(f"got detail_share={self.detail_share}; it must be in [0, 1]")
-        if self.keep_checkpoints < 1 or self.sample_every < 0:
-            raise ValueError("keep_checkpoints must be positive, sample_every not negative")
+        if self.sample_every < 0:
+            raise ValueError(f"got sample_every={self.sample_every}; it must not be negative")
         self.adapters()
 
     @property
     def multiples(self) -> tuple[int, ...]:
         """Patch sizes as multiples of p."""
         return tuple(parse_patch(patch) for patch in self.patch_sizes)
-
-    @property
-    def weights(self) -> dict[int, float]:
-        """Factor of the loss, by multiple of p."""
-        weights = self.size_weights or (1.0,) * len(self.patch_sizes)
-        return dict(zip(self.multiples, weights, strict=True))
 
     def adapters(self) -> tuple[AdapterConfig, ...]:
         """Shapes of the adapters."""
@@ -169,10 +119,6 @@ class TrainConfig:
             )
             for multiple in self.multiples
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,10 +173,6 @@ class DataConfig:
         if self.guidance_scale is not None:
             arguments["guidance_scale"] = self.guidance_scale
         return arguments
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -96,7 +96,7 @@ def measure_gain(
 ) -> list[Gain]:
     """Runs every size for 60% of the steps, from the start and after three at p."""
     steps, coarse = data.sampling_steps, round(COARSE_SHARE * data.sampling_steps)
-    render = _Renderer(student, pipeline, data, prompts, seed)
+    render = _renderer(student, pipeline, data, prompts, seed)
     fine = render([1] * steps)
     gains = []
     for multiple in student.multiples:
@@ -129,7 +129,7 @@ def sample_grid(
         `[3, rows * height, prompts * width]`, in [0, 1].
     """
     steps, coarse = data.sampling_steps, round(COARSE_SHARE * data.sampling_steps)
-    render = _Renderer(student, pipeline, data, prompts, seed)
+    render = _renderer(student, pipeline, data, prompts, seed)
     rows = [render([1] * steps)]
     for multiple in student.multiples:
         plan, paths = [multiple] * coarse + [1] * (steps - coarse), _paths(student, multiple)
@@ -144,38 +144,30 @@ def write_png(path: Path, image: Tensor) -> None:
     Image.fromarray(np.ascontiguousarray(pixels)).save(path)
 
 
-class _Renderer:
-    """Images of some prompts, always from the same noise, for any plan."""
+def _renderer(
+    student: Student, pipeline: Any, data: DataConfig, prompts: Sequence[str], seed: int
+) -> Callable[..., Tensor]:
+    """Makes images of some prompts, always from the same noise, for any plan and path."""
 
-    def __init__(
-        self,
-        student: Student,
-        pipeline: Any,
-        data: DataConfig,
-        prompts: Sequence[str],
-        seed: int,
-    ) -> None:
-        self._student, self._pipeline, self._data = student, pipeline, data
-        self._prompts, self._seed = prompts, seed
-
-    def __call__(self, plan: Sequence[int], path: CoarsePath = UNADAPTED) -> Tensor:
+    def render(plan: Sequence[int], path: CoarsePath = UNADAPTED) -> Tensor:
         """`[prompts, 3, height, width]`, in [0, 1], float32."""
         parts = []
-        for start in range(0, len(self._prompts), self._data.encode_batch):
-            prompts = self._prompts[start : start + self._data.encode_batch]
-            seeds = [self._seed + start + offset for offset in range(len(prompts))]
+        for start in range(0, len(prompts), data.encode_batch):
+            batch = prompts[start : start + data.encode_batch]
             result = rendered(
-                lambda prepared: denoise(self._student.model, prepared, plan, path),
-                self._student.family,
-                self._pipeline,
-                prompts,
-                seeds,
-                num_inference_steps=self._data.sampling_steps,
+                lambda prepared: denoise(student.model, prepared, plan, path),
+                student.family,
+                pipeline,
+                batch,
+                [seed + start + offset for offset in range(len(batch))],
+                num_inference_steps=data.sampling_steps,
                 output_type="pt",
-                **self._data.call,
+                **data.call,
             )
             parts.append(result.images.float().cpu())
         return torch.cat(parts)
+
+    return render
 
 
 def _paths(student: Student, multiple: int) -> dict[str, CoarsePath]:

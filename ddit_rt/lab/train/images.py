@@ -11,7 +11,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -44,13 +44,6 @@ class Captioned:
     open: Callable[[], Image.Image]
 
 
-@dataclass
-class Skipped:
-    """Images that could not be used, and why."""
-
-    reasons: list[str] = field(default_factory=list)
-
-
 def captioned_images(config: DataConfig) -> Iterator[Captioned]:
     """All images of a source, unread, in a fixed order.
 
@@ -63,7 +56,7 @@ def captioned_images(config: DataConfig) -> Iterator[Captioned]:
 
 
 def read_images(
-    examples: Iterator[Captioned], height: int, width: int, skipped: Skipped
+    examples: Iterator[Captioned], height: int, width: int, skipped: list[str]
 ) -> Iterator[tuple[Tensor, str]]:
     """Reads, crops and scales images, leaving broken ones out.
 
@@ -78,13 +71,13 @@ def read_images(
     """
     for example in examples:
         if example.caption is None:
-            skipped.reasons.append(f"{example.name}: no caption")
+            skipped.append(f"{example.name}: no caption")
             continue
         try:
             with example.open() as opened:
                 image = opened.convert("RGB")
         except _BROKEN as error:
-            skipped.reasons.append(f"{example.name}: {type(error).__name__}: {error}")
+            skipped.append(f"{example.name}: {type(error).__name__}: {error}")
             continue
         yield _fit(image, height, width), example.caption
 
@@ -149,7 +142,6 @@ def _webdataset(config: DataConfig) -> Iterator[Captioned]:
     files = sorted(glob.glob(config.source))  # noqa: PTH207 - the whole path is the pattern
     if not files:
         raise ValueError(f"no file matches {config.source}; name a tar, or a pattern of them")
-
     return chain.from_iterable(_tar(file) for file in files)
 
 
@@ -176,7 +168,7 @@ def _members(file: str, archive: tarfile.TarFile) -> Iterator[Captioned]:
         yield Captioned(
             name=f"{PurePosixPath(file).name}:{stem.lstrip('/')}",
             caption=_tar_caption(archive, parts),
-            open=partial(_from_bytes, data),
+            open=partial(Image.open, io.BytesIO(data)),
         )
 
 
@@ -188,10 +180,6 @@ def _tar_caption(archive: tarfile.TarFile, parts: dict[str, tarfile.TarInfo]) ->
         caption = fields.get("caption", fields.get("text"))
         return None if caption is None else str(caption)
     return None
-
-
-def _from_bytes(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data))
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -227,12 +215,9 @@ def _datasets(config: DataConfig) -> Iterator[Captioned]:
 
 def _row(config: DataConfig, index: int, row: dict[str, Any]) -> Captioned:
     stored, caption = row[config.image_column], row[config.caption_column]
-
-    def read() -> Image.Image:
-        return Image.open(
-            stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
-        )
-
+    source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
     return Captioned(
-        name=f"row {index}", caption=None if caption is None else str(caption), open=read
+        name=f"row {index}",
+        caption=None if caption is None else str(caption),
+        open=partial(Image.open, source),
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ddit_rt.lab.measure.report import write_json
 from ddit_rt.lab.plans.points import prompt_lines
 from ddit_rt.lab.train.config import DataConfig
 from ddit_rt.lab.train.denoise import denoise, prepare
-from ddit_rt.lab.train.images import Skipped, captioned_images, read_images
+from ddit_rt.lab.train.images import captioned_images, read_images
 from ddit_rt.steps import StepModel
 
 _SHARD_BYTES = 256 * 2**20
@@ -123,14 +124,13 @@ def open_cache(
             )
         return LatentCache(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    skipped, captions = Skipped(), list[str]()
+    skipped, captions = list[str](), list[str]()
     encode = _trajectories if config.kind == "self" else _images
     batches = encode(config, model, pipeline, skipped, captions)
     shards, rows, sigmas = _write_shards(folder, batches, progress)
     if not rows:
         raise ValueError(
-            f"not one image of {config.source} can be used; the first reasons: "
-            f"{skipped.reasons[:3]}"
+            f"not one image of {config.source} can be used; the first reasons: {skipped[:3]}"
         )
     index = {
         "identity": wanted,
@@ -138,7 +138,7 @@ def open_cache(
         "rows": rows,
         "sigmas": sigmas,
         "captions": captions,
-        "skipped": skipped.reasons,
+        "skipped": skipped,
     }
     write_json(path, index)
     return LatentCache(folder)
@@ -147,7 +147,7 @@ def open_cache(
 def _identity(config: DataConfig, model: StepModel) -> dict[str, Any]:
     """What must agree for a cache to serve again."""
     weight = model.layers.embedding_layers(model.transformer)[0].weight
-    fields = {k: v for k, v in config.to_dict().items() if k != "encode_batch"}
+    fields = {k: v for k, v in asdict(config).items() if k != "encode_batch"}
     if config.kind == "self":
         fields["prompts"] = hashlib.sha256(Path(config.source).read_bytes()).hexdigest()
     sample = weight.detach().flatten()[:4].float().tolist()
@@ -155,7 +155,7 @@ def _identity(config: DataConfig, model: StepModel) -> dict[str, Any]:
 
 
 def _images(
-    config: DataConfig, model: StepModel, pipeline: Any, skipped: Skipped, captions: list[str]
+    config: DataConfig, model: StepModel, pipeline: Any, skipped: list[str], captions: list[str]
 ) -> Iterator[tuple[Rows, None]]:
     examples = islice(captioned_images(config), config.limit)
     images = read_images(examples, config.height, config.width, skipped)
@@ -171,7 +171,7 @@ def _images(
 
 
 def _trajectories(
-    config: DataConfig, model: StepModel, pipeline: Any, skipped: Skipped, captions: list[str]
+    config: DataConfig, model: StepModel, pipeline: Any, skipped: list[str], captions: list[str]
 ) -> Iterator[tuple[Rows, list[float]]]:
     del skipped  # prompts cannot be broken
     prompts = prompt_lines(config.source)

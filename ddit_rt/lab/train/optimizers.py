@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from ddit_rt.lab.train.config import OptimizerConfig
 
+CLIP = 1.0
+"""Largest norm of the gradient of one patch size's adapter."""
+
 _FLOOR = 0.01
 
 
@@ -25,7 +28,7 @@ def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> 
         return torch.optim.AdamW(
             parameters,
             lr=config.learning_rate,
-            weight_decay=config.weight_decay,
+            weight_decay=0.0,
             betas=(0.9, 0.99),
         )
     try:
@@ -37,7 +40,6 @@ def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> 
     return Prodigy(
         parameters,
         lr=config.learning_rate,
-        weight_decay=config.weight_decay,
         betas=(0.9, 0.99),
         # Without them the warm-up's small steps would be read as "go faster".
         safeguard_warmup=True,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddit_rt.lab.train.config import TimeSampling, TrainConfig
+from ddit_rt.lab.train.config import TrainConfig
 from ddit_rt.lab.train.latent_cache import LatentCache
 from ddit_rt.lab.train.velocities import Earlier, States
 
@@ -23,6 +23,13 @@ _HELD = 16
 """Most rows that are kept for the probe; never more than an eighth."""
 _STEP = (0.02, 0.06)
 """Distance of two noise levels in runs that are made up from images: 50 to 16 steps."""
+
+MEAN, STD = 0.5, 1.0
+"""Noise levels t in (0, 1] are sigmoid(MEAN + STD n): more of the noisy, early steps."""
+UNIFORM_SHARE = 0.25
+"""Share of them that is uniform instead."""
+MINIMUM = 0.1
+"""Least t that is trained: the last steps always run at p."""
 
 
 class StateSource:
@@ -41,42 +48,38 @@ class StateSource:
         self._held = list(range(self._trained, len(cache))) or list(range(len(cache)))
         self._epoch: tuple[int, list[int]] | None = None
         self._sigmas = cache.sigmas
-        if self._sigmas is not None and not bool((self._sigmas >= config.times.minimum).any()):
+        if self._sigmas is not None and not bool((self._sigmas >= MINIMUM).any()):
             raise ValueError(
-                f"the trajectories' noise levels {cache.index['sigmas']} are all below "
-                f"minimum={config.times.minimum}"
+                f"the trajectories' noise levels {cache.index['sigmas']} are all below {MINIMUM}, "
+                "the least that is trained; sample them with more steps"
             )
 
-    def batch(self, step: int, part: int, size: int | None = None) -> States:
+    def batch(self, step: int, part: int) -> States:
         """The states of one forward pass.
 
         Args:
             step: Optimizer step, from 0.
             part: Which forward pass of that step.
-            size: Samples; by default as configured.
         """
-        count = size or self._config.batch_size
-        rng = torch.Generator().manual_seed(self._seed(step, part))
+        count = self._config.batch_size
         first = (step * self._config.accumulate + part) * self._processes + self._process
         rows = [self._row(first * count + offset) for offset in range(count)]
-        levels = draw_levels(self._config.times, count, rng)
-        draw = self._of_images if self._sigmas is None else self._of_trajectories
-        return draw(rows, levels, rng)
+        return self._drawn(rows, step, part)
 
     def probe(self, size: int) -> States:
         """A batch for comparisons, the same at every time, of rows that are not trained on.
 
         A cache of fewer than eight rows has none to spare: there they are training rows.
         """
-        rng = torch.Generator().manual_seed(self._seed(2**31 - 1, 0))
         rows = [self._held[index % len(self._held)] for index in range(size)]
-        levels = draw_levels(self._config.times, size, rng)
-        draw = self._of_images if self._sigmas is None else self._of_trajectories
-        return draw(rows, levels, rng)
+        return self._drawn(rows, 2**31 - 1, 0)
 
-    def _seed(self, *numbers: int) -> int:
+    def _drawn(self, rows: list[int], *numbers: int) -> States:
+        """States of some rows, drawn by numbers that tell this draw from every other."""
         words = np.random.SeedSequence([self._config.seed, self._process, *numbers])
-        return int(words.generate_state(1)[0])
+        rng = torch.Generator().manual_seed(int(words.generate_state(1)[0]))
+        draw = self._of_images if self._sigmas is None else self._of_trajectories
+        return draw(rows, draw_levels(len(rows), rng), rng)
 
     def _row(self, position: int) -> int:
         """The cache's row at a place of the endless, freshly shuffled series."""
@@ -124,7 +127,7 @@ class StateSource:
     def _of_trajectories(self, rows: list[int], levels: Tensor, rng: torch.Generator) -> States:
         """The recorded step nearest to each level."""
         assert self._sigmas is not None
-        allowed = self._sigmas[self._sigmas >= self._config.times.minimum]
+        allowed = self._sigmas[self._sigmas >= MINIMUM]
         step = (levels[:, None] - allowed).abs().argmin(1)
         used, ago = self._follows(len(rows), rng)
         used &= step >= ago
@@ -148,12 +151,12 @@ class StateSource:
         )
 
 
-def draw_levels(times: TimeSampling, count: int, rng: torch.Generator) -> Tensor:
-    """Noise levels of a batch, `[count]`, in [minimum, 1)."""
-    normal = torch.sigmoid(times.mean + times.std * torch.randn(count, generator=rng))
+def draw_levels(count: int, rng: torch.Generator) -> Tensor:
+    """Noise levels of a batch, `[count]`, in [MINIMUM, 1)."""
+    normal = torch.sigmoid(MEAN + STD * torch.randn(count, generator=rng))
     uniform = torch.rand(count, generator=rng)
-    chosen = torch.rand(count, generator=rng) < times.uniform_share
-    return times.minimum + (1 - times.minimum) * torch.where(chosen, uniform, normal)
+    chosen = torch.rand(count, generator=rng) < UNIFORM_SHARE
+    return MINIMUM + (1 - MINIMUM) * torch.where(chosen, uniform, normal)
 
 
 def to_device(states: States, device: torch.device) -> States:

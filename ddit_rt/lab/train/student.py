@@ -119,7 +119,9 @@ class Student(nn.Module):
             config.multiple: self._blocks(config.patch, checkpointing=checkpointing)
             for config in configs
         }
-        for layer in self._lora_layers():
+        for layer in transformer.modules():
+            if not isinstance(layer, BaseTunerLayer):
+                continue
             layer.enable_adapters(False)
             for name, parameter in layer.named_parameters():
                 if "lora_" in name:
@@ -196,6 +198,3 @@ class Student(nn.Module):
             ]
             for block_type in self.family.block_types(self.transformer)
         }
-
-    def _lora_layers(self) -> list[BaseTunerLayer]:
-        return [m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ddit_rt.lab.train.evaluate import (
     write_png,
 )
 from ddit_rt.lab.train.latent_cache import LatentCache, open_cache
-from ddit_rt.lab.train.optimizers import WeightAverage, build_optimizer, learning_rate_at
+from ddit_rt.lab.train.optimizers import CLIP, WeightAverage, build_optimizer, learning_rate_at
 from ddit_rt.lab.train.states import StateSource, to_device
 from ddit_rt.lab.train.student import Student
 from ddit_rt.models import family_of
@@ -39,6 +39,8 @@ from ddit_rt.policies import patch_name
 _PROBE = 32
 _GRID_PROMPTS = 4
 _CHECK_AFTER = 100
+_LOG_EVERY = 10
+_KEPT_CHECKPOINTS = 2
 _GAIN_SEED = 1_000_000
 
 
@@ -106,7 +108,8 @@ def train(
         ValueError: Data that cannot be used, or a run under `out` with other settings.
         ModuleNotFoundError: A package is missing; the message says what to install.
     """
-    _require_tensorboard()
+    if find_spec("tensorboard") is None:
+        raise ModuleNotFoundError('training logs need tensorboard: pip install "ddit_rt[train]"')
     folder = Path(out)
     if restart:
         for name in ("checkpoints", "logs", "samples"):
@@ -115,7 +118,7 @@ def train(
     family = family_of(pipeline.transformer, pipeline)
     adaptable_layers(family, pipeline.transformer)
     family.latent_shape(pipeline, data.height, data.width, 1)  # refuses what cannot be made
-    check_same_run(folder / "run" / "run.json", {"train": config.to_dict(), "data": data.to_dict()})
+    check_same_run(folder / "run" / "run.json", {"train": asdict(config), "data": asdict(data)})
     student = Student(
         family,
         pipeline.transformer,
@@ -125,7 +128,8 @@ def train(
     )
     try:
         run = _Run(pipeline, data, config, folder, student, cache, gain_prompts, progress)
-        return run.finish(run.loop(), save_dtype, model_name or _name(pipeline))
+        loaded_from = pipeline.config.get("_name_or_path") or type(pipeline).__name__
+        return run.finish(run.loop(), save_dtype, model_name or str(loaded_from))
     finally:
         student.unload()
 
@@ -187,9 +191,7 @@ class _Run:
         accelerator.register_for_checkpointing(self._average)
         register_hooks(accelerator)
         accelerator.init_trackers("train")
-        self._checkpoints = Checkpoints(
-            self._folder / "run" / "checkpoints", config.keep_checkpoints
-        )
+        self._checkpoints = Checkpoints(self._folder / "run" / "checkpoints", _KEPT_CHECKPOINTS)
 
     def loop(self) -> float | None:
         """Trains to the end; seconds per step."""
@@ -208,7 +210,7 @@ class _Run:
                 recent.append(self._step(step))
                 bar.update()
                 done = step + 1
-                if done % config.log_every == 0 or done == config.steps:
+                if done % _LOG_EVERY == 0 or done == config.steps:
                     self._log(done, recent, bar)
                     recent.clear()
                 if done == check:
@@ -235,10 +237,10 @@ class _Run:
                 means = {
                     m: means[m] + loss.detach() / config.accumulate for m, loss in losses.items()
                 }
-                total = torch.stack([config.weights[m] * loss for m, loss in losses.items()]).sum()
+                total = torch.stack(list(losses.values())).sum()
                 accelerator.backward(total)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self._model.parameters(), config.optimizer.clip)
+                    accelerator.clip_grad_norm_(self._model.parameters(), CLIP)
                 self._optimizer.step()
                 self._optimizer.zero_grad()
         self._average.update()
@@ -294,40 +296,22 @@ class _Run:
                     measure_gain, self._pipeline, self._data, self._prompts, _GAIN_SEED
                 )
             adapters = student.export(accelerator.get_state_dict(self._model))
-        skipped: list[str] = self.cache.index["skipped"]
-        if accelerator.is_main_process:
-            save_adapters(
-                adapters, self._folder, student.family, student.transformer, dtype=save_dtype
-            )
-            card = model_card(
-                model=model_name,
-                config=config,
-                data=self._data,
-                samples=len(self.cache),
-                skipped=len(skipped),
-                losses=losses,
-                gains=gains,
-                gain_prompts=self._prompt_words,
-            )
-            (self._folder / "README.md").write_text(card, encoding="utf-8")
-        accelerator.end_training()
-        return TrainResult(
+        result = TrainResult(
             folder=self._folder,
             steps=config.steps,
             samples=len(self.cache),
-            skipped=skipped,
+            skipped=self.cache.index["skipped"],
             losses=losses,
             gains=gains,
             warnings=self.warnings,
             seconds_per_step=seconds_per_step,
             is_main=accelerator.is_main_process,
         )
-
-
-def _name(pipeline: Any) -> str:
-    return str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
-
-
-def _require_tensorboard() -> None:
-    if find_spec("tensorboard") is None:
-        raise ModuleNotFoundError('training logs need tensorboard: pip install "ddit_rt[train]"')
+        if accelerator.is_main_process:
+            save_adapters(
+                adapters, self._folder, student.family, student.transformer, dtype=save_dtype
+            )
+            card = model_card(model_name, config, self._data, result, self._prompt_words)
+            (self._folder / "README.md").write_text(card, encoding="utf-8")
+        accelerator.end_training()
+        return result

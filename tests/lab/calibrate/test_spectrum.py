@@ -8,7 +8,7 @@ import torch
 from models import noise
 from torch import Tensor
 
-from ddit_rt.lab.calibrate.spectrum import power_law
+from ddit_rt.lab.calibrate.cache_fit import power_law
 from ddit_rt.steps.buckets import dct
 
 

@@ -14,13 +14,10 @@ def test_captions_invert_for_every_combination() -> None:
     assert [parse_caption(a.caption) for a in everything] == everything
 
 
-@pytest.mark.parametrize("caption", ["", "a red circle", "a red circle in plain blue"])
-def test_parse_caption_names_the_pattern_when_it_does_not_match(caption: str) -> None:
-    with pytest.raises(ValueError, match="expected e.g. 'a red circle on blue stripes'"):
-        parse_caption(caption)
-
-
-def test_attributes_reject_unknown_words() -> None:
+def test_what_is_no_caption_is_refused() -> None:
+    for caption in ("", "a red circle", "a red circle in plain blue"):
+        with pytest.raises(ValueError, match="expected e.g. 'a red circle on blue stripes'"):
+            parse_caption(caption)
     with pytest.raises(ValueError, match="colour is 'mauve', expected one of red"):
         Attributes(shape="star", colour="mauve", background="dots", background_colour="red")
 
@@ -44,25 +41,15 @@ def test_draw_image_shows_the_same_scene_at_every_size() -> None:
     assert np.abs(averaged - small).mean() < 0.02
 
 
-def test_draw_image_puts_the_shape_colour_in_the_middle() -> None:
-    red = draw_image(parse_caption("a red square on plain green"), ImageConfig(), seed=1)
-    assert red[64, 64, 0] > 0.7 > 0.3 > red[64, 64, 1]
-
-
-def test_draw_series_keeps_held_out_combinations_apart() -> None:
+def test_series_keeps_held_out_combinations_apart_however_it_is_cut() -> None:
     config = ImageConfig(height=16, width=16)
     images, drawn = draw_series(config, seed=0, start=0, count=64)
     assert images.shape == (64, 3, 16, 16)
     assert not any(is_held_out(a) for a in drawn)
+    tail, _ = draw_series(config, seed=0, start=62, count=2)
+    assert np.array_equal(images[62:], tail)
     _, unseen = draw_series(config, seed=0, start=0, count=8, held_out=True)
     assert all(is_held_out(a) for a in unseen)
-
-
-def test_series_do_not_depend_on_how_they_are_cut() -> None:
-    config = ImageConfig(height=16, width=16)
-    whole, _ = draw_series(config, seed=0, start=0, count=4)
-    tail, _ = draw_series(config, seed=0, start=2, count=2)
-    assert np.array_equal(whole[2:], tail)
 
 
 def test_config_rejects_empty_ranges() -> None:

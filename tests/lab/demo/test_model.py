@@ -1,11 +1,13 @@
 """The shipped pipeline: loads with diffusers, is small, draws what its captions say."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from demo_training.draw_images import ImageConfig, draw_series
 from diffusers import FluxPipeline
 
-from ddit_rt.lab.demo import model_path
+from ddit_rt.lab.demo import adapters_path, model_path, video_model_path
 from ddit_rt.lab.demo.classifier import (
     attribute_hits,
     image_features,
@@ -24,9 +26,13 @@ def pipeline() -> FluxPipeline:
     return loaded
 
 
-def test_files_stay_small() -> None:
-    files = [file for file in model_path().rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 12e6
+@pytest.mark.parametrize(
+    ("folder", "most"),
+    [(model_path(), 12e6), (video_model_path(), 6e6), (adapters_path(), 3e6)],
+)
+def test_files_stay_small(folder: Path, most: float) -> None:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert 0 < sum(file.stat().st_size for file in files) <= most
     assert weights_path().stat().st_size <= 300e3
 
 
@@ -37,13 +43,13 @@ def test_classifier_reads_drawn_images() -> None:
 
 
 def test_distance_of_features_grows_with_blur() -> None:
-    drawn, _ = draw_series(ImageConfig(), seed=99, start=0, count=96)
+    drawn, _ = draw_series(ImageConfig(), seed=99, start=0, count=72)
     images = torch.from_numpy(drawn) / 255
     gaussians = []
     for width in (1, 3, 7, 15):
         blurred = torch.nn.functional.avg_pool2d(images, width, stride=1, padding=width // 2)
         features = image_features(load_classifier(), blurred)
-        assert features.shape == (96, 64)
+        assert features.shape == (72, 64)
         gaussians.append(gaussian(features.double().numpy()))
     found = [frechet_distance(*gaussians[0], *other) for other in gaussians]
     # 64 eigenvalues of order 1, in double.
@@ -57,13 +63,6 @@ def test_classifier_names_both_counts_when_they_differ() -> None:
         attribute_hits(
             load_classifier(), torch.zeros(2, 3, 128, 128), [parse_caption(held_out_prompts(1)[0])]
         )
-
-
-def test_pipeline_has_the_geometry_of_flux(pipeline: FluxPipeline) -> None:
-    assert pipeline.vae_scale_factor == 4
-    assert pipeline.transformer.config.in_channels == 4 * pipeline.vae.config.latent_channels
-    assert pipeline.transformer.dtype == torch.float32
-    assert pipeline.scheduler.config.use_dynamic_shifting
 
 
 def test_text_encoders_tell_which_word_has_which_colour(pipeline: FluxPipeline) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluations import HOSTILE, PROMPTS, run, settings
+from evaluations import PROMPTS, run, settings
 from extras import need
 from PIL import Image
 
@@ -27,13 +27,6 @@ PLANS = ["fine", "default", "equal-steps", "equal-static"]
 def report(evaluation: Path) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((evaluation / "report.json").read_text())
     return data
-
-
-@pytest.fixture
-def copy(evaluation: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "copy"
-    shutil.copytree(evaluation, path)
-    return path
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -59,6 +52,9 @@ def test_every_plan_is_there_with_cost_and_quality(report: dict[str, Any]) -> No
         # Equal cost to half a fine step up and one step's saving down.
         assert plan["role"] == "rival"
         assert -64 < plan["tokens"]["value"] - default["tokens"]["value"] <= 32
+    for name in PLANS:  # the same noise for every plan, and its own for every image
+        images = [image for entry in report["prompts"] for image in entry["pictures"][name]]
+        assert [image["seed"] for image in images] == [0, 1, 2, 3, 4, 5]
 
 
 def test_scores_are_of_the_images_in_the_folder(report: dict[str, Any], evaluation: Path) -> None:
@@ -73,16 +69,6 @@ def test_scores_are_of_the_images_in_the_folder(report: dict[str, Any], evaluati
         assert found["value"] == pytest.approx(wanted.value)
         assert (found["low"], found["high"]) == pytest.approx((wanted.low, wanted.high))
         assert found["pictures"] == 6
-
-
-def test_noise_is_the_same_for_every_plan_and_its_own_for_every_image(
-    report: dict[str, Any],
-) -> None:
-    seeds = [
-        [image["seed"] for entry in report["prompts"] for image in entry["pictures"][plan]]
-        for plan in PLANS
-    ]
-    assert seeds == [[0, 1, 2, 3, 4, 5]] * len(PLANS)
 
 
 def test_wins_are_counted_over_prompts(report: dict[str, Any]) -> None:
@@ -143,7 +129,10 @@ def test_baseline_of_other_seconds_is_noted() -> None:
     assert faster.startswith("d took 0.50 times")
 
 
-def test_going_on_makes_and_scores_only_what_is_missing(engine: Engine, copy: Path) -> None:
+def test_going_on_makes_and_scores_only_what_is_missing(
+    engine: Engine, evaluation: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(evaluation, tmp_path / "copy")
     before = json.loads((copy / "report.json").read_text())
     # As after a stop: the last images are unnoted, a line is cut off, an image is lost.
     rows = (copy / "pictures.jsonl").read_text().splitlines(keepends=True)
@@ -167,13 +156,6 @@ def test_going_on_makes_and_scores_only_what_is_missing(engine: Engine, copy: Pa
     assert len(keys) == len(set(keys))
 
 
-def test_finished_evaluation_generates_nothing(engine: Engine, copy: Path) -> None:
-    images = (copy / "pictures.jsonl").read_bytes()
-    run(engine, settings(copy, seeds=2))
-    assert (copy / "pictures.jsonl").read_bytes() == images
-    assert len(lines(copy / "sessions.jsonl")) == 1
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -184,10 +166,10 @@ def test_finished_evaluation_generates_nothing(engine: Engine, copy: Path) -> No
     ],
 )
 def test_other_settings_are_refused_with_both(
-    engine: Engine, copy: Path, fields: dict[str, Any], message: str
+    engine: Engine, evaluation: Path, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"{message}.*name another folder with --out"):
-        run(engine, settings(copy, **{"seeds": 2, **fields}))
+        run(engine, settings(evaluation, **{"seeds": 2, **fields}))
 
 
 def test_folder_with_other_files_is_refused(engine: Engine, tmp_path: Path) -> None:
@@ -236,10 +218,3 @@ def test_bad_settings_are_refused_before_any_work(tmp_path: Path) -> None:
         settings(tmp_path, references=tmp_path)
     with pytest.raises(ValueError, match="there is no folder"):
         settings(tmp_path, references=tmp_path / "none")
-
-
-def test_hostile_prompt_is_text_on_the_page(evaluation: Path) -> None:
-    page = (evaluation / "report.html").read_text()
-    assert HOSTILE not in page
-    assert "<script>alert" not in page
-    assert "not installed: &lt;torchvision&gt;" in page

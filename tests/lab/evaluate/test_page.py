@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluations import HOSTILE
 from extras import need
 from PIL import Image
 
@@ -87,9 +88,12 @@ def test_worst_cases_have_slider_images_and_timelines(page: Reader, evaluation: 
     assert bars[0] == "height:100%;background:#0072B2"
 
 
-def test_page_names_what_is_not_there(page: Reader) -> None:
+def test_page_names_what_is_not_there_and_prompts_are_text(page: Reader, evaluation: Path) -> None:
     assert "TeaCache: there are no teacache coefficients for this" in page.text
     assert "LPIPS: not installed: <torchvision>" in page.text
+    written = (evaluation / "report.html").read_text(encoding="utf-8")
+    assert HOSTILE not in written
+    assert "<script>alert" not in written
 
 
 def test_large_image_becomes_a_smaller_jpeg() -> None:
@@ -133,12 +137,9 @@ def test_dashed_line_is_the_front_that_nothing_beats(
 
 
 def test_every_plan_with_a_score_is_a_point_with_its_interval() -> None:
+    assert drawn([plan("fine", 5, None)]) is None
     axes = drawn([plan("slow", 3, 0.9, low=0.7, high=1.0), plan("fine", 5, None), PLANS[0]])
     found = {container.get_label(): container for container in axes.containers}
     assert found.keys() == {"plan slow", "plan a"}
     ((low, high),) = (segment[:, 1] for segment in found["plan slow"].lines[2][1].get_segments())
     assert (low, high) == pytest.approx((0.7, 1.0))
-
-
-def test_metric_without_any_score_has_no_figure() -> None:
-    assert drawn([plan("fine", 5, None)]) is None

@@ -64,7 +64,8 @@ def written(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def test_page_is_served_and_names_no_plan(server: StudyServer) -> None:
+def test_page_is_served_on_this_machine_only_and_names_no_plan(server: StudyServer) -> None:
+    assert server.server_address[0] == "127.0.0.1"
     page = get(server, "").decode()
     assert "<title>Which image is better?</title>" in page
     pair = state(server, "ada")["pair"]
@@ -128,71 +129,58 @@ def test_last_answer_brings_the_shares(server: StudyServer, folder: Path) -> Non
     assert study.summary() == summary
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"not json",
-        b"\xff\xfe",
-        b"[]",
-        b'{"rater": "ada", "pair": 0}',
-        b'{"rater": "ada", "pair": 0, "choice": "left", "plan": "fine"}',
-        b'{"rater": "ada", "pair": 0, "choice": "best"}',
-        b'{"rater": "ada", "pair": 0, "choice": ["left"]}',
-        b'{"rater": "ada", "pair": 6, "choice": "left"}',
-        b'{"rater": "ada", "pair": -1, "choice": "left"}',
-        b'{"rater": "ada", "pair": "0", "choice": "left"}',
-        b'{"rater": "ada", "pair": true, "choice": "left"}',
-        b'{"rater": "  ", "pair": 0, "choice": "left"}',
-        b'{"rater": 7, "pair": 0, "choice": "left"}',
-        b'{"rater": "%s", "pair": 0, "choice": "left"}' % (b"a" * 65),
-        b'{"rater": "ada", "pair": 0, "choice": "left"}' + b" " * 5000,
-    ],
+MALFORMED = (
+    b"",
+    b"not json",
+    b"\xff\xfe",
+    b"[]",
+    b'{"rater": "ada", "pair": 0}',
+    b'{"rater": "ada", "pair": 0, "choice": "left", "plan": "fine"}',
+    b'{"rater": "ada", "pair": 0, "choice": "best"}',
+    b'{"rater": "ada", "pair": 0, "choice": ["left"]}',
+    b'{"rater": "ada", "pair": 6, "choice": "left"}',
+    b'{"rater": "ada", "pair": -1, "choice": "left"}',
+    b'{"rater": "ada", "pair": "0", "choice": "left"}',
+    b'{"rater": "ada", "pair": true, "choice": "left"}',
+    b'{"rater": "  ", "pair": 0, "choice": "left"}',
+    b'{"rater": 7, "pair": 0, "choice": "left"}',
+    b'{"rater": "%s", "pair": 0, "choice": "left"}' % (b"a" * 65),
+    b'{"rater": "ada", "pair": 0, "choice": "left"}' + b" " * 5000,
 )
-def test_malformed_post_is_400_and_loses_nothing(
-    server: StudyServer, folder: Path, body: bytes
+GOOD = b'{"rater": "ada", "pair": 0, "choice": "left"}'
+
+
+def test_what_is_no_answer_or_of_another_site_is_400_and_loses_nothing(
+    server: StudyServer, folder: Path
 ) -> None:
     answer(server, "ada", 0, "equal")
     before = written(folder)
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        post(server, body)
-    with caught.value as error:
-        assert error.code == 400
-        assert json.loads(error.read())["error"]
-    assert written(folder) == before
+    cases: list[tuple[bytes, dict[str, str]]] = [(body, {}) for body in MALFORMED]
+    cases += [(GOOD, {"Host": "evil.example"}), (GOOD, {"Content-Type": "text/plain"})]
+    for body, headers in cases:
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            post(server, body, **headers)
+        with caught.value as error:
+            assert error.code == 400, (body, headers)
+            assert json.loads(error.read())["error"]
+        assert written(folder) == before
     assert answer(server, "ada", 1, "equal")["done"] == 2
 
 
-@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Content-Type": "text/plain"}])
-def test_post_of_another_site_is_400(
-    server: StudyServer, folder: Path, headers: dict[str, str]
-) -> None:
-    body = json.dumps({"rater": "ada", "pair": 0, "choice": "left"}).encode()
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        post(server, body, **headers)
-    with caught.value as error:
-        assert error.code == 400
-    assert not written(folder)
-
-
-@pytest.mark.parametrize(
-    ("path", "query", "code"),
-    [
+def test_other_addresses_are_refused(server: StudyServer) -> None:
+    picture = {"rater": "ada", "pair": "0", "side": "left"}
+    for path, query, code in (
         ("state", {}, 400),
-        ("picture", {"rater": "ada", "pair": "x", "side": "left"}, 400),
-        ("picture", {"rater": "ada", "pair": "99", "side": "left"}, 400),
-        ("picture", {"rater": "ada", "pair": "0", "side": "../../settings.json"}, 400),
+        ("picture", {**picture, "pair": "x"}, 400),
+        ("picture", {**picture, "pair": "99"}, 400),
+        ("picture", {**picture, "side": "../../settings.json"}, 400),
         ("settings.json", {}, 404),
         ("../report.json", {}, 404),
-    ],
-)
-def test_other_addresses_are_refused(
-    server: StudyServer, path: str, query: dict[str, str], code: int
-) -> None:
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        get(server, path, **query)
-    with caught.value as error:
-        assert error.code == code
+    ):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            get(server, path, **query)
+        with caught.value as error:
+            assert error.code == code, (path, query)
 
 
 def test_same_answer_twice_is_one_and_another_is_refused(server: StudyServer, folder: Path) -> None:
@@ -228,10 +216,6 @@ def test_answers_about_other_plans_do_not_count(folder: Path) -> None:
     assert Study(folder).summary()["answers"] == 0
     assert summary_text(Study(folder).summary()) == "default against fine: no answers yet"
     assert Study(folder, "equal-steps").summary()["answers"] == 1
-
-
-def test_server_listens_on_this_machine_only(server: StudyServer) -> None:
-    assert server.server_address[0] == "127.0.0.1"
 
 
 @pytest.mark.parametrize("plans", [("nonsense", None), ("fine", "fine"), (None, "default")])

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from ddit_rt.lab.demo.prompts import held_out_prompts
-from ddit_rt.lab.evaluate.prompt_sets import HUB_SETS, read_prompts
+from ddit_rt.lab.evaluate.prompt_sets import read_prompts
 
 
 def test_file_gives_different_lines_in_order(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("a zebra\n\n  a fox \na zebra\n", encoding="utf-8")
+    file.write_text("# animals\na zebra\n\n  a fox \na zebra\n", encoding="utf-8")
     assert read_prompts(str(file)) == ("a zebra", "a fox")
 
 
@@ -28,31 +28,22 @@ def test_demo_is_the_held_out_captions() -> None:
     assert read_prompts("demo") == tuple(held_out_prompts())
 
 
-@pytest.mark.parametrize("limit", [0, -1])
-def test_limit_below_one_is_refused(limit: int) -> None:
-    with pytest.raises(ValueError, match=f"got a limit of {limit} prompts"):
-        read_prompts("demo", limit)
+def test_limit_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="got a limit of 0 prompts"):
+        read_prompts("demo", 0)
 
 
 def test_empty_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text(" \n\n")
+    file.write_text("# nothing\n \n\n")
     with pytest.raises(ValueError, match="holds no prompts; write one a line"):
         read_prompts(str(file))
 
 
-def test_missing_file_is_refused() -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
-        read_prompts("none.txt")
-
-
-@pytest.mark.parametrize("name", HUB_SETS)
-def test_hub_set_without_datasets_names_the_package(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_set_without_datasets_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install datasets, or give a file"):
-        read_prompts(name)
+    with pytest.raises(ModuleNotFoundError, match="COCO.* pip install datasets"):
+        read_prompts("coco")
 
 
 def install(monkeypatch: pytest.MonkeyPatch, load_dataset: Any) -> None:

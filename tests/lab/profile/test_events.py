@@ -8,6 +8,7 @@ import torch
 from torch.profiler import record_function
 
 from ddit_rt.lab.profile import events as profiling
+from ddit_rt.lab.profile.accounting import device_spans
 
 
 def entry(category: str, name: str, start: float, duration: float, correlation: int = -1) -> Any:
@@ -29,6 +30,7 @@ TRACE = [
     entry("cuda_runtime", "cudaMemcpyAsync", 0, 1, 1),
     entry("cuda_runtime", "cudaLaunchKernel", 2, 1, 2),
     entry("kernel", "embed", 5, 2, 2),
+    entry("user_annotation", "ddit_rt/run", 4, 60),
     entry("user_annotation", "ddit_rt/model/p", 10, 5),
     entry("cuda_runtime", "cudaGraphLaunch", 11, 2, 3),
     entry("kernel", "block", 20, 10, 3),
@@ -62,11 +64,12 @@ def test_host_calls_are_counted_in_a_span() -> None:
 
 def test_range_on_a_device_lasts_as_long_as_the_work_launched_in_it() -> None:
     events = profiling.read_events(TRACE)
-    device = torch.device("cuda")
-    seconds = profiling.range_seconds(events, "ddit_rt/model/p", device)
-    assert [round(s * 1e6) for s in seconds] == [20, 8]
-    assert profiling.range_seconds(events, "ddit_rt/model/2p", device) == []
-    assert profiling.range_seconds(events, "ddit_rt/model/4p", device) == []
+    found = device_spans(events)
+    assert [(one.name, one.start, one.end) for one in found] == [
+        ("run", 20, 58),
+        ("model/p", 20, 40),
+        ("model/p", 50, 58),
+    ]
 
 
 def test_profile_of_a_run_on_the_cpu_shows_its_ranges() -> None:
@@ -78,7 +81,8 @@ def test_profile_of_a_run_on_the_cpu_shows_its_ranges() -> None:
 
     cpu = torch.device("cpu")
     events = profiling.profile(call, cpu)
-    seconds = profiling.range_seconds(events, "some/range", cpu)
+    ranges = profiling.ranges_of(events)
+    seconds = [event.seconds for event in ranges if event.name == "some/range"]
     assert len(seconds) == 3
     assert min(seconds) >= 0.002  # sleep never wakes early
     assert profiling.host_calls(events) == {}

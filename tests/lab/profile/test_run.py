@@ -20,8 +20,7 @@ import ddit_rt
 from ddit_rt.cli import main
 from ddit_rt.engine.cost import step_cost
 from ddit_rt.lab.profile import accounting
-from ddit_rt.lab.profile.events import Event, read_events
-from ddit_rt.lab.profile.floors import floors
+from ddit_rt.lab.profile.events import Event
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "profile.py"
 
@@ -31,8 +30,8 @@ def rows_of(entry: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def test_table_adds_up_to_the_loop_and_fits_the_trace(tmp_path: Path) -> None:
-    subject = tiny_subject()
-    entry = profiled(subject, None, tmp_path)
+    """And the Chrome trace holds the ranges."""
+    entry = profiled(tiny_subject(), None, tmp_path)
     rows = rows_of(entry)
     phases = ("decide", "model", "solver")
     assert list(rows) == [*((p, f) for p in ("p", "2p", "4p") for f in phases), ("", "other")]
@@ -48,6 +47,12 @@ def test_table_adds_up_to_the_loop_and_fits_the_trace(tmp_path: Path) -> None:
         steps = [s["latency_ms"] for s in entry["trace"]["steps"] if s["patch_size"] == patch]
         assert 0 < sum(rows[patch, phase]["ms"] for phase in phases) <= sum(steps) + 1
     assert entry["trace"]["latency_ms"] <= entry["loop_ms"] + 1
+    with gzip.open(entry["chrome_trace"], "rt") as file:
+        events = json.load(file)["traceEvents"]
+    names = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
+    assert names["ddit_rt/run"] == 1
+    assert names["ddit_rt/decide"] == names["ddit_rt/solver"] == len(PLAN)
+    assert [names[f"ddit_rt/model/{patch}"] for patch in ("p", "2p", "4p")] == [1, 3, 2]
 
 
 def test_rates_are_the_least_work_over_the_time(tmp_path: Path) -> None:
@@ -69,16 +74,6 @@ def test_rates_are_the_least_work_over_the_time(tmp_path: Path) -> None:
     moved = solver["bytes_per_s"] * solver["ms"] / 1e3
     assert moved == pytest.approx(4 * latents.numel() * 4 * solver["calls"])
     assert solver["flops_per_s"] is None
-
-
-def test_chrome_trace_holds_the_ranges(tmp_path: Path) -> None:
-    entry = profiled(tiny_subject(), None, tmp_path)
-    with gzip.open(entry["chrome_trace"], "rt") as file:
-        events = json.load(file)["traceEvents"]
-    names = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
-    assert names["ddit_rt/run"] == 1
-    assert names["ddit_rt/decide"] == names["ddit_rt/solver"] == len(PLAN)
-    assert [names[f"ddit_rt/model/{patch}"] for patch in ("p", "2p", "4p")] == [1, 3, 2]
 
 
 def no_work(*_: Any) -> Any:
@@ -117,38 +112,10 @@ def test_phases_that_a_profiler_cannot_see_are_in_the_rest() -> None:
     assert rest.seconds == pytest.approx(account.seconds - 6 * 0.5e-6)
 
 
-def test_device_time_is_that_of_the_work_launched_inside_a_range() -> None:
-    """A trace as kineto writes it: launches and kernels share a correlation number."""
-
-    def event(cat: str, name: str, ts: float, dur: float, number: int | None = None) -> Any:
-        args = {} if number is None else {"correlation": number}
-        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
-
-    events = [
-        event("user_annotation", "ddit_rt/run", 0, 100),
-        event("user_annotation", "ddit_rt/decide", 1, 9),
-        event("user_annotation", "ddit_rt/model/p", 20, 10),
-        event("user_annotation", "ddit_rt/solver", 40, 5),
-        event("cuda_runtime", "cudaLaunchKernel", 2, 1, 7),
-        event("cuda_driver", "cuLaunchKernelEx", 4, 1, 8),
-        event("cuda_runtime", "cudaGraphLaunch", 21, 1, 9),
-        event("kernel", "scores", 50, 4, 7),
-        event("kernel", "decide", 60, 3, 8),
-        event("kernel", "gemm", 70, 100, 9),
-        event("gpu_memcpy", "copy", 171, 2, 9),
-        event("kernel", "someone else's", 0, 1, 10),
-        {"ph": "M", "name": "process_name"},
-    ]
-    read = read_events(events)
-    found = accounting.device_spans(read)
-    spans = [(one.name, one.start, one.end) for one in found]
-    assert spans == [("run", 50, 173), ("decide", 50, 63), ("model/p", 70, 173)]
-
-
 def test_whole_steps_where_the_device_decides() -> None:
     subject = tiny_subject()
     trace = subject.run()
-    work_of = floors(subject, trace)
+    work_of = accounting.floors(subject, trace)
     account = accounting.account_of_trace(trace, work_of)
     assert [(row.patch, row.phase, row.calls) for row in account.rows] == [
         ("p", "step", 1),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from ddit_rt.lab.plans.points import prompt_lines
-from ddit_rt.lab.train import DataConfig, OptimizerConfig, TimeSampling, TrainConfig
+from ddit_rt.lab.train import DataConfig, OptimizerConfig, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -18,13 +15,12 @@ from ddit_rt.lab.train import DataConfig, OptimizerConfig, TimeSampling, TrainCo
         (lambda: TrainConfig(variant="x"), "got variant='x'"),
         (lambda: TrainConfig(rank=0), "rank=0"),
         (lambda: TrainConfig(steps=0), "steps=0"),
-        (lambda: TrainConfig(size_weights=(1.0,)), "1 size_weights for 2"),
+        (lambda: TrainConfig(sample_every=-1), "sample_every=-1"),
         (lambda: TrainConfig(weighting="x"), "got weighting='x'"),
         (lambda: TrainConfig(detail_share=2.0), "detail_share=2.0"),
         (lambda: OptimizerConfig(name="sgd"), "got optimizer='sgd'"),
         (lambda: OptimizerConfig(lr=-1.0), "lr=-1.0"),
         (lambda: OptimizerConfig(ema=1.0), "ema=1.0"),
-        (lambda: TimeSampling(minimum=0.0), "minimum=0.0"),
         (lambda: DataConfig(kind="x", source="", height=1, width=1), "got data='x'"),
         (lambda: DataConfig(kind="self", source="", height=0, width=1), "0 x 1 pixels"),
         (lambda: DataConfig(kind="self", source="", height=1, width=1, limit=0), "limit=0"),
@@ -33,12 +29,3 @@ from ddit_rt.lab.train import DataConfig, OptimizerConfig, TimeSampling, TrainCo
 def test_bad_settings_are_refused_with_their_value(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_file_without_prompts_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_text("# only a comment\n\n")
-    with pytest.raises(ValueError, match="holds no prompt"):
-        prompt_lines(path)
-    path.write_text("# comment\n a fox \n\nan owl\n")
-    assert prompt_lines(path) == ["a fox", "an owl"]

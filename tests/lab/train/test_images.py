@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ddit_rt.lab.train import DataConfig
-from ddit_rt.lab.train.images import Skipped, captioned_images, read_images
+from ddit_rt.lab.train.images import captioned_images, read_images
 
 
 def config(kind: str, source: object) -> DataConfig:
@@ -22,9 +22,9 @@ def config(kind: str, source: object) -> DataConfig:
 
 
 def captions(kind: str, source: object) -> tuple[list[str], list[str]]:
-    skipped = Skipped()
+    skipped: list[str] = []
     read = read_images(captioned_images(config(kind, source)), 32, 48, skipped)
-    return [caption for _, caption in read], skipped.reasons
+    return [caption for _, caption in read], skipped
 
 
 def png(colour: tuple[int, int, int] = (255, 0, 0)) -> bytes:
@@ -134,7 +134,7 @@ def test_image_is_scaled_and_cut_in_the_middle(tmp_path: Path) -> None:
     image.save(tmp_path / "wide.png")
     (tmp_path / "wide.txt").write_text("wide")
     examples = captioned_images(config("folder", tmp_path))
-    (pixels, _), *_ = read_images(examples, 32, 48, Skipped())
+    (pixels, _), *_ = read_images(examples, 32, 48, [])
     assert pixels.shape == (3, 32, 48)
     # Lanczos weights sum to 1 within half an 8-bit step.
     torch.testing.assert_close(pixels, torch.ones(3, 32, 48), rtol=0, atol=2 / 255)

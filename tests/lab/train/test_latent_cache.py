@@ -30,11 +30,8 @@ def opened(folder: Path, data: DataConfig, student: Student, pipeline: FluxPipel
     return open_cache(folder, data, student.model, pipeline, progress=False)
 
 
-def test_trajectories_are_the_pipelines_own(
-    tmp_path: Path, own_data: DataConfig, student: Student, pipeline: FluxPipeline
-) -> None:
-    found = opened(tmp_path / "c", own_data, student, pipeline)
-    student.unload()
+def test_trajectories_are_the_pipelines_own(own_cache: LatentCache, pipeline: FluxPipeline) -> None:
+    found = own_cache
     expected = pipeline(
         "a hen",
         height=64,
@@ -67,31 +64,32 @@ def test_images_are_the_autoencoders_latents(
 def test_rows_are_found_across_shards(
     tmp_path: Path,
     own_data: DataConfig,
+    own_cache: LatentCache,
     student: Student,
     pipeline: FluxPipeline,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = dataclasses.replace(own_data, encode_batch=2)
-    whole = opened(tmp_path / "whole", data, student, pipeline)
     monkeypatch.setattr(latent_cache, "_SHARD_BYTES", 1)
     split = opened(tmp_path / "split", data, student, pipeline)
     assert split.index["rows"] == [2, 2, 2]
     rows, steps = [5, 0, 3, 2], [1, 0, 7, 4]
     for name in ("latents", "velocities"):
-        assert torch.equal(split.values(name, rows, steps), whole.values(name, rows, steps))
+        found, whole = (cache.values(name, rows, steps) for cache in (split, own_cache))
+        # Prompts are encoded, and blocks run, in batches of another size.
+        torch.testing.assert_close(found, whole, **HALF)
 
 
 def test_cache_is_used_again_and_refused_for_other_data(
-    tmp_path: Path, own_data: DataConfig, student: Student, pipeline: FluxPipeline
+    own_cache: LatentCache, own_data: DataConfig, student: Student, pipeline: FluxPipeline
 ) -> None:
-    opened(tmp_path / "c", own_data, student, pipeline)
-    shard = tmp_path / "c" / "shard-00000.safetensors"
+    shard = own_cache.folder / "shard-00000.safetensors"
     made = shard.stat().st_mtime_ns
-    opened(tmp_path / "c", own_data, student, pipeline)
+    opened(own_cache.folder, own_data, student, pipeline)
     assert shard.stat().st_mtime_ns == made
     other = dataclasses.replace(own_data, sampling_steps=9)
     with pytest.raises(ValueError, match=r"'sampling_steps': \(8, 9\)"):
-        opened(tmp_path / "c", other, student, pipeline)
+        opened(own_cache.folder, other, student, pipeline)
 
 
 def test_unusable_images_alone_are_refused_with_reasons(

@@ -24,11 +24,6 @@ def test_constant_schedule_stays() -> None:
     assert [learning_rate_at(config, step, 4) for step in range(4)] == [1.0, 2.0, 2.0, 2.0]
 
 
-def test_default_learning_rates_are_the_papers() -> None:
-    assert OptimizerConfig(name="adamw").learning_rate == 1e-4
-    assert OptimizerConfig(name="prodigy").learning_rate == 1.0
-
-
 def test_missing_prodigy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(ModuleNotFoundError, match=r"ddit_rt\[train\]"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from safetensors.torch import load_file
 
 import ddit_rt
 from ddit_rt.adapters import load_adapters
-from ddit_rt.errors import ArtifactMismatchError, ShapeError, UnsupportedModelError
+from ddit_rt.errors import ArtifactMismatchError, UnsupportedModelError
 from ddit_rt.lab.train import DataConfig, OptimizerConfig, TrainConfig, TrainResult, train
 from ddit_rt.lab.train.checkpoint import Checkpoints
 from ddit_rt.lab.train.evaluate import TRAINED, TRAINING_FREE, UNTRAINED
+from ddit_rt.lab.train.latent_cache import LatentCache
 from ddit_rt.models.flux import FluxFamily
 
 need("tensorboard")
@@ -33,7 +35,6 @@ CONFIG = TrainConfig(
     optimizer=OptimizerConfig(lr=2e-3, warmup_steps=2, ema=0.5),
     sample_every=0,
     checkpoint_every=2,
-    log_every=2,
 )
 
 # A random model makes nothing of a small image: there the training-free step is worse than the
@@ -56,36 +57,64 @@ def files(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("variant", ["snr", "paper"])
+LONGER = dataclasses.replace(CONFIG, steps=25)
+
+
+@pytest.fixture(scope="module")
+def base() -> FluxPipeline:
+    """What the runs of this module are of."""
+    return prompting_pipeline()
+
+
+@pytest.fixture(scope="module")
+def trained(
+    base: FluxPipeline,
+    own_data: DataConfig,
+    own_cache: LatentCache,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> TrainResult:
+    """A finished run; its folder is copied before another goes on in it."""
+    out = tmp_path_factory.mktemp("trained")
+    return run(base, own_data, out, LONGER, cache=own_cache.folder)
+
+
+@pytest.fixture(scope="module")
+def paper(
+    base: FluxPipeline,
+    own_data: DataConfig,
+    own_cache: LatentCache,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> TrainResult:
+    """One of the paper's variant, with samples and gains."""
+    config = dataclasses.replace(LONGER, sample_every=25, variant="paper")
+    prompts, out = ["a cat", "a cow"], tmp_path_factory.mktemp("paper")
+    return run(base, own_data, out, config, cache=own_cache.folder, gain_prompts=prompts)
+
+
 def test_loss_falls_and_the_base_stays_bit_for_bit(
-    variant: str, pipeline: FluxPipeline, own_data: DataConfig, tmp_path: Path
+    trained: TrainResult, paper: TrainResult, base: FluxPipeline
 ) -> None:
-    config = dataclasses.replace(CONFIG, variant=variant, steps=25)
-    before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
-    result = run(pipeline, own_data, tmp_path / "out", config)
-    untrained = result.losses[TRAINING_FREE if variant == "snr" else UNTRAINED]
-    for multiple, loss in result.losses[TRAINED].items():
-        assert loss < 0.95 * untrained[multiple]
-    after = pipeline.transformer.state_dict()
+    for result, baseline in ((trained, TRAINING_FREE), (paper, UNTRAINED)):
+        for multiple, loss in result.losses[TRAINED].items():
+            assert loss < 0.95 * result.losses[baseline][multiple]
+    before, after = prompting_pipeline().transformer.state_dict(), base.transformer.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
 def test_killed_run_ends_as_the_unbroken_one(
-    optimizer: str,
     pipeline: FluxPipeline,
     own_data: DataConfig,
+    own_cache: LatentCache,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bit for bit: weights, optimizer, average and the data that follow."""
-    if optimizer == "prodigy":
-        need("prodigyopt")
-    settings = OptimizerConfig(name=optimizer, warmup_steps=2, ema=0.5)
+    need("prodigyopt")
+    settings = OptimizerConfig(name="prodigy", warmup_steps=2, ema=0.5)
     config = dataclasses.replace(CONFIG, optimizer=settings, steps=4, accumulate=2)
-    cache = tmp_path / "cache"
+    cache = own_cache.folder
     run(pipeline, own_data, tmp_path / "unbroken", config, cache=cache)
 
     saved = Checkpoints.save
@@ -107,37 +136,38 @@ def test_killed_run_ends_as_the_unbroken_one(
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_checkpoints_hold_no_base_weights_and_a_finished_run_is_only_written_again(
-    pipeline: FluxPipeline, own_data: DataConfig, tmp_path: Path
-) -> None:
-    run(pipeline, own_data, tmp_path / "out", CONFIG)
-    folders = sorted((tmp_path / "out" / "run" / "checkpoints").iterdir())
-    assert [folder.name for folder in folders] == ["step-000004", "step-000006"]
+def test_checkpoints_hold_no_base_weights(trained: TrainResult) -> None:
+    folders = sorted((trained.folder / "run" / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-000024", "step-000025"]
     names = load_file(folders[-1] / "trainable.safetensors").keys()
     assert all(name.startswith("adapters.") or ".lora_" in name for name in names)
     assert not list(folders[-1].glob("model*"))
-    first = files(tmp_path / "out")
-    again = run(pipeline, own_data, tmp_path / "out", CONFIG)
-    assert again.seconds_per_step is None
-    assert all(torch.equal(first[name], value) for name, value in files(tmp_path / "out").items())
 
 
-def test_run_with_other_settings_is_refused_with_both_values(
-    pipeline: FluxPipeline, own_data: DataConfig, tmp_path: Path
+def test_finished_run_is_only_written_again_and_with_other_settings_refused(
+    trained: TrainResult,
+    pipeline: FluxPipeline,
+    own_data: DataConfig,
+    own_cache: LatentCache,
+    tmp_path: Path,
 ) -> None:
-    run(pipeline, own_data, tmp_path / "out", CONFIG)
-    other = dataclasses.replace(CONFIG, rank=8)
+    out = shutil.copytree(trained.folder, tmp_path / "out")
+    options = {"cache": own_cache.folder, "save_dtype": torch.bfloat16}
+    again = run(pipeline, own_data, out, LONGER, **options)
+    assert again.seconds_per_step is None
+    first, found = files(trained.folder), files(out)
+    assert all(torch.equal(value.bfloat16(), found[name]) for name, value in first.items())
+    other = dataclasses.replace(LONGER, rank=8, steps=2)
     with pytest.raises(ValueError, match=r"train.rank: 4 there, 8 now"):
-        run(pipeline, own_data, tmp_path / "out", other)
-    result = run(pipeline, own_data, tmp_path / "out", other, restart=True)
+        run(pipeline, own_data, out, other, **options)
+    result = run(pipeline, own_data, out, other, restart=True, **options)
     assert result.seconds_per_step is not None
 
 
 def test_folder_loads_in_the_runtime_and_in_peft(
-    pipeline: FluxPipeline, own_data: DataConfig, tmp_path: Path
+    trained: TrainResult, pipeline: FluxPipeline
 ) -> None:
-    out = tmp_path / "out"
-    run(pipeline, own_data, out, CONFIG, save_dtype=torch.bfloat16)
+    out = trained.folder
     adapters = load_adapters(out, FLUX, pipeline.transformer)
     assert adapters.names == ["2p", "4p"]
     peft_model = PeftModel.from_pretrained(tiny_transformer(), str(out / "2p"))
@@ -155,13 +185,8 @@ def test_folder_loads_in_the_runtime_and_in_peft(
         load_adapters(out, FLUX, tiny_transformer(seed=1))
 
 
-def test_gain_samples_logs_and_card_are_written(
-    pipeline: FluxPipeline, own_data: DataConfig, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    config = dataclasses.replace(CONFIG, steps=2, sample_every=2, variant="paper")
-    data = dataclasses.replace(own_data, sampling_steps=6)
-    result = run(pipeline, data, out, config, gain_prompts=["a cat", "a cow"])
+def test_gain_samples_logs_and_card_are_written(paper: TrainResult) -> None:
+    result, out = paper, paper.folder
     assert [(gain.patch, gain.prompts) for gain in result.gains] == [
         ("2p", 2),
         ("2p", 2),
@@ -170,7 +195,7 @@ def test_gain_samples_logs_and_card_are_written(
     ]
     assert set(result.gains[0].psnr) == {TRAINING_FREE, UNTRAINED, TRAINED}
     samples = [path.name for path in (out / "run" / "samples").iterdir()]
-    assert samples == ["step-000002.png"]
+    assert samples == ["step-000025.png"]
     assert list((out / "run" / "logs").rglob("events.out.tfevents.*"))
     card = (out / "README.md").read_text()
     assert f"| 2p | {result.gains[0].plan} | {result.gains[0].psnr[TRAINING_FREE]:.1f} |" in card
@@ -192,38 +217,28 @@ def test_bfloat16_model_trains_float32_adapters(
     pipeline: FluxPipeline, own_data: DataConfig, tmp_path: Path
 ) -> None:
     pipeline.to(torch.bfloat16)
-    run(pipeline, own_data, tmp_path / "out", CONFIG)
+    run(pipeline, own_data, tmp_path / "out", dataclasses.replace(CONFIG, steps=2))
     assert {value.dtype for value in files(tmp_path / "out").values()} == {torch.float32}
     assert pipeline.transformer.dtype == torch.bfloat16
 
 
 def test_too_high_a_learning_rate_is_said_loudly(
-    pipeline: FluxPipeline, own_data: DataConfig, tmp_path: Path
+    pipeline: FluxPipeline, own_data: DataConfig, own_cache: LatentCache, tmp_path: Path
 ) -> None:
     wild = OptimizerConfig(lr=3.0, warmup_steps=0, schedule="constant")
     config = dataclasses.replace(CONFIG, optimizer=wild)
     with pytest.warns(UserWarning, match="training has made it worse"):
-        result = run(pipeline, own_data, tmp_path / "out", config)
+        result = run(pipeline, own_data, tmp_path / "out", config, cache=own_cache.folder)
     assert result.warnings
 
 
-def test_size_that_the_model_cannot_make_is_refused(
+@pytest.mark.slow
+def test_trains_at_a_size_that_no_patch_divides(
     pipeline: FluxPipeline, own_data: DataConfig, tmp_path: Path
 ) -> None:
-    data = dataclasses.replace(own_data, width=4)
-    with pytest.raises(ShapeError, match="smallest image is 8 x 8"):
-        run(pipeline, data, tmp_path / "out", CONFIG)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["paper", "snr"])
-def test_trains_at_a_size_that_no_patch_divides(
-    pipeline: FluxPipeline, own_data: DataConfig, tmp_path: Path, variant: str
-) -> None:
-    """Latents of 18 x 14."""
+    """Latents of 18 x 14; `test_velocities.py` has them in both variants."""
     data = dataclasses.replace(own_data, height=72, width=56)
-    config = dataclasses.replace(CONFIG, variant=variant)
-    losses = run(pipeline, data, tmp_path / "out", config).losses["trained"]
+    losses = run(pipeline, data, tmp_path / "out", CONFIG).losses["trained"]
     assert all(math.isfinite(value) for value in losses.values())
 
 

@@ -18,10 +18,10 @@ SIGMAS = (0.9, 0.8, 0.7)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def student_of(variant: str, *, checkpointing: bool = False) -> Student:
+def student_of(variant: str) -> Student:
     """A student whose adapters do something."""
     config = AdapterConfig(patch="2p", rank=4, lora_alpha=8, variant=variant)
-    student = Student(FLUX, tiny_transformer(), (config,), checkpointing=checkpointing)
+    student = Student(FLUX, tiny_transformer(), (config,))
     with torch.no_grad():
         for index, parameter in enumerate(student.parameters()):
             if parameter.requires_grad:
@@ -81,9 +81,16 @@ def test_velocity_without_a_past_is_the_buckets(variant: str, size: tuple[int, i
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("adapted", [True, False])
-@pytest.mark.parametrize("last", [1, 2])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("size", "last", "adapted"),
+    [
+        (SIZES[0], 1, True),
+        (SIZES[0], 2, True),
+        (SIZES[0], 1, False),
+        (SIZES[1], 2, False),
+        (SIZES[1], 2, True),
+    ],
+)
 def test_velocity_with_a_past_is_the_buckets(
     size: tuple[int, int], last: int, adapted: bool
 ) -> None:

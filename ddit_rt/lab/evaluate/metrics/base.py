@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -67,8 +68,14 @@ class Metric(ABC):
             return f"{text}; {self.hint}" if self.hint else text
         return None
 
-    def load(self) -> None:  # noqa: B027 - most metrics need nothing
+    def load(self) -> None:
         """Loads weights, once."""
+        _ = self.network
+
+    @cached_property
+    def network(self) -> Any:
+        """What it computes with, on its device; None of a formula."""
+        return None
 
     @property
     def key(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -71,19 +72,16 @@ class Lpips(ImageMetric):
     def __init__(self, device: str = "cpu") -> None:
         """The device that it runs on."""
         self._device = device
-        self._network: Any = None
 
-    def load(self) -> None:
-        """See `Metric.load`."""
-        if self._network is None:
-            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+    @cached_property
+    def network(self) -> Any:
+        """See `Metric.network`."""
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity as Network
 
-            self._network = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+        return Network(net_type="alex", normalize=True).to(self._device)
 
     def score(self, case: Case) -> float | None:
         """See `ImageMetric.score`."""
-        self.load()
-        self._network.to(self._device)
         pair = [as_tensor(p, self._device).float() / 255 for p in (case.image, case.reference)]
         with torch.no_grad():
-            return float(self._network(*pair))
+            return float(self.network(*pair))

