@@ -10,19 +10,20 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from demo_models import DemoModel
 from quality_paths import TRAINING_FREE
 from quality_rows import Row, fidelity_entry, steps_at
-from quality_runs import Plan, Runs, batch_of, reference
+from quality_runs import SEARCH_SEED, Plan, Runs, batch_of, reference, seeded, trace_of
 from quality_search import (
     DDIT,
     FidelitySearch,
     Tried,
     coarse_share,
+    dials_of,
     mean_of,
     reused_share,
 )
@@ -35,9 +36,7 @@ from ddit_rt.lab.measure.statistics import mean_interval
 from ddit_rt.lab.measure.timing import Sample, measure
 from ddit_rt.lab.plans.dial import TAU_PROBES, branch, tau_range
 from ddit_rt.lab.plans.points import Prompt
-from ddit_rt.lab.plans.step_caches import STEP_CACHES, CacheDial, threshold_range
-from ddit_rt.loop import RunTrace
-from ddit_rt.policies import CacheFit, FinePolicy
+from ddit_rt.lab.plans.step_caches import CacheDial
 
 FEWER, STATIC = "fewer_steps", "static"
 CACHES = ("teacache", "magcache")
@@ -45,24 +44,25 @@ COMBINED = tuple(f"{DDIT}_{cache}" for cache in CACHES)
 KINDS = (FEWER, STATIC, DDIT, *CACHES, *COMBINED)
 """In the order of the table."""
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 YES, NO, UNDECIDED, UNEQUAL = "yes", "no", "undecided", "not comparable"
 TOLERANCE = 0.02
 """SSIM by which plans may differ and still count as equal."""
 
-_FIT_SEED, _SEARCH_SEED = 70_000, 50_000
+_FIT_SEED = 70_000
 
 
 def measure_caches(model: DemoModel, runs: Runs, args: argparse.Namespace) -> dict[str, Any]:
     """The entries of the report behind machine, versions and model."""
-    fitting, searched, held_out = prompts_of(model, args)
+    fitting = seeded(model.seen[: args.fit_prompts], _FIT_SEED)
+    searched = seeded(model.seen[args.fit_prompts :][: args.search_prompts], SEARCH_SEED)
+    held_out = seeded(model.reported(args.prompts))
     engine = runs.paths[TRAINING_FREE].engine
     arguments = {**model.arguments, "num_inference_steps": args.steps}
     fits = {
         kind: fit_cache(engine, kind, fitting, arguments=arguments, conditions={})
         for kind in CACHES
     }
-    dials = dials_of(fits, runs, args.steps, searched[0])
+    dials = [dial for dial in dials_of(fits, runs, args.steps, searched[0]) if dial.fit]
     caches = tuple(dial.cache for dial in dials)
     costs = runs.costs(args.steps, searched[0], args.repeats, caches)
     search = FidelitySearch(runs=runs, prompts=searched, steps=args.steps, costs=costs)
@@ -79,32 +79,12 @@ def measure_caches(model: DemoModel, runs: Runs, args: argparse.Namespace) -> di
     }
 
 
-def prompts_of(
-    model: DemoModel, args: argparse.Namespace
-) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...], tuple[Prompt, ...]]:
-    """Prompts to fit and to search with, which the model has seen, and held-out ones to report.
-
-    Raises:
-        ValueError: The model has fewer held-out captions.
-    """
-    fits, searched = args.fit_prompts, args.search_prompts
-    return (
-        _seeded(model.seen[:fits], _FIT_SEED),
-        _seeded(model.seen[fits : fits + searched], _SEARCH_SEED),
-        _seeded(model.reported(args.prompts), 0),
-    )
-
-
-def _seeded(texts: Sequence[str], seed: int) -> tuple[Prompt, ...]:
-    return tuple(Prompt(text=text, seed=seed + place) for place, text in enumerate(texts))
-
-
 def settings(
     model: DemoModel, prompts: Sequence[Sequence[Prompt]], args: argparse.Namespace
 ) -> dict[str, Any]:
     """The entry `settings`."""
     fitting, searched, held_out = ([prompt.text for prompt in one] for one in prompts)
-    names = ("targets", "steps", "pictures", "repeats", "patch_sizes", "backend", "clock")
+    names = ("targets", "steps", "pictures", "repeats", "patch_sizes", "backend")
     return {
         **{name: getattr(args, name) for name in names},
         "arguments": model.arguments,
@@ -113,23 +93,6 @@ def settings(
         "search_prompts": searched,
         "fit_prompts": fitting,
     }
-
-
-def dials_of(
-    fits: Mapping[str, CacheFit], runs: Runs, steps: int, prompt: Prompt
-) -> list[CacheDial]:
-    """Every step cache with its fit, and the thresholds that are worth trying."""
-    fields = {"teacache": "coefficients", "magcache": "mag_ratios"}
-    found = []
-    for dial in STEP_CACHES:
-        if dial.fit is None or dial.fit not in fits:
-            continue
-        fitted: dict[str, Any] = {fields[dial.fit]: fits[dial.fit].values}
-        own = replace(dial, cache=replace(dial.cache, **fitted))  # type: ignore[type-var]
-        trace = runs.trace(Plan(policy=FinePolicy(), steps=steps, cache=own.cache), prompt)
-        if (ends := threshold_range(trace)) is not None:
-            found.append(replace(own, ends=ends))
-    return found
 
 
 def look(search: FidelitySearch, dials: Sequence[CacheDial], args: argparse.Namespace) -> None:
@@ -167,7 +130,6 @@ def confirmed(
         [search.runs.method(tried.plan) for tried in plans.values()],
         [batch_of([prompt]) for prompt in prompts],
         repeats=args.repeats,
-        clock=CLOCKS[args.clock],
     )
     seconds = time.perf_counter() - started
     print(f"held-out prompts: {len(plans)} plans in {seconds:.0f} s", file=sys.stderr)
@@ -188,7 +150,7 @@ def row(tried: Tried, samples: Sequence[Sample], fine: Sequence[Sample]) -> Row:
         samples: One per held-out prompt.
         fine: The same of full resolution.
     """
-    plan, traces = tried.plan, [_trace(sample) for sample in samples]
+    plan, traces = tried.plan, [trace_of(sample) for sample in samples]
     branches = [[branch(step) for step in trace] for trace in traces]
     images, whole = ([sample.outputs[0] for sample in own] for own in (samples, fine))
     return {
@@ -223,11 +185,6 @@ def _times(samples: Sequence[Sample], fine: Sequence[Sample]) -> Row:
     }
 
 
-def _trace(sample: Sample) -> RunTrace:
-    assert sample.trace is not None, "an engine's run has a trace"
-    return sample.trace
-
-
 def verdicts(rows: Mapping[str, Row], target: float) -> list[dict[str, Any]]:
     """Per way to combine, whether it is faster than either alone, and than every other plan.
 
@@ -256,8 +213,12 @@ def compare(own: Row, other: Row, target: float) -> dict[str, Any]:
     one that both were asked for: a plan that is closer than asked is still the cheapest of its kind
     that is close enough. Where it lies further below, nothing is said.
     """
-    speed = mean_interval(_paired(other, own, "loop_seconds_per_prompt", lambda a, b: a / b))
-    ssim = mean_interval(_paired(own, other, "ssim_per_prompt", lambda a, b: a - b))
+    seconds, values = (
+        list(zip(own[name], other[name], strict=True))
+        for name in ("loop_seconds_per_prompt", "ssim_per_prompt")
+    )
+    speed = mean_interval([theirs / ours for ours, theirs in seconds])
+    ssim = mean_interval([ours - theirs for ours, theirs in values])
     here, there = own["ssim"]["value"], other["ssim"]["value"]
     close, other_close = (
         one >= min(wanted, target) - TOLERANCE for one, wanted in ((here, there), (there, here))
@@ -274,7 +235,3 @@ def compare(own: Row, other: Row, target: float) -> dict[str, Any]:
 def together(answers: Sequence[str]) -> str:
     """Yes if all are; else the first of no, not comparable and undecided that is among them."""
     return next((answer for answer in (NO, UNEQUAL, UNDECIDED) if answer in answers), YES)
-
-
-def _paired(one: Row, other: Row, field: str, join: Callable[[float, float], float]) -> list[float]:
-    return [join(a, b) for a, b in zip(one[field], other[field], strict=True)]

@@ -25,6 +25,7 @@ LABELS = {
 }
 """In the order of the tables."""
 COARSE = ("2p", "4p")
+_VARIANTS = {PAPER_TRAINED: "paper", SNR_TRAINED: "snr"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +43,8 @@ class CoarsePath:
 
 def build_paths(
     pipeline: Any,
-    folders: Mapping[str, Path | None],
+    folders: Mapping[str, Path | None] | None = None,
     *,
-    untrained: bool = True,
     sizes: Sequence[str] = ("p", *COARSE),
     **compile_arguments: Any,
 ) -> tuple[dict[str, CoarsePath], dict[str, str]]:
@@ -52,8 +52,8 @@ def build_paths(
 
     Args:
         pipeline: The demo pipeline.
-        folders: Folder of the trained adapters of `PAPER_TRAINED` and `SNR_TRAINED`, or None.
-        untrained: Whether to build the paper's initialisation too.
+        folders: Folder of the trained adapters of `PAPER_TRAINED` and `SNR_TRAINED`, or None; None
+            for the training-free step alone.
         sizes: Patch sizes.
         compile_arguments: Further arguments of `ddit_rt.compile`.
 
@@ -65,14 +65,13 @@ def build_paths(
     """
     sets: dict[str, AdapterSet | None] = {TRAINING_FREE: None}
     missing: dict[str, str] = {}
-    if untrained:
+    if folders is not None:
         sets[PAPER_UNTRAINED] = untrained_paper(pipeline)
-    for name, variant in ((PAPER_TRAINED, "paper"), (SNR_TRAINED, "snr")):
-        folder = folders.get(name)
+    for name, folder in (folders or {}).items():
         if folder is None:
             missing[name] = "no folder of adapters was given"
         else:
-            sets[name] = trained(pipeline, folder, variant)
+            sets[name] = trained(pipeline, folder, _VARIANTS[name])
     paths = {
         name: CoarsePath(
             engine=ddit_rt.compile(

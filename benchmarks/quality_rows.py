@@ -7,30 +7,23 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from demo_models import DemoModel
 from quality_paths import TRAINING_FREE
-from quality_runs import Made, Plan, Runs, StepCosts, reference
+from quality_runs import Made, Plan, Runs, StepCosts, reference, seeded
 from records import interval_entry
 
-from ddit_rt.lab.demo.classifier import (
-    AttributeClassifier,
-    attribute_hits,
-    image_features,
-    load_classifier,
-)
+from ddit_rt.lab.demo.classifier import attribute_hits, image_features, load_classifier
 from ddit_rt.lab.demo.images import parse_caption
 from ddit_rt.lab.measure.fidelity import Fidelity, fidelity
 from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
 from ddit_rt.lab.measure.timing import Pixels
 from ddit_rt.lab.plans.points import Prompt
 
-Array = npt.NDArray[np.float64]
 Row = dict[str, Any]
 
 
@@ -53,14 +46,9 @@ class Judge:
     seeds: int
 
     @cached_property
-    def prompts(self) -> list[Prompt]:
+    def prompts(self) -> tuple[Prompt, ...]:
         """All captions with the first seed, then all with the second, and so on."""
-        count = len(self.captions)
-        return [
-            Prompt(text=text, seed=seed * count + index)
-            for seed in range(self.seeds)
-            for index, text in enumerate(self.captions)
-        ]
+        return seeded(self.captions * self.seeds)
 
     def row(self, name: str, label: str, kind: str, plan: Plan, reference_steps: int) -> Row:
         """A plan's row; `bench_quality.py` says what is in it.
@@ -99,21 +87,21 @@ class Judge:
         compared = fidelity(made.images, baseline.images)
         row = fidelity_entry(compared, len(self.captions))
         row.pop("psnr_per_prompt")
-        own = gaussian(features(made.images))
-        row["frechet"] = frechet_distance(*own, *gaussian(features(baseline.images)))
+        row["frechet"] = frechet(made.images, baseline.images)
         return {**row, "correct": self.correct(made.images)}
 
     def correct(self, images: Sequence[Pixels]) -> Row:
         """Share of images that show what was asked: all of it, and each attribute."""
-        texts = [prompt.text for prompt in self.prompts]
+        texts, shares = [prompt.text for prompt in self.prompts], {}
         if self.model.shows is not None:
             shown = [float(one) for one in self.model.shows(images, texts)]
-            return {"all": interval_entry(_present(per_prompt(shown, len(self.captions))))}
-        expected = [parse_caption(text) for text in texts]
-        hits = attribute_hits(_classifier(), tensor(images), expected)
-        every = torch.stack(list(hits.values())).all(0).double().tolist()
-        shares = {name: float(hit.double().mean()) for name, hit in hits.items()}
-        return {"all": interval_entry(_present(per_prompt(every, len(self.captions)))), **shares}
+        else:
+            hits = attribute_hits(
+                load_classifier(), tensor(images), [parse_caption(text) for text in texts]
+            )
+            shown = torch.stack(list(hits.values())).all(0).double().tolist()
+            shares = {name: float(hit.double().mean()) for name, hit in hits.items()}
+        return {"all": interval_entry(_present(per_prompt(shown, len(self.captions)))), **shares}
 
     def with_fewer_steps(self, rows: Sequence[Row]) -> list[Row]:
         """The rows, each followed by its baselines of fewer steps that are not there yet.
@@ -166,17 +154,13 @@ def _present(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def features(images: Sequence[Pixels]) -> Array:
-    """`[N, 64]`: see `image_features`."""
-    found = image_features(_classifier(), tensor(images))
-    return np.asarray(found.double().numpy(), dtype=np.float64)
+def frechet(images: Sequence[Pixels], others: Sequence[Pixels]) -> float:
+    """Fréchet distance of the features of the demo's classifier."""
+    found = (image_features(load_classifier(), tensor(one)).double() for one in (images, others))
+    own, other = (gaussian(features.numpy()) for features in found)
+    return frechet_distance(*own, *other)
 
 
 def tensor(images: Sequence[Pixels]) -> torch.Tensor:
     """`[N, 3, H, W]` in [0, 1]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-
-
-@cache
-def _classifier() -> AttributeClassifier:
-    return load_classifier()

@@ -22,7 +22,15 @@ from torch import Tensor
 
 import ddit_rt
 from ddit_rt import ops
-from ddit_rt.lab.measure.timing import Batch, Generation, Method, Pixels, engine_method, on_trial
+from ddit_rt.lab.measure.timing import (
+    Batch,
+    Generation,
+    Method,
+    Pixels,
+    Sample,
+    engine_method,
+    on_trial,
+)
 from ddit_rt.lab.plans.dial import branch, step_costs
 from ddit_rt.lab.plans.points import Prompt
 from ddit_rt.lab.plans.step_caches import alternating
@@ -30,6 +38,7 @@ from ddit_rt.loop import RunTrace
 from ddit_rt.policies import FinePolicy, NoCache, PatchPolicy, StaticPolicy, StepCache
 
 QUANTILE, MEAN = "quantile", "mean"
+SEARCH_SEED = 50_000
 _SCHEMA = 2
 _NOT_DRAWING = frozenset({"cli", "lab"})
 """Parts of the package that no image of the benchmark passes through."""
@@ -143,14 +152,12 @@ class Runs:
         folder: For what was made; None keeps nothing. Every file is named by a hash of the plan,
             the prompts, the model, the adapters and the package's code.
         batch: Images that static plans make at once.
-        generated: Images that were made, not found.
     """
 
     paths: Mapping[str, CoarsePath]
     arguments: Mapping[str, Any]
     folder: Path | None = None
     batch: int = 4
-    generated: int = 0
     _memory: dict[str, Made] = field(default_factory=dict, repr=False)
 
     def run(self, plan: Plan, prompts: Sequence[Prompt]) -> Made:
@@ -179,41 +186,45 @@ class Runs:
         """The trace of a run whose images do not count."""
         return trace_of(self.method(plan).generate(batch_of([prompt])))
 
-    def sizes(self) -> list[str]:
-        """Patch sizes by name, p first."""
-        engine = self.paths[TRAINING_FREE].engine
-        return [entry.patch for entry in engine.artifact.manifest.buckets]
-
     def costs(
-        self, steps: int, prompt: Prompt, repeats: int, caches: Sequence[StepCache] = ()
+        self,
+        steps: int,
+        prompt: Prompt,
+        repeats: int,
+        caches: Sequence[StepCache] = (),
+        unit: str = "ms",
     ) -> StepCosts:
         """Cost of one step, by path or step cache: medians over the steps of static runs."""
-        known = [steps, asdict(prompt), repeats, torch.get_num_threads()]
+        known = [steps, asdict(prompt), repeats, torch.get_num_threads(), unit]
         known.append([cache.to_dict() for cache in caches])
         key = "-".join(self._key(name, known)[:8] for name in self.paths)
         path = self._file(key, "json")
         if path is not None and path.exists():
             return StepCosts(**json.loads(path.read_text(encoding="utf-8")))
-        costs = self._measure_costs(steps, prompt, repeats, caches)
+        costs = self._measure_costs(steps, prompt, repeats, caches, unit)
         if path is not None:
             path.write_text(json.dumps(asdict(costs)), encoding="utf-8")
         return costs
 
     def _measure_costs(
-        self, steps: int, prompt: Prompt, repeats: int, caches: Sequence[StepCache]
+        self, steps: int, prompt: Prompt, repeats: int, caches: Sequence[StepCache], unit: str
     ) -> StepCosts:
         tables: dict[str, tuple[str, StepCache]] = {name: (name, NoCache()) for name in self.paths}
         tables |= {type(one).__name__: (TRAINING_FREE, alternating(one)) for one in caches}
 
-        def measure(path: str, cache: StepCache, **how: Any) -> dict[str, float]:
+        sizes = [
+            bucket.patch for bucket in self.paths[TRAINING_FREE].engine.artifact.manifest.buckets
+        ]
+
+        def measure(path: str, cache: StepCache, unit: str, rounds: int = 1) -> dict[str, float]:
             def run(policy: PatchPolicy, chosen: StepCache) -> RunTrace:
                 return self.trace(Plan(policy=policy, steps=steps, path=path, cache=chosen), prompt)
 
-            return step_costs(run, self.sizes(), steps, cache=cache, **how)
+            return step_costs(run, sizes, steps, cache=cache, unit=unit, rounds=rounds)
 
         return StepCosts(
-            milliseconds={name: measure(*how, rounds=repeats) for name, how in tables.items()},
-            tokens=measure(TRAINING_FREE, NoCache(), unit="tokens"),
+            milliseconds={name: measure(*how, unit, repeats) for name, how in tables.items()},
+            tokens=measure(TRAINING_FREE, NoCache(), "tokens"),
         )
 
     def _generate(self, plan: Plan, prompts: Sequence[Prompt], key: str) -> Made:
@@ -228,7 +239,6 @@ class Runs:
             made.images.extend(result.outputs)
             made.branches.extend([[branch(step) for step in trace]] * len(part))
             made.loop_ms.extend([trace.latency_ms] if size == 1 else ())
-        self.generated += len(prompts)
         path = self._file(key, "npz")
         if path is not None:
             partial = path.with_suffix(".part.npz")
@@ -291,6 +301,11 @@ def mean_scores(
     return torch.stack(scores, dim=-1).float()
 
 
+def seeded(texts: Sequence[str], seed: int = 0) -> tuple[Prompt, ...]:
+    """Prompts, each with a seed of its own, from a first one on."""
+    return tuple(Prompt(text=text, seed=seed + place) for place, text in enumerate(texts))
+
+
 def batch_of(prompts: Sequence[Prompt]) -> Batch:
     """Prompts in one call."""
     return Batch(
@@ -299,7 +314,7 @@ def batch_of(prompts: Sequence[Prompt]) -> Batch:
     )
 
 
-def trace_of(made: Generation) -> RunTrace:
+def trace_of(made: Generation | Sample) -> RunTrace:
     """The trace of an engine's run."""
     assert made.trace is not None, "an engine's run has a trace"
     return made.trace

@@ -34,7 +34,6 @@ _CACHE_KINDS = {
     "ddit_teacache": "DDiT + TeaCache",
     "ddit_magcache": "DDiT + MagCache",
 }
-_CLOCKS = {"wall": "", "cpu": " in processor time, since the machine had other work"}
 _OTHERS = ("ddit", "teacache", "magcache", "fewer_steps", "static")
 _MIXED_KINDS = ("fine", "fewer_steps", "static", "dynamic", "mixed", "control")
 _QUESTIONS = {
@@ -231,8 +230,8 @@ def _cache_conditions(report: Report) -> str:
         f"{settings['repeats']} interleaved rounds after a warm-up; {cpu(report)}, "
         f"{released(report, 'torch', 'diffusers')}. Plans were chosen on "
         f"{len(settings['search_prompts'])} other prompts as the cheapest of their kind with the "
-        f"SSIM asked for. `loop` is the denoising loop of one call{_CLOCKS[settings['clock']]}, "
-        "`speed-up` is over full resolution, `coarse` and `reused` are shares of the steps; "
+        f"SSIM asked for. `loop` is the denoising loop of one call, `speed-up` is over "
+        "full resolution, `coarse` and `reused` are shares of the steps; "
         "intervals are over the prompts. In brackets behind an answer: how many times as fast, and "
         "the difference in SSIM."
     )

@@ -107,8 +107,8 @@ def test_section_that_fails_keeps_what_an_earlier_call_measured(
     def no_room(*_: Any) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(import_module("bench_real_size"), "buckets", no_room)
-    monkeypatch.setattr(import_module("bench_real_size"), "blocks", no_room)
+    for section in ("buckets", "blocks"):
+        monkeypatch.setitem(import_module("bench_real_size").SECTIONS, section, no_room)
     sections = run(out, "--sections", "buckets", "blocks")["sections"]
     assert sections["buckets"]["128x128/batch1"] == {
         **before,
