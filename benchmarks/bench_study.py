@@ -6,7 +6,7 @@
 On FLUX.1-dev 25 of 50 steps are 16 to 18 dB away from the image of all 50, and MagCache at about
 the same cost is at 30 dB (the tables of SeaCache, arXiv 2602.18993). On the demo model fewer steps
 beat every cache. This measures where a model stands between the two, and what moves it: captions
-that leave things open, guidance, the shift of the noise levels, the size, and training for it
+that leave things open, guidance, the shift of the noise levels, and training for it
 (`scripts/train_demo.py scenes`, `benchmarks/study`). Every image is compared with that of 50 steps
 at full resolution from the same noise. Costs are counted, in image tokens that the blocks ran on,
 or with `--unit ms` summed from a table of step times that the run measures first;

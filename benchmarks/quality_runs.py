@@ -39,7 +39,7 @@ from ddit_rt.policies import FinePolicy, NoCache, PatchPolicy, StaticPolicy, Ste
 
 QUANTILE, MEAN = "quantile", "mean"
 SEARCH_SEED = 50_000
-_SCHEMA = 2
+_SCHEMA = 3
 _NOT_DRAWING = frozenset({"cli", "lab"})
 """Parts of the package that no image of the benchmark passes through."""
 
@@ -97,12 +97,10 @@ class Made:
     Attributes:
         images: One per prompt.
         branches: What every step did for each, such as `"2p"` or `"2p reused"`.
-        loop_ms: Wall time of each prompt's denoising loop; empty where they ran in batches.
     """
 
     images: list[Pixels]
     branches: list[list[str]]
-    loop_ms: list[float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,20 +228,18 @@ class Runs:
     def _generate(self, plan: Plan, prompts: Sequence[Prompt], key: str) -> Made:
         still = isinstance(plan.policy, StaticPolicy) and isinstance(plan.cache, NoCache)
         size = self.batch if still else 1
-        made, method = Made(images=[], branches=[], loop_ms=[]), self.method(plan)
+        made, method = Made(images=[], branches=[]), self.method(plan)
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size]
             with scored_by(plan.statistic):
                 result = method.generate(batch_of(part))
-            trace = trace_of(result)
             made.images.extend(result.outputs)
-            made.branches.extend([[branch(step) for step in trace]] * len(part))
-            made.loop_ms.extend([trace.latency_ms] if size == 1 else ())
+            made.branches.extend([[branch(step) for step in trace_of(result)]] * len(part))
         path = self._file(key, "npz")
         if path is not None:
             partial = path.with_suffix(".part.npz")
-            record = json.dumps([made.branches, made.loop_ms])
-            np.savez_compressed(partial, images=np.stack(made.images), record=record)
+            branches = json.dumps(made.branches)
+            np.savez_compressed(partial, images=np.stack(made.images), branches=branches)
             partial.replace(path)  # whole or not at all
         return made
 
@@ -262,8 +258,8 @@ class Runs:
         if path is None or not path.exists():
             return None
         with np.load(path) as data:
-            branches, loop_ms = json.loads(str(data["record"]))
-            return Made(images=list(data["images"]), branches=branches, loop_ms=loop_ms)
+            branches = json.loads(str(data["branches"]))
+            return Made(images=list(data["images"]), branches=branches)
 
     def _file(self, key: str, suffix: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{key}.{suffix}"

@@ -9,24 +9,20 @@ table of measured step times, so that no search follows the noise of a clock.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quality_paths import TRAINING_FREE
 from quality_rows import Judge, Row
 from quality_runs import QUANTILE, Plan, Runs, StepCosts, reference
 
-from ddit_rt.lab.calibrate.moves import Space
-from ddit_rt.lab.calibrate.search import Search
 from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.plans.candidates import CACHED, COMBINED, DYNAMIC, STATIC, STEPS, Candidate
 from ddit_rt.lab.plans.dial import highest, on_log_scale
 from ddit_rt.lab.plans.genome import Static, within
 from ddit_rt.lab.plans.points import Measurement, Prompt
 from ddit_rt.lab.plans.step_caches import STEP_CACHES, CacheDial, threshold_range
-from ddit_rt.lab.plans.target import GENTLE, STRONG, Target
 from ddit_rt.policies import CacheFit, DDiTPolicy, FinePolicy, PatchPolicy
 
 DDIT = "ddit"
@@ -120,119 +116,28 @@ STATIC_SHAPES = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tried:
-    """What a plan came to, means over the search prompts.
-
-    Attributes:
-        plan: The plan.
-        ssim: To full resolution.
-        cost_ms: Of the loop, by the table.
-        coarse: Share of the steps at a coarse size.
-        reused: Share of the steps that reused.
-    """
-
-    plan: Plan
-    ssim: float
-    cost_ms: float
-    coarse: float
-    reused: float
-
-
-@dataclass(kw_only=True)
-class FidelitySearch:
-    """The cheapest plan of each kind at a given SSIM, found on a few prompts by the planner.
+class Judged:
+    """The planner's view of plans: costs by a table, so that no search follows a clock's noise.
 
     Attributes:
         runs: Runs plans.
-        prompts: The search prompts.
         steps: Steps of the reference.
         costs: Of a step.
-        tried: What was run on each prompt, by the plan's key.
     """
 
     runs: Runs
-    prompts: tuple[Prompt, ...]
     steps: int
     costs: StepCosts
-    tried: dict[str, dict[Prompt, Tried]] = field(default_factory=dict)
-
-    def look(self, space: Space, targets: Sequence[float], pictures: int) -> None:
-        """Lets the planner look for plans at each target.
-
-        Args:
-            space: What plans can be made of.
-            targets: SSIM of the search prompts.
-            pictures: Budget of each search.
-        """
-        base = space.costs["p"] * self.steps
-        for ssim in targets:
-            target = Target(min_ssim=ssim)
-            ends = [target.shifted(power, base) for power in (GENTLE, STRONG)]
-            search = Search(
-                space=space,
-                evaluator=self,
-                prompts=self.prompts,
-                targets=[target, *ends],
-                pictures=pictures,
-            )
-            search.run()
-            tried = len(search.tried)
-            print(f"SSIM {ssim}: {tried} plans, {search.spent} pictures", file=sys.stderr)
 
     def evaluate(self, candidate: Candidate, prompts: Sequence[Prompt]) -> Measurement:
         """See `Evaluator.evaluate`."""
         plan = plan_of(candidate)
-        own = [self.run(plan, prompt) for prompt in prompts]
-        return Measurement.of([(tried.cost_ms, tried.ssim, None) for tried in own])
-
-    def run(self, plan: Plan, prompt: Prompt) -> Tried:
-        """A plan's fidelity and cost on one prompt."""
-        known = self.tried.setdefault(plan.key, {})
-        if prompt not in known:
-            whole = self.runs.run(reference(self.steps), [prompt]).images
-            made = self.runs.run(plan, [prompt])
-            (branches,) = made.branches
-            known[prompt] = Tried(
-                plan=plan,
-                ssim=fidelity(made.images, whole).ssim[0],
-                cost_ms=self.costs.loop_ms(plan, branches),
-                coarse=coarse_share(branches),
-                reused=reused_share(branches),
-            )
-        return known[prompt]
-
-    def found(self) -> list[Tried]:
-        """Every plan that was run on all prompts."""
-        whole = [own for own in self.tried.values() if len(own) == len(self.prompts)]
-        return [mean_of(list(own.values())) for own in whole]
-
-    def cheapest(self, kind: str, target: float, *, both: bool) -> Tried | None:
-        """The cheapest plan of a kind that met a target.
-
-        Args:
-            kind: Of plans.
-            target: SSIM of the search prompts.
-            both: Whether it must take coarse steps and reuse.
-        """
-        met = [
-            tried
-            for tried in self.found()
-            if tried.plan.kind == kind
-            and tried.ssim >= target
-            and (not both or (tried.coarse > 0 and tried.reused > 0))
-        ]
-        return min(met, key=lambda tried: tried.cost_ms, default=None)
-
-
-def mean_of(tried: Sequence[Tried]) -> Tried:
-    """What a plan came to on average."""
-    return Tried(
-        plan=tried[0].plan,
-        ssim=statistics.fmean(one.ssim for one in tried),
-        cost_ms=statistics.fmean(one.cost_ms for one in tried),
-        coarse=statistics.fmean(one.coarse for one in tried),
-        reused=statistics.fmean(one.reused for one in tried),
-    )
+        rows = []
+        for prompt in prompts:
+            whole, made = (self.runs.run(one, [prompt]) for one in (reference(self.steps), plan))
+            (ssim,) = fidelity(made.images, whole.images).ssim
+            rows.append((self.costs.loop_ms(plan, made.branches[0]), ssim, None))
+        return Measurement.of(rows)
 
 
 def dials_of(
@@ -272,13 +177,3 @@ def table_kind(candidate: Candidate) -> str:
         rule = DDIT if isinstance(candidate.policy, DDiTPolicy) else STATIC
         return f"{rule}_{cache}"
     return names.get(candidate.kind, candidate.kind)
-
-
-def coarse_share(branches: Sequence[str]) -> float:
-    """Share of the steps that ran or reused at a coarse size."""
-    return sum(not one.startswith("p") for one in branches) / len(branches)
-
-
-def reused_share(branches: Sequence[str]) -> float:
-    """Share of the steps that reused."""
-    return sum(one.endswith(" reused") for one in branches) / len(branches)

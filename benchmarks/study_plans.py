@@ -17,7 +17,7 @@ from functools import cached_property
 
 from quality_paths import TRAINING_FREE
 from quality_runs import Plan, Runs, StepCosts, mixed_cost, reference
-from quality_search import STATIC_SHAPES, FidelitySearch, closest, dials_of, plan_of
+from quality_search import STATIC_SHAPES, Judged, closest, dials_of, plan_of
 
 from ddit_rt.lab.calibrate.moves import Space
 from ddit_rt.lab.calibrate.search import Search
@@ -245,9 +245,6 @@ class Planner:
     @cached_property
     def _searched(self) -> dict[float, list[Plan]]:
         """By level, the best plan that one search found for it, if there is one."""
-        evaluator = FidelitySearch(
-            runs=self.runs, prompts=self.prompts, steps=self.steps, costs=self.costs
-        )
         targets = [Target(max_cost=self.whole / level) for level in self.levels]
         probes = [Plan(policy=policy, steps=self.steps) for policy in TAU_PROBES]
         space = Space(
@@ -259,7 +256,7 @@ class Planner:
         )
         search = Search(
             space=space,
-            evaluator=evaluator,
+            evaluator=Judged(runs=self.runs, steps=self.steps, costs=self.costs),
             prompts=self.prompts,
             targets=targets,
             # References and probes count, too.
