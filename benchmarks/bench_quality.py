@@ -40,7 +40,7 @@ from quality_plots import draw_quality
 from quality_rows import Judge, frechet
 from quality_runs import SEARCH_SEED, Runs, reference, seeded
 from quality_search import Matcher
-from quality_tables import ADAPTERS, QUICK_GRID, TABLES, Grid, claims, make_table
+from quality_tables import ADAPTERS, QUICK_GRID, TABLES, Grid, claims
 from records import RESULTS, head, parser_of, publish
 from study_models import studied
 
@@ -153,7 +153,7 @@ def run_ablations(args: argparse.Namespace, model: DemoModel, wanted: Sequence[s
         "missing": missing,
         "costs": {"milliseconds": costs.milliseconds, "tokens": costs.tokens},
         "references": references(judge, args.steps),
-        "tables": {name: make_table(name, matcher, grid) for name in wanted},
+        "tables": {name: judge.with_fewer_steps(TABLES[name](matcher, grid)) for name in wanted},
     }
     report["claims"] = claims(report["tables"])
     publish(args.out, report)

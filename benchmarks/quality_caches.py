@@ -98,7 +98,7 @@ def look(
     args: argparse.Namespace,
 ) -> list[Point]:
     """Plans of every kind on the search prompts, with each step cache and target in turn."""
-    probes = [Plan(policy=policy, steps=args.steps) for policy in TAU_PROBES]
+    probes = [Plan(policy=policy, num_inference_steps=args.steps) for policy in TAU_PROBES]
     traces = [judged.runs.trace(plan, prompt) for plan in probes for prompt in prompts[:2]]
     costs, taus = judged.costs.milliseconds[TRAINING_FREE], tau_range(traces)
     points: dict[str, Point] = {}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from demo_models import DemoModel
 from quality_paths import TRAINING_FREE
-from quality_runs import Made, Plan, Runs, StepCosts, reference, seeded
+from quality_runs import Plan, Runs, StepCosts, reference, seeded
 from records import interval_entry
 
 from ddit_rt.lab.demo.classifier import attribute_hits, image_features, load_classifier
@@ -61,47 +61,28 @@ class Judge:
             reference_steps: It is compared with full resolution of this many steps.
         """
         made = self.runs.run(plan, self.prompts)
-        baseline = self.runs.run(reference(reference_steps), self.prompts)
+        whole = self.runs.run(reference(reference_steps), self.prompts).images
+        tokens = statistics.fmean(self.costs.loop_tokens(one) for one in made.branches)
         return {
             "name": name,
             "label": label,
             "kind": kind,
             "reference_steps": reference_steps,
             **plan.to_dict(),
-            **self.cost(made, plan, reference_steps),
-            **self.quality(made, baseline),
-        }
-
-    def cost(self, made: Made, plan: Plan, reference_steps: int) -> Row:
-        """Means over the images."""
-        tokens = statistics.fmean(self.costs.loop_tokens(one) for one in made.branches)
-        return {
             "tokens": tokens,
             "tokens_share": tokens / (self.costs.tokens["p"] * reference_steps),
             "loop_ms": statistics.fmean(self.costs.loop_ms(plan, one) for one in made.branches),
             "steps_at": steps_at(made.branches),
+            **fidelity_entry(fidelity(made.images, whole), len(self.captions)),
+            "frechet": frechet(made.images, whole),
+            "correct": self.correct(made.images),
         }
 
-    def quality(self, made: Made, baseline: Made) -> Row:
-        """Fidelity to the reference, distance of the features, and what the images show."""
-        compared = fidelity(made.images, baseline.images)
-        row = fidelity_entry(compared, len(self.captions))
-        row.pop("psnr_per_prompt")
-        row["frechet"] = frechet(made.images, baseline.images)
-        return {**row, "correct": self.correct(made.images)}
-
     def correct(self, images: Sequence[Pixels]) -> Row:
-        """Share of images that show what was asked: all of it, and each attribute."""
-        texts, shares = [prompt.text for prompt in self.prompts], {}
-        if self.model.shows is not None:
-            shown = [float(one) for one in self.model.shows(images, texts)]
-        else:
-            hits = attribute_hits(
-                load_classifier(), tensor(images), [parse_caption(text) for text in texts]
-            )
-            shown = torch.stack(list(hits.values())).all(0).double().tolist()
-            shares = {name: float(hit.double().mean()) for name, hit in hits.items()}
-        return {"all": interval_entry(_present(per_prompt(shown, len(self.captions)))), **shares}
+        """Share of images that show all that was asked."""
+        shows = self.model.shows or _shows_attributes
+        shown = [float(one) for one in shows(images, [prompt.text for prompt in self.prompts])]
+        return {"all": interval_entry(_present(per_prompt(shown, len(self.captions))))}
 
     def with_fewer_steps(self, rows: Sequence[Row]) -> list[Row]:
         """The rows, each followed by its baselines of fewer steps that are not there yet.
@@ -159,6 +140,14 @@ def frechet(images: Sequence[Pixels], others: Sequence[Pixels]) -> float:
     found = (image_features(load_classifier(), tensor(one)).double() for one in (images, others))
     own, other = (gaussian(features.numpy()) for features in found)
     return frechet_distance(*own, *other)
+
+
+def _shows_attributes(images: Sequence[Pixels], captions: Sequence[str]) -> list[bool]:
+    """Whether images show all attributes that captions of the demo name."""
+    expected = [parse_caption(caption) for caption in captions]
+    hits = attribute_hits(load_classifier(), tensor(images), expected)
+    found: list[bool] = torch.stack(list(hits.values())).all(0).tolist()
+    return found
 
 
 def tensor(images: Sequence[Pixels]) -> torch.Tensor:

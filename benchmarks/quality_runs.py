@@ -28,9 +28,9 @@ from ddit_rt.lab.measure.timing import (
     Method,
     Pixels,
     Sample,
-    engine_method,
     on_trial,
 )
+from ddit_rt.lab.plans.candidates import Candidate
 from ddit_rt.lab.plans.dial import branch, step_costs
 from ddit_rt.lab.plans.points import Prompt
 from ddit_rt.lab.plans.step_caches import alternating
@@ -45,49 +45,34 @@ _NOT_DRAWING = frozenset({"cli", "lab"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """One way to make images.
+class Plan(Candidate):
+    """A plan, and what else the tables vary.
 
     Attributes:
-        policy: Patch size of each step.
-        steps: Denoising steps.
-        path: Which coarse step it takes: a key of `Runs.paths`.
-        cache: Which steps reuse.
-        statistic: How a dynamic policy reduces the patches' deviations: the paper says why by a
-            quantile, as the native scores do, and not by their mean.
-        sigmas: Noise levels of the steps, as the pipeline's call takes them; None for its own.
         kind: What a table calls plans of its shape.
         label: The plan in a few words.
+        path: Which coarse step it takes: a key of `Runs.paths`.
+        statistic: How a dynamic policy reduces the patches' deviations: the paper says why by a
+            quantile, as the native scores do, and not by their mean.
     """
 
-    policy: PatchPolicy
-    steps: int
-    path: str = TRAINING_FREE
-    cache: StepCache = NoCache()  # noqa: RUF009 - frozen
-    statistic: str = QUANTILE
-    sigmas: tuple[float, ...] | None = None
     kind: str = ""
     label: str = ""
+    path: str = TRAINING_FREE
+    statistic: str = QUANTILE
 
     def to_dict(self) -> dict[str, Any]:
-        """What it does, JSON-ready."""
+        """Its part of a row, JSON-ready."""
         policy = self.policy.to_dict()
         if self.statistic != QUANTILE:
             policy["statistic"] = self.statistic
-        return {"policy": policy, "steps": self.steps, "path": self.path}
-
-    @property
-    def key(self) -> str:
-        """Equal for plans that do the same."""
-        placed = () if self.sigmas is None else (self.sigmas,)
-        return json.dumps([self.to_dict(), self.cache.to_dict(), *placed])
+        return {"policy": policy, "steps": self.num_inference_steps, "path": self.path}
 
 
 def reference(steps: int) -> Plan:
     """Full resolution, at which every path is the unmodified model."""
-    return Plan(
-        policy=FinePolicy(), steps=steps, kind="fine", label=f"{steps} steps at full resolution"
-    )
+    label = f"{steps} steps at full resolution"
+    return Plan(kind="fine", label=label, policy=FinePolicy(), num_inference_steps=steps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +102,7 @@ class StepCosts:
 
     def loop_ms(self, plan: Plan, branches: Sequence[str]) -> float:
         """Milliseconds of a loop; a step at p costs the same on every path."""
-        cached = type(plan.cache).__name__
+        cached = type(plan.step_cache).__name__
         if cached in self.milliseconds:
             return sum(self.milliseconds[cached][one] for one in branches)
         own, fine = self.milliseconds[plan.path], self.milliseconds[TRAINING_FREE]["p"]
@@ -160,25 +145,15 @@ class Runs:
 
     def run(self, plan: Plan, prompts: Sequence[Prompt]) -> Made:
         """What a plan makes."""
-        key = self._key(plan.path, [plan.key, [asdict(prompt) for prompt in prompts]])
+        drawn = [asdict(prompt) for prompt in prompts]
+        key = self._key(plan.path, [plan.key, plan.statistic, drawn])
         if key not in self._memory:
             self._memory[key] = self._load(key) or self._generate(plan, prompts, key)
         return self._memory[key]
 
     def method(self, plan: Plan) -> Method:
         """A plan, to be timed beside others."""
-        placed = {} if plan.sigmas is None else {"sigmas": list(plan.sigmas)}
-        method = engine_method(
-            plan.key,
-            plan.label,
-            self.paths[plan.path].engine,
-            patch_policy=plan.policy,
-            num_inference_steps=plan.steps,
-            step_cache=plan.cache,
-            **placed,
-            **self.arguments,
-        )
-        return on_trial(method)
+        return on_trial(plan.on(self.paths[plan.path].engine, plan.label, **self.arguments))
 
     def trace(self, plan: Plan, prompt: Prompt) -> RunTrace:
         """The trace of a run whose images do not count."""
@@ -216,7 +191,8 @@ class Runs:
 
         def measure(path: str, cache: StepCache, unit: str, rounds: int = 1) -> dict[str, float]:
             def run(policy: PatchPolicy, chosen: StepCache) -> RunTrace:
-                return self.trace(Plan(policy=policy, steps=steps, path=path, cache=chosen), prompt)
+                plan = Plan(policy=policy, num_inference_steps=steps, path=path, step_cache=chosen)
+                return self.trace(plan, prompt)
 
             return step_costs(run, sizes, steps, cache=cache, unit=unit, rounds=rounds)
 
@@ -226,7 +202,7 @@ class Runs:
         )
 
     def _generate(self, plan: Plan, prompts: Sequence[Prompt], key: str) -> Made:
-        still = isinstance(plan.policy, StaticPolicy) and isinstance(plan.cache, NoCache)
+        still = isinstance(plan.policy, StaticPolicy) and isinstance(plan.step_cache, NoCache)
         size = self.batch if still else 1
         made, method = Made(images=[], branches=[]), self.method(plan)
         for start in range(0, len(prompts), size):
@@ -250,7 +226,7 @@ class Runs:
     def _key(self, path: str, content: Any) -> str:
         chosen = self.paths[path]
         model = chosen.engine.artifact.manifest.weights, chosen.fingerprint
-        text = json.dumps([_SCHEMA, content, dict(self.arguments), self._code, model])
+        text = json.dumps([_SCHEMA, path, content, dict(self.arguments), self._code, model])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _load(self, key: str) -> Made | None:

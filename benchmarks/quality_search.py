@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from quality_paths import TRAINING_FREE
@@ -79,7 +79,7 @@ class Matcher:
         return [static]
 
     def _plan(self, policy: PatchPolicy) -> Plan:
-        return Plan(policy=policy, steps=self.steps, statistic=self.statistic)
+        return Plan(policy=policy, num_inference_steps=self.steps, statistic=self.statistic)
 
     def _share_of(self, policy: PatchPolicy) -> float:
         costs, made = self.judge.costs, self.judge.runs.run(self._plan(policy), self.search_prompts)
@@ -151,22 +151,16 @@ def dials_of(
             continue
         fitted: dict[str, Any] = {fields[dial.fit]: fits[dial.fit].values} if dial.fit else {}
         cache = replace(dial.cache, **fitted)  # type: ignore[type-var]
-        probe = Plan(policy=FinePolicy(), steps=steps, cache=cache)
+        probe = Plan(policy=FinePolicy(), num_inference_steps=steps, step_cache=cache)
         if (ends := dial.ends or threshold_range(runs.trace(probe, prompt))) is not None:
             found.append(replace(dial, cache=cache, ends=ends))
     return found
 
 
 def plan_of(candidate: Candidate) -> Plan:
-    """What the planner found, as `Runs` takes it."""
-    return Plan(
-        policy=candidate.policy,
-        steps=candidate.num_inference_steps,
-        cache=candidate.step_cache,
-        sigmas=candidate.sigmas,
-        kind=table_kind(candidate),
-        label=candidate.label,
-    )
+    """What the planner found, as the tables name it."""
+    own = {one.name: getattr(candidate, one.name) for one in fields(candidate)}
+    return Plan(**{**own, "kind": table_kind(candidate)})
 
 
 def table_kind(candidate: Candidate) -> str:

@@ -67,17 +67,6 @@ def default_rule(tau: float) -> DDiTPolicy:
     return DDiTPolicy(tau={"2p": tau, "4p": tau / 2}, criterion="raw")
 
 
-def make_table(name: str, matcher: Matcher, grid: Grid) -> list[Row]:
-    """The rows of a table, each followed by its baselines.
-
-    Args:
-        name: One of `TABLES`.
-        matcher: Makes the rows.
-        grid: Values to go through.
-    """
-    return matcher.judge.with_fewer_steps(TABLES[name](matcher, grid))
-
-
 def _order(matcher: Matcher, _grid: Grid) -> list[Row]:
     rows = [
         matcher.matched(f"order_{order}", f"order {order}", partial(paper_rule, order=order))
@@ -115,7 +104,7 @@ def _adapters(matcher: Matcher, _grid: Grid) -> list[Row]:
             f"{key}/{path}",
             f"{label}: {title}",
             "static",
-            Plan(policy=policy, steps=steps, path=path),
+            Plan(policy=policy, num_inference_steps=steps, path=path),
             steps,
         )
         for key, label, policy in adapter_plans(steps)

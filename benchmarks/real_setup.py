@@ -194,11 +194,8 @@ class Setup:
 
     def costs(self, case: Case) -> dict[str, StepCost]:
         """Count of operations and weight bytes of one step, by patch sizes that the case offers."""
-        if case not in self._costs:
-            self._costs[case] = self._counted(case)
-        return self._costs[case]
-
-    def _counted(self, case: Case) -> dict[str, StepCost]:
+        if case in self._costs:
+            return self._costs[case]
         transformer = self.pipeline.transformer
         model = StepModel(family=family_of(transformer), transformer=transformer, base={})
         height, width = case.latent
@@ -207,7 +204,7 @@ class Setup:
             for patch in PATCHES
             if not any(edge % (model.patch_size * parse_patch(patch)) for edge in (height, width))
         ]
-        return {
+        self._costs[case] = {
             patch: step_cost(
                 model,
                 height=height,
@@ -219,6 +216,7 @@ class Setup:
             )
             for patch in offered
         }
+        return self._costs[case]
 
     def flops(self, case: Case) -> dict[str, int]:
         """Operations of one step by patch size."""

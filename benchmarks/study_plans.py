@@ -35,6 +35,7 @@ from ddit_rt.policies import (
     DDiTPolicy,
     FinePolicy,
     MagCache,
+    NoCache,
     PatchPolicy,
     SeaCache,
     SpectralPolicy,
@@ -120,6 +121,14 @@ class Planner:
         made = self.runs.run(plan, prompts)
         return statistics.fmean(self.costs.loop_ms(plan, one) for one in made.branches) / self.whole
 
+    def _plan(
+        self,
+        policy: PatchPolicy,
+        label: str = "",
+        cache: StepCache = NoCache(),  # noqa: B008 - frozen
+    ) -> Plan:
+        return Plan(policy=policy, num_inference_steps=self.steps, step_cache=cache, label=label)
+
     def _closeness(self, plan: Plan) -> float:
         fine = self.runs.run(reference(self.steps), self.prompts).images
         found = fidelity(self.runs.run(plan, self.prompts).images, fine).psnr
@@ -159,7 +168,7 @@ class Planner:
                 assert isinstance(policy, StaticPolicy), "a plan of sizes"
                 policy = replace(policy, fine_share=fine_share)
                 label = f"{label}, {fine_share:.3g} of the regions at p"
-            yield Plan(policy=policy, steps=self.steps, label=label)
+            yield self._plan(policy, label)
 
     def _mixed(self, level: float) -> Iterator[Plan]:
         for fine_share in _FINE_SHARES:
@@ -189,11 +198,11 @@ class Planner:
         """The rule at the number at which it costs what it should, if it can."""
 
         def share_of(value: float) -> float:
-            return self.share(Plan(policy=rule(value), steps=self.steps), self.prompts[:2])
+            return self.share(self._plan(rule(value)), self.prompts[:2])
 
         value, share = closest(share_of, 1 / level, self.iterations)
         if abs(share - 1 / level) <= _EQUAL_SHARE:
-            yield Plan(policy=rule(value), steps=self.steps, label=f"{label} {value:.2g}")
+            yield self._plan(rule(value), f"{label} {value:.2g}")
 
     def _magcache(self, level: float) -> Iterator[Plan]:
         ratios = self.fit.values
@@ -221,7 +230,7 @@ class Planner:
     @cached_property
     def _changes(self) -> list[list[float]]:
         """What SeaCache's signal changes by at each step, along full resolution's trajectory."""
-        plan = Plan(policy=FinePolicy(), steps=self.steps, cache=SeaCache(0.0))
+        plan = self._plan(FinePolicy(), cache=SeaCache(0.0))
         traces = [self.runs.trace(plan, prompt) for prompt in self.prompts[:2]]
         return [[record.accumulated or 0.0 for record in trace] for trace in traces]
 
@@ -239,14 +248,14 @@ class Planner:
             computed = statistics.fmean(computed_steps(table, one) for one in signals)
             if computed * of_step["p"] + (self.steps - computed) * of_step["p reused"] <= limit:
                 name = label or f"{cache_text(cache)}, extrapolating"
-                yield Plan(policy=FinePolicy(), steps=self.steps, cache=cache, label=name)
+                yield self._plan(FinePolicy(), name, cache)
                 return
 
     @cached_property
     def _searched(self) -> dict[float, list[Plan]]:
         """By level, the best plan that one search found for it, if there is one."""
         targets = [Target(max_cost=self.whole / level) for level in self.levels]
-        probes = [Plan(policy=policy, steps=self.steps) for policy in TAU_PROBES]
+        probes = [self._plan(policy) for policy in TAU_PROBES]
         space = Space(
             steps=self.steps,
             costs=self._of_step,
