@@ -13,7 +13,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from quality_paths import TRAINING_FREE
 from quality_runs import Plan, Runs, StepCosts, mixed_cost, reference
@@ -101,8 +101,7 @@ class Planner:
     @property
     def _of_step(self) -> Mapping[str, float]:
         """Cost of a step at each patch size."""
-        costs = self.costs.milliseconds[TRAINING_FREE]
-        return {name: cost for name, cost in costs.items() if not name.endswith(" reused")}
+        return self.costs.milliseconds[TRAINING_FREE]
 
     def best(self, kind: str, level: float) -> Plan | None:
         """The candidate of a kind that comes closest to full resolution on the prompts.
@@ -186,21 +185,18 @@ class Planner:
 
     def _dynamic(self, level: float) -> Iterator[Plan]:
         for head in (head for head in _HEADS if head < self.steps):
-
-            def rule(tau: float, head: int = head) -> DDiTPolicy:
-                return DDiTPolicy(tau, warmup_steps=head)
-
+            rule = partial(DDiTPolicy, warmup_steps=head)
             yield from self._matched(level, rule, f"DDiT, {head} steps at p first, tau")
 
     def _matched(
         self, level: float, rule: Callable[[float], PatchPolicy], label: str
     ) -> Iterator[Plan]:
         """The rule at the number at which it costs what it should, if it can."""
-
-        def share_of(value: float) -> float:
-            return self.share(self._plan(rule(value)), self.prompts[:2])
-
-        value, share = closest(share_of, 1 / level, self.iterations)
+        value, share = closest(
+            lambda value: self.share(self._plan(rule(value)), self.prompts[:2]),
+            1 / level,
+            self.iterations,
+        )
         if abs(share - 1 / level) <= _EQUAL_SHARE:
             yield self._plan(rule(value), f"{label} {value:.2g}")
 
