@@ -28,16 +28,16 @@ from typing import Any
 
 from demo_methods import all_images, all_methods, quantised_methods, with_own_transformer
 from diffusers import FluxPipeline
-from records import RESULTS, publish
+from records import RESULTS, head, parser_of, publish
 from timing import extremes
 from tqdm.auto import tqdm
 
 from ddit_rt.lab.demo import model_path
 from ddit_rt.lab.demo.plans import DEMO_POLICY
-from ddit_rt.lab.demo.prompts import DEMO_PROMPTS, MAX_SEQUENCE_LENGTH
+from ddit_rt.lab.demo.prompts import DEMO_PROMPTS
 from ddit_rt.lab.demo.run import DemoConfig, prepare_engine
 from ddit_rt.lab.measure.fidelity import fidelity
-from ddit_rt.lab.measure.report import machine, model_entry, versions
+from ddit_rt.lab.measure.report import model_entry
 from ddit_rt.lab.measure.timing import Batch, Method, Sample, measure
 
 RESULT = RESULTS / "cpu_demo.json"
@@ -46,42 +46,41 @@ RESULT = RESULTS / "cpu_demo.json"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark."""
     args = parse(argv)
-    config = DemoConfig(out=args.out.parent, steps=args.steps, repeats=args.repeats)
+    prompts = DEMO_PROMPTS[: args.prompts]
+    config = DemoConfig(
+        out=args.out.parent, steps=args.steps, repeats=args.repeats, prompts=prompts
+    )
     pipeline = FluxPipeline.from_pretrained(model_path())
     pipeline.set_progress_bar_config(disable=True)
-    size = {"height": config.height, "width": config.width}
+    how = {**config.size(), "patch_policy": DEMO_POLICY}
     with tempfile.TemporaryDirectory(prefix="ddit_rt-") as folder:
         path = Path(folder) / "demo.ddit"
-        engine, compiling = prepare_engine(pipeline, path, **size, patch_policy=DEMO_POLICY)
+        engine, compiling = prepare_engine(pipeline, path, **how)
         quantised = None
         if args.quantization is not None:
             path = path.with_name("quantised.ddit")
             own = with_own_transformer(pipeline)
-            quantised, entry = prepare_engine(
-                own, path, **size, patch_policy=DEMO_POLICY, quantization=args.quantization
-            )
+            quantised, entry = prepare_engine(own, path, **how, quantization=args.quantization)
             compiling |= {f"quantised_{name}": value for name, value in entry.items()}
         results = {
-            str(size): run_batch_size(engine, quantised, size, args.prompts, config)
-            for size in args.batches
+            str(size): run_batch_size(engine, quantised, size, config) for size in args.batches
         }
-    report = {
-        "schema_version": 1,
-        "machine": machine(),
-        "versions": versions(),
-        "model": model_entry("demo", pipeline.transformer),
-        "settings": {**settings(config, args.prompts), "quantization": args.quantization},
-        "compile": compiling,
-        "batches": results,
+    settings = {
+        "steps": config.steps,
+        **config.call(),
+        "seed": config.seed,
+        "repeats": config.repeats,
+        "prompts": list(config.prompts),
+        "quantization": args.quantization,
     }
-    publish(args.out, report)
+    model = model_entry("demo", pipeline.transformer)
+    publish(args.out, head(model=model, settings=settings, compile=compiling, batches=results))
     return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Settings; `--quick` is a smoke run whose figures mean nothing."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path)
+    parser = parser_of(__doc__)
     parser.add_argument("--quantization", choices=("int8", "fp8"), help="of the blocks")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
@@ -97,42 +96,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def settings(config: DemoConfig, prompts: int) -> dict[str, Any]:
-    """The entry `settings`."""
-    return {
-        "steps": config.steps,
-        "height": config.height,
-        "width": config.width,
-        "seed": config.seed,
-        "repeats": config.repeats,
-        "max_sequence_length": MAX_SEQUENCE_LENGTH,
-        "prompts": list(DEMO_PROMPTS[:prompts]),
-    }
-
-
-def batches_of(size: int, prompts: int, seed: int) -> list[Batch]:
-    """The demo's prompts in batches; every prompt has the same seed at any batch size."""
-    numbers = range(prompts)
-    return [
-        Batch(
-            prompts=tuple(DEMO_PROMPTS[i] for i in numbers[start : start + size]),
-            seeds=tuple(seed + i for i in numbers[start : start + size]),
-        )
-        for start in range(0, prompts, size)
-    ]
-
-
 def run_batch_size(
-    engine: Any, quantised: Any, size: int, prompts: int, config: DemoConfig
+    engine: Any, quantised: Any, size: int, config: DemoConfig
 ) -> list[dict[str, Any]]:
     """Measures every method at one batch size; `quantised` is the other engine, or None."""
-    batches = batches_of(size, prompts, config.seed)
-    arguments = {
-        "num_inference_steps": config.steps,
-        "height": config.height,
-        "width": config.width,
-        "max_sequence_length": MAX_SEQUENCE_LENGTH,
-    }
+    seeds = tuple(range(config.seed, config.seed + len(config.prompts)))  # at any batch size
+    batches = [
+        Batch(prompts=config.prompts[start : start + size], seeds=seeds[start : start + size])
+        for start in range(0, len(seeds), size)
+    ]
+    arguments = {"num_inference_steps": config.steps, **config.call()}
     methods = (
         all_methods(engine, batches, arguments)
         if quantised is None
@@ -167,8 +140,8 @@ def entry(method: Method, samples: Mapping[str, Sequence[Sample]]) -> dict[str, 
     return {
         "name": method.name,
         "label": method.label,
-        "seconds_denoise": spread([sample.denoise for sample in own], len(fidelities.ssim)),
-        "seconds": spread([sample.end_to_end for sample in own], len(fidelities.ssim)),
+        "seconds_denoise": per_image([sample.denoise for sample in own], len(fidelities.ssim)),
+        "seconds": per_image([sample.end_to_end for sample in own], len(fidelities.ssim)),
         "tokens": tokens / len(fidelities.ssim) if tokens else None,
         "psnr": fidelities.mean_psnr,
         "ssim": fidelities.mean_ssim,
@@ -177,15 +150,9 @@ def entry(method: Method, samples: Mapping[str, Sequence[Sample]]) -> dict[str, 
     }
 
 
-def spread(times: Sequence[Sequence[float]], images: int) -> dict[str, float]:
-    """Seconds per image over all batches: median, least and most over the repeats.
-
-    Args:
-        times: Per batch, seconds of every repeat.
-        images: Images in all batches together.
-    """
-    rounds = [sum(repeat) / images for repeat in zip(*times, strict=True)]
-    return extremes(rounds)
+def per_image(times: Sequence[Sequence[float]], images: int) -> dict[str, float]:
+    """Seconds per image, over the repeats; `times` has those of each batch."""
+    return extremes([sum(repeat) / images for repeat in zip(*times, strict=True)])
 
 
 if __name__ == "__main__":

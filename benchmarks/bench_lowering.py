@@ -25,7 +25,6 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,6 +56,7 @@ PRESETS = {
     "flux": ("flux-dev", FluxTransformer2DModel),
     "wan": ("wan-1.3b", WanTransformer3DModel),
 }
+_LAYERS = ("num_layers", "num_single_layers")
 _LAUNCH = re.compile(r"^    call_(\w+)\(", re.MULTILINE)
 _CALL = re.compile(r"aoti_torch_cuda_(\w+)\(")
 _VIEWS = ("view_dtype", "reinterpret", "copy_")
@@ -95,10 +95,11 @@ def exports(
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     for name, (preset, transformer_class) in PRESETS.items():
         full = MODELS[name].presets[preset].config
-        config = {**full, **_one_of_each(full)}
+        config = {**full, **{name: 1 for name in _LAYERS if name in full}}
         with torch.device("meta"):
             shapes = transformer_class(**config).to(torch.bfloat16).requires_grad_(False)
-        with mode, _plain_enough(), torch.device("cuda"):
+        # Tensors without data are of a class of their own, which a user's model may not have.
+        with mode, mock.patch.object(template, "check_plain"), torch.device("cuda"):
             torch.set_default_dtype(torch.bfloat16)
             try:
                 transformer = transformer_class(**config).eval().requires_grad_(False)
@@ -139,17 +140,6 @@ def _quantise(block_type: BlockType, own: nn.Module, like: nn.Module) -> None:
     found = (own.get_submodule(path) for path in dict.fromkeys(paths))
     with mock.patch.object(quant_api, "_check_hardware_support"):
         quantise([layer for layer in found if isinstance(layer, nn.Linear)], "fp8")
-
-
-def _one_of_each(config: Any) -> dict[str, int]:
-    return {name: 1 for name in ("num_layers", "num_single_layers") if name in config}
-
-
-@contextmanager
-def _plain_enough() -> Iterator[None]:
-    """Tensors without data are of a class of their own, which a user's model may not have."""
-    with mock.patch.object(template, "check_plain"):
-        yield
 
 
 def _call_cudnn(program: Any) -> None:

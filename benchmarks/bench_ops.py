@@ -21,14 +21,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
+from ops_cuda import eager_pack
 from ops_cuda import run as run_cuda
-from records import RESULTS, publish
+from records import RESULTS, parser_of, publish
 from torch import Tensor
 
 from ddit_rt import _runtime, ops
@@ -65,19 +65,12 @@ class Case:
     operations: int = 0
 
 
-def eager_pack(latents: Tensor, p: int) -> Tensor:
-    """Packing as diffusers does it."""
-    b, c, h, w = latents.shape
-    patches = latents.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(b, (h // p) * (w // p), c * p * p)
-
-
 def eager_scores(history: Tensor, sizes: tuple[int, ...], quantile: float) -> Tensor:
     """Patch scores with torch.std and torch.quantile."""
     z0, z1, z2, z3 = history.unbind(0)
     difference = z0 - 3 * z1 + 3 * z2 - z3
-    scores = [torch.quantile(eager_pack(difference, p).std(-1), quantile, dim=-1) for p in sizes]
-    return torch.stack(scores, dim=-1)
+    deviations = [eager_pack(difference, p, False).std(-1) for p in sizes]
+    return torch.stack([torch.quantile(own, quantile, dim=-1) for own in deviations], dim=-1)
 
 
 def eager_solver(
@@ -110,8 +103,8 @@ def pack_case(batch: int, dtype: torch.dtype, p: int) -> Case:
     name = f"pack p={p} {str(dtype).removeprefix('torch.')}"
     methods: dict[str, Call] = {
         "native": lambda: ops.pack(latents, p),
-        "eager": lambda: eager_pack(latents, p),
-        "compile": lambda: compiled(latents, p),
+        "eager": lambda: eager_pack(latents, p, False),
+        "compile": lambda: compiled(latents, p, False),
         "copy": latents.clone,
     }
     return Case(name, batch, methods, latents.nbytes)
@@ -258,7 +251,7 @@ def summarise(times: list[float]) -> dict[str, float]:
     return {**{n: round(v, 2) for n, v in zip(names, values, strict=True)}, "calls": len(times)}
 
 
-def report(
+def entry(
     case: Case, threads: int, timings: dict[str, dict[str, float]], rate: float
 ) -> dict[str, Any]:
     """One entry of the results, printed too."""
@@ -275,22 +268,10 @@ def report(
     }
 
 
-def machine_entry() -> dict[str, Any]:
-    """What the figures depend on."""
-    return {
-        **machine(),
-        "load_average": os.getloadavg(),
-        "torch": torch.__version__,
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "build": _runtime.build_info(),
-    }
-
-
 def main() -> None:
     """Runs all cases and writes the results."""
-    parser = argparse.ArgumentParser(description="Benchmark of the native ops.")
+    parser = parser_of(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu, or a CUDA device")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=8, help="turns of every method")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU: thread counts")
     arguments = parser.parse_args()
@@ -302,11 +283,6 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the cases of the CPU."""
-    results = {
-        "machine": machine_entry(),
-        "warm_up_calls": WARM_UP_CALLS,
-        "rounds": arguments.rounds,
-    }
     entries = []
     for threads in arguments.threads:
         torch.set_num_threads(threads)
@@ -315,9 +291,20 @@ def run(arguments: argparse.Namespace) -> None:
         rate = matrix_rate(torch.device("cpu"), torch.float32)
         for case in (*cases(1), *cases(4), *block_cases(), overhead_case()):
             timings = measure(case, arguments.rounds, clock)
-            entries.append(report(case, threads, timings, rate))
-    results["results"] = entries
-    publish(arguments.out or RESULTS / "ops_cpu.json", results)
+            entries.append(entry(case, threads, timings, rate))
+    report = {
+        "machine": {
+            **machine(),
+            "load_average": os.getloadavg(),
+            "torch": torch.__version__,
+            "instruction_set": torch.backends.cpu.get_cpu_capability(),
+            "build": _runtime.build_info(),
+        },
+        "warm_up_calls": WARM_UP_CALLS,
+        "rounds": arguments.rounds,
+        "results": entries,
+    }
+    publish(arguments.out or RESULTS / "ops_cpu.json", report)
 
 
 if __name__ == "__main__":

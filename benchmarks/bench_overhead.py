@@ -1,12 +1,12 @@
-"""What the runtime itself costs: per step with a model that costs nothing, to load, in memory.
+"""What the runtime itself costs: per step with a model that costs nothing, and to load.
 
     python benchmarks/bench_overhead.py [--out benchmarks/results/overhead_cpu.json]
 
 The step loop runs with buckets that return a constant velocity, so decision, scores, solver and
 Python are all that is left; diffusers' scheduler in a plain loop stands beside it, and the ops
 alone. `loop` is what `dynamic` (scores at every step) adds to its ops. Methods take turns. `look`
-is the look at the live model before each run, on tiny blocks in FLUX's number. The artifact and the
-bytes of its tensors are those of the demo model.
+is the look at the live model before each run, on tiny blocks in FLUX's number. The artifact is that
+of the demo model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler
 from real_models import Flux
 from records import RESULTS, head, parser_of, publish
 from timing import rounds_of, spread
@@ -29,13 +29,12 @@ from torch import Tensor
 
 import ddit_rt
 from ddit_rt import ops
-from ddit_rt.engine.memory import memory_of
-from ddit_rt.lab.demo import model_path
 from ddit_rt.live import LiveModel
 from ddit_rt.loop import CpuExecutor, RunPlan
 from ddit_rt.models import family_of
 from ddit_rt.policies import DDiTPolicy, FinePolicy, PatchPolicy, Schedule
 from ddit_rt.solver import probe_scheduler
+from ddit_rt.sources import load_pipeline
 from ddit_rt.steps import StepInputs
 
 RESULT = RESULTS / "overhead_cpu.json"
@@ -87,10 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__, RESULT)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--no-model", action="store_true", help="skip artifact and memory")
+    parser.add_argument("--no-model", action="store_true", help="skip the artifact")
     args = parser.parse_args(argv)
     steps = [step_times(shape, args.steps, args.rounds) for shape in SHAPES]
-    figures = {} if args.no_model else model_figures()
+    figures = {} if args.no_model else {"artifact": {"load_seconds": load_seconds()}}
     publish(args.out, head(steps=steps, look=look_times(20 * args.rounds), **figures))
     return 0
 
@@ -196,25 +195,15 @@ def look_times(calls: int) -> dict[str, Any]:
     }
 
 
-def model_figures() -> dict[str, Any]:
-    """Load time of the artifact, and the state of three patch sizes beside the model's weights."""
-    pipeline = FluxPipeline.from_pretrained(model_path())
-    pipeline.set_progress_bar_config(disable=True)
-    weights = sum(parameter.nbytes for parameter in pipeline.transformer.parameters())
+def load_seconds() -> float:
+    """Seconds to load the demo model's artifact, of a process that has loaded its libraries."""
+    pipeline = load_pipeline("demo")
     with tempfile.TemporaryDirectory(prefix="ddit_rt-") as folder:
         path = Path(folder) / "demo.ddit"
         ddit_rt.compile(pipeline, height=128, width=128, progress=False).save(path)
         started = time.perf_counter()
-        engine = ddit_rt.load(path, pipeline, progress=False)
-        seconds = time.perf_counter() - started
-        counts = memory_of(engine.artifact, pipeline)
-    return {
-        "artifact": {"load_seconds": seconds},
-        "memory": {
-            "weights_bytes": weights,
-            "bucket_state_bytes": {entry.patch: entry.bytes for entry in counts.buckets},
-        },
-    }
+        ddit_rt.load(path, pipeline, progress=False)
+        return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -49,16 +49,15 @@ from real_models import MODELS, Case
 from real_sections import blocks, buckets, compiling, kernels
 from real_setup import Setup
 from records import RESULTS, Record, Save, fill, head, machine_entry, opened, parser_of, publish
-from timing import Deadline
 
 from ddit_rt.lab.measure.report import model_entry
 
-SECTIONS: Mapping[str, Callable[[Setup, Case, argparse.Namespace, Save], Record]] = {
-    "buckets": lambda setup, case, _, save: buckets(setup, case, save),
-    "loops": lambda setup, case, args, save: loops(setup, case, args.methods, save),
-    "compile": lambda setup, case, _, __: compiling(setup, case),
-    "blocks": lambda setup, case, _, save: blocks(setup, case, save),
-    "kernels": lambda setup, case, _, __: kernels(setup, case),
+SECTIONS: dict[str, Callable[[Setup, Case, Save], Record]] = {
+    "buckets": buckets,
+    "loops": loops,
+    "compile": compiling,
+    "blocks": blocks,
+    "kernels": kernels,
 }
 
 
@@ -66,12 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the sections and merges their records into the file."""
     args = parse(argv)
     with tempfile.TemporaryDirectory(prefix="ddit_rt-") as scratch:
-        setup = setup_of(args, Path(scratch))
+        setup = Setup(args, Path(scratch))
         report = opened(args.out, header(args, setup))
         for section in args.sections:
             for key, case in cases(section, args):
                 print(f"{section} {key}", file=sys.stderr, flush=True)
-                run = partial(SECTIONS[section], setup, case, args)
+                run = partial(SECTIONS[section], setup, case)
                 fill(report, section, key, run, setup.deadline, args)
     publish(args.out, report)
     return 0
@@ -137,28 +136,6 @@ def video_size(text: str) -> tuple[int, int, int]:
         raise ValueError(f"got the size {text!r}; write height x width x frames, as 480x832x81")
     height, width, frames = map(int, parts)
     return height, width, frames
-
-
-def setup_of(args: argparse.Namespace, scratch: Path) -> Setup:
-    """What the sections work with."""
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-    model = MODELS[args.model]
-    return Setup(
-        model=model,
-        preset=model.presets[args.preset],
-        device=device,
-        dtype=args.dtype,
-        artifact=args.artifact or scratch / "model.ddit",
-        backend=args.backend,
-        quantization=args.quantization,
-        lowered=args.lowered,
-        repeats=args.repeats,
-        deadline=Deadline(args.budget_s),
-        warm_up_limit=args.warm_up_limit_s,
-        executors=tuple(args.executors),
-    )
 
 
 def header(args: argparse.Namespace, setup: Setup) -> Record:

@@ -14,8 +14,8 @@ All on the demo model, whose artifact is compiled first, and on `ddit-rt serve` 
   process and at all, and again after an image without it.
 - `load`: Locust's users ask for images at twice the rate that the server reached when each asked
   again at once, for `--minutes`, at a batch of 1 and batched; the queue holds eight, so that it
-  fills. The same load for a fifth of that time warms the server up. `counted` is what the server's
-  own metrics say, and `rss_mib` its memory, at every tenth of the time.
+  fills. The same load for a fifth of that time warms the server up. `rss_mib` is the server's
+  memory at every tenth of the time.
 """
 
 from __future__ import annotations
@@ -100,17 +100,14 @@ def serving(artifact: Path, *options: str) -> Iterator[Served]:
     """Within, `ddit-rt serve` serves the artifact; it must end with 0."""
     command = [sys.executable, "-m", "ddit_rt.cli", "serve", str(artifact), "--model", "demo"]
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
+        log, running = Path(folder) / "log", re.compile(r"running on (\S+)")
         began = time.perf_counter()
         with log.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
                 [*command, "--port", "0", *options], stdout=file, stderr=file, text=True
             )
         try:
-            while not (found := re.search(r"running on (\S+)", log.read_text(encoding="utf-8"))):
-                assert process.poll() is None, log.read_text(encoding="utf-8")
-                time.sleep(0.01)
-            while not is_ready(found[1]):
+            while not ((found := running.search(log.read_text("utf-8"))) and is_ready(found[1])):
                 assert process.poll() is None, log.read_text(encoding="utf-8")
                 time.sleep(0.01)
             yield Served(found[1], began, process)
@@ -136,7 +133,7 @@ def start(artifact: Path, steps: int) -> dict[str, float]:
     with serving(artifact) as served, httpx.Client(base_url=served.url, timeout=60) as client:
         ask(client, steps, seed=0)
         seconds = time.perf_counter() - served.began
-    return {"seconds": seconds, "import_seconds": imports, "own_seconds": seconds - imports}
+    return {"seconds": seconds, "import_seconds": imports}
 
 
 def ask(client: httpx.Client, steps: int, seed: int, **more: Any) -> float:
@@ -171,10 +168,7 @@ def overhead(
             times["encoded"].append(time.perf_counter() - began)
             time.sleep(PAUSE)
             times["http"].append(ask(client, CALL_STEPS, seed))
-    taken = {name: [1e3 * one for one in values[3:]] for name, values in times.items()}
-    for name, less in (("added", "engine"), ("added_to_encoded", "encoded")):
-        taken[name] = [a - b for a, b in zip(taken["http"], taken[less], strict=True)]
-    return {name: quantiles(values) for name, values in taken.items()}
+    return {name: quantiles([1e3 * one for one in values[3:]]) for name, values in times.items()}
 
 
 def lora(artifact: Path, engine: ddit_rt.Engine, steps: int, rank: int = 16) -> dict[str, Any]:
@@ -218,15 +212,12 @@ def load(artifact: Path, steps: int, seconds: float, options: Sequence[str]) -> 
         probe = users(served.url, steps, seconds=min(60.0, max(6.0, seconds / 10)), rate=0.0)
         reached = probe["answers"]["200"]["count"] / probe["seconds"]
         users(served.url, steps, seconds=max(6.0, seconds / 5), rate=2 * reached)  # warms up
-        before = counted(served.url)
         with sampled(lambda: resident_bytes(served.process.pid) / 2**20, seconds / 10) as rss:
             asked = users(served.url, steps, seconds=seconds, rate=2 * reached)
-        now = counted(served.url)
     return {
         **asked,
         "offered_per_second": 2 * reached,
         "images_per_second": asked["answers"]["200"]["count"] / asked["seconds"],
-        "counted": {status: now[status] - before.get(status, 0) for status in now},
         "rss_mib": rss,
     }
 
@@ -278,13 +269,6 @@ def row(entry: dict[str, Any]) -> dict[str, Any]:
     times = [float(ms) for ms, count in entry["response_times"].items() for _ in range(count)]
     cuts = quantiles(times) if len(times) > 1 else {"p50": times[0], "p95": times[0]}
     return {"count": entry["num_requests"], **cuts}
-
-
-def counted(url: str) -> dict[str, int]:
-    """Answers to requests for images by status, as the server's metrics have them."""
-    page = httpx.get(f"{url}/metrics").text
-    line = re.compile(rf'ddit_rt_requests_total\{{endpoint="{PATH}",status="(\d+)"\}} (\S+)')
-    return {status: int(float(count)) for status, count in line.findall(page)}
 
 
 if __name__ == "__main__":

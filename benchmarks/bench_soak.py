@@ -1,7 +1,7 @@
 """Whether a process that runs for long grows, slows down, or comes to make other images.
 
     python benchmarks/bench_soak.py [--runs 2000] [--seed 0] [--minutes 60]
-        [--record benchmarks/results/soak_cpu.json] [--notes "what else the machine did"]
+        [--out benchmarks/results/soak_cpu.json] [--notes "what else the machine did"]
 
 One process makes that many runs on the demo model, compiled first: sizes, numbers of images,
 policies, step caches, guidance, callbacks and LoRAs as a seed draws them, and one in four is
@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from records import RESULTS, head, publish, resident_bytes
+from records import RESULTS, head, parser_of, publish, resident_bytes
 from soak_runs import Run, UnexpectedEnd, perform, schedule, settle, spots, write_loras
 from timing import spread
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settle(engine, run, args.loras)
         print(perform(engine, run, args.loras))
         return 0
-    args.record.parent.mkdir(parents=True, exist_ok=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ddit_rt-") as name:
         folder = Path(name)
         artifact = args.artifact or compiled(folder / "demo.ddit")
@@ -110,12 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = ["--runs", str(args.runs), "--seed", str(args.seed)]
         options += ["--artifact", str(artifact), "--loras", str(folder)]
         for run in spots(runs, args.spots, args.seed):
-            write_json(args.record, {**report, "broken": broken(report)})  # as far as it has come
+            write_json(args.out, {**report, "broken": broken(report)})  # as far as it has come
             same = again(run, options) == log.digests[run.index]
             entry = {"run": run.index, "kind": run.kind, "loras": run.loras, "equal": same}
             report["spots"].append(entry)
     report["broken"] = broken(report)
-    publish(args.record, report)
+    publish(args.out, report)
     for line in report["broken"]:
         print(line, file=sys.stderr)
     return 1 if report["broken"] else 0
@@ -123,11 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Of the command line; the last two are for the processes that make one run again."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__, RESULT)
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=600.0, help="no run begins later")
-    parser.add_argument("--record", type=Path, default=RESULT)
     parser.add_argument("--spots", type=int, default=10, help="runs to make again")
     parser.add_argument("--notes", default="", help="what else the machine does meanwhile")
     parser.add_argument("--artifact", type=Path, help="the demo's, if it is compiled already")

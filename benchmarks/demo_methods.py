@@ -18,6 +18,7 @@ from ddit_rt.lab.demo.plans import demo_plans
 from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.measure.timing import (
     Batch,
+    Generation,
     Method,
     Sample,
     engine_method,
@@ -53,15 +54,6 @@ def compiled_pipeline(pipeline: Any) -> Any:
     """
     copied = with_own_transformer(pipeline)
     copied.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    return copied
-
-
-def cached_pipeline(pipeline: Any, threshold: float) -> Any:
-    """The FirstBlockCache of diffusers. Its hooks decide with `.item()`, so it runs uncompiled."""
-    from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
-
-    copied = with_own_transformer(pipeline)
-    apply_first_block_cache(copied.transformer, FirstBlockCacheConfig(threshold=threshold))
     return copied
 
 
@@ -194,8 +186,13 @@ def openvino_methods(pipeline: Any, arguments: Mapping[str, Any]) -> list[Method
 def _cached(
     name: str, kind: str, pipeline: Any, threshold: float, arguments: Mapping[str, Any]
 ) -> Method:
+    """The FirstBlockCache of diffusers. Its hooks decide with `.item()`, so it runs uncompiled."""
+    from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+
+    copied = with_own_transformer(pipeline)
+    apply_first_block_cache(copied.transformer, FirstBlockCacheConfig(threshold=threshold))
     label = f"diffusers + FirstBlockCache ({kind}, {threshold:g})"
-    return pipeline_method(name, label, cached_pipeline(pipeline, threshold), **arguments)
+    return pipeline_method(name, label, copied, **arguments)
 
 
 def best_threshold(
@@ -208,21 +205,13 @@ def best_threshold(
 
     The smallest threshold where none is.
     """
-    wanted = _mean_ssim(ours["dynamic"], ours["fine"])
+    fine = all_images(ours["fine"])
+    wanted = fidelity(all_images(ours["dynamic"]), fine).mean_ssim
     best = CACHE_THRESHOLDS[0]
     for threshold in CACHE_THRESHOLDS:
         method = _cached("cache", "probe", pipeline, threshold, arguments)
-        samples = [
-            Sample(
-                batch=batch,
-                outputs=method.generate(batch).outputs,
-                trace=None,
-                denoise=(),
-                end_to_end=(),
-            )
-            for batch in probe
-        ]
-        if _mean_ssim(samples, ours["fine"]) >= wanted:
+        images = all_images([method.generate(batch) for batch in probe])
+        if fidelity(images, fine).mean_ssim >= wanted:
             best = threshold
     return best
 
@@ -235,10 +224,6 @@ def equal_time_steps(ours: Mapping[str, Sequence[Sample]], steps: int) -> int:
     return max(1, min(steps, round(steps * dynamic / fine)))
 
 
-def _mean_ssim(samples: Sequence[Sample], references: Sequence[Sample]) -> float:
-    return fidelity(all_images(samples), all_images(references)).mean_ssim
-
-
-def all_images(samples: Sequence[Sample]) -> list[Any]:
+def all_images(made: Sequence[Sample | Generation]) -> list[Any]:
     """The images of all batches, in order."""
-    return [image for sample in samples for image in sample.outputs]
+    return [image for one in made for image in one.outputs]

@@ -37,9 +37,10 @@ LATENTS: Mapping[str, tuple[int, ...]] = {
     "FLUX 1024": (1, 16, 128, 128),
     "Wan 480p": (1, 16, 21, 60, 104),
     "Wan 720p": (1, 16, 21, 90, 160),
-    "Wan 704p": (1, 16, 21, 88, 160),  # where 4 and 8 divide, which pack needs
+    "Wan 704p": (1, 16, 21, 88, 160),
 }
-PATCH_SIZES = (2, 4, 8)
+PATCH_SIZES = {"FLUX 1024": (2, 4, 8), "Wan 480p": (2, 4), "Wan 720p": (2,), "Wan 704p": (4, 8)}
+"""Those that divide a latent, each once of Wan's larger ones."""
 DTYPES = (torch.bfloat16, torch.float32)
 _L2_MULTIPLE = 4
 _MOST_LAUNCHES = 512
@@ -79,20 +80,12 @@ def pack_cases(device: torch.device) -> list[KernelCase]:
     """`pack` and `unpack` at every size, patch, dtype and order of features."""
     return [
         pack_case(device, size, patch, dtype, channels_last, backwards)
-        for size, shape in LATENTS.items()
-        for patch in PATCH_SIZES
-        if _offers(size, shape, patch)
+        for size, patches in PATCH_SIZES.items()
+        for patch in patches
         for dtype in DTYPES
         for channels_last in (False, True)
         for backwards in (False, True)
     ]
-
-
-def _offers(size: str, shape: tuple[int, ...], patch: int) -> bool:
-    """Whether the patch divides the latent; 704p stands in for 720p only where it must."""
-    divides = not any(edge % patch for edge in shape[-2:])
-    stand_in = size == "Wan 704p" and not any(e % patch for e in LATENTS["Wan 720p"][-2:])
-    return divides and not stand_in
 
 
 def pack_case(
@@ -341,7 +334,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = []
     for case in [*pack_cases(device), *step_cases(device)]:
         rows.append(entry(case, arguments.rounds, machine["gpu"]["l2_bytes"], bandwidth))
-        print(summary(rows[-1]), flush=True)
+        print(rows[-1], flush=True)
     report = head(
         machine=machine,
         copy_bytes_per_second=bandwidth,
@@ -350,12 +343,3 @@ def run(arguments: argparse.Namespace) -> None:
         results=rows,
     )
     publish(arguments.out or RESULTS / "ops_cuda.json", report)
-
-
-def summary(row: Mapping[str, Any]) -> str:
-    """One line for a terminal."""
-    head = f"{row['op']}, {row['size']}: "
-    if "error" in row:
-        return head + str(row["error"])
-    times = (f"{name} {value['median']:.2f}" for name, value in row["microseconds"].items())
-    return f"{head}us {', '.join(times)}; floor {row['floor_us']:.2f}"

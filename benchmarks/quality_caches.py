@@ -7,37 +7,32 @@ difference in SSIM, each with its 95% bootstrap interval.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from demo_models import DemoModel
 from quality_paths import TRAINING_FREE
 from quality_rows import Row, fidelity_entry, steps_at
-from quality_runs import Plan, Runs, batch_of, reference
-from quality_search import (
-    DDIT,
-    FidelitySearch,
-    Tried,
-    coarse_share,
-    mean_of,
-    reused_share,
-)
+from quality_runs import SEARCH_SEED, Plan, Runs, batch_of, seeded, trace_of
+from quality_search import DDIT, Judged, dials_of, plan_of, table_kind
 from records import interval_entry
 
 from ddit_rt.lab.calibrate.cache_fit import fit_cache
 from ddit_rt.lab.calibrate.moves import Space
+from ddit_rt.lab.calibrate.search import Search
 from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.measure.statistics import mean_interval
-from ddit_rt.lab.measure.timing import Sample, measure
+from ddit_rt.lab.measure.timing import Sample, measure, on_trial
+from ddit_rt.lab.plans.candidates import full_resolution
 from ddit_rt.lab.plans.dial import TAU_PROBES, branch, tau_range
-from ddit_rt.lab.plans.points import Prompt
-from ddit_rt.lab.plans.step_caches import STEP_CACHES, CacheDial, threshold_range
-from ddit_rt.loop import RunTrace
-from ddit_rt.policies import CacheFit, FinePolicy
+from ddit_rt.lab.plans.points import Point, Prompt
+from ddit_rt.lab.plans.step_caches import CacheDial
+from ddit_rt.lab.plans.target import GENTLE, STRONG, Target
 
 FEWER, STATIC = "fewer_steps", "static"
 CACHES = ("teacache", "magcache")
@@ -45,58 +40,40 @@ COMBINED = tuple(f"{DDIT}_{cache}" for cache in CACHES)
 KINDS = (FEWER, STATIC, DDIT, *CACHES, *COMBINED)
 """In the order of the table."""
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 YES, NO, UNDECIDED, UNEQUAL = "yes", "no", "undecided", "not comparable"
 TOLERANCE = 0.02
 """SSIM by which plans may differ and still count as equal."""
 
-_FIT_SEED, _SEARCH_SEED = 70_000, 50_000
+_FIT_SEED = 70_000
 
 
 def measure_caches(model: DemoModel, runs: Runs, args: argparse.Namespace) -> dict[str, Any]:
     """The entries of the report behind machine, versions and model."""
-    fitting, searched, held_out = prompts_of(model, args)
+    fitting = seeded(model.seen[: args.fit_prompts], _FIT_SEED)
+    searched = seeded(model.seen[args.fit_prompts :][: args.search_prompts], SEARCH_SEED)
+    held_out = seeded(model.reported(args.prompts))
     engine = runs.paths[TRAINING_FREE].engine
     arguments = {**model.arguments, "num_inference_steps": args.steps}
     fits = {
         kind: fit_cache(engine, kind, fitting, arguments=arguments, conditions={})
         for kind in CACHES
     }
-    dials = dials_of(fits, runs, args.steps, searched[0])
+    dials = [dial for dial in dials_of(fits, runs, args.steps, searched[0]) if dial.fit]
     caches = tuple(dial.cache for dial in dials)
     costs = runs.costs(args.steps, searched[0], args.repeats, caches)
-    search = FidelitySearch(runs=runs, prompts=searched, steps=args.steps, costs=costs)
+    dials = [dial.priced(costs.milliseconds[type(dial.cache).__name__]) for dial in dials]
+    judged = Judged(runs=runs, steps=args.steps, costs=costs)
     started = time.perf_counter()
-    look(search, dials, args)
+    points = look(judged, searched, dials, args)
     seconds = time.perf_counter() - started
-    print(f"search: {len(search.tried)} plans in {seconds:.0f} s", file=sys.stderr)
+    print(f"search: {len(points)} plans in {seconds:.0f} s", file=sys.stderr)
     return {
         "settings": settings(model, (fitting, searched, held_out), args),
         "fits": {name: asdict(fit) for name, fit in fits.items()},
         "costs": costs.milliseconds,
-        "search": {"plans": len(search.tried), "seconds": seconds},
-        **confirmed(search, held_out, args),
+        "search": {"plans": len(points), "seconds": seconds},
+        **confirmed(judged, points, (searched, held_out), args),
     }
-
-
-def prompts_of(
-    model: DemoModel, args: argparse.Namespace
-) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...], tuple[Prompt, ...]]:
-    """Prompts to fit and to search with, which the model has seen, and held-out ones to report.
-
-    Raises:
-        ValueError: The model has fewer held-out captions.
-    """
-    fits, searched = args.fit_prompts, args.search_prompts
-    return (
-        _seeded(model.seen[:fits], _FIT_SEED),
-        _seeded(model.seen[fits : fits + searched], _SEARCH_SEED),
-        _seeded(model.reported(args.prompts), 0),
-    )
-
-
-def _seeded(texts: Sequence[str], seed: int) -> tuple[Prompt, ...]:
-    return tuple(Prompt(text=text, seed=seed + place) for place, text in enumerate(texts))
 
 
 def settings(
@@ -104,7 +81,7 @@ def settings(
 ) -> dict[str, Any]:
     """The entry `settings`."""
     fitting, searched, held_out = ([prompt.text for prompt in one] for one in prompts)
-    names = ("targets", "steps", "pictures", "repeats", "patch_sizes", "backend", "clock")
+    names = ("targets", "steps", "pictures", "repeats", "patch_sizes", "backend")
     return {
         **{name: getattr(args, name) for name in names},
         "arguments": model.arguments,
@@ -115,96 +92,140 @@ def settings(
     }
 
 
-def dials_of(
-    fits: Mapping[str, CacheFit], runs: Runs, steps: int, prompt: Prompt
-) -> list[CacheDial]:
-    """Every step cache with its fit, and the thresholds that are worth trying."""
-    fields = {"teacache": "coefficients", "magcache": "mag_ratios"}
-    found = []
-    for dial in STEP_CACHES:
-        if dial.fit is None or dial.fit not in fits:
-            continue
-        fitted: dict[str, Any] = {fields[dial.fit]: fits[dial.fit].values}
-        own = replace(dial, cache=replace(dial.cache, **fitted))  # type: ignore[type-var]
-        trace = runs.trace(Plan(policy=FinePolicy(), steps=steps, cache=own.cache), prompt)
-        if (ends := threshold_range(trace)) is not None:
-            found.append(replace(own, ends=ends))
-    return found
-
-
-def look(search: FidelitySearch, dials: Sequence[CacheDial], args: argparse.Namespace) -> None:
-    """Runs plans of every kind on the search prompts, with each step cache in turn."""
-    probes = [Plan(policy=policy, steps=args.steps) for policy in TAU_PROBES]
-    traces = [search.runs.trace(plan, prompt) for plan in probes for prompt in search.prompts[:2]]
-    for dial in dials:
-        space = Space(
-            steps=args.steps,
-            costs=search.costs.milliseconds[TRAINING_FREE],
-            taus=tau_range(traces),
-            dials=[dial],
+def look(
+    judged: Judged,
+    prompts: Sequence[Prompt],
+    dials: Sequence[CacheDial],
+    args: argparse.Namespace,
+) -> list[Point]:
+    """Plans of every kind on the search prompts, with each step cache and target in turn."""
+    probes = [Plan(policy=policy, num_inference_steps=args.steps) for policy in TAU_PROBES]
+    traces = [judged.runs.trace(plan, prompt) for plan in probes for prompt in prompts[:2]]
+    costs, taus = judged.costs.milliseconds[TRAINING_FREE], tau_range(traces)
+    points: dict[str, Point] = {}
+    for dial, ssim in itertools.product(dials, args.targets):
+        target = Target(min_ssim=ssim)
+        ends = [target.shifted(power, costs["p"] * args.steps) for power in (GENTLE, STRONG)]
+        search = Search(
+            space=Space(steps=args.steps, costs=costs, taus=taus, dials=[dial]),
+            evaluator=judged,
+            prompts=prompts,
+            targets=[target, *ends],
+            pictures=args.pictures,
         )
-        search.look(space, args.targets, args.pictures)
+        points |= {point.candidate.key: point for point in search.run()}
+        tried = len(search.tried)
+        print(f"SSIM {ssim}: {tried} plans, {search.spent} pictures", file=sys.stderr)
+    return list(points.values())
+
+
+def cheapest(
+    points: Sequence[Point], kind: str, target: float, does_both: Callable[[Point], bool]
+) -> Point | None:
+    """The cheapest plan of a kind that met a target.
+
+    Args:
+        points: What a search found.
+        kind: Of plans.
+        target: SSIM of the search prompts.
+        does_both: Whether a combined plan takes coarse steps and reuses.
+    """
+    met = [
+        point
+        for point in points
+        if table_kind(point.candidate) == kind
+        and point.ssim >= target
+        and (kind not in COMBINED or does_both(point))
+    ]
+    return min(met, key=lambda point: point.cost, default=None)
 
 
 def confirmed(
-    search: FidelitySearch, prompts: Sequence[Prompt], args: argparse.Namespace
+    judged: Judged,
+    points: Sequence[Point],
+    prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """The entries `fine` and `targets`: every plan that was found, side by side."""
+    """The entries `fine` and `targets`: every plan that was found, side by side.
+
+    Args:
+        judged: What the search went by.
+        points: What it found.
+        prompts: To search with, and held-out ones.
+        args: Settings.
+    """
+    searched, held_out = prompts
+
+    def does_both(point: Point) -> bool:
+        made = [judged.runs.run(plan_of(point.candidate), [prompt]) for prompt in searched]
+        branches = [own.branches[0] for own in made]
+        return any(map(coarse_share, branches)) and any(map(reused_share, branches))
+
     chosen = {
         target: {
             kind: found
             for kind in KINDS
-            if (found := search.cheapest(kind, target, both=kind in COMBINED))
+            if (found := cheapest(points, kind, target, does_both)) is not None
         }
         for target in args.targets
     }
-    fine = reference(args.steps)
-    whole = mean_of([search.run(fine, prompt) for prompt in search.prompts])
-    plans = {whole.plan.key: whole}
-    plans |= {tried.plan.key: tried for kinds in chosen.values() for tried in kinds.values()}
+    fine = full_resolution(args.steps)
+    whole = Point(candidate=fine, measurement=judged.evaluate(fine, searched))
+    plans = {fine.key: whole}
+    plans |= {point.candidate.key: point for kinds in chosen.values() for point in kinds.values()}
+    engine, arguments = judged.runs.paths[TRAINING_FREE].engine, judged.runs.arguments
     started = time.perf_counter()
     samples = measure(
-        [search.runs.method(tried.plan) for tried in plans.values()],
-        [batch_of([prompt]) for prompt in prompts],
+        [on_trial(point.candidate.on(engine, key, **arguments)) for key, point in plans.items()],
+        [batch_of([prompt]) for prompt in held_out],
         repeats=args.repeats,
-        clock=CLOCKS[args.clock],
     )
     seconds = time.perf_counter() - started
     print(f"held-out prompts: {len(plans)} plans in {seconds:.0f} s", file=sys.stderr)
-    own = {key: row(tried, samples[key], samples[whole.plan.key]) for key, tried in plans.items()}
+    own = {key: row(point, samples[key], samples[fine.key]) for key, point in plans.items()}
     targets = []
     for target, kinds in chosen.items():
-        rows = {kind: own[tried.plan.key] for kind, tried in kinds.items()}
+        rows = {kind: own[point.candidate.key] for kind, point in kinds.items()}
         entry = {"ssim": target, "rows": list(rows.values()), "verdicts": verdicts(rows, target)}
         targets.append(entry)
-    return {"fine": own[whole.plan.key], "targets": targets}
+    return {"fine": own[fine.key], "targets": targets}
 
 
-def row(tried: Tried, samples: Sequence[Sample], fine: Sequence[Sample]) -> Row:
+def row(point: Point, samples: Sequence[Sample], fine: Sequence[Sample]) -> Row:
     """A plan's row; `bench_quality.py` says what is in it.
 
     Args:
-        tried: The plan, and what it came to in the search.
+        point: The plan, and what it came to in the search.
         samples: One per held-out prompt.
         fine: The same of full resolution.
     """
-    plan, traces = tried.plan, [_trace(sample) for sample in samples]
-    branches = [[branch(step) for step in trace] for trace in traces]
+    candidate = point.candidate
+    branches = [[branch(step) for step in trace_of(sample)] for sample in samples]
     images, whole = ([sample.outputs[0] for sample in own] for own in (samples, fine))
     return {
-        "kind": plan.kind,
-        "label": plan.label,
-        "policy": plan.policy.to_dict(),
-        "step_cache": plan.cache.to_dict(),
-        "steps": plan.steps,
-        "search": {"ssim": tried.ssim, "cost_ms": tried.cost_ms},
-        "tokens": statistics.fmean(trace.tokens for trace in traces),
+        "kind": table_kind(candidate),
+        "label": candidate.label,
+        "policy": candidate.policy.to_dict(),
+        "step_cache": candidate.step_cache.to_dict(),
+        "steps": candidate.num_inference_steps,
+        "search": {"ssim": point.ssim, "cost_ms": point.cost},
+        "tokens": statistics.fmean(trace_of(sample).tokens for sample in samples),
         "reused_share": statistics.fmean(map(reused_share, branches)),
         "coarse_share": statistics.fmean(map(coarse_share, branches)),
         "steps_at": steps_at(branches),
         **_times(samples, fine),
         **fidelity_entry(fidelity(images, whole), len(samples)),
     }
+
+
+def coarse_share(branches: Sequence[str]) -> float:
+    """Share of the steps that ran or reused at a coarse size."""
+    return sum(not one.startswith("p") for one in branches) / len(branches)
+
+
+def reused_share(branches: Sequence[str]) -> float:
+    """Share of the steps that reused."""
+    return sum(one.endswith(" reused") for one in branches) / len(branches)
 
 
 def _times(samples: Sequence[Sample], fine: Sequence[Sample]) -> Row:
@@ -221,11 +242,6 @@ def _times(samples: Sequence[Sample], fine: Sequence[Sample]) -> Row:
         "speedup_rounds": [min(rounds), max(rounds)],
         "loop_seconds_per_prompt": own,
     }
-
-
-def _trace(sample: Sample) -> RunTrace:
-    assert sample.trace is not None, "an engine's run has a trace"
-    return sample.trace
 
 
 def verdicts(rows: Mapping[str, Row], target: float) -> list[dict[str, Any]]:
@@ -256,8 +272,12 @@ def compare(own: Row, other: Row, target: float) -> dict[str, Any]:
     one that both were asked for: a plan that is closer than asked is still the cheapest of its kind
     that is close enough. Where it lies further below, nothing is said.
     """
-    speed = mean_interval(_paired(other, own, "loop_seconds_per_prompt", lambda a, b: a / b))
-    ssim = mean_interval(_paired(own, other, "ssim_per_prompt", lambda a, b: a - b))
+    seconds, values = (
+        list(zip(own[name], other[name], strict=True))
+        for name in ("loop_seconds_per_prompt", "ssim_per_prompt")
+    )
+    speed = mean_interval([theirs / ours for ours, theirs in seconds])
+    ssim = mean_interval([ours - theirs for ours, theirs in values])
     here, there = own["ssim"]["value"], other["ssim"]["value"]
     close, other_close = (
         one >= min(wanted, target) - TOLERANCE for one, wanted in ((here, there), (there, here))
@@ -274,7 +294,3 @@ def compare(own: Row, other: Row, target: float) -> dict[str, Any]:
 def together(answers: Sequence[str]) -> str:
     """Yes if all are; else the first of no, not comparable and undecided that is among them."""
     return next((answer for answer in (NO, UNEQUAL, UNDECIDED) if answer in answers), YES)
-
-
-def _paired(one: Row, other: Row, field: str, join: Callable[[float, float], float]) -> list[float]:
-    return [join(a, b) for a, b in zip(one[field], other[field], strict=True)]

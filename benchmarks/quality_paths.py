@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import ddit_rt
 from ddit_rt.adapters import AdapterConfig, AdapterSet, PatchAdapter, load_adapters
 from ddit_rt.models import family_of
@@ -25,6 +23,7 @@ LABELS = {
 }
 """In the order of the tables."""
 COARSE = ("2p", "4p")
+_VARIANTS = {PAPER_TRAINED: "paper", SNR_TRAINED: "snr"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +32,7 @@ class CoarsePath:
 
     Attributes:
         engine: An engine that takes it.
-        fingerprint: Of its adapters' weights; empty without any.
+        fingerprint: Of its trained adapters; empty without any.
     """
 
     engine: Any
@@ -42,9 +41,8 @@ class CoarsePath:
 
 def build_paths(
     pipeline: Any,
-    folders: Mapping[str, Path | None],
+    folders: Mapping[str, Path | None] | None = None,
     *,
-    untrained: bool = True,
     sizes: Sequence[str] = ("p", *COARSE),
     **compile_arguments: Any,
 ) -> tuple[dict[str, CoarsePath], dict[str, str]]:
@@ -52,8 +50,8 @@ def build_paths(
 
     Args:
         pipeline: The demo pipeline.
-        folders: Folder of the trained adapters of `PAPER_TRAINED` and `SNR_TRAINED`, or None.
-        untrained: Whether to build the paper's initialisation too.
+        folders: Folder of the trained adapters of `PAPER_TRAINED` and `SNR_TRAINED`, or None; None
+            for the training-free step alone.
         sizes: Patch sizes.
         compile_arguments: Further arguments of `ddit_rt.compile`.
 
@@ -64,21 +62,22 @@ def build_paths(
         ValueError: Adapters of another variant, or without one of the sizes.
     """
     sets: dict[str, AdapterSet | None] = {TRAINING_FREE: None}
+    fingerprints: dict[str, str] = {}
     missing: dict[str, str] = {}
-    if untrained:
+    if folders is not None:
         sets[PAPER_UNTRAINED] = untrained_paper(pipeline)
-    for name, variant in ((PAPER_TRAINED, "paper"), (SNR_TRAINED, "snr")):
-        folder = folders.get(name)
+    for name, folder in (folders or {}).items():
         if folder is None:
             missing[name] = "no folder of adapters was given"
         else:
-            sets[name] = trained(pipeline, folder, variant)
+            sets[name] = trained(pipeline, folder, _VARIANTS[name])
+            fingerprints[name] = fingerprint_of(folder)
     paths = {
         name: CoarsePath(
             engine=ddit_rt.compile(
                 pipeline, patch_sizes=sizes, adapter=adapters, progress=False, **compile_arguments
             ),
-            fingerprint="" if adapters is None else adapter_fingerprint(adapters),
+            fingerprint=fingerprints.get(name, ""),
         )
         for name, adapters in sets.items()
     }
@@ -89,9 +88,7 @@ def untrained_paper(pipeline: Any) -> AdapterSet:
     """The paper's initialisation: the base model's layers resized, no LoRA, a residual of zero."""
     transformer = pipeline.transformer
     configs = [AdapterConfig(patch=size, rank=1, variant="paper") for size in COARSE]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the residual is zero whatever is drawn; the fingerprint is not
-        made = [PatchAdapter.from_base(c, family_of(transformer), transformer) for c in configs]
+    made = [PatchAdapter.from_base(c, family_of(transformer), transformer) for c in configs]
     return AdapterSet(
         adapters={adapter.config.multiple: adapter.requires_grad_(False) for adapter in made}
     )
@@ -108,12 +105,9 @@ def trained(pipeline: Any, folder: Path, variant: str) -> AdapterSet:
     return adapters
 
 
-def adapter_fingerprint(adapters: AdapterSet) -> str:
-    """SHA-256 of all weights."""
+def fingerprint_of(folder: Path) -> str:
+    """SHA-256 of the weights in a folder."""
     digest = hashlib.sha256()
-    for multiple, adapter in sorted(adapters.adapters.items()):
-        tensors = {**adapter.state_dict(), **adapter.lora}
-        for name, tensor in sorted(tensors.items()):
-            digest.update(f"{multiple}|{name}|{tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()

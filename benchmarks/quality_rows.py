@@ -7,30 +7,23 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from demo_models import DemoModel
 from quality_paths import TRAINING_FREE
-from quality_runs import Made, Plan, Runs, StepCosts, reference
+from quality_runs import Plan, Runs, StepCosts, reference, seeded
 from records import interval_entry
 
-from ddit_rt.lab.demo.classifier import (
-    AttributeClassifier,
-    attribute_hits,
-    image_features,
-    load_classifier,
-)
+from ddit_rt.lab.demo.classifier import attribute_hits, image_features, load_classifier
 from ddit_rt.lab.demo.images import parse_caption
 from ddit_rt.lab.measure.fidelity import Fidelity, fidelity
 from ddit_rt.lab.measure.statistics import frechet_distance, gaussian
 from ddit_rt.lab.measure.timing import Pixels
 from ddit_rt.lab.plans.points import Prompt
 
-Array = npt.NDArray[np.float64]
 Row = dict[str, Any]
 
 
@@ -53,14 +46,9 @@ class Judge:
     seeds: int
 
     @cached_property
-    def prompts(self) -> list[Prompt]:
+    def prompts(self) -> tuple[Prompt, ...]:
         """All captions with the first seed, then all with the second, and so on."""
-        count = len(self.captions)
-        return [
-            Prompt(text=text, seed=seed * count + index)
-            for seed in range(self.seeds)
-            for index, text in enumerate(self.captions)
-        ]
+        return seeded(self.captions * self.seeds)
 
     def row(self, name: str, label: str, kind: str, plan: Plan, reference_steps: int) -> Row:
         """A plan's row; `bench_quality.py` says what is in it.
@@ -73,47 +61,28 @@ class Judge:
             reference_steps: It is compared with full resolution of this many steps.
         """
         made = self.runs.run(plan, self.prompts)
-        baseline = self.runs.run(reference(reference_steps), self.prompts)
+        whole = self.runs.run(reference(reference_steps), self.prompts).images
+        tokens = statistics.fmean(self.costs.loop_tokens(one) for one in made.branches)
         return {
             "name": name,
             "label": label,
             "kind": kind,
             "reference_steps": reference_steps,
             **plan.to_dict(),
-            **self.cost(made, plan, reference_steps),
-            **self.quality(made, baseline),
-        }
-
-    def cost(self, made: Made, plan: Plan, reference_steps: int) -> Row:
-        """Means over the images."""
-        tokens = statistics.fmean(self.costs.loop_tokens(one) for one in made.branches)
-        return {
             "tokens": tokens,
             "tokens_share": tokens / (self.costs.tokens["p"] * reference_steps),
             "loop_ms": statistics.fmean(self.costs.loop_ms(plan, one) for one in made.branches),
             "steps_at": steps_at(made.branches),
+            **fidelity_entry(fidelity(made.images, whole), len(self.captions)),
+            "frechet": frechet(made.images, whole),
+            "correct": self.correct(made.images),
         }
 
-    def quality(self, made: Made, baseline: Made) -> Row:
-        """Fidelity to the reference, distance of the features, and what the images show."""
-        compared = fidelity(made.images, baseline.images)
-        row = fidelity_entry(compared, len(self.captions))
-        row.pop("psnr_per_prompt")
-        own = gaussian(features(made.images))
-        row["frechet"] = frechet_distance(*own, *gaussian(features(baseline.images)))
-        return {**row, "correct": self.correct(made.images)}
-
     def correct(self, images: Sequence[Pixels]) -> Row:
-        """Share of images that show what was asked: all of it, and each attribute."""
-        texts = [prompt.text for prompt in self.prompts]
-        if self.model.shows is not None:
-            shown = [float(one) for one in self.model.shows(images, texts)]
-            return {"all": interval_entry(_present(per_prompt(shown, len(self.captions))))}
-        expected = [parse_caption(text) for text in texts]
-        hits = attribute_hits(_classifier(), tensor(images), expected)
-        every = torch.stack(list(hits.values())).all(0).double().tolist()
-        shares = {name: float(hit.double().mean()) for name, hit in hits.items()}
-        return {"all": interval_entry(_present(per_prompt(every, len(self.captions)))), **shares}
+        """Share of images that show all that was asked."""
+        shows = self.model.shows or _shows_attributes
+        shown = [float(one) for one in shows(images, [prompt.text for prompt in self.prompts])]
+        return {"all": interval_entry(_present(per_prompt(shown, len(self.captions))))}
 
     def with_fewer_steps(self, rows: Sequence[Row]) -> list[Row]:
         """The rows, each followed by its baselines of fewer steps that are not there yet.
@@ -166,17 +135,21 @@ def _present(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def features(images: Sequence[Pixels]) -> Array:
-    """`[N, 64]`: see `image_features`."""
-    found = image_features(_classifier(), tensor(images))
-    return np.asarray(found.double().numpy(), dtype=np.float64)
+def frechet(images: Sequence[Pixels], others: Sequence[Pixels]) -> float:
+    """Fréchet distance of the features of the demo's classifier."""
+    found = (image_features(load_classifier(), tensor(one)).double() for one in (images, others))
+    own, other = (gaussian(features.numpy()) for features in found)
+    return frechet_distance(*own, *other)
+
+
+def _shows_attributes(images: Sequence[Pixels], captions: Sequence[str]) -> list[bool]:
+    """Whether images show all attributes that captions of the demo name."""
+    expected = [parse_caption(caption) for caption in captions]
+    hits = attribute_hits(load_classifier(), tensor(images), expected)
+    found: list[bool] = torch.stack(list(hits.values())).all(0).tolist()
+    return found
 
 
 def tensor(images: Sequence[Pixels]) -> torch.Tensor:
     """`[N, 3, H, W]` in [0, 1]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-
-
-@cache
-def _classifier() -> AttributeClassifier:
-    return load_classifier()

@@ -22,7 +22,15 @@ from torch import Tensor
 
 import ddit_rt
 from ddit_rt import ops
-from ddit_rt.lab.measure.timing import Batch, Generation, Method, Pixels, engine_method, on_trial
+from ddit_rt.lab.measure.timing import (
+    Batch,
+    Generation,
+    Method,
+    Pixels,
+    Sample,
+    on_trial,
+)
+from ddit_rt.lab.plans.candidates import Candidate
 from ddit_rt.lab.plans.dial import branch, step_costs
 from ddit_rt.lab.plans.points import Prompt
 from ddit_rt.lab.plans.step_caches import alternating
@@ -30,55 +38,41 @@ from ddit_rt.loop import RunTrace
 from ddit_rt.policies import FinePolicy, NoCache, PatchPolicy, StaticPolicy, StepCache
 
 QUANTILE, MEAN = "quantile", "mean"
-_SCHEMA = 2
+SEARCH_SEED = 50_000
+_SCHEMA = 3
 _NOT_DRAWING = frozenset({"cli", "lab"})
 """Parts of the package that no image of the benchmark passes through."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """One way to make images.
+class Plan(Candidate):
+    """A plan, and what else the tables vary.
 
     Attributes:
-        policy: Patch size of each step.
-        steps: Denoising steps.
-        path: Which coarse step it takes: a key of `Runs.paths`.
-        cache: Which steps reuse.
-        statistic: How a dynamic policy reduces the patches' deviations: the paper says why by a
-            quantile, as the native scores do, and not by their mean.
-        sigmas: Noise levels of the steps, as the pipeline's call takes them; None for its own.
         kind: What a table calls plans of its shape.
         label: The plan in a few words.
+        path: Which coarse step it takes: a key of `Runs.paths`.
+        statistic: How a dynamic policy reduces the patches' deviations: the paper says why by a
+            quantile, as the native scores do, and not by their mean.
     """
 
-    policy: PatchPolicy
-    steps: int
-    path: str = TRAINING_FREE
-    cache: StepCache = NoCache()  # noqa: RUF009 - frozen
-    statistic: str = QUANTILE
-    sigmas: tuple[float, ...] | None = None
     kind: str = ""
     label: str = ""
+    path: str = TRAINING_FREE
+    statistic: str = QUANTILE
 
     def to_dict(self) -> dict[str, Any]:
-        """What it does, JSON-ready."""
+        """Its part of a row, JSON-ready."""
         policy = self.policy.to_dict()
         if self.statistic != QUANTILE:
             policy["statistic"] = self.statistic
-        return {"policy": policy, "steps": self.steps, "path": self.path}
-
-    @property
-    def key(self) -> str:
-        """Equal for plans that do the same."""
-        placed = () if self.sigmas is None else (self.sigmas,)
-        return json.dumps([self.to_dict(), self.cache.to_dict(), *placed])
+        return {"policy": policy, "steps": self.num_inference_steps, "path": self.path}
 
 
 def reference(steps: int) -> Plan:
     """Full resolution, at which every path is the unmodified model."""
-    return Plan(
-        policy=FinePolicy(), steps=steps, kind="fine", label=f"{steps} steps at full resolution"
-    )
+    label = f"{steps} steps at full resolution"
+    return Plan(kind="fine", label=label, policy=FinePolicy(), num_inference_steps=steps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,12 +82,10 @@ class Made:
     Attributes:
         images: One per prompt.
         branches: What every step did for each, such as `"2p"` or `"2p reused"`.
-        loop_ms: Wall time of each prompt's denoising loop; empty where they ran in batches.
     """
 
     images: list[Pixels]
     branches: list[list[str]]
-    loop_ms: list[float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +102,7 @@ class StepCosts:
 
     def loop_ms(self, plan: Plan, branches: Sequence[str]) -> float:
         """Milliseconds of a loop; a step at p costs the same on every path."""
-        cached = type(plan.cache).__name__
+        cached = type(plan.step_cache).__name__
         if cached in self.milliseconds:
             return sum(self.milliseconds[cached][one] for one in branches)
         own, fine = self.milliseconds[plan.path], self.milliseconds[TRAINING_FREE]["p"]
@@ -143,97 +135,87 @@ class Runs:
         folder: For what was made; None keeps nothing. Every file is named by a hash of the plan,
             the prompts, the model, the adapters and the package's code.
         batch: Images that static plans make at once.
-        generated: Images that were made, not found.
     """
 
     paths: Mapping[str, CoarsePath]
     arguments: Mapping[str, Any]
     folder: Path | None = None
     batch: int = 4
-    generated: int = 0
     _memory: dict[str, Made] = field(default_factory=dict, repr=False)
 
     def run(self, plan: Plan, prompts: Sequence[Prompt]) -> Made:
         """What a plan makes."""
-        key = self._key(plan.path, [plan.key, [asdict(prompt) for prompt in prompts]])
+        drawn = [asdict(prompt) for prompt in prompts]
+        key = self._key(plan.path, [plan.key, plan.statistic, drawn])
         if key not in self._memory:
             self._memory[key] = self._load(key) or self._generate(plan, prompts, key)
         return self._memory[key]
 
     def method(self, plan: Plan) -> Method:
         """A plan, to be timed beside others."""
-        placed = {} if plan.sigmas is None else {"sigmas": list(plan.sigmas)}
-        method = engine_method(
-            plan.key,
-            plan.label,
-            self.paths[plan.path].engine,
-            patch_policy=plan.policy,
-            num_inference_steps=plan.steps,
-            step_cache=plan.cache,
-            **placed,
-            **self.arguments,
-        )
-        return on_trial(method)
+        return on_trial(plan.on(self.paths[plan.path].engine, plan.label, **self.arguments))
 
     def trace(self, plan: Plan, prompt: Prompt) -> RunTrace:
         """The trace of a run whose images do not count."""
         return trace_of(self.method(plan).generate(batch_of([prompt])))
 
-    def sizes(self) -> list[str]:
-        """Patch sizes by name, p first."""
-        engine = self.paths[TRAINING_FREE].engine
-        return [entry.patch for entry in engine.artifact.manifest.buckets]
-
     def costs(
-        self, steps: int, prompt: Prompt, repeats: int, caches: Sequence[StepCache] = ()
+        self,
+        steps: int,
+        prompt: Prompt,
+        repeats: int,
+        caches: Sequence[StepCache] = (),
+        unit: str = "ms",
     ) -> StepCosts:
         """Cost of one step, by path or step cache: medians over the steps of static runs."""
-        known = [steps, asdict(prompt), repeats, torch.get_num_threads()]
+        known = [steps, asdict(prompt), repeats, torch.get_num_threads(), unit]
         known.append([cache.to_dict() for cache in caches])
         key = "-".join(self._key(name, known)[:8] for name in self.paths)
         path = self._file(key, "json")
         if path is not None and path.exists():
             return StepCosts(**json.loads(path.read_text(encoding="utf-8")))
-        costs = self._measure_costs(steps, prompt, repeats, caches)
+        costs = self._measure_costs(steps, prompt, repeats, caches, unit)
         if path is not None:
             path.write_text(json.dumps(asdict(costs)), encoding="utf-8")
         return costs
 
     def _measure_costs(
-        self, steps: int, prompt: Prompt, repeats: int, caches: Sequence[StepCache]
+        self, steps: int, prompt: Prompt, repeats: int, caches: Sequence[StepCache], unit: str
     ) -> StepCosts:
         tables: dict[str, tuple[str, StepCache]] = {name: (name, NoCache()) for name in self.paths}
         tables |= {type(one).__name__: (TRAINING_FREE, alternating(one)) for one in caches}
 
-        def measure(path: str, cache: StepCache, **how: Any) -> dict[str, float]:
-            def run(policy: PatchPolicy, chosen: StepCache) -> RunTrace:
-                return self.trace(Plan(policy=policy, steps=steps, path=path, cache=chosen), prompt)
+        sizes = [
+            bucket.patch for bucket in self.paths[TRAINING_FREE].engine.artifact.manifest.buckets
+        ]
 
-            return step_costs(run, self.sizes(), steps, cache=cache, **how)
+        def measure(path: str, cache: StepCache, unit: str, rounds: int = 1) -> dict[str, float]:
+            def run(policy: PatchPolicy, chosen: StepCache) -> RunTrace:
+                plan = Plan(policy=policy, num_inference_steps=steps, path=path, step_cache=chosen)
+                return self.trace(plan, prompt)
+
+            return step_costs(run, sizes, steps, cache=cache, unit=unit, rounds=rounds)
 
         return StepCosts(
-            milliseconds={name: measure(*how, rounds=repeats) for name, how in tables.items()},
-            tokens=measure(TRAINING_FREE, NoCache(), unit="tokens"),
+            milliseconds={name: measure(*how, unit, repeats) for name, how in tables.items()},
+            tokens=measure(TRAINING_FREE, NoCache(), "tokens"),
         )
 
     def _generate(self, plan: Plan, prompts: Sequence[Prompt], key: str) -> Made:
-        still = isinstance(plan.policy, StaticPolicy) and isinstance(plan.cache, NoCache)
+        still = isinstance(plan.policy, StaticPolicy) and isinstance(plan.step_cache, NoCache)
         size = self.batch if still else 1
-        made, method = Made(images=[], branches=[], loop_ms=[]), self.method(plan)
+        made, method = Made(images=[], branches=[]), self.method(plan)
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size]
             with scored_by(plan.statistic):
                 result = method.generate(batch_of(part))
-            trace = trace_of(result)
             made.images.extend(result.outputs)
-            made.branches.extend([[branch(step) for step in trace]] * len(part))
-            made.loop_ms.extend([trace.latency_ms] if size == 1 else ())
-        self.generated += len(prompts)
+            made.branches.extend([[branch(step) for step in trace_of(result)]] * len(part))
         path = self._file(key, "npz")
         if path is not None:
             partial = path.with_suffix(".part.npz")
-            record = json.dumps([made.branches, made.loop_ms])
-            np.savez_compressed(partial, images=np.stack(made.images), record=record)
+            branches = json.dumps(made.branches)
+            np.savez_compressed(partial, images=np.stack(made.images), branches=branches)
             partial.replace(path)  # whole or not at all
         return made
 
@@ -244,7 +226,7 @@ class Runs:
     def _key(self, path: str, content: Any) -> str:
         chosen = self.paths[path]
         model = chosen.engine.artifact.manifest.weights, chosen.fingerprint
-        text = json.dumps([_SCHEMA, content, dict(self.arguments), self._code, model])
+        text = json.dumps([_SCHEMA, path, content, dict(self.arguments), self._code, model])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _load(self, key: str) -> Made | None:
@@ -252,8 +234,8 @@ class Runs:
         if path is None or not path.exists():
             return None
         with np.load(path) as data:
-            branches, loop_ms = json.loads(str(data["record"]))
-            return Made(images=list(data["images"]), branches=branches, loop_ms=loop_ms)
+            branches = json.loads(str(data["branches"]))
+            return Made(images=list(data["images"]), branches=branches)
 
     def _file(self, key: str, suffix: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{key}.{suffix}"
@@ -291,6 +273,11 @@ def mean_scores(
     return torch.stack(scores, dim=-1).float()
 
 
+def seeded(texts: Sequence[str], seed: int = 0) -> tuple[Prompt, ...]:
+    """Prompts, each with a seed of its own, from a first one on."""
+    return tuple(Prompt(text=text, seed=seed + place) for place, text in enumerate(texts))
+
+
 def batch_of(prompts: Sequence[Prompt]) -> Batch:
     """Prompts in one call."""
     return Batch(
@@ -299,7 +286,7 @@ def batch_of(prompts: Sequence[Prompt]) -> Batch:
     )
 
 
-def trace_of(made: Generation) -> RunTrace:
+def trace_of(made: Generation | Sample) -> RunTrace:
     """The trace of an engine's run."""
     assert made.trace is not None, "an engine's run has a trace"
     return made.trace

@@ -9,22 +9,21 @@ table of measured step times, so that no search follows the noise of a clock.
 from __future__ import annotations
 
 import statistics
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+from quality_paths import TRAINING_FREE
 from quality_rows import Judge, Row
 from quality_runs import QUANTILE, Plan, Runs, StepCosts, reference
 
-from ddit_rt.lab.calibrate.moves import Space
-from ddit_rt.lab.calibrate.search import Search
 from ddit_rt.lab.measure.fidelity import fidelity
 from ddit_rt.lab.plans.candidates import CACHED, COMBINED, DYNAMIC, STATIC, STEPS, Candidate
 from ddit_rt.lab.plans.dial import highest, on_log_scale
-from ddit_rt.lab.plans.genome import Genome, Static
+from ddit_rt.lab.plans.genome import Static, within
 from ddit_rt.lab.plans.points import Measurement, Prompt
-from ddit_rt.lab.plans.target import GENTLE, STRONG, Target
-from ddit_rt.policies import DDiTPolicy, PatchPolicy
+from ddit_rt.lab.plans.step_caches import STEP_CACHES, CacheDial, changes_of, threshold_range
+from ddit_rt.policies import CacheFit, DDiTPolicy, FinePolicy, PatchPolicy
 
 DDIT = "ddit"
 MakePolicy = Callable[[float], PatchPolicy]
@@ -39,7 +38,6 @@ class Matcher:
         judge: Judges the images.
         search_prompts: Prompts that tau and static plans are chosen on, none of the judge's.
         steps: Denoising steps.
-        path: Coarse step.
         iterations: Halvings of the range of tau.
         share: Share of the tokens of full resolution that rules are matched to.
         statistic: See `Plan`.
@@ -48,7 +46,6 @@ class Matcher:
     judge: Judge
     search_prompts: tuple[Prompt, ...]
     steps: int
-    path: str
     iterations: int = 9
     share: float = 0.5
     statistic: str = QUANTILE
@@ -59,63 +56,56 @@ class Matcher:
 
     def matched(self, name: str, label: str, make: MakePolicy) -> Row:
         """A rule at the tau at which it spends the share; the row says what came out."""
-        tau, found = self.search_tau(make)
+        tau, found = closest(lambda tau: self._share_of(make(tau)), self.share, self.iterations)
         row = self.row(name, label, "dynamic", make(tau))
         return {**row, "tau": tau, "target_share": self.share, "searched_share": found}
 
-    def search_tau(self, make: MakePolicy) -> tuple[float, float]:
-        """The tau of those tried whose closed loop comes closest to the share, and its share.
-
-        The share falls as tau rises, but not strictly: decisions change the latents that later
-        ones see. So this takes the best of all that bisection tries.
-        """
-        tried: dict[float, float] = {}
-        levels = 2**self.iterations - 1
-
-        def spends_more(level: int) -> bool:
-            tau = on_log_scale(_TAU_RANGE, level, levels)
-            tried[tau] = self._share_of(self._plan(make(tau)))
-            return tried[tau] > self.share
-
-        highest(levels, spends_more)
-        tau = min(tried, key=lambda tau: (abs(tried[tau] - self.share), tau))
-        return tau, tried[tau]
-
     def static_of(self, row: Row) -> list[Row]:
         """The static plan that is best, on the search's prompts, of those that take no longer."""
-        best: tuple[float, Candidate] | None = None
-        whole = self.judge.runs.run(reference(self.steps), self.search_prompts).images
-        for shape in STATIC_SHAPES:
-            candidate = self._within(shape, row["loop_ms"])
-            if candidate is not None:
-                images = self.judge.runs.run(self._plan(candidate.policy), self.search_prompts)
-                ssim = statistics.fmean(fidelity(images.images, whole).ssim)
-                if best is None or ssim > best[0]:
-                    best = ssim, candidate
-        if best is None or row["tokens_share"] == 1:
+        runs, costs = self.judge.runs, self.judge.costs.milliseconds[TRAINING_FREE]
+        genomes = [within([shape], self.steps, row["loop_ms"], costs) for shape in STATIC_SHAPES]
+        candidates = [genome.candidate() for genome in genomes if genome is not None]
+        if not candidates or row["tokens_share"] == 1:
             return []
-        _, candidate = best
-        static = self.row(f"static_{row['name']}", candidate.label, "static", candidate.policy)
+        whole = runs.run(reference(self.steps), self.search_prompts).images
+
+        def ssim(candidate: Candidate) -> float:
+            images = runs.run(self._plan(candidate.policy), self.search_prompts).images
+            return fidelity(images, whole).mean_ssim
+
+        best = max(candidates, key=ssim)
+        static = self.row(f"static_{row['name']}", best.label, "static", best.policy)
         row["static"] = static["name"]
         return [static]
 
     def _plan(self, policy: PatchPolicy) -> Plan:
-        return Plan(policy=policy, steps=self.steps, path=self.path, statistic=self.statistic)
+        return Plan(policy=policy, num_inference_steps=self.steps, statistic=self.statistic)
 
-    def _share_of(self, plan: Plan) -> float:
-        costs, made = self.judge.costs, self.judge.runs.run(plan, self.search_prompts)
+    def _share_of(self, policy: PatchPolicy) -> float:
+        costs, made = self.judge.costs, self.judge.runs.run(self._plan(policy), self.search_prompts)
         tokens = statistics.fmean(costs.loop_tokens(one) for one in made.branches)
         return tokens / (costs.tokens["p"] * self.steps)
 
-    def _within(self, shape: Static, loop_ms: float) -> Candidate | None:
-        """The fewest coarse steps, at least one, with which a static plan takes no longer."""
-        for count in range(1, len(shape.free(self.steps)) + 1):
-            patches = replace(shape, count=count)
-            candidate = Genome(steps=self.steps, patches=patches).candidate()
-            plan = self._plan(candidate.policy)
-            if self.judge.costs.loop_ms(plan, patches.plan(self.steps)) <= loop_ms:
-                return candidate
-        return None
+
+def closest(
+    share_of: Callable[[float], float], share: float, iterations: int
+) -> tuple[float, float]:
+    """The tau of those tried whose closed loop comes closest to a share of the cost, and its share.
+
+    The share falls as tau rises, but not strictly: decisions change the latents that later ones
+    see. So this takes the best of all that bisection tries.
+    """
+    tried: dict[float, float] = {}
+    levels = 2**iterations - 1
+
+    def spends_more(level: int) -> bool:
+        tau = on_log_scale(_TAU_RANGE, level, levels)
+        tried[tau] = share_of(tau)
+        return tried[tau] > share
+
+    highest(levels, spends_more)
+    tau = min(tried, key=lambda tau: (abs(tried[tau] - share), tau))
+    return tau, tried[tau]
 
 
 STATIC_SHAPES = (
@@ -126,131 +116,55 @@ STATIC_SHAPES = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tried:
-    """What a plan came to, means over the search prompts.
-
-    Attributes:
-        plan: The plan.
-        ssim: To full resolution.
-        cost_ms: Of the loop, by the table.
-        coarse: Share of the steps at a coarse size.
-        reused: Share of the steps that reused.
-    """
-
-    plan: Plan
-    ssim: float
-    cost_ms: float
-    coarse: float
-    reused: float
-
-
-@dataclass(kw_only=True)
-class FidelitySearch:
-    """The cheapest plan of each kind at a given SSIM, found on a few prompts by the planner.
+class Judged:
+    """The planner's view of plans: costs by a table, so that no search follows a clock's noise.
 
     Attributes:
         runs: Runs plans.
-        prompts: The search prompts.
         steps: Steps of the reference.
         costs: Of a step.
-        tried: What was run on each prompt, by the plan's key.
     """
 
     runs: Runs
-    prompts: tuple[Prompt, ...]
     steps: int
     costs: StepCosts
-    tried: dict[str, dict[Prompt, Tried]] = field(default_factory=dict)
-
-    def look(self, space: Space, targets: Sequence[float], pictures: int) -> None:
-        """Lets the planner look for plans at each target.
-
-        Args:
-            space: What plans can be made of.
-            targets: SSIM of the search prompts.
-            pictures: Budget of each search.
-        """
-        base = space.costs["p"] * self.steps
-        for ssim in targets:
-            target = Target(min_ssim=ssim)
-            ends = [target.shifted(power, base) for power in (GENTLE, STRONG)]
-            search = Search(
-                space=space,
-                evaluator=self,
-                prompts=self.prompts,
-                targets=[target, *ends],
-                pictures=pictures,
-            )
-            search.run()
-            tried = len(search.tried)
-            print(f"SSIM {ssim}: {tried} plans, {search.spent} pictures", file=sys.stderr)
 
     def evaluate(self, candidate: Candidate, prompts: Sequence[Prompt]) -> Measurement:
         """See `Evaluator.evaluate`."""
         plan = plan_of(candidate)
-        own = [self.run(plan, prompt) for prompt in prompts]
-        return Measurement.of([(tried.cost_ms, tried.ssim, None) for tried in own])
-
-    def run(self, plan: Plan, prompt: Prompt) -> Tried:
-        """A plan's fidelity and cost on one prompt."""
-        known = self.tried.setdefault(plan.key, {})
-        if prompt not in known:
-            whole = self.runs.run(reference(self.steps), [prompt]).images
-            made = self.runs.run(plan, [prompt])
-            (branches,) = made.branches
-            known[prompt] = Tried(
-                plan=plan,
-                ssim=fidelity(made.images, whole).ssim[0],
-                cost_ms=self.costs.loop_ms(plan, branches),
-                coarse=coarse_share(branches),
-                reused=reused_share(branches),
-            )
-        return known[prompt]
-
-    def found(self) -> list[Tried]:
-        """Every plan that was run on all prompts."""
-        whole = [own for own in self.tried.values() if len(own) == len(self.prompts)]
-        return [mean_of(list(own.values())) for own in whole]
-
-    def cheapest(self, kind: str, target: float, *, both: bool) -> Tried | None:
-        """The cheapest plan of a kind that met a target.
-
-        Args:
-            kind: Of plans.
-            target: SSIM of the search prompts.
-            both: Whether it must take coarse steps and reuse.
-        """
-        met = [
-            tried
-            for tried in self.found()
-            if tried.plan.kind == kind
-            and tried.ssim >= target
-            and (not both or (tried.coarse > 0 and tried.reused > 0))
-        ]
-        return min(met, key=lambda tried: tried.cost_ms, default=None)
+        rows = []
+        for prompt in prompts:
+            whole, made = (self.runs.run(one, [prompt]) for one in (reference(self.steps), plan))
+            (ssim,) = fidelity(made.images, whole.images).ssim
+            rows.append((self.costs.loop_ms(plan, made.branches[0]), ssim, None))
+        return Measurement.of(rows)
 
 
-def mean_of(tried: Sequence[Tried]) -> Tried:
-    """What a plan came to on average."""
-    return Tried(
-        plan=tried[0].plan,
-        ssim=statistics.fmean(one.ssim for one in tried),
-        cost_ms=statistics.fmean(one.cost_ms for one in tried),
-        coarse=statistics.fmean(one.coarse for one in tried),
-        reused=statistics.fmean(one.reused for one in tried),
-    )
+def dials_of(
+    fits: Mapping[str, CacheFit], runs: Runs, steps: int, prompt: Prompt
+) -> list[CacheDial]:
+    """Every step cache that has its fit or needs none, and the values that are worth trying."""
+    fields = {"teacache": "coefficients", "magcache": "mag_ratios"}
+    found = []
+    for dial in STEP_CACHES:
+        if dial.fit is not None and dial.fit not in fits:
+            continue
+        fitted: dict[str, Any] = {fields[dial.fit]: fits[dial.fit].values} if dial.fit else {}
+        cache = replace(dial.cache, **fitted)  # type: ignore[type-var]
+        probe = Plan(policy=FinePolicy(), num_inference_steps=steps, step_cache=cache)
+        ends, changes = dial.ends, dial.changes
+        if ends is None:
+            trace = runs.trace(probe, prompt)
+            ends, changes = threshold_range(trace), changes_of(trace)
+        if ends is not None:
+            found.append(replace(dial, cache=cache, ends=ends, changes=changes))
+    return found
 
 
 def plan_of(candidate: Candidate) -> Plan:
-    """What the planner found, as `Runs` takes it."""
-    return Plan(
-        policy=candidate.policy,
-        steps=candidate.num_inference_steps,
-        cache=candidate.step_cache,
-        sigmas=candidate.sigmas,
-        kind=table_kind(candidate),
-        label=candidate.label,
-    )
+    """What the planner found, as the tables name it."""
+    own = {one.name: getattr(candidate, one.name) for one in fields(candidate)}
+    return Plan(**{**own, "kind": table_kind(candidate)})
 
 
 def table_kind(candidate: Candidate) -> str:
@@ -261,13 +175,3 @@ def table_kind(candidate: Candidate) -> str:
         rule = DDIT if isinstance(candidate.policy, DDiTPolicy) else STATIC
         return f"{rule}_{cache}"
     return names.get(candidate.kind, candidate.kind)
-
-
-def coarse_share(branches: Sequence[str]) -> float:
-    """Share of the steps that ran or reused at a coarse size."""
-    return sum(not one.startswith("p") for one in branches) / len(branches)
-
-
-def reused_share(branches: Sequence[str]) -> float:
-    """Share of the steps that reused."""
-    return sum(one.endswith(" reused") for one in branches) / len(branches)

@@ -67,17 +67,6 @@ def default_rule(tau: float) -> DDiTPolicy:
     return DDiTPolicy(tau={"2p": tau, "4p": tau / 2}, criterion="raw")
 
 
-def make_table(name: str, matcher: Matcher, grid: Grid) -> list[Row]:
-    """The rows of a table, each followed by its baselines.
-
-    Args:
-        name: One of `TABLES`.
-        matcher: Makes the rows.
-        grid: Values to go through.
-    """
-    return matcher.judge.with_fewer_steps(TABLES[name](matcher, grid))
-
-
 def _order(matcher: Matcher, _grid: Grid) -> list[Row]:
     rows = [
         matcher.matched(f"order_{order}", f"order {order}", partial(paper_rule, order=order))
@@ -115,7 +104,7 @@ def _adapters(matcher: Matcher, _grid: Grid) -> list[Row]:
             f"{key}/{path}",
             f"{label}: {title}",
             "static",
-            Plan(policy=policy, steps=steps, path=path),
+            Plan(policy=policy, num_inference_steps=steps, path=path),
             steps,
         )
         for key, label, policy in adapter_plans(steps)
@@ -196,7 +185,7 @@ def claims(tables: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
         by_name = {row["name"]: row for row in rows}
         found += [
             _claim(claim, name, by_name[better], by_name[worse])
-            for claim, better, worse in _COMPARISONS[name](by_name)
+            for claim, better, worse in _comparisons(name, by_name)
             if better in by_name and worse in by_name
         ]
     return found
@@ -220,28 +209,20 @@ def _claim(claim: str, table: str, better: Row, worse: Row) -> dict[str, Any]:
     }
 
 
-def _order_claims(rows: Rows) -> Iterator[Comparison]:
+def _comparisons(table: str, rows: Rows) -> Iterator[Comparison]:
+    """What may be claimed of a table; some rows may not be in it."""
     for other in (2, 1):
         yield f"order 3 is better than order {other} at equal tokens", "order_3", f"order_{other}"
-    yield from _baselines(rows)
-
-
-def _rho_claims(rows: Rows) -> Iterator[Comparison]:
     for name in rows:
         if name.startswith("rho_") and name != "rho_0.4":
-            other = name.removeprefix("rho_")
-            yield f"rho 0.4 is better than rho {other} at equal tokens", "rho_0.4", name
-
-
-def _statistic_claims(_rows: Rows) -> Iterator[Comparison]:
+            rho = name.removeprefix("rho_")
+            yield f"rho 0.4 is better than rho {rho} at equal tokens", "rho_0.4", name
     yield "a quantile is better than the mean at equal tokens", "quantile", "mean"
-
-
-def _adapter_claims(rows: Rows) -> Iterator[Comparison]:
     for plan in dict.fromkeys(name.partition("/")[0] for name in rows if "/" in name):
         for claim, better, worse in _PATHS:
             yield claim, f"{plan}/{better}", f"{plan}/{worse}"
-    yield from _baselines(rows)
+    if table not in ("rho", "statistic"):  # variants of one rule, which is in the other tables
+        yield from _baselines(rows)
 
 
 _PATHS = (
@@ -274,14 +255,3 @@ def _baselines(rows: Rows) -> Iterator[Comparison]:
         for cost, baseline in row.get("fewer_steps", {}).items():
             words = cost.replace("_", " ")
             yield f"a {kind} plan is better than fewer steps at {words}", name, baseline
-
-
-_COMPARISONS: dict[str, Callable[[Rows], Iterator[Comparison]]] = {
-    "order": _order_claims,
-    "tau": _baselines,
-    "rho": _rho_claims,
-    "statistic": _statistic_claims,
-    ADAPTERS: _adapter_claims,
-    "static_dynamic": _baselines,
-    "steps": _baselines,
-}

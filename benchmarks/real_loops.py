@@ -26,8 +26,8 @@ import torch
 from diffusers import MagCacheConfig
 from real_models import Case
 from real_setup import Setup, captures_of
-from records import Save, unsaved
-from timing import Call, Measured, attempt, spread
+from records import Save
+from timing import Call, Measured, spread
 from torch import Tensor
 
 from ddit_rt.loop import RunTrace
@@ -55,23 +55,14 @@ _SKIP = "+teacache"
 EVERY_OTHER = TeaCache(1.5, coefficients=(1.0,), last=0)
 
 
-def loops(
-    setup: Setup, case: Case, patterns: Sequence[str] = ("*",), save: Save = unsaved
-) -> dict[str, Any]:
-    """Measures the methods whose names match a pattern, and always the baseline.
-
-    Args:
-        setup: The run of the script.
-        case: The size and the number of steps.
-        patterns: Those that are wanted.
-        save: Given the record whenever there is more of it.
-    """
+def loops(setup: Setup, case: Case, save: Save) -> dict[str, Any]:
+    """Measures the methods whose names match a pattern, and always the baseline."""
     torch.compiler.reset()  # what an earlier size compiled would make this one compile for both
     setup.engine_error()  # compiled before, not inside, the warm-up of a method
     methods = {
         name: method
         for name, method in all_methods(setup, case).items()
-        if name == BASELINE or any(fnmatch(name, pattern) for pattern in patterns)
+        if name == BASELINE or any(fnmatch(name, pattern) for pattern in setup.args.methods)
     }
     flops = setup.flops(case)
 
@@ -112,11 +103,7 @@ def row_of(
     if baseline.error is None and baseline.seconds:
         row["baseline_seconds"] = spread(baseline.seconds)
         row["speedup"] = row["baseline_seconds"]["median"] / row["seconds"]["median"]
-        row["relative_error"], problem = attempt(
-            lambda: relative_error(own.results[-1], baseline.results[-1])
-        )
-        if problem is not None:
-            row["relative_error_problem"] = problem
+        row["relative_error"] = relative_error(own.results[-1], baseline.results[-1])
     return row
 
 
@@ -154,7 +141,7 @@ def all_methods(setup: Setup, case: Case) -> dict[str, Method]:
     methods = {
         BASELINE: Method(label="diffusers, eager", build=lambda: _call(setup, case, setup.pipeline))
     }
-    for form in setup.executors:
+    for form in setup.args.executors:
         for schedule in setup.model.schedules:
             name = f"ddit_rt_{form}_{schedule}"
             methods[name] = engine_method(setup, case, schedule, form)
@@ -287,7 +274,9 @@ def plan_for_speedup(speedup: float, flops: Mapping[str, int], steps: int) -> li
         for coarsest in range(steps + 1 if "4p" in flops else 1)
         for coarse in range(steps + 1 - coarsest)
     ]
-    errors = {plan: abs(_ratio(plan, flops, steps) / speedup - 1) for plan in plans}
+    errors = {
+        plan: abs(counted_speedup(_sizes(plan, steps), flops) / speedup - 1) for plan in plans
+    }
     best = min(plans, key=lambda plan: (errors[plan] > _TOLERANCE, abs(plan[0] - plan[1])))
     if errors[best] > _TOLERANCE:
         size = "4p" if "4p" in flops else "2p"
@@ -300,7 +289,11 @@ def plan_for_speedup(speedup: float, flops: Mapping[str, int], steps: int) -> li
         )
     even = abs(best[0] - best[1])
     best = min((p for p in plans if abs(p[0] - p[1]) == even), key=lambda plan: errors[plan])
-    coarsest, coarse = best
+    return _sizes(best, steps)
+
+
+def _sizes(plan: tuple[int, int], steps: int) -> list[str]:
+    coarsest, coarse = plan
     return ["4p"] * coarsest + ["2p"] * coarse + ["p"] * (steps - coarsest - coarse)
 
 
@@ -313,9 +306,3 @@ def counted_speedup(patch_sizes: Sequence[str], flops: Mapping[str, int], reused
         reused: Further steps, which reuse: their operations count as none.
     """
     return (len(patch_sizes) + reused) * flops["p"] / sum(flops[patch] for patch in patch_sizes)
-
-
-def _ratio(plan: tuple[int, int], flops: Mapping[str, int], steps: int) -> float:
-    coarsest, coarse = plan
-    cost = coarsest * flops.get("4p", 0) + coarse * flops["2p"] + (steps - sum(plan)) * flops["p"]
-    return steps * flops["p"] / cost

@@ -166,6 +166,11 @@ class RealModel(ABC):
         schedules: Of our methods, see `real_loops.py`.
         passes: Samples that the model sees for each one of the batch: two with guidance.
         notes: What the figures do not mean.
+        pipeline_class: Of diffusers.
+        scheduler: Its scheduler's class and settings.
+        others: Further parts of the pipeline, which it does without.
+        guidance_scale: Of a call.
+        of_its_dtype: Whether a request's tensors are of the transformer's dtype, not in float32.
     """
 
     name: ClassVar[str]
@@ -178,6 +183,11 @@ class RealModel(ABC):
         "weights are random: times are real, quality is not measured",
         "relative_error is meaningful for schedule 'fine' and for compiled diffusers only",
     )
+    pipeline_class: ClassVar[Any]
+    scheduler: ClassVar[tuple[Any, Mapping[str, Any]]]
+    others: ClassVar[tuple[str, ...]] = ()
+    guidance_scale: ClassVar[float]
+    of_its_dtype: ClassVar[bool] = False
 
     @abstractmethod
     def transformer(
@@ -190,16 +200,34 @@ class RealModel(ABC):
         """
 
     @abstractmethod
+    def shapes(self, config: Any, preset: Preset, case: Case) -> dict[str, tuple[int, ...]]:
+        """What a request has of each sample, by the transformer's configuration."""
+
     def pipeline(self, transformer: Any) -> Any:
         """A pipeline without text encoders and VAE: call it with `request`."""
+        scheduler, settings = self.scheduler
+        parts = ("vae", "text_encoder", "tokenizer", *self.others)
+        pipeline = self.pipeline_class(
+            scheduler=scheduler(**settings), transformer=transformer, **dict.fromkeys(parts)
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
-    @abstractmethod
-    def request(self, pipeline: Any, preset: Preset, case: Case, seed: int = 0) -> dict[str, Any]:
+    def request(self, pipeline: Any, preset: Preset, case: Case) -> dict[str, Any]:
         """Arguments of a pipeline's call, and of an engine's, without text encoders and VAE.
 
         Noise and embeddings are drawn on the CPU, sample by sample: the same on every device, and
         for a sample in any batch.
         """
+        transformer = pipeline.transformer
+        tensors = {}
+        shapes = self.shapes(transformer.config, preset, case)
+        for salt, (name, shape) in enumerate(shapes.items(), 1):
+            seeds = (1000 * sample + salt for sample in range(case.batch))
+            drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+            dtype = transformer.dtype if self.of_its_dtype else torch.float32
+            tensors[name] = torch.stack(drawn).to(transformer.device, dtype)
+        return {**tensors, **case.arguments, "guidance_scale": self.guidance_scale}
 
     def cache(self, steps: int) -> MagCacheConfig | None:  # noqa: ARG002 - of those that have one
         """What diffusers offers to skip steps, where that says anything with random weights."""
@@ -226,10 +254,10 @@ class Flux(RealModel):
 
     name, title, full = "flux", "FLUX", "flux-dev"
     schedules = ("fine", "paper_2.18x", "paper_3.52x", "dynamic")
-    notes = (
-        *RealModel.notes,
-        "the choices of schedule 'dynamic' are arbitrary",
-    )
+    notes = (*RealModel.notes, "the choices of schedule 'dynamic' are arbitrary")
+    pipeline_class, others = FluxPipeline, ("text_encoder_2", "tokenizer_2")
+    scheduler = FlowMatchEulerDiscreteScheduler, _FLUX_SCHEDULER
+    guidance_scale, of_its_dtype = 3.5, True
     presets: ClassVar[Mapping[str, Preset]] = {
         "flux-dev": Preset(
             config=_flux_config((19, 38), (24, 128), (4096, 768), (16, 56, 56)),
@@ -265,24 +293,13 @@ class Flux(RealModel):
         assert not list(model.buffers()), "a buffer would be left without values"
         return _drawn(model, device, seed)
 
-    def pipeline(self, transformer: Any) -> Any:
-        """See `RealModel.pipeline`."""
-        scheduler = FlowMatchEulerDiscreteScheduler(**_FLUX_SCHEDULER)
-        second = dict.fromkeys(("text_encoder_2", "tokenizer_2"))
-        return _bare(FluxPipeline, scheduler, transformer, **second)
-
-    def request(self, pipeline: Any, preset: Preset, case: Case, seed: int = 0) -> dict[str, Any]:
-        """See `RealModel.request`."""
-        transformer, config = pipeline.transformer, pipeline.transformer.config
-        shapes = {
+    def shapes(self, config: Any, preset: Preset, case: Case) -> dict[str, tuple[int, ...]]:
+        """See `RealModel.shapes`; latents are as the pipeline packs them."""
+        return {
             "prompt_embeds": (preset.text_tokens, config.joint_attention_dim),
             "pooled_prompt_embeds": (config.pooled_projection_dim,),
-            # As the pipeline packs them.
             "latents": (case.latent[0] * case.latent[1] // 4, config.in_channels),
         }
-        drawn = _draw(shapes, case.batch, seed)
-        tensors = {n: t.to(transformer.device, transformer.dtype) for n, t in drawn.items()}
-        return {**tensors, **case.arguments, "guidance_scale": 3.5}
 
 
 class Wan(RealModel):
@@ -304,6 +321,9 @@ class Wan(RealModel):
             "is not"
         ),
     )
+    pipeline_class = WanPipeline
+    scheduler = UniPCMultistepScheduler, _WAN_SCHEDULER
+    guidance_scale = 5.0
     presets: ClassVar[Mapping[str, Preset]] = {
         "wan-1.3b": Preset(
             config=_wan_config(30, (12, 128), 4096, 8960),
@@ -342,22 +362,11 @@ class Wan(RealModel):
                 parameter.data = parameter.data.to(dtype)
         return model
 
-    def pipeline(self, transformer: Any) -> Any:
-        """See `RealModel.pipeline`."""
-        return _bare(WanPipeline, UniPCMultistepScheduler(**_WAN_SCHEDULER), transformer)
-
-    def request(self, pipeline: Any, preset: Preset, case: Case, seed: int = 0) -> dict[str, Any]:
-        """See `RealModel.request`."""
-        transformer, config = pipeline.transformer, pipeline.transformer.config
+    def shapes(self, config: Any, preset: Preset, case: Case) -> dict[str, tuple[int, ...]]:
+        """See `RealModel.shapes`."""
         text = (preset.text_tokens, config.text_dim)
-        shapes = {
-            "prompt_embeds": text,
-            "negative_prompt_embeds": text,
-            "latents": (config.in_channels, case.latent_frames, *case.latent),
-        }
-        drawn = _draw(shapes, case.batch, seed)
-        tensors = {name: tensor.to(transformer.device) for name, tensor in drawn.items()}
-        return {**tensors, **case.arguments, "guidance_scale": 5.0}
+        latents = (config.in_channels, case.latent_frames, *case.latent)
+        return {"prompt_embeds": text, "negative_prompt_embeds": text, "latents": latents}
 
     def cache(self, steps: int) -> MagCacheConfig:
         """MagCache, so set that the steps reuse that do in `fine+teacache`.
@@ -376,17 +385,6 @@ class Wan(RealModel):
 MODELS: Mapping[str, RealModel] = {"flux": Flux(), "wan": Wan()}
 
 
-def _bare(kind: Any, scheduler: Any, transformer: Any, **others: None) -> Any:
-    pipeline = kind(
-        scheduler=scheduler,
-        transformer=transformer,
-        **dict.fromkeys(("vae", "text_encoder", "tokenizer")),
-        **others,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def _drawn(model: Any, device: torch.device, seed: int) -> Any:
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -396,12 +394,3 @@ def _drawn(model: Any, device: torch.device, seed: int) -> Any:
         else:
             nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
     return model
-
-
-def _draw(shapes: Mapping[str, tuple[int, ...]], batch: int, seed: int) -> dict[str, Tensor]:
-    def one(salt: int, shape: tuple[int, ...]) -> Tensor:
-        seeds = (1000 * (seed + sample) + salt for sample in range(batch))
-        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        return torch.stack(drawn)
-
-    return {name: one(salt, shape) for salt, (name, shape) in enumerate(shapes.items(), 1)}

@@ -7,12 +7,13 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from bench_overhead import null_plan
@@ -20,7 +21,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from ops_cuda import capture, microseconds
 from real_models import Case
 from real_setup import PATCHES, Setup, captures_of, use_executor
-from records import Save, unsaved
+from records import Save
 from timing import Call, Measured, attempt, release, spread, synchronize, timed
 from torch import Tensor
 
@@ -50,7 +51,7 @@ _PROFILED = ("p", "4p")
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
-def buckets(setup: Setup, case: Case, save: Save = unsaved) -> dict[str, Any]:
+def buckets(setup: Setup, case: Case, save: Save) -> dict[str, Any]:
     """Steps of every patch size that the case offers, in turns, and of images one without a model.
 
     A run takes one step at p and then the size in question: the first step pays for what later
@@ -113,7 +114,7 @@ def skip_floor(setup: Setup, case: Case) -> dict[str, Any]:
     height, width = case.latent
     channels = setup.pipeline.transformer.config.in_channels // 4
     values = case.batch * channels * height * width
-    moved = values * (3 * _FP32 + setup.dtype.itemsize + _FP32)
+    moved = values * (3 * _FP32 + setup.args.dtype.itemsize + _FP32)
     return {
         "moved_bytes": moved,
         "floor_seconds": moved / setup.rates["copy_bytes_per_second"],
@@ -124,14 +125,7 @@ def skip_floor(setup: Setup, case: Case) -> dict[str, Any]:
 def bucket_steps(setup: Setup, case: Case, patch: str) -> Call:
     """A call that returns the trace of steps at one patch size, after a first one at p."""
     setup.need_engine()
-    arguments = {**setup.request(case), "num_inference_steps": _BUCKET_STEPS}
-    policy = StaticPolicy(["p"] + [patch] * (_BUCKET_STEPS - 1))
-
-    def run() -> RunTrace | None:
-        setup.generate(arguments, policy, setup.form)
-        return setup.engine.last_trace
-
-    return run
+    return _run(setup, case, ["p"] + [patch] * (_BUCKET_STEPS - 1), setup.form)
 
 
 def skip_steps(setup: Setup, case: Case) -> Call:
@@ -144,7 +138,7 @@ def skip_steps(setup: Setup, case: Case) -> Call:
     shape = (case.batch, channels, *case.latent)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(shape, generator=generator).to(setup.device)
-    velocity = torch.randn(shape, generator=generator).to(setup.device, setup.dtype)
+    velocity = torch.randn(shape, generator=generator).to(setup.device, setup.args.dtype)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(_BUCKET_STEPS)
     policy = DDiTPolicy(refresh=None, fine_tail=0)
@@ -157,7 +151,7 @@ def skip_steps(setup: Setup, case: Case) -> Call:
     return lambda: executor.run(plan, latents)[1]
 
 
-def blocks(setup: Setup, case: Case, save: Save = unsaved) -> dict[str, Any]:
+def blocks(setup: Setup, case: Case, save: Save) -> dict[str, Any]:
     """The first block of each class at every patch size, on random tokens.
 
     What a step costs is about the sum over its blocks, so this tells in seconds where time goes,
@@ -248,7 +242,7 @@ def _graph_kernels(call: Callable[[], Any]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda kernel: -kernel["seconds"])[: _MOST_KERNELS["blocks"]]
 
 
-def kernels(setup: Setup, case: Case) -> dict[str, Any]:
+def kernels(setup: Setup, case: Case, save: Save) -> dict[str, Any]:
     """Runs of a few steps at p, and at 4p, under torch's profiler."""
     setup.need_engine()
     rows = {}
@@ -256,13 +250,14 @@ def kernels(setup: Setup, case: Case) -> dict[str, Any]:
         if patch in setup.costs(case):
             row, problem = attempt(partial(_kernels_row, setup, case, patch))
             rows[patch] = row or {"error": problem}
+            save({"rows": rows})
     return {"rows": rows}
 
 
 def _kernels_row(setup: Setup, case: Case, patch: str) -> dict[str, Any]:
-    cuda = setup.device.type == "cuda"
-    observed = _run(setup, case, patch, "host" if cuda else "auto")
-    observed()  # captures
+    cuda, plan = setup.device.type == "cuda", [patch] * _PROFILED_STEPS
+    observed = _run(setup, case, plan, "host" if cuda else "auto")
+    trace = observed()  # captures
     events = annotated(setup, observed)
     row = {
         **kernel_table(events, f"ddit_rt/model/{patch}", cuda=cuda),
@@ -273,17 +268,22 @@ def _kernels_row(setup: Setup, case: Case, patch: str) -> dict[str, Any]:
         },
     }
     if cuda:
-        run = _run(setup, case, patch, setup.form)
-        run()
-        row |= call_counts(annotated(setup, run))
-    assert setup.engine.last_trace is not None, "a run leaves a trace"
-    return {**row, "ran_on": setup.engine.last_trace.executor}
+        observed = _run(setup, case, plan, setup.form)
+        trace = observed()
+        row |= call_counts(annotated(setup, observed))
+    return {**row, "ran_on": trace.executor}
 
 
-def _run(setup: Setup, case: Case, patch: str, form: str) -> Call:
-    arguments = {**setup.request(case), "num_inference_steps": _PROFILED_STEPS}
-    policy = StaticPolicy([patch] * _PROFILED_STEPS)
-    return lambda: setup.generate(arguments, policy, form)
+def _run(setup: Setup, case: Case, plan: list[str], form: str) -> Callable[[], RunTrace]:
+    """A run of a plan, which returns its trace."""
+    arguments = {**setup.request(case), "num_inference_steps": len(plan)}
+
+    def run() -> RunTrace:
+        setup.generate(arguments, StaticPolicy(plan), form)
+        assert setup.engine.last_trace is not None, "a run leaves a trace"
+        return setup.engine.last_trace
+
+    return run
 
 
 def kernel_table(events: Sequence[Event], name: str, *, cuda: bool) -> dict[str, Any]:
@@ -351,7 +351,7 @@ def annotated(setup: Setup, call: Call) -> list[Event]:
         engine.annotate = False
 
 
-def compiling(setup: Setup, case: Case) -> dict[str, Any]:
+def compiling(setup: Setup, case: Case, _: Save) -> dict[str, Any]:
     """Times to compile without any cache, to load, to capture, and from load to first image.
 
     The artifact is left for later calls where they look for one and there is none.
@@ -384,20 +384,11 @@ def compiling(setup: Setup, case: Case) -> dict[str, Any]:
     return record
 
 
-@contextmanager
-def fresh_caches(folder: Path) -> Iterator[None]:
+def fresh_caches(folder: Path) -> AbstractContextManager[Any]:
     """Empty caches of Inductor and Triton, so that a compilation is timed and not a look-up."""
-    before = {name: os.environ.get(name) for name in _CACHES}
-    try:
-        for name in _CACHES:
-            (folder / name).mkdir()
-            os.environ[name] = str(folder / name)
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+    for name in _CACHES:
+        (folder / name).mkdir()
+    return mock.patch.dict(os.environ, {name: str(folder / name) for name in _CACHES})
 
 
 def _clocked(setup: Setup, call: Call) -> tuple[Any, float]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from real_models import Case, Preset, RealModel
+from real_models import MODELS, Case, Preset, RealModel
 from records import Record, Save
 from timing import Call, Deadline, Measured, attempt, release, take_turns, time_limit
 from torch import Tensor
@@ -32,56 +32,52 @@ from ddit_rt.steps import StepModel
 PATCHES = ("p", "2p", "4p")
 
 
-@dataclass(kw_only=True)
 class Setup:
     """One run of the script.
 
     Attributes:
+        args: Its settings, completed.
         model: The family.
         preset: The model of it, and its sizes.
         device: Where it runs.
-        dtype: Of its weights.
         artifact: Folder that a compiled artifact is loaded from, or saved to if it is not there.
-        backend: As for `ddit_rt.compile`.
-        quantization: As for `ddit_rt.compile`.
-        lowered: Folder of packages that `bench_lowering.py` kept, taken for compiled ones.
-        repeats: Measured rounds of interleaved methods.
         deadline: When the run has to end.
-        warm_up_limit: Seconds that one method may take to get ready.
-        executors: Forms of our executor; on a CPU there is one.
         engine_times: Seconds that compiling and saving, or loading, the engine took.
     """
 
-    model: RealModel
-    preset: Preset
-    device: torch.device
-    dtype: torch.dtype
-    artifact: Path
-    backend: str = "aot"
-    quantization: str | None = None
-    lowered: Path | None = None
-    repeats: int = 5
-    deadline: Deadline = field(default_factory=lambda: Deadline(float("inf")))
-    warm_up_limit: float = 300.0
-    executors: tuple[str, ...] = ("auto",)
-    engine_times: dict[str, float] = field(default_factory=dict)
-    _engine_error: str | None = None
-    _costs: dict[Case, dict[str, StepCost]] = field(default_factory=dict)
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        """Starts the clock.
+
+        Args:
+            args: See the attributes.
+            scratch: For an artifact that nobody asked for.
+        """
+        self.args = args
+        self.model: RealModel = MODELS[args.model]
+        self.preset: Preset = self.model.presets[args.preset]
+        device = torch.device(args.device)
+        self.device = torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+        self.artifact: Path = args.artifact or scratch / "model.ddit"
+        self.deadline = Deadline(args.budget_s)
+        self.engine_times: dict[str, float] = {}
+        self._engine_error: str | None = None
+        self._costs: dict[Case, dict[str, StepCost]] = {}
 
     @cached_property
     def pipeline(self) -> Any:
         """The model, whose weights all methods share."""
-        return self.model.pipeline(self.model.transformer(self.preset, self.device, self.dtype))
+        dtype = self.args.dtype
+        return self.model.pipeline(self.model.transformer(self.preset, self.device, dtype))
 
     @cached_property
     def engine(self) -> Engine:
         """Our engine: loaded from `artifact`, or compiled and saved there."""
         pipeline = self.pipeline
         started = time.perf_counter()
-        compiles = self.backend == "eager" or not self.artifact.exists()
+        compiles = self.args.backend == "eager" or not self.artifact.exists()
         if compiles:
             engine = self.compiled()
-            if self.backend != "eager":
+            if self.args.backend != "eager":
                 engine.save(self.artifact)
         else:
             engine = ddit_rt.load(self.artifact, pipeline, progress=False)
@@ -93,21 +89,22 @@ class Setup:
         """An engine, compiled anew."""
         # What has been quantised is not quantised again.
         quantised = has_quantised(self.pipeline.transformer)
-        kind = None if quantised else self.quantization
+        kind = None if quantised else self.args.quantization
         with mock.patch("ddit_rt.engine.build.compile_blocks", self._lowered or compile_blocks):
             return ddit_rt.compile(
-                self.pipeline, backend=self.backend, quantization=kind, progress=False
+                self.pipeline, backend=self.args.backend, quantization=kind, progress=False
             )
 
     @property
     def blocks(self) -> str:
         """What our engine's blocks are: `aot`, `eager`, or `lowered` where there was no GPU."""
-        return "lowered" if self.lowered and self.backend == "aot" else self.backend
+        lowered = self.args.lowered and self.args.backend == "aot"
+        return "lowered" if lowered else str(self.args.backend)
 
     @property
     def _lowered(self) -> Callable[..., list[str]] | None:
         """In the place of `compile_blocks`: packages that are there."""
-        folder = self.lowered
+        folder = self.args.lowered
         if folder is None:
             return None
 
@@ -151,13 +148,14 @@ class Setup:
     @property
     def form(self) -> str:
         """The form of a measurement that takes one: the only one there is, or what works."""
-        return self.executors[0] if len(self.executors) == 1 else "auto"
+        forms = self.args.executors
+        return str(forms[0]) if len(forms) == 1 else "auto"
 
     @cached_property
     def rates(self) -> dict[str, float]:
         """What the machine can do at best, measured in this run."""
         return {
-            "matrix_flops_per_second": matrix_rate(self.device, self.dtype),
+            "matrix_flops_per_second": matrix_rate(self.device, self.args.dtype),
             "copy_bytes_per_second": copy_rate(self.device),
         }
 
@@ -170,10 +168,10 @@ class Setup:
         """The record of methods that took turns; saved whenever there is more of it."""
         measured = take_turns(
             builders,
-            repeats=self.repeats,
+            repeats=self.args.repeats,
             device=self.device,
             deadline=self.deadline,
-            warm_up_limit=self.warm_up_limit,
+            warm_up_limit=self.args.warm_up_limit_s,
             on_news=lambda measured: save(record(measured)),
         )
         return record(measured)
@@ -196,11 +194,8 @@ class Setup:
 
     def costs(self, case: Case) -> dict[str, StepCost]:
         """Count of operations and weight bytes of one step, by patch sizes that the case offers."""
-        if case not in self._costs:
-            self._costs[case] = self._counted(case)
-        return self._costs[case]
-
-    def _counted(self, case: Case) -> dict[str, StepCost]:
+        if case in self._costs:
+            return self._costs[case]
         transformer = self.pipeline.transformer
         model = StepModel(family=family_of(transformer), transformer=transformer, base={})
         height, width = case.latent
@@ -209,7 +204,7 @@ class Setup:
             for patch in PATCHES
             if not any(edge % (model.patch_size * parse_patch(patch)) for edge in (height, width))
         ]
-        return {
+        self._costs[case] = {
             patch: step_cost(
                 model,
                 height=height,
@@ -221,6 +216,7 @@ class Setup:
             )
             for patch in offered
         }
+        return self._costs[case]
 
     def flops(self, case: Case) -> dict[str, int]:
         """Operations of one step by patch size."""

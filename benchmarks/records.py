@@ -60,11 +60,6 @@ def machine_entry(device: torch.device) -> dict[str, Any]:
     return entry
 
 
-def device_name(entry: dict[str, Any]) -> str:
-    """Name of what the timings of a machine entry are of."""
-    return str(entry["gpu"]["name"] if "gpu" in entry else entry["cpu"])
-
-
 def _driver_entry(device: torch.device) -> dict[str, str]:
     """Driver, power limit and clock as nvidia-smi tells them; empty where it cannot be asked."""
     fields = ("driver_version", "power.limit", "clocks.max.sm")
@@ -81,10 +76,6 @@ def resident_bytes(process: int | str = "self") -> int:
     """The resident set of a process."""
     pages = Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
-def unsaved(_: Record) -> None:
-    """Of a caller who wants the complete record alone."""
 
 
 def opened(path: Path, new: Record) -> Record:
@@ -109,9 +100,10 @@ def opened(path: Path, new: Record) -> Record:
 
 def identity(report: Record) -> Record:
     """What must agree for results to stand beside each other, as it reads from a file."""
+    machine = report["machine"]
     values = {
         "schema_version": report["schema_version"],
-        "device": device_name(report["machine"]),
+        "device": machine["gpu"]["name"] if "gpu" in machine else machine["cpu"],
         **report["versions"],
         **report["model"],
     }

@@ -11,29 +11,22 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
-from demo_models import DemoModel
 from quality_paths import TRAINING_FREE
-from quality_rows import Judge
 from quality_runs import Plan, Runs, StepCosts, mixed_cost, reference
-from quality_search import STATIC_SHAPES, FidelitySearch, Matcher, plan_of
+from quality_search import STATIC_SHAPES, Judged, closest, dials_of, plan_of
 
 from ddit_rt.lab.calibrate.moves import Space
 from ddit_rt.lab.calibrate.search import Search
 from ddit_rt.lab.measure.fidelity import fidelity
+from ddit_rt.lab.plans.candidates import cache_text
 from ddit_rt.lab.plans.dial import TAU_PROBES, on_log_scale, tau_range
 from ddit_rt.lab.plans.genome import Static, within
 from ddit_rt.lab.plans.points import Prompt, best_for
-from ddit_rt.lab.plans.step_caches import (
-    LEVELS,
-    STEP_CACHES,
-    CacheDial,
-    changes_of,
-    threshold_range,
-)
+from ddit_rt.lab.plans.step_caches import LEVELS
 from ddit_rt.lab.plans.target import Target
 from ddit_rt.policies import (
     CacheFit,
@@ -42,6 +35,7 @@ from ddit_rt.policies import (
     DDiTPolicy,
     FinePolicy,
     MagCache,
+    NoCache,
     PatchPolicy,
     SeaCache,
     SpectralPolicy,
@@ -78,7 +72,6 @@ class Planner:
     """Finds plans.
 
     Attributes:
-        model: What draws.
         runs: Runs plans.
         costs: Of a step, by path and by class of step cache.
         steps: Of the reference.
@@ -90,7 +83,6 @@ class Planner:
         pictures: What the search behind the planner's plans may generate.
     """
 
-    model: DemoModel
     runs: Runs
     costs: StepCosts
     steps: int
@@ -109,8 +101,7 @@ class Planner:
     @property
     def _of_step(self) -> Mapping[str, float]:
         """Cost of a step at each patch size."""
-        costs = self.costs.milliseconds[TRAINING_FREE]
-        return {name: cost for name, cost in costs.items() if not name.endswith(" reused")}
+        return self.costs.milliseconds[TRAINING_FREE]
 
     def best(self, kind: str, level: float) -> Plan | None:
         """The candidate of a kind that comes closest to full resolution on the prompts.
@@ -129,6 +120,14 @@ class Planner:
         made = self.runs.run(plan, prompts)
         return statistics.fmean(self.costs.loop_ms(plan, one) for one in made.branches) / self.whole
 
+    def _plan(
+        self,
+        policy: PatchPolicy,
+        label: str = "",
+        cache: StepCache = NoCache(),  # noqa: B008 - frozen
+    ) -> Plan:
+        return Plan(policy=policy, num_inference_steps=self.steps, step_cache=cache, label=label)
+
     def _closeness(self, plan: Plan) -> float:
         fine = self.runs.run(reference(self.steps), self.prompts).images
         found = fidelity(self.runs.run(plan, self.prompts).images, fine).psnr
@@ -144,7 +143,7 @@ class Planner:
             MAG: self._magcache,
             SEA: self._seacache,
             FIXED: self._fixed,
-            PLANNED: self._planned,
+            PLANNED: lambda level: iter(self._searched.get(level, [])),
         }
         return (replace(plan, kind=kind) for plan in made[kind](level))
 
@@ -168,7 +167,7 @@ class Planner:
                 assert isinstance(policy, StaticPolicy), "a plan of sizes"
                 policy = replace(policy, fine_share=fine_share)
                 label = f"{label}, {fine_share:.3g} of the regions at p"
-            yield Plan(policy=policy, steps=self.steps, label=label)
+            yield self._plan(policy, label)
 
     def _mixed(self, level: float) -> Iterator[Plan]:
         for fine_share in _FINE_SHARES:
@@ -186,138 +185,88 @@ class Planner:
 
     def _dynamic(self, level: float) -> Iterator[Plan]:
         for head in (head for head in _HEADS if head < self.steps):
-
-            def rule(tau: float, head: int = head) -> DDiTPolicy:
-                return DDiTPolicy(tau, warmup_steps=head)
-
+            rule = partial(DDiTPolicy, warmup_steps=head)
             yield from self._matched(level, rule, f"DDiT, {head} steps at p first, tau")
 
     def _matched(
         self, level: float, rule: Callable[[float], PatchPolicy], label: str
     ) -> Iterator[Plan]:
         """The rule at the number at which it costs what it should, if it can."""
-        # What the search spends is a cost here, which tokens are one kind of.
-        costs = replace(self.costs, tokens=dict(self._of_step))
-        judge = Judge(model=self.model, runs=self.runs, costs=costs, captions=(), seeds=1)
-        matcher = Matcher(
-            judge=judge,
-            search_prompts=self.prompts[:2],
-            steps=self.steps,
-            path=TRAINING_FREE,
-            iterations=self.iterations,
-            share=1 / level,
+        value, share = closest(
+            lambda value: self.share(self._plan(rule(value)), self.prompts[:2]),
+            1 / level,
+            self.iterations,
         )
-        value, share = matcher.search_tau(rule)
         if abs(share - 1 / level) <= _EQUAL_SHARE:
-            yield Plan(policy=rule(value), steps=self.steps, label=f"{label} {value:.2g}")
+            yield self._plan(rule(value), f"{label} {value:.2g}")
 
     def _magcache(self, level: float) -> Iterator[Plan]:
-        for retained, skipped in _RETAINED:
-
-            def cache(
-                threshold: float, retained: float = retained, skipped: int = skipped
-            ) -> MagCache:
-                return MagCache(
-                    threshold,
-                    retention_ratio=retained,
-                    max_skip_steps=skipped,
-                    mag_ratios=self.fit.values,
-                )
-
-            label = f"{retained:.0%} of the steps first, at most {skipped} in a row reuse"
-            changes = [[abs(1 - ratio) for ratio in self.fit.values]]
-            yield from self._turned(level, cache, label, changes)
+        ratios = self.fit.values
+        for first, most in _RETAINED:
+            caches = (
+                MagCache(one, retention_ratio=first, max_skip_steps=most, mag_ratios=ratios)
+                for one in _thresholds([abs(1 - ratio) for ratio in ratios])
+            )
+            label = f"MagCache, {first:.0%} of the steps first, at most {most} in a row reuse"
+            yield from self._cached(level, caches, label)
 
     def _seacache(self, level: float) -> Iterator[Plan]:
-        for consecutive in _CONSECUTIVE:
-
-            def cache(threshold: float, consecutive: int = consecutive) -> SeaCache:
-                return SeaCache(threshold, max_consecutive_cached=consecutive)
-
-            label = f"extrapolating, at most {consecutive} in a row reuse"
-            yield from self._turned(level, cache, label, self._changes)
+        for most in _CONSECUTIVE:
+            caches = (
+                SeaCache(one, max_consecutive_cached=most) for one in _thresholds(self._changes[0])
+            )
+            label = f"SeaCache, extrapolating, at most {most} in a row reuse"
+            yield from self._cached(level, caches, label)
 
     def _fixed(self, level: float) -> Iterator[Plan]:
-        known = CacheModel(name="model", steps=self.steps, fits=(), time_changes=None)
         for head in _HEADS:
-            for cache in (StaticCache(span, first=head) for span in _SPANS):
-                computed = sum(map(math.isnan, cache.resolve(known).increments))
-                if self._cached_cost(cache, computed) <= self.whole / level:
-                    label = f"every {cache.plan:.3g}th step after {head}, extrapolating"
-                    yield self._cached(cache, f"StaticCache, {label}")
-                    break
+            caches = (StaticCache(span, first=head) for span in _SPANS)
+            yield from self._cached(level, caches)
 
     @cached_property
     def _changes(self) -> list[list[float]]:
         """What SeaCache's signal changes by at each step, along full resolution's trajectory."""
-        plan = self._cached(SeaCache(0.0), "")
+        plan = self._plan(FinePolicy(), cache=SeaCache(0.0))
         traces = [self.runs.trace(plan, prompt) for prompt in self.prompts[:2]]
         return [[record.accumulated or 0.0 for record in trace] for trace in traces]
 
-    def _turned(
-        self,
-        level: float,
-        make: Callable[[float], StepCache],
-        label: str,
-        changes: Sequence[Sequence[float]],
-    ) -> Iterator[Plan]:
-        """The cache at the least threshold at which it costs no more, if there is one.
+    def _cached(self, level: float, caches: Iterable[StepCache], label: str = "") -> Iterator[Plan]:
+        """The first of some caches that costs no more, to half a step, if there is one.
 
-        Args:
-            level: As in `best`.
-            make: The cache of a threshold.
-            label: What it is called.
-            changes: What it adds up at each step, for each of some prompts: what a plan costs
-                follows from them, and none is run for it.
+        What a cache costs follows from what its signal changes by; none is run for it.
         """
-        usable = [change for change in changes[0] if change > 0]
-        ends = min(usable), sum(usable)
         known = CacheModel(name="model", steps=self.steps, fits=(), time_changes=None)
         limit = self.whole / level + self._of_step["p"] / 2
-        for turned in range(LEVELS + 1):
-            cache = make(on_log_scale(ends, turned, LEVELS))
-            table = cache.resolve(known)
+        for cache in caches:
+            of_step, table = self.costs.milliseconds[type(cache).__name__], cache.resolve(known)
             assert table is not None, "a cache that caches"
-            computed = statistics.fmean(computed_steps(table, one) for one in changes)
-            if self._cached_cost(cache, computed) <= limit:
-                yield self._cached(cache, f"{type(cache).__name__}, {label}")
+            signals = self._changes if table.coefficients else [[0.0] * self.steps]
+            computed = statistics.fmean(computed_steps(table, one) for one in signals)
+            if computed * of_step["p"] + (self.steps - computed) * of_step["p reused"] <= limit:
+                name = label or f"{cache_text(cache)}, extrapolating"
+                yield self._plan(FinePolicy(), name, cache)
                 return
 
-    def _cached_cost(self, cache: StepCache, computed: float) -> float:
-        of_step = self.costs.milliseconds[type(cache).__name__]
-        return computed * of_step["p"] + (self.steps - computed) * of_step["p reused"]
-
-    def _cached(self, cache: StepCache, label: str) -> Plan:
-        return Plan(policy=FinePolicy(), steps=self.steps, cache=cache, label=label)
-
-    def _planned(self, level: float) -> Iterator[Plan]:
-        plan = self._searched.get(level)
-        if plan is not None:
-            yield plan
-
     @cached_property
-    def _searched(self) -> dict[float, Plan]:
-        """By level, the best plan that one search found for it."""
-        evaluator = FidelitySearch(
-            runs=self.runs,
-            prompts=self.prompts,
-            steps=self.steps,
-            costs=self.costs,
-        )
+    def _searched(self) -> dict[float, list[Plan]]:
+        """By level, the best plan that one search found for it, if there is one."""
         # As far beyond the cost as a cache beside it may be.
         beyond = self._of_step["p"] / 2
         targets = [Target(max_cost=self.whole / level + beyond) for level in self.levels]
-        probes = [Plan(policy=policy, steps=self.steps) for policy in TAU_PROBES]
+        probes = [self._plan(policy) for policy in TAU_PROBES]
         space = Space(
             steps=self.steps,
             costs=self._of_step,
             taus=tau_range(self.runs.trace(plan, self.prompts[0]) for plan in probes),
-            dials=self._dials(),
+            dials=[
+                dial.priced(self.costs.milliseconds[type(dial.cache).__name__])
+                for dial in dials_of({MAG: self.fit}, self.runs, self.steps, self.prompts[0])
+            ],
             places=True,
         )
         search = Search(
             space=space,
-            evaluator=evaluator,
+            evaluator=Judged(runs=self.runs, steps=self.steps, costs=self.costs),
             prompts=self.prompts,
             targets=targets,
             # References and probes count, too.
@@ -327,30 +276,16 @@ class Planner:
         print(f"planner: {len(search.tried)} plans, {search.spent} pictures", file=sys.stderr)
         found = {}
         for level, target in zip(self.levels, targets, strict=True):
-            point = best_for(target, points)
-            if point is not None:
-                plan = plan_of(point.candidate)
-                found[level] = replace(plan, label=f"planner: {plan.label}")
+            plans = [plan_of(point.candidate) for point in [best_for(target, points)] if point]
+            found[level] = [replace(plan, label=f"planner: {plan.label}") for plan in plans]
         return found
 
-    def _dials(self) -> list[CacheDial]:
-        """The step caches that plans take, and how far they can be turned."""
-        found = []
-        for dial in STEP_CACHES:
-            own = dial
-            if dial.fit == self.fit.kind:
-                fitted = replace(MagCache(0.0), mag_ratios=self.fit.values)
-                own = replace(dial, cache=fitted)
-            elif dial.fit is not None:
-                continue
-            of_step = self.costs.milliseconds[type(own.cache).__name__]
-            own = replace(own, reused=of_step["p reused"] / of_step["p"])
-            if own.ends is None:
-                trace = self.runs.trace(self._cached(own.cache, ""), self.prompts[0])
-                own = replace(own, ends=threshold_range(trace), changes=changes_of(trace))
-            if own.ends is not None:
-                found.append(own)
-        return found
+
+def _thresholds(changes: Sequence[float]) -> Iterator[float]:
+    """From none that reuses to all that may, given the change at each step."""
+    usable = [change for change in changes if change > 0]
+    for level in range(LEVELS + 1):
+        yield on_log_scale((min(usable), sum(usable)), level, LEVELS)
 
 
 def computed_steps(table: CacheTable, changes: Sequence[float]) -> int:
@@ -370,14 +305,3 @@ def computed_steps(table: CacheTable, changes: Sequence[float]) -> int:
         else:
             total, factor, reused, computed = 0.0, 1.0, 0, computed + 1
     return computed
-
-
-def token_costs(runs: Runs, prompt: Prompt) -> StepCosts:
-    """What a step costs in image tokens, whatever runs it."""
-    trace = runs.trace(Plan(policy=FinePolicy(), steps=2), prompt)
-    whole = float(trace.steps[0].tokens)
-    multiples = {name: int(name[:-1] or 1) for name in runs.sizes()}
-    tokens = {name: whole / multiple**2 for name, multiple in multiples.items()}
-    table = {**tokens, **{f"{name} reused": 0.0 for name in tokens}}
-    names = (TRAINING_FREE, *(type(cache).__name__ for cache in CACHES))
-    return StepCosts(milliseconds=dict.fromkeys(names, table), tokens=tokens)

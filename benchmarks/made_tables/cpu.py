@@ -2,17 +2,7 @@
 
 from __future__ import annotations
 
-from made_tables.markdown import (
-    Report,
-    block,
-    cpu,
-    header,
-    label,
-    line,
-    ranged,
-    released,
-    times,
-)
+from made_tables.markdown import Report, block, cpu, label, ranged, released, table, times
 
 _SHORT = ("diffusers", "torch_compile", "first_block_cache_best", "fine", "dynamic", "fewer_steps")
 """Rows of README.md."""
@@ -35,19 +25,17 @@ def cpu_short(report: Report) -> str:
     first, *_ = report["batches"].values()
     by_name = {row["name"]: row for row in first}
     rows = [
-        line(
-            (
-                label(row),
-                _tokens(row),
-                f"{row['seconds_denoise']['median'] * 1e3:.0f}",
-                times(row["speedup_denoise"]),
-                f"{row['ssim']:.3f}",
-            )
+        (
+            label(row),
+            _tokens(row),
+            f"{row['seconds_denoise']['median'] * 1e3:.0f}",
+            times(row["speedup_denoise"]),
+            f"{row['ssim']:.3f}",
         )
         for row in (by_name[name] for name in _SHORT if name in by_name)
     ]
-    table = [*header(("", "tokens", "loop, ms", "speed-up", "SSIM")), *rows]
-    return block(table, [f"{cpu(report)}, {released(report, 'torch')}."])
+    shown = table(("", "tokens", "loop, ms", "speed-up", "SSIM"), rows)
+    return block(shown, [f"{cpu(report)}, {released(report, 'torch')}."])
 
 
 def cpu_demo(report: Report) -> str:
@@ -66,21 +54,19 @@ def cpu_demo(report: Report) -> str:
         f"prompts, {settings['repeats']} interleaved repeats; medians per image. Speed-ups are "
         f"over the first row: {ratios}."
     )
-    return block([*header(columns), *rows], [note])
+    return block(table(columns, rows), [note])
 
 
-def _demo_row(row: Report, large: Report | None) -> str:
-    return line(
-        (
-            label(row),
-            _tokens(row),
-            ranged(row["seconds_denoise"], 1e3),
-            times(row["speedup_denoise"]),
-            times(row["speedup_end_to_end"]),
-            *(() if large is None else (times(large["speedup_denoise"]),)),
-            "same" if row["psnr"] is None else f"{row['psnr']:.1f}",
-            f"{row['ssim']:.3f}",
-        )
+def _demo_row(row: Report, large: Report | None) -> tuple[str, ...]:
+    return (
+        label(row),
+        _tokens(row),
+        ranged(row["seconds_denoise"], 1e3),
+        times(row["speedup_denoise"]),
+        times(row["speedup_end_to_end"]),
+        *(() if large is None else (times(large["speedup_denoise"]),)),
+        "same" if row["psnr"] is None else f"{row['psnr']:.1f}",
+        f"{row['ssim']:.3f}",
     )
 
 
@@ -101,7 +87,7 @@ def ops_cpu(report: Report) -> str:
                 for name in ("eager", "compile", "onednn")
             ]
             floor = row["floor_us"]
-            rows.append(line([*cells, f"{native / floor:.1f}x" if floor else ""]))
+            rows.append([*cells, f"{native / floor:.1f}x" if floor else ""])
     machine = report["machine"]
     note = (
         f"{machine['cpu']}, one thread; torch {machine['torch']}; best of many calls, CPU time. "
@@ -112,25 +98,23 @@ def ops_cpu(report: Report) -> str:
         *("op", "native, us", "over eager", "over torch.compile", "over oneDNN"),
         "of its floor",
     )
-    return block([*header(columns), *rows], [note])
+    return block(table(columns, rows), [note])
 
 
 def drivers_cpu(report: Report) -> str:
     """The table of `bench_drivers.py`: a step of each driver, and their ratio."""
     columns = ("model", "plan", "table-driven", "passes apart", "pipeline-driven", "diffusers")
     rows = [
-        line(
-            (
-                _MODELS.get(run["model"], run["model"]),
-                "full resolution" if run["plan"] == "fine" else run["plan"],
-                *(
-                    f"{run['microseconds'][name]['median'] * 1e-3:.1f}"
-                    if name in run["microseconds"]
-                    else ""
-                    for name in ("table", "table_apart", "pipeline", "diffusers")
-                ),
-                times(run["ratio"]),
-            )
+        (
+            _MODELS.get(run["model"], run["model"]),
+            "full resolution" if run["plan"] == "fine" else run["plan"],
+            *(
+                f"{run['microseconds'][name]['median'] * 1e-3:.1f}"
+                if name in run["microseconds"]
+                else ""
+                for name in ("table", "table_apart", "pipeline", "diffusers")
+            ),
+            times(run["ratio"]),
         )
         for run in report["runs"]
     ]
@@ -140,21 +124,19 @@ def drivers_cpu(report: Report) -> str:
         "`ratio`: pipeline-driven over table-driven. The final latents of the two differ by at "
         f"most {max(run['relative_error'] for run in report['runs']):.0e} of the largest value."
     )
-    return block([*header((*columns, "ratio"), "--"), *rows], [note])
+    return block(table((*columns, "ratio"), rows, "--"), [note])
 
 
 def overhead_cpu(report: Report) -> str:
     """The table of `bench_overhead.py`: a step without a model, and the look at the live model."""
     rows = [
-        line(
-            (
-                " x ".join(map(str, entry["latent_shape"])),
-                *(
-                    f"{entry['microseconds'][name]['median']:.0f}"
-                    for name in ("dynamic", "fine", "diffusers")
-                ),
-                f"{entry['loop']:.0f}",
-            )
+        (
+            " x ".join(map(str, entry["latent_shape"])),
+            *(
+                f"{entry['microseconds'][name]['median']:.0f}"
+                for name in ("dynamic", "fine", "diffusers")
+            ),
+            f"{entry['loop']:.0f}",
         )
         for entry in report["steps"]
     ]
@@ -170,7 +152,7 @@ def overhead_cpu(report: Report) -> str:
             f"{look['milliseconds']['median']:.1f} ms for one of {look['blocks']} blocks "
             f"({look['modules']} modules, one thread)."
         )
-    return block([*header(columns), *rows], [note])
+    return block(table(columns, rows), [note])
 
 
 def soak(report: Report) -> str:
@@ -195,14 +177,14 @@ def soak(report: Report) -> str:
         f"{_latency(report)} {cpu(report)}; {released(report, 'torch', 'diffusers')}."
         f"{' ' * bool(report['notes'])}{report['notes']}"
     )
-    return block([*header(columns), *rows], [runs], [looks])
+    return block(table(columns, rows), [runs], [looks])
 
 
-def _soak_row(name: str, entry: Report) -> str:
+def _soak_row(name: str, entry: Report) -> tuple[str, ...]:
     scale, digits = (_MEBI, 1) if name.endswith("_bytes") else (1, 0)
     counts = (f"{entry[end] / scale:.{digits}f}" for end in ("start", "end"))
     shares = (f"{entry[way]:+.2%}" for way in ("by_windows", "by_trend"))
-    return line((_GROWTH[name], *counts, *shares))
+    return (_GROWTH[name], *counts, *shares)
 
 
 def _latency(report: Report) -> str:
@@ -224,17 +206,7 @@ def _latency(report: Report) -> str:
 def serving_cpu(report: Report) -> str:
     """What a request costs beside the engine's own call, and twice the load that can be borne."""
     rows = [_serving_row(way, report) for way in report["load"]]
-    columns = (
-        "",
-        "engine",
-        "encoded",
-        "by HTTP",
-        "offered, a second",
-        "made",
-        "refused",
-        "of images",
-        "RSS",
-    )
+    columns = ("", "engine", "encoded", "by HTTP", "offered, a second", "made", "refused")
     first = report["load"]["alone"]
     started, lora = report["start"], report["lora"]
     note = (
@@ -252,26 +224,24 @@ def serving_cpu(report: Report) -> str:
         "policy; "
         f"{cpu(report)}; {released(report, 'torch', 'diffusers')}."
     )
-    return block([*header(columns), *rows], [note])
+    return block(table((*columns, "of images", "RSS"), rows), [note])
 
 
-def _serving_row(way: str, report: Report) -> str:
+def _serving_row(way: str, report: Report) -> tuple[str, ...]:
     overhead, load = report["overhead"][way], report["load"][way]
     answers = load["answers"]
     refused = sum(answers[status]["count"] for status in ("429", "503") if status in answers)
     rss = load["rss_mib"]
-    return line(
-        (
-            _WAYS[way],
-            _both(overhead["engine"]),
-            _both(overhead["encoded"]),
-            _both(overhead["http"]),
-            f"{load['offered_per_second']:.1f}",
-            f"{load['images_per_second']:.1f}",
-            f"{refused / load['seconds']:.1f}",
-            _both(answers["200"]),
-            f"{rss[0]:.0f} / {max(rss):.0f} / {rss[-1]:.0f}",
-        )
+    return (
+        _WAYS[way],
+        _both(overhead["engine"]),
+        _both(overhead["encoded"]),
+        _both(overhead["http"]),
+        f"{load['offered_per_second']:.1f}",
+        f"{load['images_per_second']:.1f}",
+        f"{refused / load['seconds']:.1f}",
+        _both(answers["200"]),
+        f"{rss[0]:.0f} / {max(rss):.0f} / {rss[-1]:.0f}",
     )
 
 

@@ -11,20 +11,18 @@ _WORDS = {"all fine": "full resolution", "fine steps": "steps at full resolution
 """Labels of records that were made before the words changed, and today's."""
 
 
-def line(cells: Iterable[str]) -> str:
-    """A row."""
-    return f"| {' | '.join(cells)} |"
-
-
-def header(columns: Sequence[str], align: str = "-") -> list[str]:
-    """Titles and the line below: the first columns as `align` says, the others to the right.
+def table(columns: Sequence[str], rows: Iterable[Iterable[str]], align: str = "-") -> list[str]:
+    """Titles and rows; the first columns stand as `align` says, the others to the right.
 
     Args:
         columns: Titles.
+        rows: Cells.
         align: Per column `-` for left and `:` for right; for the columns behind, right.
     """
     marks = align.ljust(len(columns), ":")
-    return [line(columns), "|" + "".join("--:|" if mark == ":" else "---|" for mark in marks)]
+    rule = "|" + "".join("--:|" if mark == ":" else "---|" for mark in marks)
+    titles, *lines = (f"| {' | '.join(cells)} |" for cells in (columns, *rows))
+    return [titles, rule, *lines]
 
 
 def block(*parts: Iterable[str]) -> str:

@@ -6,17 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from made_tables.markdown import (
-    Report,
-    block,
-    cpu,
-    header,
-    interval,
-    label,
-    line,
-    psnr,
-    released,
-)
+from made_tables.markdown import Report, block, cpu, interval, label, psnr, released, table
 
 Row = Mapping[str, Any]
 _COLUMNS = (
@@ -44,7 +34,6 @@ _CACHE_KINDS = {
     "ddit_teacache": "DDiT + TeaCache",
     "ddit_magcache": "DDiT + MagCache",
 }
-_CLOCKS = {"wall": "", "cpu": " in processor time, since the machine had other work"}
 _OTHERS = ("ddit", "teacache", "magcache", "fewer_steps", "static")
 _MIXED_KINDS = ("fine", "fewer_steps", "static", "dynamic", "mixed", "control")
 _QUESTIONS = {
@@ -89,23 +78,21 @@ def _plans(rows: Sequence[Row]) -> list[str]:
     """One line per plan, its baselines beside it."""
     by_name = {row["name"]: row for row in rows}
     kept = [row for row in rows if row["kind"] in ("dynamic", "reference")]
-    return [*header(_COLUMNS), *(_plan(row, by_name) for row in kept)] if kept else []
+    return table(_COLUMNS, [_plan(row, by_name) for row in kept]) if kept else []
 
 
-def _plan(row: Row, by_name: Mapping[str, Row]) -> str:
+def _plan(row: Row, by_name: Mapping[str, Row]) -> tuple[str, ...]:
     fewer = by_name.get(row.get("fewer_steps", {}).get("equal_time", ""))
     static = by_name.get(row.get("static", ""))
-    return line(
-        (
-            f"{label(row)}{', tau ' + format(row['tau'], '.2g') if 'tau' in row else ''}",
-            *_cost(row),
-            psnr(row["psnr"]),
-            interval(row["ssim"], 3),
-            f"{row['frechet']:.3f}",
-            f"{row['correct']['all']['value']:.0%}",
-            "" if fewer is None else f"{fewer['steps']}: {_fidelity(fewer)}",
-            "" if static is None else _fidelity(static),
-        )
+    return (
+        f"{label(row)}{', tau ' + format(row['tau'], '.2g') if 'tau' in row else ''}",
+        *_cost(row),
+        psnr(row["psnr"]),
+        interval(row["ssim"], 3),
+        f"{row['frechet']:.3f}",
+        f"{row['correct']['all']['value']:.0%}",
+        "" if fewer is None else f"{fewer['steps']}: {_fidelity(fewer)}",
+        "" if static is None else _fidelity(static),
     )
 
 
@@ -116,15 +103,16 @@ def _adapters(rows: Sequence[Row]) -> list[str]:
     by_name = {row["name"]: row for row in rows}
     plans = list(dict.fromkeys(name.partition("/")[0] for name in by_name if "/" in name))
     paths = [path for path in _PATHS if f"{plans[0]}/{path}" in by_name]
-    titles = [_PATHS[path] for path in paths]
-    lines = header(["", "tokens", "loop, ms", *titles, "fewer steps, equal time"])
+    lines = []
     for plan in plans:
         free = by_name[f"{plan}/training_free"]
         fewer = by_name[free["fewer_steps"]["equal_time"]]
         cells = [label(free).partition(":")[0], *_cost(free)]
         cells += [_fidelity(by_name[f"{plan}/{path}"]) for path in paths]
-        lines.append(line([*cells, f"{fewer['steps']}: {_fidelity(fewer)}"]))
-    return [*lines, "", "The loop's time is that of the SNR-matched step without adapters."]
+        lines.append([*cells, f"{fewer['steps']}: {_fidelity(fewer)}"])
+    columns = ["", "tokens", "loop, ms", *(_PATHS[path] for path in paths)]
+    shown = table([*columns, "fewer steps, equal time"], lines)
+    return [*shown, "", "The loop's time is that of the SNR-matched step without adapters."]
 
 
 def _fidelity(row: Row) -> str:
@@ -149,11 +137,14 @@ def _verdict(group: Sequence[Mapping[str, Any]]) -> str:
         (only,) = differences
         bounds = f"{only['value']:+.4f} SSIM, {only['low']:+.4f} to {only['high']:+.4f}"
         return f"{_VERDICTS[group[0]['holds']]} ({bounds})"
-    verdicts = [claim["holds"] for claim in group]
-    counts = [f"{text} in {verdicts.count(key)}" for key, text in _VERDICTS.items()]
-    kept = [count for count in counts if not count.endswith(" in 0")]
     values = [difference["value"] for difference in differences]
-    return f"{', '.join(kept)} of {len(group)} ({min(values):+.4f} to {max(values):+.4f} SSIM)"
+    return f"{_counts(group)} ({min(values):+.4f} to {max(values):+.4f} SSIM)"
+
+
+def _counts(verdicts: Sequence[Mapping[str, Any]]) -> str:
+    counts = Counter(verdict["holds"] for verdict in verdicts)
+    found = (f"{text} in {counts[key]}" for key, text in _VERDICTS.items() if counts[key])
+    return f"{', '.join(found)} of {len(verdicts)}"
 
 
 def _conditions(report: Report) -> str:
@@ -185,26 +176,24 @@ def caches(report: Report) -> str:
     """One block of rows per SSIM asked for, what they say, and how they were measured."""
     columns = ["SSIM asked", "plan", "loop, ms", "speed-up (95%)", "coarse", "reused"]
     columns += ["SSIM (95%)", "PSNR, dB"]
-    lines = [*header(columns, ":-"), _cache_row("", "full resolution", report["fine"])]
+    rows = [_cache_row("", "full resolution", report["fine"])]
     for target in report["targets"]:
         for place, row in enumerate(target["rows"]):
-            lines.append(_cache_row("" if place else f"{target['ssim']:g}", label(row), row))
+            rows.append(_cache_row("" if place else f"{target['ssim']:g}", label(row), row))
     said = [_cache_answers(target) for target in report["targets"]]
-    return block(lines, said, [_cache_conditions(report)])
+    return block(table(columns, rows, ":-"), said, [_cache_conditions(report)])
 
 
-def _cache_row(target: str, name: str, row: Report) -> str:
-    return line(
-        [
-            target,
-            name,
-            f"{row['loop_seconds']['value'] * 1e3:.0f}",
-            interval(row["speedup"], 2, "x"),
-            f"{row['coarse_share']:.0%}",
-            f"{row['reused_share']:.0%}",
-            interval(row["ssim"], 3),
-            psnr(row["psnr"]),
-        ]
+def _cache_row(target: str, name: str, row: Report) -> tuple[str, ...]:
+    return (
+        target,
+        name,
+        f"{row['loop_seconds']['value'] * 1e3:.0f}",
+        interval(row["speedup"], 2, "x"),
+        f"{row['coarse_share']:.0%}",
+        f"{row['reused_share']:.0%}",
+        interval(row["ssim"], 3),
+        psnr(row["psnr"]),
     )
 
 
@@ -241,8 +230,8 @@ def _cache_conditions(report: Report) -> str:
         f"{settings['repeats']} interleaved rounds after a warm-up; {cpu(report)}, "
         f"{released(report, 'torch', 'diffusers')}. Plans were chosen on "
         f"{len(settings['search_prompts'])} other prompts as the cheapest of their kind with the "
-        f"SSIM asked for. `loop` is the denoising loop of one call{_CLOCKS[settings['clock']]}, "
-        "`speed-up` is over full resolution, `coarse` and `reused` are shares of the steps; "
+        f"SSIM asked for. `loop` is the denoising loop of one call, `speed-up` is over "
+        "full resolution, `coarse` and `reused` are shares of the steps; "
         "intervals are over the prompts. In brackets behind an answer: how many times as fast, and "
         "the difference in SSIM."
     )
@@ -265,24 +254,22 @@ def mixed(report: Report) -> str:
 def _mixed_rows(section: Report) -> list[str]:
     columns = ["plan", "tokens", "loop, ms", "speed-up (95%)", "PSNR, dB (95%)", "SSIM", "features"]
     rows = sorted(section["rows"], key=lambda row: _MIXED_KINDS.index(row["kind"]))
-    return [*header(columns), *(_mixed_row(section, row) for row in rows)]
+    return table(columns, [_mixed_row(section, row) for row in rows])
 
 
-def _mixed_row(section: Report, row: Report) -> str:
+def _mixed_row(section: Report, row: Report) -> list[str]:
     whole = section["image_tokens"] * section["steps"]
     measured = ["same", "", ""]
     if row["psnr"] is not None:
         measured = [interval(row["psnr"], 1), f"{row['ssim']['value']:.3f}"]
         measured += [f"{row['features']['value']:.4f}"]
-    return line(
-        [
-            label(row),
-            f"{row['tokens'] / whole:.0%}",
-            f"{row['loop_ms']['value']:.0f}",
-            interval(row["speedup"], 2, "x"),
-            *measured,
-        ]
-    )
+    return [
+        label(row),
+        f"{row['tokens'] / whole:.0%}",
+        f"{row['loop_ms']['value']:.0f}",
+        interval(row["speedup"], 2, "x"),
+        *measured,
+    ]
 
 
 def _mixed_claims(section: Report) -> list[str]:
@@ -297,12 +284,8 @@ def _mixed_claims(section: Report) -> list[str]:
 def _counted(verdicts: Sequence[Report]) -> str:
     if not verdicts:
         return "nothing to compare with"
-    counts = Counter(verdict["holds"] for verdict in verdicts)
-    words = {"yes": "holds", "undecided": "undecided", "no": "does not hold"}
-    found = ", ".join(f"{words[key]} in {counts[key]}" for key in words if counts[key])
     differences = [verdict["psnr"]["value"] for verdict in verdicts]
-    extent = f"{min(differences):+.1f} to {max(differences):+.1f} dB"
-    return f"{found} of {len(verdicts)} ({extent})"
+    return f"{_counts(verdicts)} ({min(differences):+.1f} to {max(differences):+.1f} dB)"
 
 
 def _mixed_conditions(report: Report) -> str:

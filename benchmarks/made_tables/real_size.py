@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from made_tables.markdown import Report, block, cpu, header, line, ranged, released, times
+from made_tables.markdown import Report, block, cpu, ranged, released, table, times
 
 _SHOWN_FORMS = (None, "loop", "auto")
 _MEANS_SOMETHING = "fine"
@@ -55,13 +55,13 @@ def _loops_table(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
     skips = any("reused_share" in row for row in rows.values())
     columns = ["", f"{first}, s (min to max)", "speed-up", "by count"]
     columns += [*(["reused"] if skips else []), "error"]
-    lines = header([*columns, *(key for key, _ in others)])
+    lines = []
     # diffusers first, then ours; each in the order of the file.
     for name, row in sorted(rows.items(), key=lambda item: item[1]["executor"] is not None):
         if row["executor"] in shown:
             speedups = [times(other.get(name, {}).get("speedup")) for _, other in others]
-            lines.append(line([_label(row), *_loop_cells(row, skips), *speedups]))
-    return lines
+            lines.append([_label(row), *_loop_cells(row, skips), *speedups])
+    return table([*columns, *(key for key, _ in others)], lines)
 
 
 def _label(row: Report) -> str:
@@ -90,7 +90,7 @@ def _buckets_table(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not cases:
         return []
     columns = ("one step", "measured, ms", "floor, ms", "over the floor", "bound by")
-    lines = header(columns, "-:::-")
+    lines = []
     for key, rows in cases.items():
         for patch, row in rows.items():
             cells = ["failed", "", "", ""]
@@ -98,8 +98,8 @@ def _buckets_table(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 cells = [f"{row['seconds']['median'] * 1e3:.3f}"]
                 cells += [f"{row['floor_seconds'] * 1e3:.3f}"]
                 cells += [times(row["over_floor"]), row["bound"]]
-            lines.append(line([f"{key}, {patch}", *cells]))
-    return lines
+            lines.append([f"{key}, {patch}", *cells])
+    return table(columns, lines, "-:::-")
 
 
 def _conditions(report: Report) -> str:
@@ -141,7 +141,7 @@ def _needs(sections: Report) -> list[str]:
 def ops_cuda(report: Report) -> str:
     """The table of `bench_ops.py --device cuda`."""
     columns = ("op", "latents", "native, us", "floor, us", "over the floor", "a copy, us")
-    lines = header((*columns, "torch, us"), "--")
+    rows = []
     for row in report["results"]:
         cells = ["failed", f"{row['floor_us']:.1f}", "", "", ""]
         if "error" not in row:
@@ -149,42 +149,45 @@ def ops_cuda(report: Report) -> str:
             cells = [f"{medians['native']:.1f}", f"{row['floor_us']:.1f}"]
             cells += [f"{row['over_floor']:.1f}x" if "over_floor" in row else "latency"]
             cells += [f"{medians[n]:.1f}" if n in medians else "" for n in ("copy", "eager")]
-        lines.append(line([row["op"], row["size"], *cells]))
+        rows.append([row["op"], row["size"], *cells])
     note = (
         f"{report['machine']['gpu']['name']}, a copy moves "
         f"{report['copy_bytes_per_second'] * 1e-12:.2f} TB/s; {released(report, 'torch')}; "
         "launches in one CUDA graph with buffers of their own, medians."
     )
-    return block(lines, [note])
+    return block(table((*columns, "torch, us"), rows, "--"), [note])
 
 
 def blocks_cuda(report: Report) -> str:
     """One block of each class on a GPU, form by form, and where the time of the best one goes."""
     patches = ("p", "2p", "4p")
-    lines = header(["one block", "", *(f"{patch}, ms" for patch in patches)], "--")
-    for row in report["rows"]:
-        cells = [f"{row['seconds'][patch] * 1e3:.3f}" for patch in patches]
-        lines.append(line([row["block"], row["form"], *cells]))
-    kernels = header(["at p", "kernel", "count", "us"], "--")
+    forms = [
+        [row["block"], row["form"], *(f"{row['seconds'][patch] * 1e3:.3f}" for patch in patches)]
+        for row in report["rows"]
+    ]
+    kernels = []
     for block_name in dict.fromkeys(row["block"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["block"] == block_name and row["kernels"]]
         best = min(rows, key=lambda row: float(row["seconds"]["p"]))
         for kernel in best["kernels"]["p"][:_MOST_KERNELS]:
-            name = str(kernel["name"])[:60]
-            cells = [f"{kernel['count']}", f"{kernel['seconds'] * 1e6:.0f}"]
-            kernels.append(line([block_name, f"`{name}`", *cells]))
+            cells = [f"`{kernel['name'][:60]}`", f"{kernel['count']}"]
+            kernels.append([block_name, *cells, f"{kernel['seconds'] * 1e6:.0f}"])
     card = report["machine"]["gpu"]
     rate = report["rates"]["matrix_flops_per_second"] * 1e-12
     made = (
         f"{card['name']}, {released(report, 'torch', 'diffusers')}; a matrix product at {rate:.0f}"
     )
-    return block(lines, kernels, [f"{made} TFLOP/s in the same visit; {report['notes'][0]}."])
+    parts = (
+        table(["one block", "", *(f"{patch}, ms" for patch in patches)], forms, "--"),
+        table(["at p", "kernel", "count", "us"], kernels, "--"),
+    )
+    return block(*parts, [f"{made} TFLOP/s in the same visit; {report['notes'][0]}."])
 
 
 def lowered_cuda(report: Report) -> str:
     """What a block becomes on CUDA, before (diffusers' forward) and now."""
     columns = ["one block", "", "products", "of them with GELU", "launches", "instructions"]
-    lines = header([*columns, "16-bit loads", "only copies"], "--")
+    rows = []
     states = {"diffusers' forward": "before", "now": "blocks", "now, in fp8": "fp8"}
     for state, found in ((name, report.get(key, {})) for name, key in states.items()):
         for name, counts in found.items():
@@ -198,6 +201,7 @@ def lowered_cuda(report: Report) -> str:
                 sum(kernel["loads_16_bit"] * kernel["launches"] for kernel in kernels),
                 len(counts["copies"]),
             ]
-            lines.append(line([name, state, *(f"{number}" for number in numbers)]))
+            rows.append([name, state, *(f"{number}" for number in numbers)])
     made = f"Lowered for sm_90 without a device, {released(report, 'torch', 'diffusers')}"
+    lines = table([*columns, "16-bit loads", "only copies"], rows, "--")
     return block(lines, [f"{made}; generated kernels, each in its first configuration."])

@@ -6,16 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from made_tables.markdown import (
-    Report,
-    block,
-    cpu,
-    header,
-    interval,
-    label,
-    line,
-    released,
-)
+from made_tables.markdown import Report, block, cpu, interval, label, released, table
 
 NAMES = {
     "fewer_steps": "fewer steps",
@@ -42,45 +33,33 @@ def _curve(entries: Mapping[str, Any]) -> list[str]:
     if not entries:
         return []
     columns = ["", "two seeds, dB", "half the steps, dB (95%)", "MagCache at 2x, dB (95%)"]
-    lines = header([*columns, "MagCache over half the steps, dB (95%)"])
+    rows = []
     for name, entry in entries.items():
         by_kind = {row["kind"]: row for row in entry["levels"]["2"]}
-        mag = by_kind.get("magcache")
-        cells = [
-            name,
-            _value(entry["two_seeds"]["psnr"]),
-            interval(by_kind["fewer_steps"]["psnr"], 1),
-        ]
-        cells += (
-            ["", ""] if mag is None else [interval(mag["psnr"], 1), interval(mag["over_fewer"], 1)]
-        )
-        lines.append(line(cells))
-    return lines
+        half, mag = by_kind["fewer_steps"], by_kind.get("magcache")
+        cells = [name, _value(entry["two_seeds"]["psnr"]), interval(half["psnr"], 1)]
+        found = [mag["psnr"], mag["over_fewer"]] if mag else [None, None]
+        rows.append([*cells, *("" if one is None else interval(one, 1) for one in found)])
+    return table([*columns, "MagCache over half the steps, dB (95%)"], rows)
 
 
 def _order(name: str, entry: Mapping[str, Any]) -> list[str]:
     """One line per cost and kind of plan."""
-    columns = [
-        "cost",
-        "plan",
-        "share",
-        "PSNR, dB (95%)",
-        "SSIM (95%)",
-        "over fewer steps, dB (95%)",
-        "Fréchet",
-        "as asked",
+    columns = ["cost", "plan", "share", "PSNR, dB (95%)", "SSIM (95%)"]
+    columns += ["over fewer steps, dB (95%)", "Fréchet", "as asked"]
+    rows = [
+        _row("" if place else f"{level}x", row)
+        for level in sorted(entry["levels"], key=float)
+        for place, row in enumerate(entry["levels"][level])
     ]
-    lines = [f"**{name}**", "", *header(columns, "--")]
-    for level in sorted(entry["levels"], key=float):
-        for place, row in enumerate(entry["levels"][level]):
-            lines.append(_row("" if place else f"{level}x", row))
     scale = entry["two_seeds"]
     said = f"Two seeds of one prompt: {_value(scale['psnr'])} dB, SSIM {scale['ssim']['value']:.3f}"
     whole = entry["full_resolution"]
     said += f", Fréchet distance {whole['frechet']:.3f}."
     if whole["as_asked"] is not None:
         said += f" Full resolution shows what it is asked for in {whole['as_asked']:.0%}."
-    return [*lines, "", said, *_planner(entry), *_prompt_by_prompt(entry)]
+    lines = [f"**{name}**", "", *table(columns, rows, "--"), "", said]
+    return [*lines, *_planner(entry), *_prompt_by_prompt(entry)]
 
 
 def _planner(entry: Mapping[str, Any]) -> list[str]:
@@ -142,12 +121,12 @@ def _prompt_by_prompt(entry: Mapping[str, Any]) -> list[str]:
     return ["", f"DDiT is closer than the static plan on {', '.join(found)} of the prompts."]
 
 
-def _row(cost: str, row: Report) -> str:
+def _row(cost: str, row: Report) -> list[str]:
     over = row.get("over_fewer")
     cells = [cost, label(row), f"{row['share']:.0%}", interval(row["psnr"], 1)]
     cells += [interval(row["ssim"], 3), "" if over is None else interval(over, 1)]
     asked = row["as_asked"]
-    return line([*cells, f"{row['frechet']:.3f}", "" if asked is None else f"{asked:.0%}"])
+    return [*cells, f"{row['frechet']:.3f}", "" if asked is None else f"{asked:.0%}"]
 
 
 def _value(entry: Mapping[str, float]) -> str:

@@ -190,10 +190,8 @@ def _unguided(
     """Says so where an interval that is not empty covers no whole step."""
     if not guided or any(guided_at) or interval[0] == interval[1]:
         return ()
-    return (
-        f"guidance_interval={interval} covers none of the {len(guided_at)} steps, so that the run "
-        "is not guided: widen it, or run more steps",
-    )
+    steps = len(guided_at)
+    return (f"guidance_interval={interval} covers none of the {steps} steps: none is guided",)
 
 
 def _mixed(

@@ -10,6 +10,7 @@ from extras import need
 from strict_json import strict
 
 from ddit_rt.lab.plans.candidates import Candidate, kind_of
+from ddit_rt.lab.plans.points import Measurement, Point
 from ddit_rt.policies import DDiTPolicy, FinePolicy, MagCache, NoCache, StaticPolicy, TeaCache
 
 KINDS = (
@@ -122,31 +123,35 @@ def test_more_prompts_than_there_are_held_out_are_refused() -> None:
         model.reported(50)
 
 
-def tried(kind: str, ssim: float, cost: float, **shares: float) -> Any:
-    plan = replace(import_module("quality_runs").reference(8), kind=kind, label=f"{kind} {cost:g}")
-    shares = {"coarse": 0.5, "reused": 0.5, **shares}
-    search = import_module("quality_search")
-    return search.Tried(plan=plan, ssim=ssim, cost_ms=cost, **shares)
+def point(policy: Any, cache: Any, ssim: float, cost: float) -> Point:
+    """A plan, and what a search measured of it."""
+    candidate = Candidate(
+        kind=kind_of(policy, cache),
+        label="",
+        policy=policy,
+        num_inference_steps=8,
+        step_cache=cache,
+    )
+    return Point(candidate=candidate, measurement=Measurement.of([(cost, ssim, None)]))
 
 
 def test_cheapest_plan_meets_the_target_and_a_combined_one_does_both() -> None:
-    found = [
-        tried("ddit", 0.99, 9.0),
-        tried("ddit", 0.96, 5.0),
-        tried("ddit", 0.90, 2.0),
-        tried("ddit_teacache", 0.96, 3.0, coarse=0.0),
-        tried("ddit_teacache", 0.96, 4.0),
+    rule, none, tea = DDiTPolicy(), NoCache(), TeaCache(0.1)
+    points = [
+        point(rule, none, 0.99, 9.0),
+        point(rule, none, 0.96, 5.0),
+        point(rule, none, 0.90, 2.0),
+        point(rule, tea, 0.96, 3.0),
+        point(rule, tea, 0.96, 4.0),
     ]
-    search = import_module("quality_search").FidelitySearch(
-        runs=None,
-        prompts=("a prompt",),
-        steps=8,
-        costs=None,
-        tried={one.plan.label: {"a prompt": one} for one in found},
-    )
-    assert search.cheapest("ddit", 0.95, both=False).cost_ms == 5
-    assert search.cheapest("ddit_teacache", 0.95, both=True).cost_ms == 4
-    assert search.cheapest("ddit_teacache", 0.97, both=True) is None
+    cheapest = import_module("quality_caches").cheapest
+
+    def found(kind: str, target: float) -> Any:
+        return cheapest(points, kind, target, lambda own: own is not points[3])
+
+    assert found("ddit", 0.95) is points[1]
+    assert found("ddit_teacache", 0.95) is points[4]
+    assert found("ddit_teacache", 0.97) is None
 
 
 @pytest.mark.parametrize(
@@ -161,13 +166,7 @@ def test_cheapest_plan_meets_the_target_and_a_combined_one_does_both() -> None:
     ],
 )
 def test_table_names_plans_by_what_they_do(policy: Any, cache: Any, kind: str) -> None:
-    candidate = Candidate(
-        kind=kind_of(policy, cache),
-        label="",
-        policy=policy,
-        num_inference_steps=8,
-        step_cache=cache,
-    )
+    candidate = point(policy, cache, 1.0, 1.0).candidate
     assert import_module("quality_search").table_kind(candidate) == kind
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 
 CPU = torch.device("cpu")
 
@@ -14,15 +15,22 @@ def models() -> Any:
     return import_module("real_models")
 
 
-def test_flux_dev_preset_is_the_published_configuration(models: Any) -> None:
-    from diffusers import FluxTransformer2DModel
-
-    preset = models.Flux.presets["flux-dev"]
+@pytest.mark.parametrize(
+    ("name", "preset", "kind", "parameters"),
+    [
+        # As many as in the published safetensors files.
+        ("flux", "flux-dev", FluxTransformer2DModel, 11_901_408_320),
+        ("wan", "wan-1.3b", WanTransformer3DModel, 1_418_996_800),
+    ],
+)
+def test_full_preset_is_the_published_configuration(
+    models: Any, name: str, preset: str, kind: Any, parameters: int
+) -> None:
+    own = models.MODELS[name].presets[preset]
     with torch.device("meta"):
-        model = FluxTransformer2DModel(**preset.config)
-    # The parameter count of the published safetensors files.
-    assert sum(parameter.numel() for parameter in model.parameters()) == 11_901_408_320
-    assert preset.text_tokens == 512
+        model = kind(**own.config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert own.text_tokens == 512
 
 
 def test_random_weights_are_the_same_every_time_and_keep_activations_finite(models: Any) -> None:
@@ -68,13 +76,3 @@ def test_sample_has_the_same_request_in_every_batch(models: Any) -> None:
         assert several[name].shape[0] == 3
         assert torch.equal(single[name], several[name][:1])
         assert not torch.equal(several[name][0], several[name][1])
-
-
-def test_published_config_is_that_of_the_1_3b_model() -> None:
-    """Parameters of Wan 2.1 T2V 1.3B, counted without memory."""
-    from diffusers import WanTransformer3DModel
-
-    preset = import_module("real_models").Wan.presets["wan-1.3b"]
-    with torch.device("meta"):
-        model = WanTransformer3DModel(**preset.config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == 1_418_996_800

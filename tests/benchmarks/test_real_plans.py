@@ -30,6 +30,13 @@ def test_plan_takes_the_wanted_share_of_the_operations(speedup: float, steps: in
     assert plan == sorted(plan, key=["4p", "2p", "p"].index)
 
 
+def test_a_size_without_4p_has_plans_without_it() -> None:
+    plans, flops = import_module("real_loops"), {"p": 74_400, "2p": 21_500}
+    plan = plans.plan_for_speedup(2.1, flops, 50)
+    assert set(plan) == {"p", "2p"}
+    assert plans.counted_speedup(plan, flops) == pytest.approx(2.1, rel=0.02)
+
+
 def test_plan_that_no_shares_reach_is_refused_with_the_limit() -> None:
     plans = import_module("real_loops")
     # At 512 x 512 the 512 text tokens outweigh the image.

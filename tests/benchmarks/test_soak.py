@@ -85,7 +85,7 @@ def test_a_short_soak_makes_its_runs_and_sees_a_leak_and_other_images(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     soak, out = import_module("bench_soak"), tmp_path / "soak.json"
-    arguments = ["--runs", "40", "--artifact", str(artifact), "--record", str(out)]
+    arguments = ["--runs", "40", "--artifact", str(artifact), "--out", str(out)]
     soak.main([*arguments, "--spots", "2"])  # forty runs are too few to say that nothing grows
     report = strict(out)
     assert sum(report["endings"].values()) == report["settings"]["runs"] == 40

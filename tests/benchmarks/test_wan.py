@@ -69,17 +69,9 @@ def check_skipped(loops: dict[str, Any]) -> None:
     assert plain["reused_share"] == 0
 
 
-@pytest.mark.filterwarnings("ignore:4p is not offered")
-def test_size_without_4p_has_plans_without_it(tmp_path: Path) -> None:
-    chosen = ["--sections", "loops", "--videos", "96x128x5", "--methods", "*_paper_2.10x"]
-    chosen += ["--steps", "50"]
-    rows = run(tmp_path / "wan.json", *chosen)["sections"]["loops"]
-    (row,) = (
-        row
-        for row in rows["96x128x5/batch1/steps50"]["rows"].values()
-        if row["schedule"] == "paper_2.10x"
-    )
-    assert set(row["patch_sizes"]) == {"p", "2p"}
+def test_a_step_is_timed_at_the_sizes_that_a_video_offers(tmp_path: Path) -> None:
+    sections = run(tmp_path / "wan.json", "--sections", "buckets", "--videos", "96x128x5")
+    assert list(sections["sections"]["buckets"]["96x128x5/batch1"]["rows"]) == ["p", "2p"]
 
 
 def test_unreadable_size_is_named(tmp_path: Path) -> None:

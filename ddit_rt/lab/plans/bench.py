@@ -138,10 +138,9 @@ class EngineBench:
         dials = []
         for one in fitted:
             if ends := found["ends"].get(one.name):
-                of_step = found["cache_costs"][type(one.cache).__name__]
-                reused = of_step["p reused"] / of_step["p"]
                 changes = found.get("changes", {}).get(one.name, ())
-                dials.append(replace(one, ends=tuple(ends), changes=changes, reused=reused))
+                dial = replace(one, ends=tuple(ends), changes=changes)
+                dials.append(dial.priced(found["cache_costs"][type(one.cache).__name__]))
         places = _takes_levels(engine.pipeline)
         self.tables = Tables(
             steps=steps,

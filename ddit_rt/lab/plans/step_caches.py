@@ -73,6 +73,14 @@ class CacheDial:
             value = round(value)
         return replace(self.cache, **{self.turns: value}, **dict(changed))  # type: ignore[type-var]
 
+    def priced(self, costs: Mapping[str, float]) -> CacheDial:
+        """The same with its `reused`.
+
+        Args:
+            costs: Of one step under the cache, `"p"` computed and `"p reused"`.
+        """
+        return replace(self, reused=costs["p reused"] / costs["p"])
+
     @property
     def tells(self) -> bool:
         """Whether it is known beforehand which steps will reuse."""
