@@ -35,13 +35,14 @@ _CACHE_KINDS = {
     "ddit_magcache": "DDiT + MagCache",
 }
 _OTHERS = ("ddit", "teacache", "magcache", "fewer_steps", "static")
-_MIXED_KINDS = ("fine", "fewer_steps", "static", "dynamic", "mixed", "control")
+_MIXED_KINDS = ("fine", "fewer_steps", "static", "dynamic", "mixed", "adapted", "control")
 _QUESTIONS = {
     "any_time": "closer than every other plan in no more time",
     "any_tokens": "closer than every other plan on no more tokens",
     "coarse_time": "closer than static and dynamic plans in no more time",
     "coarse_tokens": "closer than static and dynamic plans on no more tokens",
     "control": "closer than the same with regions by chance",
+    "untrained": "closer than the same without it",
 }
 
 
@@ -274,16 +275,16 @@ def _mixed_row(section: Report, row: Report) -> list[str]:
 
 def _mixed_claims(section: Report) -> list[str]:
     kinds = {row["name"]: row["kind"] for row in section["rows"]}
-    mixed = [entry for entry in section["verdicts"] if kinds[entry["name"]] == "mixed"]
-    return [
-        f"- Mixed, {words}: {_counted([entry[key] for entry in mixed if entry[key]])}."
-        for key, words in _QUESTIONS.items()
-    ]
+    found = []
+    for kind, name in (("mixed", "Mixed"), ("adapted", "Mixed by the adapter")):
+        own = [entry for entry in section["verdicts"] if kinds[entry["name"]] == kind]
+        for key, words in _QUESTIONS.items():
+            if rivals := [entry[key] for entry in own if entry.get(key)]:
+                found.append(f"- {name}, {words}: {_counted(rivals)}.")
+    return found
 
 
 def _counted(verdicts: Sequence[Report]) -> str:
-    if not verdicts:
-        return "nothing to compare with"
     differences = [verdict["psnr"]["value"] for verdict in verdicts]
     return f"{_counts(verdicts)} ({min(differences):+.1f} to {max(differences):+.1f} dB)"
 
