@@ -13,6 +13,7 @@ import wan_models
 from diffusers import FluxPipeline, UniPCMultistepScheduler
 from lora_files import style
 from models import (
+    eager,
     latents_of,
     noise,
     random_adapters,
@@ -152,7 +153,7 @@ def test_denoise_computes_on_the_models_device_whatever_the_default_is(callback:
 
 @pytest.mark.parametrize("scheduler", [wan_models.unipc, wan_models.euler, wan_models.heun])
 def test_wan_has_the_same_bits_with_another_default_dtype(scheduler: Callable[[], Any]) -> None:
-    engine = wan_models.eager(wan_models.wan_pipeline(scheduler()))
+    engine = eager(wan_models.wan_pipeline(scheduler()))
     arguments = {**wan_models.CALL, "patch_policy": ddit_rt.FinePolicy()}
     expected = engine(**arguments, generator=seeded()).frames
     with default_dtype(torch.bfloat16):
