@@ -8,7 +8,8 @@ resolution at as many steps.
 
 The record has two sections: `study_50` sets mixed plans (`ddit_rt/steps/mixed.py`) beside the
 others, and `study_50_noise`, on every second prompt, whole coarse steps by what noise the small
-image has and how it becomes the large one. In a row `control` plans pick regions by nothing;
+image has and how it becomes the large one. In a row `control` plans pick regions by nothing, and
+`adapted` ones run mixed steps by blocks with LoRA that is trained for them (`mixed_adapter.py`);
 `features` is the mean squared distance of the demo classifier's last maps, each pixel's of length
 one. `verdicts` sets every mixed row against the one of the highest mean PSNR of `any` others, or of
 the `coarse` ones, that takes no more time or tokens.
@@ -25,11 +26,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from demo_models import DemoModel
+from mixed_adapter import trained_blocks
 from quality_rows import tensor
 from records import RESULTS, head, interval_entry, parser_of, publish
 from study_models import STUDY, studied
@@ -42,13 +45,18 @@ from ddit_rt.lab.measure.report import model_entry
 from ddit_rt.lab.measure.timing import Pixels, loop_clock
 from ddit_rt.lab.plans.genome import Static
 from ddit_rt.policies import DDiTPolicy, FinePolicy, PatchPolicy, StaticPolicy
-from ddit_rt.steps import SnrBucket, at_step, buckets, mixed
+from ddit_rt.steps import Passes, Runners, SnrBucket, at_step, buckets, mixed
 
 RESULT = RESULTS / "mixed_cpu.json"
 EQUAL_COST = 1.02
 """A rival may cost 2% more."""
 SIDE, STEPS, PROMPTS = 128, 50, 24
-FEWER, STATIC, DYNAMIC, MIXED, CONTROL = "fewer_steps", "static", "dynamic", "mixed", "control"
+FEWER, STATIC, DYNAMIC = "fewer_steps", "static", "dynamic"
+MIXED, ADAPTED, CONTROL = "mixed", "adapted", "control"
+RUNS, TRAINED = 48, 1500
+"""Recorded runs, and optimizer steps, of the adapter."""
+HOW = {MIXED: "", ADAPTED: " by the adapter", CONTROL: " by chance"}
+"""How regions of mixed steps are picked or run, in labels."""
 NOISES = ("matched", "noised", "plain", "nearest", "anchor")
 """What whole coarse steps are tried with; the first is the runtime's."""
 _TAUS = (1e-3, 3e-3)
@@ -67,18 +75,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     steps, count, side = (8, 2, 64) if args.quick else (STEPS, PROMPTS, SIDE)
     model = studied(side)
+    backend, runs, trained = ("eager", 2, 2) if args.quick else ("aot", RUNS, TRAINED)
     engine = ddit_rt.compile(
-        model.pipeline,
-        height=side,
-        width=side,
-        backend="eager" if args.quick else "aot",
-        progress=False,
+        model.pipeline, height=side, width=side, backend=backend, progress=False
     )
+    blocks = trained_blocks(side, runs=runs, run_steps=steps, steps=trained, backend=backend)
     prompts = list(enumerate(model.reported(count)))
     every_other = prompts[:: 1 if args.quick else 2]
     sections = {
-        f"study_{steps}": section(model, engine, list(plans_beside_others(steps)), prompts),
-        f"study_{steps}_noise": section(model, engine, list(plans_of_noise(steps)), every_other),
+        name: section(model, engine, blocks, plans, shown)
+        for name, plans, shown in (
+            (f"study_{steps}", list(plans_beside_others(steps)), prompts),
+            (f"study_{steps}_noise", list(plans_of_noise(steps)), every_other),
+        )
     }
     report = head(
         model=model_entry(STUDY, model.pipeline.transformer),
@@ -134,20 +143,19 @@ def plans_beside_others(steps: int) -> Iterator[Plan]:
     for tau, share in itertools.product(_TAUS, (0, *_SHARES)):
         policy = DDiTPolicy(tau, criterion="raw", warmup_steps=first, fine_share=share)
         name, label = f"ddit_{tau:g}", f"DDiT after {first} at p, tau {tau:g}"
-        if share:
-            name, label = f"{name}_mixed_{100 * share:.0f}", f"{label}, {share:.0%} at p"
-        kind = MIXED if share else DYNAMIC
-        yield Plan(name=name, label=label, kind=kind, policy=policy, steps=steps)
+        for kind in (MIXED, ADAPTED) if share else (DYNAMIC,):
+            more = f"_{kind}_{100 * share:.0f}" if share else ""
+            words = f", {share:.0%} at p{HOW[kind]}" if share else ""
+            yield Plan(name=name + more, label=label + words, kind=kind, policy=policy, steps=steps)
     refreshed = replace(_EVERY_FOURTH, head=first)
     block = replace(refreshed, refresh=None)
     for size, shape in itertools.product(("2p", "4p"), (refreshed, block)):
         ending = "block" if shape.refresh is None else "3"
         words = f"{size} after {first} at p" + (", one at p after 3" if shape.refresh else "")
         yield _coarse(f"static_{size}_{ending}", words, STATIC, shape, size, steps)
-        for share, kind in itertools.product(_SHARES, (MIXED, CONTROL)):
-            picked = "" if kind == MIXED else " by chance"
+        for share, kind in itertools.product(_SHARES, HOW):
             name = f"{kind}_{size}_{100 * share:.0f}_{ending}"
-            label = f"{share:.0%} at p{picked}, others at {words}"
+            label = f"{share:.0%} at p{HOW[kind]}, others at {words}"
             yield _coarse(name, label, kind, shape, size, steps, fine_share=share)
 
 
@@ -240,6 +248,17 @@ def chosen_by_chance(seed: int) -> Iterator[None]:
         mixed.movement = own
 
 
+@contextmanager
+def run_by(blocks: Runners) -> Iterator[None]:
+    """Lets mixed steps of runs that begin while this lasts run other blocks."""
+    name = Passes.__name__
+    setattr(mixed, name, partial(Passes, runners=blocks))
+    try:
+        yield
+    finally:
+        setattr(mixed, name, Passes)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Made:
     """An image, the image tokens that ran for it, and the processor seconds of its loop."""
@@ -249,10 +268,13 @@ class Made:
     seconds: float
 
 
-def draw(model: DemoModel, engine: ddit_rt.Engine, plan: Plan, prompt: str, seed: int) -> Made:
-    """Draws one image."""
-    chosen = chosen_by_chance(seed) if plan.kind == CONTROL else nullcontext()
-    with coarse_with(plan.noise), chosen, loop_clock(engine.pipeline, time.process_time) as loop:
+def draw(
+    model: DemoModel, engine: ddit_rt.Engine, blocks: Runners, plan: Plan, prompt: str, seed: int
+) -> Made:
+    """Draws one image; `blocks` are those of the adapter."""
+    ways = {CONTROL: chosen_by_chance(seed), ADAPTED: run_by(blocks)}
+    way = ways.get(plan.kind, nullcontext())
+    with coarse_with(plan.noise), way, loop_clock(engine.pipeline, time.process_time) as loop:
         made = engine(
             prompt,
             generator=torch.Generator().manual_seed(seed),
@@ -272,16 +294,17 @@ def draw(model: DemoModel, engine: ddit_rt.Engine, plan: Plan, prompt: str, seed
 def section(
     model: DemoModel,
     engine: ddit_rt.Engine,
+    blocks: Runners,
     plans: Sequence[Plan],
     prompts: Sequence[tuple[int, str]],
 ) -> Row:
     """All plans on some prompts, each with its seed; the plan that comes first changes."""
     made: dict[str, list[Made]] = {plan.name: [] for plan in plans}
-    draw(model, engine, plans[0], "", 0)  # warms up
+    draw(model, engine, blocks, plans[0], "", 0)  # warms up
     for place, (seed, prompt) in enumerate(prompts):
         turn = place * len(plans) // len(prompts)
         for plan in (*plans[turn:], *plans[:turn]):
-            made[plan.name].append(draw(model, engine, plan, prompt, seed))
+            made[plan.name].append(draw(model, engine, blocks, plan, prompt, seed))
     rows = [_row(plan, made[plan.name], made["fine"]) for plan in plans]
     return {
         "steps": plans[0].steps,
@@ -329,19 +352,20 @@ def _feature_distances(images: Sequence[Pixels], references: Sequence[Pixels]) -
 def verdicts(rows: Sequence[Row]) -> list[Row]:
     """Every mixed plan against the closest others that cost no more."""
     by_name = {row["name"]: row for row in rows}
-    kinds = (MIXED, CONTROL)
-    others = [row for row in rows if row["kind"] not in (*kinds, "fine")]
+    others = [row for row in rows if row["kind"] not in (*HOW, "fine")]
     coarse = [row for row in others if row["kind"] in (STATIC, DYNAMIC)]
     found = []
     for row in rows:
-        if row["kind"] not in kinds:
+        if row["kind"] not in HOW:
             continue
         entry: Row = {"name": row["name"]}
         for key, rivals in (("any", others), ("coarse", coarse)):
             for unit, cost in COSTS.items():
                 entry[f"{key}_{unit}"] = best_against(row, rivals, cost)
-        control = by_name.get(row["name"].replace(MIXED, CONTROL)) if row["kind"] == MIXED else None
-        entry["control"] = None if control is None else against(row, control)
+        for kind, beside in (("control", MIXED), ("untrained", ADAPTED)):
+            same = row["name"].replace(beside, CONTROL if beside == MIXED else MIXED)
+            rival = by_name.get(same) if row["kind"] == beside else None
+            entry[kind] = None if rival is None else against(row, rival)
         found.append(entry)
     return found
 

@@ -78,7 +78,7 @@ _QUICK: dict[str, Any] = {
     "backend": "eager",
     "iterations": 2,
     "fit_prompts": 1,
-    "pictures": 40,
+    "pictures": 72,
     "targets": [0.97, 0.5],
     "patch_sizes": ["p", "2p"],
 }

@@ -26,7 +26,7 @@ from ddit_rt import ops
 from ddit_rt.adapters import AdapterConfig
 from ddit_rt.lab.train.config import OptimizerConfig
 from ddit_rt.lab.train.denoise import denoise, prepare
-from ddit_rt.lab.train.optimizers import WeightAverage, build_optimizer, learning_rate_at
+from ddit_rt.lab.train.optimizers import CLIP, WeightAverage, build_optimizer, learning_rate_at
 from ddit_rt.lab.train.student import Student
 from ddit_rt.models import family_of
 from ddit_rt.steps import Runners, StepModel, token_velocity
@@ -145,7 +145,7 @@ def train(student: Student, recorded: Recorded, steps: int) -> None:
         loss = (clean(pupil, step=at, places=places) - fade * moves - wanted).square().mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         average.update()
     with torch.no_grad():

@@ -65,6 +65,32 @@ def test_by_chance_regions_are_others_and_then_as_before() -> None:
     assert torch.equal(mixed.movement(moved, 4), usual)
 
 
+def test_an_adapters_blocks_run_in_mixed_steps_alone_and_only_while_asked_for(
+    steps: StepModel,
+) -> None:
+    ran = list[str]()
+    watched = {
+        name: [lambda *given, own=own: (ran.append("adapter"), own(*given))[1] for own in blocks]
+        for name, blocks in steps.base.items()
+    }
+    context = RunContext(
+        passes=(Pass.of(steps, tiny_conditioning(steps.transformer)),),
+        height=16,
+        width=16,
+        sigmas=SIGMAS,
+        timesteps=SIGMAS,
+        detail=Detail((1, 4, 16, 16), torch.device("cpu"), mixed=True),
+    )
+    with import_module("bench_mixed").run_by(watched):
+        adapted = mixed.MixedBucket(steps, context, 2, 0.25)
+        SnrBucket(steps, context, 4).velocity(noise(1, 4, 16, 16), torch.tensor([0]))
+    assert not ran
+    adapted.velocity(noise(1, 4, 16, 16), torch.tensor([0]))
+    assert len(ran) == sum(map(len, steps.base.values()))
+    mixed.MixedBucket(steps, context, 2, 0.25).velocity(noise(1, 4, 16, 16), torch.tensor([0]))
+    assert len(ran) == sum(map(len, steps.base.values()))
+
+
 @pytest.mark.slow
 def test_quick_run_compares_what_it_says(tmp_path: Path) -> None:
     need("torchmetrics")
@@ -79,12 +105,14 @@ def test_quick_run_compares_what_it_says(tmp_path: Path) -> None:
     assert rows["fewer_4"]["tokens"] == 4 * 64
     # Three steps at p before, two behind; of 4 regions of 4 x 4 tokens one runs whole.
     assert rows["control_4p_25_block"]["tokens"] == 5 * 64 + 3 * (16 + 3)
-    assert {"fine", "fewer_steps", "static", "dynamic", "mixed", "control"} == {
-        row["kind"] for row in rows.values()
-    }
+    kinds = {"fine", "fewer_steps", "static", "dynamic", "mixed", "adapted", "control"}
+    assert {row["kind"] for row in rows.values()} == kinds
+    # LoRA begins at zero: after two steps of training it changes little, but something.
+    plain, adapted = (rows[f"{kind}_2p_50_3"]["psnr"]["value"] for kind in ("mixed", "adapted"))
+    assert 0 < abs(plain - adapted) < 0.1
     assert all(row["loop_ms"]["value"] > 0 for row in rows.values())
-    controls = {row["name"] for row in section["rows"] if row["kind"] in ("mixed", "control")}
-    assert {entry["name"] for entry in section["verdicts"]} == controls
+    judged = {name for name, row in rows.items() if row["kind"] in ("mixed", "adapted", "control")}
+    assert {entry["name"] for entry in section["verdicts"]} == judged
     assert "guidance 3.5" in import_module("tables").TABLES["mixed_cpu"](report)
     with pytest.raises(SystemExit):
         bench.main(["--quick"])
@@ -120,9 +148,10 @@ def test_verdicts_are_against_the_closest_plan_that_is_no_slower() -> None:
         row("equal", "fewer_steps", 101, 40, [30, 31, 32]),
         row("cheap", "static", 60, 90, [28, 31, 34]),
         row("mixed_2p", "mixed", 100, 50, [31, 32, 33.5]),
+        row("adapted_2p", "adapted", 100, 50, [30, 31, 33]),
         row("control_2p", "control", 100, 50, [35, 31, 28]),
     ]
-    (first, control) = verdicts(rows)
+    first, adapted, control = verdicts(rows)
     assert first["any_time"]["rival"] == "equal"
     assert first["any_time"]["holds"] == "yes"
     assert first["any_time"]["speed"] == pytest.approx(1.01)
@@ -132,4 +161,6 @@ def test_verdicts_are_against_the_closest_plan_that_is_no_slower() -> None:
     assert first["coarse_time"]["holds"] == "undecided"
     assert first["coarse_tokens"] is None
     assert first["control"]["rival"] == "control_2p"
-    assert control["control"] is None
+    assert adapted["untrained"]["rival"] == "mixed_2p"
+    assert adapted["untrained"]["holds"] == "no"
+    assert first["untrained"] is adapted["control"] is control["control"] is None
