@@ -72,7 +72,9 @@ def test_a_server_that_is_killed_serves_the_same_image_once_it_is_started_again(
             url = line.split("running on ")[1].split()[0]
             wait_until_served(process, url)
             told.append(httpx.post(url + PATH, json=ASKED, timeout=60).json()["data"])
-            with httpx.stream("POST", url + PATH, json={**ASKED, "stream": True}) as stream:
+            # So long that it cannot be over before the server is.
+            asked = {**ASKED, "stream": True, "num_inference_steps": 100}
+            with httpx.stream("POST", url + PATH, json=asked) as stream:
                 lines = stream.iter_lines()
                 next(lines)
                 process.kill()
