@@ -24,16 +24,21 @@ def steps() -> StepModel:
     return engine._compiled.steps
 
 
-def coarse(model: StepModel, way: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The latents, and the velocity of a first step at 2p in one of the benchmark's ways."""
-    context = RunContext(
+def context_of(model: StepModel) -> RunContext:
+    """A run in which any kind of coarse step may come."""
+    return RunContext(
         passes=(Pass.of(model, tiny_conditioning(model.transformer)),),
         height=16,
         width=16,
         sigmas=SIGMAS,
         timesteps=SIGMAS,
-        detail=Detail((1, 4, 16, 16), torch.device("cpu")),
+        detail=Detail((1, 4, 16, 16), torch.device("cpu"), mixed=True),
     )
+
+
+def coarse(model: StepModel, way: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The latents, and the velocity of a first step at 2p in one of the benchmark's ways."""
+    context = context_of(model)
     latents = noise(1, 4, 16, 16)
     with import_module("bench_mixed").coarse_with(way):
         return latents, SnrBucket(model, context, 2).velocity(latents, torch.tensor([1]))
@@ -73,14 +78,7 @@ def test_an_adapters_blocks_run_in_mixed_steps_alone_and_only_while_asked_for(
         name: [lambda *given, own=own: (ran.append("adapter"), own(*given))[1] for own in blocks]
         for name, blocks in steps.base.items()
     }
-    context = RunContext(
-        passes=(Pass.of(steps, tiny_conditioning(steps.transformer)),),
-        height=16,
-        width=16,
-        sigmas=SIGMAS,
-        timesteps=SIGMAS,
-        detail=Detail((1, 4, 16, 16), torch.device("cpu"), mixed=True),
-    )
+    context = context_of(steps)
     with import_module("bench_mixed").run_by(watched):
         adapted = mixed.MixedBucket(steps, context, 2, 0.25)
         SnrBucket(steps, context, 4).velocity(noise(1, 4, 16, 16), torch.tensor([0]))
