@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quality_rows import Row
-from study_plans import DDIT, FEWER, FIXED, MAG, MIXED, PLANNED, SEA, SPECTRAL, STATIC
+from study_plans import DDIT, FEWER, FIRST, FIXED, MAG, MIXED, PLANNED, SEA, SPECTRAL, STATIC
 
 from ddit_rt.lab.measure.figures import (
     BLACK,
     BLUE,
+    BROWN,
     GREEN,
     GREY,
     ORANGE,
@@ -36,6 +37,7 @@ _KINDS = {
     MAG: ("MagCache", PINK, "^"),
     FIXED: ("StaticCache, extrapolating", GREY, "v"),
     SEA: ("SeaCache, extrapolating", GREEN, "D"),
+    FIRST: ("FirstBlockCache", BROWN, "<"),
     PLANNED: ("planner", RED, "*"),
 }
 

@@ -27,7 +27,7 @@ from ddit_rt.policies import CacheFit, DDiTPolicy, FinePolicy, PatchPolicy
 
 DDIT = "ddit"
 MakePolicy = Callable[[float], PatchPolicy]
-_TAU_RANGE = (1e-5, 1.0)
+TAU_RANGE = (1e-5, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +88,27 @@ class Matcher:
 
 
 def closest(
-    share_of: Callable[[float], float], share: float, iterations: int
+    share_of: Callable[[float], float],
+    share: float,
+    iterations: int,
+    ends: tuple[float, float] = TAU_RANGE,
 ) -> tuple[float, float]:
     """The tau of those tried whose closed loop comes closest to a share of the cost, and its share.
 
     The share falls as tau rises, but not strictly: decisions change the latents that later ones
     see. So this takes the best of all that bisection tries.
+
+    Args:
+        share_of: The share at a tau.
+        share: What it should be.
+        iterations: Halvings.
+        ends: Between which tau lies.
     """
     tried: dict[float, float] = {}
     levels = 2**iterations - 1
 
     def spends_more(level: int) -> bool:
-        tau = on_log_scale(_TAU_RANGE, level, levels)
+        tau = on_log_scale(ends, level, levels)
         tried[tau] = share_of(tau)
         return tried[tau] > share
 

@@ -13,11 +13,11 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 from quality_paths import TRAINING_FREE
 from quality_runs import Plan, Runs, StepCosts, mixed_cost, reference
-from quality_search import STATIC_SHAPES, Judged, closest, dials_of, plan_of
+from quality_search import STATIC_SHAPES, TAU_RANGE, Judged, closest, dials_of, plan_of
 
 from ddit_rt.lab.calibrate.moves import Space
 from ddit_rt.lab.calibrate.search import Search
@@ -26,14 +26,14 @@ from ddit_rt.lab.plans.candidates import cache_text
 from ddit_rt.lab.plans.dial import TAU_PROBES, on_log_scale, tau_range
 from ddit_rt.lab.plans.genome import Static, within
 from ddit_rt.lab.plans.points import Prompt, best_for
-from ddit_rt.lab.plans.step_caches import LEVELS
+from ddit_rt.lab.plans.step_caches import LEVELS, computed_steps
 from ddit_rt.lab.plans.target import Target
 from ddit_rt.policies import (
     CacheFit,
     CacheModel,
-    CacheTable,
     DDiTPolicy,
     FinePolicy,
+    FirstBlockCache,
     MagCache,
     NoCache,
     PatchPolicy,
@@ -45,11 +45,17 @@ from ddit_rt.policies import (
 )
 
 FEWER, STATIC, MIXED, DDIT, SPECTRAL = "fewer_steps", "static", "mixed", "ddit", "spectral"
-MAG, SEA, FIXED, PLANNED = "magcache", "seacache", "static_cache", "planner"
-KINDS = (FEWER, MAG, SEA, FIXED, STATIC, MIXED, SPECTRAL, DDIT, PLANNED)
+MAG, SEA, FIRST, FIXED = "magcache", "seacache", "first_block_cache", "static_cache"
+PLANNED = "planner"
+KINDS = (FEWER, MAG, SEA, FIRST, FIXED, STATIC, MIXED, SPECTRAL, DDIT, PLANNED)
 """In the order of the tables."""
 
-CACHES: tuple[StepCache, ...] = (MagCache(0.0), SeaCache(0.0), StaticCache(2.0))
+CACHES: tuple[StepCache, ...] = (
+    MagCache(0.0),
+    SeaCache(0.0),
+    FirstBlockCache(0.0),
+    StaticCache(2.0),
+)
 """One of each class that plans take."""
 
 _RETAINED = ((0.2, 3), (0.1, 3), (0.1, 5), (0.06, 8))
@@ -62,6 +68,8 @@ _LATE = (
 )
 """Beside those of the other tables: with a fifth of the steps fine first, as MagCache has them."""
 _FINE_SHARES = (0.125, 0.25, 0.5)
+_THRESHOLDS = (0.01, 1.0)
+"""Of FirstBlockCache."""
 _EQUAL_SHARE = 0.03
 _SPANS = [1 + place / 100 for place in range(1501)]
 _MOST_DELTA = 0.999
@@ -142,6 +150,7 @@ class Planner:
             DDIT: self._dynamic,
             MAG: self._magcache,
             SEA: self._seacache,
+            FIRST: self._first_block,
             FIXED: self._fixed,
             PLANNED: lambda level: iter(self._searched.get(level, [])),
         }
@@ -177,28 +186,39 @@ class Planner:
         amplitude, decay = self.spectrum
         for coarsest in ("2p", "4p"):
 
-            def rule(delta: float, coarsest: str = coarsest) -> SpectralPolicy:
-                delta = min(delta, _MOST_DELTA)
-                return SpectralPolicy(delta, amplitude=amplitude, decay=decay, coarsest=coarsest)
+            def at(delta: float, coarsest: str = coarsest) -> Plan:
+                return self._plan(
+                    SpectralPolicy(
+                        min(delta, _MOST_DELTA),
+                        amplitude=amplitude,
+                        decay=decay,
+                        coarsest=coarsest,
+                    )
+                )
 
-            yield from self._matched(level, rule, f"SPEED's rule, {coarsest} at the most, delta")
+            yield from self._matched(level, at, f"SPEED's rule, {coarsest} at the most, delta")
 
     def _dynamic(self, level: float) -> Iterator[Plan]:
         for head in (head for head in _HEADS if head < self.steps):
-            rule = partial(DDiTPolicy, warmup_steps=head)
-            yield from self._matched(level, rule, f"DDiT, {head} steps at p first, tau")
+
+            def at(tau: float, head: int = head) -> Plan:
+                return self._plan(DDiTPolicy(tau, warmup_steps=head))
+
+            yield from self._matched(level, at, f"DDiT, {head} steps at p first, tau")
 
     def _matched(
-        self, level: float, rule: Callable[[float], PatchPolicy], label: str
+        self,
+        level: float,
+        at: Callable[[float], Plan],
+        label: str,
+        ends: tuple[float, float] = TAU_RANGE,
     ) -> Iterator[Plan]:
-        """The rule at the number at which it costs what it should, if it can."""
+        """The rule at the number between some at which it costs what it should, if it can."""
         value, share = closest(
-            lambda value: self.share(self._plan(rule(value)), self.prompts[:2]),
-            1 / level,
-            self.iterations,
+            lambda value: self.share(at(value), self.prompts[:2]), 1 / level, self.iterations, ends
         )
         if abs(share - 1 / level) <= _EQUAL_SHARE:
-            yield self._plan(rule(value), f"{label} {value:.2g}")
+            yield replace(at(value), label=f"{label} {value:.2g}")
 
     def _magcache(self, level: float) -> Iterator[Plan]:
         ratios = self.fit.values
@@ -217,6 +237,15 @@ class Planner:
             )
             label = f"SeaCache, extrapolating, at most {most} in a row reuse"
             yield from self._cached(level, caches, label)
+
+    def _first_block(self, level: float) -> Iterator[Plan]:
+        for order, name in enumerate(("as published", "extrapolating")):
+
+            def at(threshold: float, order: int = order) -> Plan:
+                cache = FirstBlockCache(threshold, residual_order=order)
+                return self._plan(FinePolicy(), cache=cache)
+
+            yield from self._matched(level, at, f"FirstBlockCache, {name},", _THRESHOLDS)
 
     def _fixed(self, level: float) -> Iterator[Plan]:
         for head in _HEADS:
@@ -240,8 +269,8 @@ class Planner:
         for cache in caches:
             of_step, table = self.costs.milliseconds[type(cache).__name__], cache.resolve(known)
             assert table is not None, "a cache that caches"
-            signals = self._changes if table.coefficients else [[0.0] * self.steps]
-            computed = statistics.fmean(computed_steps(table, one) for one in signals)
+            grown = self._changes if table.coefficients else [table.increments]
+            computed = statistics.fmean(computed_steps(table, one) for one in grown)
             if computed * of_step["p"] + (self.steps - computed) * of_step["p reused"] <= limit:
                 name = label or f"{cache_text(cache)}, extrapolating"
                 yield self._plan(FinePolicy(), name, cache)
@@ -286,22 +315,3 @@ def _thresholds(changes: Sequence[float]) -> Iterator[float]:
     usable = [change for change in changes if change > 0]
     for level in range(LEVELS + 1):
         yield on_log_scale((min(usable), sum(usable)), level, LEVELS)
-
-
-def computed_steps(table: CacheTable, changes: Sequence[float]) -> int:
-    """How many steps compute at one patch size, as `ops.decide_reuse_` decides of a single image.
-
-    Args:
-        table: The cache, resolved.
-        changes: Of the signal, per step; those of a table without one are not read.
-    """
-    total, factor, reused, computed = 0.0, 1.0, 0, 0
-    for increment, change in zip(table.increments, changes, strict=True):
-        factor *= increment
-        grown = abs(1 - factor) if table.product else change if table.coefficients else increment
-        total += grown
-        if not math.isnan(increment) and total < table.threshold and reused < table.limit:
-            reused += 1
-        else:
-            total, factor, reused, computed = 0.0, 1.0, 0, computed + 1
-    return computed

@@ -90,7 +90,7 @@ class LoopPlan:
         words[3:5] = torch.tensor([self.dwell, int(self.monotone)])
         if self.cache is not None:
             cache, terms = self.cache, len(self.cache.coefficients)
-            words[5] = int(cache.product)
+            words[5] = int(cache.growth)
             words[6:7].view(torch.float32)[0] = cache.threshold
             words[7:9] = torch.tensor([cache.limit, terms])
             words[9 : 9 + terms].view(torch.float32).copy_(torch.tensor(cache.coefficients))
@@ -289,7 +289,7 @@ def run_cpu(plan: LoopPlan, start: Tensor, model: Model) -> CpuRun:
             signal = torch.zeros(0) if plan.signals is None else plan.signals[k]
             ops.decide_reuse_(
                 signal, increments, coefficients, state, memory, cache_record, k,
-                1 + len(plan.sizes), plan.cache.threshold, plan.cache.limit, plan.cache.product,
+                1 + len(plan.sizes), plan.cache.threshold, plan.cache.limit, plan.cache.growth,
             )  # fmt: skip
         branches.append(int(state[3]))
         velocity = model(k, branches[-1], history[-k % 4]).to(plan.dtype)

@@ -12,6 +12,7 @@ NAMES = {
     "fewer_steps": "fewer steps",
     "magcache": "MagCache",
     "seacache": "SeaCache",
+    "first_block_cache": "FirstBlockCache",
     "static_cache": "StaticCache",
     "static": "a static plan",
     "mixed": "mixed steps",

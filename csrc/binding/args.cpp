@@ -355,7 +355,7 @@ DecideArgs decide_args(const Tensor& scores, const Tensor& forced, const Tensor&
 
 ReuseArgs reuse_args(const Tensor& signal, const Tensor& increments, const Tensor& coefficients,
                      const Tensor& state, const Tensor& memory, const Tensor& record, int64_t step,
-                     int64_t buckets, double threshold, int64_t limit, bool product) {
+                     int64_t buckets, double threshold, int64_t limit, int64_t growth) {
   constexpr const char* kOp = "decide_reuse_";
   const Tensor* floats[] = {&signal, &increments, &coefficients, &memory, &record};
   for (const Tensor* tensor : floats) {
@@ -377,6 +377,8 @@ ReuseArgs reuse_args(const Tensor& signal, const Tensor& increments, const Tenso
   STD_TORCH_CHECK(buckets >= 1 && buckets <= kMaxSizes + 1 && limit >= 0 && limit <= kMaxInt,
                   "ddit_rt::decide_reuse_: buckets ", buckets, " or limit ", limit,
                   " out of range");
+  STD_TORCH_CHECK(growth >= 0 && growth <= static_cast<int64_t>(CacheGrowth::kLatest),
+                  "ddit_rt::decide_reuse_: growth ", growth, " out of range");
   check_shape(increments, {steps}, kOp, "increments");
   check_shape(record, {steps, kCacheRecord}, kOp, "record");
   check_step(step, steps, kOp);
@@ -387,7 +389,7 @@ ReuseArgs reuse_args(const Tensor& signal, const Tensor& increments, const Tenso
   args.rows = static_cast<int>(rows);
   args.buckets = static_cast<int>(buckets);
   args.signal = offset<const float>(signal, 0);
-  args.rule = {product ? 1 : 0,
+  args.rule = {static_cast<CacheGrowth>(growth),
                static_cast<float>(threshold),
                static_cast<int32_t>(limit),
                static_cast<int32_t>(terms),

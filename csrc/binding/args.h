@@ -167,6 +167,6 @@ struct ReuseArgs {
 
 ReuseArgs reuse_args(const Tensor& signal, const Tensor& increments, const Tensor& coefficients,
                      const Tensor& state, const Tensor& memory, const Tensor& record, int64_t step,
-                     int64_t buckets, double threshold, int64_t limit, bool product);
+                     int64_t buckets, double threshold, int64_t limit, int64_t growth);
 
 }  // namespace ddit_rt

@@ -23,9 +23,9 @@ void decide_cpu(Tensor scores, Tensor forced, Tensor thresholds, Tensor state, T
 
 void decide_reuse_cpu(Tensor signal, Tensor increments, Tensor coefficients, Tensor state,
                       Tensor memory, Tensor record, int64_t step, int64_t buckets, double threshold,
-                      int64_t limit, bool product) {
+                      int64_t limit, int64_t growth) {
   const ReuseArgs args = reuse_args(signal, increments, coefficients, state, memory, record, step,
-                                    buckets, threshold, limit, product);
+                                    buckets, threshold, limit, growth);
   cache_step(args.signal, args.increment, args.rows, args.buckets, args.rule, args.state,
              args.memory, args.record);
 }

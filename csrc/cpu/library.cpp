@@ -22,5 +22,5 @@ STABLE_TORCH_LIBRARY(ddit_rt, m) {
   m.def(
       "decide_reuse_(Tensor signal, Tensor increments, Tensor coefficients, Tensor(a!) state, "
       "Tensor(b!) memory, Tensor(c!) record, int step, int buckets, float threshold, int limit, "
-      "bool product) -> ()");
+      "int growth) -> ()");
 }

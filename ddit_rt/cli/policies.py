@@ -52,10 +52,10 @@ def add_step_cache_argument(parser: argparse.ArgumentParser, default: str) -> No
         type=step_cache,
         metavar="CACHE",
         help="steps that reuse instead of compute: teacache:THRESHOLD, teacache-ret:THRESHOLD "
-        "(Wan, with use_ret_steps), magcache:THRESHOLD, and for every model seacache:THRESHOLD, "
-        "static:STEPS (from one that computes to the next); each with :1 behind it to extrapolate "
-        "what is reused from two steps, with :0 not to; or none; larger numbers are faster and "
-        f"less faithful (default: {default})",
+        "(Wan, with use_ret_steps), magcache:THRESHOLD, and without a fit "
+        "seacache:THRESHOLD, firstblockcache:THRESHOLD, static:STEPS (from one that computes to "
+        "the next); each with :1 behind it to extrapolate what is reused from two steps, with :0 "
+        f"not to; or none; larger numbers are faster and less faithful (default: {default})",
     )
 
 

@@ -115,7 +115,7 @@ class LoopBuffers:
         if plan.cache is not None:
             table = plan.cache.table
             terms = [_word(value) for value in table.coefficients]
-            settings += [int(table.product), _word(table.threshold), table.limit, len(terms)]
+            settings += [int(table.growth), _word(table.threshold), table.limit, len(terms)]
             settings += terms
             tables.append((self._increments, table.tensors()[0]))
         words = torch.tensor(settings, dtype=torch.int32, device="cpu")

@@ -169,7 +169,7 @@ class CapturedLoop:
             state = (*self._shared, *bucket.tensors())
             with _want_of_memory(self._names[index], self.buffers.latents.shape):
                 copies = [tensor.clone() for tensor in state]
-                body = self._body(bucket, reuse=bool(reuse), guided=plan.is_guided(stage))
+                body = self._body(plan, bucket, reuse=bool(reuse), guided=plan.is_guided(stage))
                 graph = self.graphs.capture(self._names[index], body)
             _copy(copies, state)
             self._held[stage, size], self._captured[index] = bucket, graph
@@ -201,12 +201,16 @@ class CapturedLoop:
         except RuntimeError:
             return {}
 
-    def _body(self, bucket: Bucket, *, reuse: bool, guided: bool) -> Callable[[], None]:
+    def _body(
+        self, plan: RunPlan, bucket: Bucket, *, reuse: bool, guided: bool
+    ) -> Callable[[], None]:
         buffers = self.buffers
 
         def body() -> None:
             velocity = bucket.velocity(buffers.latents, buffers.step, reuse=reuse, guided=guided)
             buffers.velocity.copy_(velocity)
+            if plan.cache is not None and not reuse:
+                plan.cache.computes()
 
         return body
 

@@ -166,7 +166,10 @@ def _run_branch(
     assert bucket is not None, "the policy table chose a bucket that it cannot reach"
     with mark(f"{'reuse' if reuse else 'model'}/{patch_name(plan.offered[place])}"):
         guided = plan.is_guided(stage)
-        return bucket.velocity(latents, index, reuse=bool(reuse), guided=guided)
+        velocity = bucket.velocity(latents, index, reuse=bool(reuse), guided=guided)
+        if plan.cache is not None and not reuse:
+            plan.cache.computes()
+        return velocity
 
 
 class _RunState:
@@ -242,10 +245,10 @@ class _CacheState:
     def decide(self, state: _RunState, step: int, buckets: int) -> None:
         """Decides whether the step reuses, and so turns the decided bucket into a branch."""
         table, signal = self._plan.table, self._no_signal
-        if table.signalled(step):
-            assert self._plan.signal is not None, "a polynomial needs a signal"
+        source = self._plan.signal
+        if source is not None and (source.always or table.signalled(step)):
             latents, previous = state.latents(step), state.latents(step - 1)
-            signal = self._plan.signal.change(latents, previous, state.index(step))
+            signal = source.change(latents, previous, state.index(step))
         ops.decide_reuse_(
             signal,
             self._increments,
@@ -257,7 +260,7 @@ class _CacheState:
             buckets,
             table.threshold,
             table.limit,
-            table.product,
+            table.growth,
         )
 
 

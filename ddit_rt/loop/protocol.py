@@ -38,6 +38,11 @@ class CachePlan:
         """Sums that are kept: one, or one for each sample and pass that the signal tells apart."""
         return 1 if self.signal is None else self.signal.rows
 
+    def computes(self) -> None:
+        """Notes that the step in progress computes."""
+        if self.signal is not None:
+            self.signal.computes()
+
     @property
     def form(self) -> tuple[int, str, int]:
         """What a captured loop cannot take from another plan."""

@@ -19,7 +19,7 @@ from ddit_rt.models.base import BATCH, IMAGE, JOINT, TEXT, BlockType, Grid, Runn
 from ddit_rt.models.calls import check_shape
 from ddit_rt.models.family import NEGATIVE
 from ddit_rt.models.flux_forward import FluxForwardFamily
-from ddit_rt.models.layered import LayeredFamily
+from ddit_rt.models.layered import ALL_BLOCKS, LayeredFamily
 
 _NEGATIVE_POOLED = f"{NEGATIVE}pooled_projections"
 
@@ -153,7 +153,8 @@ class FluxFamily(LayeredFamily, FluxForwardFamily):
         text: Tensor,
         temb: Tensor,
         positions: tuple[Tensor, ...],
-    ) -> Tensor:
+        which: slice = ALL_BLOCKS,
+    ) -> tuple[Tensor, Tensor]:
         """See `Family.run_blocks`."""
         double = runners.get("transformer_blocks", ())
         single = runners.get("single_transformer_blocks", ())
@@ -163,14 +164,18 @@ class FluxFamily(LayeredFamily, FluxForwardFamily):
             *[flux_blocks.SINGLE_CHUNKS] * len(single),
         ]
         _, *rows = torch.split(temb, [count * hidden.shape[-1] for count in chunks], dim=-1)
-        for block, row in zip(double, rows, strict=False):
-            text, hidden = block(hidden, text, row.contiguous(), *positions)
-        if not single:
-            return hidden
-        joint = torch.cat((text, hidden), dim=1)
-        for block, row in zip(single, rows[len(double) :], strict=True):
+        joint: Tensor | None = None
+        blocks = zip((*double, *single), rows, strict=True)
+        for place, (block, row) in list(enumerate(blocks))[which]:
+            if place < len(double):
+                text, hidden = block(hidden, text, row.contiguous(), *positions)
+                continue
+            joint = torch.cat((text, hidden), dim=1) if joint is None else joint
             (joint,) = block(joint, row.contiguous(), *positions)
-        return joint[:, text.shape[1] :]
+        if joint is None:
+            return hidden, text
+        length = text.shape[1]
+        return joint[:, length:], joint[:, :length]
 
     def modulate_input(self, transformer: Any, hidden: Tensor, temb: Tensor) -> Tensor:
         """See `Family.modulate_input`."""

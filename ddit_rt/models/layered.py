@@ -13,6 +13,10 @@ from ddit_rt.models.base import BlockType, Grid, Runner
 from ddit_rt.models.calls import ModelCall, check_shape, model_arguments
 from ddit_rt.models.family import Family
 
+ALL_BLOCKS = slice(None)
+FIRST_BLOCK = slice(1)
+LATER_BLOCKS = slice(1, None)
+
 
 class LayeredFamily(Family, ABC):
     """A family that tells its model's layers too: what trained adapters and TeaCache need.
@@ -93,8 +97,9 @@ class LayeredFamily(Family, ABC):
         text: Tensor,
         temb: Tensor,
         positions: tuple[Tensor, ...],
-    ) -> Tensor:
-        """All blocks.
+        which: slice = ALL_BLOCKS,
+    ) -> tuple[Tensor, Tensor]:
+        """Blocks one after the other.
 
         Args:
             runners: The blocks of each `BlockType.path`, in order.
@@ -102,9 +107,10 @@ class LayeredFamily(Family, ABC):
             text: Text tokens, `[B, T, d]`.
             temb: Modulation input of this step, `[B, *modulation_shape]`.
             positions: As `positions` returned them.
+            which: Those that run, of all in order.
 
         Returns:
-            Image tokens, `[B, n, d]`.
+            Image tokens and text tokens, of the same shapes.
         """
 
     def modulate_input(self, transformer: nn.Module, hidden: Tensor, temb: Tensor) -> Tensor:

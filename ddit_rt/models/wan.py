@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ddit_rt.errors import ShapeError
 from ddit_rt.models.base import BATCH, IMAGE, TEXT, BlockType, Grid, Runner, TensorSpec
 from ddit_rt.models.calls import PipelineCall
-from ddit_rt.models.layered import LayeredFamily
+from ddit_rt.models.layered import ALL_BLOCKS, LayeredFamily
 from ddit_rt.models.wan_forward import WanForwardFamily
 
 _BLOCK_ROWS = 6
@@ -141,12 +141,13 @@ class WanFamily(LayeredFamily, WanForwardFamily):
         text: Tensor,
         temb: Tensor,
         positions: tuple[Tensor, ...],
-    ) -> Tensor:
+        which: slice = ALL_BLOCKS,
+    ) -> tuple[Tensor, Tensor]:
         """See `Family.run_blocks`."""
         rows = temb[:, :_BLOCK_ROWS].contiguous()
-        for block in runners["blocks"]:
+        for block in runners["blocks"][which]:
             (hidden,) = block(hidden, text, rows, *positions)
-        return hidden
+        return hidden, text
 
     def modulate_output(self, transformer: Any, hidden: Tensor, temb: Tensor) -> Tensor:
         """See `Family.modulate_output`."""

@@ -16,6 +16,7 @@ from ddit_rt.ops import _fakes  # noqa: E402, F401
 from ddit_rt.ops.functions import (  # noqa: E402
     CACHE_HEADER,
     CACHE_RECORD,
+    CacheGrowth,
     CacheReason,
     Reason,
     attention,
@@ -32,6 +33,7 @@ from ddit_rt.ops.functions import (  # noqa: E402
 __all__ = [
     "CACHE_HEADER",
     "CACHE_RECORD",
+    "CacheGrowth",
     "CacheReason",
     "Reason",
     "attention",

@@ -91,10 +91,10 @@ def _decide_reuse(
     buckets: int,
     threshold: float,
     limit: int,
-    product: bool,
+    growth: int,
 ) -> None:
     del signal, increments, coefficients, state, memory, record
-    del step, buckets, threshold, limit, product
+    del step, buckets, threshold, limit, growth
 
 
 def _pack_setup(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:

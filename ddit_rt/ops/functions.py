@@ -268,6 +268,17 @@ class CacheReason(IntEnum):
     """Reused: the accumulated change is below the threshold."""
 
 
+class CacheGrowth(IntEnum):
+    """How the sum of a row grows from step to step: the C++ enum of `step_cache.h`."""
+
+    SUM = 0
+    """By the step's change."""
+    PRODUCT = 1
+    """By |1 - p|, p being the product of the increments since the latest computed step."""
+    LATEST = 2
+    """Not at all: it is the step's change, measured against the latest computed step."""
+
+
 def decide_reuse_(
     signal: Tensor,
     increments: Tensor,
@@ -279,16 +290,15 @@ def decide_reuse_(
     buckets: int,
     threshold: float,
     limit: int,
-    product: bool,
+    growth: CacheGrowth,
 ) -> None:
     """Decides whether a step whose size `decide_` has chosen reuses; advances memory and state.
 
     1. `increments[step]` is NaN: compute (FORCED).
     2. The state's non-finite flag is raised: compute (NONFINITE).
     3. The step before ran at another size: compute (CHANGED).
-    4. Every row's sum grows by its change: of a signal `polynomial(signal[r])`; with `product`
-       `|1 - p|`, p being the product of the increments since the latest computed step; else
-       `increments[step]`. If one is not finite: compute (NONFINITE), and the flag is raised.
+    4. Every row's sum grows, as `growth` says, by its change: of a signal `polynomial(signal[r])`,
+       else `increments[step]`. If one is not finite: compute (NONFINITE), and the flag is raised.
     5. The largest sum is not below the threshold: compute (ABOVE).
     6. `limit` steps in a row have reused: compute (LIMIT). Otherwise reuse (REUSED).
 
@@ -313,7 +323,7 @@ def decide_reuse_(
         buckets: Patch sizes, the base among them.
         threshold: Below it a step reuses.
         limit: Steps in a row that may reuse.
-        product: The product of section 4.
+        growth: See section 4.
 
     Raises:
         RuntimeError: Tensors whose shapes do not agree, another dtype, a number out of range.
@@ -329,7 +339,7 @@ def decide_reuse_(
         buckets,
         threshold,
         limit,
-        product,
+        growth,
     )
 
 

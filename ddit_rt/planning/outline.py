@@ -250,10 +250,10 @@ def _refuse_cache(compiled: CompiledModel, step_cache: StepCache) -> None:
             f"got {type(step_cache).__name__} for a model with a soundtrack; what its blocks add "
             "to that is not kept. Leave step_cache out"
         )
-    if compiled.experts and step_cache.fitted:
+    if compiled.experts and step_cache.of_one_model:
         raise UnsupportedModelError(
             f"got {type(step_cache).__name__} for a pipeline of {len(compiled.models)} experts; "
-            "its fits are for one model. Pass SeaCache() or StaticCache(2), which need none"
+            "what it goes by is one model's. Pass SeaCache() or StaticCache(2)"
         )
 
 
@@ -288,7 +288,12 @@ def cache_table(
             time_changes=changes if family.time_driven else None,
         )
     )
-    if table is not None and table.coefficients and table.power_exp is None:
+    if (
+        table is not None
+        and table.coefficients
+        and table.power_exp is None
+        and not table.first_block
+    ):
         layered(family, f"{type(step_cache).__name__} needs a signal, which is not there")
     return table
 

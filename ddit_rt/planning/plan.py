@@ -21,6 +21,8 @@ from ddit_rt.steps import (
     Bucket,
     Detail,
     FineBucket,
+    FirstBlockSignal,
+    Head,
     InputSignal,
     LatentSignal,
     MixedBucket,
@@ -61,7 +63,7 @@ def plan_run(
         note = "the passes of guidance run one after the other: their prompts are not of one shape"
         outline = replace(outline, notes=(*outline.notes, note))
     scales = scales_of(guidance, outline.experts, len(compiled.models))
-    contexts = _contexts(compiled, outline, (parts,), scales)
+    contexts = _contexts(compiled, outline, (parts,), scales, late=False)
     own = [_buckets(compiled, outline, model, context) for model, (context,) in contexts]
     stages, stage_of = stages_of(outline.experts, outline.guided)
     return _plan(
@@ -91,7 +93,7 @@ def plan_passes(
     Raises:
         ShapeError: A batch or text length that the compiled blocks were not built for.
     """
-    contexts = _contexts(compiled, outline, [(one,) for one in conditionings], None)
+    contexts = _contexts(compiled, outline, [(one,) for one in conditionings], None, late=True)
     names = [
         [f"expert {expert + 1}"] * (expert > 0) + _pass_name(place)
         for expert, place in itertools.product(range(len(contexts)), range(len(conditionings)))
@@ -120,7 +122,12 @@ Contexts = Sequence[tuple[StepModel, Sequence[RunContext]]]
 
 
 def _contexts(
-    compiled: CompiledModel, outline: Outline, groups: Groups, scales: Tensor | None
+    compiled: CompiledModel,
+    outline: Outline,
+    groups: Groups,
+    scales: Tensor | None,
+    *,
+    late: bool,
 ) -> Contexts:
     model, shape = compiled.steps, outline.shape
     device, capacity = model.device, _capacity(outline, model)
@@ -140,13 +147,20 @@ def _contexts(
         residuals=0 if outline.cache is None else 1 + outline.cache.residual_order,
         steps=outline.steps,
         unguided=scales is not None and not all(outline.guided),
+        late=late,
     )
+    first_block = outline.cache is not None and outline.cache.first_block
     details = [Detail(shape, device, mixed=mixed) if keeps_detail else None for _ in groups]
     contexts = [
         (
             one,
             [
-                replace(context, passes=tuple(Pass.of(one, part) for part in group), detail=detail)
+                replace(
+                    context,
+                    passes=tuple(Pass.of(one, part) for part in group),
+                    detail=detail,
+                    heads=tuple(Head() for _ in group) if first_block else (),
+                )
                 for group, detail in zip(groups, details, strict=True)
             ],
         )
@@ -162,10 +176,19 @@ def _contexts(
     return contexts
 
 
-def _plan(compiled: CompiledModel, outline: Outline, contexts: Contexts, **stages: Any) -> RunPlan:
+def _plan(
+    compiled: CompiledModel,
+    outline: Outline,
+    contexts: Contexts,
+    *,
+    buckets: Sequence[Sequence[Bucket | None]],
+    **stages: Any,
+) -> RunPlan:
     model, on_cuda = compiled.steps, compiled.steps.device.type == "cuda"
     every = [context for _, own in contexts for context in own]
+    cache = _cache_plan(outline, *contexts[0], [own[0] for own in buckets])
     return RunPlan(
+        buckets=buckets,
         offered=outline.offered,
         policy=outline.policy,
         solver=outline.solver,
@@ -174,7 +197,7 @@ def _plan(compiled: CompiledModel, outline: Outline, contexts: Contexts, **stage
         shared=_distinct(tensor for context in every for tensor in context.tensors()),
         fixed=tuple(_fixed(part.conditioning) for context in every for part in context.passes),
         weights=_unwatched_weights(compiled.models) if on_cuda else (),
-        cache=_cache_plan(outline, *contexts[0]),
+        cache=cache,
         notes=outline.notes,
         **stages,
     )
@@ -198,14 +221,28 @@ def _buckets(
 
 
 def _cache_plan(
-    outline: Outline, model: StepModel, contexts: Sequence[RunContext]
+    outline: Outline,
+    model: StepModel,
+    contexts: Sequence[RunContext],
+    fine: Sequence[Bucket | None],
 ) -> CachePlan | None:
+    """`fine`: buckets at p, the first of which are the contexts' own."""
     cache = outline.cache
     if cache is None:
         return None
     signal: Signal | None = None
     if cache.power_exp is not None:
         signal = LatentSignal(outline.shape, contexts[0].sigmas, cache.power_exp)
+    elif cache.first_block:
+        own = zip(contexts, fine, strict=False)
+        signal = FirstBlockSignal(
+            [
+                bucket if isinstance(bucket, FineBucket) else FineBucket(model, context)
+                for context, bucket in own
+            ],
+            [head for context in contexts for head in context.heads],
+            torch.zeros(outline.shape, device=model.device, dtype=torch.float32),
+        )
     elif cache.coefficients:
         passes = tuple(one for context in contexts for one in context.passes)
         signal = InputSignal(model, replace(contexts[0], passes=passes))

@@ -10,7 +10,7 @@ from ddit_rt.policies.cache import (
     nearest_ratios,
 )
 from ddit_rt.policies.cache_fit import CACHE_KINDS, CacheFit, published_fits
-from ddit_rt.policies.cache_without_fit import SeaCache, StaticCache
+from ddit_rt.policies.cache_without_fit import FirstBlockCache, SeaCache, StaticCache
 from ddit_rt.policies.patch import (
     DYNAMIC,
     DDiTPolicy,
@@ -42,6 +42,7 @@ __all__ = [
     "CacheTable",
     "DDiTPolicy",
     "FinePolicy",
+    "FirstBlockCache",
     "MagCache",
     "NoCache",
     "PatchPolicy",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt import checks
+from ddit_rt.ops import CacheGrowth
 from ddit_rt.policies.cache_fit import CacheFit
 
 _MAX_TERMS = 7
@@ -31,15 +32,17 @@ class CacheTable:
     """A step cache, resolved for one model and schedule. `ops.decide_reuse_` gives its meaning.
 
     Attributes:
-        increments: Per step what the accumulated change grows by; with `product`, what its factor
+        increments: Per step what the accumulated change grows by; of `PRODUCT`, what its factor
             is multiplied by; NaN for a step that always computes.
         threshold: Below it a step reuses.
         limit: Steps in a row that may reuse.
-        product: Whether increments are factors.
+        growth: How the accumulated change grows.
         coefficients: Coefficients of the polynomial of a signal's change, highest power first;
             empty: the increments do without a signal.
         power_exp: What the signal is: for an exponent, the latents, filtered for such a spectrum
-            (`SeaCache`); None: the model's modulated input (`TeaCache`).
+            (`SeaCache`); None: the model's modulated input (`TeaCache`), or with `first_block` what
+            its first block adds (`FirstBlockCache`).
+        first_block: See `power_exp`.
         residual_order: Whether a step that reuses adds the latest residual (0), or extrapolates
             the latest two linearly in the noise level (1).
         note: For the trace: which cache, with whose fit.
@@ -48,9 +51,10 @@ class CacheTable:
     increments: tuple[float, ...]
     threshold: float
     limit: int = NO_LIMIT
-    product: bool = False
+    growth: CacheGrowth = CacheGrowth.SUM
     coefficients: tuple[float, ...] = ()
     power_exp: float | None = None
+    first_block: bool = False
     residual_order: int = 0
     note: str = ""
 
@@ -112,10 +116,10 @@ class StepCache(ABC):
     """Interface of every step cache.
 
     Attributes:
-        fitted: Whether it goes by what was fitted for one model.
+        of_one_model: Whether it goes by what is one model's, as by what was fitted for it.
     """
 
-    fitted: ClassVar[bool] = False
+    of_one_model: ClassVar[bool] = False
 
     @abstractmethod
     def resolve(self, model: CacheModel) -> CacheTable | None:
@@ -161,7 +165,7 @@ class TeaCache(StepCache):
             since that changed, it adds that one.
     """
 
-    fitted = True
+    of_one_model = True
 
     threshold: float
     _: KW_ONLY
@@ -240,7 +244,7 @@ class MagCache(StepCache):
         residual_order: As in `TeaCache`.
     """
 
-    fitted = True
+    of_one_model = True
 
     threshold: float = 0.06
     _: KW_ONLY
@@ -271,13 +275,11 @@ class MagCache(StepCache):
             math.nan if step < retained else ratio
             for step, ratio in enumerate(nearest_ratios(ratios, model.steps))
         )
-        # The least float32 above it: MagCache reuses at its threshold too, a table below its own.
-        threshold = float(np.nextafter(np.float32(self.threshold), np.float32(np.inf)))
         return CacheTable(
             increments=increments,
-            threshold=threshold,
+            threshold=reached(self.threshold),
             limit=self.max_skip_steps,
-            product=True,
+            growth=CacheGrowth.PRODUCT,
             residual_order=self.residual_order,
             note=f"MagCache {self.threshold:g}, {source}{order_note(self.residual_order)}",
         )
@@ -292,6 +294,11 @@ def nearest_ratios(ratios: Sequence[float], steps: int) -> tuple[float, ...]:
     scale = np.float32((len(ratios) - 1) / (steps - 1))
     places = np.rint(np.arange(steps, dtype=np.float32) * scale).astype(int)
     return tuple(ratios[place] for place in places)
+
+
+def reached(threshold: float) -> float:
+    """A table's threshold for a cache that reuses at its own too: the least float32 above it."""
+    return float(np.nextafter(np.float32(threshold), np.float32(np.inf)))
 
 
 def checked_order(order: Any) -> int:

@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from ddit_rt import checks
+from ddit_rt.ops import CacheGrowth
 from ddit_rt.policies.cache import (
     NO_LIMIT,
     CacheModel,
@@ -16,6 +17,7 @@ from ddit_rt.policies.cache import (
     StepCache,
     checked_order,
     order_note,
+    reached,
 )
 
 _ROUNDING = 1e-9
@@ -127,12 +129,8 @@ class SeaCache(StepCache):
 
     def resolve(self, model: CacheModel) -> CacheTable:
         """See `StepCache.resolve`."""
-        end = model.steps - self.cache_end_steps
-        increments = tuple(
-            0.0 if self.retention_steps <= step < end else math.nan for step in range(model.steps)
-        )
         return CacheTable(
-            increments=increments,
+            increments=_looked_at(model.steps, self.retention_steps, self.cache_end_steps),
             threshold=self.threshold,
             limit=self.max_consecutive_cached or NO_LIMIT,
             coefficients=(1.0, 0.0),  # the change itself
@@ -140,6 +138,65 @@ class SeaCache(StepCache):
             residual_order=self.residual_order,
             note=f"SeaCache {self.threshold:g}{order_note(self.residual_order)}",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class FirstBlockCache(StepCache):
+    """Reuses while what the first block adds has changed little (ParaAttention's cache).
+
+    At every step the model's first block runs. By how much it adds other than it did in the latest
+    computed step, in relative L1, decides: at the threshold or below it, what all other blocks
+    added then stands for them (as diffusers' `FirstBlockCacheConfig` has it; there cond and uncond
+    decide each for itself, here the larger change for both). Nothing is fitted. Where a step is
+    coarse, the block runs at p all the same, since the patch size is not known to it, and the
+    coarse step takes or reuses all of its own.
+
+    Attributes:
+        threshold: Larger is faster and less faithful.
+        residual_order: As in `StaticCache`; 0 was published.
+        first: First steps that always compute, at least 1.
+        last: Last steps that always compute.
+        max_consecutive_cached: Steps in a row that may reuse; 0 for no limit.
+    """
+
+    of_one_model = True
+
+    threshold: float = 0.05
+    _: KW_ONLY
+    residual_order: int = 0
+    first: int = 1
+    last: int = 0
+    max_consecutive_cached: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks every field; a message names the value and the range."""
+        longest = checks.whole("max_consecutive_cached", self.max_consecutive_cached, 0, NO_LIMIT)
+        checks.settle(
+            self,
+            threshold=checks.number("threshold", self.threshold, 0),
+            residual_order=checked_order(self.residual_order),
+            first=checks.whole("first", self.first, 1),
+            last=checks.whole("last", self.last, 0),
+            max_consecutive_cached=longest,
+        )
+
+    def resolve(self, model: CacheModel) -> CacheTable:
+        """See `StepCache.resolve`."""
+        return CacheTable(
+            increments=_looked_at(model.steps, self.first, self.last),
+            threshold=reached(self.threshold),
+            limit=self.max_consecutive_cached or NO_LIMIT,
+            growth=CacheGrowth.LATEST,
+            coefficients=(1.0, 0.0),  # the change itself
+            first_block=True,
+            residual_order=self.residual_order,
+            note=f"FirstBlockCache {self.threshold:g}{order_note(self.residual_order)}",
+        )
+
+
+def _looked_at(steps: int, first: int, last: int) -> tuple[float, ...]:
+    """Increments of a cache that a signal decides, between the steps that always compute."""
+    return tuple(0.0 if first <= step < steps - last else math.nan for step in range(steps))
 
 
 def _checked_plan(plan: Any) -> float | tuple[bool, ...]:

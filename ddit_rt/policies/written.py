@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ddit_rt import checks
 from ddit_rt.policies.cache import MagCache, NoCache, StepCache, TeaCache
-from ddit_rt.policies.cache_without_fit import SeaCache, StaticCache
+from ddit_rt.policies.cache_without_fit import FirstBlockCache, SeaCache, StaticCache
 from ddit_rt.policies.patch import (
     DDiTPolicy,
     FinePolicy,
@@ -88,10 +88,9 @@ def policy_from_dict(data: Mapping[str, Any]) -> PatchPolicy:
 
 
 _FORMS = (
-    "teacache:0.4, teacache-ret:0.1, magcache:0.06, seacache:0.25, static:2 (or with a "
-    "residual_order behind it, static:2:1), or none"
+    "teacache:0.4, teacache-ret:0.1, magcache:0.06, seacache:0.25, firstblockcache:0.05, static:2 "
+    "(or with a residual_order behind it, static:2:1), or none"
 )
-CACHE_NAMES = ("teacache", "teacache-ret", "magcache", "seacache", "static", "none")
 
 
 def parse_step_cache(text: str) -> StepCache:
@@ -99,9 +98,9 @@ def parse_step_cache(text: str) -> StepCache:
 
     Args:
         text: `"teacache:THRESHOLD"`, `"teacache-ret:THRESHOLD"` (with `use_ret_steps`),
-            `"magcache:THRESHOLD"`, `"seacache:THRESHOLD"`, `"static:STEPS"` (steps from one that
-            computes to the next), each with `":0"` or `":1"` behind it for its `residual_order`;
-            or `"none"`.
+            `"magcache:THRESHOLD"`, `"seacache:THRESHOLD"`, `"firstblockcache:THRESHOLD"`,
+            `"static:STEPS"` (steps from one that computes to the next), each with `":0"` or `":1"`
+            behind it for its `residual_order`; or `"none"`.
 
     Raises:
         ValueError: Another text, or a number that the cache does not take.
@@ -125,8 +124,10 @@ _CACHES: Mapping[str, Callable[..., StepCache]] = {
     "teacache-ret": partial(TeaCache, use_ret_steps=True),
     "magcache": MagCache,
     "seacache": SeaCache,
+    "firstblockcache": FirstBlockCache,
     "static": StaticCache,
 }
+CACHE_NAMES = (*_CACHES, "none")
 
 
 def step_cache_from_dict(data: Mapping[str, Any]) -> StepCache:
@@ -135,7 +136,14 @@ def step_cache_from_dict(data: Mapping[str, Any]) -> StepCache:
     Raises:
         ValueError: An unknown cache or an unknown or malformed field.
     """
-    classes: tuple[type[StepCache], ...] = (NoCache, TeaCache, MagCache, SeaCache, StaticCache)
+    classes: tuple[type[StepCache], ...] = (
+        NoCache,
+        TeaCache,
+        MagCache,
+        SeaCache,
+        FirstBlockCache,
+        StaticCache,
+    )
     return _from_dict(data, "step_cache", classes)
 
 

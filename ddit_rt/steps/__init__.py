@@ -14,15 +14,18 @@ from ddit_rt.steps.base import (
     token_velocity,
 )
 from ddit_rt.steps.buckets import FineBucket, PassesBucket, Resampling, SnrBucket, matched_level
+from ddit_rt.steps.head import Head
 from ddit_rt.steps.mixed import MixedBucket
 from ddit_rt.steps.passes import Passes
-from ddit_rt.steps.signal import InputSignal, LatentSignal, Signal
+from ddit_rt.steps.signal import FirstBlockSignal, InputSignal, LatentSignal, Signal
 
 __all__ = [
     "Blocks",
     "Bucket",
     "Detail",
     "FineBucket",
+    "FirstBlockSignal",
+    "Head",
     "InputSignal",
     "LatentSignal",
     "MixedBucket",

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from ddit_rt import ops
 from ddit_rt.models.base import Grid, Runner
 from ddit_rt.models.family import Family
-from ddit_rt.models.layered import LayeredFamily, layered
+from ddit_rt.models.layered import (
+    ALL_BLOCKS,
+    FIRST_BLOCK,
+    LATER_BLOCKS,
+    LayeredFamily,
+    layered,
+)
+from ddit_rt.steps.head import Head
 from ddit_rt.steps.residual import Residual
 
 Runners = Mapping[str, Sequence[Runner]]
@@ -246,6 +253,9 @@ class RunContext:
             reuse it: 0, 1, or 2 to extrapolate.
         steps: Rows of the tables that are read; 0 for all.
         unguided: Whether some steps of a run with guidance are not guided.
+        heads: Of every pass, its first block at p, where the step cache goes by what that adds.
+        late: Whether what a pass is given may change between a step's decision and the step: then
+            the step runs its first block anew.
     """
 
     passes: tuple[Pass, ...]
@@ -259,13 +269,16 @@ class RunContext:
     residuals: int = 0
     steps: int = 0
     unguided: bool = False
+    heads: tuple[Head, ...] = ()
+    late: bool = False
 
     def tensors(self) -> tuple[Tensor, ...]:
         """As `Bucket.tensors`, for what all buckets of the run share."""
         detail = () if self.detail is None else self.detail.state()
         scales = () if self.scales is None else (self.scales,)
         passes = (tensor for one in self.passes for tensor in one.tensors)
-        return (*passes, self.sigmas, *scales, *detail)
+        heads = (tensor for head in self.heads for tensor in head.tensors())
+        return (*passes, self.sigmas, *scales, *detail, *heads)
 
 
 def _own(value: Any, model: StepModel, *, exact: bool) -> Any:
@@ -280,11 +293,25 @@ class Blocks:
     """The blocks of one bucket, and what they added to the image tokens when they last ran."""
 
     def __init__(
-        self, model: StepModel, runners: Runners, residual: Residual | None = None
+        self,
+        model: StepModel,
+        runners: Runners,
+        residual: Residual | None = None,
+        head: Head | None = None,
     ) -> None:
+        """With a `head`, `begin` has run the first block whenever the blocks are called."""
         self._family = model.layers
         self._runners = runners
+        self._head = head
         self.residual = residual
+
+    def begin(
+        self, hidden: Tensor, text: Tensor, temb: Tensor, positions: tuple[Tensor, ...]
+    ) -> None:
+        """Runs the first block alone."""
+        assert self._head is not None, "something goes by what it adds"
+        given = self._family.run_blocks(self._runners, hidden, text, temb, positions, FIRST_BLOCK)
+        self._head.take(hidden, given, image=0)
 
     def __call__(
         self,
@@ -300,12 +327,17 @@ class Blocks:
 
         Where there is a residual, `step` is k, `[1]`.
         """
-        if self.residual is None:
-            return self._family.run_blocks(self._runners, hidden, text, temb, positions)
-        assert step is not None, "a residual is of a step"
+        which = ALL_BLOCKS
+        if self._head is not None:
+            (hidden, text), which = self._head.given(len(hidden)), LATER_BLOCKS
         if reuse:
+            assert self.residual is not None, "a step reuses what an earlier one has computed"
+            assert step is not None, "a residual is of a step"
             return self.residual.added_to(hidden, step)
-        after = self._family.run_blocks(self._runners, hidden, text, temb, positions)
+        after, _ = self._family.run_blocks(self._runners, hidden, text, temb, positions, which)
+        if self.residual is None:
+            return after
+        assert step is not None, "a residual is of a step"
         self.residual.keep(hidden, after, step)
         return after
 

@@ -19,6 +19,7 @@ from ddit_rt.models.base import Runner
 from ddit_rt.models.block_calls import Arrange, CallForm, as_called, flatten_call
 from ddit_rt.models.family import Family
 from ddit_rt.models.probe import ReadBlockType
+from ddit_rt.steps.head import Head
 from ddit_rt.steps.residual import Residual
 
 
@@ -32,6 +33,8 @@ class BoundModel:
             not reuse.
         reuse: Whether that stands for the blocks.
         stops: Whether the forward ends at the first block.
+        head: The first block, where it runs ahead of the others; its residual is then theirs.
+        begins: Whether the forward runs that block alone.
         arrange: See `Arrange`.
     """
 
@@ -44,6 +47,7 @@ class BoundModel:
         held: Sequence[str],
         timed: Sequence[str],
         residual: Residual | None = None,
+        head: Head | None = None,
         image_first: bool = False,
         arrange: Arrange = as_called,
     ) -> None:
@@ -57,6 +61,7 @@ class BoundModel:
                 this model does not have count for nothing.
             timed: Paths of children whose outputs hang on the time alone, likewise.
             residual: See above; empty yet.
+            head: See above; empty yet.
             image_first: Whether image tokens come before text tokens where blocks take both as one.
             arrange: See `Arrange`.
         """
@@ -64,9 +69,11 @@ class BoundModel:
         self.module = _shallow(transformer)
         self.step: Tensor | None = None
         self.residual = residual
+        self.head = head
         self._image_first = image_first
         self.reuse = False
         self.stops = False
+        self.begins = False
         self._entered: Tensor | None = None
         self._held = [_Held(self, path, timed=False) for path in _known(transformer, held)]
         self._timed = [_Held(self, path, timed=True) for path in _known(transformer, timed)]
@@ -155,6 +162,16 @@ class BoundModel:
             one.rewind(recording=False)
         return self.run(arguments)
 
+    def begin(self, arguments: Mapping[str, Any], step: Tensor) -> None:
+        """Runs what a step begins with, up to the first block and that, into `head`."""
+        self.begins = True
+        try:
+            self(arguments, step, reuse=False)
+        except _Reached:
+            pass
+        finally:
+            self.begins = False
+
     def run(self, arguments: Mapping[str, Any]) -> Any:
         """The forward of the copy."""
         forward: Callable[..., Any] = type(self.module).forward
@@ -194,7 +211,7 @@ class BoundModel:
 
 
 class _Reached(Exception):
-    """The first block: what comes before it is known."""
+    """The first block: all that was to run has run."""
 
 
 class _Block:
@@ -219,10 +236,17 @@ class _Block:
         if form not in self._forms:
             raise UnsupportedModelError(_unknown(self._like, form, list(self._forms)))
         kind, runner = self._forms[form]
-        image = kind.sources[kind.image]
+        image = inputs[kind.sources[kind.image]]
+        head = self._owner.head if self.first else None
+        if head is not None and self._owner.begins:
+            head.take(image, runner(*(tensor.contiguous() for tensor in inputs)), kind.image)
+            raise _Reached
+        begun = None if head is None else head.given(len(image))
         if self.first:
-            self._owner.enter(inputs[image])
-        if self._owner.reuse:
+            self._owner.enter(image if begun is None else begun[kind.image])
+        if begun is not None:
+            outputs = begun
+        elif self._owner.reuse:
             outputs = self._pass_on(kind, inputs)
         else:
             outputs = runner(*(tensor.contiguous() for tensor in inputs))

@@ -65,13 +65,21 @@ class FineBucket(PassesBucket):
         self.tokens = grid.tokens
         self._context = context
         size = (context.height, context.width)
-        self._passes = make_passes(model, context, grid, size, context.timesteps)
+        self._passes = make_passes(
+            model, context, grid, size, context.timesteps, heads=context.heads
+        )
+
+    def begin(self, latents: Tensor, step: Tensor) -> None:
+        """Runs the first block of every pass into the context's heads; as `velocity` takes them."""
+        self._passes.begin(latents, step)
 
     def velocity(
         self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
     ) -> Tensor:
         """See `Bucket.velocity`."""
         context = self._context
+        if context.late and context.heads:
+            self.begin(latents, step)
         velocity = self._passes.velocity(latents, step, reuse=reuse, guided=guided)
         if context.detail is not None:
             context.detail.update(latents, velocity, at_step(context.sigmas, step))

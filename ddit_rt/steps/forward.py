@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ddit_rt.models.base import Grid
 from ddit_rt.models.layered import LayeredFamily
 from ddit_rt.steps.base import Pass, RunContext, Runners, StepModel, at_step
 from ddit_rt.steps.bound import BoundModel
+from ddit_rt.steps.head import Head
 from ddit_rt.steps.passes import Passes
 from ddit_rt.steps.residual import Residual
 
@@ -24,6 +25,7 @@ def make_passes(
     levels: Tensor,
     *,
     runners: Runners | None = None,
+    heads: Sequence[Head] = (),
 ) -> Passes | ForwardPasses:
     """The passes of a patch size that sees latents of `size`, in the way of the model's family.
 
@@ -34,12 +36,13 @@ def make_passes(
         size: Rows and columns of the latents that the model sees.
         levels: t that the model is given at every step, `[M]`, float32, in [0, 1].
         runners: The blocks; by default the unmodified ones.
+        heads: Of every pass, its first block, where that runs ahead of the others.
     """
     if isinstance(model.family, LayeredFamily):
-        return Passes(model, context, grid, levels, runners=runners)
+        return Passes(model, context, grid, levels, runners=runners, heads=heads)
     frames = (context.frames,) if context.frames else ()
     shape = (model.family.latent_channels(model.transformer), *frames, *size)
-    return ForwardPasses(model, context, shape, levels, runners=runners)
+    return ForwardPasses(model, context, shape, levels, runners=runners, heads=heads)
 
 
 class ForwardPasses:
@@ -53,6 +56,7 @@ class ForwardPasses:
         levels: Tensor,
         *,
         runners: Runners | None = None,
+        heads: Sequence[Head] = (),
     ) -> None:
         """Prepares what stays the same in every step.
 
@@ -63,20 +67,29 @@ class ForwardPasses:
                 video `[C, F, h, w]`.
             levels: t that the model is given at every step, `[M]`, float32, in [0, 1].
             runners: The blocks; by default the unmodified ones.
+            heads: See `make_passes`.
         """
         self._family = model.family
         self._scales = context.scales
         self._levels = levels
         runners = model.base if runners is None else runners
+        ahead: Sequence[Head | None] = heads or [None] * len(context.passes)
         self._passes = [
-            _Pass(model, context, one, shape, levels, runners) for one in context.passes
+            _Pass(model, context, one, shape, levels, runners, head)
+            for one, head in zip(context.passes, ahead, strict=True)
         ]
         self._unguided = self._passes[0]
         if context.unguided and len(context.passes) == 1:
             # In a step without guidance the samples with the prompt run by themselves.
             self._unguided = _Pass(
-                model, context, context.passes[0], shape, levels, runners, half=True
+                model, context, context.passes[0], shape, levels, runners, ahead[0], half=True
             )
+
+    def begin(self, latents: Tensor, step: Tensor) -> None:
+        """Runs the first block of every pass into its head."""
+        for one in self._passes:
+            copies = one.samples // len(latents)
+            one.begin(torch.cat([latents] * copies), self._levels, step)
 
     def velocity(
         self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
@@ -130,6 +143,7 @@ class _Pass:
         shape: tuple[int, ...],
         levels: Tensor,
         runners: Runners,
+        head: Head | None,
         *,
         half: bool = False,
     ) -> None:
@@ -145,10 +159,12 @@ class _Pass:
             held=family.held,
             timed=family.timed,
             residual=Residual(context.residuals, context.sigmas) if context.residuals else None,
+            head=head,
             image_first=family.image_first,
             arrange=family.block_call,
         )
-        shape = (self._rows or len(one.text), *shape)
+        self.samples = self._rows or len(one.text)
+        shape = (self.samples, *shape)
         self._tokens = family.tokens_of(shape)
         self._empty = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self._bound.hold(self._run, levels, context.steps or len(levels))
@@ -162,6 +178,11 @@ class _Pass:
                 self.sound = torch.empty_like(sound)
             self.sound.copy_(sound)
         return self._family.read_output(raw)[:, : self._tokens]
+
+    def begin(self, latents: Tensor, levels: Tensor, step: Tensor) -> None:
+        """Runs the first block into its head."""
+        level = levels.index_select(0, step)
+        self._bound.begin(self._arguments(latents.to(self._dtype), level), step)
 
     def _arguments(self, latents: Tensor, level: Tensor) -> dict[str, Any]:
         """Of the forward. Sliced only now: a captured run's tensors change places."""

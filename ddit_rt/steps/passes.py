@@ -13,7 +13,7 @@ guided the cond pass runs by itself, on the same tables, and v is v_prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from ddit_rt import ops
 from ddit_rt.models.base import Grid
 from ddit_rt.steps.base import Blocks, RunContext, Runners, StepModel, at_step
+from ddit_rt.steps.head import Head
 from ddit_rt.steps.residual import Residual
 
 
@@ -48,6 +49,7 @@ class Passes:
         runners: Runners | None = None,
         stretch: int = 1,
         places: Tensor | None = None,
+        heads: Sequence[Head] = (),
     ) -> None:
         """Prepares what stays the same in every step.
 
@@ -59,8 +61,10 @@ class Passes:
             runners: The blocks; by default the unmodified ones.
             stretch: Distance of neighbouring tokens, as `Family.positions` takes it.
             places: Which of the tokens run, `[n]`, int64, read at every step; by default all.
+            heads: Of every pass, its first block, where that runs ahead of the others.
         """
         family, transformer = model.layers, model.transformer
+        ahead: Sequence[Head | None] = heads or [None] * len(context.passes)
         self._model = model
         self._frames = context.frames
         self._scales = context.scales
@@ -73,12 +77,13 @@ class Passes:
                     Residual(context.residuals, context.sigmas, len(one.text))
                     if context.residuals
                     else None,
+                    head,
                 ),
                 text=one.text,
                 temb=family.embed_time(transformer, levels, one.conditioning),
                 positions=family.positions(transformer, grid, one.text.shape[1], stretch=stretch),
             )
-            for one in context.passes
+            for one, head in zip(context.passes, ahead, strict=True)
         )
 
     def __call__(
@@ -117,12 +122,23 @@ class Passes:
         self, latents: Tensor, step: Tensor, *, reuse: bool = False, guided: bool = True
     ) -> Tensor:
         """Velocity of latents `[B, ...]` of this size; see `Bucket.velocity`."""
+        tokens = self(self._embed(latents), step, reuse=reuse, guided=guided)
+        height, width = latents.shape[-2:]
+        return self._model.unpack(tokens, height, width, self._frames)
+
+    def begin(self, latents: Tensor, step: Tensor) -> None:
+        """Runs the first block of every pass into its head."""
+        hidden = self._embed(latents)
+        for one in self._passes:
+            copies = len(one.text) // len(hidden)
+            one.blocks.begin(
+                hidden.repeat(copies, 1, 1), one.text, at_step(one.temb, step), one.positions
+            )
+
+    def _embed(self, latents: Tensor) -> Tensor:
         model = self._model
         tokens = ops.pack(latents.to(model.dtype), model.patch_size)
-        hidden = model.layers.embed_tokens(model.transformer, tokens)
-        tokens = self(hidden, step, reuse=reuse, guided=guided)
-        height, width = latents.shape[-2:]
-        return model.unpack(tokens, height, width, self._frames)
+        return model.layers.embed_tokens(model.transformer, tokens)
 
     def _run(self, one: _Prepared, hidden: Tensor, step: Tensor, reuse: bool) -> Tensor:
         """Image tokens through the blocks and the last modulation; of a pass's first rows."""

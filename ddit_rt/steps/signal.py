@@ -7,6 +7,9 @@ time t_k. SeaCache's is z_k, filtered for what is signal in it at its noise leve
 function of latents and time alone, so m_{k-1} is computed again from z_{k-1}, which the solver's
 history holds, instead of being kept: it would be as large as a residual. It follows that skipped
 steps, and steps at other patch sizes, count like any other.
+
+FirstBlockCache's m_k is what the first block adds, and its change is measured against the latest
+computed step, whose m is kept: the block costs more to run again.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from torch import Tensor
 
 from ddit_rt import ops
 from ddit_rt.steps.base import RunContext, StepInputs, StepModel, at_step
+from ddit_rt.steps.buckets import FineBucket
+from ddit_rt.steps.head import Head
 
 
 class Signal(Protocol):
@@ -28,10 +33,12 @@ class Signal(Protocol):
     Attributes:
         rows: How many changes it tells apart.
         passes: Passes of a step that `refresh` is given.
+        always: Whether a step needs it that computes in any case.
     """
 
     rows: int
     passes: int
+    always: bool
 
     def change(self, latents: Tensor, previous: Tensor, step: Tensor) -> Tensor:
         """The signal of a step after the first.
@@ -46,6 +53,10 @@ class Signal(Protocol):
         """
         ...
 
+    def computes(self) -> None:
+        """Notes that the step in progress computes."""
+        ...
+
     def tensors(self) -> tuple[Tensor, ...]:
         """See `Bucket.tensors`."""
         ...
@@ -55,7 +66,16 @@ class Signal(Protocol):
         ...
 
 
-class InputSignal:
+class _SinceLastStep:
+    """A change since the step before, whatever that was."""
+
+    always = False
+
+    def computes(self) -> None:
+        """See `Signal.computes`."""
+
+
+class InputSignal(_SinceLastStep):
     """The change of the modulated input, of every sample in every pass of a step."""
 
     def __init__(self, model: StepModel, context: RunContext) -> None:
@@ -105,7 +125,7 @@ _LEAST = 1e-6
 _TINY = 1e-16
 
 
-class LatentSignal:
+class LatentSignal(_SinceLastStep):
     """The change of the filtered latents, of every sample.
 
     Along each axis of frames, rows and columns, of a clean picture whose power at frequency f is
@@ -159,6 +179,52 @@ class LatentSignal:
 
     def refresh(self, step: int, passes: Sequence[StepInputs]) -> None:
         """See `Signal.refresh`: it reads nothing of a pass."""
+
+
+class FirstBlockSignal:
+    """The change of what the first block adds, of every sample in every pass of a step.
+
+    A step at p goes on from what the block gave, so that it runs once.
+    """
+
+    always = True
+
+    def __init__(self, fine: Sequence[FineBucket], heads: Sequence[Head], latents: Tensor) -> None:
+        """Prepares the passes of a step.
+
+        Args:
+            fine: The steps at p whose first blocks run.
+            heads: Of all their passes; they run once, for room.
+            latents: Of the shape of the run's.
+        """
+        self._fine, self._heads = fine, heads
+        self._begin(latents, torch.zeros(1, dtype=torch.int32, device=latents.device))
+        self.rows = sum(len(head.change()) for head in heads)
+        self.passes = len(heads)
+
+    def _begin(self, latents: Tensor, step: Tensor) -> None:
+        for bucket in self._fine:
+            bucket.begin(latents, step)
+
+    def change(self, latents: Tensor, previous: Tensor, step: Tensor) -> Tensor:
+        """See `Signal.change`."""
+        del previous
+        self._begin(latents, step)
+        return torch.cat([head.change() for head in self._heads])
+
+    def computes(self) -> None:
+        """See `Signal.computes`."""
+        for head in self._heads:
+            head.keep()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """See `Signal.tensors`; the heads are the context's."""
+        return tuple(tensor for bucket in self._fine for tensor in bucket.tensors())
+
+    def refresh(self, step: int, passes: Sequence[StepInputs]) -> None:
+        """See `Signal.refresh`; of buckets that run one pass each."""
+        for bucket, now in zip(self._fine, passes, strict=True):
+            bucket.refresh(step, now)
 
 
 def _hartley(size: int) -> Tensor:

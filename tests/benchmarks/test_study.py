@@ -6,21 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from diffusers import FluxPipeline
 from extras import need
 from strict_json import strict
 
-from ddit_rt import ops
 from ddit_rt.lab.demo import model_path
 from ddit_rt.lab.demo.prompts import held_out_prompts
-from ddit_rt.policies import CacheModel, MagCache, SeaCache, StaticCache, StepCache
 
 _SHIFT = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
 KINDS = [
     "fewer_steps",
     "magcache",
     "seacache",
+    "first_block_cache",
     "static_cache",
     "static",
     "mixed",
@@ -78,46 +76,6 @@ def test_a_study_model_that_is_not_there_names_what_makes_it(
 def test_what_cannot_be_compared_is_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         import_module("bench_study").parse(arguments)
-
-
-@pytest.mark.parametrize(
-    "cache",
-    [
-        *(MagCache(threshold, mag_ratios=(1.0, 0.9, 1.1, 0.7)) for threshold in (0.0, 0.2, 0.6)),
-        MagCache(3.0, mag_ratios=(1.0, 0.98), max_skip_steps=5, retention_ratio=0.1),
-        *(SeaCache(threshold, max_consecutive_cached=3) for threshold in (0.1, 0.5, 9.0)),
-        StaticCache(2.5, first=4),
-    ],
-)
-def test_counted_steps_are_those_that_the_native_decision_computes(cache: StepCache) -> None:
-    steps = 30
-    table = cache.resolve(CacheModel(name="model", steps=steps, fits=(), time_changes=None))
-    assert table is not None
-    changes = torch.rand(steps, generator=torch.Generator().manual_seed(0)) * 0.3
-    counted = import_module("study_plans").computed_steps(table, changes.tolist())
-    increments, coefficients = table.tensors()
-    state, memory = torch.zeros(4, dtype=torch.int32), torch.zeros(ops.CACHE_HEADER + 1)
-    record = torch.zeros(steps, ops.CACHE_RECORD)
-    computed = 0
-    for step in range(steps):
-        state.copy_(torch.tensor([0, step + 1, 0, 0]))  # still at the base size
-        signal = changes[step : step + 1] if table.signalled(step) else torch.zeros(0)
-        ops.decide_reuse_(
-            signal,
-            increments,
-            coefficients,
-            state,
-            memory,
-            record,
-            step,
-            1,
-            table.threshold,
-            table.limit,
-            table.product,
-        )
-        computed += int(state[-1]) == 0
-    assert counted == computed
-    assert 1 <= counted <= steps
 
 
 def test_the_planner_is_compared_with_the_cheapest_way_to_its_closeness() -> None:

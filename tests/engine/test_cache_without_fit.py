@@ -7,18 +7,30 @@ from typing import Any
 import pytest
 import qwen_models
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SeaCacheConfig
+from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, SeaCacheConfig
 from diffusers.hooks import sea_cache
-from driving import FINE, pattern, trace_of
-from models import eager, noise, seeded, tiny_conditioning
+from diffusers.hooks.first_block_cache import FBCHeadBlockHook
+from driving import FINE, pattern, replace_prompt, trace_of
+from models import eager, noise, seeded, tiny_conditioning, tiny_embeds
 from models import tiny_pipeline as flux_pipeline
 from wan_models import CALL as WAN
 from wan_models import unipc, wan_pipeline
 
-from ddit_rt import MagCache, NoCache, SeaCache, StaticCache, StaticPolicy, StepCache
+from ddit_rt import (
+    FirstBlockCache,
+    MagCache,
+    NoCache,
+    SeaCache,
+    StaticCache,
+    StaticPolicy,
+    StepCache,
+)
 from ddit_rt.errors import UnsupportedModelError
 
 STEPS = 12
+SIZE = {"height": 64, "width": 64, "num_inference_steps": STEPS, "output_type": "latent"}
+FLUX: dict[str, Any] = {**tiny_embeds(), **SIZE}
+QWEN: dict[str, Any] = {**qwen_models.tiny_embeds(), **SIZE, "true_cfg_scale": 1.0}
 CALL = {**WAN, "negative_prompt": "a dog", "num_inference_steps": STEPS}
 
 
@@ -59,6 +71,42 @@ def test_sea_cache_equals_diffusers_own(
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["flux", "flux driven", "wan", "qwen", "qwen driven"])
+def test_first_block_cache_equals_diffusers_own(
+    monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Of models whose layers the family tells, with one or two kinds of blocks, and of one that
+    runs by its own forward; driven by the pipeline, with a prompt that changes on the way.
+    """
+    name, _, driven = family.partition(" ")
+    make, call, threshold = {
+        "flux": (flux_pipeline, FLUX, 0.55),
+        "wan": (wan_pipeline, {**CALL, "guidance_scale": 1.0}, 0.07),
+        "qwen": (qwen_models.tiny_pipeline, QWEN, 0.7),
+    }[name]
+    if driven:
+        tensors = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        call = {**call, "callback_on_step_end": replace_prompt, **tensors}
+    decisions: list[bool] = []
+    own = FBCHeadBlockHook._should_compute_remaining_blocks
+
+    def should_compute(*arguments: Any) -> bool:
+        decisions.append(own(*arguments))
+        return decisions[-1]
+
+    monkeypatch.setattr(FBCHeadBlockHook, "_should_compute_remaining_blocks", should_compute)
+    pipeline = make()
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold))
+    expected = pipeline(**call, generator=seeded())[0]
+    engine = eager(make())
+    cache = FirstBlockCache(threshold)
+    actual = engine(**call, generator=seeded(), patch_policy=FINE, step_cache=cache)[0]
+    computed = [not record.reused for record in trace_of(engine)]
+    assert computed == decisions
+    assert 2 < computed.count(False) < STEPS - 2
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
 def test_a_static_plan_reuses_as_it_says_at_any_step_and_size() -> None:
     engine = eager(flux_pipeline())
     start = noise(1, 4, 16, 16)
@@ -79,17 +127,14 @@ def test_a_static_plan_reuses_as_it_says_at_any_step_and_size() -> None:
     assert note in trace_of(engine).notes
 
 
-@pytest.mark.parametrize(("cache", "driven"), [(SeaCache(0.5), True), (StaticCache(2), False)])
+@pytest.mark.parametrize(
+    ("cache", "driven"),
+    [(SeaCache(0.5), True), (FirstBlockCache(0.7), True), (StaticCache(2), False)],
+)
 def test_a_family_that_does_not_tell_its_layers_has_them(cache: StepCache, driven: bool) -> None:
     pipeline = qwen_models.tiny_pipeline()
     engine = eager(pipeline)
-    call = {
-        **qwen_models.tiny_embeds(),
-        "height": 64,
-        "width": 64,
-        "num_inference_steps": STEPS,
-        "output_type": "latent",
-    }
+    call = dict(QWEN)
     if driven:
         call["callback_on_step_end"] = lambda *_: {}
     finals = [

@@ -16,6 +16,7 @@ from torch import Tensor
 from ddit_rt import (
     DDiTPolicy,
     FinePolicy,
+    FirstBlockCache,
     MagCache,
     NoCache,
     PatchPolicy,
@@ -36,6 +37,7 @@ MAG = MagCache(
     max_skip_steps=2,
     mag_ratios=[1.0, 0.97, 1.05, 0.99, 1.1, 0.9, 1.0, 1.02, 0.95, 1.03, 0.98, 0.9],
 )
+FIRST = FirstBlockCache(0.15)
 MIXED = DDiTPolicy(tau=1.0, refresh=3, fine_tail=2)
 SHAPES = {"flux": (2, 4, 16, 16), "wan": (1, 4, 3, 8, 16)}
 
@@ -73,6 +75,8 @@ CACHES = [
     ("flux", MAG),
     ("flux", replace(TEA, residual_order=1)),
     ("flux", SeaCache(0.3)),
+    ("flux", FirstBlockCache(0.5)),
+    ("wan", FirstBlockCache(0.15, residual_order=1)),
     ("wan", TEA_WAN),
     ("wan", MAG),
     ("wan", SeaCache(0.3, residual_order=0)),
@@ -149,10 +153,23 @@ def test_no_run_extrapolates_from_another(graphs: EmulatedGraphs, form: str) -> 
     assert len(executor.captures) == 2, "one for those with a signal"
 
 
-def test_two_passes_keep_a_residual_each(graphs: EmulatedGraphs) -> None:
+@pytest.mark.parametrize("cache", [TEA_WAN, FIRST])
+def test_two_passes_keep_a_residual_each(graphs: EmulatedGraphs, cache: StepCache) -> None:
     executor = CudaExecutor(graphs, "loop")
-    _, trace = Model("wan").same(executor, FinePolicy(), TEA_WAN, batched_guidance=False)
+    _, trace = Model("wan").same(executor, FinePolicy(), cache, batched_guidance=False)
     assert trace.reused > 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_first_block_is_one_for_graphs_of_several_runs(graphs: EmulatedGraphs, form: str) -> None:
+    """The signal is captured with a run that takes no step at p."""
+    model, executor = Model("flux"), CudaExecutor(graphs, form)
+    cache = FirstBlockCache(0.6)
+    for seed, policy in enumerate([StaticPolicy("2p"), FinePolicy(), StaticPolicy("2p:0.5,p")]):
+        start = model.noise(seed)
+        _, trace = model.same(executor, policy, cache, seed=seed, start=start)
+        assert 0 < trace.reused < STEPS - 1
+    assert graphs.captured == ["2p", "2p reused", "signal", "p", "p reused"]
 
 
 @pytest.mark.slow
@@ -161,7 +178,7 @@ def test_two_passes_keep_a_residual_each(graphs: EmulatedGraphs) -> None:
     [  # all pairs
         (form, cache, (row + column) % 2 == 0)
         for row, form in enumerate(FORMS)
-        for column, cache in enumerate((NoCache(), TEA_WAN, MAG, StaticCache(2, first=1)))
+        for column, cache in enumerate((NoCache(), FIRST, MAG, StaticCache(2, first=1)))
     ],
 )
 def test_steps_outside_the_guidance_interval_have_graphs_of_their_own(

@@ -26,6 +26,7 @@ from ddit_rt import ops
 from ddit_rt.errors import ShapeError, UnsupportedModelError
 from ddit_rt.models import family_of
 from ddit_rt.models.base import Grid
+from ddit_rt.models.layered import ALL_BLOCKS
 from ddit_rt.models.wan import WanFamily
 from ddit_rt.steps import Detail, FineBucket, Pass, RunContext, SnrBucket, StepModel
 
@@ -158,11 +159,17 @@ class KnownVideo(WanFamily):
         return tokens
 
     def run_blocks(
-        self, runners: Any, hidden: torch.Tensor, text: Any, temb: Any, positions: Any
-    ) -> torch.Tensor:
+        self,
+        runners: Any,
+        hidden: torch.Tensor,
+        text: Any,
+        temb: Any,
+        positions: Any,
+        which: slice = ALL_BLOCKS,
+    ) -> tuple[torch.Tensor, Any]:
         tokens = hidden.shape[1] // self.clean.shape[2]
         clean = self.clean[..., :1, :1].expand(*self.clean.shape[:3], 2, 2 * tokens)
-        return (hidden - ops.pack(clean.contiguous(), 2)) / temb
+        return (hidden - ops.pack(clean.contiguous(), 2)) / temb, text
 
     def modulate_output(self, transformer: Any, hidden: torch.Tensor, temb: Any) -> torch.Tensor:
         return hidden

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddit_rt.ops import (
+    CacheGrowth,
     attention,
     decide_,
     decide_reuse_,
@@ -205,8 +206,8 @@ def test_decisions(data: Any, dwell: int, monotone: bool) -> None:
 
 
 @drawn(60)
-@given(data=st.data(), product=st.booleans())
-def test_reuse(data: Any, product: bool) -> None:
+@given(data=st.data(), growth=st.sampled_from(CacheGrowth))
+def test_reuse(data: Any, growth: CacheGrowth) -> None:
     """A step that follows a computed one: it reuses while no row's change reaches the threshold."""
     rows = data.draw(st.integers(1, 5))
     signal = data.draw(laid_out((rows,), torch.float32)).abs()
@@ -215,7 +216,7 @@ def test_reuse(data: Any, product: bool) -> None:
     threshold = data.draw(st.floats(0, 3, width=32))
     state = torch.tensor([0, 1, 0, 0], dtype=torch.int32)
     memory, record = torch.full((2 + rows,), 7.0), torch.zeros(2, 2)
-    fixed = (2, threshold, 9, product)
+    fixed = (2, threshold, 9, growth)
     decide_reuse_(signal, increments, terms, state, memory, record, 0, *fixed)
     assert int(state[3]) == 0
     state[1] = 2
@@ -225,7 +226,7 @@ def test_reuse(data: Any, product: bool) -> None:
         for term in terms:
             change = change * signal + term
     else:
-        grown = abs(1 - increments[1]) if product else increments[1]
+        grown = abs(1 - increments[1]) if growth == CacheGrowth.PRODUCT else increments[1]
         change = torch.full((rows,), float(grown))
     largest = float(change.max())
     if math.isclose(largest, threshold, rel_tol=1e-6, abs_tol=1e-6):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddit_rt import _runtime
-from ddit_rt.ops import CacheReason, decide_reuse_
+from ddit_rt.ops import CacheGrowth, CacheReason, decide_reuse_
 
 BUCKETS = 3
 NONE = math.nan  # an increment that says: compute
@@ -23,7 +23,7 @@ class Cache:
     threshold: float = 1.0
     coefficients: list[float] = field(default_factory=list)
     limit: int = 99
-    product: bool = False
+    growth: CacheGrowth = CacheGrowth.SUM
     batch: int = 1
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class Cache:
         self.state.copy_(torch.tensor([bucket, run, int(self.state[2]), bucket]))
         decide_reuse_(
             torch.tensor(signal), self.table, self.terms, self.state, self.memory, self.record,
-            self.step, BUCKETS, self.threshold, self.limit, self.product,
+            self.step, BUCKETS, self.threshold, self.limit, self.growth,
         )  # fmt: skip
         reason = CacheReason(int(self.record[self.step, 0]))
         reused = reason == CacheReason.REUSED
@@ -100,7 +100,7 @@ def test_every_sample_of_a_batch_has_a_sum_and_a_say() -> None:
 
 def test_product_adds_the_error_of_the_ratios_so_far() -> None:
     ratios = [NONE, 0.9, 0.9, 1.1, 0.95]
-    cache = Cache(ratios, threshold=0.3, product=True)
+    cache = Cache(ratios, threshold=0.3, growth=CacheGrowth.PRODUCT)
     assert cache.take() == CacheReason.FORCED
     assert cache.take() == CacheReason.REUSED  # 0.1
     assert cache.take() == CacheReason.REUSED  # 0.1 + 0.19
@@ -108,6 +108,22 @@ def test_product_adds_the_error_of_the_ratios_so_far() -> None:
     assert cache.take() == CacheReason.REUSED
     expected = [0.1, 0.29, 0.399, 0.05]
     assert cache.sums[1:] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_change_since_the_latest_computed_step_is_not_added_up() -> None:
+    cache = Cache(
+        [NONE] + [0.0] * 4,
+        threshold=0.3,
+        coefficients=[1.0, 0.0],
+        batch=2,
+        growth=CacheGrowth.LATEST,
+    )
+    assert cache.take(9.0, 9.0) == CacheReason.FORCED
+    assert cache.take(0.2, 0.1) == CacheReason.REUSED
+    assert cache.take(0.1, 0.2) == CacheReason.REUSED  # the sums would be 0.3
+    assert cache.take(0.1, 0.4) == CacheReason.ABOVE
+    assert cache.take(0.2, 0.2) == CacheReason.REUSED
+    assert cache.sums[1:] == pytest.approx([0.2, 0.2, 0.4, 0.2])
 
 
 def test_limit_ends_a_row_of_reused_steps() -> None:
@@ -168,9 +184,10 @@ def arguments() -> dict[str, Tensor]:
         ({"step": 4}, "step 4"),
         ({"buckets": 0}, "buckets 0"),
         ({"limit": -1}, "limit -1"),
+        ({"growth": 3}, "growth 3"),
     ],
 )
 def test_refuses_what_does_not_fit(changes: dict[str, Any], message: str) -> None:
-    numbers = {"step": 0, "buckets": 3, "limit": 9}
+    numbers = {"step": 0, "buckets": 3, "limit": 9, "growth": 0}
     with pytest.raises(RuntimeError, match=message):
-        decide_reuse_(**{**arguments(), **numbers, **changes}, threshold=1.0, product=False)
+        decide_reuse_(**{**arguments(), **numbers, **changes}, threshold=1.0)

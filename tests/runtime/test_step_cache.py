@@ -23,7 +23,7 @@ from step_loop import (
 )
 
 from ddit_rt import ops
-from ddit_rt.ops import CacheReason
+from ddit_rt.ops import CacheGrowth, CacheReason
 from ddit_rt.policies import CacheTable
 
 FORMS = ["loop", "step", "host"]
@@ -48,7 +48,7 @@ def tea(threshold: float, steps: int = 12) -> CacheTable:
 def mag(limit: int = 2) -> CacheTable:
     ratios = (0.97, 1.05, 0.99, 1.1, 0.9, 1.0, 1.02, 0.95, 1.03, 0.98)
     increments = (math.nan, math.nan, *ratios)
-    return CacheTable(increments=increments, threshold=0.2, limit=limit, product=True)
+    return CacheTable(increments=increments, threshold=0.2, limit=limit, growth=CacheGrowth.PRODUCT)
 
 
 CACHES = {"tea": tea(0.8), "table": replace(tea(0.3), coefficients=()), "mag": mag()}
@@ -115,10 +115,10 @@ def test_the_cases_above_meet_every_reason() -> None:
     assert reasons == wanted
 
 
-@pytest.mark.parametrize("product", [False, True])
+@pytest.mark.parametrize("growth", list(CacheGrowth))
 @pytest.mark.parametrize("terms", [0, 1, 4, 7])
 def test_the_decision_equals_the_cpu_op_over_random_runs(
-    runtime: ModuleType, product: bool, terms: int
+    runtime: ModuleType, growth: CacheGrowth, terms: int
 ) -> None:
     """Sums of signals that are not finite in places, at sizes that change, to the bit."""
     steps = 60
@@ -129,7 +129,7 @@ def test_the_decision_equals_the_cpu_op_over_random_runs(
         increments=tuple(increments.tolist()),
         threshold=1.5,
         limit=3,
-        product=product,
+        growth=growth,
         coefficients=tuple((torch.rand(terms) - 0.3).tolist()),
     )
     forced = torch.randint(0, 3, (steps // 6,)).repeat_interleave(6).tolist()
@@ -150,7 +150,7 @@ def test_the_decision_equals_the_cpu_op_over_random_runs(
         ops.decide_(torch.empty(2, 0), loop["forced"], plan.thresholds, state, record, k, 0, False)
         ops.decide_reuse_(
             signals[k], table, coefficients, state, memory, rows, k, 3,
-            cache.threshold, cache.limit, product,
+            cache.threshold, cache.limit, growth,
         )  # fmt: skip
         assert torch.equal(loop["state"][4:8], state)
         assert torch.equal(loop["cache"], memory)

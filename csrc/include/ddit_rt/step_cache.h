@@ -22,13 +22,20 @@ enum class CacheReason : int32_t {
   kReused = 6,     // reused: the accumulated change is below the threshold
 };
 
+// How a row's sum grows; `ddit_rt.ops.CacheGrowth` repeats these codes.
+enum class CacheGrowth : int32_t {
+  kSum = 0,      // by the step's change
+  kProduct = 1,  // by |1 - p|, p being the product of the increments since the latest computed step
+  kLatest = 2,   // not at all: it is the step's change, measured against the latest computed step
+};
+
 inline constexpr int kMaxTerms = 7;     // of a polynomial
 inline constexpr int kCacheHeader = 2;  // words of a cache's memory before one sum per row
 inline constexpr int kCacheRecord = 2;  // a step's row of the record: reason, accumulated change
 
 // What a run's step cache fixes.
 struct CacheRule {
-  int32_t product;                // 1: increments are factors, and |1 - their product| is added
+  CacheGrowth growth;             // of every row's sum
   float threshold;                // below it a step reuses
   int32_t limit;                  // steps in a row that may reuse
   int32_t terms;                  // of the polynomial that makes increments of signals; 0: a table
@@ -55,19 +62,19 @@ DDIT_RT_HD float step_change(const float* signal,  // [R]
                              float increment, int row, const CacheRule& rule,
                              const CacheMemory& memory) {
   if (rule.terms > 0) return polynomial(rule.coefficients, rule.terms, signal[row]);
-  return rule.product != 0 ? fabsf(1.0f - memory.product()) : increment;
+  return rule.growth == CacheGrowth::kProduct ? fabsf(1.0f - memory.product()) : increment;
 }
 
 // Adds this step's change to every row's sum; the largest sum, NaN if a change is not finite.
 DDIT_RT_HD float accumulate(const float* signal,  // [R]
                             float increment, int rows, const CacheRule& rule,
                             const CacheMemory& memory) {
-  if (rule.product != 0) memory.product() *= increment;
+  if (rule.growth == CacheGrowth::kProduct) memory.product() *= increment;
   float largest = -INFINITY;
   for (int row = 0; row < rows; ++row) {
     const float change = step_change(signal, increment, row, rule, memory);
     if (!is_finite(change)) return NAN;
-    memory.sum(row) += change;
+    memory.sum(row) = rule.growth == CacheGrowth::kLatest ? change : memory.sum(row) + change;
     largest = memory.sum(row) > largest ? memory.sum(row) : largest;
   }
   return largest;

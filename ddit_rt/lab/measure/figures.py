@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which colour-blind readers tell apart too.
 BLACK, GREY = "#000000", "#999999"
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
-SKY, RED, YELLOW = "#56B4E9", "#D55E00", "#F0E442"
+SKY, RED, YELLOW, BROWN = "#56B4E9", "#D55E00", "#F0E442", "#7F5539"
 
 PALETTE = (GREY, BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW)
 """Colours of a series of things, the first of which is the reference."""

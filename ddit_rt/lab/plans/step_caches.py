@@ -12,10 +12,13 @@ import numpy as np
 from ddit_rt.lab.plans.dial import on_log_scale
 from ddit_rt.loop import RunTrace
 from ddit_rt.models import family_named
+from ddit_rt.ops import CacheGrowth
 from ddit_rt.planning.outline import model_fits
 from ddit_rt.policies import (
     CacheFit,
     CacheModel,
+    CacheTable,
+    FirstBlockCache,
     MagCache,
     SeaCache,
     StaticCache,
@@ -104,22 +107,15 @@ class CacheDial:
             CacheModel(name="", steps=steps, fits=_NO_FITS, time_changes=lambda _: [0.0] * steps)
         )
         assert table is not None, "a cache that caches"
-        grown = table.increments
-        if table.product:  # its ratios are those of single steps, however many there are
-            grown = nearest_ratios(self.changes, steps)
+        grown: Sequence[float] = table.increments
+        if table.growth == CacheGrowth.PRODUCT:
+            # Of single steps, however many there are; whether they grew or shrank is not known.
+            grown = [1 - change for change in nearest_ratios(self.changes, steps)]
         elif self.changes:
             ends = np.linspace(0, len(self.changes), steps + 1)
             summed = np.interp(ends, range(len(self.changes) + 1), [0, *np.cumsum(self.changes)])
-            grown = tuple(np.diff(summed).tolist())
-        computed, in_a_row, since, total = 0, 0, 0.0, 0.0
-        for increment, change in zip(table.increments, grown, strict=True):
-            since += change
-            # Of products the errors since the latest computed step add up, not the changes.
-            total += since if table.product else change
-            if not math.isnan(increment) and total < table.threshold and in_a_row < table.limit:
-                in_a_row += 1
-            else:
-                computed, in_a_row, since, total = computed + 1, 0, 0.0, 0.0
+            grown = np.diff(summed).tolist()
+        computed = computed_steps(table, grown)
         return (computed + (steps - computed) * self.reused) / steps
 
 
@@ -168,6 +164,31 @@ STEP_CACHES = (
     ),
 )
 """All that a search may take, a line each."""
+
+
+_FIRST_BLOCK = CacheDial(
+    cache=FirstBlockCache(0.0), alternating=FirstBlockCache(1e30, max_consecutive_cached=1)
+)
+"""None that a search takes: it is no closer than SeaCache in as many steps (docs/quality.md)."""
+
+
+def computed_steps(table: CacheTable, grown: Sequence[float]) -> int:
+    """How many steps compute at one patch size, as `ops.decide_reuse_` decides of a single image.
+
+    Args:
+        table: The cache, resolved.
+        grown: By what the change grows at each step, as `CacheTable.increments` says, also in
+            steps that always compute. What `LATEST` measures is taken for the sum of these.
+    """
+    total, factor, reused, computed = 0.0, 1.0, 0, 0
+    for increment, own in zip(table.increments, grown, strict=True):
+        factor *= own
+        total += abs(1 - factor) if table.growth == CacheGrowth.PRODUCT else own
+        if not math.isnan(increment) and total < table.threshold and reused < table.limit:
+            reused += 1
+        else:
+            total, factor, reused, computed = 0.0, 1.0, 0, computed + 1
+    return computed
 
 
 def searched_caches(engine: Any) -> tuple[CacheDial, ...]:
@@ -225,4 +246,5 @@ def changes_of(trace: RunTrace) -> list[float]:
 
 def alternating(cache: StepCache) -> StepCache:
     """The same kind of cache, computing and reusing in turn."""
-    return next(dial.alternating for dial in STEP_CACHES if isinstance(cache, type(dial.cache)))
+    dials = (*STEP_CACHES, _FIRST_BLOCK)
+    return next(dial.alternating for dial in dials if isinstance(cache, type(dial.cache)))

@@ -6,16 +6,18 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
+import torch
 from extras import need
 from models import prompting_pipeline
 
 import ddit_rt
-from ddit_rt import Engine, FinePolicy, MagCache, SeaCache, StaticCache, TeaCache
+from ddit_rt import Engine, FinePolicy, MagCache, SeaCache, StaticCache, StepCache, TeaCache, ops
 from ddit_rt.lab.calibrate import CalibrationConfig, Prompt, calibrate
 from ddit_rt.lab.plans.bench import NO_FIT, OWN_LEVELS, EngineBench
 from ddit_rt.lab.plans.candidates import CACHED, KINDS, Candidate
 from ddit_rt.lab.plans.genome import Genome
-from ddit_rt.policies import CacheFit
+from ddit_rt.lab.plans.step_caches import computed_steps
+from ddit_rt.policies import CacheFit, CacheModel
 
 STEPS = 8
 SIZE = {"height": 64, "width": 64}
@@ -40,7 +42,7 @@ def bench(engine: Engine, unit: str = "tokens") -> EngineBench:
     )
 
 
-def cached(cache: ddit_rt.StepCache, steps: int = STEPS) -> Candidate:
+def cached(cache: StepCache, steps: int = STEPS) -> Candidate:
     return Candidate(
         kind=CACHED, label="", policy=FinePolicy(), num_inference_steps=steps, step_cache=cache
     )
@@ -103,6 +105,46 @@ def test_what_a_cache_will_cost_is_known_before_it_runs() -> None:
             off = 0 if isinstance(dial.cache, StaticCache) else 2
             computed = ran.cost / made.tables.costs["p"]
             assert abs(share * count - computed) <= off + 1e-6, (dial.name, level, changed, count)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        *(MagCache(threshold, mag_ratios=(1.0, 0.9, 1.1, 0.7)) for threshold in (0.0, 0.2, 0.6)),
+        MagCache(3.0, mag_ratios=(1.0, 0.98), max_skip_steps=5, retention_ratio=0.1),
+        *(SeaCache(threshold, max_consecutive_cached=3) for threshold in (0.1, 0.5, 9.0)),
+        StaticCache(2.5, first=4),
+    ],
+)
+def test_counted_steps_are_those_that_the_native_decision_computes(cache: StepCache) -> None:
+    steps = 30
+    table = cache.resolve(CacheModel(name="model", steps=steps, fits=(), time_changes=None))
+    assert table is not None
+    changes = torch.rand(steps, generator=torch.Generator().manual_seed(0)) * 0.3
+    counted = computed_steps(table, changes.tolist() if table.coefficients else table.increments)
+    increments, coefficients = table.tensors()
+    state, memory = torch.zeros(4, dtype=torch.int32), torch.zeros(ops.CACHE_HEADER + 1)
+    record = torch.zeros(steps, ops.CACHE_RECORD)
+    computed = 0
+    for step in range(steps):
+        state.copy_(torch.tensor([0, step + 1, 0, 0]))  # still at the base size
+        signal = changes[step : step + 1] if table.signalled(step) else torch.zeros(0)
+        ops.decide_reuse_(
+            signal,
+            increments,
+            coefficients,
+            state,
+            memory,
+            record,
+            step,
+            1,
+            table.threshold,
+            table.limit,
+            table.growth,
+        )
+        computed += int(state[-1]) == 0
+    assert counted == computed
+    assert 1 <= counted <= steps
 
 
 def test_search_without_a_fit_or_levels_says_what_it_goes_without() -> None:
