@@ -25,7 +25,7 @@ from ddit_rt.lab.measure.timing import (
     measure,
     pipeline_method,
 )
-from ddit_rt.policies import FinePolicy
+from ddit_rt.policies import FinePolicy, FirstBlockCache
 
 CACHE_THRESHOLDS = (0.02, 0.05, 0.08, 0.12, 0.16, 0.2, 0.3, 0.4, 0.6)
 CACHE_DEFAULT = 0.05
@@ -133,6 +133,14 @@ def all_methods(
         _cached("first_block_cache", "default", pipeline, CACHE_DEFAULT, arguments),
         _cached("first_block_cache_best", "best", pipeline, threshold, arguments),
         *ours,
+        engine_method(
+            "fine_cached",
+            f"ddit_rt, FirstBlockCache ({threshold:g})",
+            engine,
+            patch_policy=FinePolicy(),
+            step_cache=FirstBlockCache(threshold),
+            **arguments,
+        ),
         engine_method(
             "fewer_steps",
             f"ddit_rt, {steps} steps at full resolution (time of dynamic)",

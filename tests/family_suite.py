@@ -35,7 +35,7 @@ from models import noise, seeded
 from torch import Tensor, nn
 
 import ddit_rt
-from ddit_rt import DDiTPolicy, Engine, MagCache, StaticPolicy, TokenRanges
+from ddit_rt import DDiTPolicy, Engine, FirstBlockCache, MagCache, StaticPolicy, TokenRanges
 from ddit_rt.engine.cost import step_cost
 from ddit_rt.engine.memory import memory_of
 from ddit_rt.errors import ShapeError, UnsupportedModelError
@@ -246,6 +246,15 @@ class FamilySuite:
             if not negative:
                 assert_equal(driven, table, tolerance=TOLERANCE)
 
+    @pytest.mark.filterwarnings("ignore:the step cache reused no step")
+    def test_a_first_block_may_run_ahead_of_the_others(self, engine: Engine) -> None:
+        call = self.guided_or_not((5,))
+        for way in WAYS:
+            fine = generated(engine, call, patch_policy=FINE, **way)
+            cache = FirstBlockCache(0.0)
+            ahead = generated(engine, call, patch_policy=FINE, step_cache=cache, **way)
+            assert_equal(ahead, fine, tolerance=TOLERANCE)
+
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
     def test_in_half_precision_the_model_sees_the_pipelines_times(self) -> None:
@@ -350,12 +359,13 @@ class FamilySuite:
     @pytest.mark.slow
     def test_a_step_cache_reuses_what_the_blocks_added(self, engine: Engine, graphs: Any) -> None:
         device, call = captured_by(graphs, self.case.pipeline()), self.guided_or_not((7,))
-        more = {"patch_policy": FINE, "step_cache": CACHE}
-        ours = generated(engine, call, **more)
-        assert any("reused" in record.cache_reason for record in trace_of(engine))
-        assert torch.equal(generated(device, call, **more), ours)
         fine = generated(engine, call, patch_policy=FINE)
-        assert 1e-6 < float((fine - ours).abs().max() / fine.abs().max()) < 1
+        for cache in (CACHE, FirstBlockCache(1e30, max_consecutive_cached=1)):
+            more = {"patch_policy": FINE, "step_cache": cache}
+            ours = generated(engine, call, **more)
+            assert any("reused" in record.cache_reason for record in trace_of(engine))
+            assert torch.equal(generated(device, call, **more), ours)
+            assert 1e-6 < float((fine - ours).abs().max() / fine.abs().max()) < 1
 
     @pytest.mark.slow
     def test_cost_and_memory_are_counted(self, engine: Engine) -> None:

@@ -254,18 +254,20 @@ class PipelineRun:
         step, signal = self._step.index, session.signal()
         self._timesteps.append(call.timestep)
         if signal is not None:
-            # Of the step before too: a pass whose call comes later was not known then.
-            for row in range(max(step - 1, 0), step + 1):
+            # Of the step before too, where that is computed again: a pass whose call comes later
+            # was not known then.
+            first = step if signal.keeps else max(step - 1, 0)
+            for row in range(first, step + 1):
                 signal.refresh(row, self._latest_inputs(self._timesteps[row], signal.passes))
         branch = session.decide(step, self._seen.entry(call.latents))
         if branch < len(self._outline.offered):
             self._computed.clear()
         return branch
 
-    def _latest_inputs(self, timestep: Tensor, passes: int) -> list[StepInputs]:
-        """The inputs of every pass at a step's time; the first stands for one not called yet."""
-        latest = (self._inputs.get(place, self._inputs[0]) for place in range(passes))
-        return [replace(inputs, timestep=timestep) for inputs in latest]
+    def _latest_inputs(self, timestep: Tensor, passes: int) -> list[StepInputs | None]:
+        """The inputs of every pass at a step's time; None for one not called yet."""
+        latest = map(self._inputs.get, range(passes))
+        return [inputs and replace(inputs, timestep=timestep) for inputs in latest]
 
     def _run_branch(
         self, session: StepSession, stage: int, inputs: StepInputs, latents: Tensor

@@ -246,7 +246,7 @@ class _CacheState:
         """Decides whether the step reuses, and so turns the decided bucket into a branch."""
         table, signal = self._plan.table, self._no_signal
         source = self._plan.signal
-        if source is not None and (source.always or table.signalled(step)):
+        if source is not None and (source.keeps or table.signalled(step)):
             latents, previous = state.latents(step), state.latents(step - 1)
             signal = source.change(latents, previous, state.index(step))
         ops.decide_reuse_(

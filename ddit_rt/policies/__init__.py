@@ -11,19 +11,18 @@ from ddit_rt.policies.cache import (
 )
 from ddit_rt.policies.cache_fit import CACHE_KINDS, CacheFit, published_fits
 from ddit_rt.policies.cache_without_fit import FirstBlockCache, SeaCache, StaticCache
+from ddit_rt.policies.ddit import DDiTPolicy
 from ddit_rt.policies.patch import (
     DYNAMIC,
-    DDiTPolicy,
-    FinePolicy,
     PatchPolicy,
     PolicyTable,
     Schedule,
-    StaticPolicy,
     parse_patch,
     patch_name,
 )
 from ddit_rt.policies.published import published_fast_plan
 from ddit_rt.policies.spectral import SpectralPolicy, published_spectrum
+from ddit_rt.policies.static import FinePolicy, StaticPolicy
 from ddit_rt.policies.written import (
     POLICY_NAMES,
     as_step_cache,

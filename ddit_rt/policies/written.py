@@ -10,14 +10,10 @@ from typing import Any, TypeVar
 from ddit_rt import checks
 from ddit_rt.policies.cache import MagCache, NoCache, StepCache, TeaCache
 from ddit_rt.policies.cache_without_fit import FirstBlockCache, SeaCache, StaticCache
-from ddit_rt.policies.patch import (
-    DDiTPolicy,
-    FinePolicy,
-    PatchPolicy,
-    StaticPolicy,
-    is_patch,
-)
+from ddit_rt.policies.ddit import DDiTPolicy
+from ddit_rt.policies.patch import PatchPolicy, is_patch
 from ddit_rt.policies.spectral import SpectralPolicy
+from ddit_rt.policies.static import FinePolicy, StaticPolicy
 
 _Described = TypeVar("_Described", PatchPolicy, StepCache)
 

@@ -33,12 +33,13 @@ class Signal(Protocol):
     Attributes:
         rows: How many changes it tells apart.
         passes: Passes of a step that `refresh` is given.
-        always: Whether a step needs it that computes in any case.
+        keeps: Whether it keeps what a later step is compared with, so that it must measure every
+            step, whether or not that computes in any case.
     """
 
     rows: int
     passes: int
-    always: bool
+    keeps: bool
 
     def change(self, latents: Tensor, previous: Tensor, step: Tensor) -> Tensor:
         """The signal of a step after the first.
@@ -61,15 +62,15 @@ class Signal(Protocol):
         """See `Bucket.tensors`."""
         ...
 
-    def refresh(self, step: int, passes: Sequence[StepInputs]) -> None:
-        """Writes a step's row of every pass anew; `sigma` is not read."""
+    def refresh(self, step: int, passes: Sequence[StepInputs | None]) -> None:
+        """Writes a step's row of every pass anew; None for a pass that was not called yet."""
         ...
 
 
 class _SinceLastStep:
     """A change since the step before, whatever that was."""
 
-    always = False
+    keeps = False
 
     def computes(self) -> None:
         """See `Signal.computes`."""
@@ -112,10 +113,12 @@ class InputSignal(_SinceLastStep):
         """See `Signal.tensors`."""
         return tuple(self._tables)
 
-    def refresh(self, step: int, passes: Sequence[StepInputs]) -> None:
+    def refresh(self, step: int, passes: Sequence[StepInputs | None]) -> None:
         """See `Signal.refresh`."""
         family, transformer = self._model.layers, self._model.transformer
-        for table, now in zip(self._tables, passes, strict=True):
+        for table, one in zip(self._tables, passes, strict=True):
+            now = one or passes[0]
+            assert now is not None, "the first pass is called first"
             row = family.embed_time(transformer, now.timestep, now.conditioning)
             table[step].copy_(row[0])
 
@@ -177,7 +180,7 @@ class LatentSignal(_SinceLastStep):
         """See `Signal.tensors`; the noise levels are the context's."""
         return tuple(self._powers)
 
-    def refresh(self, step: int, passes: Sequence[StepInputs]) -> None:
+    def refresh(self, step: int, passes: Sequence[StepInputs | None]) -> None:
         """See `Signal.refresh`: it reads nothing of a pass."""
 
 
@@ -187,7 +190,7 @@ class FirstBlockSignal:
     A step at p goes on from what the block gave, so that it runs once.
     """
 
-    always = True
+    keeps = True
 
     def __init__(self, fine: Sequence[FineBucket], heads: Sequence[Head], latents: Tensor) -> None:
         """Prepares the passes of a step.
@@ -221,10 +224,11 @@ class FirstBlockSignal:
         """See `Signal.tensors`; the heads are the context's."""
         return tuple(tensor for bucket in self._fine for tensor in bucket.tensors())
 
-    def refresh(self, step: int, passes: Sequence[StepInputs]) -> None:
+    def refresh(self, step: int, passes: Sequence[StepInputs | None]) -> None:
         """See `Signal.refresh`; of buckets that run one pass each."""
         for bucket, now in zip(self._fine, passes, strict=True):
-            bucket.refresh(step, now)
+            if now is not None:
+                bucket.refresh(step, now)
 
 
 def _hartley(size: int) -> Tensor:

@@ -51,6 +51,7 @@ def test_quick_run_compares_all_methods(tmp_path: Path) -> None:
         "fine",
         "static",
         "dynamic",
+        "fine_cached",
         "fewer_steps",
     ]
     assert rows["diffusers"]["speedup_denoise"] == 1

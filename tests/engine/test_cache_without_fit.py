@@ -160,8 +160,9 @@ def test_experts_that_take_turns_have_them(cache: StepCache, driven: bool) -> No
     assert trace.reused > 2
     (switch,) = (int(n.split()[1]) for n in trace.notes if n.endswith(": expert 2"))
     assert trace[switch].cache_reason == "computed: forced"
-    with pytest.raises(UnsupportedModelError, match=r"MagCache .*2 experts.*SeaCache\(\)"):
-        engine(**call, step_cache=MagCache())
+    for of_one_model in (MagCache(), FirstBlockCache()):
+        with pytest.raises(UnsupportedModelError, match=r"Cache .*2 experts.*SeaCache\(\)"):
+            engine(**call, step_cache=of_one_model)
 
 
 def test_a_plan_of_other_steps_is_refused_before_anything_runs() -> None:

@@ -23,8 +23,8 @@ from scripted_runs import (
 from torch import Tensor
 
 from ddit_rt.loop import CpuExecutor, CudaExecutor, Executor, RunPlan, RunTrace
-from ddit_rt.planning.plan import plan_run
-from ddit_rt.policies import FinePolicy, PatchPolicy, StaticPolicy
+from ddit_rt.planning.plan import plan_passes, plan_run
+from ddit_rt.policies import FinePolicy, FirstBlockCache, PatchPolicy, StaticPolicy
 from ddit_rt.solver import own_steps
 from ddit_rt.steps import StepInputs
 
@@ -158,6 +158,36 @@ def test_tables_written_between_steps_reach_the_buckets(
     actual = by_scheduler(executor, plan, noise(*SHAPE), before=refresh)
     expected = CpuExecutor().run(model.plan(policy, seed=2), noise(*SHAPE))
     torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=1e-5)
+
+
+def test_a_first_block_runs_again_where_its_inputs_changed_after_the_decision(
+    graphs: EmulatedGraphs,
+) -> None:
+    model, other = TinyModel(), TinyModel().conditioning(seed=2)
+
+    def refresh(session: Any, step: int, branch: int) -> None:
+        if step == 6:
+            scheduler = scheduled()
+            inputs = StepInputs(
+                sigma=scheduler.sigmas[step],
+                timestep=scheduler.timesteps[step : step + 1] / 1000,
+                conditioning=other,
+            )
+            session.bucket(0, branch % 3).refresh(step, inputs)
+
+    def run(executor: Executor, before: Any = None) -> tuple[Tensor, RunTrace]:
+        outline = model.outline(
+            FinePolicy(), FirstBlockCache(0.5), steps=STEPS, solver=own_steps(scheduled())
+        )
+        plan = plan_passes(model.compiled, outline, [model.conditioning()])
+        return by_scheduler(executor, plan, noise(*SHAPE), before=before)
+
+    plain, changed = run(CpuExecutor()), run(CpuExecutor(), refresh)
+    assert changed[1].reused > 2
+    assert not torch.equal(plain[0], changed[0])
+    executor = CudaExecutor(graphs)
+    assert_same_run(run(executor, refresh), changed)
+    assert_same_run(run(executor), plain)
 
 
 def test_forced_steps_wait_for_nothing(graphs: EmulatedGraphs) -> None:

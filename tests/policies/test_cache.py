@@ -58,7 +58,7 @@ def run(table: CacheTable) -> str:
         state[1], state[3] = step + 1, 0
         ops.decide_reuse_(
             torch.zeros(0), increments, coefficients, state, memory, record, step, 3,
-            table.threshold, table.limit, table.product,
+            table.threshold, table.limit, table.growth,
         )  # fmt: skip
         pattern += "r" if int(state[3]) else "c"
     return pattern
