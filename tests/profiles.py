@@ -17,7 +17,7 @@ from ddit_rt.steps import StepModel
 PLAN = ["4p", "4p", "2p", "2p", "2p", "p"]
 
 
-def tiny_subject(device: str = "cpu", policy: Any = None) -> Any:
+def tiny_subject(device: str = "cpu", policy: Any = None, step_cache: Any = None) -> Any:
     """Two samples of `tiny_pipeline()` on a latent of 16 x 24, by default on `PLAN`."""
     pipeline = tiny_pipeline().to(device)
     engine = ddit_rt.compile(pipeline, backend="eager", progress=False)
@@ -31,6 +31,7 @@ def tiny_subject(device: str = "cpu", policy: Any = None) -> Any:
         conditioning={name: value.to(device) for name, value in conditioning.items()},
         steps=len(PLAN),
         policy=policy or ddit_rt.StaticPolicy(PLAN),
+        step_cache=step_cache or ddit_rt.NoCache(),
         prompts=("embedded", "elsewhere"),
     )
 

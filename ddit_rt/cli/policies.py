@@ -10,7 +10,7 @@ from ddit_rt.cli.options import number, text
 
 if TYPE_CHECKING:
     from ddit_rt.planning.request import PolicyChoice
-    from ddit_rt.policies import PatchPolicy, StepCache
+    from ddit_rt.policies import PatchPolicy
 
 Tau = float | dict[str, float]
 
@@ -60,11 +60,12 @@ def add_step_cache_argument(parser: argparse.ArgumentParser, default: str) -> No
 
 
 @text
-def step_cache(value: str) -> StepCache:
-    """The step cache of `--step-cache`."""
+def step_cache(value: str) -> str:
+    """The text of `--step-cache`, once it is known to stand for one."""
     from ddit_rt.policies import parse_step_cache
 
-    return parse_step_cache(value)
+    parse_step_cache(value)
+    return value
 
 
 @text

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ddit_rt.cli.command import Command, Outcome
 from ddit_rt.cli.models import DEVICES, add_call_arguments, load_artifact, pipeline_arguments
 from ddit_rt.cli.options import folder_to_write, seed, whole
-from ddit_rt.cli.policies import add_policy_arguments, choose_policy
+from ddit_rt.cli.policies import add_policy_arguments, add_step_cache_argument, choose_policy
 from ddit_rt.sources import (
     EMBEDDED,
     MODEL_HELP,
@@ -33,6 +33,7 @@ _NSIGHT = ("nsys", "ncu")
 _HANDED_ON = (
     *("model", "executor", "seed", "steps", "height", "width", "audio_duration_s"),
     *("max_sequence_length", "dtype", "warm_up", "backend", "device", "policy", "tau", "rho"),
+    "step_cache",
 )
 _STDERR = 2
 """Where tools print: standard output is the result's."""
@@ -89,6 +90,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--print-command", action="store_true", help="print the command of nsys or ncu, run nothing"
     )
     add_policy_arguments(parser)
+    add_step_cache_argument(parser, "as compiled")
 
 
 def _run(args: argparse.Namespace) -> Outcome:
@@ -242,7 +244,7 @@ def _subject(args: argparse.Namespace) -> Subject:
     import torch
 
     from ddit_rt.lab.profile.subject import subject_of
-    from ddit_rt.policies import PatchPolicy
+    from ddit_rt.policies import PatchPolicy, as_step_cache
 
     check_names(args.artifact, args.model)
     embedded = args.artifact == EMBEDDED and is_embedded(EMBEDDED)
@@ -253,10 +255,11 @@ def _subject(args: argparse.Namespace) -> Subject:
             f"got --policy {args.policy}, a choice among the artifact's calibrated plans; name a "
             "plan itself, such as static or 4p:0.2,2p:0.4,p"
         )
+    cache = engine.default_step_cache if args.step_cache is None else as_step_cache(args.step_cache)
+    assert cache is not None, "a text stands for one"
     generator = torch.Generator().manual_seed(args.seed)
-    return subject_of(
-        engine, policy, args.prompt, {**pipeline_arguments(args), "generator": generator}
-    )
+    call = {**pipeline_arguments(args), "generator": generator}
+    return subject_of(engine, policy, cache, args.prompt, call)
 
 
 def _embedded_engine(args: argparse.Namespace) -> Engine:

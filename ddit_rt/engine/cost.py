@@ -56,6 +56,7 @@ def step_cost(
     batch: int,
     text_tokens: int,
     frames: int = 0,
+    reused: bool = False,
 ) -> StepCost:
     """Counts one step of a bucket.
 
@@ -67,6 +68,7 @@ def step_cost(
         batch: Samples, cond and uncond passes both counted.
         text_tokens: Text tokens per sample.
         frames: Latent frames; 0 for images.
+        reused: Whether a residual stands for the blocks; it is not counted.
 
     Raises:
         ShapeError: The model's own patch size does not divide the latent.
@@ -85,7 +87,7 @@ def step_cost(
     shape = (batch, channels, *((frames,) if frames else ()), *size)
     parts = [_ends(model.family, twin, shape, text_tokens)]
     # One of several variants of a block stands for all: they have the same weights.
-    types = [kind for kind in model.family.block_types(twin) if not kind.variant]
+    types = [kind for kind in model.family.block_types(twin) if not (kind.variant or reused)]
     parts += [_blocks(block_type, twin, sizes) for block_type in types]
     return StepCost(
         flops=sum(flops for flops, _ in parts),

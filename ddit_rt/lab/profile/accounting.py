@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from ddit_rt.engine.cost import step_cost
 from ddit_rt.lab.profile.events import Event, device_ranges, ranges_of
 from ddit_rt.lab.profile.subject import Subject
-from ddit_rt.loop import RunTrace
+from ddit_rt.loop import RunTrace, StepRecord
 from ddit_rt.policies import DDiTPolicy, parse_patch
 
 PREFIX = "ddit_rt/"
-PHASES = ("decide", "model", "solver")
+MODEL, REUSE = "model", "reuse"
+PHASES = ("decide", MODEL, REUSE, "solver")
+"""Of a step; it has one of the two in the middle: its blocks run, or a residual stands for them."""
 STEP, OTHER = "step", "other"
 
 
@@ -73,7 +75,8 @@ WorkOf = Callable[[str, int], Work]
 def floors(subject: Subject, trace: RunTrace) -> WorkOf:
     """The least that each phase of a run's steps must do.
 
-    The model reads its weights (activations are not counted). The solver reads latents and velocity
+    The model reads its weights (activations are not counted; of a step that reuses, neither its
+    residual nor what a signal reads). The solver reads latents and velocity
     and writes new latents and a history. The latents of the finite difference are read by decide
     on a CPU, and on CUDA by the solver of the step before, which is at them anyway. What sits in a
     cache between two phases counts as moved all the same.
@@ -89,26 +92,27 @@ def floors(subject: Subject, trace: RunTrace) -> WorkOf:
     latents_bytes = latents.numel() * 4
     update_bytes = 3 * latents_bytes + latents.numel() * model.dtype.itemsize
     costs = {
-        patch: step_cost(
+        (patch, reused): step_cost(
             model,
             height=latents.shape[2],
             width=latents.shape[3],
             multiple=parse_patch(patch),
             batch=subject.passes * latents.shape[0],
             text_tokens=subject.text_tokens,
+            reused=reused,
         )
-        for patch in set(trace.patch_sizes())
+        for patch, reused in {(record.patch_size, record.reused) for record in trace}
     }
 
     def work_of(phase: str, step: int) -> Work:
-        cost = costs[trace[step].patch_size]
+        cost = costs[trace[step].patch_size, trace[step].reused]
         decide = 0 if on_cuda or not scored[step] else (order + 1) * latents_bytes
         solver = update_bytes
         if on_cuda and scored[step + 1]:
             solver += (order - 1) * latents_bytes
         work = {
             "decide": Work(flops=0, bytes=decide),
-            "model": Work(flops=cost.flops, bytes=cost.weight_bytes),
+            _middle(trace[step]): Work(flops=cost.flops, bytes=cost.weight_bytes),
             "solver": Work(flops=0, bytes=solver),
         }
         work[STEP] = Work(
@@ -118,6 +122,11 @@ def floors(subject: Subject, trace: RunTrace) -> WorkOf:
         return work[phase]
 
     return work_of
+
+
+def _middle(record: StepRecord) -> str:
+    """The phase of a step that makes its velocity."""
+    return REUSE if record.reused else MODEL
 
 
 def host_spans(events: Iterable[Event]) -> list[Event]:
@@ -145,26 +154,27 @@ def account_of_spans(
     Raises:
         ValueError: The spans are not those of this run.
     """
-    found = {
-        phase: [span for span in spans if span.name.partition("/")[0] == phase] for phase in PHASES
-    }
+    taken = [f"{_middle(record)}/{record.patch_size}" for record in trace]
+    found: dict[str, list[Event]] = {"decide": [], MODEL: [], "solver": []}
+    for span in spans:
+        phase = span.name.partition("/")[0]
+        found.get(MODEL if phase == REUSE else phase, []).append(span)
     counts = {phase: len(shown) for phase, shown in found.items()}
-    if counts["model"] != len(trace) or set(counts.values()) - {0, len(trace)}:
+    if counts[MODEL] != len(trace) or set(counts.values()) - {0, len(trace)}:
         raise ValueError(f"the profile holds {counts} ranges of a run of {len(trace)} steps")
-    sizes = [span.name.removeprefix("model/") for span in found["model"]]
-    if sizes != trace.patch_sizes():
-        raise ValueError(f"the profile ran {sizes}, the trace says {trace.patch_sizes()}")
+    ran = [span.name for span in found[MODEL]]
+    if ran != taken:
+        raise ValueError(f"the profile ran {ran}, the trace says {taken}")
     seconds = {
-        (phase, step): span.seconds
-        for phase, shown in found.items()
+        (span.name.partition("/")[0], step): span.seconds
+        for shown in found.values()
         for step, span in enumerate(shown)
     }
     total = trace.latency_ms / 1e3
     if clock == "wall":
         (run,) = (span for span in spans if span.name == "run")
         total = run.seconds
-    phases = [phase for phase in PHASES if counts[phase]]
-    rows = _rows(seconds, phases, trace, work_of)
+    rows = _rows(seconds, PHASES, trace, work_of)
     rest = total - sum(row.seconds for row in rows)
     rows.append(Row(patch="", phase=OTHER, calls=0, seconds=rest, flops=0, bytes=0))
     return Account(clock=clock, seconds=total, rows=tuple(rows))
@@ -185,8 +195,11 @@ def _rows(
 ) -> list[Row]:
     rows = []
     for patch in sorted(set(trace.patch_sizes()), key=parse_patch):
-        steps = [record.step for record in trace if record.patch_size == patch]
+        at_size = [record.step for record in trace if record.patch_size == patch]
         for phase in phases:
+            steps = [step for step in at_size if (phase, step) in seconds]
+            if not steps:
+                continue
             work = [work_of(phase, step) for step in steps]
             rows.append(
                 Row(

@@ -4,7 +4,7 @@ Schema of the JSON, version 1:
 
 - `tool`: `"torch"`; `machine`, `versions`: as in the report of the demo; `device`: its name.
 - `model`: `transformer_class`, `parameters`, `dtype`.
-- `settings`: `prompts`, `steps`, `latents` (shape), `text_tokens`, `policy`.
+- `settings`: `prompts`, `steps`, `latents` (shape), `text_tokens`, `policy`, `step_cache`.
 - `ceilings`: see `Ceilings`.
 - `runs`, one per executor:
   - `executor`; `trace`: `RunTrace.to_dict()`; `chrome_trace`: path; `notes`.
@@ -58,6 +58,7 @@ def report_of(
             "latents": list(subject.latents.shape),
             "text_tokens": subject.text_tokens,
             "policy": subject.policy.to_dict(),
+            "step_cache": subject.step_cache.to_dict(),
         },
         "ceilings": asdict(ceilings),
         "runs": list(runs),

@@ -13,7 +13,7 @@ from torch import Tensor
 from ddit_rt.engine import Engine
 from ddit_rt.loop import RunTrace
 from ddit_rt.models import family_of
-from ddit_rt.policies import PatchPolicy
+from ddit_rt.policies import PatchPolicy, StepCache
 from ddit_rt.steps import StepModel
 
 
@@ -28,6 +28,7 @@ class Subject:
         conditioning: The prompt, as `Engine.denoise` takes it.
         steps: Denoising steps.
         policy: Patch policy.
+        step_cache: Step cache.
         prompts: The prompts.
     """
 
@@ -37,6 +38,7 @@ class Subject:
     conditioning: Mapping[str, Tensor]
     steps: int
     policy: PatchPolicy
+    step_cache: StepCache
     prompts: tuple[str, ...]
 
     @property
@@ -62,20 +64,29 @@ class Subject:
 
     def run(self) -> RunTrace:
         """Denoises once."""
-        arguments: dict[str, Any] = {"patch_policy": self.policy, **self.conditioning}
+        arguments: dict[str, Any] = {
+            "patch_policy": self.policy,
+            "step_cache": self.step_cache,
+            **self.conditioning,
+        }
         self.engine.denoise(self.latents, num_inference_steps=self.steps, **arguments)
         return self.last_trace
 
 
 @torch.no_grad()
 def subject_of(
-    engine: Engine, policy: PatchPolicy, prompts: Sequence[str], arguments: Mapping[str, Any]
+    engine: Engine,
+    policy: PatchPolicy,
+    step_cache: StepCache,
+    prompts: Sequence[str],
+    arguments: Mapping[str, Any],
 ) -> Subject:
     """Encodes a request; the engine then marks its ranges for profilers.
 
     Args:
         engine: The engine.
         policy: Patch policy.
+        step_cache: Step cache.
         prompts: A batch.
         arguments: Further arguments of the pipeline's call, its `generator` among them.
     """
@@ -94,5 +105,6 @@ def subject_of(
         conditioning=conditioning,
         steps=request["num_inference_steps"],
         policy=policy,
+        step_cache=step_cache,
         prompts=tuple(prompts),
     )

@@ -97,6 +97,23 @@ def test_ranges_of_another_run_are_refused() -> None:
         accounting.account_of_spans(spans, trace, no_work, "device")
 
 
+@pytest.mark.parametrize("cache", [ddit_rt.StaticCache(2, first=1), ddit_rt.FirstBlockCache(9.0)])
+def test_steps_that_reuse_have_rows_of_their_own(cache: ddit_rt.StepCache, tmp_path: Path) -> None:
+    subject = tiny_subject(policy=ddit_rt.StaticPolicy(["2p", "2p", *["p"] * 4]), step_cache=cache)
+    entry = profiled(subject, None, tmp_path)
+    rows = rows_of(entry)
+    steps = entry["trace"]["steps"]
+    for patch, count in Counter(step["patch_size"] for step in steps).items():
+        reused = sum(step["reused"] for step in steps if step["patch_size"] == patch)
+        assert 0 < reused < count
+        assert rows[patch, "reuse"]["calls"] == reused
+        assert rows[patch, "model"]["calls"] == count - reused
+        work = [rows[patch, phase] for phase in ("reuse", "model")]
+        least = [row["flops_per_s"] * row["ms"] / row["calls"] for row in work]
+        assert 0 < least[0] < least[1] / 2
+    assert sum(row["ms"] for row in rows.values()) == pytest.approx(entry["loop_ms"], rel=1e-9)
+
+
 def test_phases_that_a_profiler_cannot_see_are_in_the_rest() -> None:
     trace = tiny_subject().run()
     names = [f"model/{patch}" for patch in PLAN]
