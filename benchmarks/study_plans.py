@@ -8,6 +8,7 @@ closest on a few prompts of their own stands for it. The planner's plans are tho
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import sys
@@ -60,6 +61,8 @@ CACHES: tuple[StepCache, ...] = (
 
 _RETAINED = ((0.2, 3), (0.1, 3), (0.1, 5), (0.06, 8))
 _HEADS = (3, 10)
+_REFRESHED = (3, 4, 2)
+"""Coarse or free steps between two at p."""
 _CONSECUTIVE = (2, 4, 8)
 _LATE = (
     Static(count=1, sizes=("2p",), head=10),
@@ -166,7 +169,15 @@ class Planner:
             name: mixed_cost(self._of_step["p"], own, fine_share)
             for name, own in self._of_step.items()
         }
-        for shape in (*STATIC_SHAPES, *_LATE):
+        shapes = [*STATIC_SHAPES, *_LATE]
+        if not fine_share:  # mixed steps take three shares of each already
+            shapes += [
+                replace(shape, refresh=refresh)
+                for shape in shapes
+                for refresh in _REFRESHED[1:]
+                if shape.refresh is not None
+            ]
+        for shape in shapes:
             genome = within([shape], self.steps, most, costs)
             if genome is None:
                 continue
@@ -199,12 +210,14 @@ class Planner:
             yield from self._matched(level, at, f"SPEED's rule, {coarsest} at the most, delta")
 
     def _dynamic(self, level: float) -> Iterator[Plan]:
-        for head in (head for head in _HEADS if head < self.steps):
+        heads = (head for head in _HEADS if head < self.steps)
+        for head, refresh in itertools.product(heads, _REFRESHED):
 
-            def at(tau: float, head: int = head) -> Plan:
-                return self._plan(DDiTPolicy(tau, warmup_steps=head))
+            def at(tau: float, head: int = head, refresh: int = refresh) -> Plan:
+                return self._plan(DDiTPolicy(tau, warmup_steps=head, refresh=refresh))
 
-            yield from self._matched(level, at, f"DDiT, {head} steps at p first, tau")
+            label = f"DDiT, {head} steps at p first, one after {refresh}, tau"
+            yield from self._matched(level, at, label)
 
     def _matched(
         self,
