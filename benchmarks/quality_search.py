@@ -8,6 +8,7 @@ table of measured step times, so that no search follows the noise of a clock.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -92,6 +93,7 @@ def closest(
     share: float,
     iterations: int,
     ends: tuple[float, float] = TAU_RANGE,
+    most: float = math.inf,
 ) -> tuple[float, float]:
     """The tau of those tried whose closed loop comes closest to a share of the cost, and its share.
 
@@ -103,6 +105,7 @@ def closest(
         share: What it should be.
         iterations: Halvings.
         ends: Between which tau lies.
+        most: Share that it must not exceed, if any that is tried does not.
     """
     tried: dict[float, float] = {}
     levels = 2**iterations - 1
@@ -113,7 +116,7 @@ def closest(
         return tried[tau] > share
 
     highest(levels, spends_more)
-    tau = min(tried, key=lambda tau: (abs(tried[tau] - share), tau))
+    tau = min(tried, key=lambda tau: (tried[tau] > most, abs(tried[tau] - share), tau))
     return tau, tried[tau]
 
 

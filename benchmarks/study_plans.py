@@ -225,10 +225,19 @@ class Planner:
         at: Callable[[float], Plan],
         label: str,
         ends: tuple[float, float] = TAU_RANGE,
+        beyond: float = _EQUAL_SHARE,
     ) -> Iterator[Plan]:
-        """The rule at the number between some at which it costs what it should, if it can."""
+        """The rule at the number between some at which it costs what it should, if it can.
+
+        By default as far beyond it as static plans.
+        """
+        most = 1 / level + beyond
         value, share = closest(
-            lambda value: self.share(at(value), self.prompts[:2]), 1 / level, self.iterations, ends
+            lambda value: self.share(at(value), self.prompts),
+            most,
+            self.iterations,
+            ends,
+            most if beyond else math.inf,
         )
         if abs(share - 1 / level) <= _EQUAL_SHARE:
             yield replace(at(value), label=f"{label} {value:.2g}")
@@ -258,7 +267,7 @@ class Planner:
                 cache = FirstBlockCache(threshold, residual_order=order)
                 return self._plan(FinePolicy(), cache=cache)
 
-            yield from self._matched(level, at, f"FirstBlockCache, {name},", _THRESHOLDS)
+            yield from self._matched(level, at, f"FirstBlockCache, {name},", _THRESHOLDS, 0.0)
 
     def _fixed(self, level: float) -> Iterator[Plan]:
         for head in _HEADS:

@@ -13,7 +13,7 @@ from models import seeded
 from profiles import ceilings, profiled
 
 import ddit_rt
-from ddit_rt import Engine, MagCache, StaticPolicy
+from ddit_rt import Engine, MagCache, NoCache, StaticPolicy
 from ddit_rt.lab.calibrate import CalibrationConfig, Prompt, calibrate
 from ddit_rt.lab.calibrate.cache_fit import fit_cache
 from ddit_rt.lab.calibrate.report import summary, write_report
@@ -120,7 +120,7 @@ def test_an_evaluation_keeps_recordings_and_plays_them(engine: Engine, tmp_path:
 
 def test_a_profile_counts_what_its_steps_take(engine: Engine, tmp_path: Path) -> None:
     arguments = {**CALL, "num_inference_steps": 4, "generator": seeded()}
-    subject = subject_of(engine, HALF, TEXTS[:1], arguments)
+    subject = subject_of(engine, HALF, NoCache(), TEXTS[:1], arguments)
     report = report_of(subject, ceilings(), [profiled(subject, None, tmp_path)])
     assert "latents 1 x 4 x 1 x 50" in text_of(report)
     phases = {(row["patch"], row["phase"]) for row in report["runs"][0]["rows"]}

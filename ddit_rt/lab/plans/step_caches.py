@@ -169,8 +169,8 @@ STEP_CACHES = (
 _FIRST_BLOCK = CacheDial(
     cache=FirstBlockCache(0.0), alternating=FirstBlockCache(1e30, max_consecutive_cached=1)
 )
-"""None that a search takes: its change is not added up, so that what it will cost is not known before
-a run, and in as many computed steps it is about as close as SeaCache (docs/quality.md)."""
+"""None that a search takes: its change is not added up, so what it will cost is not known before a
+run; in as many computed steps it is about as close as SeaCache (docs/quality.md)."""
 
 
 def computed_steps(table: CacheTable, grown: Sequence[float]) -> int:
