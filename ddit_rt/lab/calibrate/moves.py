@@ -26,14 +26,11 @@ _SHIFTS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 _FACTORS = (0.6, 0.75, 0.85, 0.95, 1.1, 1.25)
 """Of the number of steps."""
 _HEADS, _TAILS, _REFRESHES = (0, 1, 3, 5), (1, 2, 4), (None, 1, 2, 3, 5)
-_LAYOUT = 5
-"""In one of so many first steps the layout is fixed, which coarse steps would lose."""
-_LEAST_HEAD = 3
-"""Steps at p at first in the plans that a search begins with, at least."""
 _RULES: Mapping[str, Sequence[Any]] = {
     "refresh": (None, 2, 3),
     "fine_tail": (1, 2, 4),
     "warmup": ("fine", "coarse"),
+    "warmup_steps": (None, 5),
     "dwell": (0, 3),
 }
 _CORNERS = (0.45, 0.6, 0.75)
@@ -134,19 +131,12 @@ class Space:
         if not self.coarse:
             return []
         largest, smallest = self.coarse[-1:], self.coarse[:1]
-        interleaved = [Static(count=1, sizes=largest, head=head) for head in self._heads[::-1]]
+        interleaved = Static(count=1, sizes=largest)
         block = Static(count=1, sizes=smallest, refresh=None)
-        first = Static(count=1, sizes=self.coarse[::-1], head=0, refresh=None)
-        return [*interleaved, block, first]
-
-    @property
-    def _heads(self) -> tuple[int, ...]:
-        """Steps at p at first that are worth trying: the least, and all that fix the layout."""
-        return tuple(dict.fromkeys((_LEAST_HEAD, max(_LEAST_HEAD, round(self.steps / _LAYOUT)))))
+        return [interleaved, block, Static(count=1, sizes=self.coarse[::-1], head=0, refresh=None)]
 
     def _rule(self, share: float) -> Rule:
-        rule = Rule(level=round(share * TAU_LEVELS), factors=halved(self.coarse))
-        return replace(rule, policy=replace(rule.policy, warmup_steps=self._heads[-1]))
+        return Rule(level=round(share * TAU_LEVELS), factors=halved(self.coarse))
 
     def changed(self, genome: Genome, rng: np.random.Generator) -> Genome:
         """A plan with one part of it changed.
@@ -190,9 +180,8 @@ class Space:
             return replace(genome, patches=self._static(patches, rng, turn=kind < 0.5))
         turned: Rule = replace(patches, level=_turned(patches.level, TAU_LEVELS, rng))
         if kind > 0.5:
-            turns: Mapping[str, Sequence[Any]] = {**_RULES, "warmup_steps": self._heads}
-            name = _pick([*turns], rng)
-            policy = replace(patches.policy, **{name: _pick(turns[name], rng)})
+            name = _pick([*_RULES], rng)
+            policy = replace(patches.policy, **{name: _pick(_RULES[name], rng)})
             turned = replace(turned, policy=policy)
         elif kind > 0.45:
             turned = replace(turned, factors=_pick([turned.factors[:1], halved(self.coarse)], rng))
@@ -203,7 +192,7 @@ class Space:
             return replace(patches, count=patches.count + _pick((-3, -2, -1, 1, 2, 3), rng))
         orders = [self.coarse[:1], self.coarse[-1:], self.coarse[::-1]]
         values: dict[str, Sequence[Any]] = {
-            "head": (*_HEADS, self._heads[-1]),
+            "head": _HEADS,
             "tail": _TAILS,
             "refresh": _REFRESHES,
             "sizes": orders,
