@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_TINY = 1e-16
+"""For a block that adds nothing."""
+
 
 class Head:
     """The first block of one pass.
@@ -46,7 +49,7 @@ class Head:
         """Relative L1 change of what it adds since the latest computed step, `[B]`, float32."""
         assert self._added is not None, "the first block has run"
         now, then = (added.flatten(1).float() for added in self._added)
-        return (now - then).abs().mean(1) / then.abs().mean(1)
+        return (now - then).abs().mean(1) / (then.abs().mean(1) + _TINY)
 
     def keep(self) -> None:
         """Notes that the step in progress computes."""

@@ -107,6 +107,18 @@ def test_first_block_cache_equals_diffusers_own(
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
+def test_a_first_block_that_adds_nothing_has_not_changed() -> None:
+    pipeline = flux_pipeline()
+    block = pipeline.transformer.transformer_blocks[0]
+    for norm in (block.norm1, block.norm1_context):
+        for parameter in norm.linear.parameters():
+            torch.nn.init.zeros_(parameter)
+    engine = eager(pipeline)
+    engine(**FLUX, generator=seeded(), patch_policy=FINE, step_cache=FirstBlockCache(0.1))
+    assert pattern(trace_of(engine)) == "c" + "r" * (STEPS - 1)
+    assert not trace_of(engine).nonfinite
+
+
 def test_a_static_plan_reuses_as_it_says_at_any_step_and_size() -> None:
     engine = eager(flux_pipeline())
     start = noise(1, 4, 16, 16)
