@@ -84,15 +84,15 @@ class CapturedLoop:
                 # From here on both are one: what is written between two steps, and a bucket that is
                 # captured only now, must meet the memory that the graphs read.
                 fresh.set_(held.untyped_storage(), held.storage_offset(), held.shape, held.stride())
-        sources: dict[Tensor, Tensor] = {}  # by target, since buckets of several stages share some
+        sources: dict[Tensor, Tensor] = {}  # by target, since several share some
         for (stage, index), bucket in self._held.items():
             fresh_bucket = plan.buckets[stage][index]
             if fresh_bucket is not None:
                 sources.update(zip(bucket.tensors(), fresh_bucket.tensors(), strict=True))
-        _copy(sources.values(), sources.keys())
         signal = None if plan.cache is None else plan.cache.signal
         if signal is not None and self._held_signal is not None:
-            _copy(signal.tensors(), self._held_signal.tensors())
+            sources.update(zip(self._held_signal.tensors(), signal.tensors(), strict=True))
+        _copy(sources.values(), sources.keys())
         reachable = sorted(plan.policy.reachable())
         if plan.cache is not None:
             # Behind the buckets themselves: what they reuse, the buckets have to make first.

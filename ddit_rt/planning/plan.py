@@ -21,8 +21,8 @@ from ddit_rt.steps import (
     Bucket,
     Detail,
     FineBucket,
+    FirstBlock,
     FirstBlockSignal,
-    Head,
     InputSignal,
     LatentSignal,
     MixedBucket,
@@ -159,7 +159,7 @@ def _contexts(
                     context,
                     passes=tuple(Pass.of(one, part) for part in group),
                     detail=detail,
-                    heads=tuple(Head() for _ in group) if first_block else (),
+                    first_blocks=tuple(FirstBlock() for _ in group) if first_block else (),
                 )
                 for group, detail in zip(groups, details, strict=True)
             ],
@@ -240,7 +240,7 @@ def _cache_plan(
                 bucket if isinstance(bucket, FineBucket) else FineBucket(model, context)
                 for context, bucket in own
             ],
-            [head for context in contexts for head in context.heads],
+            [one for context in contexts for one in context.first_blocks],
             torch.zeros(outline.shape, device=model.device, dtype=torch.float32),
         )
     elif cache.coefficients:

@@ -14,7 +14,7 @@ from ddit_rt.steps.base import (
     token_velocity,
 )
 from ddit_rt.steps.buckets import FineBucket, PassesBucket, Resampling, SnrBucket, matched_level
-from ddit_rt.steps.head import Head
+from ddit_rt.steps.first_block import FirstBlock
 from ddit_rt.steps.mixed import MixedBucket
 from ddit_rt.steps.passes import Passes
 from ddit_rt.steps.signal import FirstBlockSignal, InputSignal, LatentSignal, Signal
@@ -24,8 +24,8 @@ __all__ = [
     "Bucket",
     "Detail",
     "FineBucket",
+    "FirstBlock",
     "FirstBlockSignal",
-    "Head",
     "InputSignal",
     "LatentSignal",
     "MixedBucket",

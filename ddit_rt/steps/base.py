@@ -25,7 +25,7 @@ from ddit_rt.models.layered import (
     LayeredFamily,
     layered,
 )
-from ddit_rt.steps.head import Head
+from ddit_rt.steps.first_block import FirstBlock
 from ddit_rt.steps.residual import Residual
 
 Runners = Mapping[str, Sequence[Runner]]
@@ -253,7 +253,7 @@ class RunContext:
             reuse it: 0, 1, or 2 to extrapolate.
         steps: Rows of the tables that are read; 0 for all.
         unguided: Whether some steps of a run with guidance are not guided.
-        heads: Of every pass, its first block at p, where the step cache goes by what that adds.
+        first_blocks: Of every pass, at p, where the step cache goes by what they add.
         late: Whether what a pass is given may change between a step's decision and the step: then
             the step runs its first block anew.
     """
@@ -269,7 +269,7 @@ class RunContext:
     residuals: int = 0
     steps: int = 0
     unguided: bool = False
-    heads: tuple[Head, ...] = ()
+    first_blocks: tuple[FirstBlock, ...] = ()
     late: bool = False
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -277,8 +277,8 @@ class RunContext:
         detail = () if self.detail is None else self.detail.state()
         scales = () if self.scales is None else (self.scales,)
         passes = (tensor for one in self.passes for tensor in one.tensors)
-        heads = (tensor for head in self.heads for tensor in head.tensors())
-        return (*passes, self.sigmas, *scales, *detail, *heads)
+        first_blocks = (tensor for one in self.first_blocks for tensor in one.tensors())
+        return (*passes, self.sigmas, *scales, *detail, *first_blocks)
 
 
 def _own(value: Any, model: StepModel, *, exact: bool) -> Any:
@@ -297,21 +297,21 @@ class Blocks:
         model: StepModel,
         runners: Runners,
         residual: Residual | None = None,
-        head: Head | None = None,
+        first_block: FirstBlock | None = None,
     ) -> None:
-        """With a `head`, `begin` has run the first block whenever the blocks are called."""
+        """With a `first_block`, `begin` has run it whenever the blocks are called."""
         self._family = model.layers
         self._runners = runners
-        self._head = head
+        self._first_block = first_block
         self.residual = residual
 
     def begin(
         self, hidden: Tensor, text: Tensor, temb: Tensor, positions: tuple[Tensor, ...]
     ) -> None:
-        """Runs the first block alone."""
-        assert self._head is not None, "something goes by what it adds"
+        """Runs the first block alone, into `first_block`."""
+        assert self._first_block is not None, "something goes by what it adds"
         given = self._family.run_blocks(self._runners, hidden, text, temb, positions, FIRST_BLOCK)
-        self._head.take(hidden, given, image=0)
+        self._first_block.take(hidden, given, image=0)
 
     def __call__(
         self,
@@ -328,8 +328,8 @@ class Blocks:
         Where there is a residual, `step` is k, `[1]`.
         """
         which = ALL_BLOCKS
-        if self._head is not None:
-            (hidden, text), which = self._head.given(len(hidden)), LATER_BLOCKS
+        if self._first_block is not None:
+            (hidden, text), which = self._first_block.given(len(hidden)), LATER_BLOCKS
         if reuse:
             assert self.residual is not None, "a step reuses what an earlier one has computed"
             assert step is not None, "a residual is of a step"

@@ -19,7 +19,7 @@ from ddit_rt.models.base import Runner
 from ddit_rt.models.block_calls import Arrange, CallForm, as_called, flatten_call
 from ddit_rt.models.family import Family
 from ddit_rt.models.probe import ReadBlockType
-from ddit_rt.steps.head import Head
+from ddit_rt.steps.first_block import FirstBlock
 from ddit_rt.steps.residual import Residual
 
 
@@ -33,7 +33,7 @@ class BoundModel:
             not reuse.
         reuse: Whether that stands for the blocks.
         stops: Whether the forward ends at the first block.
-        head: The first block, where it runs ahead of the others; its residual is then theirs.
+        first_block: That block, where it runs ahead of the others; the residual is then theirs.
         begins: Whether the forward runs that block alone.
         arrange: See `Arrange`.
     """
@@ -47,7 +47,7 @@ class BoundModel:
         held: Sequence[str],
         timed: Sequence[str],
         residual: Residual | None = None,
-        head: Head | None = None,
+        first_block: FirstBlock | None = None,
         image_first: bool = False,
         arrange: Arrange = as_called,
     ) -> None:
@@ -61,7 +61,7 @@ class BoundModel:
                 this model does not have count for nothing.
             timed: Paths of children whose outputs hang on the time alone, likewise.
             residual: See above; empty yet.
-            head: See above; empty yet.
+            first_block: See above; empty yet.
             image_first: Whether image tokens come before text tokens where blocks take both as one.
             arrange: See `Arrange`.
         """
@@ -69,7 +69,7 @@ class BoundModel:
         self.module = _shallow(transformer)
         self.step: Tensor | None = None
         self.residual = residual
-        self.head = head
+        self.first_block = first_block
         self._image_first = image_first
         self.reuse = False
         self.stops = False
@@ -163,7 +163,7 @@ class BoundModel:
         return self.run(arguments)
 
     def begin(self, arguments: Mapping[str, Any], step: Tensor) -> None:
-        """Runs what a step begins with, up to the first block and that, into `head`."""
+        """Runs what a step begins with, up to the first block and that, into `first_block`."""
         self.begins = True
         try:
             self(arguments, step, reuse=False)
@@ -237,11 +237,11 @@ class _Block:
             raise UnsupportedModelError(_unknown(self._like, form, list(self._forms)))
         kind, runner = self._forms[form]
         image = inputs[kind.sources[kind.image]]
-        head = self._owner.head if self.first else None
-        if head is not None and self._owner.begins:
-            head.take(image, runner(*(tensor.contiguous() for tensor in inputs)), kind.image)
+        first_block = self._owner.first_block if self.first else None
+        if first_block is not None and self._owner.begins:
+            first_block.take(image, runner(*(tensor.contiguous() for tensor in inputs)), kind.image)
             raise _Reached
-        begun = None if head is None else head.given(len(image))
+        begun = None if first_block is None else first_block.given(len(image))
         if self.first:
             self._owner.enter(image if begun is None else begun[kind.image])
         if begun is not None:

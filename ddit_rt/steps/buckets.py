@@ -66,11 +66,11 @@ class FineBucket(PassesBucket):
         self._context = context
         size = (context.height, context.width)
         self._passes = make_passes(
-            model, context, grid, size, context.timesteps, heads=context.heads
+            model, context, grid, size, context.timesteps, first_blocks=context.first_blocks
         )
 
     def begin(self, latents: Tensor, step: Tensor) -> None:
-        """Runs the first block of every pass into the context's heads; as `velocity` takes them."""
+        """Runs the first block of every pass, into the context's, on what `velocity` takes."""
         self._passes.begin(latents, step)
 
     def velocity(
@@ -78,7 +78,7 @@ class FineBucket(PassesBucket):
     ) -> Tensor:
         """See `Bucket.velocity`."""
         context = self._context
-        if context.late and context.heads:
+        if context.late and context.first_blocks:
             self.begin(latents, step)
         velocity = self._passes.velocity(latents, step, reuse=reuse, guided=guided)
         if context.detail is not None:

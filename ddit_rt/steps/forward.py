@@ -12,7 +12,7 @@ from ddit_rt.models.base import Grid
 from ddit_rt.models.layered import LayeredFamily
 from ddit_rt.steps.base import Pass, RunContext, Runners, StepModel, at_step
 from ddit_rt.steps.bound import BoundModel
-from ddit_rt.steps.head import Head
+from ddit_rt.steps.first_block import FirstBlock
 from ddit_rt.steps.passes import Passes
 from ddit_rt.steps.residual import Residual
 
@@ -25,7 +25,7 @@ def make_passes(
     levels: Tensor,
     *,
     runners: Runners | None = None,
-    heads: Sequence[Head] = (),
+    first_blocks: Sequence[FirstBlock] = (),
 ) -> Passes | ForwardPasses:
     """The passes of a patch size that sees latents of `size`, in the way of the model's family.
 
@@ -36,13 +36,13 @@ def make_passes(
         size: Rows and columns of the latents that the model sees.
         levels: t that the model is given at every step, `[M]`, float32, in [0, 1].
         runners: The blocks; by default the unmodified ones.
-        heads: Of every pass, its first block, where that runs ahead of the others.
+        first_blocks: Of every pass, where they run ahead of the others.
     """
     if isinstance(model.family, LayeredFamily):
-        return Passes(model, context, grid, levels, runners=runners, heads=heads)
+        return Passes(model, context, grid, levels, runners=runners, first_blocks=first_blocks)
     frames = (context.frames,) if context.frames else ()
     shape = (model.family.latent_channels(model.transformer), *frames, *size)
-    return ForwardPasses(model, context, shape, levels, runners=runners, heads=heads)
+    return ForwardPasses(model, context, shape, levels, runners=runners, first_blocks=first_blocks)
 
 
 class ForwardPasses:
@@ -56,7 +56,7 @@ class ForwardPasses:
         levels: Tensor,
         *,
         runners: Runners | None = None,
-        heads: Sequence[Head] = (),
+        first_blocks: Sequence[FirstBlock] = (),
     ) -> None:
         """Prepares what stays the same in every step.
 
@@ -67,16 +67,16 @@ class ForwardPasses:
                 video `[C, F, h, w]`.
             levels: t that the model is given at every step, `[M]`, float32, in [0, 1].
             runners: The blocks; by default the unmodified ones.
-            heads: See `make_passes`.
+            first_blocks: See `make_passes`.
         """
         self._family = model.family
         self._scales = context.scales
         self._levels = levels
         runners = model.base if runners is None else runners
-        ahead: Sequence[Head | None] = heads or [None] * len(context.passes)
+        ahead: Sequence[FirstBlock | None] = first_blocks or [None] * len(context.passes)
         self._passes = [
-            _Pass(model, context, one, shape, levels, runners, head)
-            for one, head in zip(context.passes, ahead, strict=True)
+            _Pass(model, context, one, shape, levels, runners, first_block)
+            for one, first_block in zip(context.passes, ahead, strict=True)
         ]
         self._unguided = self._passes[0]
         if context.unguided and len(context.passes) == 1:
@@ -86,7 +86,7 @@ class ForwardPasses:
             )
 
     def begin(self, latents: Tensor, step: Tensor) -> None:
-        """Runs the first block of every pass into its head."""
+        """Runs the first block of every pass."""
         for one in self._passes:
             copies = one.samples // len(latents)
             one.begin(torch.cat([latents] * copies), self._levels, step)
@@ -143,7 +143,7 @@ class _Pass:
         shape: tuple[int, ...],
         levels: Tensor,
         runners: Runners,
-        head: Head | None,
+        first_block: FirstBlock | None,
         *,
         half: bool = False,
     ) -> None:
@@ -159,7 +159,7 @@ class _Pass:
             held=family.held,
             timed=family.timed,
             residual=Residual(context.residuals, context.sigmas) if context.residuals else None,
-            head=head,
+            first_block=first_block,
             image_first=family.image_first,
             arrange=family.block_call,
         )
@@ -180,7 +180,7 @@ class _Pass:
         return self._family.read_output(raw)[:, : self._tokens]
 
     def begin(self, latents: Tensor, levels: Tensor, step: Tensor) -> None:
-        """Runs the first block into its head."""
+        """Runs the first block."""
         level = levels.index_select(0, step)
         self._bound.begin(self._arguments(latents.to(self._dtype), level), step)
 

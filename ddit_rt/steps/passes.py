@@ -22,7 +22,7 @@ from torch import Tensor
 from ddit_rt import ops
 from ddit_rt.models.base import Grid
 from ddit_rt.steps.base import Blocks, RunContext, Runners, StepModel, at_step
-from ddit_rt.steps.head import Head
+from ddit_rt.steps.first_block import FirstBlock
 from ddit_rt.steps.residual import Residual
 
 
@@ -49,7 +49,7 @@ class Passes:
         runners: Runners | None = None,
         stretch: int = 1,
         places: Tensor | None = None,
-        heads: Sequence[Head] = (),
+        first_blocks: Sequence[FirstBlock] = (),
     ) -> None:
         """Prepares what stays the same in every step.
 
@@ -61,10 +61,10 @@ class Passes:
             runners: The blocks; by default the unmodified ones.
             stretch: Distance of neighbouring tokens, as `Family.positions` takes it.
             places: Which of the tokens run, `[n]`, int64, read at every step; by default all.
-            heads: Of every pass, its first block, where that runs ahead of the others.
+            first_blocks: Of every pass, where they run ahead of the others.
         """
         family, transformer = model.layers, model.transformer
-        ahead: Sequence[Head | None] = heads or [None] * len(context.passes)
+        ahead: Sequence[FirstBlock | None] = first_blocks or [None] * len(context.passes)
         self._model = model
         self._frames = context.frames
         self._scales = context.scales
@@ -77,13 +77,13 @@ class Passes:
                     Residual(context.residuals, context.sigmas, len(one.text))
                     if context.residuals
                     else None,
-                    head,
+                    first_block,
                 ),
                 text=one.text,
                 temb=family.embed_time(transformer, levels, one.conditioning),
                 positions=family.positions(transformer, grid, one.text.shape[1], stretch=stretch),
             )
-            for one, head in zip(context.passes, ahead, strict=True)
+            for one, first_block in zip(context.passes, ahead, strict=True)
         )
 
     def __call__(
@@ -127,7 +127,7 @@ class Passes:
         return self._model.unpack(tokens, height, width, self._frames)
 
     def begin(self, latents: Tensor, step: Tensor) -> None:
-        """Runs the first block of every pass into its head."""
+        """Runs the first block of every pass."""
         hidden = self._embed(latents)
         for one in self._passes:
             copies = len(one.text) // len(hidden)

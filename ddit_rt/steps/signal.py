@@ -24,7 +24,7 @@ from torch import Tensor
 from ddit_rt import ops
 from ddit_rt.steps.base import RunContext, StepInputs, StepModel, at_step
 from ddit_rt.steps.buckets import FineBucket
-from ddit_rt.steps.head import Head
+from ddit_rt.steps.first_block import FirstBlock
 
 
 class Signal(Protocol):
@@ -192,18 +192,20 @@ class FirstBlockSignal:
 
     keeps = True
 
-    def __init__(self, fine: Sequence[FineBucket], heads: Sequence[Head], latents: Tensor) -> None:
+    def __init__(
+        self, fine: Sequence[FineBucket], first_blocks: Sequence[FirstBlock], latents: Tensor
+    ) -> None:
         """Prepares the passes of a step.
 
         Args:
             fine: The steps at p whose first blocks run.
-            heads: Of all their passes; they run once, for room.
+            first_blocks: Of all their passes; they run once, for room.
             latents: Of the shape of the run's.
         """
-        self._fine, self._heads = fine, heads
+        self._fine, self._first_blocks = fine, first_blocks
         self._begin(latents, torch.zeros(1, dtype=torch.int32, device=latents.device))
-        self.rows = sum(len(head.change()) for head in heads)
-        self.passes = len(heads)
+        self.rows = sum(len(one.change()) for one in first_blocks)
+        self.passes = len(first_blocks)
 
     def _begin(self, latents: Tensor, step: Tensor) -> None:
         for bucket in self._fine:
@@ -213,15 +215,15 @@ class FirstBlockSignal:
         """See `Signal.change`."""
         del previous
         self._begin(latents, step)
-        return torch.cat([head.change() for head in self._heads])
+        return torch.cat([one.change() for one in self._first_blocks])
 
     def computes(self) -> None:
         """See `Signal.computes`."""
-        for head in self._heads:
-            head.keep()
+        for one in self._first_blocks:
+            one.keep()
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """See `Signal.tensors`; the heads are the context's."""
+        """See `Signal.tensors`; the first blocks are the context's."""
         return tuple(tensor for bucket in self._fine for tensor in bucket.tensors())
 
     def refresh(self, step: int, passes: Sequence[StepInputs | None]) -> None:

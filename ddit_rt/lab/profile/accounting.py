@@ -10,6 +10,7 @@ from ddit_rt.lab.profile.events import Event, device_ranges, ranges_of
 from ddit_rt.lab.profile.subject import Subject
 from ddit_rt.loop import RunTrace, StepRecord
 from ddit_rt.policies import DDiTPolicy, parse_patch
+from ddit_rt.steps import latent_frames
 
 PREFIX = "ddit_rt/"
 MODEL, REUSE = "model", "reuse"
@@ -94,11 +95,12 @@ def floors(subject: Subject, trace: RunTrace) -> WorkOf:
     costs = {
         (patch, reused): step_cost(
             model,
-            height=latents.shape[2],
-            width=latents.shape[3],
+            height=latents.shape[-2],
+            width=latents.shape[-1],
             multiple=parse_patch(patch),
             batch=subject.passes * latents.shape[0],
             text_tokens=subject.text_tokens,
+            frames=latent_frames(latents.shape),
             reused=reused,
         )
         for patch, reused in {(record.patch_size, record.reused) for record in trace}

@@ -24,7 +24,7 @@ class Subject:
     Attributes:
         engine: The engine, with ranges for profilers.
         model: Its model, for counts of what a step must do.
-        latents: Initial noise, `[B, C, H, W]`.
+        latents: Initial noise, `[B, C, H, W]`, of a video `[B, C, F, H, W]`.
         conditioning: The prompt, as `Engine.denoise` takes it.
         steps: Denoising steps.
         policy: Patch policy.

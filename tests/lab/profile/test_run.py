@@ -13,14 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from profiles import PLAN, profiled, tiny_subject
+from models import eager, seeded
+from profiles import PLAN, ceilings, profiled, tiny_subject
 from text_encoders import save_tiny
+from wan_models import CALL as WAN
+from wan_models import wan_pipeline
 
 import ddit_rt
 from ddit_rt.cli import main
 from ddit_rt.engine.cost import step_cost
 from ddit_rt.lab.profile import accounting
 from ddit_rt.lab.profile.events import Event
+from ddit_rt.lab.profile.report import report_of, text_of
+from ddit_rt.lab.profile.subject import subject_of
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "profile.py"
 
@@ -112,6 +117,26 @@ def test_steps_that_reuse_have_rows_of_their_own(cache: ddit_rt.StepCache, tmp_p
         least = [row["flops_per_s"] * row["ms"] / row["calls"] for row in work]
         assert 0 < least[0] < least[1] / 2
     assert sum(row["ms"] for row in rows.values()) == pytest.approx(entry["loop_ms"], rel=1e-9)
+
+
+def test_a_video_is_profiled_with_both_passes_of_guidance(tmp_path: Path) -> None:
+    engine = eager(wan_pipeline())
+    arguments = {name: value for name, value in WAN.items() if name != "prompt"}
+    policy, cache = ddit_rt.StaticPolicy("2p:0.5,p"), ddit_rt.NoCache()
+    subject = subject_of(engine, policy, cache, ["a cat"], {**arguments, "generator": seeded()})
+    report = report_of(subject, ceilings(), [profiled(subject, None, tmp_path)])
+    shape = tuple(subject.latents.shape)
+    assert len(shape) == 5
+    assert f"latents {' x '.join(map(str, shape))}" in text_of(report)
+    (run,) = report["runs"]
+    assert subject.passes == 2
+    counts = {"batch": 2, "text_tokens": subject.text_tokens, "frames": shape[2]}
+    size = {"height": shape[3], "width": shape[4]}
+    for patch, multiple in (("p", 1), ("2p", 2)):
+        row = rows_of(run)[patch, "model"]
+        cost = step_cost(subject.model, multiple=multiple, **size, **counts)
+        flops = row["flops_per_s"] * row["ms"] / 1e3
+        assert flops == pytest.approx(cost.flops * row["calls"])
 
 
 def test_phases_that_a_profiler_cannot_see_are_in_the_rest() -> None:

@@ -11,7 +11,7 @@ _TINY = 1e-16
 """For a block that adds nothing."""
 
 
-class Head:
+class FirstBlock:
     """The first block of one pass.
 
     A step cache may go by what it adds to the image tokens. It then runs before the step is
