@@ -23,8 +23,9 @@ from ddit_rt.lab.plans.candidates import CACHED, COMBINED, DYNAMIC, STATIC, STEP
 from ddit_rt.lab.plans.dial import highest, on_log_scale
 from ddit_rt.lab.plans.genome import Static, within
 from ddit_rt.lab.plans.points import Measurement, Prompt
+from ddit_rt.lab.plans.reuse_plan import measured_drift
 from ddit_rt.lab.plans.step_caches import STEP_CACHES, CacheDial, changes_of, threshold_range
-from ddit_rt.policies import CacheFit, DDiTPolicy, FinePolicy, PatchPolicy
+from ddit_rt.policies import CacheFit, DDiTPolicy, FinePolicy, PatchPolicy, StaticCache
 
 DDIT = "ddit"
 MakePolicy = Callable[[float], PatchPolicy]
@@ -157,7 +158,9 @@ def dials_of(
 ) -> list[CacheDial]:
     """Every step cache that has its fit or needs none, and the values that are worth trying."""
     fields = {"teacache": "coefficients", "magcache": "mag_ratios"}
-    found = []
+    engine, found = runs.paths[TRAINING_FREE].engine, []
+    call = {**runs.arguments, "num_inference_steps": steps}
+    drift = measured_drift(engine, prompt, call)
     for dial in STEP_CACHES:
         if dial.fit is not None and dial.fit not in fits:
             continue
@@ -169,7 +172,8 @@ def dials_of(
             trace = runs.trace(probe, prompt)
             ends, changes = threshold_range(trace), changes_of(trace)
         if ends is not None:
-            found.append(replace(dial, cache=cache, ends=ends, changes=changes))
+            own = replace(dial, cache=cache, ends=ends, changes=changes)
+            found.append(own.planned(drift) if isinstance(cache, StaticCache) else own)
     return found
 
 

@@ -27,6 +27,7 @@ from ddit_rt.lab.plans.candidates import cache_text
 from ddit_rt.lab.plans.dial import TAU_PROBES, on_log_scale, tau_range
 from ddit_rt.lab.plans.genome import Static, within
 from ddit_rt.lab.plans.points import Prompt, best_for
+from ddit_rt.lab.plans.reuse_plan import DRIFTING
 from ddit_rt.lab.plans.step_caches import LEVELS, computed_steps
 from ddit_rt.lab.plans.target import Target
 from ddit_rt.policies import (
@@ -321,7 +322,7 @@ class Planner:
             prompts=self.prompts,
             targets=targets,
             # References and probes count, too.
-            pictures=self.pictures - len(self.prompts) - len(probes) - len(CACHES),
+            pictures=self.pictures - len(self.prompts) - len(probes) - len(CACHES) - DRIFTING,
         )
         points = search.run()
         print(f"planner: {len(search.tried)} plans, {search.spent} pictures", file=sys.stderr)

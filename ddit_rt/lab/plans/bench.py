@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
+from ddit_rt.errors import UnsupportedModelError
 from ddit_rt.lab.measure.measures import Measure, measure_of
 from ddit_rt.lab.measure.timing import Batch, Method, Pixels, measure, on_trial
 from ddit_rt.lab.plans.candidates import Candidate, full_resolution
 from ddit_rt.lab.plans.dial import TAU_PROBES, branch, step_costs, tau_range
 from ddit_rt.lab.plans.points import Evaluator, Measurement, Prompt
+from ddit_rt.lab.plans.reuse_plan import DRIFTING, Drift, measured_drift
 from ddit_rt.lab.plans.step_caches import (
     CacheDial,
     changes_of,
@@ -21,7 +23,7 @@ from ddit_rt.lab.plans.step_caches import (
 from ddit_rt.loop import RunTrace
 from ddit_rt.models import family_named
 from ddit_rt.models.arguments import call_defaults
-from ddit_rt.policies import FinePolicy, NoCache, PatchPolicy, StepCache
+from ddit_rt.policies import FinePolicy, NoCache, PatchPolicy, StaticCache, StepCache
 
 UNITS = ("ms", "tokens")
 NO_FIT = (
@@ -34,6 +36,11 @@ SEVERAL_MODELS = (
     "several take turns"
 )
 """Note about a pipeline of experts."""
+EVEN = (
+    "with a static step cache that is evenly spread: how residuals drift is measured of one model, "
+    "in the engine's own loop"
+)
+"""Note about a model whose reuse cannot be planned step by step."""
 OWN_LEVELS = "with the pipeline's own noise levels alone: its call takes no others"
 """Note about a pipeline without `sigmas`, or whose scheduler would ignore them."""
 
@@ -52,6 +59,7 @@ class Tables:
             class.
         places: Whether the pipeline's call takes noise levels.
         notes: What a search has to do without, and why.
+        drift: How far residuals drift from step to step; None where that cannot be measured.
         runs: Generations that it took to find this out.
     """
 
@@ -63,6 +71,7 @@ class Tables:
     cache_costs: Mapping[str, Mapping[str, float]]
     places: bool = False
     notes: Sequence[str] = ()
+    drift: Drift | None = None
     runs: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,6 +82,7 @@ class Tables:
             "ends": {dial.name: list(dial.ends or ()) for dial in self.dials},
             "changes": {dial.name: list(dial.changes) for dial in self.dials},
             "cache_costs": {name: dict(costs) for name, costs in self.cache_costs.items()},
+            "drift": self.drift and asdict(self.drift),
             "runs": self.runs,
         }
 
@@ -135,11 +145,13 @@ class EngineBench:
         self._ran: set[str] = set()
         fitted = searched_caches(engine) if skipping else ()
         found = known or self._measured(probe, fitted)
-        dials = []
+        dials, drift = [], found.get("drift") and Drift.of(found["drift"])
         for one in fitted:
             if ends := found["ends"].get(one.name):
                 changes = found.get("changes", {}).get(one.name, ())
                 dial = replace(one, ends=tuple(ends), changes=changes)
+                if isinstance(one.cache, StaticCache) and drift is not None:
+                    dial = dial.planned(drift)
                 dials.append(dial.priced(found["cache_costs"][type(one.cache).__name__]))
         places = _takes_levels(engine.pipeline)
         self.tables = Tables(
@@ -151,6 +163,7 @@ class EngineBench:
             cache_costs=found["cache_costs"],
             places=places,
             notes=[*(self._no_caches(dials) if skipping else ()), *[OWN_LEVELS] * (not places)],
+            drift=drift,
             runs=found["runs"],
         )
 
@@ -252,16 +265,31 @@ class EngineBench:
             "ends": ends,
             "changes": changes,
             "cache_costs": cache_costs,
+            "drift": self._drift(probe) if dials else None,
             "runs": self.runs,
         }
+
+    def _drift(self, probe: Prompt) -> dict[str, Any] | None:
+        """See `measured_drift`; None where the model's steps cannot be taken one by one."""
+        if several_models(self._engine):
+            return None
+        call = {**self._arguments, "num_inference_steps": self._steps}
+        try:
+            drift = measured_drift(self._engine, probe, call)
+        except UnsupportedModelError:
+            return None
+        for _ in range(DRIFTING):
+            self._count()
+        return asdict(drift)
 
     def _no_caches(self, dials: Sequence[CacheDial]) -> list[str]:
         """What is said of the step caches that cannot be searched."""
         if not dials:
             return [f"without plans that skip steps: of {self._steps} steps none may"]
+        even = [EVEN] * all(dial.drift is None for dial in dials)
         if any(dial.fit is not None for dial in dials):
-            return []
-        return [SEVERAL_MODELS if several_models(self._engine) else NO_FIT]
+            return even
+        return [SEVERAL_MODELS if several_models(self._engine) else NO_FIT, *even]
 
 
 def _takes_levels(pipeline: Any) -> bool:

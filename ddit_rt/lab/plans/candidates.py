@@ -139,4 +139,9 @@ def cache_text(cache: StepCache) -> str:
         if field.name != "threshold" and value != field.default and not isinstance(value, tuple)
     ]
     threshold = [f" {value:.3g}" for field, value in values if field.name == "threshold"]
-    return ", ".join([f"{type(cache).__name__}{''.join(threshold)}", *named])
+    planned = [
+        f"{sum(value)} of {len(value)} steps compute"
+        for field, value in values
+        if field.name == "plan" and isinstance(value, tuple)
+    ]
+    return ", ".join([f"{type(cache).__name__}{''.join(threshold)}", *planned, *named])

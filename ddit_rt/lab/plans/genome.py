@@ -20,7 +20,7 @@ from ddit_rt.lab.plans.candidates import (
 )
 from ddit_rt.lab.plans.dial import on_log_scale
 from ddit_rt.lab.plans.step_caches import CacheDial
-from ddit_rt.policies import DDiTPolicy, FinePolicy, NoCache, PatchPolicy, StaticPolicy
+from ddit_rt.policies import DDiTPolicy, FinePolicy, NoCache, PatchPolicy, StaticPolicy, StepCache
 
 TAU_LEVELS = 48
 """Levels of a rule's dial: a step of tau is a few per cent of a decade."""
@@ -169,7 +169,9 @@ class Genome:
         elif self.patches is not None:
             policy = self.patches.at(taus)
         reuse = self.reuse
-        cache = reuse.dial.at(reuse.level, reuse.changed) if reuse else NoCache()
+        cache: StepCache = NoCache()
+        if reuse is not None:
+            cache = reuse.dial.at(reuse.level, reuse.changed, steps=self.steps, shift=self.shift)
         kind = kind_of(policy, cache)
         if kind == STEPS and self.steps == reference and self.shift == 1:
             kind = FINE

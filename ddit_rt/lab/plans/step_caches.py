@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ddit_rt.lab.plans.dial import on_log_scale
+from ddit_rt.lab.plans.reuse_plan import GROWTH, Drift
 from ddit_rt.loop import RunTrace
 from ddit_rt.models import family_named
 from ddit_rt.ops import CacheGrowth
@@ -30,6 +31,9 @@ from ddit_rt.policies import (
 LEVELS = 48
 """Levels of a step cache's dial."""
 
+_GROWTHS = (0.0, 2.0, 3.0)
+"""Weights of early errors that are tried beside the usual one."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheDial:
@@ -47,6 +51,8 @@ class CacheDial:
         changes: What each step of full resolution adds to what the threshold bounds; empty where
             no run has told.
         reused: Cost of a step that reuses over that of one that computes.
+        drift: By which the steps that compute are planned; None: they are evenly spread, or the
+            cache's own rule finds them.
     """
 
     cache: StepCache
@@ -57,24 +63,38 @@ class CacheDial:
     varied: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     changes: Sequence[float] = ()
     reused: float = 0.0
+    drift: Drift | None = None
 
     @property
     def name(self) -> str:
         """Class of the cache, and what sets it apart from another dial of the class."""
         return self.fit or type(self.cache).__name__
 
-    def at(self, level: int, changed: Sequence[tuple[str, Any]] = ()) -> StepCache:
+    def at(
+        self, level: int, changed: Sequence[tuple[str, Any]] = (), *, steps: int, shift: float = 1.0
+    ) -> StepCache:
         """The cache of a level, 0 to `LEVELS`.
 
         Args:
             level: How far the dial is turned.
-            changed: Values of other fields.
+            changed: Values of other fields, and of `growth` where the steps are planned.
+            steps: Of the run.
+            shift: Where their noise levels lie; see `placed_levels`.
         """
         assert self.ends is not None, "a run has told the ends"
         value: Any = on_log_scale(self.ends, level, LEVELS)
         if isinstance(getattr(self.cache, self.turns), int):
             value = round(value)
-        return replace(self.cache, **{self.turns: value}, **dict(changed))  # type: ignore[type-var]
+        others = {self.turns: value, **dict(changed)}
+        if self.drift is not None:
+            growth = others.pop("growth", GROWTH)
+            plan = self.drift.plan(steps, max(1, round(steps / value)), shift=shift, growth=growth)
+            others |= {"plan": plan, "first": 1, "last": 0}
+        return replace(self.cache, **others)  # type: ignore[type-var]
+
+    def planned(self, drift: Drift) -> CacheDial:
+        """The same, of a cache that is its plan, with the steps that compute where they should."""
+        return replace(self, drift=drift, varied={"growth": _GROWTHS})
 
     def priced(self, costs: Mapping[str, float]) -> CacheDial:
         """The same with its `reused`.
@@ -103,7 +123,7 @@ class CacheDial:
         Returns:
             The share, in (0, 1].
         """
-        table = self.at(level, changed).resolve(
+        table = self.at(level, changed, steps=steps).resolve(
             CacheModel(name="", steps=steps, fits=_NO_FITS, time_changes=lambda _: [0.0] * steps)
         )
         assert table is not None, "a cache that caches"
@@ -159,7 +179,7 @@ STEP_CACHES = (
         cache=StaticCache(2.0),
         alternating=StaticCache(2.0, first=1, last=0),
         turns="plan",
-        ends=(1.1, 5.0),
+        ends=(1.1, 8.0),
         varied={"first": (2, 5), "residual_order": (0,)},
     ),
 )

@@ -101,7 +101,7 @@ def test_what_a_cache_will_cost_is_known_before_it_runs() -> None:
         ways = [(), *(((name, own[0]),) for name, own in dial.varied.items())]
         for level, changed, count in (*product((4, 24, 40), ways, (steps,)), (24, (), steps // 2)):
             share = dial.cost_share(level, changed, count)
-            ran = made.evaluate(cached(dial.at(level, changed), count), PROMPTS[:1])
+            ran = made.evaluate(cached(dial.at(level, changed, steps=count), count), PROMPTS[:1])
             off = 0 if isinstance(dial.cache, StaticCache) else 2
             computed = ran.cost / made.tables.costs["p"]
             assert abs(share * count - computed) <= off + 1e-6, (dial.name, level, changed, count)

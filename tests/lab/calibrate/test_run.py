@@ -406,8 +406,8 @@ def test_any_field_of_a_cache_may_be_its_dial() -> None:
         ends=(1, 8),
         varied={"retention_ratio": (0.1,)},
     )
-    turned = [dial.at(level) for level in (0, LEVELS // 3, LEVELS)]
+    turned = [dial.at(level, steps=12) for level in (0, LEVELS // 3, LEVELS)]
     assert [cache.max_skip_steps for cache in turned] == [1, 2, 8]
-    changed = dial.at(LEVELS, (("retention_ratio", 0.1),))
+    changed = dial.at(LEVELS, (("retention_ratio", 0.1),), steps=12)
     assert changed == replace(dial.cache, max_skip_steps=8, retention_ratio=0.1)
     assert dial.name == "MagCache"
