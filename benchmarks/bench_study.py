@@ -50,7 +50,7 @@ from quality_rows import Judge, fidelity_entry, frechet, steps_at
 from quality_runs import SEARCH_SEED, Plan, Runs, reference, seeded
 from records import RESULTS, Record, head, interval_entry, opened, parser_of, publish, stamped
 from study_models import EMPTY, SETTINGS, STUDY, Setting, model_of, pipeline_of
-from study_plans import CACHES, FEWER, KINDS, MAG, Planner
+from study_plans import CACHES, FEWER, KINDS, LEAST_LEVELS, MAG, Planner
 
 from ddit_rt.lab.calibrate.cache_fit import fit_cache
 from ddit_rt.lab.measure.fidelity import fidelity
@@ -108,9 +108,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--levels",
         type=float,
-        nargs=3,
+        nargs="+",
         default=[2.0, 1.5, 3.0],
-        help="of `order`: how many times cheaper, the main one first (default: 2 1.5 3)",
+        help="of `order`: how many times cheaper, the main one first (default: 2 1.5 3); beyond "
+        "three without a plan of the planner, to tell what else is as close as its plans",
     )
     parser.add_argument("--unit", choices=UNITS, default="tokens", help="of costs")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="of `order`")
@@ -125,8 +126,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.out = CACHE / "quick.json"
     if args.prompts < 2:
         parser.error("intervals need two prompts or more")
-    if FEWER not in args.kinds or min(args.levels) <= 1:
-        parser.error(f"plans are compared with {FEWER}, at levels above 1")
+    if FEWER not in args.kinds or min(args.levels) <= 1 or len(args.levels) < LEAST_LEVELS:
+        parser.error(f"plans are compared with {FEWER}, at three levels above 1 or more")
     return args
 
 

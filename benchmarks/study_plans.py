@@ -60,6 +60,9 @@ CACHES: tuple[StepCache, ...] = (
 )
 """One of each class that plans take."""
 
+LEAST_LEVELS = 3
+"""Costs that one search of the planner is for."""
+
 _RETAINED = ((0.2, 3), (0.1, 3), (0.1, 5), (0.06, 8))
 _HEADS = (3, 10)
 _REFRESHED = (3, 4, 2)
@@ -90,7 +93,8 @@ class Planner:
         prompts: To choose on.
         fit: MagCache's.
         spectrum: Amplitude and decay of the latents' power.
-        levels: How many times cheaper than full resolution plans must be, the main one first.
+        levels: How many times cheaper than full resolution plans must be, the main one first; the
+            planner looks for plans at the first three.
         iterations: Halvings of the range of tau.
         pictures: What the search behind the planner's plans may generate.
     """
@@ -304,7 +308,8 @@ class Planner:
         """By level, the best plan that one search found for it, if there is one."""
         # As far beyond the cost as a cache beside it may be.
         beyond = self._of_step["p"] / 2
-        targets = [Target(max_cost=self.whole / level + beyond) for level in self.levels]
+        levels = self.levels[:LEAST_LEVELS]
+        targets = [Target(max_cost=self.whole / level + beyond) for level in levels]
         probes = [self._plan(policy) for policy in TAU_PROBES]
         space = Space(
             steps=self.steps,
@@ -327,7 +332,7 @@ class Planner:
         points = search.run()
         print(f"planner: {len(search.tried)} plans, {search.spent} pictures", file=sys.stderr)
         found = {}
-        for level, target in zip(self.levels, targets, strict=True):
+        for level, target in zip(levels, targets, strict=True):
             plans = [plan_of(point.candidate) for point in [best_for(target, points)] if point]
             found[level] = [replace(plan, label=f"planner: {plan.label}") for plan in plans]
         return found

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
+from diffusers import FluxInpaintPipeline
 from extras import need
-from models import prompting_pipeline
+from flux_edit_models import mask, picture
+from models import pipeline_of, prompting_pipeline
 
 import ddit_rt
 from ddit_rt import Engine, FinePolicy, MagCache, SeaCache, StaticCache, StepCache, TeaCache, ops
 from ddit_rt.lab.calibrate import CalibrationConfig, Prompt, calibrate
-from ddit_rt.lab.plans.bench import NO_FIT, OWN_LEVELS, EngineBench
+from ddit_rt.lab.plans.bench import EVEN, NO_FIT, OWN_LEVELS, EngineBench
 from ddit_rt.lab.plans.candidates import CACHED, KINDS, Candidate
 from ddit_rt.lab.plans.genome import Genome
 from ddit_rt.lab.plans.step_caches import computed_steps
@@ -158,6 +161,60 @@ def test_search_without_a_fit_or_levels_says_what_it_goes_without() -> None:
     tables = bench(engine).tables
     assert not tables.places
     assert tables.notes == [NO_FIT, OWN_LEVELS]
+
+
+@pytest.mark.filterwarnings("ignore:driven by the pipeline's own loop")
+def test_reuse_is_planned_unless_only_the_pipeline_can_take_the_steps() -> None:
+    assert all(
+        (dial.drift is not None) == isinstance(dial.cache, StaticCache)
+        for dial in bench(eager()).tables.dials
+    )
+    prompting = prompting_pipeline()
+    parts = prompting.components
+    inpainting = pipeline_of(
+        FluxInpaintPipeline,
+        **{
+            name: parts[name]
+            for name in parts
+            if name not in ("image_encoder", "feature_extractor")
+        },
+    )
+    inpainting.encode_prompt = prompting.encode_prompt
+    tables = EngineBench(
+        ddit_rt.compile(
+            inpainting, **SIZE, patch_sizes=("p", "2p"), backend="eager", progress=False
+        ),
+        steps=STEPS,
+        probe=PROMPTS[0],
+        arguments={
+            **SIZE,
+            "image": picture(width=64),
+            "mask_image": mask()[..., :64],
+            "strength": 1.0,
+        },
+        unit="tokens",
+        skipping=True,
+    ).tables
+    assert tables.drift is None
+    assert EVEN in tables.notes
+    static = next(dial for dial in tables.dials if isinstance(dial.cache, StaticCache))
+    assert static.at(24, steps=STEPS).plan == pytest.approx((1.1 * 8.0) ** 0.5, rel=1e-3)
+
+
+def test_what_was_measured_is_read_back_with_the_drift() -> None:
+    first = bench(eager(MAGCACHE))
+    known = json.loads(json.dumps(first.tables.to_dict()))
+    again = EngineBench(
+        eager(MAGCACHE),
+        steps=STEPS,
+        probe=PROMPTS[0],
+        arguments={},
+        unit="tokens",
+        skipping=True,
+        known=known,
+    )
+    assert again.tables.drift == first.tables.drift is not None
+    assert again.tables.to_dict() == first.tables.to_dict()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from wan_models import wan_pipeline
 import ddit_rt
 from ddit_rt import Engine, FinePolicy, StaticPolicy
 from ddit_rt.lab.calibrate import Prompt
-from ddit_rt.lab.plans.bench import OWN_LEVELS, SEVERAL_MODELS, EngineBench
+from ddit_rt.lab.plans.bench import EVEN, OWN_LEVELS, SEVERAL_MODELS, EngineBench
 from ddit_rt.lab.plans.candidates import Candidate
 from ddit_rt.policies import CacheFit
 
@@ -105,7 +105,7 @@ def test_two_experts_are_searched_with_the_caches_that_need_no_fit() -> None:
     engine = eager(MAGCACHE, boundary_ratio=0.875)
     made = bench(engine)
     assert {dial.fit for dial in made.tables.dials} == {None}
-    assert made.tables.notes == [SEVERAL_MODELS, OWN_LEVELS]
+    assert made.tables.notes == [SEVERAL_MODELS, EVEN, OWN_LEVELS]
     first, *_, last = made.tables.dials
     for dial, policy in ((first, FinePolicy()), (last, StaticPolicy("2p:0.6,p"))):
         assert dial.ends is not None
