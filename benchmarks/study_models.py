@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from demo_models import DemoModel
 from quality_rows import tensor
-from safetensors.torch import load_file
 
 from ddit_rt.lab.demo import model_path
 from ddit_rt.lab.demo.classifier import load_classifier
@@ -23,12 +22,10 @@ from ddit_rt.lab.measure.timing import Pixels
 from ddit_rt.sources import EMBEDDED, load_pipeline
 
 FOLDER = Path(__file__).resolve().parent
-WEIGHTS, CLASSIFIER = (
-    FOLDER / "study" / f"{part}.safetensors" for part in ("transformer", "classifier")
-)
+MODEL, CLASSIFIER = FOLDER / "study" / "model", FOLDER / "study" / "classifier.safetensors"
 DEMO, STUDY = "demo", "study"
 OPEN, EMPTY = "open", "empty"
-STUDIED = "study: guidance 3.5, shift 0.5"
+STUDIED = "study: guidance 6, shift 0.4"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,18 +59,16 @@ class Setting:
 
 
 def pipeline_of(model: str) -> Any:
-    """The embedded pipeline, with the study model's transformer if that is asked for.
+    """The embedded pipeline or the study model's.
 
     Raises:
         FileNotFoundError: There is no study model.
     """
-    if model == STUDY and not WEIGHTS.is_file():
+    if model == STUDY and not MODEL.is_dir():
         raise FileNotFoundError(
-            f"{WEIGHTS} is not there; `python scripts/train_demo.py scenes all` makes it"
+            f"{MODEL} is not there; `python scripts/train_demo.py scenes all` makes it"
         )
-    pipeline = load_pipeline(EMBEDDED)
-    if model == STUDY:
-        pipeline.transformer.load_state_dict(load_file(WEIGHTS))
+    pipeline = load_pipeline(str(MODEL) if model == STUDY else EMBEDDED)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -128,7 +123,7 @@ def captions_of(setting: Setting) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def shown_as_asked(images: Sequence[Pixels], captions: Sequence[str]) -> list[bool]:
     """Whether images of the study model show all that their captions say.
 
-    By a classifier that was trained on drawn scenes (`scripts/train_demo.py scenes classifier`).
+    By a classifier that was trained on scenes (`scripts/train_demo.py scenes classifier`).
     """
     scenes = _scenes()
     classifier = load_classifier(CLASSIFIER, scenes.SCENE_SIZES)
@@ -165,6 +160,7 @@ SETTINGS = (
     Setting(name="demo: guidance 3.5"),
     Setting(name="demo: guidance 3.5, shift 0.5", shift=0.5),
     Setting(name="study: guidance 3.5", model=STUDY),
-    Setting(name=STUDIED, model=STUDY, shift=0.5),
+    Setting(name="study: guidance 3.5, shift 0.5", model=STUDY, shift=0.5),
+    Setting(name=STUDIED, model=STUDY, guidance=6, shift=0.4),
 )
 """By which the curve is drawn."""

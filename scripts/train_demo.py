@@ -8,12 +8,12 @@ Examples:
   python scripts/train_demo.py image transformer --minutes 90  one stage, continued if interrupted
   python scripts/train_demo.py video evaluate                  what the shipped model draws
   python scripts/train_demo.py video all --quick               a smoke run of all stages
-  python scripts/train_demo.py scenes all --workers 2          benchmarks/study, from demo weights
+  python scripts/train_demo.py scenes all --workers 2          benchmarks/study, about 80 minutes
 
 A stage keeps its checkpoints in the work folder and continues from them; delete a file there to
 start that stage afresh. `classifier` is of the image model, whose measure and the video model's are
-made with it, and of the study model. That one adopts autoencoder and text encoders of the image
-model, and begins at its weights.
+made with it, and of the study model. `artwork` is of that one alone: npm fetches the drawings of
+its scenes. Its autoencoder and transformer begin at the image model's weights.
 """
 
 import argparse
@@ -21,8 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from demo_training.artwork import collect
 from demo_training.classifier import train_classifier
-from demo_training.export import adopt_parts, evaluate_pipeline, export
+from demo_training.export import evaluate_pipeline, export
 from demo_training.image import ImageKind
 from demo_training.kind import Kind
 from demo_training.scenes import SceneKind
@@ -33,7 +34,7 @@ from demo_training.vae import train_vae
 from demo_training.video import VideoKind
 
 KINDS = {"image": ImageKind, "video": VideoKind, "scenes": SceneKind}
-STAGES = ("adopt", "vae", "text", "transformer", "classifier", "export", "evaluate")
+STAGES = ("artwork", "vae", "text", "transformer", "classifier", "export", "evaluate")
 _QUICK_MINUTES = 0.02
 
 
@@ -83,7 +84,7 @@ def run_stage(stage: str, kind: Kind, settings: Settings, args: argparse.Namespa
         evaluate_pipeline(kind, settings, args.steps)
     else:
         others = {
-            "adopt": adopt_parts,
+            "artwork": collect,
             "text": train_text,
             "classifier": train_classifier,
             "export": export,

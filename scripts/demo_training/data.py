@@ -102,7 +102,7 @@ def draw(
         samples, labels = torch.load(cache, weights_only=True)
         return samples, labels
     tasks = [
-        (*kind.series(size), seed, start, min(_CHUNK, count - start))
+        (*kind.series(size, settings.work), seed, start, min(_CHUNK, count - start))
         for start in range(0, count, _CHUNK)
     ]
     if settings.workers == 1:

@@ -1,72 +1,42 @@
-"""Stages `adopt`, `export` and `evaluate`: what a model begins with, and what becomes of it."""
+"""Stages `export` and `evaluate`: what becomes of a model."""
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import FluxPipeline
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ddit_rt.lab.demo import model_path
 from ddit_rt.sources import load_pipeline
 from demo_training.data import build_pipeline
 from demo_training.kind import Kind
-from demo_training.settings import Settings, finished, save_checkpoint, save_grid
+from demo_training.settings import Settings, finished, save_grid
 
-_CARD, _WEIGHTS = "MODEL_CARD.md", "transformer.safetensors"
-
-
-def adopt_parts(kind: Kind, settings: Settings) -> None:
-    """Take the embedded model's autoencoder and text encoders for those of the stages before."""
-    pipeline = FluxPipeline.from_pretrained(model_path(), transformer=None)
-    vae = pipeline.vae
-    statistics = {name: vae.config[name] for name in ("shift_factor", "scaling_factor")}
-    save_checkpoint(settings.work / "vae.pt", {"vae": vae.state_dict(), "statistics": statistics})
-    encoders = [pipeline.text_encoder.state_dict(), pipeline.text_encoder_2.state_dict()]
-    save_checkpoint(settings.work / "text.pt", {"encoders": encoders})
-    tqdm.write(f"adopt: {kind.name} takes the image model's autoencoder and text encoders")
+_CARD = "MODEL_CARD.md"
 
 
 def export(kind: Kind, settings: Settings) -> None:
-    """Write the averaged weights: a pipeline, or of a model that adopts its parts those alone.
+    """Write the pipeline with the averaged weights.
 
     The larger networks are float16. `from_pretrained` loads all of them as float32; rounding to
     float16 moves a weight by at most 1 / 2048 of itself.
     """
     state, path = finished(settings, "transformer", "cpu"), settings.export
-    minutes = state["spent"] / 60
-    if "adopt" in kind.stages:
-        weights = {name: value.half().contiguous() for name, value in state["average"].items()}
-        about = {
-            "steps": str(state["step"]),
-            "minutes": f"{minutes:.1f}",
-            "seed": str(settings.seed),
-            "torch": str(torch.__version__),
-        }
-        path.mkdir(parents=True, exist_ok=True)
-        save_file(weights, path / _WEIGHTS, metadata=about)
-    else:
-        _save_pipeline(kind, settings, state["average"])
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    tqdm.write(f"export: {path}, {size / 1e6:.2f} MB, {state['step']} steps in {minutes:.0f} min")
-
-
-def _save_pipeline(kind: Kind, settings: Settings, weights: dict[str, Any]) -> None:
     transformer = kind.build_transformer()
-    transformer.load_state_dict(weights)
+    transformer.load_state_dict(state["average"])
     pipeline = build_pipeline(kind, settings, transformer)
     for name in kind.half:
         getattr(pipeline, name).to(torch.float16, memory_format=torch.contiguous_format)
-    pipeline.save_pretrained(settings.export)
+    pipeline.save_pretrained(path)
     # As the published pipelines name it; transformers 5 knows both names, version 4 this one only.
-    index = settings.export / "model_index.json"
+    index = path / "model_index.json"
     index.write_text(index.read_text().replace('"T5Tokenizer"', '"T5TokenizerFast"'))
-    card = settings.export / _CARD
+    card = path / _CARD
     if not card.exists():
         card.write_text((kind.folder / _CARD).read_text(encoding="utf-8"))
+    minutes = state["spent"] / 60
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    tqdm.write(f"export: {path}, {size / 1e6:.2f} MB, {state['step']} steps in {minutes:.0f} min")
 
 
 def evaluate_pipeline(kind: Kind, settings: Settings, steps: int) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,10 +34,6 @@ from demo_training.kind import (
     t5_encoder,
 )
 
-_WORDS = (
-    *(*captions.SHAPES, *captions.COLOURS, *captions.BACKGROUNDS, *captions.BACKGROUND_COLOURS),
-    *("a", "an", "on", "with", "picture", "of", "background", "the", "and", "in", "front"),
-)
 _CROP = 64
 _ODD_SIZES = ((64, 128), (128, 64), (96, 128), (128, 96))
 # Three resolutions, and a few images that are not square.
@@ -70,6 +67,7 @@ class ImageKind:
         phrasings: Ways to word the same attributes.
         vae: See `VaeRecipe`.
         transformer: See `TransformerRecipe`.
+        words: Of the captions, which the tokenizers know whole.
         half: Parts of the pipeline that are stored as float16.
         shown: Side of the grids of samples, in px.
         evaluated: Sides that `evaluate` measures, in px.
@@ -85,6 +83,10 @@ class ImageKind:
     classifier, classifier_steps = weights_path(), 700
     attributes = all_attributes()
     phrasings = 4
+    words: tuple[str, ...] = (
+        *(*captions.SHAPES, *captions.COLOURS, *captions.BACKGROUNDS, *captions.BACKGROUND_COLOURS),
+        *("a", "an", "on", "with", "picture", "of", "background", "the", "and", "in", "front"),
+    )
     half = ("transformer", "vae")
     shown, evaluated, batch = (32, 64, 128), (128, 64, 32), 16
     vae = VaeRecipe(
@@ -115,8 +117,11 @@ class ImageKind:
         empty=0.05,
     )
 
-    def series(self, size: Size) -> tuple[Callable[..., Any], Any]:
-        """What draws samples, given the configuration beside it, seed, first index and count."""
+    def series(self, size: Size, _: Path) -> tuple[Callable[..., Any], Any]:
+        """What draws samples, given the configuration beside it, seed, first index and count.
+
+        Samples of some kinds are made of what an earlier stage left in the folder that is given.
+        """
         return draw_series, ImageConfig(height=size[0], width=size[1])
 
     def phrase(self, attributes: Any, phrasing: int) -> str:
@@ -134,7 +139,7 @@ class ImageKind:
     def text_encoders(self) -> list[TextEncoder]:
         """Untrained."""
         # FLUX gives all text tokens one position, so only the encoders can tell the word order.
-        tokenizer = _clip_tokenizer()
+        tokenizer = _clip_tokenizer(self.words)
         clip = CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=WIDTH,
@@ -155,7 +160,7 @@ class ImageKind:
                 read=lambda output, _: output.pooler_output,
             ),
             t5_encoder(
-                _WORDS,
+                self.words,
                 T5Config,
                 T5EncoderModel,
                 read=lambda output, _: output.last_hidden_state.mean(1),
@@ -324,12 +329,12 @@ class ImageKind:
         return attribute_hits(load_classifier(), samples, expected)
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def _clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
     """Byte-level BPE whose merges spell the caption words; any other text falls apart to bytes."""
     letters = list(bytes_to_unicode().values())
     vocabulary = letters + [f"{letter}</w>" for letter in letters]
     merges: list[tuple[str, str]] = []
-    for word in dict.fromkeys(_WORDS):
+    for word in dict.fromkeys(words):
         pieces = [*word[:-1], f"{word[-1]}</w>"]
         while len(pieces) > 1:
             if (pieces[0], pieces[1]) not in merges:

@@ -1,6 +1,7 @@
 """The video model: Wan's architecture at 1.7 million parameters, 13 frames of 64 x 64 px."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class VideoKind:
         empty=0.08,
     )
 
-    def series(self, size: Size) -> tuple[Callable[..., Any], Any]:
+    def series(self, size: Size, _: Path) -> tuple[Callable[..., Any], Any]:
         return draw_videos, VideoConfig(height=size[0], width=size[1], frames=_FRAMES)
 
     def phrase(self, attributes: Any, phrasing: int) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import FluxPipeline
 from extras import need
 from strict_json import strict
@@ -59,7 +60,7 @@ def test_a_study_model_that_is_not_there_names_what_makes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = import_module("study_models")
-    monkeypatch.setattr(models, "WEIGHTS", tmp_path / "none.safetensors")
+    monkeypatch.setattr(models, "MODEL", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="train_demo.py scenes all"):
         models.pipeline_of("study")
 
@@ -71,6 +72,7 @@ def test_a_study_model_that_is_not_there_names_what_makes_it(
         ["--order", "unknown"],
         ["--order", "demo: guidance 3.5", "--kinds", "magcache"],
         ["--order", "demo: guidance 3.5", "--levels", "1", "2", "3"],
+        ["--order", "demo: guidance 3.5", "--levels", "1.5", "2"],
     ],
 )
 def test_what_cannot_be_compared_is_refused(arguments: list[str]) -> None:
@@ -122,28 +124,45 @@ def test_the_planner_is_compared_with_the_cheapest_way_to_its_closeness() -> Non
 def test_a_scene_shows_what_is_asked_if_it_shows_all_that_the_caption_names() -> None:
     models = import_module("study_models")
     scenes = models._scenes()
-    assert scenes.said("three red circles on stripes") == {
+    assert scenes.said("three red fruits on stripes") == {
         "count": 2,
         "colour": scenes.COLOURS.index("red"),
-        "shape": scenes.SHAPES.index("circle"),
+        "noun": scenes.NOUNS.index("fruit"),
         "background": scenes.BACKGROUNDS.index("stripes"),
     }
+    assert scenes.said("two blue fish").keys() == {"count", "colour", "noun"}
     assert scenes.said("something red").keys() == {"colour"}
-    assert scenes.said("") == scenes.said("shapes") == {}
+    assert scenes.said("") == scenes.said("drawings") == {}
     for scene in scenes.all_scenes()[::7]:
         own = dict(zip(scenes.SCENE_SIZES, scene.labels, strict=True))
         for phrasing in range(scenes.PHRASINGS):
             said = scenes.said(scenes.phrase(scene, phrasing))
             assert said.items() <= own.items()
-    config = import_module("demo_training.draw_images").ImageConfig(period=(0.16, 0.28))
-    drawn, shown = scenes.draw_scenes(config, 5, 0, 48)
-    images = list(np.ascontiguousarray(drawn.transpose(0, 2, 3, 1)))
-    captions = [scene.caption for scene in shown]
-    right = models.shown_as_asked(images, captions)
-    wrong = models.shown_as_asked(images, captions[1:] + captions[:1])
-    assert sum(right) >= 24
-    assert sum(wrong) <= 4
-    assert all(models.shown_as_asked(images, [""] * 48))
+
+
+@pytest.mark.slow
+def test_the_study_model_shows_what_is_asked() -> None:
+    models = import_module("study_models")
+    study = models.studied()
+    captions = ["faces on stripes", "hearts on dots", "green", "checkers", "two faces", "rings"] * 4
+    captions = [f"something {one}" if one == "green" else one for one in captions]
+    images = study.pipeline(
+        captions,
+        negative_prompt=[""] * len(captions),
+        true_cfg_scale=3.5,
+        num_inference_steps=12,
+        max_sequence_length=16,
+        height=128,
+        width=128,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
+    pixels = list(np.rint(images * 255).astype(np.uint8))
+    right = models.shown_as_asked(pixels, captions)
+    wrong = models.shown_as_asked(pixels, captions[1:] + captions[:1])
+    assert sum(right) >= 12
+    assert sum(wrong) <= 6
+    assert all(models.shown_as_asked(pixels, [""] * len(captions)))
 
 
 @pytest.mark.slow
