@@ -64,12 +64,15 @@ def test_rows_are_plans_of_their_kind_that_the_search_found_close_enough(
     for target in report["targets"]:
         kinds = [row["kind"] for row in target["rows"]]
         assert kinds == [kind for kind in KINDS if kind in kinds]
-        assert set(kinds) >= set(KINDS[:5])
+        assert {"ddit", "magcache"} <= set(kinds)
         for row in target["rows"]:
             assert row["search"]["ssim"] >= target["ssim"]
             check_work(row)
             assert row["loop_seconds"]["value"] > 0
             assert len(row["ssim_per_prompt"]) == len(report["settings"]["prompts"])
+    # What is not close enough is missing: at the looser target no kind is.
+    tight, loose = ({row["kind"] for row in target["rows"]} for target in report["targets"])
+    assert loose >= {*tight, *KINDS[:5]}
 
 
 def check_work(row: dict[str, Any]) -> None:

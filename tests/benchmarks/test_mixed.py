@@ -96,7 +96,7 @@ def test_quick_run_compares_what_it_says(tmp_path: Path) -> None:
     assert bench.main(["--quick", "--out", str(out)]) == 0
     report = json.loads(out.read_text(), parse_constant=pytest.fail)
     section, noises = report["sections"].values()
-    assert section["scale"] == noises["scale"] == 3.5
+    assert section["scale"] == noises["scale"] == 6
     assert len({row["psnr"]["value"] for row in noises["rows"][1:]}) > 10
     assert not noises["verdicts"]
     rows = {row["name"]: row for row in section["rows"]}
@@ -111,7 +111,7 @@ def test_quick_run_compares_what_it_says(tmp_path: Path) -> None:
     assert all(row["loop_ms"]["value"] > 0 for row in rows.values())
     judged = {name for name, row in rows.items() if row["kind"] in ("mixed", "adapted", "control")}
     assert {entry["name"] for entry in section["verdicts"]} == judged
-    assert "guidance 3.5" in import_module("tables").TABLES["mixed_cpu"](report)
+    assert "guidance 6" in import_module("tables").TABLES["mixed_cpu"](report)
     with pytest.raises(SystemExit):
         bench.main(["--quick"])
 
