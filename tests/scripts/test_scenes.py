@@ -172,6 +172,9 @@ def test_smoke_run_begins_at_the_demos_weights_and_goes_on(
         assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in before.items()}
         apart = max(float((own[name] - before[name]).abs().max()) for name in own)
         assert 0 < apart < 0.5  # a few steps away, not begun anew
+    # No file says where the training machine keeps the model that it began with.
+    kept = [file.read_text(encoding="utf-8") for file in (work / "export").rglob("*.json")]
+    assert not any(str(model_path()) in text for text in kept)
     shipped = FluxPipeline.from_pretrained(import_module("study_models").MODEL)
     assert made.tokenizer.get_vocab() == shipped.tokenizer.get_vocab()
     assert made.tokenizer_2.get_vocab() == shipped.tokenizer_2.get_vocab()
